@@ -1,0 +1,186 @@
+"""The public operators: check the arguments, choose an implementation, call it."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from .bands import BandPattern
+from .checks import check_attention, check_varlen
+
+IMPLEMENTATIONS = ("reference", "blockwise")
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def band_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    query_start: int | torch.Tensor | None = None,
+    key_start: torch.Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    impl: str | None = None,
+) -> Result:
+    """Softmax attention in which every head sees only the distances in its bands.
+
+    Query i sits at position `p = query_start + i` and sees key j when `p - j` lies in one of its head's intervals and
+    `j >= key_start`. Keys after `p` are never read. A query that sees no key gives output 0.
+
+    Args:
+        query: `[B, H, Q, D]`, floating point, any strides.
+        key: `[B, Hkv, K, D]`, query's dtype; `H % Hkv == 0`, query head h reads key head `h // (H // Hkv)`.
+        value: `[B, Hkv, K, Dv]`, query's dtype. Implementations that are kernels need `Dv == D`.
+        pattern: the bands, one entry per query head.
+        scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
+        sinks: `[H]` learned logits, unscaled, query's dtype or float32; each joins its head's denominator without a value.
+        query_start: position of the first query: an int, or an int32 tensor `[]` or `[B]` on query's device. Default `K - Q`:
+            the queries are the last positions.
+        key_start: int32 `[B]` (left padding) or `[B, Q]`, never decreasing along Q (documents packed inside a row), on
+            query's device: the first key that may be seen. Clamped to `[0, K]`.
+        return_lse: also return the natural log-sum-exp, with the sinks in it: float32 (float64 for float64 input)
+            `[B, H, Q]`; -inf for an empty row without sinks. It is differentiable.
+        deterministic: True gives the same bits on every run; False allows a faster backward where there is one.
+        impl: None follows the rule below; a name runs that implementation or raises.
+
+            1. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
+
+            `"reference"`, the specification with its dense mask, is never chosen by itself.
+
+    Returns:
+        `out [B, H, Q, Dv]` with query's dtype and order of strides, or `(out, lse)`.
+
+    Raises:
+        ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked too
+            (`spattention.validate` checks them on any device).
+
+    Under autocast, query, key and value are cast to autocast's dtype, as `scaled_dot_product_attention` does. Second
+    derivatives are not available, except from `"reference"`.
+    """
+    query, key, value = _autocast(query, key, value)
+    check_attention(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        sinks=sinks,
+        query_start=query_start,
+        key_start=key_start,
+    )
+    implementation = _implementation(impl)
+    out, lse = implementation.attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=_scale(query, scale),
+        sinks=sinks,
+        query_start=key.shape[2] - query.shape[2] if query_start is None else query_start,
+        key_start=key_start,
+        deterministic=deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def band_attention_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    impl: str | None = None,
+) -> Result:
+    """`band_attention` over packed documents, each attending within itself, in FlashAttention's conventions.
+
+    In each document the queries are the last positions: query i of n_q over n_k keys sits at `n_k - n_q + i`.
+
+    Args:
+        query: `[T, H, D]`, floating point.
+        key: `[T_k, Hkv, D]`, query's dtype, `H % Hkv == 0`.
+        value: `[T_k, Hkv, Dv]`, query's dtype.
+        pattern: the bands, one entry per query head.
+        cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in `query`, from 0 to T, never decreasing. On a GPU
+            tokens past the last offset give zeros.
+        cu_seqlens_k: the same for `key` and `value`; a document has at least as many keys as queries.
+        max_seqlen_q: at least the queries of the longest document.
+        max_seqlen_k: at least the keys of the longest document.
+        scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
+        sinks: `[H]`, as in `band_attention`.
+        return_lse: also return the log-sum-exp, `[H, T]`.
+        deterministic: as in `band_attention`.
+        impl: as in `band_attention`.
+
+    Returns:
+        `out [T, H, Dv]` with query's dtype and order of strides, or `(out, lse)`.
+
+    Raises:
+        ValueError: if an argument breaks a rule above.
+    """
+    query, key, value = _autocast(query, key, value)
+    check_varlen(
+        query,
+        key,
+        value,
+        pattern,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=scale,
+        sinks=sinks,
+    )
+    implementation = _implementation(impl)
+    out, lse = implementation.attend_varlen(
+        query,
+        key,
+        value,
+        pattern,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=_scale(query, scale),
+        sinks=sinks,
+        deterministic=deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _implementation(impl: str | None) -> ModuleType:
+    if impl is None:
+        impl = "blockwise"
+    elif impl not in IMPLEMENTATIONS:
+        raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
+    return import_module(f"spattention.impl.{impl}")
+
+
+def _scale(query: torch.Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )

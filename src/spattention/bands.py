@@ -1,0 +1,407 @@
+"""Patterns of attention made of bands of distances.
+
+A pattern gives every head up to two half-open intervals of distances `[near, far)`, in tokens. The query at
+position `p` sees the key at position `j` when `p - j` lies in one of its head's intervals.
+
+A worked mask: `BandPattern.exclusive(num_heads=2, span=4)`; rows are queries, columns keys, `#` is attended.
+
+    head 0: [0, 2)    head 1: [2, 4)
+    # . . .           . . . .
+    # # . .           . . . .
+    . # # .           # . . .
+    . . # #           # # . .
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+Interval = tuple[int, int]
+Intervals = tuple[tuple[Interval, ...], ...]
+Widths = str | Sequence[int]
+
+FORMAT_VERSION = 1
+MAX_INTERVALS = 2
+
+
+@dataclass(frozen=True, repr=False)
+class BandPattern:
+    """Which distances each head attends.
+
+    Args:
+        intervals: per head, up to two intervals `(near, far)` of distances in tokens, `0 <= near < far <= span`,
+            sorted and apart (at least one distance between them). `()` is a head without keys.
+        span: the context length, in tokens, that the pattern was made for. Distances `>= span` are never attended.
+            It belongs to the pattern and never depends on the length of the input at hand.
+        recipe: how a named constructor was called; for reading only. Equality and hash look at `span` and `intervals`.
+
+    Raises:
+        ValueError: if an interval is empty, negative, unsorted, overlapping, touching, or reaches beyond `span`.
+    """
+
+    intervals: Intervals
+    span: int
+    recipe: Mapping[str, Any] | None = field(default=None, compare=False)
+    _flat: tuple[int, ...] = field(default=(), init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        span = _integer("span", self.span)
+        if span < 1:
+            raise ValueError(f"`span` must be at least 1, got {span}")
+        heads = _heads(self.intervals)
+        if not heads:
+            raise ValueError("`intervals` must hold at least one head, got none")
+        for h, head in enumerate(heads):
+            _check_head(h, head, span)
+        object.__setattr__(self, "intervals", heads)
+        object.__setattr__(self, "span", span)
+        padded = ((*head, *((0, 0),) * (MAX_INTERVALS - len(head))) for head in heads)
+        flat = tuple(edge for head in padded for interval in head for edge in interval)
+        object.__setattr__(self, "_flat", flat)
+
+    @classmethod
+    def dense(cls, num_heads: int, span: int) -> BandPattern:
+        """Every head attends `[0, span)`: ordinary causal attention."""
+        _check_size(num_heads, span)
+        return cls(
+            (((0, span),),) * num_heads, span, _recipe("dense", num_heads=num_heads, span=span)
+        )
+
+    @classmethod
+    def sliding_window(cls, num_heads: int, span: int, window: int) -> BandPattern:
+        """Every head attends the nearest `window` tokens, itself included: `[0, window)`, `1 <= window <= span`."""
+        _check_size(num_heads, span)
+        window = _integer("window", window)
+        if not 1 <= window <= span:
+            raise ValueError(f"`window` must be between 1 and `span` = {span}, got {window}")
+        recipe = _recipe("sliding_window", num_heads=num_heads, span=span, window=window)
+        return cls((((0, window),),) * num_heads, span, recipe)
+
+    @classmethod
+    def exclusive(
+        cls, num_heads: int, span: int, *, widths: Widths = "uniform", first: int | None = None
+    ) -> BandPattern:
+        """Head h attends only its own band `[S_h, S_h + W_h)`: Eqs. 2-4 of Zhao et al., arXiv:2511.09596.
+
+        The heads are disjoint and together cover every distance in `[0, span)`. Queries `i < S_h` see no key.
+
+        Args:
+            num_heads: number of heads H.
+            span: context length N, in tokens.
+            widths: `"uniform"` (the paper), `"geometric"` (edges grow by a constant ratio), `"equal_work"` (every head
+                has about the same number of attended pairs), or H + 1 edges from 0 to `span` that never decrease.
+            first: width of the first geometric band, in tokens; default `max(1, span // 128)`. Only for `"geometric"`.
+        """
+        _check_size(num_heads, span)
+        edges = band_edges(num_heads, span, widths, first)
+        bands = tuple(_merged([band], span) for band in zip(edges, edges[1:]))
+        recipe = _recipe("exclusive", num_heads=num_heads, span=span, widths=widths, first=first)
+        return cls(bands, span, recipe)
+
+    @classmethod
+    def shared_local(
+        cls,
+        num_heads: int,
+        span: int,
+        *,
+        widths: Widths = "uniform",
+        local: int | Sequence[int] | None = None,
+        first: int | None = None,
+    ) -> BandPattern:
+        """Head h attends a local window `[0, local_h)` and its own band: the form that the paper's code runs.
+
+        Args:
+            num_heads: number of heads H.
+            span: context length N, in tokens.
+            widths: see `exclusive`.
+            local: size of the local window in tokens, one for all heads or one per head, at least 0. Default: the uniform
+                band width plus one, `W_h + 1`; for `"geometric"` widths `min(span, max(128, span // 32))`.
+            first: see `exclusive`.
+        """
+        _check_size(num_heads, span)
+        edges = band_edges(num_heads, span, widths, first)
+        windows = _local_windows(num_heads, span, widths, local)
+        heads = tuple(
+            _merged([(0, window), band], span)
+            for window, band in zip(windows, zip(edges, edges[1:]))
+        )
+        recipe = _recipe(
+            "shared_local", num_heads=num_heads, span=span, widths=widths, local=local, first=first
+        )
+        return cls(heads, span, recipe)
+
+    @classmethod
+    def gapped(cls, num_heads: int, span: int) -> BandPattern:
+        """Head h attends the nearer half of its uniform band, `[S_h, S_h + W_h // 2)`: the ablation GBHALF."""
+        _check_size(num_heads, span)
+        edges = band_edges(num_heads, span, "uniform", None)
+        heads = tuple(
+            _merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
+        )
+        return cls(heads, span, _recipe("gapped", num_heads=num_heads, span=span))
+
+    @classmethod
+    def local_only(cls, num_heads: int, span: int) -> BandPattern:
+        """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding window"."""
+        _check_size(num_heads, span)
+        windows = _local_windows(num_heads, span, "uniform", None)
+        heads = tuple(_merged([(0, window)], span) for window in windows)
+        return cls(heads, span, _recipe("local_only", num_heads=num_heads, span=span))
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return len(self.intervals)
+
+    @property
+    def flat(self) -> tuple[int, ...]:
+        """`near, far, near, far` per head, 4 * num_heads integers; a missing interval is `0, 0`. For operators."""
+        return self._flat
+
+    def heads(self, start: int, stop: int) -> BandPattern:
+        """The pattern of heads `start` to `stop - 1`, for tensor parallelism."""
+        start, stop = _integer("start", start), _integer("stop", stop)
+        if not 0 <= start < stop <= self.num_heads:
+            raise ValueError(
+                f"`start` and `stop` must satisfy 0 <= start < stop <= {self.num_heads} (the number of heads), "
+                f"got {start} and {stop}"
+            )
+        recipe = None
+        if self.recipe is not None:
+            offset = self.recipe.get("heads", (0,))[0]
+            recipe = {**self.recipe, "heads": (offset + start, offset + stop)}
+        return BandPattern(self.intervals[start:stop], self.span, recipe)
+
+    def mask(
+        self,
+        query_len: int,
+        key_len: int | None = None,
+        *,
+        query_start: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Dense mask, bool `[num_heads, query_len, key_len]`, True where the query sees the key.
+
+        Args:
+            query_len: number of queries Q.
+            key_len: number of keys K; default `query_len`.
+            query_start: position of the first query; default `key_len - query_len` (the queries are the last positions).
+            device: device of the mask.
+        """
+        query_len = _integer("query_len", query_len)
+        key_len = query_len if key_len is None else _integer("key_len", key_len)
+        if query_len < 0 or key_len < 0:
+            raise ValueError(
+                f"`query_len` and `key_len` must not be negative, got {query_len} and {key_len}"
+            )
+        if query_start is None:
+            if query_len > key_len:
+                raise ValueError(
+                    f"`query_len` must be at most `key_len` when `query_start` is not given, "
+                    f"got {query_len} and {key_len}"
+                )
+            query_start = key_len - query_len
+        positions = torch.arange(query_len, device=device) + query_start
+        distance = positions[:, None] - torch.arange(key_len, device=device)
+        return in_bands(distance, self.intervals)
+
+    def pairs(self, seq_len: int) -> tuple[int, ...]:
+        """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the unit of work."""
+        seq_len = _integer("seq_len", seq_len)
+        if seq_len < 0:
+            raise ValueError(f"`seq_len` must not be negative, got {seq_len}")
+
+        def at_least(distance: int) -> int:
+            rows = max(0, seq_len - distance)
+            return rows * (rows + 1) // 2
+
+        return tuple(
+            sum(at_least(near) - at_least(far) for near, far in head) for head in self.intervals
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary for JSON: version, span and resolved intervals; the constructor's arguments beside them."""
+        return {
+            "version": FORMAT_VERSION,
+            "span": self.span,
+            "intervals": [[list(interval) for interval in head] for head in self.intervals],
+            "recipe": None if self.recipe is None else _plain(self.recipe),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BandPattern:
+        """The pattern that `to_dict` wrote. The intervals are what counts; the recipe is kept for reading.
+
+        Raises:
+            ValueError: if the version is not known, or an entry is missing or breaks a rule of `BandPattern`.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a pattern must be a mapping, got {type(data).__name__}")
+        version = data.get("version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"the pattern's `version` must be {FORMAT_VERSION} (the one this library writes), got {version!r}"
+            )
+        missing = [name for name in ("span", "intervals") if name not in data]
+        if missing:
+            raise ValueError(f"the pattern lacks {missing}, got the entries {sorted(data)}")
+        return cls(data["intervals"], data["span"], data.get("recipe"))
+
+    def __repr__(self) -> str:
+        if self.recipe is None:
+            return f"BandPattern(intervals={self.intervals}, span={self.span})"
+        arguments = {k: v for k, v in self.recipe.items() if k not in ("name", "heads")}
+        text = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+        part = self.recipe.get("heads")
+        suffix = f".heads({part[0]}, {part[1]})" if part else ""
+        return f"BandPattern.{self.recipe['name']}({text}){suffix}"
+
+
+def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
+    """Where a distance lies in a head's intervals: int `[..., Q, K]` to bool `[..., num_heads, Q, K]`."""
+    heads = []
+    for head in intervals:
+        seen = torch.zeros_like(distance, dtype=torch.bool)
+        for near, far in head:
+            seen = seen | ((distance >= near) & (distance < far))
+        heads.append(seen)
+    return torch.stack(heads, dim=-3)
+
+
+def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> tuple[int, ...]:
+    """The H + 1 edges of the bands; head h's band is `[edges[h], edges[h + 1])`. Names as in `exclusive`."""
+    if first is not None:
+        first = _integer("first", first)
+        if widths != "geometric":
+            raise ValueError(f'`first` is only for `widths="geometric"`, got widths={widths!r}')
+        if not 1 <= first <= span:
+            raise ValueError(f"`first` must be between 1 and `span` = {span}, got {first}")
+    if isinstance(widths, str):
+        if widths == "uniform":
+            width, extra = divmod(span, num_heads)
+            return tuple(h * width + min(h, extra) for h in range(num_heads + 1))
+        if widths == "geometric":
+            return _geometric_edges(num_heads, span, first or max(1, span // 128))
+        if widths == "equal_work":
+            return tuple(
+                round(span * (1 - math.sqrt(1 - h / num_heads))) for h in range(num_heads + 1)
+            )
+        raise ValueError(
+            f'`widths` must be "uniform", "geometric", "equal_work" or a sequence of edges, got {widths!r}'
+        )
+    edges = tuple(_integer("widths", edge) for edge in widths)
+    if len(edges) != num_heads + 1:
+        raise ValueError(
+            f"`widths` must hold num_heads + 1 = {num_heads + 1} edges, got {len(edges)}"
+        )
+    if edges[0] != 0 or edges[-1] != span or any(a > b for a, b in zip(edges, edges[1:])):
+        raise ValueError(
+            f"`widths` as edges must run from 0 to `span` = {span} and never decrease, got {edges}"
+        )
+    return edges
+
+
+def _geometric_edges(num_heads: int, span: int, first: int) -> tuple[int, ...]:
+    edges = [0]
+    for h in range(1, num_heads):
+        edge = round(first * (span / first) ** ((h - 1) / (num_heads - 1)))
+        edges.append(min(span, max(edges[-1] + 1, edge)))
+    return (*edges, span)
+
+
+def _local_windows(
+    num_heads: int, span: int, widths: Widths, local: int | Sequence[int] | None
+) -> tuple[int, ...]:
+    if local is None:
+        if widths == "geometric":
+            return (min(span, max(128, span // 32)),) * num_heads
+        edges = band_edges(num_heads, span, "uniform", None)
+        return tuple(far - near + 1 for near, far in zip(edges, edges[1:]))
+    if isinstance(local, Sequence):
+        windows = tuple(_integer("local", window) for window in local)
+        if len(windows) != num_heads:
+            raise ValueError(
+                f"`local` must be one size or one per head ({num_heads}), got {len(windows)}"
+            )
+    else:
+        windows = (_integer("local", local),) * num_heads
+    if min(windows) < 0:
+        raise ValueError(f"`local` must not be negative, got {local}")
+    return windows
+
+
+def _merged(intervals: Sequence[Interval], span: int) -> tuple[Interval, ...]:
+    """Clipped to `[0, span)`, empty ones dropped, those that overlap or touch joined."""
+    merged: list[Interval] = []
+    for near, far in sorted((near, min(far, span)) for near, far in intervals):
+        if near >= far:
+            continue
+        if merged and near <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(far, merged[-1][1]))
+        else:
+            merged.append((near, far))
+    return tuple(merged)
+
+
+def _check_head(head: int, intervals: tuple[Interval, ...], span: int) -> None:
+    where = f"`intervals` of head {head}"
+    if len(intervals) > MAX_INTERVALS:
+        raise ValueError(f"{where} must be at most {MAX_INTERVALS}, got {len(intervals)}")
+    for near, far in intervals:
+        if near < 0:
+            raise ValueError(f"{where} must not be negative, got ({near}, {far})")
+        if near >= far:
+            raise ValueError(f"{where} must not be empty (near < far), got ({near}, {far})")
+        if far > span:
+            raise ValueError(f"{where} must end within `span` = {span}, got ({near}, {far})")
+    for (_, far), (near, _) in zip(intervals, intervals[1:]):
+        if near <= far:
+            raise ValueError(
+                f"{where} must be sorted and apart (join those that overlap or touch), got {intervals}"
+            )
+
+
+def _check_size(num_heads: int, span: int) -> None:
+    if _integer("num_heads", num_heads) < 1:
+        raise ValueError(f"`num_heads` must be at least 1, got {num_heads}")
+    if _integer("span", span) < 1:
+        raise ValueError(f"`span` must be at least 1, got {span}")
+
+
+def _heads(intervals: Any) -> Intervals:
+    try:
+        pairs = [[(near, far) for near, far in head] for head in intervals]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`intervals` must be, per head, a sequence of pairs (near, far), got {intervals!r}"
+        ) from None
+    integer = partial(_integer, "intervals")
+    return tuple(tuple((integer(near), integer(far)) for near, far in head) for head in pairs)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"`{name}` must be an integer, got {value!r}") from None
+
+
+def _recipe(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"name": name} | _plain({k: v for k, v in arguments.items() if v is not None})
+
+
+def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Sequences as lists of ints, so that JSON reads back what was written."""
+    return {
+        k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
+        for k, v in recipe.items()
+    }

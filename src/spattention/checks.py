@@ -1,0 +1,296 @@
+"""Every error about what a user passes to an operator: its shape, dtype, device and, on the CPU, its values.
+
+Each message names the argument, the rule and the value given. Values of device tensors are not read here, because
+that would wait for the device; `validate` reads them on request.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .bands import BandPattern
+
+
+def check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float | None,
+    sinks: torch.Tensor | None,
+    query_start: int | torch.Tensor | None,
+    key_start: torch.Tensor | None,
+) -> None:
+    """Arguments of `band_attention`; raises `ValueError`."""
+    _check_tensors(query, key, value, pattern, form="[B, H, length, D]", dims=4, head_dim_axis=1)
+    _check_scale_and_sinks(query, pattern, scale, sinks)
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    if key.shape[0] != batch or value.shape[0] != batch:
+        raise ValueError(
+            f"`key` and `value` must have query's batch size {batch}, got {key.shape[0]} and {value.shape[0]}"
+        )
+    if value.shape[2] != keys:
+        raise ValueError(f"`value` must have as many tokens as `key`, {keys}, got {value.shape[2]}")
+    _check_query_start(query, queries, keys, query_start)
+    if key_start is not None:
+        _check_index_tensor("key_start", key_start, query)
+        if tuple(key_start.shape) not in ((batch,), (batch, queries)):
+            raise ValueError(
+                f"`key_start` must be [B] = [{batch}] or [B, Q] = [{batch}, {queries}], "
+                f"got {list(key_start.shape)}"
+            )
+        if _readable(key_start):
+            _check_key_start_values(key_start)
+
+
+def check_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Arguments of `band_attention_varlen`; raises `ValueError`."""
+    _check_tensors(query, key, value, pattern, form="[T, H, D]", dims=3, head_dim_axis=1)
+    _check_scale_and_sinks(query, pattern, scale, sinks)
+    if value.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"`value` must have as many tokens as `key`, {key.shape[0]}, got {value.shape[0]}"
+        )
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_index_tensor(name, offsets, query)
+        if offsets.dim() != 1 or offsets.shape[0] < 2:
+            raise ValueError(
+                f"`{name}` must be [documents + 1] with at least one document, got shape {list(offsets.shape)}"
+            )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"`cu_seqlens_q` and `cu_seqlens_k` must name the same documents, "
+            f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
+        )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, torch.Tensor):
+            raise ValueError(f"`{name}` must be an int, got a tensor")
+        if longest < 0:
+            raise ValueError(f"`{name}` must not be negative, got {longest}")
+    if _readable(cu_seqlens_q) and _readable(cu_seqlens_k):
+        _check_cu_seqlens_values(
+            query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        )
+
+
+def validate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    sinks: torch.Tensor | None = None,
+    query_start: int | torch.Tensor | None = None,
+    key_start: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> None:
+    """Check everything, values on any device included. Waits for the device; for debugging, not for a hot path.
+
+    Arguments are those of `band_attention`, or of `band_attention_varlen` when `cu_seqlens_q` is given.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value given.
+    """
+    if cu_seqlens_q is None:
+        check_attention(
+            query,
+            key,
+            value,
+            pattern,
+            scale=None,
+            sinks=sinks,
+            query_start=query_start,
+            key_start=key_start,
+        )
+        if key_start is not None:
+            _check_key_start_values(key_start)
+        if isinstance(query_start, torch.Tensor):
+            _check_query_start_values(query_start)
+        return
+    if cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+        raise ValueError(
+            "`cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k` must be given with `cu_seqlens_q`, got None"
+        )
+    check_varlen(
+        query,
+        key,
+        value,
+        pattern,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=None,
+        sinks=sinks,
+    )
+    _check_cu_seqlens_values(
+        query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
+
+
+def _check_tensors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    form: str,
+    dims: int,
+    head_dim_axis: int,
+) -> None:
+    if not isinstance(pattern, BandPattern):
+        raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != dims:
+            raise ValueError(f"`{name}` must be {form}, got shape {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"`{name}` must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(
+                f"`{name}` must be on query's device {query.device}, got {tensor.device}"
+            )
+    heads, key_heads = query.shape[head_dim_axis], key.shape[head_dim_axis]
+    if pattern.num_heads != heads:
+        raise ValueError(f"`pattern` has {pattern.num_heads} heads but `query` has {heads}")
+    if key_heads == 0 or heads % key_heads != 0:
+        raise ValueError(
+            f"query's {heads} heads must be a multiple of key's heads, got {key_heads} in `key`"
+        )
+    if value.shape[head_dim_axis] != key_heads:
+        raise ValueError(
+            f"`value` must have as many heads as `key`, {key_heads}, got {value.shape[head_dim_axis]}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"`key` must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        raise ValueError(
+            f"head_dim must be at least 1, got {query.shape[-1]} in `query` and {value.shape[-1]} in `value`"
+        )
+
+
+def _check_scale_and_sinks(
+    query: torch.Tensor,
+    pattern: BandPattern,
+    scale: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    if isinstance(scale, torch.Tensor):
+        raise ValueError("`scale` must be a float, got a tensor")
+    if sinks is None:
+        return
+    if sinks.dim() != 1 or sinks.shape[0] != pattern.num_heads:
+        raise ValueError(f"`sinks` must be [H] = [{pattern.num_heads}], got {list(sinks.shape)}")
+    if sinks.dtype not in (query.dtype, torch.float32):
+        raise ValueError(
+            f"`sinks` must have query's dtype {query.dtype} or float32, got {sinks.dtype}"
+        )
+    if sinks.device != query.device:
+        raise ValueError(f"`sinks` must be on query's device {query.device}, got {sinks.device}")
+
+
+def _check_query_start(
+    query: torch.Tensor, queries: int, keys: int, query_start: int | torch.Tensor | None
+) -> None:
+    if query_start is None:
+        if queries > keys:
+            raise ValueError(
+                f"`query` must not have more tokens than `key` when `query_start` is not given, "
+                f"got {queries} and {keys}"
+            )
+    elif isinstance(query_start, torch.Tensor):
+        _check_index_tensor("query_start", query_start, query)
+        if tuple(query_start.shape) not in ((), (query.shape[0],)):
+            raise ValueError(
+                f"`query_start` must be an int, [] or [B] = [{query.shape[0]}], "
+                f"got shape {list(query_start.shape)}"
+            )
+        if _readable(query_start):
+            _check_query_start_values(query_start)
+    elif isinstance(query_start, (bool, float)):
+        raise ValueError(f"`query_start` must be an int or an int32 tensor, got {query_start!r}")
+    elif query_start < 0:
+        raise ValueError(f"`query_start` must not be negative, got {query_start}")
+
+
+def _check_index_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"`{name}` must be an int32 tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"`{name}` must be int32, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"`{name}` must be on query's device {query.device}, got {tensor.device}")
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether reading values costs no wait for a device and no break of a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_query_start_values(query_start: torch.Tensor) -> None:
+    if query_start.numel() and int(query_start.min()) < 0:
+        raise ValueError(f"`query_start` must not be negative, got {int(query_start.min())}")
+
+
+def _check_key_start_values(key_start: torch.Tensor) -> None:
+    if key_start.dim() == 2 and key_start.shape[1] > 1:
+        falls = key_start.diff(dim=1) < 0
+        if bool(falls.any()):
+            row, column = falls.nonzero()[0].tolist()
+            before, after = key_start[row, column : column + 2].tolist()
+            raise ValueError(
+                f"`key_start` must never decrease along a row, got {before} then {after} in row {row}"
+            )
+
+
+def _check_cu_seqlens_values(
+    query_tokens: int,
+    key_tokens: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    lengths = []
+    for name, offsets, tokens, limit, limit_name in (
+        ("cu_seqlens_q", cu_seqlens_q.tolist(), query_tokens, max_seqlen_q, "max_seqlen_q"),
+        ("cu_seqlens_k", cu_seqlens_k.tolist(), key_tokens, max_seqlen_k, "max_seqlen_k"),
+    ):
+        if offsets[0] != 0:
+            raise ValueError(f"`{name}` must start at 0, got {offsets[0]}")
+        for before, after in zip(offsets, offsets[1:]):
+            if after < before:
+                raise ValueError(f"`{name}` must never decrease, got {before} then {after}")
+        if offsets[-1] != tokens:
+            raise ValueError(
+                f"`{name}` must end at the number of tokens, {tokens}, got {offsets[-1]}"
+            )
+        lengths.append([after - before for before, after in zip(offsets, offsets[1:])])
+        if max(lengths[-1]) > limit:
+            raise ValueError(
+                f"`{limit_name}` must be at least the longest document, {max(lengths[-1])}, got {limit}"
+            )
+    for document, (queries, keys) in enumerate(zip(*lengths)):
+        if queries > keys:
+            raise ValueError(
+                f"`cu_seqlens_q` must not give a document more queries than keys, "
+                f"got {queries} and {keys} in document {document}"
+            )

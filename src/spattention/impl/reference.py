@@ -1,0 +1,110 @@
+"""The specification: a dense mask and a softmax, in any dtype up to float64, differentiable by autograd.
+
+Memory is O(H * Q * K). Half precision is computed in float32. Keys that no query sees are never read: they may be NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..bands import BandPattern, in_bands
+from .layout import empty_like_query, lse_dtype
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    query_start: int | torch.Tensor,
+    key_start: torch.Tensor | None,
+    deterministic: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
+    keys = torch.arange(key.shape[2], device=query.device)
+    start = torch.as_tensor(query_start, device=query.device).reshape(-1, 1)
+    positions = start + torch.arange(query.shape[2], device=query.device)  # [B or 1, Q]
+    mask = in_bands(positions[:, :, None] - keys, pattern.intervals)  # [B or 1, H, Q, K]
+    if key_start is not None:
+        first = key_start if key_start.dim() == 2 else key_start[:, None]
+        mask = mask & (keys >= first[:, :, None])[:, None]
+    return _masked_attention(query, key, value, mask, scale, sinks)
+
+
+def attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    deterministic: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[T, H, D]` packed documents; arguments and results as in `spattention.band_attention_varlen`."""
+    query_document, query_offset = _place(query.shape[0], cu_seqlens_q)
+    key_document, key_position = _place(key.shape[0], cu_seqlens_k)
+    lengths_ahead = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()
+    # Tokens past the last document belong to none: index 0 only keeps the gather in bounds.
+    inside = query_document < len(lengths_ahead)
+    query_position = query_offset + lengths_ahead[query_document * inside]
+    mask = in_bands(query_position[:, None] - key_position, pattern.intervals)  # [H, T, T]
+    mask = mask & (query_document[:, None] == key_document) & inside[:, None]
+    out, lse = _masked_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        mask[None],
+        scale,
+        sinks,
+    )
+    return out[0].transpose(0, 1), lse[0]
+
+
+def _place(total: int, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The document of each token and the token's position in it, both `[T]`."""
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
+    return document, tokens - cu_seqlens.long()[document]
+
+
+def _masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = lse_dtype(query)
+    group = query.shape[1] // key.shape[1]
+    seen = mask.any(dim=2)[..., None]  # [B or 1, H, K, 1]
+    q = query.to(dtype)
+    k = key.to(dtype).repeat_interleave(group, dim=1).where(seen, 0.0)
+    v = value.to(dtype).repeat_interleave(group, dim=1).where(seen, 0.0)
+
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
+        scores = scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        v = v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    highest = scores.detach().amax(dim=-1, keepdim=True)
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (highest + torch.log(total)).masked_fill(empty, -torch.inf)
+    result = (weights / total)[..., : v.shape[2]] @ v
+
+    out = empty_like_query(query, value.shape[-1])
+    return out.copy_(result), lse[..., 0]
