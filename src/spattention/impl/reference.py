@@ -24,13 +24,7 @@ def attend(
     deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    keys = torch.arange(key.shape[2], device=query.device)
-    start = torch.as_tensor(query_start, device=query.device).reshape(-1, 1)
-    positions = start + torch.arange(query.shape[2], device=query.device)  # [B or 1, Q]
-    mask = in_bands(positions[:, :, None] - keys, pattern.intervals)  # [B or 1, H, Q, K]
-    if key_start is not None:
-        first = key_start if key_start.dim() == 2 else key_start[:, None]
-        mask = mask & (keys >= first[:, :, None])[:, None]
+    mask = row_mask(query, key, pattern, query_start, key_start)
     return _masked_attention(query, key, value, mask, scale, sinks)
 
 
@@ -49,23 +43,52 @@ def attend_varlen(
     deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[T, H, D]` packed documents; arguments and results as in `spattention.band_attention_varlen`."""
-    query_document, query_offset = _place(query.shape[0], cu_seqlens_q)
-    key_document, key_position = _place(key.shape[0], cu_seqlens_k)
-    lengths_ahead = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()
-    # Tokens past the last document belong to none: index 0 only keeps the gather in bounds.
-    inside = query_document < len(lengths_ahead)
-    query_position = query_offset + lengths_ahead[query_document * inside]
-    mask = in_bands(query_position[:, None] - key_position, pattern.intervals)  # [H, T, T]
-    mask = mask & (query_document[:, None] == key_document) & inside[:, None]
+    mask = packed_mask(query, key, pattern, cu_seqlens_q, cu_seqlens_k)
     out, lse = _masked_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
         value.transpose(0, 1)[None],
-        mask[None],
+        mask,
         scale,
         sinks,
     )
     return out[0].transpose(0, 1), lse[0]
+
+
+def row_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pattern: BandPattern,
+    query_start: int | torch.Tensor,
+    key_start: torch.Tensor | None,
+) -> torch.Tensor:
+    """Which keys each query of `band_attention` sees: bool `[B or 1, H, Q, K]`."""
+    keys = torch.arange(key.shape[2], device=query.device)
+    start = torch.as_tensor(query_start, device=query.device).reshape(-1, 1)
+    positions = start + torch.arange(query.shape[2], device=query.device)  # [B or 1, Q]
+    mask = in_bands(positions[:, :, None] - keys, pattern.intervals)
+    if key_start is not None:
+        first = key_start if key_start.dim() == 2 else key_start[:, None]
+        mask = mask & (keys >= first[:, :, None])[:, None]
+    return mask
+
+
+def packed_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pattern: BandPattern,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> torch.Tensor:
+    """Which keys each query of `band_attention_varlen` sees: bool `[1, H, T, T_k]`."""
+    query_document, query_offset = _place(query.shape[0], cu_seqlens_q)
+    key_document, key_position = _place(key.shape[0], cu_seqlens_k)
+    keys_before = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()
+    # Tokens past the last document belong to none: index 0 only keeps the gather in bounds.
+    inside = query_document < len(keys_before)
+    query_position = query_offset + keys_before[query_document * inside]
+    mask = in_bands(query_position[:, None] - key_position, pattern.intervals)
+    return (mask & (query_document[:, None] == key_document) & inside[:, None])[None]
 
 
 def _place(total: int, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
