@@ -1,0 +1,625 @@
+"""Bands as an attention implementation of Transformers, and their application to a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import band_attention, band_attention_varlen
+from ..bands import BandPattern
+from .config import NAME, Section, read_section, section_of
+from .mask import Rows, add_restarts, decode, dense_mask, rows_mask
+
+OWN_IMPLEMENTATIONS = ("sdpa", "eager")
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+# Keywords that models pass on to their attention functions although they do not say who attends whom.
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",  # read where the mask is made and in `_before_forward`
+        "return_dict",
+        "seq_idx",  # the documents of `position_ids`, for layers that are not attention
+        "sliding_window",  # a layer with a pattern has no window of its own any more
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention module does.
+
+    Attributes:
+        pattern: its bands; None for a layer that keeps its own attention.
+        own: the implementation of its own attention, "sdpa" or "eager", when there is no pattern.
+    """
+
+    pattern: BandPattern | None
+    own: str = "sdpa"
+
+
+def register() -> None:
+    """Make `attn_implementation="spattention"` known to Transformers, for this process. Calling it again does nothing.
+
+    Call it before loading a model that was saved with bands. From then on an attention module that is built from a
+    config with a `config.spattention` section gets its pattern, and its sinks before weights are loaded into them.
+    """
+    if NAME in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, rows_mask)
+    register_module_module_registration_hook(_adopt)
+    # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that it does not know
+    # uninitialised. There is no public place to be stricter.
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+    PreTrainedModel._adjust_missing_and_unexpected_keys = _with_strict_sinks(adjust)
+
+
+def apply(
+    model: Any,
+    pattern: BandPattern | Sequence[BandPattern | None],
+    *,
+    layers: Iterable[int] | None = None,
+    sinks: bool = False,
+) -> Any:
+    """Give the attention layers of a causal language model their bands, in place.
+
+    Args:
+        model: a Transformers causal language model, or a vision-language model, of which only the text decoder changes.
+        pattern: one for all layers in question, or one per layer; None leaves that layer alone. Its heads are the
+            layer's query heads; under tensor parallelism a rank's part, `pattern.heads(start, stop)`.
+        layers: indices of the text layers in question; default all. With this default a single pattern leaves layers
+            with a sliding window of their own alone; naming a layer, or giving it a pattern of its own, replaces its
+            window.
+        sinks: give each layer with a pattern a parameter `sinks [H]`, zero at first: learned logits that join the
+            softmax's denominator. Sinks that are there already keep their values.
+
+    Returns:
+        The same model. `config.spattention` describes what was done and is saved with the model. Layers left alone
+        keep the implementation that the model had, "sdpa" or "eager" ("sdpa" after loading).
+
+    Raises:
+        ValueError: if the model is not causal, does not use Transformers' attention interface, caps its scores or
+            returns attention weights, if heads do not match, or if a layer cannot give up its sliding window.
+    """
+    register()
+    model_config = getattr(model, "config", None)
+    if model_config is None or not hasattr(model_config, "get_text_config"):
+        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    text_config = model_config.get_text_config()
+    modules = _attention_modules(model, text_config)
+    _check_model(model, text_config, modules)
+    chosen, explicit = _patterns_by_layer(text_config, modules, pattern, layers)
+    if all(entry is None for entry in chosen):
+        raise ValueError(
+            "`pattern` must be given to at least one layer, but every layer in question has a sliding window of its "
+            "own; name them in `layers` to replace it"
+        )
+    for index, entry in enumerate(chosen):
+        if entry is not None:
+            _check_heads(model, text_config, modules, index, entry)
+    own = _own_implementation(text_config, modules, chosen)
+    configs = _text_configs(model, text_config, modules)
+    _replace_windows(model, configs, modules, chosen, explicit)
+
+    section = section_of(chosen, sinks)
+    for config in configs:
+        config.spattention = section
+        config._attn_implementation_internal = NAME
+        config.attn_implementation = NAME  # this name is what is saved, and honoured on load
+    if all(config is not model_config for config in configs):
+        names = [key for key in model_config.sub_configs if getattr(model_config, key) in configs]
+        model_config.attn_implementation = dict.fromkeys(names, NAME)
+    for index, module in modules.items():
+        _equip(module, LayerPlan(chosen[index], own), sinks)
+    return model
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of `attn_implementation="spattention"`.
+
+    Args:
+        module: the attention module, which knows its pattern.
+        query: `[B, H, Q, D]`.
+        key: `[B, Hkv, K, D]`, the cache already in it; value alike.
+        value: `[B, Hkv, K, Dv]`.
+        attention_mask: what `rows_mask` made.
+        scaling: factor of the scores.
+        dropout: must be 0.
+        keywords: whatever the model passes: honoured, known to have no effect here, or refused.
+
+    Returns:
+        `([B, Q, H, Dv], None)`.
+    """
+    plan = _plan(module)
+    if plan is None:
+        raise ValueError(
+            '`attn_implementation="spattention"` needs a pattern for every attention module: call '
+            f"`spattention.hf.apply`, or set `config.spattention` before the model is built; got none for "
+            f"{type(module).__name__}"
+        )
+    rows = decode(attention_mask)
+    if plan.pattern is None:
+        return _own_attention(plan.own, module, query, key, value, rows, scaling, dropout, keywords)
+    _check_keywords(module, dropout, keywords)
+    if query.shape[1] != plan.pattern.num_heads:
+        raise ValueError(
+            f"`pattern` has {plan.pattern.num_heads} heads but `query` has {query.shape[1]}: under tensor parallelism "
+            "give each rank its part, `pattern.heads(start, stop)`"
+        )
+    sinks = _sinks(module, keywords)
+    if keywords.get("cu_seq_lens_q") is not None:
+        out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
+    else:
+        out = band_attention(
+            query,
+            key,
+            value,
+            plan.pattern,
+            scale=scaling,
+            sinks=sinks,
+            query_start=rows.query_start,
+            key_start=rows.key_start,
+        )
+    return out.transpose(1, 2), None
+
+
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    rows: Rows,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+    keywords: dict[str, Any],
+) -> torch.Tensor:
+    """Documents flattened into one row, with FlashAttention's offsets."""
+    missing = [name for name in PACKING if keywords.get(name) is None]
+    if missing:
+        raise ValueError(f"`cu_seq_lens_q` must come with all of {list(PACKING)}, got no {missing}")
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2] or rows.query_start is not None:
+        raise ValueError(
+            "`cu_seq_lens_q` must describe one row [1, T] without a filled cache, "
+            f"got {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
+        )
+    if rows.key_start is not None and rows.key_start.dim() == 1 and query.shape[2] > 1:
+        raise ValueError("`attention_mask` must be None with `cu_seq_lens_q`, got a padding mask")
+    out = band_attention_varlen(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        pattern,
+        keywords["cu_seq_lens_q"].to(torch.int32),
+        keywords["cu_seq_lens_k"].to(torch.int32),
+        int(keywords["max_length_q"]),
+        int(keywords["max_length_k"]),
+        scale=scaling,
+        sinks=sinks,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out.transpose(0, 1)[None]
+
+
+def _own_attention(
+    implementation: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Rows,
+    scaling: float | None,
+    dropout: float,
+    keywords: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer without a pattern: the model's own implementation, with the mask that it would have had."""
+    offsets = keywords.get("cu_seq_lens_k")
+    if offsets is not None and rows.key_start is None:
+        tokens = torch.arange(key.shape[2], device=key.device)
+        document = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
+        rows = Rows(offsets[document.clamp(max=len(offsets) - 1)][None], rows.query_start)
+    window = keywords.get("sliding_window")
+    mask = dense_mask(rows, query.shape[2], key.shape[2], window, query.device)
+    # SDPA knows no sinks and no caps, and models that have them say so by keyword.
+    if implementation == "eager" or keywords.get("s_aux") is not None or keywords.get("softcap"):
+        forward = sys.modules[type(module).__module__].eager_attention_forward
+        if mask is None:
+            mask = dense_mask(
+                Rows(torch.zeros_like(query[:, 0, 0, 0], dtype=torch.int32)),
+                query.shape[2],
+                key.shape[2],
+                window,
+                query.device,
+            )
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+    else:
+        forward = ALL_ATTENTION_FUNCTIONS[implementation]
+    return forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **keywords)
+
+
+def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str, Any]) -> None:
+    if dropout > 0:
+        raise ValueError(
+            f"attention dropout must be 0 for spattention, got {dropout}: set `config.attention_dropout` to 0"
+        )
+    if keywords.get("output_attentions"):
+        raise ValueError(
+            "`output_attentions` must be False for spattention, which never forms the weights, got True"
+        )
+    if keywords.get("softcap") is not None:
+        raise ValueError(f"`softcap` must be None for spattention, got {keywords['softcap']}")
+    if not getattr(module, "is_causal", True) or keywords.get("is_causal") is False:
+        raise ValueError("the model must be causal for spattention, got `is_causal=False`")
+    known = {"is_causal", "output_attentions", "s_aux", "softcap", *PACKING}
+    for name, given in keywords.items():
+        if (
+            name not in known
+            and name not in WITHOUT_EFFECT
+            and given is not None
+            and given is not False
+        ):
+            raise ValueError(
+                f"`{name}` is a keyword that spattention does not know and cannot honour; it must be None, "
+                f"got {type(given).__name__}"
+            )
+
+
+def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | None:
+    """The layer's sinks, its own (`s_aux`, as in gpt-oss) or those that `apply` gave it, in at least float32."""
+    sinks = keywords.get("s_aux")
+    if sinks is None and _has_sinks(module):
+        sinks = module.sinks
+    if sinks is None or sinks.dtype == torch.float64:
+        return sinks
+    return sinks.float()
+
+
+def _before_forward(
+    module: torch.nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What the attention function cannot see: the cache, and with a cache documents packed inside a row.
+
+    Transformers looks for documents in `position_ids` only when there is no cache, yet a model makes a cache by
+    default; without this, packed rows would leak from one document into the next.
+    """
+    plan, section = _plan(module), read_section(module.config)
+    if plan is None or module.config._attn_implementation != NAME or section is None:
+        return None
+    cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
+    if cache is None:
+        return None
+    if plan.pattern is not None:
+        _check_cache(cache, module.layer_idx, plan.pattern)
+    position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
+    if (
+        position_ids is None
+        or position_ids.dim() != 2
+        or position_ids.shape[1] == 1
+        or (mask is not None and mask.shape[2:] != (1, 2))
+    ):
+        return None
+    hidden = args[0] if args else keywords["hidden_states"]
+    length = cache.get_seq_length(module.layer_idx)
+    key_len = 0 if isinstance(length, torch.Tensor) else length + position_ids.shape[1]
+    mask = add_restarts(mask, position_ids, hidden.shape[0], key_len)
+    return args, {**keywords, "attention_mask": mask}
+
+
+def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
+    """A cache belongs to the pattern that filled it: deeper keys were computed through it."""
+    if layer < len(cache.layers) and getattr(cache.layers[layer], "is_sliding", False):
+        raise ValueError(
+            f"`past_key_values` must keep every key for spattention, got a sliding window in layer {layer}"
+        )
+    filled_by = getattr(cache, NAME, None)
+    if filled_by is None:
+        filled_by = {}
+        setattr(cache, NAME, filled_by)
+    known = filled_by.get(layer)
+    if known == pattern:
+        return
+    length = cache.get_seq_length(layer)
+    if isinstance(length, torch.Tensor):
+        # A compiled graph cannot read the length of a static cache; one that nobody has marked counts as new.
+        length = int(known is not None) if torch.compiler.is_compiling() else int(length)
+    if length > 0:
+        raise ValueError(
+            f"`past_key_values` must have been filled under this layer's pattern {pattern}, "
+            f"got {'another attention' if known is None else known} in layer {layer}"
+        )
+    filled_by[layer] = pattern
+
+
+def _adopt(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+    """Runs when any module gets a child: an attention module whose config has the section gets its plan."""
+    if module is None or not _is_attention(module) or _plan(module) is not None:
+        return
+    section = read_section(module.config)
+    if section is None:
+        return
+    if module.config._attn_implementation != NAME:
+        raise ValueError(
+            '`attn_implementation` must be "spattention" for a model with `config.spattention`, got '
+            f'"{module.config._attn_implementation}", which would run it without its bands; '
+            "delete `config.spattention` if that is meant"
+        )
+    module.config.attn_implementation = (
+        NAME  # Transformers takes it off on load: the next save needs it
+    )
+    _equip(module, LayerPlan(section.layer_patterns[module.layer_idx]), section.sinks)
+
+
+def _equip(module: Any, plan: LayerPlan, sinks: bool) -> None:
+    if _has_sinks(module) and (plan.pattern is None or not sinks):
+        del module.sinks
+    had_sinks = _has_sinks(module)
+    module.spattention = plan
+    if plan.pattern is not None and sinks and not had_sinks:
+        if hasattr(module, "sinks"):
+            raise ValueError(
+                f"`sinks` must be False for {type(module).__name__}, which has sinks of its own, got True"
+            )
+        module.sinks = torch.nn.Parameter(_zeros(module, plan.pattern.num_heads))
+        module.sinks._is_hf_initialized = True  # Transformers' mark: not to be initialised again
+        module.has_spattention_sinks = True
+    if not any(hook is _before_forward for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def _zeros(module: torch.nn.Module, num_heads: int) -> torch.Tensor:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return torch.zeros(num_heads, dtype=parameter.dtype, device=parameter.device)
+    return torch.zeros(num_heads)
+
+
+def _has_sinks(module: torch.nn.Module) -> bool:
+    return getattr(module, "has_spattention_sinks", False)
+
+
+def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
+    @wraps(adjust)
+    def strict(self: Any, loading_info: Any) -> None:
+        for name, module in self.named_modules():
+            key = f"{name}.sinks"
+            if _plan(module) is None:
+                continue
+            if _has_sinks(module) and key in loading_info.missing_keys:
+                raise ValueError(
+                    f"the checkpoint must hold the sinks that `config.spattention` names, got no {key}"
+                )
+            if not _has_sinks(module) and key in loading_info.unexpected_keys:
+                raise ValueError(
+                    f"`config.spattention` must name the sinks that the checkpoint holds, got {key} "
+                    "in a layer without sinks"
+                )
+        adjust(self, loading_info)
+
+    return strict
+
+
+def _plan(module: torch.nn.Module) -> LayerPlan | None:
+    return getattr(module, NAME, None)
+
+
+def _is_attention(module: torch.nn.Module) -> TypeGuard[Any]:
+    """Whether a module is self-attention of a decoder layer, by what all of them have in Transformers."""
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "is_causal")
+        and hasattr(module, "config")
+        and not getattr(module, "is_cross_attention", False)
+    )
+
+
+def _attention_modules(model: Any, text_config: Any) -> dict[int, Any]:
+    """The text decoder's attention modules by layer index."""
+    modules: dict[int, Any] = {}
+    for module in model.modules():
+        if _is_attention(module) and type(module.config) is type(text_config):
+            if module.layer_idx in modules:
+                raise ValueError(
+                    f"`model` must have one attention module per text layer, got two with index {module.layer_idx}"
+                )
+            modules[module.layer_idx] = module
+    return modules
+
+
+def _text_configs(model: Any, text_config: Any, modules: dict[int, Any]) -> list[Any]:
+    """Every object that is the text config: parts of some models hold copies of it."""
+    found = {id(text_config): text_config}
+    for module in modules.values():
+        found[id(module.config)] = module.config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module.config) is type(text_config):
+            found[id(module.config)] = module.config
+    return list(found.values())
+
+
+def _check_model(model: Any, config: Any, modules: dict[int, Any]) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
+    if not modules:
+        raise ValueError(
+            f"`model` must have decoder self-attention that follows Transformers' attention interface, "
+            f"got {type(model).__name__}"
+        )
+    decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if any(
+        type(m.config) is type(config) and not m._can_set_attn_implementation() for m in decoders
+    ):
+        raise ValueError(
+            f"`model` must use Transformers' attention interface, which {type(model).__name__} does not"
+        )
+    if not getattr(config, "is_causal", True) or not all(m.is_causal for m in modules.values()):
+        raise ValueError("`model` must be causal, got bidirectional attention")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"`model` must not cap its scores, got attn_logit_softcapping = {config.attn_logit_softcapping}"
+        )
+    if model.config.output_attentions or config.output_attentions:
+        raise ValueError("`model` must not return attention weights, got output_attentions = True")
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"`model` must not attend in chunks, got attention_chunk_size = {chunk}")
+
+
+def _patterns_by_layer(
+    config: Any,
+    modules: dict[int, Any],
+    pattern: BandPattern | Sequence[BandPattern | None],
+    layers: Iterable[int] | None,
+) -> tuple[list[BandPattern | None], bool]:
+    """One entry per text layer, and whether the caller named the layers."""
+    count = config.num_hidden_layers
+    single = isinstance(pattern, BandPattern)
+    named = None if layers is None else list(layers)
+    if named is not None:
+        bad = [i for i in named if not (type(i) is int and 0 <= i < count)]
+        if bad or len(set(named)) != len(named):
+            raise ValueError(
+                f"`layers` must be distinct indices from 0 to {count - 1} of text layers, got {named}"
+            )
+    chosen: list[BandPattern | None] = [None] * count
+    if single:
+        where = sorted(modules) if named is None else named
+        for index in where:
+            if named is not None or _window(config, index) is None:
+                chosen[index] = pattern  # type: ignore[call-overload]
+    else:
+        where = list(range(count)) if named is None else named
+        if not isinstance(pattern, Sequence) or len(pattern) != len(where):
+            given = len(pattern) if isinstance(pattern, Sequence) else type(pattern).__name__
+            raise ValueError(
+                f"`pattern` must be a BandPattern or a sequence of one (or None) per layer, {len(where)}, got {given}"
+            )
+        for index, entry in zip(where, pattern):
+            if entry is not None and not isinstance(entry, BandPattern):
+                raise ValueError(
+                    f"`pattern` must hold BandPattern or None, got {type(entry).__name__} for layer {index}"
+                )
+            chosen[index] = entry
+        if all(entry is None for entry in chosen):
+            raise ValueError(
+                "`pattern` must hold at least one BandPattern, got None for every layer"
+            )
+    for index, entry in enumerate(chosen):
+        if entry is not None and index not in modules:
+            raise ValueError(
+                f"`layers` must name layers with softmax attention, got {index}, which has none"
+            )
+    return chosen, named is not None or not single
+
+
+def _check_heads(
+    model: Any, config: Any, modules: dict[int, Any], layer: int, pattern: BandPattern
+) -> None:
+    heads = config.num_attention_heads
+    part = pattern.recipe is not None and "heads" in pattern.recipe
+    if pattern.num_heads != heads and not (part and heads % pattern.num_heads == 0):
+        raise ValueError(
+            f"`pattern` has {pattern.num_heads} heads but layer {layer} of the model has {heads}"
+        )
+
+
+def _own_implementation(
+    config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
+) -> str:
+    """How layers without a pattern go on."""
+    own = config._attn_implementation
+    if own == NAME:
+        plans = [_plan(module) for module in modules.values()]
+        return next((plan.own for plan in plans if plan is not None), "sdpa")
+    if own not in OWN_IMPLEMENTATIONS:
+        if any(chosen[index] is None for index in modules):
+            raise ValueError(
+                f"`model` must have been loaded with attn_implementation in {OWN_IMPLEMENTATIONS} to leave layers "
+                f'alone, got "{own}"'
+            )
+        return "sdpa"
+    return own
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """A layer's own sliding window in tokens, None if it attends everything."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] == "full_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _replace_windows(
+    model: Any,
+    configs: Sequence[Any],
+    modules: dict[int, Any],
+    chosen: Sequence[BandPattern | None],
+    explicit: bool,
+) -> None:
+    """Layers with a sliding window that are given a pattern become full attention to the rest of the model."""
+    config = configs[0]
+    replaced = [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
+    if not replaced:
+        return
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        if len(replaced) != len(chosen):
+            raise ValueError(
+                "`pattern` must be given to all layers or none of a model whose one sliding window is that of every "
+                f"layer, got {len(replaced)} of {len(chosen)}"
+            )
+        for entry in configs:
+            entry.sliding_window = None
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(rope.get(kind), dict) for kind in set(types)):
+        _refuse_rope(replaced)
+    for entry in configs:
+        entry.layer_types = [
+            "full_attention" if i in replaced else kind for i, kind in enumerate(entry.layer_types)
+        ]
+    for parent in model.modules():
+        for child in parent.children():
+            if any(child is modules[i] for i in replaced):
+                for holder, name in ((parent, "attention_type"), (child, "layer_type")):
+                    if hasattr(holder, name):
+                        setattr(holder, name, "full_attention")
+    for index in replaced:
+        if hasattr(modules[index], "sliding_window"):
+            modules[index].sliding_window = None
+
+
+def _refuse_rope(layers: Sequence[int]) -> NoReturn:
+    raise ValueError(
+        "`pattern` must not replace a sliding window in a model whose positions are encoded differently there, "
+        f"got layers {list(layers)}"
+    )
+
+
+def _section(model: Any) -> Section | None:
+    return read_section(model.config.get_text_config())

@@ -1,0 +1,165 @@
+"""OLMoE presets: Transformers configs with a default pattern.
+
+chosen = preset("olmoe-tiny", vocab_size=2048, context=512)
+model = build(chosen)                    # shared_local bands
+dense = build(chosen, pattern=None)      # the same model without them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, OlmoeConfig
+
+from .bands import BandPattern
+from .hf import apply
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an OLMoE model; widths and lengths in features and tokens.
+
+    Attributes:
+        hidden: width of the residual stream.
+        layers: decoder layers.
+        heads: attention heads, of width `hidden // heads`.
+        experts: experts per layer.
+        experts_per_token: experts that each token visits.
+        expert_width: hidden width of one expert.
+        vocabulary: tokens known.
+        context: longest input; also the span of the default pattern.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    experts: int
+    experts_per_token: int
+    expert_width: int
+    vocabulary: int
+    context: int
+
+
+SHAPES = {
+    "olmoe-tiny": Shape(128, 4, 8, 8, 2, 128, 4096, 512),
+    # The paper gives no table of sizes; these reproduce its 1.75 billion parameters (DESIGN.md, section 7).
+    "olmoe-0.25b-1.75b": Shape(1024, 8, 8, 64, 8, 1024, 50304, 1024),
+    # OLMoE-1B-7B-0924. `OlmoeConfig()` differs: its expert width defaults to 2048.
+    "olmoe-1b-7b": Shape(2048, 16, 16, 64, 8, 1024, 50304, 4096),
+}
+
+
+class Preset(NamedTuple):
+    """A model to be built and the bands that it runs by default (`shared_local`, uniform widths)."""
+
+    config: OlmoeConfig
+    pattern: BandPattern
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a model: all, and those that one token uses (its experts and everything else)."""
+
+    total: int
+    active: int
+
+
+def preset(
+    name: str,
+    *,
+    vocab_size: int | None = None,
+    context: int | None = None,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+) -> Preset:
+    """The preset called `name`: "olmoe-tiny", "olmoe-0.25b-1.75b" or "olmoe-1b-7b".
+
+    Args:
+        name: which one.
+        vocab_size: tokens known, instead of the preset's.
+        context: longest input in tokens and span of the pattern, instead of the preset's.
+        num_layers: decoder layers, instead of the preset's.
+        num_heads: attention heads, instead of the preset's; must divide the hidden width.
+
+    Returns:
+        A fresh config, without special tokens and without dropout, and its pattern.
+
+    Raises:
+        ValueError: if the name is unknown or a size is not a positive integer that fits.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"`name` must be one of {list(SHAPES)}, got {name!r}")
+    shape = SHAPES[name]
+    vocabulary = _size("vocab_size", vocab_size, shape.vocabulary)
+    length = _size("context", context, shape.context)
+    layers = _size("num_layers", num_layers, shape.layers)
+    heads = _size("num_heads", num_heads, shape.heads)
+    if shape.hidden % heads:
+        raise ValueError(
+            f"`num_heads` must divide the hidden width {shape.hidden} of {name}, got {heads}"
+        )
+    config = OlmoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.expert_width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=length,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.experts_per_token,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attention_dropout=0.0,
+        # Tokenizers differ: whoever pairs the model with one sets these.
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Preset(config, BandPattern.shared_local(heads, length))
+
+
+def build(
+    chosen: Preset,
+    *,
+    pattern: BandPattern | None | str = "preset",
+    sinks: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A model with fresh weights, from torch's random state.
+
+    Args:
+        chosen: what `preset` returned.
+        pattern: "preset" for the preset's own, None for dense attention, or any other pattern.
+        sinks: whether layers with a pattern have sinks.
+        dtype: of the weights.
+
+    Returns:
+        An `OlmoeForCausalLM` in training mode, as Transformers builds it.
+    """
+    if isinstance(pattern, str) and pattern != "preset":
+        raise ValueError(f'`pattern` must be a BandPattern, None or "preset", got {pattern!r}')
+    model = AutoModelForCausalLM.from_config(
+        chosen.config, attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=dtype
+    )
+    bands = chosen.pattern if isinstance(pattern, str) else pattern
+    return model if bands is None else apply(model, bands, sinks=sinks)
+
+
+def count_parameters(config: OlmoeConfig) -> ParameterCount:
+    """Count on the meta device, without allocating the weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    unused = config.num_experts - config.num_experts_per_tok
+    return ParameterCount(total, total - experts * unused // config.num_experts)
+
+
+def _size(name: str, given: int | None, default: int) -> int:
+    if given is None:
+        return default
+    if type(given) is not int or given < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {given!r}")
+    return given
