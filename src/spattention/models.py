@@ -123,7 +123,7 @@ def preset(
 def build(
     chosen: Preset,
     *,
-    pattern: BandPattern | None | str = "preset",
+    pattern: BandPattern | str | None = "preset",
     sinks: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Any:

@@ -6,10 +6,10 @@ spa.hf.register()                                                            # b
 
 from __future__ import annotations
 
-try:
-    import transformers as _transformers
-except ImportError as error:
-    raise ImportError("`spattention.hf` needs Transformers: install `spattention[hf]`") from error
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ImportError("`spattention.hf` needs Transformers: install `spattention[hf]`")
 
 from .attention import apply, register
 from .config import NAME

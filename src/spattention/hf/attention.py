@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
-from .config import NAME, Section, read_section, section_of
+from .config import NAME, read_section, section_of
 from .mask import Rows, add_restarts, decode, dense_mask, rows_mask
 
 OWN_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -105,7 +105,7 @@ def apply(
     text_config = model_config.get_text_config()
     modules = _attention_modules(model, text_config)
     _check_model(model, text_config, modules)
-    chosen, explicit = _patterns_by_layer(text_config, modules, pattern, layers)
+    chosen = _patterns_by_layer(text_config, modules, pattern, layers)
     if all(entry is None for entry in chosen):
         raise ValueError(
             "`pattern` must be given to at least one layer, but every layer in question has a sliding window of its "
@@ -113,10 +113,10 @@ def apply(
         )
     for index, entry in enumerate(chosen):
         if entry is not None:
-            _check_heads(model, text_config, modules, index, entry)
+            _check_heads(text_config, index, entry)
     own = _own_implementation(text_config, modules, chosen)
     configs = _text_configs(model, text_config, modules)
-    _replace_windows(model, configs, modules, chosen, explicit)
+    _replace_windows(model, configs, modules, chosen)
 
     section = section_of(chosen, sinks)
     for config in configs:
@@ -176,7 +176,7 @@ def attention_forward(
     if keywords.get("cu_seq_lens_q") is not None:
         out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
     else:
-        out = band_attention(
+        result = band_attention(
             query,
             key,
             value,
@@ -186,6 +186,8 @@ def attention_forward(
             query_start=rows.query_start,
             key_start=rows.key_start,
         )
+        assert isinstance(result, torch.Tensor)  # no log-sum-exp was asked for
+        out = result
     return out.transpose(1, 2), None
 
 
@@ -244,22 +246,20 @@ def _own_attention(
         document = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
         rows = Rows(offsets[document.clamp(max=len(offsets) - 1)][None], rows.query_start)
     window = keywords.get("sliding_window")
-    mask = dense_mask(rows, query.shape[2], key.shape[2], window, query.device)
+    lengths = query.shape[2], key.shape[2]
+    plain = (
+        rows == Rows() and lengths[0] in (1, lengths[1]) and (window or lengths[1]) >= lengths[1]
+    )
+    mask: torch.Tensor | None
     # SDPA knows no sinks and no caps, and models that have them say so by keyword.
     if implementation == "eager" or keywords.get("s_aux") is not None or keywords.get("softcap"):
         forward = sys.modules[type(module).__module__].eager_attention_forward
-        if mask is None:
-            mask = dense_mask(
-                Rows(torch.zeros_like(query[:, 0, 0, 0], dtype=torch.int32)),
-                query.shape[2],
-                key.shape[2],
-                window,
-                query.device,
-            )
+        seen = dense_mask(rows, *lengths, window, query.device)
         lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+        mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, lowest)
     else:
         forward = ALL_ATTENTION_FUNCTIONS[implementation]
+        mask = None if plain else dense_mask(rows, *lengths, window, query.device)
     return forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **keywords)
 
 
@@ -301,7 +301,7 @@ def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | 
 
 
 def _before_forward(
-    module: torch.nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+    module: Any, args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """What the attention function cannot see: the cache, and with a cache documents packed inside a row.
 
@@ -356,7 +356,7 @@ def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
     filled_by[layer] = pattern
 
 
-def _adopt(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
     """Runs when any module gets a child: an attention module whose config has the section gets its plan."""
     if module is None or not _is_attention(module) or _plan(module) is not None:
         return
@@ -495,10 +495,9 @@ def _patterns_by_layer(
     modules: dict[int, Any],
     pattern: BandPattern | Sequence[BandPattern | None],
     layers: Iterable[int] | None,
-) -> tuple[list[BandPattern | None], bool]:
-    """One entry per text layer, and whether the caller named the layers."""
+) -> list[BandPattern | None]:
+    """One entry per text layer."""
     count = config.num_hidden_layers
-    single = isinstance(pattern, BandPattern)
     named = None if layers is None else list(layers)
     if named is not None:
         bad = [i for i in named if not (type(i) is int and 0 <= i < count)]
@@ -507,11 +506,11 @@ def _patterns_by_layer(
                 f"`layers` must be distinct indices from 0 to {count - 1} of text layers, got {named}"
             )
     chosen: list[BandPattern | None] = [None] * count
-    if single:
+    if isinstance(pattern, BandPattern):
         where = sorted(modules) if named is None else named
         for index in where:
             if named is not None or _window(config, index) is None:
-                chosen[index] = pattern  # type: ignore[call-overload]
+                chosen[index] = pattern
     else:
         where = list(range(count)) if named is None else named
         if not isinstance(pattern, Sequence) or len(pattern) != len(where):
@@ -534,12 +533,10 @@ def _patterns_by_layer(
             raise ValueError(
                 f"`layers` must name layers with softmax attention, got {index}, which has none"
             )
-    return chosen, named is not None or not single
+    return chosen
 
 
-def _check_heads(
-    model: Any, config: Any, modules: dict[int, Any], layer: int, pattern: BandPattern
-) -> None:
+def _check_heads(config: Any, layer: int, pattern: BandPattern) -> None:
     heads = config.num_attention_heads
     part = pattern.recipe is not None and "heads" in pattern.recipe
     if pattern.num_heads != heads and not (part and heads % pattern.num_heads == 0):
@@ -579,7 +576,6 @@ def _replace_windows(
     configs: Sequence[Any],
     modules: dict[int, Any],
     chosen: Sequence[BandPattern | None],
-    explicit: bool,
 ) -> None:
     """Layers with a sliding window that are given a pattern become full attention to the rest of the model."""
     config = configs[0]
@@ -619,7 +615,3 @@ def _refuse_rope(layers: Sequence[int]) -> NoReturn:
         "`pattern` must not replace a sliding window in a model whose positions are encoded differently there, "
         f"got layers {list(layers)}"
     )
-
-
-def _section(model: Any) -> Section | None:
-    return read_section(model.config.get_text_config())

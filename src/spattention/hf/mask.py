@@ -31,6 +31,10 @@ class Rows:
     key_start: torch.Tensor | None = None  # int32 [B] or [B, Q]
     query_start: torch.Tensor | None = None  # int32 []; None: the queries are the last keys
 
+    @property
+    def plain(self) -> bool:
+        return self.key_start is None and self.query_start is None
+
 
 def rows_mask(
     batch_size: int,
@@ -123,8 +127,8 @@ def decode(mask: torch.Tensor | None) -> Rows:
 
 def dense_mask(
     rows: Rows, query_len: int, key_len: int, window: int | None, device: torch.device
-) -> torch.Tensor | None:
-    """The causal mask of a layer that keeps its own attention, bool `[B or 1, 1, Q, K]`; None if it is plain.
+) -> torch.Tensor:
+    """The causal mask of a layer that keeps its own attention, bool `[B or 1, 1, Q, K]`.
 
     Args:
         rows: of this forward pass.
@@ -133,9 +137,6 @@ def dense_mask(
         window: the layer's own sliding window in tokens, itself included.
         device: of the mask.
     """
-    inside = window is None or key_len <= window
-    if rows.key_start is None and rows.query_start is None and inside and query_len in (1, key_len):
-        return None
     start = key_len - query_len if rows.query_start is None else rows.query_start
     positions = (start + torch.arange(query_len, device=device))[:, None]
     keys = torch.arange(key_len, device=device)
