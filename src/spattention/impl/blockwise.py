@@ -1,0 +1,417 @@
+"""Pure PyTorch, any device: blocks of queries against the slices of keys that their bands reach.
+
+Forward is an online softmax over those slices, in base 2; backward recomputes the scores from the saved log-sum-exp.
+Nothing is kept beyond inputs, output and log-sum-exp, and temporary scores stay near `_SCORES` elements. Consecutive
+blocks whose slices lie alike relative to their queries run as one batched product over a strided view of the keys.
+
+Work is float32 (float64 for float64 input). `query_start`, `key_start` and cu_seqlens are read on the host, so on an
+accelerator a tensor among them waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bands import BandPattern, Interval
+from .layout import empty_like_query, lse_dtype
+
+_LOG2E = math.log2(math.e)
+_SCORES = (
+    1 << 18
+)  # elements of one batched score matrix: 1 MiB in float32, so that it stays in a core's cache
+_SLICE = 2048  # longest slice of keys
+_LOWEST = -1e30  # a finite stand-in for -inf as a row's maximum: -inf minus -inf would be NaN
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    sinks: Tensor | None,
+    query_start: int | Tensor,
+    key_start: Tensor | None,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
+    rows = isinstance(query_start, Tensor)
+    return _forward(
+        query,
+        key,
+        value,
+        sinks,
+        query_start if rows else None,
+        key_start,
+        None,
+        None,
+        pattern.flat,
+        0 if rows else query_start,
+        scale,
+    )
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BandPattern,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float,
+    sinks: Tensor | None,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`[T, H, D]` packed documents; arguments and results as in `spattention.band_attention_varlen`."""
+    row = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    out, lse = _forward(*row, sinks, None, None, cu_seqlens_q, cu_seqlens_k, pattern.flat, 0, scale)
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+class _Segment(NamedTuple):
+    """Consecutive queries of some batch rows, with consecutive positions, that share the first key they may see."""
+
+    rows: slice
+    queries: slice
+    position: int  # of the first query, counted in keys
+    first_key: int
+
+
+class _Slice(NamedTuple):
+    """Keys `[start, stop)`, relative to the position of a block's first query, and their interval of distances."""
+
+    start: int
+    stop: int
+    near: int
+    far: int
+
+
+class _Run(NamedTuple):
+    """`count` consecutive blocks of `block` queries whose slices lie alike."""
+
+    query: int
+    position: int
+    block: int
+    count: int
+    slices: tuple[_Slice, ...]
+
+
+@torch.library.custom_op("spattention::blockwise", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    intervals: Sequence[int],
+    start: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = lse_dtype(query)
+    out = empty_like_query(query, value.shape[-1]).zero_()
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
+    group = query.shape[1] // key.shape[1]
+    for h, head in enumerate(_heads(intervals)):
+        sink = None if sinks is None else sinks[h].to(dtype) * _LOG2E
+        biases = _Biases(query.device, dtype)
+        for segment in segments:
+            q, k, v = (
+                query[segment.rows, h],
+                key[segment.rows, h // group],
+                value[segment.rows, h // group],
+            )
+            for run in _runs(segment, head, q.shape[0], k.shape[1]):
+                at = slice(run.query, run.query + run.count * run.block)
+                result, log2_sum = _attend_run(
+                    _blocks(q, run).to(dtype) * (scale * _LOG2E), k, v, run, sink, biases
+                )
+                out[segment.rows, h, at] = result.view(q.shape[0], -1, result.shape[-1])
+                lse[segment.rows, h, at] = log2_sum.view(q.shape[0], -1) / _LOG2E
+    return out, lse
+
+
+@_forward.register_fake
+def _(query, key, value, sinks, query_start, key_start, cu_q, cu_k, intervals, start, scale):  # type: ignore[no-untyped-def]
+    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+    return empty_like_query(query, value.shape[-1]), lse
+
+
+def _attend_run(
+    q: Tensor, k: Tensor, v: Tensor, run: _Run, sink: Tensor | None, biases: _Biases
+) -> tuple[Tensor, Tensor]:
+    """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block]`; q is scaled by scale * log2(e)."""
+    highest = q.new_full((*q.shape[:2], 1), _LOWEST)
+    total = torch.zeros_like(highest)
+    if sink is not None:
+        highest = highest.clamp_(min=sink)
+        total = torch.exp2(sink - highest)
+    weighted = q.new_zeros((*q.shape[:2], v.shape[-1]))
+    for part in run.slices:
+        scores = _scores(q, k, run, part, biases)
+        raised = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
+        shrink = torch.exp2(highest - raised)
+        weights = scores.sub_(raised).exp2_()
+        total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+        weighted = weighted.mul_(shrink).baddbmm_(weights, _windows(v, run, part).to(q.dtype).mT)
+        highest = raised
+    out = weighted.div_(total.masked_fill(total == 0, 1.0))
+    return out, highest.add_(total.log2_()).squeeze(-1)
+
+
+@torch.library.custom_op("spattention::blockwise_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    intervals: Sequence[int],
+    start: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = lse.dtype
+    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    d_sinks = lse.new_zeros(query.shape[1])
+    segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
+    group = query.shape[1] // key.shape[1]
+    # d score = weight * (d weight - delta): the log-sum-exp's gradient enters with the output's row sum.
+    delta = torch.linalg.vecdot(d_out.to(dtype), out.to(dtype)) - d_lse
+    log_sum = lse.masked_fill(lse == -torch.inf, 0.0)
+    if sinks is not None:
+        weight = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+        d_sinks = -(weight * delta).sum(dim=(0, 2))
+    for h_key in range(key.shape[1]):
+        d_k, d_v = (torch.zeros_like(t[:, h_key], dtype=dtype) for t in (key, value))
+        for h in range(h_key * group, (h_key + 1) * group):
+            head = _heads(intervals)[h]
+            biases = _Biases(query.device, dtype)
+            for segment in segments:
+                rows = segment.rows
+                q, k, v = query[rows, h], key[rows, h_key], value[rows, h_key]
+                for run in _runs(segment, head, q.shape[0], k.shape[1]):
+                    at = slice(run.query, run.query + run.count * run.block)
+                    blocks = [
+                        _blocks(t, run)
+                        for t in (
+                            d_out[rows, h],
+                            delta[rows, h, :, None],
+                            log_sum[rows, h, :, None],
+                        )
+                    ]
+                    d_q = _backward_run(
+                        _blocks(q, run).to(dtype) * (scale * _LOG2E),
+                        k,
+                        v,
+                        *blocks,
+                        d_k[rows],
+                        d_v[rows],
+                        run,
+                        biases,
+                    )
+                    grads[0][rows, h, at] = d_q.view(q.shape[0], -1, d_q.shape[-1]).mul_(scale)
+        grads[1][:, h_key] = d_k.div_(_LOG2E)
+        grads[2][:, h_key] = d_v
+    return grads[0], grads[1], grads[2], d_sinks
+
+
+@_backward.register_fake
+def _(d_out, d_lse, query, key, value, out, lse, sinks, *rest):  # type: ignore[no-untyped-def]
+    grads = (torch.empty_like(tensor) for tensor in (query, key, value))
+    return (*grads, lse.new_empty(query.shape[1]))
+
+
+def _backward_run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    delta: Tensor,
+    log_sum: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    run: _Run,
+    biases: _Biases,
+) -> Tensor:
+    """The unscaled gradient of the blocks' queries; adds to `d_k` and `d_v` in place. q as in `_attend_run`."""
+    d_q = torch.zeros_like(q)
+    d_out = d_out.to(q.dtype)
+    for part in run.slices:
+        weights = _scores(q, k, run, part, biases).add_(log_sum, alpha=-_LOG2E).exp2_()
+        _add_windows(d_v, run, part, weights.mT @ d_out)
+        d_scores = torch.bmm(d_out, _windows(v, run, part).to(q.dtype))
+        d_scores = d_scores.sub_(delta).mul_(weights)
+        _add_windows(d_k, run, part, d_scores.mT @ q)
+        d_q.baddbmm_(d_scores, _windows(k, run, part).to(q.dtype).mT)
+    return d_q
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, intervals, start, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.constants = (intervals, start, scale)
+
+
+def _differentiate(ctx, d_out: Tensor, d_lse: Tensor):  # type: ignore[no-untyped-def]
+    query, key, value, sinks, *index, out, lse = ctx.saved_tensors
+    d_query, d_key, d_value, d_sinks = _backward(
+        d_out, d_lse, query, key, value, out, lse, sinks, *index, *ctx.constants
+    )
+    return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _heads(intervals: Sequence[int]) -> list[tuple[Interval, ...]]:
+    """The intervals of each head, from the flat form `BandPattern.flat`."""
+    pairs = list(zip(intervals[::2], intervals[1::2]))
+    return [
+        tuple(pair for pair in pairs[h : h + 2] if pair[0] < pair[1])
+        for h in range(0, len(pairs), 2)
+    ]
+
+
+def _segments(
+    query: Tensor,
+    key: Tensor,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    start: int,
+) -> list[_Segment]:
+    batch, _, queries, _ = query.shape
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        return [
+            _Segment(slice(0, 1), slice(q0, q1), k1 - (q1 - q0), k0)
+            for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:])
+        ]
+    if query_start is None and key_start is None:
+        return [_Segment(slice(0, batch), slice(0, queries), start, 0)]
+    starts = [start] * batch if query_start is None else query_start.expand(batch).tolist()
+    if key_start is None:
+        return [_Segment(slice(b, b + 1), slice(0, queries), p, 0) for b, p in enumerate(starts)]
+    first_keys = key_start.clamp(0, key.shape[2])
+    first_keys = first_keys if key_start.dim() == 2 else first_keys[:, None].expand(-1, queries)
+    segments = []
+    for b, (position, row) in enumerate(zip(starts, first_keys)):
+        documents, lengths = torch.unique_consecutive(row, return_counts=True)
+        at = 0
+        for first_key, length in zip(documents.tolist(), lengths.tolist()):
+            segments.append(
+                _Segment(slice(b, b + 1), slice(at, at + length), position + at, first_key)
+            )
+            at += length
+    return segments
+
+
+def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -> Iterator[_Run]:
+    """The segment's blocks of queries, those that lie alike joined; each query is in exactly one."""
+    block = _block_size(head)
+    run: _Run | None = None
+    for query in range(segment.queries.start, segment.queries.stop, block):
+        size = min(block, segment.queries.stop - query)
+        position = segment.position + query - segment.queries.start
+        slices = tuple(_slices(position, size, head, segment.first_key, keys))
+        if run is not None and (size, slices) == (run.block, run.slices):
+            widest = max((part.stop - part.start for part in slices), default=1)
+            if (run.count + 1) * rows * size * widest <= _SCORES:
+                run = run._replace(count=run.count + 1)
+                continue
+        if run is not None:
+            yield run
+        run = _Run(query, position, size, 1, slices)
+    if run is not None:
+        yield run
+
+
+def _block_size(head: tuple[Interval, ...]) -> int:
+    """Queries per block: about a quarter of the narrowest interval, so that few scores fall outside it."""
+    narrowest = min((far - near for near, far in head), default=1)
+    return min(256, max(32, 1 << (narrowest // 4).bit_length()))
+
+
+def _slices(
+    position: int, size: int, head: tuple[Interval, ...], first_key: int, keys: int
+) -> Iterator[_Slice]:
+    for near, far in head:
+        start = max(first_key, position - far + 1)
+        stop = min(keys, position + size - near)
+        for at in range(start, stop, _SLICE):
+            yield _Slice(at - position, min(at + _SLICE, stop) - position, near, far)
+
+
+def _blocks(tensor: Tensor, run: _Run) -> Tensor:
+    """The run's queries, `[rows, Q, D]` to `[rows * count, block, D]`."""
+    at = slice(run.query, run.query + run.count * run.block)
+    return tensor[:, at].unflatten(1, (run.count, run.block)).flatten(0, 1)
+
+
+def _windows(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
+    """The keys or values of each block, `[rows, K, D]` to `[rows * count, D, part's length]`."""
+    return _window_view(tensor, run, part.start, part.stop).flatten(0, 1)
+
+
+def _add_windows(total: Tensor, run: _Run, part: _Slice, windows: Tensor) -> None:
+    """Add `[rows * count, length, D]` to the keys they belong to. Windows of neighbouring blocks overlap, so they are
+    added in strips of one block's length, which do not."""
+    windows = windows.unflatten(0, (-1, run.count)).mT
+    for start in range(part.start, part.stop, run.block):
+        stop = min(start + run.block, part.stop)
+        strip = _window_view(total, run, start, stop)
+        strip += windows[..., start - part.start : stop - part.start]
+
+
+def _window_view(tensor: Tensor, run: _Run, start: int, stop: int) -> Tensor:
+    """`[rows, K, D]` to a view `[rows, count, D, stop - start]`, one window per block, a block apart."""
+    reach = (run.count - 1) * run.block
+    keys = tensor[:, run.position + start : run.position + stop + reach]
+    return keys.unfold(1, stop - start, run.block)
+
+
+class _Biases:
+    """0 where a slice's key lies in the interval, -inf elsewhere; None for a slice that lies in it whole."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._made: dict[tuple[int, _Slice], Tensor] = {}
+
+    def __call__(self, block: int, part: _Slice) -> Tensor | None:
+        nearest, farthest = 1 - part.stop, block - 1 - part.start
+        if part.near <= nearest and farthest < part.far:
+            return None
+        if (block, part) not in self._made:
+            queries = torch.arange(block, device=self._device)[:, None]
+            distance = queries - torch.arange(part.start, part.stop, device=self._device)
+            outside = (distance < part.near) | (distance >= part.far)
+            bias = torch.zeros(outside.shape, device=self._device, dtype=self._dtype)
+            self._made[block, part] = bias.masked_fill_(outside, -torch.inf)
+        return self._made[block, part]
+
+
+def _scores(q: Tensor, k: Tensor, run: _Run, part: _Slice, biases: _Biases) -> Tensor:
+    """Scores in base 2, `[rows * count, block, length]`, -inf outside the interval."""
+    keys = _windows(k, run, part).to(q.dtype)
+    bias = biases(run.block, part)
+    return torch.bmm(q, keys) if bias is None else torch.baddbmm(bias, q, keys)
