@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from .bands import BandPattern
 from .checks import check_attention, check_varlen
 
-IMPLEMENTATIONS = ("reference", "blockwise")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton")
+HAS_TRITON = find_spec("triton") is not None
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -51,7 +53,9 @@ def band_attention(
         deterministic: True gives the same bits on every run; False allows a faster backward where there is one.
         impl: None follows the rule below; a name runs that implementation or raises.
 
-            1. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
+            1. `"triton"`: kernels, for CUDA tensors where Triton can be imported, in float16, bfloat16 or float32, with
+               head_dim up to 256 and `Dv == D`.
+            2. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
 
             `"reference"`, the specification with its dense mask, is never chosen by itself.
 
@@ -76,7 +80,7 @@ def band_attention(
         query_start=query_start,
         key_start=key_start,
     )
-    implementation = _implementation(impl)
+    implementation = _implementation(impl, query, value)
     out, lse = implementation.attend(
         query,
         key,
@@ -146,7 +150,7 @@ def band_attention_varlen(
         scale=scale,
         sinks=sinks,
     )
-    implementation = _implementation(impl)
+    implementation = _implementation(impl, query, value)
     out, lse = implementation.attend_varlen(
         query,
         key,
@@ -163,12 +167,24 @@ def band_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _implementation(impl: str | None) -> ModuleType:
+def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> ModuleType:
     if impl is None:
+        kernels = _kernels() if query.is_cuda and HAS_TRITON else None
+        if kernels is not None and kernels.refusal(query, value) is None:
+            return kernels
         impl = "blockwise"
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
+    elif impl == "triton":
+        if not HAS_TRITON:
+            raise ValueError('`impl="triton"` needs Triton: pip install "spattention[gpu]"')
+        return _kernels()
     return import_module(f"spattention.impl.{impl}")
+
+
+def _kernels() -> ModuleType:
+    """Imported on first use: a bare `import spattention` does not import Triton."""
+    return import_module("spattention.impl.triton")
 
 
 def _scale(query: torch.Tensor, scale: float | None) -> float:

@@ -1,0 +1,64 @@
+"""The softmax, once for all passes: its running form, its end, and its recomputation for the gradients.
+
+Exponentials are powers of two: scores are scaled by `scale * log2(e)`, and `highest` is in that unit. The log-sum-exp
+that leaves a kernel is natural.
+
+    M  queries of a block        N  keys of a block        m_  mask
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def begin(p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """Running maximum and sum `[M]` before the first key: of nothing, or of the head's sink, which carries no value."""
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(p_sinks + head).to(tl.float32) * LOG2_E
+        highest = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    return highest, total
+
+
+@triton.jit
+def extend(scores, highest, total, scale, FALLING: tl.constexpr):
+    """One block of raw scores `[M, N]` joins: weights `[M, N]`, new maximum and sum `[M]`, factor of what was summed.
+
+    Masked scores are -inf (+inf where `FALLING`, that is `scale < 0`).
+    """
+    if FALLING:
+        block_highest = tl.min(scores, 1) * scale
+    else:
+        block_highest = tl.max(scores, 1) * scale
+    new = tl.maximum(highest, block_highest)
+    # A row that has seen nothing yet keeps -inf; 0 in its place keeps -inf - -inf out of the exponent.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(scores * scale - base[:, None])
+    factor = tl.exp2(highest - base)
+    return weights, new, total * factor + tl.sum(weights, 1), factor
+
+
+@triton.jit
+def finish(highest, total):
+    """Natural log-sum-exp `[M]` and the factor `[M]` that normalises the output; a row without keys gives -inf and 0."""
+    empty = total == 0.0
+    safe = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (highest + tl.log2(safe)) * LN_2)
+    return lse, tl.where(empty, 0.0, 1.0 / safe)
+
+
+@triton.jit
+def base_of(lse):
+    """What `weights_of` subtracts, for rows `[M]` of a natural log-sum-exp; a row without keys is always masked."""
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
+
+
+@triton.jit
+def weights_of(scores, base, scale):
+    """The weights of raw scores; `base` is `base_of` the log-sum-exp, shaped to broadcast along the keys."""
+    return tl.exp2(scores * scale - base)

@@ -1,0 +1,260 @@
+"""Which tiles of keys and queries a band needs: the one place where tile arithmetic and masks are written.
+
+A head's band `[near, far)` lets the query at position p see the keys `p - far < j <= p - near`. For a block of queries
+at consecutive positions the seen keys are therefore one range per interval, which the kernels walk in steps of one
+block, both intervals in one loop:
+
+    key_range     the keys that some query of the block sees, `[low, high)`
+    steps         how many blocks cover a range: keys up to the end of their range, queries from its beginning
+    step_at       where a step of the joint loop begins, and which interval it belongs to
+    is_inside     whether every query of a tile sees every key of it, so that it needs no mask
+    visible       the mask of the tiles at the edge
+
+`query_range` is `key_range` seen from a block of keys, for the gradients of key and value. The functions of scalars are
+plain integer arithmetic; the tests call them as Python (`key_range.fn`) for thousands of shapes against the dense mask.
+
+    first, last    positions of a block's first and last query
+    o_             offsets, int32
+    BLOCK          queries or keys of a block
+"""
+
+import triton
+import triton.language as tl
+
+# A missing interval is (MISSING, MISSING): farther than any distance, so that no range needs a special case.
+MISSING = tl.constexpr(1 << 30)
+# Positions are clamped below this, so that sums of a position and a distance fit in int32.
+MAX_POSITION = tl.constexpr(1 << 29)
+
+
+@triton.jit
+def key_range(first, last, near, far, key_start, n_keys):
+    """Keys that some query at a position in `first .. last` sees: `[low, high)`, empty if `low >= high`.
+
+    `key_start` is the least first key of these queries.
+    """
+    low = max(first - far + 1, key_start)
+    high = min(last - near + 1, n_keys)
+    return low, high
+
+
+@triton.jit
+def query_range(first_key, last_key, near, far, query_start, n_queries):
+    """Queries (indices) that see some key in `first_key .. last_key`: `[low, high)`, empty if `low >= high`."""
+    low = max(first_key + near - query_start, 0)
+    high = min(last_key + far - query_start, n_queries)
+    return low, high
+
+
+@triton.jit
+def steps(low, high, BLOCK):
+    """How many blocks cover `[low, high)`."""
+    return (max(high - low, 0) + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def bands_of(p_bands, row):
+    """Head and bands `(head, near_0, far_0, near_1, far_1)` in a row of the table that `op.band_table` makes."""
+    p_row = p_bands + 8 * row
+    near_0, far_0 = tl.load(p_row + 1), tl.load(p_row + 2)
+    near_1, far_1 = tl.load(p_row + 3), tl.load(p_row + 4)
+    return tl.load(p_row), near_0, far_0, near_1, far_1
+
+
+@triton.jit
+def key_walk(
+    near_0, far_0, near_1, far_1, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constexpr
+):
+    """Both key ranges, each as `(begin, low)`, and the steps that they take.
+
+    The blocks end where their range ends, so that no key behind it is read; `begin`, the start of the first block, may
+    lie before `low`.
+    """
+    low_0, high_0 = key_range(first, last, near_0, far_0, key_start, n_keys)
+    steps_0 = steps(low_0, high_0, BLOCK)
+    begin_0 = high_0 - steps_0 * BLOCK
+    begin_1, low_1, steps_1 = begin_0, low_0, 0
+    if INTERVALS == 2:
+        low_1, high_1 = key_range(first, last, near_1, far_1, key_start, n_keys)
+        steps_1 = steps(low_1, high_1, BLOCK)
+        begin_1 = high_1 - steps_1 * BLOCK
+    return begin_0, low_0, begin_1, low_1, steps_0, steps_1
+
+
+@triton.jit
+def query_walk(
+    near_0,
+    far_0,
+    near_1,
+    far_1,
+    first_key,
+    last_key,
+    query_start,
+    n_queries,
+    BLOCK,
+    INTERVALS: tl.constexpr,
+):
+    """Both query ranges, each as `(begin, high)`, and the steps that they take. The blocks begin where their range does."""
+    begin_0, high_0 = query_range(first_key, last_key, near_0, far_0, query_start, n_queries)
+    begin_1, high_1, steps_1 = begin_0, high_0, 0
+    if INTERVALS == 2:
+        begin_1, high_1 = query_range(first_key, last_key, near_1, far_1, query_start, n_queries)
+        steps_1 = steps(begin_1, high_1, BLOCK)
+    return begin_0, high_0, begin_1, high_1, steps(begin_0, high_0, BLOCK), steps_1
+
+
+@triton.jit
+def step_at(
+    step,
+    steps_0,
+    near_0,
+    far_0,
+    begin_0,
+    limit_0,
+    near_1,
+    far_1,
+    begin_1,
+    limit_1,
+    BLOCK,
+    INTERVALS: tl.constexpr,
+):
+    """`(near, far, start, limit)` of a step of the joint loop: the steps of interval 0, then those of interval 1.
+
+    `limit` is the end of the range that the blocks may cross: `low` for keys, `high` for queries.
+    """
+    near, far, start, limit = near_0, far_0, begin_0 + step * BLOCK, limit_0
+    if INTERVALS == 2:
+        second = step >= steps_0
+        near = tl.where(second, near_1, near_0)
+        far = tl.where(second, far_1, far_0)
+        start = tl.where(second, begin_1 - steps_0 * BLOCK, begin_0) + step * BLOCK
+        limit = tl.where(second, limit_1, limit_0)
+    return near, far, start, limit
+
+
+@triton.jit
+def is_inside(first, last, first_key, last_key, near, far, key_start):
+    """Whether all queries at `first .. last` see all keys in `first_key .. last_key`.
+
+    `key_start` is the greatest first key of these queries.
+    """
+    return (last - first_key < far) & (first - last_key >= near) & (first_key >= key_start)
+
+
+@triton.jit
+def reach(o_position, near, far, key_start):
+    """How many distances from `near` on a query sees: the band's width, cut where its keys begin.
+
+    `key_start` is a scalar, or one per query.
+    """
+    return tl.maximum(tl.minimum(far, o_position - key_start + 1) - near, 0)
+
+
+@triton.jit
+def visible(o_position, o_key, near, o_reach):
+    """Mask of a tile. All arguments broadcast against each other; `o_reach` is what `reach` gave for these queries.
+
+    A key beyond the band on either side gives a number that is too large when read as unsigned: one comparison.
+    """
+    return (o_position - near - o_key).to(tl.uint32, bitcast=True) < o_reach.to(
+        tl.uint32, bitcast=True
+    )
+
+
+@triton.jit
+def first_after(p_key_start, stride, low, high, key):
+    """The first query index in `[low, high)` whose first key is after `key`, or `high`; first keys never decrease."""
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(p_key_start + middle.to(tl.int64) * stride) > key:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@triton.jit
+def offset_at(p_offsets, document, n_documents, n_tokens):
+    """Where a document begins, clamped to `[0, n_tokens]`; `n_documents + 1` is where everything ends."""
+    inside = document <= n_documents
+    offset = tl.load(p_offsets + document, mask=inside, other=n_tokens)
+    return tl.minimum(tl.maximum(offset, 0), n_tokens)
+
+
+@triton.jit
+def document_at(p_offsets, slot, n_documents, n_tokens, BLOCK):
+    """Document and block of a slot. Document d owns the slots from `offset_d // BLOCK + d` on, at least as many as it
+    has blocks, so that no sum over documents is needed. What lies behind the last offset is document `n_documents`.
+    """
+    low = 0
+    high = n_documents
+    while low < high:
+        middle = (low + high + 1) // 2
+        begin = offset_at(p_offsets, middle, n_documents, n_tokens) // BLOCK + middle
+        if begin <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    begin = offset_at(p_offsets, low, n_documents, n_tokens) // BLOCK + low
+    return low, slot - begin
+
+
+def slots(n_tokens: int, n_documents: int, block: int) -> int:
+    """Slots that `document_at` deals out; without packing (`n_documents` 0), the blocks of one row."""
+    return n_tokens // block + n_documents + 1 if n_documents else -(-n_tokens // block)
+
+
+@triton.jit
+def place(
+    p_offsets_q,
+    p_offsets_k,
+    p_query_start,
+    query_start_stride,
+    query_start,
+    slot,
+    batch,
+    n_documents,
+    n_queries,
+    n_keys,
+    BLOCK: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    PACKED: tl.constexpr,
+    START_ON_DEVICE: tl.constexpr,
+):
+    """Where a program works: `(block, row_q, queries, row_k, keys, query_start)`.
+
+    The block counts from row `row_q` of the queries (`row_k` of the keys if `OF_KEYS`), from where its row of the batch,
+    or its document, has so many `queries` and `keys`; `query_start` is the position of the first of these queries.
+    """
+    if PACKED:
+        if OF_KEYS:
+            document, block = document_at(p_offsets_k, slot, n_documents, n_keys, BLOCK)
+        else:
+            document, block = document_at(p_offsets_q, slot, n_documents, n_queries, BLOCK)
+        row_q = offset_at(p_offsets_q, document, n_documents, n_queries)
+        row_k = offset_at(p_offsets_k, document, n_documents, n_keys)
+        queries = offset_at(p_offsets_q, document + 1, n_documents, n_queries) - row_q
+        keys = offset_at(p_offsets_k, document + 1, n_documents, n_keys) - row_k
+        # Tokens behind the last offset belong to no document and see nothing.
+        behind = document == n_documents
+        if OF_KEYS:
+            queries = tl.where(behind, 0, queries)
+        else:
+            keys = tl.where(behind, 0, keys)
+        start = keys - queries
+    else:
+        block, row_q, row_k, queries, keys = slot, 0, 0, n_queries, n_keys
+        start = query_start
+        if START_ON_DEVICE:
+            start = tl.load(p_query_start + batch.to(tl.int64) * query_start_stride)
+        start = tl.minimum(tl.maximum(start, 0), MAX_POSITION)
+    return block, row_q, queries, row_k, keys, start
+
+
+@triton.jit
+def first_key_of(p_key_start, o_query, n_queries, stride, n_keys):
+    """First key that queries (a block of indices, or one) may see, clamped to `[0, n_keys]`; 0 behind the last query."""
+    o_first = tl.load(
+        p_key_start + o_query.to(tl.int64) * stride, mask=o_query < n_queries, other=0
+    )
+    return tl.minimum(tl.maximum(o_first, 0), n_keys)
