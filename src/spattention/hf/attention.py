@@ -47,10 +47,12 @@ class LayerPlan:
 
     Attributes:
         pattern: its bands; None for a layer that keeps its own attention.
+        sinks: whether the module has the parameter `sinks` from `apply` or the config.
         own: the implementation of its own attention, "sdpa" or "eager", when there is no pattern.
     """
 
     pattern: BandPattern | None
+    sinks: bool = False
     own: str = "sdpa"
 
 
@@ -127,7 +129,8 @@ def apply(
         names = [key for key in model_config.sub_configs if getattr(model_config, key) in configs]
         model_config.attn_implementation = dict.fromkeys(names, NAME)
     for index, module in modules.items():
-        _equip(module, LayerPlan(chosen[index], own), sinks)
+        entry = chosen[index]
+        _equip(module, LayerPlan(entry, sinks and entry is not None, own))
     return model
 
 
@@ -372,22 +375,23 @@ def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
     module.config.attn_implementation = (
         NAME  # Transformers takes it off on load: the next save needs it
     )
-    _equip(module, LayerPlan(section.layer_patterns[module.layer_idx]), section.sinks)
+    pattern = section.layer_patterns[module.layer_idx]
+    _equip(module, LayerPlan(pattern, section.sinks and pattern is not None))
 
 
-def _equip(module: Any, plan: LayerPlan, sinks: bool) -> None:
-    if _has_sinks(module) and (plan.pattern is None or not sinks):
-        del module.sinks
+def _equip(module: Any, plan: LayerPlan) -> None:
     had_sinks = _has_sinks(module)
-    module.spattention = plan
-    if plan.pattern is not None and sinks and not had_sinks:
+    if had_sinks and not plan.sinks:
+        del module.sinks
+    if plan.sinks and not had_sinks:
         if hasattr(module, "sinks"):
             raise ValueError(
-                f"`sinks` must be False for {type(module).__name__}, which has sinks of its own, got True"
+                f"`sinks` must be False for {type(module).__name__}, which has its own, got True"
             )
+        assert plan.pattern is not None
         module.sinks = torch.nn.Parameter(_zeros(module, plan.pattern.num_heads))
         module.sinks._is_hf_initialized = True  # Transformers' mark: not to be initialised again
-        module.has_spattention_sinks = True
+    module.spattention = plan
     if not any(hook is _before_forward for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
@@ -400,7 +404,8 @@ def _zeros(module: torch.nn.Module, num_heads: int) -> torch.Tensor:
 
 
 def _has_sinks(module: torch.nn.Module) -> bool:
-    return getattr(module, "has_spattention_sinks", False)
+    plan = _plan(module)
+    return plan is not None and plan.sinks
 
 
 def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
