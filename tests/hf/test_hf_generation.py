@@ -1,0 +1,166 @@
+"""Caches, generation and packing: one set of logits, however the tokens arrive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny import EXACT, FAMILIES, FIRST, HEADS, SECOND, Calls, banded, build, logits, tokens
+
+import spattention as spa
+
+close = torch.testing.assert_close
+
+
+def packed_positions(*lengths: int) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def flat_keywords(*lengths: int) -> dict[str, object]:
+    offsets = torch.tensor([0, *lengths]).cumsum(dim=0).int()
+    return {
+        "position_ids": packed_positions(*lengths),
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def static_cache(model, length):
+    return transformers.StaticCache(config=model.config, max_cache_len=length)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_packed_and_plain_logits_are_equal(family, monkeypatch):
+    model = banded(family, sinks=True)
+    calls = Calls(monkeypatch)
+    ids = tokens(2, 17)
+    plain = logits(model, ids, use_cache=False)
+
+    for cache in (transformers.DynamicCache(config=model.config), static_cache(model, 30)):
+        pieces = [ids[:, :9], ids[:, 9:10], ids[:, 10:14], ids[:, 14:]]
+        found = [logits(model, piece, past_key_values=cache) for piece in pieces]
+        close(torch.cat(found, dim=1), plain, **EXACT)
+
+    lengths = (17, 6, 1, 11)
+    documents = [*ids[:1], *(tokens(1, n, seed=n)[0] for n in lengths[1:])]
+    wanted = torch.cat([logits(model, d[None]) for d in documents], dim=1)
+    row = torch.cat(documents)[None]
+    positions = packed_positions(*lengths)
+    for use_cache in (False, True):
+        found = logits(model, row, position_ids=positions, use_cache=use_cache)
+        close(found, wanted, **EXACT)
+        found = logits(model, row, use_cache=use_cache, **flat_keywords(*lengths))
+        close(found, wanted, **EXACT)
+    found = logits(model, row, position_ids=positions, past_key_values=static_cache(model, 40))
+    close(found, wanted, **EXACT)
+    assert set(calls.patterns) == {FIRST, SECOND}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_may_be_packed_in_different_places(family):
+    model = banded(family)
+    ids = tokens(2, 12)
+    positions = torch.cat([packed_positions(5, 7), packed_positions(2, 1, 9)])
+    wanted = [
+        torch.cat([logits(model, part[None]) for part in row.split(lengths)], dim=1)
+        for row, lengths in zip(ids, [[5, 7], [2, 1, 9]])
+    ]
+    for use_cache in (False, True):
+        found = logits(model, ids, position_ids=positions, use_cache=use_cache)
+        close(found, torch.cat(wanted), **EXACT)
+
+
+def test_packed_rows_have_the_gradients_of_separate_documents():
+    lengths = (7, 5)
+    ids = tokens(1, 12)
+    packed, flat, separate = banded("llama"), banded("llama"), banded("llama")
+    positions = packed_positions(*lengths)
+    packed(ids, position_ids=positions).logits.square().sum().backward()
+    flat(ids, use_cache=False, **flat_keywords(*lengths)).logits.square().sum().backward()
+    for part in ids.split(lengths, dim=1):
+        separate(part).logits.square().sum().backward()
+    wanted = dict(separate.named_parameters())
+    for model in (packed, flat):
+        for name, parameter in model.named_parameters():
+            close(parameter.grad, wanted[name].grad, rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_every_cache_is_the_same(family):
+    """Beyond the span too: the bands belong to the pattern, not to the length at hand."""
+    model = banded(family, sinks=True)
+    ids = tokens(2, 18)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, use_cache=False, **settings)
+    assert plain.shape == (2, 32)
+    assert model.generate(ids, **settings).tolist() == plain.tolist()
+    static = model.generate(ids, cache_implementation="static", **settings)
+    assert static.tolist() == plain.tolist()
+    alone = model.generate(ids[1:, 7:], max_new_tokens=14, do_sample=False, pad_token_id=0)
+    assert alone[0, -14:].tolist() == plain[1, -14:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search_with_and_without_a_cache_is_the_same(family):
+    model = banded(family)
+    ids = tokens(2, 10)
+    settings = {
+        "attention_mask": torch.ones_like(ids),
+        "num_beams": 3,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    plain = model.generate(ids, use_cache=False, **settings)
+    assert model.generate(ids, **settings).tolist() == plain.tolist()
+    static = model.generate(ids, cache_implementation="static", **settings)
+    assert static.tolist() == plain.tolist()
+
+
+def test_the_unfilled_end_of_a_static_cache_is_never_read():
+    model = banded("llama")
+    ids = tokens(1, 9)
+    cache = static_cache(model, 20)
+    first = logits(model, ids[:, :6], past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys[:, :, 6:] = torch.nan
+        layer.values[:, :, 6:] = torch.nan
+    rest = logits(model, ids[:, 6:], past_key_values=cache)
+    close(torch.cat([first, rest], dim=1), logits(model, ids), **EXACT)
+
+
+def test_a_cache_filled_under_another_pattern_is_refused():
+    ids = tokens(1, 9)
+    model = banded("llama")
+    for cache in (transformers.DynamicCache(config=model.config), static_cache(model, 20)):
+        spa.hf.apply(model, (FIRST, SECOND))
+        logits(model, ids, past_key_values=cache)
+        spa.hf.apply(model, (FIRST, FIRST))
+        with pytest.raises(ValueError, match="`past_key_values` must have been filled under this"):
+            logits(model, ids, past_key_values=cache)
+        if isinstance(cache, transformers.StaticCache):
+            cache.reset()  # an emptied cache may be filled anew
+            close(logits(model, ids, past_key_values=cache), logits(model, ids), **EXACT)
+    stock = build("llama")
+    cache = stock(ids).past_key_values
+    with pytest.raises(ValueError, match="got another attention in layer 0"):
+        logits(model, ids, past_key_values=cache)
+
+
+def test_a_cache_that_forgets_keys_is_refused():
+    model = banded("llama")
+    cache = transformers.DynamicCache(config=build("mistral", sliding_window=4).config)
+    with pytest.raises(ValueError, match="must keep every key for spattention, got a sliding window"):
+        logits(model, tokens(1, 9), past_key_values=cache)
+
+
+def test_a_span_shorter_than_the_input_still_holds():
+    short = spa.BandPattern.dense(HEADS, 5)
+    model = banded("llama", short)
+    window = spa.BandPattern.sliding_window(HEADS, 64, 5)
+    ids = tokens(1, 20)
+    close(logits(model, ids), logits(banded("llama", window), ids), **EXACT)
