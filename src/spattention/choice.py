@@ -1,0 +1,97 @@
+"""What `compare`, `train` and `evaluate` know of a way to attend: a name, how to put it in a model, and its work."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .bands import BandPattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STOCK = "dense"
+PATTERNS = ("shared_local", "exclusive", "sliding_window", "gapped", "local_only")
+
+
+class AttentionChoice(Protocol):
+    """A way to attend. Baselines bring their own."""
+
+    @property
+    def name(self) -> str:
+        """Short and unique: the row in a table, the folder of a run."""
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Put it in every attention layer of a model, in place."""
+
+    def pairs(self, seq_len: int) -> int:
+        """Attended (query, key) pairs of one layer over `seq_len` tokens, all heads together."""
+
+
+@dataclass(frozen=True)
+class StockDense:
+    """Transformers' own dense attention, PyTorch's `scaled_dot_product_attention`."""
+
+    num_heads: int
+    name: str = STOCK
+
+    def apply(self, model: PreTrainedModel) -> None:
+        model.set_attn_implementation("sdpa")
+
+    def pairs(self, seq_len: int) -> int:
+        return self.num_heads * seq_len * (seq_len + 1) // 2
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Sparse Patterned Attention with one pattern in all layers."""
+
+    name: str
+    pattern: BandPattern
+
+    def apply(self, model: PreTrainedModel) -> None:
+        from . import hf
+
+        hf.apply(model, self.pattern)
+
+    def pairs(self, seq_len: int) -> int:
+        return sum(self.pattern.pairs(seq_len))
+
+
+def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
+    """The choice that a user names on the command line.
+
+    Args:
+        text: `dense` (stock attention), or a pattern of `BandPattern` with its options, as in `exclusive`,
+            `shared_local:widths=geometric,local=64` or `sliding_window:window=128`.
+        num_heads: query heads of the model.
+        span: context length of the model, in tokens.
+
+    Raises:
+        ValueError: if the name or an option is not known, or breaks a rule of `BandPattern`.
+    """
+    if text == STOCK:
+        return StockDense(num_heads)
+    return Bands(text, named_pattern(text, num_heads, span))
+
+
+def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
+    """The pattern that a user names as in `attention_choice`; `dense` is the pattern without gaps."""
+    name, _, rest = text.partition(":")
+    if name not in (STOCK, *PATTERNS):
+        raise ValueError(f"a pattern must be one of {(STOCK, *PATTERNS)}, got {name!r}")
+    constructor = getattr(BandPattern, name)
+    known = [p for p in inspect.signature(constructor).parameters if p not in ("num_heads", "span")]
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in known or not equals:
+            raise ValueError(
+                f"options of `{name}` are NAME=VALUE with a name of {known}, got {item!r}"
+            )
+        options[key] = int(value) if value.lstrip("-").isdigit() else value
+    if name == "sliding_window":
+        # As wide as the published ablation: one uniform band and its neighbour.
+        options.setdefault("window", min(span, span // num_heads + 1))
+    return constructor(num_heads, span, **options)

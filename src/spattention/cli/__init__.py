@@ -1,0 +1,80 @@
+"""The command line: `spattention COMMAND`. One module per command, imported only when it is chosen.
+
+A command module has a frozen dataclass `Options`, whose docstrings are its help, and `main(options)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# command -> (what it does, the extra that it needs)
+COMMANDS = {
+    "compare": ("train one small model with dense and with banded attention, and compare", "train"),
+    "draw": ("draw which distances each head attends", "train"),
+    "generate": ("continue a text with a trained model", "train"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the process's exit status is returned (2: the user's options, 130: interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        from spattention import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}{_nearest(name)}; see `spattention --help`")
+    try:
+        import tyro
+
+        module = import_module(f"spattention.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "spattention":
+            raise
+        extra = COMMANDS[name][1]
+        return _fail(
+            f"`spattention {name}` needs the package {error.name!r}, which is not installed: "
+            f"pip install 'spattention[{extra}]'"
+        )
+    options = tyro.cli(module.Options, prog=f"spattention {name}", args=rest)
+    try:
+        module.main(options)
+    except ValueError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """The text of `spattention --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: spattention COMMAND [OPTIONS]",
+        "",
+        "Sparse Patterned Attention: every head of a causal transformer attends its own band of distances.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()),
+        "",
+        "`spattention COMMAND --help` explains a command. To begin: `spattention compare`.",
+    ]
+    return "\n".join(lines)
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

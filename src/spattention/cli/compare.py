@@ -1,0 +1,217 @@
+"""`spattention compare`: the same small model with dense and with banded attention, trained side by side."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..choice import attention_choice
+from ..data.prepare import CorpusFacts, prepare
+from ..models import preset
+from ..training.process import run_apart
+from ..training.report import HEADER, Report
+from ..training.results import ResultsFolder
+from ..training.settings import Settings
+from ..training.summary import check_equal_order
+from ..training.variant import Job, Result
+from .progress import RunProgress
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train the same small OLMoE language model several times, each time with another attention, and compare.
+
+    Without options: four public-domain books, dense attention against four patterns of bands at a context of 1,024
+    tokens, on the CPU, in about three minutes on two cores. It ends with a table, a plot, and a text that the trained
+    model continues. Everything is written to the output folder; the trained models lie in its `models` folder, where
+    `spattention generate` opens them.
+
+    Ctrl-C keeps the runs that are finished; the same command goes on with those that are missing.
+    """
+
+    patterns: tuple[str, ...] = (
+        "dense",
+        "shared_local",
+        "shared_local:widths=geometric",
+        "exclusive",
+        "sliding_window",
+    )
+    """Ways to attend: dense, shared_local, exclusive, sliding_window, gapped, local_only; a pattern's options follow a
+    colon, as in shared_local:widths=geometric,local=64 or sliding_window:window=128."""
+
+    steps: int = 300
+    """Optimizer steps of each run."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of weights and data order. With two or more, differences within the spread between seeds are marked."""
+
+    context: int = 1024
+    """Tokens per window, and the span of the patterns."""
+
+    batch: int = 1
+    """Windows per step."""
+
+    learning_rate: float = 1e-2
+    """Peak of the learning rate."""
+
+    model: str = "olmoe-tiny"
+    """Preset of spattention.models."""
+
+    layers: int | None = 2
+    """Decoder layers; None for the preset's own number."""
+
+    data: Path | None = None
+    """Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text" entry), a folder of these, or
+    packed tokens (.u16.xz with its .json beside it). Without it, the sample that comes with the package."""
+
+    held_out: float = 0.1
+    """Share of the documents that is kept from training, for the validation loss."""
+
+    validation_windows: int = 64
+    """At most so many windows of the held-out text are used."""
+
+    vocabulary: int = 1024
+    """Entries of the tokenizer that is trained on the text; not for packed tokens."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.json to use instead; for packed tokens the one that made them, without which no text can be shown."""
+
+    end_of_text: int | None = None
+    """The token between the documents of packed tokens, where their .json does not say."""
+
+    output: Path = Path("spattention-compare")
+    """Folder for results.json, results.md, results.png, and the trained models."""
+
+    restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Forget the runs that the output folder holds."""
+
+
+def main(options: Options) -> None:
+    """Run what is missing, then report."""
+    console = Console()
+    folder = ResultsFolder(options.output)
+    _check(options)
+    if options.restart:
+        folder.restart()
+    facts = prepare(
+        folder.data,
+        options.data,
+        vocabulary=options.vocabulary,
+        held_out=options.held_out,
+        tokenizer=options.tokenizer,
+        end_of_text=options.end_of_text,
+    )
+    settings = settings_from(options, facts)
+    folder.claim(settings)
+    jobs = plan(options, settings, folder)
+    console.print(
+        f"{len(jobs)} runs of {settings.steps} steps on {facts.train_tokens:,} tokens "
+        f"({facts.source}); results go to {options.output}"
+    )
+    interrupted = False
+    try:
+        _run_missing(jobs, folder, console)
+    except KeyboardInterrupt:
+        interrupted = True
+    report = make_report(jobs, folder, facts, settings)
+    report.write(options.output)
+    show(report, options.output, console)
+    if interrupted:
+        console.print("Interrupted. The same command goes on with the runs that are missing.")
+        raise KeyboardInterrupt
+
+
+def settings_from(options: Options, facts: CorpusFacts) -> Settings:
+    """What all runs share."""
+    return Settings(
+        model=options.model,
+        layers=options.layers,
+        vocabulary=facts.vocabulary,
+        context=options.context,
+        batch=options.batch,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        evaluations=3,
+        validation_windows=options.validation_windows,
+        data=facts.digest,
+    )
+
+
+def plan(options: Options, settings: Settings, folder: ResultsFolder) -> list[Job]:
+    """All runs, seed by seed, so that an interruption leaves whole comparisons."""
+    return [
+        Job(attention, seed, settings, folder.data, folder.models)
+        for seed in options.seeds
+        for attention in options.patterns
+    ]
+
+
+def make_report(
+    jobs: Sequence[Job], folder: ResultsFolder, facts: CorpusFacts, settings: Settings
+) -> Report:
+    """The report on what is finished."""
+    results = folder.finished(jobs)
+    check_equal_order(results)
+    done = {(r.attention, r.seed) for r in results}
+    missing = [job.name for job in jobs if (job.attention, job.seed) not in done]
+    command = shlex.join(["spattention", *sys.argv[1:]])
+    return Report(facts, settings, results, missing, command)
+
+
+def show(report: Report, output: Path, console: Console) -> None:
+    """Print table, notes and a text."""
+    if not report.results:
+        return
+    table = Table(title="Dense and banded attention compared")
+    for column, name in enumerate(HEADER):
+        table.add_column(name, justify="right" if column else "left")
+    for cells in report.cells():
+        table.add_row(*cells)
+    console.print(table)
+    for note in report.notes():
+        console.print(note, highlight=False, markup=False)
+    best = report.shown
+    if best is not None and best.continuation:
+        console.print(f"\nA text that {best.attention} continues (in bold):", highlight=False)
+        console.print(Text.assemble(best.prompt or "", (best.continuation, "bold")))
+    console.print(
+        f"\nPlot: {output / 'results.png'}; page: {output / 'results.md'}; numbers: {output / 'results.json'}\n"
+        f'To go on: spattention generate {output} "It was a dark night"',
+        highlight=False,
+    )
+
+
+def _check(options: Options) -> None:
+    """Every error in the options that can be known before the work begins."""
+    if not options.patterns or not options.seeds:
+        raise ValueError("`--patterns` and `--seeds` must name at least one each")
+    for name in ("patterns", "seeds"):
+        values = getattr(options, name)
+        if len(set(values)) != len(values):
+            raise ValueError(
+                f"`--{name}` must name each only once, got {' '.join(map(str, values))}"
+            )
+    chosen = preset(options.model, context=options.context, num_layers=options.layers)
+    for attention in options.patterns:
+        attention_choice(attention, chosen.pattern.num_heads, options.context)
+
+
+def _run_missing(jobs: Sequence[Job], folder: ResultsFolder, console: Console) -> None:
+    missing = [job for job in jobs if folder.find(job) is None]
+    if len(missing) < len(jobs):
+        console.print(f"{len(jobs) - len(missing)} runs are there already")
+    with RunProgress(missing, console) as progress:
+        for job in missing:
+            progress.begin(job)
+            result: Result = run_apart(job, progress.update)
+            folder.add(job, result)
+            progress.finish(result)

@@ -1,0 +1,140 @@
+"""`spattention generate`: a saved model and a text in, more text out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logging, set_seed
+
+from .. import hf
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continue a text with a model that was trained here, or with any saved causal language model.
+
+    The text is shown as it comes; the speed and the size of the cache of keys and values follow at the end.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a saved model, or the output folder of `spattention compare`: its best model with bands is taken."""
+
+    prompt: Annotated[str | None, tyro.conf.Positional] = None
+    """Text to continue."""
+
+    file: Path | None = None
+    """Text file to continue, instead of a prompt."""
+
+    max_new_tokens: int = 200
+    """Tokens to add; fewer if the end of the text is reached."""
+
+    temperature: float = 0.8
+    """How freely tokens are drawn; 0 always takes the likeliest."""
+
+    top_k: int = 50
+    """Draw among so many of the likeliest tokens."""
+
+    seed: int = 0
+    """Of the draws."""
+
+
+def main(options: Options) -> None:
+    """Open, generate, and say how fast."""
+    prompt = _prompt(options)
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` must be at least {least}, got {getattr(options, name)}"
+            )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = model_folder(options.folder)
+    model, tokenizer = open_model(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError("the prompt must hold at least one token, got none")
+    room = model.config.get_text_config().max_position_embeddings - length
+    if room < 1:
+        raise ValueError(
+            f"the prompt must be shorter than the model's context of {room + length} tokens, got {length}"
+        )
+    new = min(options.max_new_tokens, room)
+    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        sampling |= {"temperature": options.temperature, "top_k": options.top_k}
+    print(prompt, end="", flush=True)
+    set_seed(options.seed)
+    began = time.perf_counter()
+    result = model.generate(
+        **inputs,
+        max_new_tokens=new,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    seconds = time.perf_counter() - began
+    added = result.sequences.shape[1] - length
+    cache = cache_bytes(result.past_key_values)
+    print(
+        f"\n{added} tokens after a prompt of {length}, {added / seconds:.1f} tokens/s, "
+        f"cache {cache / 2**20:.2f} MiB ({folder})",
+        file=sys.stderr,
+    )
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder itself, or the model that a comparison in it names."""
+    if (folder / "config.json").is_file():
+        return folder
+    results = folder / "results.json"
+    if not results.is_file():
+        raise ValueError(
+            f"{folder} must hold a saved model (config.json) or a comparison (results.json), it has neither"
+        )
+    named = json.loads(results.read_text(encoding="utf-8")).get("model")
+    if not named or not (folder / named / "config.json").is_file():
+        raise ValueError(f"{results} must name a saved model, got {named!r}")
+    return folder / named
+
+
+def open_model(folder: Path) -> tuple[Any, Any]:
+    """The model, ready to generate, and its tokenizer."""
+    hf.register()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), tokenizer
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache of Transformers holds for its layers."""
+    return sum(t.nbytes for layer in cache.layers for t in _tensors(layer))
+
+
+def _tensors(layer: Any) -> Iterable[torch.Tensor]:
+    # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
+    found = {t.data_ptr(): t for t in vars(layer).values() if isinstance(t, torch.Tensor)}
+    return found.values()
+
+
+def _prompt(options: Options) -> str:
+    if (options.prompt is None) == (options.file is None):
+        raise ValueError("give a prompt or --file, one of them")
+    if options.prompt is not None:
+        return options.prompt
+    assert options.file is not None
+    if not options.file.is_file():
+        raise ValueError(f"`--file` must be a text file, {options.file} is none")
+    return options.file.read_text(encoding="utf-8")

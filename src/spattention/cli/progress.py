@@ -1,0 +1,79 @@
+"""What is seen while a comparison runs: which variant, step, loss, speed, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..training.callbacks import Event
+from ..training.variant import Job, Result
+
+
+class RunProgress:
+    """A bar for the run at hand and one for all of them; a line remains of each run that is finished."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            # A speed averaged over two minutes stays steady through evaluations and changes of run.
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=120,
+        )
+        steps = sum(job.settings.steps for job in jobs)
+        self._all = self._progress.add_task("all runs", total=steps, facts="", visible=bool(jobs))
+        self._run = self._progress.add_task("", total=None, facts="", visible=False)
+        self._before = 0
+        self._loss = ""
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, job: Job) -> None:
+        """A run starts."""
+        self._loss = ""
+        self._progress.reset(
+            self._run,
+            total=job.settings.steps,
+            description=f"{job.attention}, seed {job.seed}",
+            facts="loading",
+            visible=True,
+        )
+
+    def update(self, event: Event) -> None:
+        """An event of `training.callbacks.Watch`."""
+        step = event["step"]
+        if event["kind"] == "step":
+            facts = f"{self._loss}{event['speed']:,.0f} tokens/s"
+            self._progress.update(self._run, completed=step, facts=facts)
+            self._progress.update(self._all, completed=self._before + step)
+        elif event["kind"] == "train":
+            self._loss = f"loss {event['loss']:.3f}, "
+
+    def finish(self, result: Result) -> None:
+        """A run is finished."""
+        self._before += int(self._progress.tasks[self._run].total or 0)
+        self._progress.update(self._run, visible=False)
+        self._console.print(
+            f"{result.attention}, seed {result.seed}: validation loss {result.validation_loss:.3f}, "
+            f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
+            highlight=False,
+        )

@@ -1,0 +1,112 @@
+"""From a path to what a run trains on: training and validation tokens, and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .packed import SUFFIX, read_packed
+from .text import read_documents, sample_path
+from .tokenizer import load_tokenizer, tokenize, train_tokenizer
+from .tokens import TokenStream
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What a reader of the results has to know about the data."""
+
+    source: str
+    tokenizer: str
+    vocabulary: int
+    train_documents: int
+    train_tokens: int
+    validation_documents: int
+    validation_tokens: int
+    unigram_entropy: float
+    digest: str
+
+
+def prepare(
+    folder: Path,
+    data: Path | None,
+    *,
+    vocabulary: int,
+    held_out: float,
+    tokenizer: Path | None = None,
+    end_of_text: int | None = None,
+) -> CorpusFacts:
+    """Read, split, tokenize, and write `folder`: memory-mappable tokens, the tokenizer, and the facts.
+
+    Args:
+        folder: where `open_stream` finds the result.
+        data: text, JSON lines, a folder of these, or packed tokens; None for the sample that the package ships.
+        vocabulary: entries of the tokenizer that is trained on the training documents. For packed tokens without a
+            `tokenizer` the model gets at least as many entries as the stream needs.
+        held_out: share of the documents that is kept for validation.
+        tokenizer: a `tokenizer.json` to use instead; for packed tokens, the one that made them.
+        end_of_text: the token between documents of packed tokens, see `read_packed`.
+
+    Raises:
+        ValueError: if the data cannot be read, or an option does not go with it.
+    """
+    used = load_tokenizer(tokenizer) if tokenizer else None
+    if data is not None and data.name.endswith(SUFFIX):
+        train, validation = read_packed(data, end_of_text).hold_out(held_out)
+        largest = int(max(train.tokens.max(), validation.tokens.max()))
+        entries = used.get_vocab_size() if used else largest + 1
+        if largest >= entries:
+            raise ValueError(
+                f"{data} must hold tokens of the tokenizer's {entries} entries, got token {largest}"
+            )
+    else:
+        if end_of_text is not None:
+            raise ValueError("`end_of_text` is only for packed tokens, a tokenizer has its own")
+        documents = read_documents(data or sample_path())
+        kept, held = split_documents(documents, held_out)
+        # The tokenizer must not know the text that it is judged on.
+        used = used or train_tokenizer(kept, vocabulary)
+        train, validation = tokenize(kept, used), tokenize(held, used)
+        entries = used.get_vocab_size()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, stream in (("train", train), ("validation", validation)):
+        np.save(folder / f"{name}.tokens.npy", stream.tokens)
+        np.save(folder / f"{name}.starts.npy", stream.starts)
+    if used:
+        used.save(str(folder / "tokenizer.json"))
+    facts = CorpusFacts(
+        source="the sample of the package" if data is None else str(data),
+        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else "unknown"),
+        # A multiple of 64 keeps the output layer's rows aligned.
+        vocabulary=-(-entries // 64) * 64,
+        train_documents=train.num_documents,
+        train_tokens=len(train),
+        validation_documents=validation.num_documents,
+        validation_tokens=len(validation),
+        unigram_entropy=validation.unigram_entropy(),
+        digest=f"{train.digest()[:16]}-{validation.digest()[:16]}",
+    )
+    (folder / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
+    return facts
+
+
+def open_stream(folder: Path, name: str) -> TokenStream:
+    """The stream `name` ("train" or "validation") that `prepare` wrote, mapped into memory, not read."""
+    tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
+    return TokenStream(tokens, np.load(folder / f"{name}.starts.npy"))
+
+
+def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
+    """The same split as `TokenStream.hold_out`, before there are tokens; one document is cut at a line's end."""
+    if len(documents) == 1:
+        (text,) = documents
+        cut = text.find("\n", int(len(text) * (1 - held_out))) + 1
+        if not 0 < cut < len(text):
+            raise ValueError("one document without a line's end near its end cannot be split")
+        return [text[:cut]], [text[cut:]]
+    index = TokenStream.from_documents([np.array([k], np.uint32) for k in range(len(documents))])
+    train, validation = index.hold_out(held_out)
+    return [documents[k] for k in train.tokens], [documents[k] for k in validation.tokens]

@@ -1,0 +1,63 @@
+"""Documents of text from files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+SEPARATOR = "\f"
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents in a text file, a JSONL file, or a folder of both.
+
+    A form feed separates documents in a `.txt` file; without one the file is one document. A line of a `.jsonl` file is an
+    object whose `text` is one document. A folder gives the documents of its files in the order of their names.
+
+    Raises:
+        ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a bad line is named.
+    """
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
+        if not files:
+            raise ValueError(f"{path} must hold .txt or .jsonl files, got none")
+        return [document for file in files for document in read_documents(file)]
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a file nor a folder")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(
+            f"{path} must be text (.txt), JSON lines (.jsonl) or packed tokens (.u16.xz)"
+        )
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+    parts = content.split(SEPARATOR) if path.suffix == ".txt" else _json_lines(path, content)
+    documents = [part for part in parts if part.strip()]
+    if not documents:
+        raise ValueError(f"{path} must hold text, got none")
+    return documents
+
+
+def sample_path() -> Path:
+    """The folder of public-domain books that the package ships; a document is a chapter."""
+    return Path(str(resources.files("spattention.data") / "sample"))
+
+
+def _json_lines(path: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}, must be an object with a "text" entry: {error!r}'
+            ) from error
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path}, line {number}: `text` must be a string, got {type(text).__name__}"
+            )
+        yield text

@@ -1,0 +1,71 @@
+"""Byte-level BPE tokenizers, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .tokens import TokenStream
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE of `vocabulary` entries, of which 256 are the bytes and the first is the end of text."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if vocabulary < smallest:
+        raise ValueError(
+            f"`vocabulary` must be at least {smallest} (the bytes and the end of text), got {vocabulary}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: a tokenizer is one `tokenizer.json`")
+    try:
+        return Tokenizer.from_file(str(path))
+    except (
+        Exception
+    ) as error:  # the library raises plain `Exception` for a file that it cannot read
+        raise ValueError(
+            f"{path} must be a tokenizer of the `tokenizers` library: {error}"
+        ) from error
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id of `<|endoftext|>`, which ends each document."""
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    if found is None:
+        raise ValueError(f"the tokenizer must have the token {END_OF_TEXT}, it has not")
+    return found
+
+
+def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> TokenStream:
+    """The stream of these documents, each followed by the end of text."""
+    end = end_of_text_id(tokenizer)
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    encoded = tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
+    return TokenStream.from_documents([np.array([*e.ids, end], dtype) for e in encoded])
+
+
+def for_transformers(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
+    """The same tokenizer as Transformers saves it beside a model."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=context
+    )

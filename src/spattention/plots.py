@@ -1,0 +1,175 @@
+"""Pictures: which distances each head attends, and how a comparison went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from .bands import BandPattern
+
+if TYPE_CHECKING:
+    from .training.summary import Row
+    from .training.variant import Result
+
+UNSEEN = (0.93, 0.93, 0.93)
+FUTURE = (1.0, 1.0, 1.0)
+INK = "#333333"
+
+
+def head_colors(num_heads: int) -> list[tuple[float, float, float]]:
+    """One colour per head, from near to far, told apart also in print and by the colour-blind."""
+    if num_heads == 1:
+        return [to_rgb("#3b6fb6")]
+    shades = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, num_heads))
+    return [(float(r), float(g), float(b)) for r, g, b, _ in shades]
+
+
+def mask_image(pattern: BandPattern, head: int, length: int) -> np.ndarray:
+    """The mask of a head as colours, `[length, length, 3]` in 0..1: attended, not attended, and the future."""
+    image = np.empty((length, length, 3))
+    image[:] = UNSEEN
+    image[np.triu_indices(length, k=1)] = FUTURE
+    seen = pattern.heads(head, head + 1).mask(length)[0].numpy()
+    image[seen] = head_colors(pattern.num_heads)[head]
+    return image
+
+
+def pattern_figure(pattern: BandPattern, length: int | None = None, title: str = "") -> Figure:
+    """The mask of every head, and below them which head covers which distance.
+
+    Args:
+        pattern: the bands.
+        length: queries and keys that the masks show; default the pattern's span.
+        title: text above.
+    """
+    length = pattern.span if length is None else length
+    if length < 1:
+        raise ValueError(f"`length` must be at least 1, got {length}")
+    heads = pattern.num_heads
+    columns = min(4, heads) if heads <= 16 else 8
+    rows = -(-heads // columns)
+    cell = 2.6 if columns <= 4 else 1.6
+    cover = max(1.6, 0.24 * heads + 0.9)
+    width = max(cell * columns + 0.9, 6.0)
+    figure = Figure(figsize=(width, rows * (cell + 0.3) + cover + 1.0), layout="constrained")
+    heights = [rows * (cell + 0.3) + 0.6, cover]
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    above.suptitle(title or repr(pattern), color=INK, fontsize=11)
+    axes = above.subplots(rows, columns, squeeze=False)
+    pairs = pattern.pairs(length)
+    causal = length * (length + 1) // 2
+    for head, axis in enumerate(axes.flat):
+        if head >= heads:
+            axis.set_axis_off()
+            continue
+        _draw_mask(axis, pattern, head, length)
+        axis.set_title(
+            f"head {head}: {_bands_text(pattern, head)}\n{100 * pairs[head] / causal:.1f} % of the pairs",
+            fontsize=8,
+            color=INK,
+        )
+        if head % columns == 0:
+            axis.set_ylabel("query position", fontsize=8, color=INK)
+        if head + columns >= heads:
+            axis.set_xlabel("key position", fontsize=8, color=INK)
+    _draw_cover(below.subplots(), pattern)
+    return figure
+
+
+def comparison_figure(
+    results: Sequence[Result], rows: Sequence[Row], unigram_entropy: float
+) -> Figure:
+    """Validation loss along training, and loss against work for each way to attend."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    palette = matplotlib.color_sequences["tab10"]
+    colors = {row.attention: palette[k % len(palette)] for k, row in enumerate(rows)}
+    named = set()
+    for result in results:
+        color = colors[result.attention]
+        label = None if result.attention in named else result.attention
+        named.add(result.attention)
+        steps, losses = zip(*result.train_losses) if result.train_losses else ((), ())
+        curves.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
+        steps, losses = zip(*result.validation_losses)
+        curves.plot(steps, losses, "o-", color=color, markersize=4, linewidth=1.6, label=label)
+    curves.axhline(unigram_entropy, color=INK, linestyle=":", linewidth=1)
+    curves.annotate(
+        "unigram entropy of the validation text",
+        (0.98, unigram_entropy),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=INK,
+    )
+    curves.set(xlabel="step", ylabel="loss (nats per token)")
+    curves.set_title("validation (dots) and training (faint) loss", fontsize=10)
+    curves.legend(fontsize=8, frameon=False)
+    _draw_speed(bars, rows, colors)
+    for axis in (curves, bars):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_mask(axis: Axes, pattern: BandPattern, head: int, length: int) -> None:
+    # Edges between pixels, so that position p spans [p, p + 1) on both axes.
+    axis.imshow(
+        mask_image(pattern, head, length),
+        interpolation="nearest" if length <= 512 else "auto",
+        extent=(0, length, length, 0),
+    )
+    ticks = [0, length // 2, length] if length > 1 else [0, 1]
+    axis.set_xticks(ticks)
+    axis.set_yticks(ticks)
+    axis.tick_params(labelsize=7, color=INK, labelcolor=INK)
+    for spine in axis.spines.values():
+        spine.set_color("#bbbbbb")
+
+
+def _draw_cover(axis: Axes, pattern: BandPattern) -> None:
+    """A bar per head and interval over the distances."""
+    colors = head_colors(pattern.num_heads)
+    for head, intervals in enumerate(pattern.intervals):
+        axis.barh(
+            [head] * len(intervals),
+            [far - near for near, far in intervals],
+            left=[near for near, _ in intervals],
+            height=0.8,
+            color=colors[head],
+        )
+    heads = pattern.num_heads
+    every = 1 if heads <= 32 else heads // 16
+    axis.set(ylim=(heads - 0.5, -0.5), xlim=(0, pattern.span), yticks=range(0, heads, every))
+    parts = min(8, pattern.span)
+    axis.set_xticks([round(k * pattern.span / parts) for k in range(parts + 1)])
+    axis.set_xlabel("distance from query to key (tokens)", fontsize=8, color=INK)
+    axis.set_ylabel("head", fontsize=8, color=INK)
+    axis.set_title("which head covers which distance", fontsize=9, color=INK)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _bands_text(pattern: BandPattern, head: int) -> str:
+    parts = [f"[{near}, {far})" for near, far in pattern.intervals[head]]
+    return " ".join(parts) if parts else "no keys"
+
+
+def _draw_speed(axis: Axes, rows: Sequence[Row], colors: dict[str, tuple[float, ...]]) -> None:
+    names = [row.attention.replace(":", ":\n") for row in rows]
+    speeds = [row.tokens_per_second for row in rows]
+    drawn = axis.barh(names, speeds, color=[colors[row.attention] for row in rows], height=0.6)
+    texts = [f"{row.tokens_per_second:,.0f}  (loss {row.loss:.3f})" for row in rows]
+    axis.bar_label(drawn, labels=texts, fontsize=8, padding=3)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(speeds) * 1.5)
+    axis.set_xlabel("training tokens per second")
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_title("speed", fontsize=10)

@@ -1,0 +1,1 @@
+"""Setting up an existing engine, Transformers' Trainer, and what is watched while it runs."""

@@ -1,0 +1,76 @@
+"""A run in a process of its own, so that its memory is its own and an interruption leaves nothing half done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
+
+from .callbacks import Event
+from .variant import Job, Result, run
+
+PRELOADED = ["spattention.training.variant"]
+
+
+class RunFailed(RuntimeError):
+    """A run ended without a result; the message holds its traceback."""
+
+
+def run_apart(job: Job, on_event: Callable[[Event], None]) -> Result:
+    """`variant.run` in a fresh process.
+
+    Args:
+        job: what to run.
+        on_event: called with each event as it arrives.
+
+    Raises:
+        RunFailed: if the run raised or its process died.
+        KeyboardInterrupt: passed on, once the process has been ended.
+    """
+    context = _context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while True:
+            try:
+                kind, content = receiver.recv()
+            except EOFError:
+                process.join()
+                raise RunFailed(
+                    f"the process of {job.name} ended with status {process.exitcode} and no result"
+                ) from None
+            if kind == "result":
+                process.join()
+                return content
+            if kind == "error":
+                raise RunFailed(f"{job.name} failed:\n{content}")
+            on_event(content)
+    finally:
+        process.terminate()  # does nothing to one that has ended
+        process.join()
+        receiver.close()
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The libraries are imported once, by a server that then forks a clean process for each run.
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _work(job: Job, sender: Connection) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent decides what becomes of this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sender.send(("result", run(job, lambda event: sender.send(("event", event)))))
+    except Exception:  # whatever it was, the parent reports it
+        sender.send(("error", traceback.format_exc()))
+    finally:
+        sender.close()

@@ -1,0 +1,158 @@
+"""A comparison as JSON, as Markdown and as the cells of a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.prepare import CorpusFacts
+from ..plots import comparison_figure
+from .results import write_atomically
+from .settings import Settings
+from .summary import BASELINE, Row, summarize
+from .variant import Result
+
+LIBRARIES = ("spattention", "torch", "transformers", "accelerate", "tokenizers", "numpy")
+HEADER = (
+    "attention",
+    "validation loss",
+    "minus dense",
+    "below unigram",
+    "tokens/s",
+    "attended pairs",
+    "peak memory",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that there is to say about a comparison, finished or not."""
+
+    facts: CorpusFacts
+    settings: Settings
+    results: list[Result]
+    missing: list[str]
+    command: str
+
+    @property
+    def rows(self) -> list[Row]:
+        """One per way to attend."""
+        return summarize(self.results)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's rows as text, in the order of `HEADER`."""
+        rows = self.rows
+        dense = next((r.pairs for r in rows if r.attention == BASELINE), None)
+        return [_cells(row, dense, self.facts.unigram_entropy) for row in rows]
+
+    def notes(self) -> list[str]:
+        """What a reader must know to read the table."""
+        facts, settings, rows = self.facts, self.settings, self.rows
+        notes = [
+            f"Unigram entropy of the validation text: {facts.unigram_entropy:.3f} nats, the loss of the best model "
+            f"that ignores context. Losses are nats per token.",
+            f"Data: {facts.source}; {facts.train_tokens:,} training tokens in {facts.train_documents} documents, "
+            f"{facts.validation_tokens:,} validation tokens in {facts.validation_documents} documents held out whole; "
+            f"tokenizer: {facts.tokenizer}.",
+            f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens, context "
+            f"{settings.context}, the same weights at the start, the same data in the same order.",
+            "Attended pairs: (query, key) pairs per layer and window, all heads together, and dense's over them.",
+        ]
+        if self.results:
+            notes.append(
+                f"Peak memory: {self.results[0].memory_kind}; in brackets what the run added to it."
+            )
+        if any(row.verdict == "seed spread unknown" for row in rows):
+            notes.append(
+                "?: one seed, so the spread between seeds is unknown and small differences say nothing; "
+                "`--seeds 0 1 2` measures it."
+            )
+        if any(row.spread is not None for row in rows):
+            notes.append(
+                "≈: the difference is within the seed spread (the larger range of the loss over seeds, this row's "
+                "or dense's)."
+            )
+        if self.missing:
+            notes.append(f"Not finished: {', '.join(self.missing)}.")
+        return notes
+
+    @property
+    def shown(self) -> Result | None:
+        """The run whose text is shown and whose model `generate` opens: the best with bands, else the best."""
+        banded = [r for r in self.results if r.attention != BASELINE] or self.results
+        return min(banded, key=lambda r: r.validation_loss) if banded else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "format": "spattention-comparison",
+            "version": 1,
+            "command": self.command,
+            "settings": asdict(self.settings),
+            "data": asdict(self.facts),
+            "machine": machine(),
+            "versions": {"python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
+            "table": [{**asdict(row), "verdict": row.verdict} for row in self.rows],
+            "runs": [asdict(result) for result in self.results],
+            "missing": self.missing,
+            "model": self.shown and f"models/{self.shown.model}",
+        }
+
+    def to_markdown(self) -> str:
+        """A page with the table, its notes, the plot and the continuations."""
+        lines = ["# Dense and banded attention compared", "", f"`{self.command}`", ""]
+        lines += [f"| {' | '.join(HEADER)} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in self.cells()]
+        lines += ["", *(f"- {note}" for note in self.notes()), "", "![loss and work](results.png)"]
+        if self.shown and self.shown.continuation:
+            text = f"{self.shown.prompt}**{self.shown.continuation.strip()}**"
+            quoted = "> " + " ".join(text.split())
+            lines += ["", f"## A text that {self.shown.attention} continued (in bold)", "", quoted]
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write `results.json`, `results.md` and `results.png`."""
+        write_atomically(folder / "results.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(folder / "results.md", self.to_markdown())
+        if self.results:
+            figure = comparison_figure(self.results, self.rows, self.facts.unigram_entropy)
+            figure.savefig(folder / "results.png", dpi=150)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cells(row: Row, dense_pairs: int | None, entropy: float) -> tuple[str, ...]:
+    mark = {"seed spread unknown": " ?", "within seed spread": " ≈"}.get(row.verdict, "")
+    is_dense = row.attention == BASELINE
+    difference = "" if row.difference is None or is_dense else f"{row.difference:+.3f}{mark}"
+    pairs = f"{row.pairs:,}"
+    if dense_pairs and not is_dense:
+        pairs += f" ({dense_pairs / row.pairs:.1f}x fewer)"
+    memory = "" if row.memory_peak is None else f"{row.memory_peak / 2**20:.0f} MiB"
+    if row.memory_growth is not None and memory:
+        memory += f" (+{row.memory_growth / 2**20:.0f})"
+    return (
+        row.attention,
+        f"{row.loss:.3f}",
+        difference,
+        f"{entropy - row.loss:.3f}",
+        f"{row.tokens_per_second:,.0f}",
+        pairs,
+        memory,
+    )

@@ -1,0 +1,110 @@
+"""The folder of a comparison: what is finished stays, whatever happens next."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .settings import Settings
+from .variant import Job, Result
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)  # mkstemp's own mode would hide it from other users
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class ResultsFolder:
+    """Finished runs of one comparison, one JSON each, and the models that they trained.
+
+    Args:
+        path: the folder; it is made here, or must be empty or a comparison's already.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs = path / "runs"
+        self.models = path / "models"
+        self.data = path / "data"
+        self._mark = path / "comparison.json"
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"`--output` must be a folder, {path} is a file")
+        if not self._mark.exists():
+            if path.exists() and any(path.iterdir()):
+                raise ValueError(
+                    f"`--output` must be a new or empty folder, or hold an earlier comparison; {path} holds other files"
+                )
+            self._write(None)
+
+    def restart(self) -> None:
+        """Forget the runs, the models and the settings."""
+        for folder in (self.runs, self.models):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._write(None)
+
+    def claim(self, settings: Settings) -> None:
+        """Hold runs with these settings from now on.
+
+        Raises:
+            ValueError: if there are runs with other settings, which could not be compared.
+        """
+        wanted = asdict(settings)
+        found = json.loads(self._mark.read_text(encoding="utf-8"))["settings"]
+        if found is None or not self.runs.exists():
+            self._write(wanted)
+            return
+        different = [
+            f"{name} was {found.get(name)}, now {wanted[name]}"
+            for name in wanted
+            if found.get(name) != wanted[name]
+        ]
+        if different:
+            raise ValueError(
+                f"`--output` {self.path} holds runs with other settings ({'; '.join(different)}): "
+                "name another folder, or give --restart to replace them"
+            )
+
+    def _write(self, settings: dict[str, Any] | None) -> None:
+        content = {"version": 1, "settings": settings}
+        write_atomically(self._mark, json.dumps(content, indent=2) + "\n")
+
+    def find(self, job: Job) -> Result | None:
+        """The result of this job, if it is finished."""
+        file = self.runs / f"{job.name}.json"
+        return result_from(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+    def add(self, job: Job, result: Result) -> None:
+        """Keep a finished run."""
+        write_atomically(
+            self.runs / f"{job.name}.json", json.dumps(asdict(result), indent=2) + "\n"
+        )
+
+    def finished(self, jobs: Sequence[Job]) -> list[Result]:
+        """Results of those jobs that are finished, in the order of the jobs."""
+        return [found for job in jobs if (found := self.find(job)) is not None]
+
+
+def result_from(data: dict[str, Any]) -> Result:
+    """The result that `add` wrote."""
+    values = dict(data)
+    for name in ("train_losses", "validation_losses"):
+        values[name] = [tuple(point) for point in values[name]]  # JSON has no tuples
+    return Result(**values)

@@ -1,0 +1,41 @@
+"""What decides a run of a comparison, in plain values that go into its results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that two runs must share to be compared; only the attention and the seed differ between them.
+
+    Args:
+        model: a preset of `spattention.models`.
+        layers: decoder layers, instead of the preset's; None keeps them.
+        vocabulary: entries of the model's embedding.
+        context: tokens per window, and the span of the patterns.
+        batch: windows per step.
+        steps: optimizer steps.
+        learning_rate: its peak; it warms up over a tenth of the steps and falls to a tenth as a cosine.
+        evaluations: how often the validation loss is taken, the end included.
+        validation_windows: windows that it is taken over.
+        data: digest of the tokens.
+    """
+
+    model: str
+    layers: int | None
+    vocabulary: int
+    context: int
+    batch: int
+    steps: int
+    learning_rate: float
+    evaluations: int
+    validation_windows: int
+    data: str
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch", "steps", "evaluations", "validation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")

@@ -1,0 +1,155 @@
+"""One run of a comparison: a fresh model, one way to attend, one seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, logging, set_seed
+
+from ..choice import attention_choice
+from ..data.prepare import open_stream
+from ..data.tokenizer import for_transformers, load_tokenizer
+from ..data.tokens import Windows
+from ..models import build, preset
+from .callbacks import Event, OrderDigest, Watch
+from .memory import peak_resident_bytes, resident_bytes
+from .settings import Settings
+from .setup import make_trainer
+
+PROMPT_TOKENS = 16
+CONTINUATION_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made.
+
+    Args:
+        attention: as `attention_choice` reads it.
+        seed: of the weights and of the order of the data.
+        settings: what all runs share.
+        data: folder that `prepare` wrote.
+        models: folder of the trained models, each in one of its own.
+    """
+
+    attention: str
+    seed: int
+    settings: Settings
+    data: Path
+    models: Path
+
+    @property
+    def name(self) -> str:
+        """Unique among the runs of one comparison, and fit for a file's name."""
+        plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.attention)
+        return f"{plain}-seed{self.seed}"
+
+    @property
+    def model(self) -> Path:
+        """Where the trained model is saved."""
+        return self.models / self.name
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. Losses in nats per token, memory in bytes, pairs per layer and window."""
+
+    attention: str
+    seed: int
+    context: int
+    parameters: int
+    validation_loss: float
+    train_losses: list[tuple[int, float]]
+    validation_losses: list[tuple[int, float]]
+    tokens_per_second: float
+    seconds: float
+    pairs: int
+    memory_before: int | None
+    memory_peak: int | None
+    memory_kind: str
+    order: str
+    model: str
+    prompt: str | None
+    continuation: str | None
+
+
+def run(job: Job, send: Callable[[Event], None]) -> Result:
+    """Train, evaluate, save and continue a text. The process should be a fresh one: memory is that of all of it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    began = time.perf_counter()
+    settings = job.settings
+    before = resident_bytes()
+    chosen = preset(
+        settings.model,
+        vocab_size=settings.vocabulary,
+        context=settings.context,
+        num_layers=settings.layers,
+    )
+    attention = attention_choice(job.attention, chosen.pattern.num_heads, settings.context)
+    set_seed(job.seed)  # every variant starts from the same weights
+    model = build(chosen, pattern=None)
+    attention.apply(model)
+
+    train = Windows(open_stream(job.data, "train"), settings.context)
+    held_out = open_stream(job.data, "validation")
+    validation = Windows(held_out, settings.context, settings.validation_windows)
+    watch = Watch(settings.batch * settings.context, send)
+    order = OrderDigest(model)
+    trainer = make_trainer(model, train, validation, settings, job.seed, job.model, [watch])
+    trainer.train()
+    if not watch.validation_losses or watch.validation_losses[-1][0] != settings.steps:
+        trainer.evaluate()
+    peak = peak_resident_bytes()
+    kind = "resident set of the run's own process"
+    if torch.cuda.is_available():
+        before, peak, kind = 0, torch.cuda.max_memory_allocated(), "tensors on the GPU"
+
+    model.save_pretrained(job.model)
+    prompt, continuation = _continue(job, model, held_out.tokens[:PROMPT_TOKENS].tolist())
+    return Result(
+        attention=job.attention,
+        seed=job.seed,
+        context=settings.context,
+        parameters=model.num_parameters(),
+        validation_loss=watch.validation_losses[-1][1],
+        train_losses=watch.train_losses,
+        validation_losses=watch.validation_losses,
+        tokens_per_second=watch.tokens_per_second,
+        seconds=time.perf_counter() - began,
+        pairs=attention.pairs(settings.context),
+        memory_before=before,
+        memory_peak=peak,
+        memory_kind=kind,
+        order=order.close(),
+        model=job.name,
+        prompt=prompt,
+        continuation=continuation,
+    )
+
+
+def _continue(job: Job, model: PreTrainedModel, prompt: list[int]) -> tuple[str | None, str | None]:
+    """The first tokens of the validation text and what the model makes of them; None without a tokenizer."""
+    path = job.data / "tokenizer.json"
+    if not path.exists():
+        return None, None
+    tokenizer = for_transformers(load_tokenizer(path), job.settings.context)
+    tokenizer.save_pretrained(job.model)
+    model.eval()
+    room = job.settings.context - len(prompt)
+    set_seed(job.seed)
+    tokens = model.generate(
+        torch.tensor([prompt], device=model.device),
+        max_new_tokens=max(1, min(CONTINUATION_TOKENS, room)),
+        do_sample=True,
+        temperature=0.7,
+        top_k=40,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=None,
+    )[0]
+    text = tokenizer.decode(tokens[len(prompt) :])
+    return tokenizer.decode(prompt), text

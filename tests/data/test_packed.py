@@ -1,0 +1,97 @@
+"""Files of packed tokens: round trip, and one clear error for each way in which a file can be wrong."""
+
+import json
+import lzma
+
+import numpy as np
+import pytest
+
+from spattention.data.packed import read_packed, write_packed
+from spattention.data.tokens import TokenStream
+
+END = 9
+
+
+@pytest.fixture
+def packed(tmp_path):
+    path = tmp_path / "text.00.u16.xz"
+    rows = [np.array([*range(k % 5 + 1), END], np.uint16) for k in range(40)]
+    write_packed(path, TokenStream.from_documents(rows), END)
+    return path
+
+
+def change(path, **facts):
+    described = path.with_name("text.00.json")
+    described.write_text(json.dumps(json.loads(described.read_text()) | facts))
+
+
+def test_round_trip(packed):
+    found = read_packed(packed)
+    assert found.num_documents == 40
+    assert found.tokens[:6].tolist() == [0, END, 0, 1, END, 0]
+
+
+def test_the_end_of_text_may_be_given_when_the_description_lacks_it(packed):
+    change(packed, end_of_text=None)
+    assert read_packed(packed).num_documents == 1
+    assert read_packed(packed, END).num_documents == 40
+
+
+def test_documents_of_equal_length_need_no_separators(tmp_path):
+    path = tmp_path / "long.u16.xz"
+    path.write_bytes(lzma.compress(np.arange(30, dtype="<u2").tobytes()))
+    (tmp_path / "long.json").write_text('{"docs": 3, "tokens": 30, "eos": 0}')
+    assert read_packed(path).starts.tolist() == [0, 10, 20, 30]
+
+
+def test_a_truncated_file(packed):
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"truncated or not the file described: it must have \d+"):
+        read_packed(packed)
+    change(packed, bytes=packed.stat().st_size)
+    with pytest.raises(ValueError, match=r"text\.00\.u16\.xz is truncated or damaged"):
+        read_packed(packed)
+
+
+def test_a_foreign_file(packed):
+    packed.write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(ValueError, match="must be compressed with xz, got a file of another kind"):
+        read_packed(packed)
+
+
+def test_a_file_with_half_a_token(packed):
+    packed.write_bytes(lzma.compress(b"abc"))
+    change(packed, bytes=packed.stat().st_size)
+    with pytest.raises(ValueError, match=r"uint16 tokens, got an odd number of bytes \(3\)"):
+        read_packed(packed)
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"tokens": 7}, r"`tokens` must be 7, got 160"),
+        ({"max": 50279}, r"`max` must be 50279, got 9"),
+        ({"eos": 39}, r"must hold 39 tokens 9 \(end of text\), got 40"),
+        ({"docs": "many"}, r"must give the integers `docs` and `tokens`"),
+    ],
+)
+def test_a_description_that_does_not_agree(packed, facts, text):
+    change(packed, **facts)
+    with pytest.raises(ValueError, match=text):
+        read_packed(packed)
+
+
+def test_missing_files(packed):
+    with pytest.raises(ValueError, match=r"other\.json is missing"):
+        read_packed(packed.with_name("other.u16.xz"))
+    packed.unlink()
+    with pytest.raises(ValueError, match="is not a file"):
+        read_packed(packed)
+
+
+def test_writing_refuses(tmp_path):
+    stream = TokenStream.from_documents([np.array([70_000], np.uint32)])
+    with pytest.raises(ValueError, match="tokens below 65536, got 70000"):
+        write_packed(tmp_path / "a.u16.xz", stream, END)
+    with pytest.raises(ValueError, match=r"must end with \.u16\.xz, got a\.xz"):
+        write_packed(tmp_path / "a.xz", stream, END)

@@ -1,0 +1,150 @@
+"""The folder of a comparison, its summary and its report, without training anything."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from spattention.data.prepare import CorpusFacts
+from spattention.training.report import HEADER, Report
+from spattention.training.results import ResultsFolder, write_atomically
+from spattention.training.settings import Settings
+from spattention.training.summary import check_equal_order, summarize
+from spattention.training.variant import Job, Result
+
+SETTINGS = Settings("olmoe-tiny", 1, 320, 64, 1, 4, 1e-2, 2, 8, "abc")
+FACTS = CorpusFacts("books", "byte-level BPE", 320, 9, 9000, 1, 1000, 5.0, "abc")
+
+
+def result(attention="dense", seed=0, loss=4.0, **changes):
+    made = Result(
+        attention=attention,
+        seed=seed,
+        context=64,
+        parameters=1000,
+        validation_loss=loss,
+        train_losses=[(2, 4.5), (4, 4.1)],
+        validation_losses=[(2, 4.4), (4, loss)],
+        tokens_per_second=1234.5,
+        seconds=3.0,
+        pairs=2080 if attention == "dense" else 520,
+        memory_before=100 * 2**20,
+        memory_peak=150 * 2**20,
+        memory_kind="resident set",
+        order="same",
+        model=f"{attention}-seed{seed}",
+        prompt="Alice was",
+        continuation=" not here",
+    )
+    return replace(made, **changes)
+
+
+def report(*results, missing=()):
+    return Report(FACTS, SETTINGS, list(results), list(missing), "spattention compare")
+
+
+def test_a_result_comes_back_as_it_was(tmp_path):
+    folder = ResultsFolder(tmp_path / "out")
+    job = Job("shared_local:widths=geometric", 3, SETTINGS, folder.data, folder.models)
+    assert folder.find(job) is None
+    folder.add(job, result())
+    assert folder.find(job) == result()
+    assert job.name == "shared_local-widths-geometric-seed3"
+
+
+def test_a_folder_is_bound_to_its_settings_once_it_holds_runs(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.claim(replace(SETTINGS, steps=9))
+    folder.claim(SETTINGS)  # nothing was run with the others
+    folder.add(Job("dense", 0, SETTINGS, folder.data, folder.models), result())
+    ResultsFolder(tmp_path).claim(SETTINGS)
+    with pytest.raises(ValueError, match=r"other settings \(steps was 4, now 5\): name another"):
+        folder.claim(replace(SETTINGS, steps=5))
+    folder.restart()
+    folder.claim(replace(SETTINGS, steps=5))
+    assert not folder.runs.exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").write_text("precious")
+    with pytest.raises(ValueError, match="must be a new or empty folder, or hold an earlier"):
+        ResultsFolder(tmp_path)
+    with pytest.raises(ValueError, match="must be a folder"):
+        ResultsFolder(tmp_path / "models" / "mine")
+    assert (tmp_path / "models" / "mine").read_text() == "precious"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.json"
+    write_atomically(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "new \ud800")
+    assert file.read_text() == "old"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_one_seed_leaves_the_spread_unknown():
+    dense, bands = summarize([result(), result("exclusive", loss=4.2)])
+    assert bands.difference == pytest.approx(0.2)
+    assert (dense.verdict, bands.verdict) == ("", "seed spread unknown")
+
+
+def test_differences_are_paired_by_seed_and_judged_by_the_spread():
+    rows = summarize(
+        [
+            *(result(seed=k, loss=4.0 + k / 10) for k in range(3)),
+            *(result("exclusive", seed=k, loss=4.15 + k / 10) for k in range(3)),
+            *(result("gapped", seed=k, loss=4.5 + k / 10) for k in range(2)),
+        ]
+    )
+    assert [row.verdict for row in rows] == ["", "within seed spread", "beyond seed spread"]
+    assert rows[1].spread == pytest.approx(0.2)
+    assert rows[1].difference == pytest.approx(0.15)
+    assert rows[2].difference == pytest.approx(0.5)  # of seeds 0 and 1, which both have
+
+
+def test_runs_of_one_seed_must_share_their_data():
+    check_equal_order([result(), result("exclusive"), result(seed=1, order="other")])
+    with pytest.raises(RuntimeError, match="exclusive with seed 0 trained on other data"):
+        check_equal_order([result(), result("exclusive", order="other")])
+
+
+def test_the_table():
+    table = report(result(), result("exclusive", loss=4.2)).cells()
+    assert [len(cells) for cells in table] == [len(HEADER)] * 2
+    assert table[0] == ("dense", "4.000", "", "1.000", "1,234", "2,080", "150 MiB (+50)")
+    assert table[1][2:6] == ("+0.200 ?", "0.800", "1,234", "520 (4.0x fewer)")
+
+
+def test_json_and_markdown(tmp_path):
+    made = report(result(), result("exclusive", loss=4.2), missing=["gapped-seed0"])
+    made.write(tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["model"] == "models/exclusive-seed0"
+    assert found["missing"] == ["gapped-seed0"]
+    assert found["settings"]["steps"] == 4
+    assert found["data"]["unigram_entropy"] == 5.0
+    assert found["machine"]["cores"] >= 1
+    assert {"python", "torch", "transformers", "spattention"} <= set(found["versions"])
+    assert [run["seed"] for run in found["runs"]] == [0, 0]
+    assert found["table"][1]["verdict"] == "seed spread unknown"
+    page = (tmp_path / "results.md").read_text()
+    assert "| exclusive | 4.200 | +0.200 ? |" in page
+    assert "Unigram entropy of the validation text: 5.000 nats" in page
+    assert "Not finished: gapped-seed0." in page
+    assert "Alice was**not here**" in page
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_memory_that_a_system_does_not_tell():
+    row = report(result(memory_peak=None, memory_before=None)).cells()[0]
+    assert row[-1] == ""
+
+
+@pytest.mark.parametrize("name", ["context", "batch", "steps", "evaluations"])
+def test_settings_refuse(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        replace(SETTINGS, **{name: 0})
+    with pytest.raises(ValueError, match="`learning_rate` must be positive, got 0"):
+        replace(SETTINGS, learning_rate=0)

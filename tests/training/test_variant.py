@@ -1,0 +1,116 @@
+"""Runs of a comparison: the same data for each, their own memory, and failures that reach the parent."""
+
+import numpy as np
+import pytest
+
+from spattention.choice import attention_choice
+from spattention.data.prepare import prepare
+from spattention.models import build, preset
+from spattention.training.memory import peak_resident_bytes, resident_bytes
+from spattention.training.process import RunFailed, run_apart
+from spattention.training.settings import Settings
+from spattention.training.variant import Job, run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text.txt"
+    words = np.random.default_rng(0).choice(["one", "two", "three", "four"], 4000)
+    text.write_text("\f".join(" ".join(part) for part in np.split(words, 20)))
+    return folder / "out", prepare(folder / "out", text, vocabulary=300, held_out=0.1)
+
+
+def job(data, models, attention="dense", seed=0, **changes):
+    folder, facts = data
+    values = {
+        "model": "olmoe-tiny",
+        "layers": 1,
+        "vocabulary": facts.vocabulary,
+        "context": 32,
+        "batch": 2,
+        "steps": 5,
+        "learning_rate": 1e-2,
+        "evaluations": 2,
+        "validation_windows": 4,
+        "data": facts.digest,
+    }
+    return Job(attention, seed, Settings(**(values | changes)), folder, models)
+
+
+def test_variants_see_equal_data_and_seeds_different_data(data, tmp_path):
+    runs = {
+        key: run(job(data, tmp_path, *key), lambda event: None)
+        for key in (("dense", 0), ("exclusive", 0), ("exclusive", 1))
+    }
+    assert runs["dense", 0].order == runs["exclusive", 0].order
+    assert runs["exclusive", 0].order != runs["exclusive", 1].order
+    assert runs["dense", 0].validation_loss != runs["exclusive", 0].validation_loss
+    assert runs["exclusive", 0].pairs == 32 * 33 // 2
+    assert runs["dense", 0].pairs == 8 * 32 * 33 // 2
+
+
+def test_a_run_reports_as_it_goes_and_ends_with_a_validation_loss(data, tmp_path):
+    events = []
+    result = run(job(data, tmp_path), events.append)
+    assert [e["step"] for e in events if e["kind"] == "step"] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in result.validation_losses] == [3, 5]
+    assert result.validation_loss == result.validation_losses[-1][1]
+    assert result.train_losses[-1][1] < result.train_losses[0][1]
+    assert result.continuation
+    assert (tmp_path / "dense-seed0" / "model.safetensors").exists()
+    assert (tmp_path / "dense-seed0" / "tokenizer.json").exists()
+
+
+def test_a_run_apart_gives_the_same_losses(data, tmp_path):
+    here = run(job(data, tmp_path, "exclusive"), lambda event: None)
+    apart = run_apart(job(data, tmp_path, "exclusive"), lambda event: None)
+    assert apart.validation_loss == pytest.approx(here.validation_loss, rel=1e-5)
+    assert apart.order == here.order
+    if apart.memory_peak is not None:
+        assert apart.memory_peak > apart.memory_before > 0
+
+
+def test_a_failure_in_the_process_reaches_the_parent(data, tmp_path):
+    with pytest.raises(RunFailed, match=r"(?s)dense-seed0 failed:.*at most the \d+ tokens"):
+        run_apart(job(data, tmp_path, context=2**20), lambda event: None)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss became"):
+        run(job(data, tmp_path, learning_rate=1e30), lambda event: None)
+
+
+def test_peak_memory_counts_what_was_freed_again():
+    before = resident_bytes()
+    if before is None:
+        pytest.skip("this system does not tell the resident set")
+    block = np.ones(2**26, np.uint8)
+    del block
+    assert peak_resident_bytes() >= before + 2**25
+
+
+def test_choices_name_patterns_and_their_options():
+    bands = attention_choice("shared_local:widths=geometric,local=4", 8, 64)
+    assert bands.pattern.recipe["local"] == 4
+    assert attention_choice("sliding_window", 8, 64).pairs(64) == 8 * (9 * 10 // 2 + 55 * 9)
+    model = build(preset("olmoe-tiny", vocab_size=64, context=64, num_layers=1), pattern=None)
+    bands.apply(model)
+    assert model.config._attn_implementation == "spattention"
+    attention_choice("dense", 8, 64).apply(model := build(preset("olmoe-tiny"), pattern=None))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("spiral", "a pattern must be one of .* got 'spiral'"),
+        ("shared_local:lokal=3", "NAME=VALUE with a name of .* got 'lokal=3'"),
+        ("exclusive:geometric", "NAME=VALUE with a name of .* got 'geometric'"),
+        ("sliding_window:window=65", "`window` must be between 1 and `span` = 64, got 65"),
+        ("dense:window=3", "NAME=VALUE with a name of"),
+    ],
+)
+def test_choices_refuse(text, error):
+    with pytest.raises(ValueError, match=error):
+        attention_choice(text, 8, 64)
