@@ -142,7 +142,12 @@ def test_a_layer_left_alone_sees_padding_packing_and_the_cache_as_before():
     close(logits(model, ids, position_ids=positions, use_cache=False), wanted, **EXACT)
     close(logits(model, ids, position_ids=positions), wanted, **EXACT)
     offsets = torch.tensor([0, 7, 12], dtype=torch.int32)
-    flat = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 7, "max_length_k": 7}
+    flat = {
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": 7,
+        "max_length_k": 7,
+    }
     found = logits(model, ids[:1], position_ids=positions[:1], use_cache=False, **flat)
     close(found, wanted[:1], **EXACT)
 

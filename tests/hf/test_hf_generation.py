@@ -154,7 +154,9 @@ def test_a_cache_filled_under_another_pattern_is_refused():
 def test_a_cache_that_forgets_keys_is_refused():
     model = banded("llama")
     cache = transformers.DynamicCache(config=build("mistral", sliding_window=4).config)
-    with pytest.raises(ValueError, match="must keep every key for spattention, got a sliding window"):
+    with pytest.raises(
+        ValueError, match="must keep every key for spattention, got a sliding window"
+    ):
         logits(model, tokens(1, 9), past_key_values=cache)
 
 

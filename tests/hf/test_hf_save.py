@@ -102,7 +102,9 @@ def test_sinks_are_loaded_strictly(saved, tmp_path):
 def test_a_saved_model_is_not_loaded_with_another_attention(saved):
     spa.hf.register()
     with pytest.raises(ValueError, match='must be "spattention" for a model with'):
-        transformers.AutoModelForCausalLM.from_pretrained(saved["llama"], attn_implementation="sdpa")
+        transformers.AutoModelForCausalLM.from_pretrained(
+            saved["llama"], attn_implementation="sdpa"
+        )
 
 
 def test_a_model_can_be_built_from_a_config_with_the_section():

@@ -123,7 +123,9 @@ class Calls:
             monkeypatch.setattr(hf_attention, name, self._recording(getattr(hf_attention, name)))
 
     def _recording(self, operator: Callable[..., Any]) -> Callable[..., Any]:
-        def call(query: Any, key: Any, value: Any, pattern: Any, *args: Any, **keywords: Any) -> Any:
+        def call(
+            query: Any, key: Any, value: Any, pattern: Any, *args: Any, **keywords: Any
+        ) -> Any:
             self.patterns.append(pattern)
             return operator(query, key, value, pattern, *args, **keywords)
 

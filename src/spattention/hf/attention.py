@@ -39,6 +39,7 @@ WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
+HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", *PACKING})
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def apply(
     if model_config is None or not hasattr(model_config, "get_text_config"):
         raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
     text_config = model_config.get_text_config()
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
     modules = _attention_modules(model, text_config)
     _check_model(model, text_config, modules)
     chosen = _patterns_by_layer(text_config, modules, pattern, layers)
@@ -124,13 +127,10 @@ def apply(
     for config in configs:
         config.spattention = section
         config._attn_implementation_internal = NAME
-        config.attn_implementation = NAME  # this name is what is saved, and honoured on load
-    if all(config is not model_config for config in configs):
-        names = [key for key in model_config.sub_configs if getattr(model_config, key) in configs]
-        model_config.attn_implementation = dict.fromkeys(names, NAME)
     for index, module in modules.items():
         entry = chosen[index]
         _equip(module, LayerPlan(entry, sinks and entry is not None, own))
+    _name_for_saving(model)
     return model
 
 
@@ -176,7 +176,7 @@ def attention_forward(
             "give each rank its part, `pattern.heads(start, stop)`"
         )
     sinks = _sinks(module, keywords)
-    if keywords.get("cu_seq_lens_q") is not None:
+    if any(keywords.get(name) is not None for name in PACKING):
         out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
     else:
         result = band_attention(
@@ -207,7 +207,7 @@ def _packed(
     """Documents flattened into one row, with FlashAttention's offsets."""
     missing = [name for name in PACKING if keywords.get(name) is None]
     if missing:
-        raise ValueError(f"`cu_seq_lens_q` must come with all of {list(PACKING)}, got no {missing}")
+        raise ValueError(f"`{PACKING[0]}` must come with all of {PACKING[1:]}, got no {missing}")
     if query.shape[0] != 1 or key.shape[2] != query.shape[2] or rows.query_start is not None:
         raise ValueError(
             "`cu_seq_lens_q` must describe one row [1, T] without a filled cache, "
@@ -279,14 +279,9 @@ def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str,
         raise ValueError(f"`softcap` must be None for spattention, got {keywords['softcap']}")
     if not getattr(module, "is_causal", True) or keywords.get("is_causal") is False:
         raise ValueError("the model must be causal for spattention, got `is_causal=False`")
-    known = {"is_causal", "output_attentions", "s_aux", "softcap", *PACKING}
-    for name, given in keywords.items():
-        if (
-            name not in known
-            and name not in WITHOUT_EFFECT
-            and given is not None
-            and given is not False
-        ):
+    for name in keywords.keys() - HONOURED - WITHOUT_EFFECT:
+        given = keywords[name]
+        if given is not None and given is not False:
             raise ValueError(
                 f"`{name}` is a keyword that spattention does not know and cannot honour; it must be None, "
                 f"got {type(given).__name__}"
@@ -361,6 +356,8 @@ def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
 
 def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
     """Runs when any module gets a child: an attention module whose config has the section gets its plan."""
+    if isinstance(parent, PreTrainedModel):
+        _name_for_saving(parent)
     if module is None or not _is_attention(module) or _plan(module) is not None:
         return
     section = read_section(module.config)
@@ -377,6 +374,26 @@ def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
     )
     pattern = section.layer_patterns[module.layer_idx]
     _equip(module, LayerPlan(pattern, section.sinks and pattern is not None))
+
+
+def _name_for_saving(model: Any) -> None:
+    """Write the implementation's name where it is saved and honoured on load; Transformers takes it off on load."""
+    name = _implementation_below(getattr(model, "config", None))
+    if name is not None:
+        model.config.attn_implementation = name
+
+
+def _implementation_below(config: Any) -> str | dict[str, Any] | None:
+    """`attn_implementation` for a config: the name, or a dict of names where parts of it run bands."""
+    if config is None:
+        return None
+    if getattr(config, NAME, None) is not None:
+        return NAME
+    found = {
+        key: _implementation_below(getattr(config, key, None))
+        for key in getattr(config, "sub_configs", ())
+    }
+    return {key: name for key, name in found.items() if name is not None} or None
 
 
 def _equip(module: Any, plan: LayerPlan) -> None:
@@ -468,8 +485,6 @@ def _text_configs(model: Any, text_config: Any, modules: dict[int, Any]) -> list
 
 
 def _check_model(model: Any, config: Any, modules: dict[int, Any]) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
     if not modules:
         raise ValueError(
             f"`model` must have decoder self-attention that follows Transformers' attention interface, "
@@ -518,8 +533,9 @@ def _patterns_by_layer(
                 chosen[index] = pattern
     else:
         where = list(range(count)) if named is None else named
-        if not isinstance(pattern, Sequence) or len(pattern) != len(where):
-            given = len(pattern) if isinstance(pattern, Sequence) else type(pattern).__name__
+        is_list = isinstance(pattern, Sequence) and not isinstance(pattern, str)
+        if not is_list or len(pattern) != len(where):
+            given = len(pattern) if is_list else type(pattern).__name__
             raise ValueError(
                 f"`pattern` must be a BandPattern or a sequence of one (or None) per layer, {len(where)}, got {given}"
             )

@@ -69,7 +69,7 @@ def rows_mask(
     """
     if "allow_is_bidirectional_skip" in others:
         raise ValueError("the model must be causal for spattention, got a bidirectional mask")
-    if use_vmap or mask_function.__name__ == "or_mask":
+    if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
         raise ValueError(
             "the model's mask must be causal with padding at the ends of rows or packed documents for spattention, "
             "got one with an added rule (such as bidirectional image tokens)"

@@ -1,0 +1,247 @@
+"""What cannot be honoured raises a ValueError that names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, FIRST, HEADS, SPAN, VOCABULARY, P, banded, build, logits, tokens
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import TransformersKwargs
+
+import spattention as spa
+from spattention.hf.attention import HONOURED, WITHOUT_EFFECT, attention_forward
+
+FLAT = torch.tensor([0, 3, 8], dtype=torch.int32)
+# Every keyword that a supported model passes on: a telling value, and the error, or None if the result stays the same.
+KEYWORDS = {
+    "scaling": (0.25, None),
+    "dropout": (0.1, "attention dropout must be 0 for spattention, got 0.1"),
+    "output_attentions": (True, "`output_attentions` must be False"),
+    "softcap": (30.0, "`softcap` must be None for spattention, got 30.0"),
+    "is_causal": (False, "must be causal for spattention, got `is_causal=False`"),
+    "sliding_window": (2, None),  # a layer with a pattern has given its window up
+    "position_ids": (torch.arange(8)[None], None),
+    "cache_position": (torch.arange(8), None),
+    "position_embeddings": ((torch.ones(1), torch.ones(1)), None),
+    "use_cache": (True, None),
+    "output_hidden_states": (True, None),
+    "output_router_logits": (True, None),
+    "num_items_in_batch": (torch.tensor(3), None),
+    "logits_to_keep": (1, None),
+    "labels": (torch.zeros(1), None),
+    "return_dict": (True, None),
+    "seq_idx": (torch.zeros(1, 8, dtype=torch.int32), None),
+    "cu_seq_lens_q": (FLAT, "must come with all of"),
+    # The other three mean nothing without the first.
+    "cu_seq_lens_k": (FLAT, "`cu_seq_lens_q` must come with"),
+    "max_length_q": (5, "`cu_seq_lens_q` must come with"),
+    "max_length_k": (5, "`cu_seq_lens_q` must come with"),
+}
+REFUSED = {
+    "position_bias": torch.zeros(1),
+    "indices": torch.zeros(1),
+    "block_indices": torch.zeros(1),
+    "cache": object(),
+    "something_new": 3,
+}
+
+
+def call(module, **keywords):
+    query, key, value = torch.randn(3, 1, HEADS, 8, 8, dtype=torch.float64).unbind(0)
+    settings = {"scaling": 0.25, "dropout": 0.0, **keywords}
+    return attention_forward(module, query, key, value, None, **settings)[0]
+
+
+@pytest.fixture(scope="module")
+def module():
+    return banded("llama").model.layers[0].self_attn
+
+
+@pytest.mark.parametrize("name", [*KEYWORDS, *REFUSED])
+def test_every_keyword_is_honoured_or_refused(name, module):
+    given, message = KEYWORDS.get(
+        name, (REFUSED.get(name), f"`{name}` is a keyword that spattention")
+    )
+    torch.manual_seed(0)
+    plain = call(module)
+    torch.manual_seed(0)
+    if message is None:
+        assert torch.equal(call(module, **{name: given}), plain)
+    else:
+        with pytest.raises(ValueError, match=message):
+            call(module, **{name: given})
+
+
+def test_the_sinks_of_gpt_oss_are_honoured(module):
+    torch.manual_seed(0)
+    plain = call(module)
+    torch.manual_seed(0)
+    assert not torch.equal(call(module, s_aux=torch.zeros(HEADS)), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_covers_what_the_models_pass(family, monkeypatch):
+    seen: set[str] = set()
+
+    def record(module, query, key, value, attention_mask, **keywords):
+        seen.update(keywords)
+        return attention_forward(module, query, key, value, attention_mask, **keywords)
+
+    model = banded(family)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "spattention", record)
+    ids = tokens(1, 8)
+    model(ids, labels=ids, output_hidden_states=True, num_items_in_batch=torch.tensor(8))
+    model(ids, position_ids=torch.arange(8)[None], use_cache=False, return_dict=True)
+    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    model.generate(
+        ids, max_new_tokens=2, do_sample=False, pad_token_id=0, cache_implementation="static"
+    )
+    assert {"scaling", "dropout"} <= seen <= set(KEYWORDS)
+
+
+def test_the_walk_covers_the_keywords_that_transformers_declares():
+    declared = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
+    assert declared <= set(KEYWORDS)
+    assert set(KEYWORDS) - {"scaling", "dropout"} == (WITHOUT_EFFECT | HONOURED) - {"s_aux"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_says_what_it_cannot_do(family):
+    model = banded(family)
+    ids = tokens(2, 8)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+    with pytest.raises(ValueError, match="`something_new` is a keyword"):
+        model(ids, something_new=1)
+    with pytest.raises(ValueError, match="must be causal for spattention"):
+        model(ids, is_causal=False)
+    dropping = banded(family, attention_dropout=0.1)
+    logits(dropping, ids)
+    with pytest.raises(ValueError, match=r"attention dropout must be 0 for spattention, got 0\.1"):
+        dropping.train()(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_that_are_not_padding_are_refused(family):
+    model = banded(family)
+    ids = tokens(2, 8)
+    hole = torch.ones_like(ids)
+    hole[1, 3] = 0
+    with pytest.raises(ValueError, match=r"zeros only at the ends of a row .* got a hole in row 1"):
+        model(ids, attention_mask=hole)
+    for dtype in (torch.bool, torch.float64, torch.int32):
+        with pytest.raises(ValueError, match=r"2-D padding mask .* got shape \[2, 1, 8, 8\]"):
+            model(ids, attention_mask=torch.ones(2, 1, 8, 8).to(dtype))
+
+
+def test_masks_with_added_rules_are_refused():
+    spa.hf.register()
+    config = banded("llama").config
+    inputs = {
+        "config": config,
+        "inputs_embeds": torch.zeros(1, 6, 32),
+        "attention_mask": None,
+        "past_key_values": None,
+    }
+    from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+    def other(batch, head, query, key):
+        return key <= query
+
+    for rule in ("or_mask_function", "and_mask_function"):
+        with pytest.raises(ValueError, match="got one with an added rule"):
+            create_causal_mask(**inputs, **{rule: other})
+    blocks = torch.tensor([[-1, 0, 0, -1, -1, -1]])
+    with pytest.raises(ValueError, match="got one with an added rule"):
+        create_causal_mask(**inputs, block_sequence_ids=blocks)
+    del inputs["past_key_values"]
+    with pytest.raises(ValueError, match="got a bidirectional mask"):
+        create_bidirectional_mask(**inputs)
+    rows_mask = AttentionMaskInterface()["spattention"]
+    with pytest.raises(ValueError, match="got a mask that sees later tokens"):
+        rows_mask(1, 6, 6, mask_function=lambda b, h, q, k: (q >= 0) & (k >= 0))
+
+
+def test_flattened_packing_is_checked():
+    model = banded("llama")
+    flat = {"cu_seq_lens_q": FLAT, "cu_seq_lens_k": FLAT, "max_length_q": 5, "max_length_k": 5}
+    with pytest.raises(ValueError, match=r"must describe one row .* got 2 rows of 8 queries"):
+        model(tokens(2, 8), **flat)
+    with pytest.raises(ValueError, match="`cu_seqlens_q` must end at the number of tokens, 9"):
+        model(tokens(1, 9), **flat)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="must be None with `cu_seq_lens_q`, got a padding mask"):
+        model(tokens(1, 8), attention_mask=mask, **flat)
+
+
+def test_apply_names_what_does_not_fit():
+    model = build("llama")
+    dense = P.dense(HEADS, SPAN)
+    cases = [
+        ("`pattern` has 3 heads but layer 0 of the model has 4", (P.dense(3, SPAN),), {}),
+        ("one .or None. per layer, 2, got 3", ([dense] * 3,), {}),
+        ("one .or None. per layer, 1, got 2", ([dense] * 2,), {"layers": [1]}),
+        ("per layer, 2, got str", ("dense",), {}),
+        ("must hold BandPattern or None, got str for layer 1", ([dense, "dense"],), {}),
+        ("must hold at least one BandPattern", ([None, None],), {}),
+        (r"distinct indices from 0 to 1 of text layers, got \[2\]", (dense,), {"layers": [2]}),
+        (r"distinct indices .* got \[0, 0\]", (dense,), {"layers": [0, 0]}),
+    ]
+    for message, arguments, keywords in cases:
+        with pytest.raises(ValueError, match=message):
+            spa.hf.apply(model, *arguments, **keywords)
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model.config, "spattention")
+    with pytest.raises(ValueError, match="must be a Transformers model, got Linear"):
+        spa.hf.apply(torch.nn.Linear(2, 2), dense)
+
+
+def test_models_that_cannot_run_bands_are_refused():
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    width = {"vocab_size": VOCABULARY, "intermediate_size": 48}
+    pattern = P.dense(HEADS, SPAN)
+    bert = transformers.BertModel(transformers.BertConfig(**small, **width))
+    with pytest.raises(ValueError, match="must be causal, got bidirectional attention"):
+        spa.hf.apply(bert, pattern)
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_ff=48, num_layers=1, num_heads=4)
+    )
+    with pytest.raises(ValueError, match="must be a decoder alone, got an encoder-decoder"):
+        spa.hf.apply(t5, pattern)
+    gemma = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**small, **width, num_key_value_heads=2, head_dim=8)
+    )
+    with pytest.raises(ValueError, match="must not cap its scores"):
+        spa.hf.apply(gemma, pattern)
+    gptj = transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    )
+    with pytest.raises(ValueError, match="must use Transformers' attention interface, which GPTJ"):
+        spa.hf.apply(gptj, pattern)
+    eager = build("llama", "eager")
+    eager.config.output_attentions = True
+    with pytest.raises(ValueError, match="must not return attention weights"):
+        spa.hf.apply(eager, pattern)
+
+
+def test_the_implementation_without_a_pattern_is_refused():
+    spa.hf.register()
+    model = build("llama")
+    model.set_attn_implementation("spattention")
+    with pytest.raises(ValueError, match="needs a pattern for every attention module"):
+        model(tokens(1, 8))
+
+
+def test_a_tensor_parallel_rank_needs_its_part_of_the_pattern(module):
+    query, key, value = torch.randn(3, 1, 2, 8, 8).unbind(0)
+    with pytest.raises(ValueError, match=r"`pattern` has 4 heads but `query` has 2: under tensor"):
+        attention_forward(module, query, key, value, None, scaling=1.0)
+    model = spa.hf.apply(build("llama"), FIRST if FIRST.recipe is None else FIRST.heads(2, 4))
+    ranked = model.model.layers[0].self_attn
+    out, _ = attention_forward(ranked, query, key, value, None, scaling=1.0)
+    assert out.shape == (1, 8, 2, 8)

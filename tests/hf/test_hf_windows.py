@@ -1,0 +1,196 @@
+"""Models with sliding windows of their own, and models that see."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tiny import EXACT, FIRST, HEADS, SECOND, STOCK, VOCABULARY, Masked, build, logits, tokens
+
+import spattention as spa
+
+close = torch.testing.assert_close
+WINDOW = 4
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "max_window_layers": 1,
+}
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("own", STOCK)
+def test_sliding_layers_are_kept(own):
+    stock = Masked(build("qwen3", own, **MIXED), (FIRST, None))
+    model = spa.hf.apply(build("qwen3", own, **MIXED), FIRST)
+    ids = tokens(2, 17)
+    close(logits(model, ids), stock(ids).logits, **STOCK[own])
+    assert [a.spattention.pattern for a in _attention(model)] == [FIRST, None]
+    assert model.config.layer_types == MIXED["layer_types"]
+
+
+def test_sliding_layers_are_kept_with_padding_packing_and_caches():
+    model = spa.hf.apply(build("qwen3", **MIXED), FIRST)
+    ids = tokens(2, 17)
+    plain = logits(model, ids, use_cache=False)
+    for cache in (
+        transformers.DynamicCache(config=model.config),
+        transformers.StaticCache(config=model.config, max_cache_len=30),
+    ):
+        pieces = ids.split([9, 1, 4, 3], dim=1)
+        found = [logits(model, piece, past_key_values=cache) for piece in pieces]
+        close(torch.cat(found, dim=1), plain, **EXACT)
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    apart = [logits(model, part) for part in ids[:1].split([9, 8], dim=1)]
+    for use_cache in (False, True):
+        found = logits(model, ids[:1], position_ids=positions, use_cache=use_cache)
+        close(found, torch.cat(apart, dim=1), **EXACT)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    wanted = model.generate(ids[1:, 6:], **GREEDY)[0, -8:].tolist()
+    for cache in (None, "static"):
+        found = model.generate(ids, attention_mask=mask, cache_implementation=cache, **GREEDY)
+        assert found[1, -8:].tolist() == wanted
+
+
+@pytest.mark.parametrize("named", [{"layers": [0, 1]}, {"pattern": (SECOND, SECOND)}])
+def test_a_window_is_replaced_when_told(named, tmp_path):
+    mistral = {"sliding_window": WINDOW}
+    for family, overrides in (("qwen3", MIXED), ("mistral", mistral)):
+        keywords = {"pattern": SECOND, **named}
+        model = spa.hf.apply(build(family, **overrides), **keywords)
+        plain = {} if family == "qwen3" else {"sliding_window": None}
+        stock = Masked(build(family, **plain), (SECOND, SECOND))
+        ids = tokens(2, 17)
+        wanted = stock(ids).logits
+        close(logits(model, ids), wanted, **EXACT)
+        for cache in (None, "static"):
+            model.generate(ids, cache_implementation=cache, **GREEDY)
+        model.save_pretrained(tmp_path / family)
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / family, dtype=torch.float64
+        )
+        close(logits(again, ids), wanted, **EXACT)
+
+
+def test_one_window_for_all_layers_is_replaced_in_all_or_none():
+    overrides = {"sliding_window": WINDOW}
+    with pytest.raises(ValueError, match="name them in `layers` to replace it"):
+        spa.hf.apply(build("mistral", **overrides), FIRST)
+    with pytest.raises(ValueError, match=r"must be given to all layers or none .* got 1 of 2"):
+        spa.hf.apply(build("mistral", **overrides), FIRST, layers=[1])
+
+
+def test_a_window_with_positions_of_its_own_is_not_replaced():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = transformers.Gemma3ForCausalLM(config).double().eval()
+    stock = Masked(model, (None, FIRST))
+    ids = tokens(1, 17)
+    wanted = stock(ids).logits
+    with pytest.raises(
+        ValueError, match=r"positions are encoded differently there, got layers \[0\]"
+    ):
+        spa.hf.apply(model, FIRST, layers=[0, 1])
+    close(logits(spa.hf.apply(model, FIRST), ids), wanted.detach(), **EXACT)
+
+
+def test_gpt_oss_keeps_its_sinks():
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).double().eval()
+    for module in _attention(model):
+        torch.nn.init.normal_(module.sinks)
+    wanted = Masked(model, (None, FIRST))(tokens(1, 17)).logits
+    with pytest.raises(
+        ValueError, match="`sinks` must be False for GptOssAttention, which has its own"
+    ):
+        spa.hf.apply(copy.deepcopy(model), FIRST, sinks=True)
+    spa.hf.apply(model, FIRST)
+    close(logits(model, tokens(1, 17)), wanted.detach(), rtol=0.0, atol=1e-6)
+
+
+def test_only_the_text_decoder_of_a_vision_language_model_changes(tmp_path):
+    text = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    config = transformers.LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=1,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    ids = tokens(1, 12)
+    ids[0, 2:6] = 1
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8).double()}
+    patterns = (FIRST, SECOND)
+    stock = Masked(model, (None, None))
+    for module in _attention(stock.model.model.language_model):
+        mask = patterns[module.layer_idx].mask(12)
+        module.register_forward_pre_hook(Masked._hook(mask), with_kwargs=True)
+    with torch.no_grad():
+        wanted = stock.model(**inputs).logits
+    spa.hf.apply(model, patterns, sinks=False)
+    with torch.no_grad():
+        close(model(**inputs).logits, wanted, **EXACT)
+        assert model.config.vision_config._attn_implementation == "sdpa"
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path, dtype=torch.float64
+        ).eval()
+        close(again(**inputs).logits, wanted, **EXACT)
+    assert again.config.vision_config._attn_implementation == "sdpa"
+    assert again.config.text_config._attn_implementation == "spattention"
+    again.save_pretrained(tmp_path / "again")
+    twice = transformers.AutoConfig.from_pretrained(tmp_path / "again")
+    assert twice.text_config._attn_implementation == "spattention"
+    generated = again.generate(**inputs, **GREEDY)
+    assert generated.shape == (1, 20)
+
+
+def _attention(model):
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
