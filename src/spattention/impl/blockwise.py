@@ -120,8 +120,11 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     dtype = lse_dtype(query)
-    out = empty_like_query(query, value.shape[-1]).zero_()
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    out = empty_like_query(query, value.shape[-1])
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    if cu_seqlens_q is not None:  # tokens past the last document are in no segment
+        out.zero_()
+        lse.fill_(-torch.inf)
     segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
     group = query.shape[1] // key.shape[1]
     for h, head in enumerate(_heads(intervals)):
@@ -190,7 +193,9 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = lse.dtype
-    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    d_query, d_key, d_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+    if cu_seqlens_q is not None:  # tokens past the last document are in no segment
+        d_query.zero_()
     d_sinks = lse.new_zeros(query.shape[1])
     segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
     group = query.shape[1] // key.shape[1]
@@ -201,7 +206,8 @@ def _backward(
         weight = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         d_sinks = -(weight * delta).sum(dim=(0, 2))
     for h_key in range(key.shape[1]):
-        d_k, d_v = (torch.zeros_like(t[:, h_key], dtype=dtype) for t in (key, value))
+        d_k = d_key[:, h_key].to(dtype).zero_()
+        d_v = d_value[:, h_key].to(dtype).zero_()
         for h in range(h_key * group, (h_key + 1) * group):
             head = _heads(intervals)[h]
             biases = _Biases(query.device, dtype)
@@ -228,10 +234,11 @@ def _backward(
                         run,
                         biases,
                     )
-                    grads[0][rows, h, at] = d_q.view(q.shape[0], -1, d_q.shape[-1]).mul_(scale)
-        grads[1][:, h_key] = d_k.div_(_LOG2E)
-        grads[2][:, h_key] = d_v
-    return grads[0], grads[1], grads[2], d_sinks
+                    d_query[rows, h, at] = d_q.view(q.shape[0], -1, d_q.shape[-1]).mul_(scale)
+        d_k.div_(_LOG2E)
+        if dtype != key.dtype:
+            d_key[:, h_key], d_value[:, h_key] = d_k, d_v
+    return d_query, d_key, d_value, d_sinks
 
 
 @_backward.register_fake
@@ -349,7 +356,7 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
 def _block_size(head: tuple[Interval, ...]) -> int:
     """Queries per block: about a quarter of the narrowest interval, so that few scores fall outside it."""
     narrowest = min((far - near for near, far in head), default=1)
-    return min(256, max(32, 1 << (narrowest // 4).bit_length()))
+    return min(256, max(32, 1 << (narrowest // 4).bit_length() >> 1))
 
 
 def _slices(
@@ -402,11 +409,11 @@ class _Biases:
         if part.near <= nearest and farthest < part.far:
             return None
         if (block, part) not in self._made:
-            queries = torch.arange(block, device=self._device)[:, None]
-            distance = queries - torch.arange(part.start, part.stop, device=self._device)
-            outside = (distance < part.near) | (distance >= part.far)
-            bias = torch.zeros(outside.shape, device=self._device, dtype=self._dtype)
-            self._made[block, part] = bias.masked_fill_(outside, -torch.inf)
+            # Row i is the same line of distances, one step further: cut from one vector, last row first.
+            line = torch.arange(farthest, nearest - 1, -1, device=self._device)
+            outside = (line < part.near) | (line >= part.far)
+            bias = torch.zeros_like(line, dtype=self._dtype).masked_fill_(outside, -torch.inf)
+            self._made[block, part] = bias.unfold(0, part.stop - part.start, 1).flip(0)
         return self._made[block, part]
 
 
