@@ -373,6 +373,8 @@ def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
         NAME  # Transformers takes it off on load: the next save needs it
     )
     pattern = section.layer_patterns[module.layer_idx]
+    if pattern is not None:
+        _check_heads(module.config, module.layer_idx, pattern)
     _equip(module, LayerPlan(pattern, section.sinks and pattern is not None))
 
 

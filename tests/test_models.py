@@ -1,0 +1,87 @@
+"""The OLMoE presets: parameter counts, patterns, and that they train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import spattention as spa
+from spattention import models
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("olmoe-tiny", 2_889_856, 1_710_208),
+        ("olmoe-0.25b-1.75b", 1_747_747_840, 338_461_696),
+        ("olmoe-1b-7b", 6_919_161_856, 1_282_017_280),
+    ],
+)
+def test_parameter_counts(name, total, active):
+    """DESIGN.md, section 7: 6.92 B with 1.28 B active, and 1.748 B."""
+    config, pattern = models.preset(name)
+    assert models.count_parameters(config) == (total, active)
+    assert pattern.span == config.max_position_embeddings
+    assert pattern == spa.BandPattern.shared_local(config.num_attention_heads, pattern.span)
+
+
+def test_sizes_can_be_chosen():
+    config, pattern = models.preset(
+        "olmoe-tiny", vocab_size=300, context=64, num_layers=2, num_heads=4
+    )
+    assert (config.vocab_size, config.num_hidden_layers, config.num_attention_heads) == (300, 2, 4)
+    assert (config.max_position_embeddings, pattern.span, pattern.num_heads) == (64, 64, 4)
+    again = models.preset("olmoe-tiny").config
+    assert again.vocab_size == models.SHAPES["olmoe-tiny"].vocabulary
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"name": "olmoe"}, r"`name` must be one of .*, got 'olmoe'"),
+        ({"vocab_size": 0}, "`vocab_size` must be a positive integer, got 0"),
+        ({"context": 1.5}, "`context` must be a positive integer, got 1\\.5"),
+        ({"num_layers": True}, "`num_layers` must be a positive integer, got True"),
+        ({"num_heads": 7}, "`num_heads` must divide the hidden width 128 of olmoe-tiny, got 7"),
+    ],
+)
+def test_wrong_sizes_are_refused(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        models.preset(**{"name": "olmoe-tiny", **keywords})
+
+
+def test_a_built_model_learns_with_its_bands_or_without():
+    chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
+    ids = torch.randint(0, 50, (4, 32), generator=torch.Generator().manual_seed(0))
+    for pattern, sinks in (("preset", True), (None, False), (spa.BandPattern.dense(8, 32), False)):
+        torch.manual_seed(0)
+        model = models.build(chosen, pattern=pattern, sinks=sinks)
+        assert model.training
+        assert (model.config._attn_implementation == "sdpa") is (pattern is None)
+        assert any(name.endswith("sinks") for name, _ in model.named_parameters()) is sinks
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(6):
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.5
+    assert not hasattr(chosen.config, "spattention")  # a preset can be built again
+
+
+def test_equal_seeds_give_equal_weights_with_every_pattern():
+    chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
+    states = []
+    for pattern in ("preset", None):
+        torch.manual_seed(0)
+        states.append(models.build(chosen, pattern=pattern).state_dict())
+    for name, weight in states[1].items():
+        assert torch.equal(states[0][name], weight)
+
+
+def test_an_unknown_word_for_a_pattern_is_refused():
+    chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
+    with pytest.raises(ValueError, match="must be a BandPattern, None or \"preset\", got 'dense'"):
+        models.build(chosen, pattern="dense")
