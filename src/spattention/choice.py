@@ -1,4 +1,5 @@
-"""What `compare`, `train` and `evaluate` know of a way to attend: a name, how to put it in a model, and its work."""
+"""What `compare`, `train` and `evaluate` know of a way to attend: a name, how to put it in a model,
+and its work."""
 
 from __future__ import annotations
 
@@ -63,8 +64,8 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
     """The choice that a user names on the command line.
 
     Args:
-        text: `dense` (stock attention), or a pattern of `BandPattern` with its options, as in `exclusive`,
-            `shared_local:widths=geometric,local=64` or `sliding_window:window=128`.
+        text: `dense` (stock attention), or a pattern of `BandPattern` with its options, as in
+            `exclusive`, `shared_local:widths=geometric,local=64` or `sliding_window:window=128`.
         num_heads: query heads of the model.
         span: context length of the model, in tokens.
 
@@ -77,7 +78,8 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
 
 
 def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
-    """The pattern that a user names as in `attention_choice`; `dense` is the pattern without gaps."""
+    """The pattern that a user names as in `attention_choice`; `dense` is the pattern without
+    gaps."""
     name, _, rest = text.partition(":")
     if name not in (STOCK, *PATTERNS):
         raise ValueError(f"a pattern must be one of {(STOCK, *PATTERNS)}, got {name!r}")

@@ -31,7 +31,8 @@ def head_colors(num_heads: int) -> list[tuple[float, float, float]]:
 
 
 def mask_image(pattern: BandPattern, head: int, length: int) -> np.ndarray:
-    """The mask of a head as colours, `[length, length, 3]` in 0..1: attended, not attended, and the future."""
+    """The mask of a head as colours, `[length, length, 3]` in 0..1: attended, not attended, and the
+    future."""
     image = np.empty((length, length, 3))
     image[:] = UNSEEN
     image[np.triu_indices(length, k=1)] = FUTURE
@@ -70,7 +71,8 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
             continue
         _draw_mask(axis, pattern, head, length)
         axis.set_title(
-            f"head {head}: {_bands_text(pattern, head)}\n{100 * pairs[head] / causal:.1f} % of the pairs",
+            f"head {head}: {_bands_text(pattern, head)}\n{100 * pairs[head] / causal:.1f} % of the "
+            "pairs",
             fontsize=8,
             color=INK,
         )

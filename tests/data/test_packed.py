@@ -1,4 +1,5 @@
-"""Files of packed tokens: round trip, and one clear error for each way in which a file can be wrong."""
+"""Files of packed tokens: round trip, and one clear error for each way in which a file can be
+wrong."""
 
 import json
 import lzma

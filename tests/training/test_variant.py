@@ -1,4 +1,5 @@
-"""Runs of a comparison: the same data for each, their own memory, and failures that reach the parent."""
+"""Runs of a comparison: the same data for each, their own memory, and failures that reach the
+parent."""
 
 import numpy as np
 import pytest

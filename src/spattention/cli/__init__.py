@@ -1,6 +1,7 @@
 """The command line: `spattention COMMAND`. One module per command, imported only when it is chosen.
 
-A command module has a frozen dataclass `Options`, whose docstrings are its help, and `main(options)`.
+A command module has a frozen dataclass `Options`, whose docstrings are its help, and
+`main(options)`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit status is returned (2: the user's options, 130: interrupted)."""
+    """Run a command; the process's exit status is returned (2: the user's options, 130:
+    interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -60,7 +62,8 @@ def overview() -> str:
     lines = [
         "usage: spattention COMMAND [OPTIONS]",
         "",
-        "Sparse Patterned Attention: every head of a causal transformer attends its own band of distances.",
+        "Sparse Patterned Attention: every head of a causal transformer attends its own band of "
+        "distances.",
         "",
         "commands:",
         *(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()),

@@ -1,4 +1,5 @@
-"""`spattention compare`: the same small model with dense and with banded attention, trained side by side."""
+"""`spattention compare`: the same small model with dense and with banded attention, trained side by
+side."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..choice import attention_choice
-from ..data.prepare import CorpusFacts, prepare
+from ..data.prepare import CorpusFacts, open_stream, prepare
+from ..data.tokens import Windows
 from ..models import preset
 from ..training.process import run_apart
 from ..training.report import HEADER, Report
@@ -28,14 +30,40 @@ from .progress import RunProgress
 
 @dataclass(frozen=True)
 class Options:
-    """Train the same small OLMoE language model several times, each time with another attention, and compare.
+    """Train the same small OLMoE language model several times, each time with another attention,
+    and compare.
 
-    Without options: four public-domain books, dense attention against four patterns of bands at a context of 1,024
-    tokens, on the CPU, in about three minutes on two cores. It ends with a table, a plot, and a text that the trained
-    model continues. Everything is written to the output folder; the trained models lie in its `models` folder, where
-    `spattention generate` opens them.
+    Without options: four public-domain books, dense attention against four patterns of bands at a
+    context of 1,024 tokens, on the CPU, in about three minutes on two cores. It ends with a table,
+    a plot, and a text that the trained model continues. Everything is written to the output folder;
+    the trained models lie in its `models` folder, where `spattention generate` opens them.
 
     Ctrl-C keeps the runs that are finished; the same command goes on with those that are missing.
+
+    Args:
+        patterns: Ways to attend: dense, shared_local, exclusive, sliding_window, gapped,
+            local_only; a pattern's options follow a colon, as in
+            shared_local:widths=geometric,local=64 or sliding_window:window=128.
+        steps: Optimizer steps of each run.
+        seeds: Seeds of weights and data order. With two or more, differences within the spread
+            between seeds are marked.
+        context: Tokens per window, and the span of the patterns.
+        batch: Windows per step.
+        learning_rate: Peak of the learning rate.
+        model: Preset of spattention.models.
+        layers: Decoder layers; None for the preset's own number.
+        data: Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text"
+            entry), a folder of these, or packed tokens (.u16.xz with its .json beside it). Without
+            it, the sample that comes with the package.
+        held_out: Share of the documents that is kept from training, for the validation loss.
+        validation_windows: At most so many windows of the held-out text are used.
+        vocabulary: Entries of the tokenizer that is trained on the text; not for packed tokens.
+        tokenizer: A tokenizer.json to use instead; for packed tokens the one that made them,
+            without which no text can be shown.
+        end_of_text: The token between the documents of packed tokens, where their .json does not
+            say.
+        output: Folder for results.json, results.md, results.png, and the trained models.
+        restart: Forget the runs that the output folder holds.
     """
 
     patterns: tuple[str, ...] = (
@@ -45,61 +73,28 @@ class Options:
         "exclusive",
         "sliding_window",
     )
-    """Ways to attend: dense, shared_local, exclusive, sliding_window, gapped, local_only; a pattern's options follow a
-    colon, as in shared_local:widths=geometric,local=64 or sliding_window:window=128."""
-
     steps: int = 300
-    """Optimizer steps of each run."""
-
     seeds: tuple[int, ...] = (0,)
-    """Seeds of weights and data order. With two or more, differences within the spread between seeds are marked."""
-
     context: int = 1024
-    """Tokens per window, and the span of the patterns."""
-
     batch: int = 1
-    """Windows per step."""
-
-    learning_rate: float = 1e-2
-    """Peak of the learning rate."""
-
+    learning_rate: float = 6e-3
     model: str = "olmoe-tiny"
-    """Preset of spattention.models."""
-
     layers: int | None = 2
-    """Decoder layers; None for the preset's own number."""
-
     data: Path | None = None
-    """Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text" entry), a folder of these, or
-    packed tokens (.u16.xz with its .json beside it). Without it, the sample that comes with the package."""
-
     held_out: float = 0.1
-    """Share of the documents that is kept from training, for the validation loss."""
-
     validation_windows: int = 64
-    """At most so many windows of the held-out text are used."""
-
-    vocabulary: int = 1024
-    """Entries of the tokenizer that is trained on the text; not for packed tokens."""
-
+    vocabulary: int = 512
     tokenizer: Path | None = None
-    """A tokenizer.json to use instead; for packed tokens the one that made them, without which no text can be shown."""
-
     end_of_text: int | None = None
-    """The token between the documents of packed tokens, where their .json does not say."""
-
     output: Path = Path("spattention-compare")
-    """Folder for results.json, results.md, results.png, and the trained models."""
-
     restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Forget the runs that the output folder holds."""
 
 
 def main(options: Options) -> None:
     """Run what is missing, then report."""
     console = Console()
-    folder = ResultsFolder(options.output)
     _check(options)
+    folder = ResultsFolder(options.output)
     if options.restart:
         folder.restart()
     facts = prepare(
@@ -111,6 +106,8 @@ def main(options: Options) -> None:
         end_of_text=options.end_of_text,
     )
     settings = settings_from(options, facts)
+    for name in ("train", "validation"):  # raises here if the text is too short, not in a run
+        Windows(open_stream(folder.data, name), options.context, options.validation_windows)
     folder.claim(settings)
     jobs = plan(options, settings, folder)
     console.print(
@@ -184,7 +181,8 @@ def show(report: Report, output: Path, console: Console) -> None:
         console.print(f"\nA text that {best.attention} continues (in bold):", highlight=False)
         console.print(Text.assemble(best.prompt or "", (best.continuation, "bold")))
     console.print(
-        f"\nPlot: {output / 'results.png'}; page: {output / 'results.md'}; numbers: {output / 'results.json'}\n"
+        f"\nPlot: {output / 'results.png'}; page: {output / 'results.md'}; numbers: "
+        f"{output / 'results.json'}\n"
         f'To go on: spattention generate {output} "It was a dark night"',
         highlight=False,
     )

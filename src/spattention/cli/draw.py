@@ -18,28 +18,25 @@ SUFFIXES = (".png", ".svg", ".pdf")
 class Options:
     """Draw an attention pattern: the mask of every head, and which head covers which distance.
 
-    In a mask a row is a query and a column a key; what a head attends has the head's colour, the rest of the past is
-    grey, and the future is white.
+    In a mask a row is a query and a column a key; what a head attends has the head's colour, the
+    rest of the past is grey, and the future is white.
+
+    Args:
+        pattern: dense, shared_local, exclusive, sliding_window, gapped or local_only; options
+            follow a colon, as in shared_local:widths=geometric,local=64.
+        heads: Number of heads.
+        span: Context length that the pattern is made for, in tokens.
+        length: Tokens that the masks show; default the span.
+        output: Where the picture goes; .png, .svg or .pdf.
+        dots_per_inch: Resolution of a .png.
     """
 
     pattern: Annotated[str, tyro.conf.Positional] = "shared_local"
-    """dense, shared_local, exclusive, sliding_window, gapped or local_only; options follow a colon, as in
-    shared_local:widths=geometric,local=64."""
-
     heads: int = 8
-    """Number of heads."""
-
     span: int = 1024
-    """Context length that the pattern is made for, in tokens."""
-
     length: int | None = None
-    """Tokens that the masks show; default the span."""
-
     output: Path = Path("pattern.png")
-    """Where the picture goes; .png, .svg or .pdf."""
-
     dots_per_inch: int = 200
-    """Resolution of a .png."""
 
 
 def main(options: Options) -> None:

@@ -21,29 +21,27 @@ from .. import hf
 class Options:
     """Continue a text with a model that was trained here, or with any saved causal language model.
 
-    The text is shown as it comes; the speed and the size of the cache of keys and values follow at the end.
+    The text is shown as it comes; the speed and the size of the cache of keys and values follow at
+    the end.
+
+    Args:
+        folder: Folder of a saved model, or the output folder of `spattention compare`: its best
+            model with bands is taken.
+        prompt: Text to continue.
+        file: Text file to continue, instead of a prompt.
+        max_new_tokens: Tokens to add; fewer if the end of the text is reached.
+        temperature: How freely tokens are drawn; 0 always takes the likeliest.
+        top_k: Draw among so many of the likeliest tokens.
+        seed: Of the draws.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of a saved model, or the output folder of `spattention compare`: its best model with bands is taken."""
-
     prompt: Annotated[str | None, tyro.conf.Positional] = None
-    """Text to continue."""
-
     file: Path | None = None
-    """Text file to continue, instead of a prompt."""
-
     max_new_tokens: int = 200
-    """Tokens to add; fewer if the end of the text is reached."""
-
     temperature: float = 0.8
-    """How freely tokens are drawn; 0 always takes the likeliest."""
-
     top_k: int = 50
-    """Draw among so many of the likeliest tokens."""
-
     seed: int = 0
-    """Of the draws."""
 
 
 def main(options: Options) -> None:
@@ -52,7 +50,8 @@ def main(options: Options) -> None:
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
         if getattr(options, name) < least:
             raise ValueError(
-                f"`--{name.replace('_', '-')}` must be at least {least}, got {getattr(options, name)}"
+                f"`--{name.replace('_', '-')}` must be at least {least}, got "
+                f"{getattr(options, name)}"
             )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -65,7 +64,8 @@ def main(options: Options) -> None:
     room = model.config.get_text_config().max_position_embeddings - length
     if room < 1:
         raise ValueError(
-            f"the prompt must be shorter than the model's context of {room + length} tokens, got {length}"
+            f"the prompt must be shorter than the model's context of {room + length} tokens, got "
+            f"{length}"
         )
     new = min(options.max_new_tokens, room)
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
@@ -99,7 +99,8 @@ def model_folder(folder: Path) -> Path:
     results = folder / "results.json"
     if not results.is_file():
         raise ValueError(
-            f"{folder} must hold a saved model (config.json) or a comparison (results.json), it has neither"
+            f"{folder} must hold a saved model (config.json) or a comparison (results.json), it "
+            "has neither"
         )
     named = json.loads(results.read_text(encoding="utf-8")).get("model")
     if not named or not (folder / named / "config.json").is_file():

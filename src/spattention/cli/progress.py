@@ -13,7 +13,8 @@ from ..training.variant import Job, Result
 
 
 class RunProgress:
-    """A bar for the run at hand and one for all of them; a line remains of each run that is finished."""
+    """A bar for the run at hand and one for all of them; a line remains of each run that is
+    finished."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self._console = console
@@ -73,7 +74,8 @@ class RunProgress:
         self._before += int(self._progress.tasks[self._run].total or 0)
         self._progress.update(self._run, visible=False)
         self._console.print(
-            f"{result.attention}, seed {result.seed}: validation loss {result.validation_loss:.3f}, "
+            f"{result.attention}, seed {result.seed}: validation loss "
+            f"{result.validation_loss:.3f}, "
             f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s",
             highlight=False,
         )

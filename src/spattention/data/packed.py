@@ -1,4 +1,5 @@
-"""Files of packed tokens: a little-endian uint16 stream compressed with xz, and a JSON that describes it beside it."""
+"""Files of packed tokens: a little-endian uint16 stream compressed with xz, and a JSON that
+describes it beside it."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
     """The stream in `NAME.u16.xz`, checked against `NAME.json`.
 
     Args:
-        path: the compressed stream. The JSON beside it gives `docs` and `tokens`, and optionally `bytes` (size of the
-            file), `eos` (how many separators the stream holds), `max` (the largest token) and `end_of_text`.
-        end_of_text: the token between documents; default the JSON's. Without one, documents of equal length are read
-            as such, and any other stream counts as one document.
+        path: the compressed stream. The JSON beside it gives `docs` and `tokens`, and optionally
+            `bytes` (size of the file), `eos` (how many separators the stream holds), `max` (the
+            largest token) and `end_of_text`.
+        end_of_text: the token between documents; default the JSON's. Without one, documents of
+            equal length are read as such, and any other stream counts as one document.
 
     Raises:
-        ValueError: if a file is missing, truncated, not of this form, or does not agree with its description.
+        ValueError: if a file is missing, truncated, not of this form, or does not agree with its
+            description.
     """
     described = path.with_name(path.name.removesuffix(SUFFIX) + ".json")
     facts = _description(described)
@@ -33,7 +36,8 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
     for name, found in (("tokens", len(tokens)), ("max", int(tokens.max(initial=0)))):
         if name in facts and facts[name] != found:
             raise ValueError(
-                f"{path} does not agree with {described.name}: `{name}` must be {facts[name]}, got {found}"
+                f"{path} does not agree with {described.name}: `{name}` must be {facts[name]}, got "
+                f"{found}"
             )
     if end_of_text is None:
         end_of_text = facts.get("end_of_text")
@@ -41,7 +45,8 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
 
 
 def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
-    """Write a stream whose documents end with `end_of_text`, and its description; the inverse of `read_packed`."""
+    """Write a stream whose documents end with `end_of_text`, and its description; the inverse of
+    `read_packed`."""
     if not path.name.endswith(SUFFIX):
         raise ValueError(f"`path` must end with {SUFFIX}, got {path.name}")
     if len(stream) and int(stream.tokens.max()) > np.iinfo(np.uint16).max:
@@ -81,7 +86,8 @@ def _tokens(path: Path, facts: dict[str, Any]) -> np.ndarray:
         raise ValueError(f"{path} must be compressed with xz, got a file of another kind")
     if "bytes" in facts and facts["bytes"] != len(packed):
         raise ValueError(
-            f"{path} is truncated or not the file described: it must have {facts['bytes']} bytes, got {len(packed)}"
+            f"{path} is truncated or not the file described: it must have {facts['bytes']} bytes, "
+            f"got {len(packed)}"
         )
     try:
         raw = lzma.decompress(packed)
@@ -99,7 +105,8 @@ def _starts(
         ends = np.flatnonzero(tokens == end_of_text) + 1
         if facts.get("eos", len(ends)) != len(ends):
             raise ValueError(
-                f"{path} must hold {facts['eos']} tokens {end_of_text} (end of text), got {len(ends)}"
+                f"{path} must hold {facts['eos']} tokens {end_of_text} (end of text), got "
+                f"{len(ends)}"
             )
         if len(ends):
             return np.unique([0, *ends, len(tokens)]).astype(np.int64)

@@ -38,13 +38,16 @@ def prepare(
     tokenizer: Path | None = None,
     end_of_text: int | None = None,
 ) -> CorpusFacts:
-    """Read, split, tokenize, and write `folder`: memory-mappable tokens, the tokenizer, and the facts.
+    """Read, split, tokenize, and write `folder`: memory-mappable tokens, the tokenizer, and the
+    facts.
 
     Args:
         folder: where `open_stream` finds the result.
-        data: text, JSON lines, a folder of these, or packed tokens; None for the sample that the package ships.
-        vocabulary: entries of the tokenizer that is trained on the training documents. For packed tokens without a
-            `tokenizer` the model gets at least as many entries as the stream needs.
+        data: text, JSON lines, a folder of these, or packed tokens; None for the sample that the
+            package ships.
+        vocabulary: entries of the tokenizer that is trained on the training documents. For packed
+            tokens without a `tokenizer` the model gets at least as many entries as the stream
+            needs.
         held_out: share of the documents that is kept for validation.
         tokenizer: a `tokenizer.json` to use instead; for packed tokens, the one that made them.
         end_of_text: the token between documents of packed tokens, see `read_packed`.
@@ -94,13 +97,15 @@ def prepare(
 
 
 def open_stream(folder: Path, name: str) -> TokenStream:
-    """The stream `name` ("train" or "validation") that `prepare` wrote, mapped into memory, not read."""
+    """The stream `name` ("train" or "validation") that `prepare` wrote, mapped into memory, not
+    read."""
     tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
     return TokenStream(tokens, np.load(folder / f"{name}.starts.npy"))
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
-    """The same split as `TokenStream.hold_out`, before there are tokens; one document is cut at a line's end."""
+    """The same split as `TokenStream.hold_out`, before there are tokens; one document is cut at a
+    line's end."""
     if len(documents) == 1:
         (text,) = documents
         cut = text.find("\n", int(len(text) * (1 - held_out))) + 1

@@ -13,11 +13,13 @@ SEPARATOR = "\f"
 def read_documents(path: Path) -> list[str]:
     """The documents in a text file, a JSONL file, or a folder of both.
 
-    A form feed separates documents in a `.txt` file; without one the file is one document. A line of a `.jsonl` file is an
-    object whose `text` is one document. A folder gives the documents of its files in the order of their names.
+    A form feed separates documents in a `.txt` file; without one the file is one document. A line
+    of a `.jsonl` file is an object whose `text` is one document. A folder gives the documents of
+    its files in the order of their names.
 
     Raises:
-        ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a bad line is named.
+        ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a
+            bad line is named.
     """
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))

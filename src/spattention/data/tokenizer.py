@@ -15,11 +15,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of `vocabulary` entries, of which 256 are the bytes and the first is the end of text."""
+    """A byte-level BPE of `vocabulary` entries, of which 256 are the bytes and the first is the end
+    of text."""
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocabulary < smallest:
         raise ValueError(
-            f"`vocabulary` must be at least {smallest} (the bytes and the end of text), got {vocabulary}"
+            f"`vocabulary` must be at least {smallest} (the bytes and the end of text), got "
+            f"{vocabulary}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,5 @@
-"""Packed streams: documents of tokens laid end to end, and the windows that models are trained on."""
+"""Packed streams: documents of tokens laid end to end, and the windows that models are trained
+on."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class TokenStream:
 
     Args:
         tokens: `[T]`, uint16 or uint32.
-        starts: `[documents + 1]`, int64: document k is `tokens[starts[k]:starts[k + 1]]`; from 0 to T.
+        starts: `[documents + 1]`, int64: document k is `tokens[starts[k]:starts[k + 1]]`; from 0 to
+            T.
     """
 
     tokens: np.ndarray
@@ -62,8 +64,8 @@ class TokenStream:
     def hold_out(self, fraction: float) -> tuple[TokenStream, TokenStream]:
         """Split into training and validation: whole documents, spread evenly over the stream.
 
-        About `fraction` of the documents, and at least one, are held out. The choice depends on the stream alone,
-        never on a seed. A stream of one document is cut near its end instead.
+        About `fraction` of the documents, and at least one, are held out. The choice depends on the
+        stream alone, never on a seed. A stream of one document is cut near its end instead.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"`fraction` must lie between 0 and 1, got {fraction}")
@@ -81,7 +83,8 @@ class TokenStream:
         return self.take(rest), self.take(sorted(chosen))
 
     def unigram_entropy(self) -> float:
-        """Entropy of the token frequencies in nats: the loss of the best model that ignores the context."""
+        """Entropy of the token frequencies in nats: the loss of the best model that ignores the
+        context."""
         counts = np.bincount(self.tokens)
         shares = counts[counts > 0] / len(self.tokens)
         return float(-(shares * np.log(shares)).sum())
@@ -95,9 +98,11 @@ class TokenStream:
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
-    """A stream cut into windows of `context` tokens, as a map-style dataset for Transformers' Trainer.
+    """A stream cut into windows of `context` tokens, as a map-style dataset for Transformers'
+    Trainer.
 
-    Windows run across documents, as in the paper's packing. Tokens after the last whole window are not used.
+    Windows run across documents, as in the paper's packing. Tokens after the last whole window are
+    not used.
 
     Args:
         stream: the tokens.

@@ -1,4 +1,5 @@
-"""A run in a process of its own, so that its memory is its own and an interruption leaves nothing half done."""
+"""A run in a process of its own, so that its memory is its own and an interruption leaves nothing
+half done."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 
 from .callbacks import Event
 from .variant import Job, Result, run
 
-PRELOADED = ["spattention.training.variant"]
+PRELOADED = ["spattention.training.server"]
 
 
 class RunFailed(RuntimeError):
@@ -33,27 +34,37 @@ def run_apart(job: Job, on_event: Callable[[Event], None]) -> Result:
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, sender), daemon=True)
-    process.start()
-    sender.close()
     try:
-        while True:
-            try:
-                kind, content = receiver.recv()
-            except EOFError:
-                process.join()
-                raise RunFailed(
-                    f"the process of {job.name} ended with status {process.exitcode} and no result"
-                ) from None
-            if kind == "result":
-                process.join()
-                return content
-            if kind == "error":
-                raise RunFailed(f"{job.name} failed:\n{content}")
-            on_event(content)
+        process.start()
+        sender.close()
+        return _result(job, process, receiver, on_event)
     finally:
-        process.terminate()  # does nothing to one that has ended
-        process.join()
+        if process.pid is not None:
+            process.terminate()  # does nothing to one that has ended
+            process.join()
         receiver.close()
+
+
+def _result(
+    job: Job,
+    process: ForkServerProcess | SpawnProcess,
+    receiver: Connection,
+    on_event: Callable[[Event], None],
+) -> Result:
+    while True:
+        try:
+            kind, content = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RunFailed(
+                f"the process of {job.name} ended with status {process.exitcode} and no result"
+            ) from None
+        if kind == "result":
+            process.join()
+            return content
+        if kind == "error":
+            raise RunFailed(f"{job.name} failed:\n{content}")
+        on_event(content)
 
 
 def _context() -> ForkServerContext | SpawnContext:
@@ -66,10 +77,11 @@ def _context() -> ForkServerContext | SpawnContext:
 
 
 def _work(job: Job, sender: Connection) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent decides what becomes of this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for a spawned process; see `server`
     try:
         sender.send(("result", run(job, lambda event: sender.send(("event", event)))))
+    except BrokenPipeError:
+        pass  # the parent has gone, nobody waits for the rest
     except Exception:  # whatever it was, the parent reports it
         sender.send(("error", traceback.format_exc()))
     finally:

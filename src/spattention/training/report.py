@@ -56,14 +56,19 @@ class Report:
         """What a reader must know to read the table."""
         facts, settings, rows = self.facts, self.settings, self.rows
         notes = [
-            f"Unigram entropy of the validation text: {facts.unigram_entropy:.3f} nats, the loss of the best model "
+            f"Unigram entropy of the validation text: {facts.unigram_entropy:.3f} nats, the loss "
+            "of the best model "
             f"that ignores context. Losses are nats per token.",
-            f"Data: {facts.source}; {facts.train_tokens:,} training tokens in {facts.train_documents} documents, "
-            f"{facts.validation_tokens:,} validation tokens in {facts.validation_documents} documents held out whole; "
+            f"Data: {facts.source}; {facts.train_tokens:,} training tokens in "
+            f"{facts.train_documents} documents, "
+            f"{facts.validation_tokens:,} validation tokens in {facts.validation_documents} "
+            "documents held out whole; "
             f"tokenizer: {facts.tokenizer}.",
-            f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens, context "
+            f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens, "
+            "context "
             f"{settings.context}, the same weights at the start, the same data in the same order.",
-            "Attended pairs: (query, key) pairs per layer and window, all heads together, and dense's over them.",
+            "Attended pairs: (query, key) pairs per layer and window, all heads together, and "
+            "dense's over them.",
         ]
         if self.results:
             notes.append(
@@ -71,12 +76,14 @@ class Report:
             )
         if any(row.verdict == "seed spread unknown" for row in rows):
             notes.append(
-                "?: one seed, so the spread between seeds is unknown and small differences say nothing; "
+                "?: one seed, so the spread between seeds is unknown and small differences say "
+                "nothing; "
                 "`--seeds 0 1 2` measures it."
             )
         if any(row.spread is not None for row in rows):
             notes.append(
-                "≈: the difference is within the seed spread (the larger range of the loss over seeds, this row's "
+                "≈: the difference is within the seed spread (the larger range of the loss over "
+                "seeds, this row's "
                 "or dense's)."
             )
         if self.missing:
@@ -85,7 +92,8 @@ class Report:
 
     @property
     def shown(self) -> Result | None:
-        """The run whose text is shown and whose model `generate` opens: the best with bands, else the best."""
+        """The run whose text is shown and whose model `generate` opens: the best with bands, else
+        the best."""
         banded = [r for r in self.results if r.attention != BASELINE] or self.results
         return min(banded, key=lambda r: r.validation_loss) if banded else None
 

@@ -50,7 +50,8 @@ class ResultsFolder:
         if not self._mark.exists():
             if path.exists() and any(path.iterdir()):
                 raise ValueError(
-                    f"`--output` must be a new or empty folder, or hold an earlier comparison; {path} holds other files"
+                    "`--output` must be a new or empty folder, or hold an earlier comparison; "
+                    f"{path} holds other files"
                 )
             self._write(None)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that two runs must share to be compared; only the attention and the seed differ between them.
+    """Everything that two runs must share to be compared; only the attention and the seed differ
+    between them.
 
     Args:
         model: a preset of `spattention.models`.
@@ -16,7 +17,8 @@ class Settings:
         context: tokens per window, and the span of the patterns.
         batch: windows per step.
         steps: optimizer steps.
-        learning_rate: its peak; it warms up over a tenth of the steps and falls to a tenth as a cosine.
+        learning_rate: its peak; it warms up over a tenth of the steps and falls to a tenth as a
+            cosine.
         evaluations: how often the validation loss is taken, the end included.
         validation_windows: windows that it is taken over.
         data: digest of the tokens.

@@ -1,4 +1,5 @@
-"""What the runs of a comparison say together: one row per way to attend, and how far to trust the differences."""
+"""What the runs of a comparison say together: one row per way to attend, and how far to trust the
+differences."""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ class Row:
         context: tokens per window.
         seeds: the seeds whose runs are finished.
         loss: mean validation loss in nats per token.
-        difference: mean over the seeds that both have of this loss minus dense's; None without such a seed.
-        spread: range of the loss over seeds, the larger of this row's and dense's; None with one seed.
+        difference: mean over the seeds that both have of this loss minus dense's; None without such
+            a seed.
+        spread: range of the loss over seeds, the larger of this row's and dense's; None with one
+            seed.
         tokens_per_second: median over the seeds.
         pairs: attended pairs per layer and window.
         memory_peak: most over the seeds, in bytes.
-        memory_growth: most over the seeds of the peak above what was resident before the model was made.
+        memory_growth: most over the seeds of the peak above what was resident before the model was
+            made.
     """
 
     attention: str
@@ -65,7 +69,8 @@ def check_equal_order(results: Sequence[Result]) -> None:
         first = orders.setdefault(result.seed, result.order)
         if first != result.order:
             raise RuntimeError(
-                f"{result.attention} with seed {result.seed} trained on other data than the runs before it"
+                f"{result.attention} with seed {result.seed} trained on other data than the runs "
+                "before it"
             )
 
 

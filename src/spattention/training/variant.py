@@ -78,7 +78,8 @@ class Result:
 
 
 def run(job: Job, send: Callable[[Event], None]) -> Result:
-    """Train, evaluate, save and continue a text. The process should be a fresh one: memory is that of all of it."""
+    """Train, evaluate, save and continue a text. The process should be a fresh one: memory is that
+    of all of it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     began = time.perf_counter()
@@ -133,7 +134,8 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
 
 
 def _continue(job: Job, model: PreTrainedModel, prompt: list[int]) -> tuple[str | None, str | None]:
-    """The first tokens of the validation text and what the model makes of them; None without a tokenizer."""
+    """The first tokens of the validation text and what the model makes of them; None without a
+    tokenizer."""
     path = job.data / "tokenizer.json"
     if not path.exists():
         return None, None

@@ -1,0 +1,175 @@
+"""`spattention compare` and `generate` from end to end, at a handful of steps."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spattention.cli import main
+from spattention.cli.generate import cache_bytes, open_model
+
+SMALL = [
+    "--steps",
+    "3",
+    "--context",
+    "32",
+    "--layers",
+    "1",
+    "--vocabulary",
+    "300",
+    "--validation-windows",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "books.txt"
+    page = "It was a dark and stormy night, and the captain said to the crew: tell us a story.\n"
+    path.write_text("\f".join(f"Chapter {k}\n{page * 12}" for k in range(10)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(text, tmp_path_factory):
+    """A finished comparison of two variants, and what was printed."""
+    output = tmp_path_factory.mktemp("compared") / "out"
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", "140")
+        assert main([*arguments, "--patterns", "dense", "shared_local"]) == 0
+    return output, printed.getvalue()
+
+
+def test_it_ends_with_a_table_a_plot_and_a_text(compared):
+    output, printed = compared
+    for expected in ("validation loss", "tokens/s", "attended pairs", "peak memory", "MiB (+"):
+        assert expected in printed
+    assert "Unigram entropy of the validation text" in printed
+    assert "A text that shared_local continues" in printed
+    found = json.loads((output / "results.json").read_text())
+    assert [row["attention"] for row in found["table"]] == ["dense", "shared_local"]
+    orders = {run["order"] for run in found["runs"]}
+    assert len(orders) == 1
+    assert all(run["continuation"] for run in found["runs"])
+    assert found["model"] == "models/shared_local-seed0"
+    assert found["missing"] == []
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "| shared_local |" in (output / "results.md").read_text()
+
+
+def test_a_second_run_has_nothing_to_do_and_more_patterns_add_to_it(compared, text, capsys):
+    output, _ = compared
+    kept = output / "runs" / "dense-seed0.json"
+    before = kept.stat().st_mtime_ns
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    assert main([*arguments, "--patterns", "dense", "shared_local", "exclusive"]) == 0
+    assert "2 runs are there already" in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before
+    found = json.loads((output / "results.json").read_text())
+    assert [row["attention"] for row in found["table"]] == ["dense", "shared_local", "exclusive"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(compared, text, capsys):
+    output, _ = compared
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    assert main([*arguments, "--learning-rate", "0.5"]) == 2
+    assert "learning_rate was 0.006, now 0.5" in capsys.readouterr().err
+
+
+def test_an_interruption_keeps_what_is_finished(text, tmp_path):
+    output = tmp_path / "out"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from spattention.cli import main; sys.exit(main())"
+    )
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "--seeds", *map(str, range(50))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "COLUMNS": "140"},
+    )
+    first = output / "runs" / "dense-seed0.json"
+    until = time.monotonic() + 200
+    while not first.exists() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to parent and children alike
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Interrupted. The same command goes on" in printed
+    found = json.loads((output / "results.json").read_text())
+    assert found["runs"][0]["attention"] == "dense"
+    assert "Not finished" in (output / "results.md").read_text()
+    assert len(found["missing"]) + len(found["runs"]) == 250
+
+
+def test_generate_continues_a_text(compared, capfd):
+    output, _ = compared
+    arguments = ["It was a", "--max-new-tokens", "5"]
+    assert main(["generate", str(output), *arguments]) == 0
+    first = capfd.readouterr()
+    assert first.out.startswith("It was a")
+    assert "5 tokens after a prompt of" in first.err
+    assert "tokens/s, cache" in first.err
+    assert main(["generate", str(output / "models" / "shared_local-seed0"), *arguments]) == 0
+    assert capfd.readouterr().out == first.out
+
+
+def test_generate_reads_a_file(compared, text, capfd, tmp_path):
+    output, _ = compared
+    short = tmp_path / "prompt.txt"
+    short.write_text("the crew")
+    arguments = ["--file", str(short), "--max-new-tokens", "3", "--temperature", "0"]
+    assert main(["generate", str(output), *arguments]) == 0
+    assert capfd.readouterr().out.startswith("the crew")
+    assert main(["generate", str(output), "--file", str(text)]) == 2
+    assert "must be shorter than the model's context of 32 tokens" in capfd.readouterr().err
+
+
+def test_generate_says_what_is_wrong(compared, capsys, tmp_path):
+    output, _ = compared
+    for arguments, error in (
+        ([str(tmp_path), "hello"], "must hold a saved model (config.json) or a comparison"),
+        ([str(output)], "give a prompt or --file"),
+        ([str(output), ""], "at least one token, got none"),
+        ([str(output), "a", "--top-k", "0"], "`--top-k` must be at least 1, got 0"),
+    ):
+        assert main(["generate", *arguments]) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_the_size_of_the_cache(compared):
+    output, _ = compared
+    model, tokenizer = open_model(output / "models" / "dense-seed0")
+    inputs = tokenizer("It was", return_tensors="pt", return_token_type_ids=False)
+    cache = model(**inputs, use_cache=True).past_key_values
+    length = inputs["input_ids"].shape[1]
+    assert cache_bytes(cache) == 2 * 1 * 128 * length * 4  # keys and values, layers, width, float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--patterns", "spiral"], "a pattern must be one of"),
+        (["--patterns", "dense", "dense"], "`--patterns` must name each only once"),
+        (["--steps", "0"], "`steps` must be at least 1, got 0"),
+        (["--data", "nowhere.txt"], "neither a file nor a folder"),
+        (["--model", "gpt"], "`name` must be one of"),
+        (["--context", "500000"], "`context` must be at most the"),
+    ],
+)
+def test_compare_says_what_is_wrong_before_it_trains(arguments, error, text, tmp_path, capsys):
+    command = ["compare", "--data", str(text), "--output", str(tmp_path / "out"), *arguments]
+    assert main(command) == 2
+    assert error in capsys.readouterr().err
