@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Backward pass in two kernels, each of which owns what it writes: no atomics, the same bits on every run.
 
 `query_gradient_kernel` walks the keys of a block of queries, as the forward pass does, and writes dQ and `delta`, the row
@@ -63,6 +64,7 @@ def query_gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
+    pitch,
     query_start,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -135,6 +137,7 @@ def query_gradient_kernel(
         batch_64 * d_query_stride_b + head_64 * d_query_stride_h + row_q_64 * d_query_stride_t
     )
     o_row = (batch_64 * n_heads + head_64) * n_queries + row_q_64 + o_query  # [M]
+    o_pitched = (batch_64 * n_heads + head_64) * pitch + row_q_64 + o_query  # [M]
 
     # A block that sees nothing reads nothing.
     m_query = o_query < queries
@@ -145,9 +148,11 @@ def query_gradient_kernel(
     delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)  # [M]
     if HAS_D_LSE:
         delta -= tl.load(p_d_lse + o_row, mask=m_query, other=0.0)
-    tl.store(p_delta + o_row, delta, mask=m_query)
+    # The rows up to the pitch are read by descriptor, with those of the last block.
+    m_pitched = m_query if PACKED else o_query < pitch
+    tl.store(p_delta + o_pitched, delta, mask=m_pitched)
     base = softmax.base_of(tl.load(p_lse + o_row, mask=m_query, other=0.0))  # [M]
-    tl.store(p_base + o_row, base, mask=m_query)
+    tl.store(p_base + o_pitched, base, mask=m_pitched)
     b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for step in range(steps_0 + steps_1):
@@ -244,6 +249,7 @@ def key_gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
+    pitch,
     query_start,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -318,7 +324,7 @@ def key_gradient_kernel(
         head_64 = head.to(tl.int64)
         p_query_h = p_query + head_64 * query_stride_h
         p_d_out_h = p_d_out + head_64 * d_out_stride_h
-        row = (batch_64 * n_heads + head_64) * n_queries + row_q_64
+        row = (batch_64 * n_heads + head_64) * pitch + row_q_64
         begin_0, high_0, begin_1, high_1, steps_0, steps_1 = tiles.query_walk(
             near_0,
             far_0,
@@ -352,7 +358,7 @@ def key_gradient_kernel(
             if DESCRIPTORS:
                 b_query = memory.copy_rows(t_query, batch, head, first_query, BLOCK_M, BLOCK_D)
                 b_d_out = memory.copy_rows(t_d_out, batch, head, first_query, BLOCK_M, BLOCK_D)
-                row_32 = (batch * n_heads + head) * n_queries + first_query
+                row_32 = (batch * n_heads + head) * pitch + first_query
                 base = t_base.load([row_32])  # [M]
                 delta = t_delta.load([row_32])  # [M]
             else:

@@ -19,8 +19,10 @@ COUNTS = (
     "n_slots",
     "n_queries",
     "n_keys",
+    "pitch",
     "query_start",
 )
+HOPPER_COUNTS = ("n_heads", "group", "n_batch", "n_slots", "n_queries", "n_keys", "pitch")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,20 @@ HOPPER_HALF = {
     ),
 }
 
+# The kernels of `hopper_forward.py` and `hopper_backward.py`, by head_dim.
+HOPPER = {
+    64: Launches(
+        forward=LaunchConfig(64, 64, 4, 2),
+        query_gradient=LaunchConfig(64, 64, 4, 2),
+        key_gradient=LaunchConfig(64, 64, 4, 2),
+    ),
+    128: Launches(
+        forward=LaunchConfig(64, 64, 4, 2),
+        query_gradient=LaunchConfig(64, 64, 4, 2),
+        key_gradient=LaunchConfig(64, 64, 4, 2),
+    ),
+}
+
 # Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per program.
 HALF = {
     16: LaunchConfig(64, 64, 4, 2),
@@ -86,6 +102,11 @@ SINGLE = {
     128: LaunchConfig(32, 32, 4, 1),
     256: LaunchConfig(16, 16, 4, 1),
 }
+
+
+def pitch(queries: int) -> int:
+    """Rows of `base` and `delta` per head: a multiple of four, so that each head's rows begin at 16 bytes."""
+    return -(-queries // 4) * 4
 
 
 def block_d(head_dim: int) -> int:
@@ -108,3 +129,12 @@ def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -
         return HOPPER_HALF[width]
     launch = (HALF if itemsize == 2 else SINGLE)[width]
     return Launches(launch, launch, launch)
+
+
+def hopper_launches(
+    itemsize: int, head_dim: int, capability: tuple[int, int] | None
+) -> Launches | None:
+    """The launches of the Hopper kernels: half precision, head_dim 64 and 128, compute capability 9.0. None elsewhere."""
+    if capability is None or capability[0] != 9 or itemsize != 2:
+        return None
+    return HOPPER.get(head_dim)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Forward pass: output and log-sum-exp.
 
 One program computes one block of queries of one head: it walks the keys that the head's bands reach from there.

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The softmax, once for all passes: its running form, its end, and its recomputation for the gradients.
 
 Exponentials are powers of two: scores are scaled by `scale * log2(e)`, and `highest` is in that unit. The log-sum-exp

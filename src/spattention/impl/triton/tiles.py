@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Which tiles of keys and queries a band needs: the one place where tile arithmetic and masks are written.
 
 A head's band `[near, far)` lets the query at position p see the keys `p - far < j <= p - near`. For a block of queries
@@ -94,13 +95,19 @@ def query_walk(
     BLOCK,
     INTERVALS: tl.constexpr,
 ):
-    """Both query ranges, each as `(begin, high)`, and the steps that they take. The blocks begin where their range does."""
-    begin_0, high_0 = query_range(first_key, last_key, near_0, far_0, query_start, n_queries)
+    """Both query ranges, each as `(begin, high)`, and the steps that they take.
+
+    The blocks begin where their range does, or up to three queries before: a copy engine wants 16-byte steps of float32.
+    """
+    low_0, high_0 = query_range(first_key, last_key, near_0, far_0, query_start, n_queries)
+    begin_0 = low_0 // 4 * 4
     begin_1, high_1, steps_1 = begin_0, high_0, 0
     if INTERVALS == 2:
-        begin_1, high_1 = query_range(first_key, last_key, near_1, far_1, query_start, n_queries)
-        steps_1 = steps(begin_1, high_1, BLOCK)
-    return begin_0, high_0, begin_1, high_1, steps(begin_0, high_0, BLOCK), steps_1
+        low_1, high_1 = query_range(first_key, last_key, near_1, far_1, query_start, n_queries)
+        begin_1 = low_1 // 4 * 4
+        steps_1 = tl.where(low_1 < high_1, steps(begin_1, high_1, BLOCK), 0)
+    steps_0 = tl.where(low_0 < high_0, steps(begin_0, high_0, BLOCK), 0)
+    return begin_0, high_0, begin_1, high_1, steps_0, steps_1
 
 
 @triton.jit

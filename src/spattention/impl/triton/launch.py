@@ -1,0 +1,406 @@
+"""From tensors to launched kernels: the table of bands, strides, descriptors and grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import hopper_backward, hopper_forward, tiles
+from .backward import key_gradient_kernel, query_gradient_kernel
+from .config import LaunchConfig, block_d, hopper_launches, launches
+from .forward import forward_kernel
+
+LOG2_E = math.log2(math.e)
+MISSING, LONGEST = tiles.MISSING.value, tiles.MAX_POSITION.value
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+# The one cache of the library: pure constants of a pattern, on their device.
+_tables: dict[tuple[tuple[int, ...], int, torch.device], torch.Tensor] = {}
+
+
+def band_table(intervals: Sequence[int], key_heads: int, device: torch.device) -> torch.Tensor:
+    """int32 `[2, H, 8]` on the device: rows `head, near, far, near, far, 0, 0, 0`, those with most work first.
+
+    `table[0]` is in the order of the query heads' work, `table[1]` in that of the key heads, whose query heads stand
+    together. Made once per (pattern, device). Raises RuntimeError if that would be inside the capture of a CUDA graph,
+    where the copy is not allowed.
+    """
+    key = (tuple(intervals), key_heads, device)
+    table = _tables.get(key)
+    if table is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the first call with a pattern must come before the capture of a CUDA graph: call once to warm up"
+            )
+        table = torch.tensor(_table(key[0], key_heads), dtype=torch.int32, device=device)
+        _tables[key] = table
+    return table
+
+
+def _table(intervals: tuple[int, ...], key_heads: int) -> list[list[list[int]]]:
+    rows, work = [], []
+    for head in range(len(intervals) // 4):
+        row = [head]
+        edges = intervals[4 * head : 4 * head + 4]
+        for near, far in (edges[:2], edges[2:]):
+            if near < far:
+                row += [min(near, MISSING), min(far, LONGEST)]
+            else:
+                row += [MISSING, MISSING]
+        rows.append([*row, 0, 0, 0])
+        work.append(edges[1] - edges[0] + edges[3] - edges[2])
+    group = len(rows) // key_heads
+    by_head = sorted(rows, key=lambda row: -work[row[0]])
+    members = [range(first, first + group) for first in range(0, len(rows), group)]
+    members.sort(key=lambda heads: -sum(work[head] for head in heads))
+    return [by_head, [rows[head] for heads in members for head in heads]]
+
+
+def unit_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied only if a row of head_dim is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _grid_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _describable(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine can read the rows: 16-byte aligned start and strides."""
+    unit = 16 // tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(s and s % unit == 0 for s in _grid_strides(tensor))
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Of blocks `[rows, width]` of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, width])
+
+
+def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Of `rows` consecutive elements of a contiguous tensor."""
+    return TensorDescriptor(tensor, [tensor.numel()], [1], [rows])
+
+
+def _hopper_descriptor(tensor: torch.Tensor, rows: int) -> HopperDescriptor:
+    """`_descriptor` for the Hopper kernels, which state the layout in shared memory."""
+    block = [1, 1, rows, tensor.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[tensor.dtype])
+    return HopperDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+def _hopper_vector_descriptor(tensor: torch.Tensor, rows: int) -> HopperDescriptor:
+    return HopperDescriptor(tensor, [tensor.numel()], [1], [rows], gl.NVMMASharedLayout(0, 32, 1))
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _scaled(scale: float) -> float:
+    """In powers of two. A scale of 0 becomes too small to matter, because -inf * 0 would be NaN."""
+    return scale * LOG2_E if scale else 1e-30
+
+
+class Call:
+    """What the three launches of a call share."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        intervals: Sequence[int],
+        query_start: int,
+        query_starts: torch.Tensor | None,
+        key_start: torch.Tensor | None,
+        offsets_q: torch.Tensor | None,
+        offsets_k: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        batch, heads, queries, head_dim = query.shape
+        self.packed = offsets_q is not None
+        self.documents = 0 if offsets_q is None else offsets_q.shape[0] - 1
+        self.batch, self.heads, self.key_heads = batch, heads, key.shape[1]
+        self.queries, self.keys = queries, key.shape[2]
+        self.bands = band_table(intervals, self.key_heads, query.device)
+        self.positions = (query_starts, key_start, offsets_q, offsets_k)
+        self.block_d = block_d(head_dim)
+        starts_stride = (
+            0 if query_starts is None or query_starts.dim() == 0 else query_starts.stride(0)
+        )
+        key_start_strides = (0, 0)
+        if key_start is not None:
+            per_query = key_start.dim() == 2
+            key_start_strides = (key_start.stride(0), key_start.stride(1) if per_query else 0)
+        self.start_strides = (starts_stride, *key_start_strides)
+        self.query_start = query_start
+        self.scale = _scaled(scale)
+        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+        self.launches = launches(query.element_size(), head_dim, capability)
+        # Blocks that the copy engine reads may begin before a range. With queries from position 0 and no first keys, some
+        # query sees every key there; otherwise they might hold anything, NaN included, and must not be read.
+        self.open_ranges = (
+            not self.packed and query_starts is None and key_start is None and query_start == 0
+        )
+        self.hopper = (
+            hopper_launches(query.element_size(), head_dim, capability)
+            if self.open_ranges and batch * heads * queries < 1 << 31
+            else None
+        )
+        self.device = query.device
+        self.constants = {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": self.block_d,
+            "INTERVALS": 2 if any(intervals[3::4]) else 1,
+            "PACKED": self.packed,
+            "START_ON_DEVICE": query_starts is not None,
+            "HAS_KEY_START": key_start is not None,
+            "PRECISION": "ieee",
+        }
+
+    def counts(self, slots: int, pitch: int | None = None) -> tuple[int | float, ...]:
+        return (
+            *self.start_strides,
+            self.heads,
+            self.heads // self.key_heads,
+            self.batch,
+            self.documents,
+            slots,
+            self.queries,
+            self.keys,
+            *(() if pitch is None else (pitch,)),
+            self.query_start,
+            self.scale,
+        )
+
+    def options(self, launch: LaunchConfig, descriptors: bool) -> dict[str, Any]:
+        """The launch as arguments of a kernel."""
+        return {
+            "BLOCK_M": launch.block_m,
+            "BLOCK_N": launch.block_n,
+            "DESCRIPTORS": descriptors,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+        }
+
+    def hopper_counts(self, slots: int, pitch: int | None = None) -> tuple[int | float, ...]:
+        group = self.heads // self.key_heads
+        lengths = (self.queries, self.keys) if pitch is None else (self.queries, self.keys, pitch)
+        return (self.heads, group, self.batch, slots, *lengths, self.scale)
+
+    def hopper_options(self, launch: LaunchConfig) -> dict[str, Any]:
+        return {
+            "HEAD_DIM": self.block_d,
+            "BLOCK_M": launch.block_m,
+            "BLOCK_N": launch.block_n,
+            "INTERVALS": self.constants["INTERVALS"],
+            "num_warps": launch.num_warps,
+        }
+
+    def query_slots(self, block: int) -> int:
+        return tiles.slots(self.queries, self.documents, block)
+
+    def key_slots(self, block: int) -> int:
+        return tiles.slots(self.keys, self.documents, block)
+
+
+def launch_forward(
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Writes `out` and `lse`."""
+    described = call.open_ranges and _describable(key) and _describable(value)
+    if call.hopper is not None and described and _describable(query):
+        launch = call.hopper.forward
+        slots = call.query_slots(launch.block_m)
+        with _on_device(call.device):
+            hopper_forward.forward_kernel[(slots * call.batch * call.heads,)](
+                _hopper_descriptor(query, launch.block_m),
+                _hopper_descriptor(key, launch.block_n),
+                _hopper_descriptor(value, launch.block_n),
+                out,
+                lse,
+                call.bands[0],
+                sinks,
+                *_grid_strides(out),
+                *call.hopper_counts(slots),
+                HAS_SINKS=sinks is not None,
+                FALLING=call.scale < 0,
+                **call.hopper_options(launch),
+            )
+        return
+    launch = call.launches.forward
+    slots = call.query_slots(launch.block_m)
+    described = described and launch.descriptors
+    with _on_device(call.device):
+        forward_kernel[(slots * call.batch * call.heads,)](
+            query,
+            key,
+            value,
+            _descriptor(key, launch.block_n, call.block_d) if described else None,
+            _descriptor(value, launch.block_n, call.block_d) if described else None,
+            out,
+            lse,
+            call.bands[0],
+            sinks,
+            *call.positions,
+            *_grid_strides(query),
+            *_grid_strides(key),
+            *_grid_strides(value),
+            *_grid_strides(out),
+            *call.counts(slots),
+            HAS_SINKS=sinks is not None,
+            FALLING=call.scale < 0,
+            **call.constants,
+            **call.options(launch, described),
+        )
+
+
+def launch_query_gradient(
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    d_out: torch.Tensor,
+    d_query: torch.Tensor,
+    lse: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    base: torch.Tensor,
+    delta: torch.Tensor,
+) -> None:
+    """Writes `d_query`, `base` and `delta`."""
+    described = call.open_ranges and _describable(key) and _describable(value)
+    if call.hopper is not None and described and _describable(query) and _describable(d_out):
+        launch = call.hopper.query_gradient
+        slots = call.query_slots(launch.block_m)
+        with _on_device(call.device):
+            hopper_backward.query_gradient_kernel[(slots * call.batch * call.heads,)](
+                _hopper_descriptor(query, launch.block_m),
+                _hopper_descriptor(key, launch.block_n),
+                _hopper_descriptor(value, launch.block_n),
+                _hopper_descriptor(d_out, launch.block_m),
+                out,
+                d_out,
+                d_query,
+                lse,
+                d_lse,
+                base,
+                delta,
+                call.bands[0],
+                *_grid_strides(out),
+                *_grid_strides(d_out),
+                *_grid_strides(d_query),
+                *call.hopper_counts(slots, base.shape[2]),
+                HAS_D_LSE=d_lse is not None,
+                **call.hopper_options(launch),
+            )
+        return
+    launch = call.launches.query_gradient
+    slots = call.query_slots(launch.block_m)
+    described = described and launch.descriptors
+    with _on_device(call.device):
+        query_gradient_kernel[(slots * call.batch * call.heads,)](
+            query,
+            key,
+            value,
+            _descriptor(key, launch.block_n, call.block_d) if described else None,
+            _descriptor(value, launch.block_n, call.block_d) if described else None,
+            out,
+            d_out,
+            d_query,
+            lse,
+            d_lse,
+            base,
+            delta,
+            call.bands[0],
+            *call.positions,
+            *_grid_strides(query),
+            *_grid_strides(key),
+            *_grid_strides(value),
+            *_grid_strides(out),
+            *_grid_strides(d_out),
+            *_grid_strides(d_query),
+            *call.counts(slots, base.shape[2]),
+            HAS_D_LSE=d_lse is not None,
+            **call.constants,
+            **call.options(launch, described),
+        )
+
+
+def launch_key_gradient(
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    d_out: torch.Tensor,
+    d_key: torch.Tensor,
+    d_value: torch.Tensor,
+    base: torch.Tensor,
+    delta: torch.Tensor,
+) -> None:
+    """Writes `d_key` and `d_value`; `base` and `delta` are those of `launch_query_gradient`."""
+    described = (
+        not call.packed and _describable(query) and _describable(d_out) and base.numel() < 1 << 31
+    )
+    if call.hopper is not None and described and _describable(key) and _describable(value):
+        launch = call.hopper.key_gradient
+        slots = call.key_slots(launch.block_n)
+        with _on_device(call.device):
+            hopper_backward.key_gradient_kernel[(slots * call.batch * call.key_heads,)](
+                _hopper_descriptor(query, launch.block_m),
+                _hopper_descriptor(key, launch.block_n),
+                _hopper_descriptor(value, launch.block_n),
+                _hopper_descriptor(d_out, launch.block_m),
+                _hopper_vector_descriptor(base, launch.block_m),
+                _hopper_vector_descriptor(delta, launch.block_m),
+                d_key,
+                d_value,
+                call.bands[1],
+                *_grid_strides(d_key),
+                *_grid_strides(d_value),
+                *call.hopper_counts(slots, base.shape[2]),
+                GROUPED=call.heads != call.key_heads,
+                **call.hopper_options(launch),
+            )
+        return
+    launch = call.launches.key_gradient
+    slots = call.key_slots(launch.block_n)
+    described = described and launch.descriptors
+    with _on_device(call.device):
+        key_gradient_kernel[(slots * call.batch * call.key_heads,)](
+            query,
+            key,
+            value,
+            d_out,
+            _descriptor(query, launch.block_m, call.block_d) if described else None,
+            _descriptor(d_out, launch.block_m, call.block_d) if described else None,
+            _vector_descriptor(base, launch.block_m) if described else None,
+            _vector_descriptor(delta, launch.block_m) if described else None,
+            d_key,
+            d_value,
+            base,
+            delta,
+            call.bands[1],
+            *call.positions,
+            *_grid_strides(query),
+            *_grid_strides(key),
+            *_grid_strides(value),
+            *_grid_strides(d_out),
+            *_grid_strides(d_key),
+            *_grid_strides(d_value),
+            *call.counts(slots, base.shape[2]),
+            GROUPED=call.heads != call.key_heads,
+            **call.constants,
+            **call.options(launch, described),
+        )
