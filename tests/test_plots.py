@@ -57,6 +57,16 @@ def test_images_at_full_size_and_shorter():
         pattern_figure(pattern, 0)
 
 
+def test_a_long_mask_is_drawn_in_blocks_and_no_band_is_lost():
+    pattern = BandPattern((((0, 3), (5000, 5001)),), 2**20)
+    image = mask_image(pattern, 0, 2**20, cells=64)
+    assert image.shape == (64, 64, 3)
+    small = BandPattern((((0, 3), (50, 51)),), 100)
+    mask = small.mask(100)[0].numpy().reshape(20, 5, 20, 5).any(axis=(1, 3))
+    seen = (mask_image(small, 0, 100, cells=20) == head_colors(1)[0]).all(axis=-1)
+    assert (seen == mask).all()
+
+
 def test_the_colours_of_heads_differ():
     for heads in (2, 8, 32):
         assert len(set(head_colors(heads))) == heads

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .bands import BandPattern
 
@@ -30,14 +31,31 @@ def head_colors(num_heads: int) -> list[tuple[float, float, float]]:
     return [(float(r), float(g), float(b)) for r, g, b, _ in shades]
 
 
-def mask_image(pattern: BandPattern, head: int, length: int) -> np.ndarray:
-    """The mask of a head as colours, `[length, length, 3]` in 0..1: attended, not attended, and the
-    future."""
-    image = np.empty((length, length, 3))
+def mask_image(pattern: BandPattern, head: int, length: int, cells: int = 1024) -> np.ndarray:
+    """The mask of a head as colours: attended, not attended, and the future.
+
+    Args:
+        pattern: the bands.
+        head: which head.
+        length: queries and keys.
+        cells: most rows of the picture. Up to this length a pixel is one pair; beyond it a pixel is
+            a block of pairs, attended where any of them is, so that no band is too narrow to see.
+
+    Returns:
+        `[rows, rows, 3]` in 0..1, rows = `ceil(length / block)`.
+    """
+    block = -(-length // cells)
+    rows = -(-length // block)
+    offset = np.arange(rows)[:, None] - np.arange(rows)
+    # A block of pairs holds the distances from the corner nearest the diagonal to the farthest.
+    least, most = (offset - 1) * block + 1, (offset + 1) * block - 1
+    seen = np.zeros((rows, rows), dtype=bool)
+    for near, far in pattern.intervals[head]:
+        seen |= (least < far) & (most >= near)
+    image = np.empty((rows, rows, 3))
     image[:] = UNSEEN
-    image[np.triu_indices(length, k=1)] = FUTURE
-    seen = pattern.heads(head, head + 1).mask(length)[0].numpy()
-    image[seen] = head_colors(pattern.num_heads)[head]
+    image[offset < 0] = FUTURE
+    image[seen & (offset >= 0)] = head_colors(pattern.num_heads)[head]
     return image
 
 
@@ -56,7 +74,7 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
     columns = min(4, heads) if heads <= 16 else 8
     rows = -(-heads // columns)
     cell = 2.6 if columns <= 4 else 1.6
-    cover = max(1.6, 0.24 * heads + 0.9)
+    cover = min(4.5, max(1.6, 0.24 * heads + 0.9))
     width = max(cell * columns + 0.9, 6.0)
     figure = Figure(figsize=(width, rows * (cell + 0.3) + cover + 1.0), layout="constrained")
     heights = [rows * (cell + 0.3) + 0.6, cover]
@@ -113,7 +131,7 @@ def comparison_figure(
         color=INK,
     )
     curves.set(xlabel="step", ylabel="loss (nats per token)")
-    curves.set_title("validation (dots) and training (faint) loss", fontsize=10)
+    curves.set_title("loss on validation (dots) and training text (faint)", fontsize=10)
     curves.legend(fontsize=8, frameon=False)
     _draw_speed(bars, rows, colors)
     for axis in (curves, bars):
@@ -148,7 +166,7 @@ def _draw_cover(axis: Axes, pattern: BandPattern) -> None:
             color=colors[head],
         )
     heads = pattern.num_heads
-    every = 1 if heads <= 32 else heads // 16
+    every = 1 if heads <= 16 else -(-heads // 16)
     axis.set(ylim=(heads - 0.5, -0.5), xlim=(0, pattern.span), yticks=range(0, heads, every))
     parts = min(8, pattern.span)
     axis.set_xticks([round(k * pattern.span / parts) for k in range(parts + 1)])
@@ -172,6 +190,8 @@ def _draw_speed(axis: Axes, rows: Sequence[Row], colors: dict[str, tuple[float, 
     axis.bar_label(drawn, labels=texts, fontsize=8, padding=3)
     axis.invert_yaxis()
     axis.set_xlim(0, max(speeds) * 1.5)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlabel("training tokens per second")
     axis.tick_params(axis="y", labelsize=8)
-    axis.set_title("speed", fontsize=10)
+    axis.set_title("speed, and the validation loss at the end", fontsize=10)

@@ -50,8 +50,10 @@ def compared(text, tmp_path_factory):
 
 def test_it_ends_with_a_table_a_plot_and_a_text(compared):
     output, printed = compared
-    for expected in ("validation loss", "tokens/s", "attended pairs", "peak memory", "MiB (+"):
-        assert expected in printed
+    table = printed[printed.index("compared\n") : printed.index("Unigram entropy")]
+    for expected in ("validation", "dense", "tokens/s", "attended", "memory", "MiB", "less)"):
+        assert expected in table
+    assert max(map(len, table.splitlines())) <= 80
     assert "Unigram entropy of the validation text" in printed
     assert "A text that shared_local continues" in printed
     found = json.loads((output / "results.json").read_text())
@@ -71,7 +73,7 @@ def test_a_second_run_has_nothing_to_do_and_more_patterns_add_to_it(compared, te
     before = kept.stat().st_mtime_ns
     arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
     assert main([*arguments, "--patterns", "dense", "shared_local", "exclusive"]) == 0
-    assert "2 runs are there already" in capsys.readouterr().out
+    assert "2 of them are there already" in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == before
     found = json.loads((output / "results.json").read_text())
     assert [row["attention"] for row in found["table"]] == ["dense", "shared_local", "exclusive"]

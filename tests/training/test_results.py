@@ -112,9 +112,10 @@ def test_runs_of_one_seed_must_share_their_data():
 
 def test_the_table():
     table = report(result(), result("exclusive", loss=4.2)).cells()
-    assert [len(cells) for cells in table] == [len(HEADER)] * 2
+    assert [len(cells) for cells in table] == [len(HEADER)] * 3
     assert table[0] == ("dense", "4.000", "", "1.000", "1,234", "2,080", "150 MiB (+50)")
-    assert table[1][2:6] == ("+0.200 ?", "0.800", "1,234", "520 (4.0x fewer)")
+    assert table[1][2:6] == ("+0.200 ?", "0.800", "1,234", "520 (4.0x less)")
+    assert table[2][:2] == ("unigram entropy", "5.000")
 
 
 def test_json_and_markdown(tmp_path):

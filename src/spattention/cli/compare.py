@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -111,8 +112,8 @@ def main(options: Options) -> None:
     folder.claim(settings)
     jobs = plan(options, settings, folder)
     console.print(
-        f"{len(jobs)} runs of {settings.steps} steps on {facts.train_tokens:,} tokens "
-        f"({facts.source}); results go to {options.output}"
+        f"Runs: {len(jobs)}, each of {settings.steps} steps on {facts.train_tokens:,} tokens "
+        f"({facts.source}). Results go to {options.output}."
     )
     interrupted = False
     try:
@@ -168,24 +169,32 @@ def show(report: Report, output: Path, console: Console) -> None:
     """Print table, notes and a text."""
     if not report.results:
         return
-    table = Table(title="Dense and banded attention compared")
+    table = Table(
+        title="Dense and banded attention compared",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    # Broken where they are here, the longest names and numbers fit into 80 columns.
     for column, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if column else "left")
-    for cells in report.cells():
-        table.add_row(*cells)
+        table.add_column(
+            name.replace(" ", "\n"), justify="right" if column else "left", no_wrap=True
+        )
+    for name, *cells in report.cells():
+        table.add_row(name.replace(":", ":\n"), *(cell.replace(" (", "\n(") for cell in cells))
     console.print(table)
+    console.print()
     for note in report.notes():
         console.print(note, highlight=False, markup=False)
-    best = report.shown
-    if best is not None and best.continuation:
-        console.print(f"\nA text that {best.attention} continues (in bold):", highlight=False)
-        console.print(Text.assemble(best.prompt or "", (best.continuation, "bold")))
-    console.print(
-        f"\nPlot: {output / 'results.png'}; page: {output / 'results.md'}; numbers: "
-        f"{output / 'results.json'}\n"
-        f'To go on: spattention generate {output} "It was a dark night"',
-        highlight=False,
-    )
+    shown = report.shown
+    if shown is not None and shown.continuation:
+        console.print(f"\nA text that {shown.attention} continues (in bold):", highlight=False)
+        console.print(Text.assemble(shown.prompt or "", (shown.continuation, "bold")))
+        console.print(
+            f'\nTo go on: spattention generate {output} "It was a dark night"', highlight=False
+        )
+    for what, name in (("plot", "png"), ("page", "md"), ("numbers", "json")):
+        console.print(f"{what}: {output / f'results.{name}'}", highlight=False)
 
 
 def _check(options: Options) -> None:
@@ -206,7 +215,7 @@ def _check(options: Options) -> None:
 def _run_missing(jobs: Sequence[Job], folder: ResultsFolder, console: Console) -> None:
     missing = [job for job in jobs if folder.find(job) is None]
     if len(missing) < len(jobs):
-        console.print(f"{len(jobs) - len(missing)} runs are there already")
+        console.print(f"{len(jobs) - len(missing)} of them are there already.")
     with RunProgress(missing, console) as progress:
         for job in missing:
             progress.begin(job)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..training.callbacks import Event
 from ..training.variant import Job, Result
@@ -20,19 +20,19 @@ class RunProgress:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),  # leaves room for the rest in 80 columns
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             # A speed averaged over two minutes stays steady through evaluations and changes of run.
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=console,
             speed_estimate_period=120,
         )
         steps = sum(job.settings.steps for job in jobs)
         self._all = self._progress.add_task("all runs", total=steps, facts="", visible=bool(jobs))
         self._run = self._progress.add_task("", total=None, facts="", visible=False)
+        self._seeds = len({job.seed for job in jobs})
         self._before = 0
         self._loss = ""
 
@@ -54,7 +54,7 @@ class RunProgress:
         self._progress.reset(
             self._run,
             total=job.settings.steps,
-            description=f"{job.attention}, seed {job.seed}",
+            description=job.attention + (f", seed {job.seed}" if self._seeds > 1 else ""),
             facts="loading",
             visible=True,
         )
@@ -63,7 +63,7 @@ class RunProgress:
         """An event of `training.callbacks.Watch`."""
         step = event["step"]
         if event["kind"] == "step":
-            facts = f"{self._loss}{event['speed']:,.0f} tokens/s"
+            facts = f"{self._loss}{event['speed']:,.0f} tokens/s,"
             self._progress.update(self._run, completed=step, facts=facts)
             self._progress.update(self._all, completed=self._before + step)
         elif event["kind"] == "train":

@@ -50,7 +50,9 @@ class Report:
         """The table's rows as text, in the order of `HEADER`."""
         rows = self.rows
         dense = next((r.pairs for r in rows if r.attention == BASELINE), None)
-        return [_cells(row, dense, self.facts.unigram_entropy) for row in rows]
+        entropy = self.facts.unigram_entropy
+        last = ("unigram entropy", f"{entropy:.3f}", *[""] * (len(HEADER) - 2))
+        return [*(_cells(row, dense, entropy) for row in rows), last]
 
     def notes(self) -> list[str]:
         """What a reader must know to read the table."""
@@ -67,8 +69,8 @@ class Report:
             f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens, "
             "context "
             f"{settings.context}, the same weights at the start, the same data in the same order.",
-            "Attended pairs: (query, key) pairs per layer and window, all heads together, and "
-            "dense's over them.",
+            "Attended pairs: (query, key) pairs per layer and window, all heads together; in "
+            "brackets how many times fewer than dense.",
         ]
         if self.results:
             notes.append(
@@ -92,10 +94,9 @@ class Report:
 
     @property
     def shown(self) -> Result | None:
-        """The run whose text is shown and whose model `generate` opens: the best with bands, else
-        the best."""
-        banded = [r for r in self.results if r.attention != BASELINE] or self.results
-        return min(banded, key=lambda r: r.validation_loss) if banded else None
+        """The run whose text is shown and whose model `generate` opens: the first with bands."""
+        banded = [run for run in self.results if run.attention != BASELINE]
+        return next(iter(banded or self.results), None)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -151,7 +152,7 @@ def _cells(row: Row, dense_pairs: int | None, entropy: float) -> tuple[str, ...]
     difference = "" if row.difference is None or is_dense else f"{row.difference:+.3f}{mark}"
     pairs = f"{row.pairs:,}"
     if dense_pairs and not is_dense:
-        pairs += f" ({dense_pairs / row.pairs:.1f}x fewer)"
+        pairs += f" ({dense_pairs / row.pairs:.1f}x less)"
     memory = "" if row.memory_peak is None else f"{row.memory_peak / 2**20:.0f} MiB"
     if row.memory_growth is not None and memory:
         memory += f" (+{row.memory_growth / 2**20:.0f})"

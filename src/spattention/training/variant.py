@@ -13,15 +13,15 @@ from transformers import PreTrainedModel, logging, set_seed
 from ..choice import attention_choice
 from ..data.prepare import open_stream
 from ..data.tokenizer import for_transformers, load_tokenizer
-from ..data.tokens import Windows
+from ..data.tokens import TokenStream, Windows
 from ..models import build, preset
 from .callbacks import Event, OrderDigest, Watch
 from .memory import peak_resident_bytes, resident_bytes
 from .settings import Settings
 from .setup import make_trainer
 
-PROMPT_TOKENS = 16
-CONTINUATION_TOKENS = 64
+PROMPT_TOKENS = 40
+CONTINUATION_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
         before, peak, kind = 0, torch.cuda.max_memory_allocated(), "tensors on the GPU"
 
     model.save_pretrained(job.model)
-    prompt, continuation = _continue(job, model, held_out.tokens[:PROMPT_TOKENS].tolist())
+    prompt, continuation = _continue(job, model, held_out)
     return Result(
         attention=job.attention,
         seed=job.seed,
@@ -133,25 +133,32 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
     )
 
 
-def _continue(job: Job, model: PreTrainedModel, prompt: list[int]) -> tuple[str | None, str | None]:
-    """The first tokens of the validation text and what the model makes of them; None without a
-    tokenizer."""
+def _continue(
+    job: Job, model: PreTrainedModel, held_out: TokenStream
+) -> tuple[str | None, str | None]:
+    """The first words of the validation text and what the model makes of them.
+
+    Both are None without a tokenizer.
+    """
     path = job.data / "tokenizer.json"
     if not path.exists():
         return None, None
-    tokenizer = for_transformers(load_tokenizer(path), job.settings.context)
+    context = job.settings.context
+    tokenizer = for_transformers(load_tokenizer(path), context)
     tokenizer.save_pretrained(job.model)
+    text = tokenizer.decode(held_out.tokens[: min(PROMPT_TOKENS, context // 2)].tolist())
+    prompt = text.rsplit(maxsplit=1)[0] or text  # the last word may be cut
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1]
     model.eval()
-    room = job.settings.context - len(prompt)
     set_seed(job.seed)
     tokens = model.generate(
-        torch.tensor([prompt], device=model.device),
-        max_new_tokens=max(1, min(CONTINUATION_TOKENS, room)),
+        **inputs.to(model.device),
+        max_new_tokens=max(1, min(CONTINUATION_TOKENS, context - length)),
         do_sample=True,
         temperature=0.7,
         top_k=40,
         pad_token_id=tokenizer.eos_token_id,
         eos_token_id=None,
     )[0]
-    text = tokenizer.decode(tokens[len(prompt) :])
-    return tokenizer.decode(prompt), text
+    return prompt, tokenizer.decode(tokens[length:])
