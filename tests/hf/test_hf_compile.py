@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tiny import CONFIGS, FAMILIES, FIRST, HEADS, P, tokens
 
 import spattention as spa
@@ -67,7 +68,18 @@ def test_padding_and_flattened_packing_are_one_graph():
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [("olmoe", "aot_eager"), pytest.param("llama", "inductor", marks=pytest.mark.slow)],
+    [
+        pytest.param(
+            "olmoe",
+            "aot_eager",
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.23"),
+                reason="before, Transformers' grouped experts did not compile backward on the CPU",
+            ),
+        ),
+        ("llama", "aot_eager"),
+        pytest.param("llama", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_training_compiles(family, backend):
     model, twin = model_of(family).train(), model_of(family).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 
@@ -128,3 +129,9 @@ def test_the_mask_of_a_layer_left_alone():
     assert dense_mask(rows, 2, 4, 2, torch.device("cpu")).int().tolist() == [
         [[[0, 1, 1, 0], [0, 0, 1, 1]]]
     ]
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs Transformers: install `spattention\[hf\]`"):
+        importlib.reload(spa.hf)

@@ -49,8 +49,9 @@ def test_logits_and_gradients_are_those_of_stock_attention_under_the_mask(family
         close(parameter.grad, wanted[name].grad, **EXACT)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("family", "reentrant"), [*((family, False) for family in FAMILIES), ("llama", True)]
+)
 def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     plain, saving = banded(family, sinks=True), banded(family, sinks=True)
     saving.gradient_checkpointing_enable({"use_reentrant": reentrant})

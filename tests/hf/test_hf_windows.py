@@ -76,6 +76,16 @@ def test_a_window_is_replaced_when_told(named, tmp_path):
         close(logits(again, ids), wanted, **EXACT)
 
 
+def test_a_window_that_the_span_stays_within_is_no_obstacle():
+    """Mistral's default window is 4096 tokens in every layer."""
+    ids = tokens(1, 17)
+    model = spa.hf.apply(build("mistral", sliding_window=FIRST.span), FIRST)
+    wanted = logits(spa.hf.apply(build("mistral"), FIRST), ids)
+    close(logits(model, ids), wanted, **EXACT)
+    found = model.generate(ids, **GREEDY)  # grows beyond the window
+    assert found.tolist() == model.generate(ids, use_cache=False, **GREEDY).tolist()
+
+
 def test_one_window_for_all_layers_is_replaced_in_all_or_none():
     overrides = {"sliding_window": WINDOW}
     with pytest.raises(ValueError, match="name them in `layers` to replace it"):

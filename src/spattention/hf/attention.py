@@ -16,8 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
 from .config import NAME, read_section, section_of
-from .mask import Rows, add_restarts, decode, dense_mask, rows_mask
+from .mask import Rows, add_restarts, decode, dense_mask, is_packed, readable, rows_mask
 
+PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
 OWN_IMPLEMENTATIONS = ("sdpa", "eager")
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -88,8 +89,8 @@ def apply(
         pattern: one for all layers in question, or one per layer; None leaves that layer alone. Its heads are the
             layer's query heads; under tensor parallelism a rank's part, `pattern.heads(start, stop)`.
         layers: indices of the text layers in question; default all. With this default a single pattern leaves layers
-            with a sliding window of their own alone; naming a layer, or giving it a pattern of its own, replaces its
-            window.
+            with a sliding window of their own alone (unless all share one window and the span lies within it);
+            naming a layer, or giving it a pattern of its own, replaces its window.
         sinks: give each layer with a pattern a parameter `sinks [H]`, zero at first: learned logits that join the
             softmax's denominator. Sinks that are there already keep their values.
 
@@ -114,7 +115,7 @@ def apply(
     if all(entry is None for entry in chosen):
         raise ValueError(
             "`pattern` must be given to at least one layer, but every layer in question has a sliding window of its "
-            "own; name them in `layers` to replace it"
+            "own, shorter than the span; name them in `layers` to replace it"
         )
     for index, entry in enumerate(chosen):
         if entry is not None:
@@ -314,6 +315,10 @@ def _before_forward(
         return None
     if plan.pattern is not None:
         _check_cache(cache, module.layer_idx, plan.pattern)
+    if getattr(cache, PACKED, False) and _length(cache, module.layer_idx) > 0:
+        raise ValueError(
+            "`past_key_values` must hold one document per row to be continued, got packed rows"
+        )
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
     if (
         position_ids is None
@@ -325,8 +330,10 @@ def _before_forward(
     hidden = args[0] if args else keywords["hidden_states"]
     length = cache.get_seq_length(module.layer_idx)
     key_len = 0 if isinstance(length, torch.Tensor) else length + position_ids.shape[1]
-    mask = add_restarts(mask, position_ids, hidden.shape[0], key_len)
-    return args, {**keywords, "attention_mask": mask}
+    split = add_restarts(mask, position_ids, hidden.shape[0], key_len)
+    if readable(position_ids) and is_packed(mask, split):
+        setattr(cache, PACKED, True)
+    return args, {**keywords, "attention_mask": split}
 
 
 def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
@@ -342,16 +349,20 @@ def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
     known = filled_by.get(layer)
     if known == pattern:
         return
-    length = cache.get_seq_length(layer)
-    if isinstance(length, torch.Tensor):
-        # A compiled graph cannot read the length of a static cache; one that nobody has marked counts as new.
-        length = int(known is not None) if torch.compiler.is_compiling() else int(length)
-    if length > 0:
+    if _length(cache, layer, unreadable=int(known is not None)) > 0:
         raise ValueError(
             f"`past_key_values` must have been filled under this layer's pattern {pattern}, "
             f"got {'another attention' if known is None else known} in layer {layer}"
         )
     filled_by[layer] = pattern
+
+
+def _length(cache: Any, layer: int, unreadable: int = 1) -> int:
+    """Keys that a layer of the cache holds; `unreadable` for a static cache in a compiled graph."""
+    length = cache.get_seq_length(layer)
+    if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
+        return unreadable
+    return int(length)
 
 
 def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
@@ -531,7 +542,7 @@ def _patterns_by_layer(
     if isinstance(pattern, BandPattern):
         where = sorted(modules) if named is None else named
         for index in where:
-            if named is not None or _window(config, index) is None:
+            if named is not None or not _keeps_window(config, index, pattern):
                 chosen[index] = pattern
     else:
         where = list(range(count)) if named is None else named
@@ -592,6 +603,15 @@ def _window(config: Any, layer: int) -> int | None:
     if types is not None and types[layer] == "full_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def _keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
+    """Whether a layer stays as it is when nobody named it."""
+    window = _window(config, layer)
+    if window is None:
+        return False
+    # Where all layers share one window (Mistral's default is 4096), a span within it takes nothing away from them.
+    return getattr(config, "layer_types", None) is not None or window < pattern.span
 
 
 def _replace_windows(

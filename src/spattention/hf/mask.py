@@ -108,6 +108,15 @@ def add_restarts(
     )
 
 
+def is_packed(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
+    """Whether `add_restarts` found more documents than the one that padding leaves in each row. Reads values."""
+    last = decode(after).key_start
+    if last is None or last.dim() == 1:
+        return False
+    first = decode(before).key_start
+    return bool((last[:, -1] > (0 if first is None else first)).any())
+
+
 def decode(mask: torch.Tensor | None) -> Rows:
     """Read what `rows_mask` wrote; raises `ValueError` for any other 4-D mask."""
     if mask is None:
