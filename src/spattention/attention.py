@@ -11,6 +11,7 @@ import torch
 
 from .bands import BandPattern
 from .checks import check_attention, check_varlen
+from .impl.layout import without_autocast
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -81,17 +82,18 @@ def band_attention(
         key_start=key_start,
     )
     implementation = _implementation(impl, query, value)
-    out, lse = implementation.attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=_scale(query, scale),
-        sinks=sinks,
-        query_start=key.shape[2] - query.shape[2] if query_start is None else query_start,
-        key_start=key_start,
-        deterministic=deterministic,
-    )
+    with without_autocast(query):
+        out, lse = implementation.attend(
+            query,
+            key,
+            value,
+            pattern,
+            scale=_scale(query, scale),
+            sinks=sinks,
+            query_start=key.shape[2] - query.shape[2] if query_start is None else query_start,
+            key_start=key_start,
+            deterministic=deterministic,
+        )
     return (out, lse) if return_lse else out
 
 
@@ -151,19 +153,20 @@ def band_attention_varlen(
         sinks=sinks,
     )
     implementation = _implementation(impl, query, value)
-    out, lse = implementation.attend_varlen(
-        query,
-        key,
-        value,
-        pattern,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=_scale(query, scale),
-        sinks=sinks,
-        deterministic=deterministic,
-    )
+    with without_autocast(query):
+        out, lse = implementation.attend_varlen(
+            query,
+            key,
+            value,
+            pattern,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            scale=_scale(query, scale),
+            sinks=sinks,
+            deterministic=deterministic,
+        )
     return (out, lse) if return_lse else out
 
 
@@ -193,7 +196,7 @@ def _scale(query: torch.Tensor, scale: float | None) -> float:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

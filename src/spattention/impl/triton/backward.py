@@ -7,7 +7,7 @@ query head that reads them, and writes dK and dV. Scores are computed anew in bo
 
     B batch   H query heads   Q queries   K keys   D head_dim
     M = BLOCK_M queries of a block   N = BLOCK_N keys of a block   inside the kernels D is BLOCK_D, zero-filled
-    p_ pointer   t_ tensor descriptor   b_ block   o_ offset   m_ mask; `_d_` inside a name: gradient of
+    p_ pointer   b_ block   o_ offset   m_ mask; `_d_` inside a name: gradient of
 """
 
 import triton
@@ -16,14 +16,15 @@ import triton.language as tl
 from . import memory, softmax, tiles
 from .config import COUNTS
 
+# Steps up to which a block of queries has few keys.
+EXACT_STEPS = tl.constexpr(2)
+
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_gradient_kernel(
     p_query,
     p_key,
     p_value,
-    t_key,
-    t_value,
     p_out,
     p_d_out,
     p_d_query,
@@ -64,7 +65,6 @@ def query_gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
-    pitch,
     query_start,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -76,13 +76,13 @@ def query_gradient_kernel(
     HAS_D_LSE: tl.constexpr,
     START_ON_DEVICE: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     slot = n_slots - 1 - program % n_slots
     batch = (program // n_slots) % n_batch
-    head, near_0, far_0, near_1, far_1 = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    bands = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    head = bands[0]
     block, row_q, queries, row_k, keys, start = tiles.place(
         p_offsets_q,
         p_offsets_k,
@@ -119,9 +119,8 @@ def query_gradient_kernel(
         low_start = 0
         high_start = 0
 
-    begin_0, low_0, begin_1, low_1, steps_0, steps_1 = tiles.key_walk(
-        near_0, far_0, near_1, far_1, first, last, low_start, keys, BLOCK_N, INTERVALS
-    )
+    walk = tiles.key_walk(bands, first, last, low_start, keys, BLOCK_N, INTERVALS)
+    n_steps = tiles.steps_of(walk)
 
     batch_64 = batch.to(tl.int64)
     head_64 = head.to(tl.int64)
@@ -137,46 +136,40 @@ def query_gradient_kernel(
         batch_64 * d_query_stride_b + head_64 * d_query_stride_h + row_q_64 * d_query_stride_t
     )
     o_row = (batch_64 * n_heads + head_64) * n_queries + row_q_64 + o_query  # [M]
-    o_pitched = (batch_64 * n_heads + head_64) * pitch + row_q_64 + o_query  # [M]
 
     # A block that sees nothing reads nothing.
     m_query = o_query < queries
-    end_query = tl.where(steps_0 + steps_1 > 0, queries, 0)
-    b_query = memory.loat_rows(p_query, o_query, query_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
-    b_d_out = memory.loat_rows(p_d_out, o_query, d_out_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
-    b_out = memory.loat_rows(p_out, o_query, out_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
+    end_query = tl.where(n_steps > 0, queries, 0)
+    b_query = memory.load_rows(p_query, o_query, query_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
+    b_d_out = memory.load_rows(p_d_out, o_query, d_out_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
+    b_out = memory.load_rows(p_out, o_query, out_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
     delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)  # [M]
+    base = softmax.base_of(tl.load(p_lse + o_row, mask=m_query, other=0.0))  # [M]
+    if n_steps <= EXACT_STEPS:
+        # Few keys: the rounding of the output would show where gradients cancel. Sum anew.
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for step in range(n_steps):
+            first_key, low, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
+            o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
+            b_key = memory.load_rows(p_key, o_key, key_stride_t, low, keys, HEAD_DIM, BLOCK_D)
+            b_value = memory.load_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
+            scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+            d_weights = tl.dot(b_d_out, tl.trans(b_value), input_precision=PRECISION)
+            o_reach = tiles.reach(o_position, near, far, o_start)  # [M]
+            m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_reach[:, None])
+            weights = tl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
+            delta += tl.sum(weights * d_weights, 1)
     if HAS_D_LSE:
         delta -= tl.load(p_d_lse + o_row, mask=m_query, other=0.0)
-    # The rows up to the pitch are read by descriptor, with those of the last block.
-    m_pitched = m_query if PACKED else o_query < pitch
-    tl.store(p_delta + o_pitched, delta, mask=m_pitched)
-    base = softmax.base_of(tl.load(p_lse + o_row, mask=m_query, other=0.0))  # [M]
-    tl.store(p_base + o_pitched, base, mask=m_pitched)
+    tl.store(p_delta + o_row, delta, mask=m_query)
+    tl.store(p_base + o_row, base, mask=m_query)
     b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    for step in range(steps_0 + steps_1):
-        near, far, first_key, low = tiles.step_at(
-            step,
-            steps_0,
-            near_0,
-            far_0,
-            begin_0,
-            low_0,
-            near_1,
-            far_1,
-            begin_1,
-            low_1,
-            BLOCK_N,
-            INTERVALS,
-        )
+    for step in range(n_steps):
+        first_key, low, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
         o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
-        if DESCRIPTORS:
-            b_key = memory.copy_rows(t_key, batch, head // group, first_key, BLOCK_N, BLOCK_D)
-            b_value = memory.copy_rows(t_value, batch, head // group, first_key, BLOCK_N, BLOCK_D)
-        else:
-            b_key = memory.loat_rows(p_key, o_key, key_stride_t, low, keys, HEAD_DIM, BLOCK_D)
-            b_value = memory.loat_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
+        b_key = memory.load_rows(p_key, o_key, key_stride_t, low, keys, HEAD_DIM, BLOCK_D)
+        b_value = memory.load_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
 
         # [M, N] = [M, D] @ [D, N], both
         scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
@@ -208,10 +201,6 @@ def key_gradient_kernel(
     p_key,
     p_value,
     p_d_out,
-    t_query,
-    t_d_out,
-    t_base,
-    t_delta,
     p_d_key,
     p_d_value,
     p_base,
@@ -249,7 +238,6 @@ def key_gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
-    pitch,
     query_start,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -261,7 +249,6 @@ def key_gradient_kernel(
     PACKED: tl.constexpr,
     START_ON_DEVICE: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Early blocks of keys are reached by most queries: they come first.
@@ -270,8 +257,7 @@ def key_gradient_kernel(
     batch = (program // n_slots) % n_batch
     # One row per key head and query head that reads it; the key heads by falling work.
     row_bands = program // n_slots // n_batch * group
-    head, near_0, far_0, near_1, far_1 = tiles.bands_of(p_bands, row_bands)
-    key_head = head // group
+    key_head = tl.load(p_bands + 8 * row_bands) // group
     block, row_q, queries, row_k, keys, start = tiles.place(
         p_offsets_q,
         p_offsets_k,
@@ -298,7 +284,7 @@ def key_gradient_kernel(
     if HAS_KEY_START:
         # Queries whose first key lies behind this block see nothing of it.
         p_key_start += batch.to(tl.int64) * key_start_stride_b
-        end_query = tiles.first_after(p_key_start, key_start_stride_t, 0, queries, last_key)
+        end_query = tiles.first_after(p_key_start, key_start_stride_t, queries, last_key)
 
     batch_64 = batch.to(tl.int64)
     key_head_64 = key_head.to(tl.int64)
@@ -313,63 +299,32 @@ def key_gradient_kernel(
         batch_64 * d_value_stride_b + key_head_64 * d_value_stride_h + row_k_64 * d_value_stride_t
     )
 
-    b_key = memory.loat_rows(p_key, o_key, key_stride_t, 0, keys, HEAD_DIM, BLOCK_D)
-    b_value = memory.loat_rows(p_value, o_key, value_stride_t, 0, keys, HEAD_DIM, BLOCK_D)
+    b_key = memory.load_rows(p_key, o_key, key_stride_t, 0, keys, HEAD_DIM, BLOCK_D)
+    b_value = memory.load_rows(p_value, o_key, value_stride_t, 0, keys, HEAD_DIM, BLOCK_D)
     b_d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     for member in range(group if GROUPED else 1):
-        if GROUPED:
-            head, near_0, far_0, near_1, far_1 = tiles.bands_of(p_bands, row_bands + member)
+        bands = tiles.bands_of(p_bands, row_bands + member)
+        head = bands[0]
         head_64 = head.to(tl.int64)
         p_query_h = p_query + head_64 * query_stride_h
         p_d_out_h = p_d_out + head_64 * d_out_stride_h
-        row = (batch_64 * n_heads + head_64) * pitch + row_q_64
-        begin_0, high_0, begin_1, high_1, steps_0, steps_1 = tiles.query_walk(
-            near_0,
-            far_0,
-            near_1,
-            far_1,
-            first_key,
-            last_key,
-            start,
-            end_query,
-            BLOCK_M,
-            INTERVALS,
-        )
+        row = (batch_64 * n_heads + head_64) * n_queries + row_q_64
+        walk = tiles.query_walk(bands, first_key, last_key, start, end_query, BLOCK_M, INTERVALS)
 
-        for step in range(steps_0 + steps_1):
-            near, far, first_query, high = tiles.step_at(
-                step,
-                steps_0,
-                near_0,
-                far_0,
-                begin_0,
-                high_0,
-                near_1,
-                far_1,
-                begin_1,
-                high_1,
-                BLOCK_M,
-                INTERVALS,
-            )
+        for step in range(tiles.steps_of(walk)):
+            first_query, high, near, far = tiles.step_at(step, walk, bands, BLOCK_M, INTERVALS)
             o_query = first_query + tl.arange(0, BLOCK_M)  # [M]
             m_query = o_query < high
-            if DESCRIPTORS:
-                b_query = memory.copy_rows(t_query, batch, head, first_query, BLOCK_M, BLOCK_D)
-                b_d_out = memory.copy_rows(t_d_out, batch, head, first_query, BLOCK_M, BLOCK_D)
-                row_32 = (batch * n_heads + head) * pitch + first_query
-                base = t_base.load([row_32])  # [M]
-                delta = t_delta.load([row_32])  # [M]
-            else:
-                b_query = memory.loat_rows(
-                    p_query_h, o_query, query_stride_t, 0, high, HEAD_DIM, BLOCK_D
-                )
-                b_d_out = memory.loat_rows(
-                    p_d_out_h, o_query, d_out_stride_t, 0, high, HEAD_DIM, BLOCK_D
-                )
-                base = tl.load(p_base + row + o_query, mask=m_query, other=0.0)  # [M]
-                delta = tl.load(p_delta + row + o_query, mask=m_query, other=0.0)  # [M]
+            b_query = memory.load_rows(
+                p_query_h, o_query, query_stride_t, 0, high, HEAD_DIM, BLOCK_D
+            )
+            b_d_out = memory.load_rows(
+                p_d_out_h, o_query, d_out_stride_t, 0, high, HEAD_DIM, BLOCK_D
+            )
+            base = tl.load(p_base + row + o_query, mask=m_query, other=0.0)  # [M]
+            delta = tl.load(p_delta + row + o_query, mask=m_query, other=0.0)  # [M]
 
             # [N, M] = [N, D] @ [D, M], both
             scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)
@@ -387,7 +342,7 @@ def key_gradient_kernel(
                 )
             last = first + BLOCK_M - 1
             inside = tiles.is_inside(first, last, first_key, last_key, near, far, high_start)
-            # What lies behind the last query is another row's, or nothing.
+            # Zeros behind the range would weigh 1.
             if (not inside) | (first_query + BLOCK_M > high):
                 o_position = start + o_query  # [M]
                 o_start = 0
@@ -397,7 +352,10 @@ def key_gradient_kernel(
                     )  # [M]
                 o_reach = tiles.reach(o_position, near, far, o_start)  # [M]
                 m_seen = tiles.visible(o_position[None, :], o_key[:, None], near, o_reach[None, :])
-                weights = tl.where(m_seen & m_query[None, :], weights, 0.0)
+                m_seen = m_seen & m_query[None, :]
+                weights = tl.where(m_seen, weights, 0.0)
+                # A key that nobody sees may hold anything; its gradient is zero.
+                d_weights = tl.where(m_seen, d_weights, 0.0)
             # [N, D] += [N, M] @ [M, D], both
             b_d_value = tl.dot(
                 weights.to(b_d_out.dtype), b_d_out, b_d_value, input_precision=PRECISION

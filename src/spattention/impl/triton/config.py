@@ -19,7 +19,6 @@ COUNTS = (
     "n_slots",
     "n_queries",
     "n_keys",
-    "pitch",
     "query_start",
 )
 HOPPER_COUNTS = ("n_heads", "group", "n_batch", "n_slots", "n_queries", "n_keys", "pitch")
@@ -33,15 +32,13 @@ class LaunchConfig:
         block_m: queries of a block.
         block_n: keys of a block.
         num_warps: warps of a program.
-        num_stages: blocks of keys (or queries) in flight.
-        descriptors: load the walked blocks through tensor descriptors (Hopper's copy engine) where strides allow.
+        num_stages: blocks of keys (or queries) in flight; the Hopper kernels always have two.
     """
 
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
-    descriptors: bool = False
+    num_stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ INTERPRETED = Launches(
     key_gradient=LaunchConfig(16, 16, 1, 1),
 )
 
-# Half precision on Hopper (compute capability 9.0), by BLOCK_D.
+# The portable kernels in half precision on Hopper (compute capability 9.0), by BLOCK_D.
 HOPPER_HALF = {
     64: Launches(
         forward=LaunchConfig(64, 64, 4, 3),
@@ -73,18 +70,10 @@ HOPPER_HALF = {
     ),
 }
 
-# The kernels of `hopper_forward.py` and `hopper_backward.py`, by head_dim.
+# The Hopper kernels, by head_dim: one warpgroup, two programs on a multiprocessor.
 HOPPER = {
-    64: Launches(
-        forward=LaunchConfig(64, 64, 4, 2),
-        query_gradient=LaunchConfig(64, 64, 4, 2),
-        key_gradient=LaunchConfig(64, 64, 4, 2),
-    ),
-    128: Launches(
-        forward=LaunchConfig(64, 64, 4, 2),
-        query_gradient=LaunchConfig(64, 64, 4, 2),
-        key_gradient=LaunchConfig(64, 64, 4, 2),
-    ),
+    64: Launches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
+    128: Launches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
 }
 
 # Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per program.

@@ -5,7 +5,7 @@ One program computes one block of queries of one head: it walks the keys that th
 
     B batch   H query heads   Q queries   K keys   D head_dim
     M = BLOCK_M queries of a block   N = BLOCK_N keys of a block   inside the kernel D is BLOCK_D, zero-filled
-    p_ pointer   t_ tensor descriptor   b_ block   o_ offset   m_ mask
+    p_ pointer   b_ block   o_ offset   m_ mask
 """
 
 import triton
@@ -20,8 +20,6 @@ def forward_kernel(
     p_query,
     p_key,
     p_value,
-    t_key,
-    t_value,
     p_out,
     p_lse,
     p_bands,
@@ -64,14 +62,14 @@ def forward_kernel(
     START_ON_DEVICE: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
     FALLING: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # The heads with most work come first, and of each the late blocks, which reach most keys: short programs end the run.
     program = tl.program_id(0)
     slot = n_slots - 1 - program % n_slots
     batch = (program // n_slots) % n_batch
-    head, near_0, far_0, near_1, far_1 = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    bands = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    head = bands[0]
     block, row_q, queries, row_k, keys, start = tiles.place(
         p_offsets_q,
         p_offsets_k,
@@ -108,9 +106,8 @@ def forward_kernel(
         low_start = 0
         high_start = 0
 
-    begin_0, low_0, begin_1, low_1, steps_0, steps_1 = tiles.key_walk(
-        near_0, far_0, near_1, far_1, first, last, low_start, keys, BLOCK_N, INTERVALS
-    )
+    walk = tiles.key_walk(bands, first, last, low_start, keys, BLOCK_N, INTERVALS)
+    n_steps = tiles.steps_of(walk)
 
     batch_64 = batch.to(tl.int64)
     head_64 = head.to(tl.int64)
@@ -124,33 +121,16 @@ def forward_kernel(
     p_lse += (batch_64 * n_heads + head_64) * n_queries + row_q_64
 
     # A block that sees nothing reads nothing.
-    end_query = tl.where(steps_0 + steps_1 > 0, queries, 0)
-    b_query = memory.loat_rows(p_query, o_query, query_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
+    end_query = tl.where(n_steps > 0, queries, 0)
+    b_query = memory.load_rows(p_query, o_query, query_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
     highest, total = softmax.begin(p_sinks, head, BLOCK_M, HAS_SINKS)  # [M], [M]
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    for step in range(steps_0 + steps_1):
-        near, far, first_key, low = tiles.step_at(
-            step,
-            steps_0,
-            near_0,
-            far_0,
-            begin_0,
-            low_0,
-            near_1,
-            far_1,
-            begin_1,
-            low_1,
-            BLOCK_N,
-            INTERVALS,
-        )
+    for step in range(n_steps):
+        first_key, low, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
         o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
-        if DESCRIPTORS:
-            b_key = memory.copy_rows(t_key, batch, head // group, first_key, BLOCK_N, BLOCK_D)
-            b_value = memory.copy_rows(t_value, batch, head // group, first_key, BLOCK_N, BLOCK_D)
-        else:
-            b_key = memory.loat_rows(p_key, o_key, key_stride_t, low, keys, HEAD_DIM, BLOCK_D)
-            b_value = memory.loat_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
+        b_key = memory.load_rows(p_key, o_key, key_stride_t, low, keys, HEAD_DIM, BLOCK_D)
+        b_value = memory.load_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
 
         # [M, N] = [M, D] @ [D, N]
         scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)

@@ -1,15 +1,17 @@
 # mypy: allow-untyped-defs
+"""Forward pass on Hopper: `forward.py` for the calls that `hopper.py` covers, with its legend.
+
+While the tensor cores add the values of one block of keys, the softmax of the next block's scores is computed.
+"""
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from . import softmax, tiles
+from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
 
 
@@ -22,14 +24,14 @@ def masked(
     first_key,
     near,
     far,
-    FALLING: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    layout: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    FALLING: gl.constexpr,
 ):
+    """Scores `[M, N]`, with -inf (+inf where `FALLING`) for the keys that a query does not see."""
     if not tiles.is_inside(first, last, first_key, first_key + BLOCK_N - 1, near, far, 0):
-        o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-        o_reach = tiles.reach(o_query, near, far, 0)
-        m_seen = tiles.visible(o_query[:, None], o_key[None, :], near, o_reach[:, None])
+        o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        m_seen = hopper.seen(o_query[:, None], o_key[None, :], near, far)
         scores = gl.where(m_seen, scores, float("inf") if FALLING else float("-inf"))
     return scores
 
@@ -62,181 +64,102 @@ def forward_kernel(
 ):
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = t_key.dtype
-    mma_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    mma_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma_out, 2)
-    shared_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
-    shared_q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
-    per_row: gl.constexpr = gl.SliceLayout(1, mma_scores)
+    KEY_BYTES: gl.constexpr = BLOCK_N * HEAD_DIM * 2
+    # [M, N] scores, [M, D] output, and the former as the left operand of a product
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
+    SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
     slot = n_slots - 1 - program % n_slots
     batch = (program // n_slots) % n_batch
-    head, near_0, far_0, near_1, far_1 = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    bands = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
-    begin_0, low_0, begin_1, low_1, steps_0, steps_1 = tiles.key_walk(
-        near_0, far_0, near_1, far_1, first, last, 0, n_keys, BLOCK_N, INTERVALS
-    )
-    n_steps = steps_0 + steps_1
+    walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
+    n_steps = tiles.steps_of(walk)
+    p_out += batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
+    p_lse += (batch.to(gl.int64) * n_heads + head) * n_queries
+    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
 
-    b_queries = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], shared_q)
-    b_keys = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], shared_k)
-    b_values = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], shared_k)
-    bar_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    bar_k = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    bar_v = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(bar_q, count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(bar_k.index(i), count=1)
-        mbarrier.init(bar_v.index(i), count=1)
-    fence_async_shared()
-
-    o_query = first + gl.arange(0, BLOCK_M, per_row)
-    highest = gl.full([BLOCK_M], float("-inf"), gl.float32, per_row)
-    total = gl.full([BLOCK_M], 0.0, gl.float32, per_row)
+    highest = gl.full([BLOCK_M], float("-inf"), gl.float32, ROW)
+    total = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
     if HAS_SINKS:
         sink = gl.load(p_sinks + head).to(gl.float32) * softmax.LOG2_E
-        highest = gl.full([BLOCK_M], 0.0, gl.float32, per_row) + sink
+        highest = gl.full([BLOCK_M], 0.0, gl.float32, ROW) + sink
         total += gl.where(sink == float("-inf"), 0.0, 1.0)
-    b_out = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, mma_out)
-    zero = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, mma_scores)
+    b_out = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
+    zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
 
     if n_steps > 0:
-        mbarrier.expect(bar_q, BLOCK_M * HEAD_DIM * 2)
-        tma.async_copy_global_to_shared(t_query, [batch, head, first, 0], bar_q, b_queries)
-        for i in gl.static_range(2):
-            n, f, start, l = tiles.step_at(
-                i,
-                steps_0,
-                near_0,
-                far_0,
-                begin_0,
-                low_0,
-                near_1,
-                far_1,
-                begin_1,
-                low_1,
-                BLOCK_N,
-                INTERVALS,
-            )
-            mbarrier.expect(bar_k.index(i), BLOCK_N * HEAD_DIM * 2, pred=i < n_steps)
-            tma.async_copy_global_to_shared(
-                t_key,
-                [batch, key_head, start, 0],
-                bar_k.index(i),
-                b_keys.index(i),
-                pred=i < n_steps,
-            )
-            if i == 0:
-                mbarrier.expect(bar_v.index(0), BLOCK_N * HEAD_DIM * 2)
-                tma.async_copy_global_to_shared(
-                    t_value, [batch, key_head, start, 0], bar_v.index(0), b_values.index(0)
-                )
-        mbarrier.wait(bar_q, 0)
-        mbarrier.wait(bar_k.index(0), 0)
-        scores = warpgroup_mma(
-            b_queries, b_keys.index(0).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
+        # One buffer of keys is enough, they are free once the scores are there; with it three programs fit beside each other.
+        s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+        s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+        s_values = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], SHARED_K)
+        query_ready = hopper.barriers(1)
+        key_ready = hopper.barriers(1)
+        value_ready = hopper.barriers(2)
+
+        first_key, _, near, far = tiles.step_at(0, walk, bands, BLOCK_N, INTERVALS)
+        next_key, _, _, _ = tiles.step_at(1, walk, bands, BLOCK_N, INTERVALS)
+        barrier = hopper.expect(query_ready, 0, BLOCK_M * HEAD_DIM * 2, True)
+        hopper.copy(t_query, batch, head, first, barrier, s_query, True)
+        barrier = hopper.expect(key_ready, 0, KEY_BYTES, True)
+        hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
+        barrier = hopper.expect(value_ready, 0, KEY_BYTES, True)
+        hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(0), True)
+
+        hopper.arrived(query_ready, 0)
+        hopper.arrived(key_ready, 0)
+        # [M, N] = [M, D] @ [D, N]
+        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
-        near, far, first_key, l0 = tiles.step_at(
-            0,
-            steps_0,
-            near_0,
-            far_0,
-            begin_0,
-            low_0,
-            near_1,
-            far_1,
-            begin_1,
-            low_1,
-            BLOCK_N,
-            INTERVALS,
-        )
+        barrier = hopper.expect(key_ready, 1, KEY_BYTES, n_steps > 1)
+        hopper.copy(t_key, batch, key_head, next_key, barrier, s_key, n_steps > 1)
         scores = masked(
-            scores, first, last, o_query, first_key, near, far, FALLING, BLOCK_N, mma_scores
+            scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING
         )
         weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
-        b_weights = gl.convert_layout(weights.to(DTYPE), operand)
+        b_weights = gl.convert_layout(weights.to(DTYPE), OPERAND)
 
-        for step in range(n_steps - 1):
-            slot_k = step % 2
-            other = 1 - slot_k
-            n2, f2, start2, l2 = tiles.step_at(
-                step + 2,
-                steps_0,
-                near_0,
-                far_0,
-                begin_0,
-                low_0,
-                near_1,
-                far_1,
-                begin_1,
-                low_1,
-                BLOCK_N,
-                INTERVALS,
+        for step in range(1, n_steps):
+            # All products of the step before are done.
+            first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
+            next_key, _, _, _ = tiles.step_at(step + 1, walk, bands, BLOCK_N, INTERVALS)
+            barrier = hopper.expect(value_ready, step, KEY_BYTES, True)
+            hopper.copy(
+                t_value, batch, key_head, first_key, barrier, s_values.index(step % 2), True
             )
-            near, far, first_key, l1 = tiles.step_at(
-                step + 1,
-                steps_0,
-                near_0,
-                far_0,
-                begin_0,
-                low_0,
-                near_1,
-                far_1,
-                begin_1,
-                low_1,
-                BLOCK_N,
-                INTERVALS,
+            hopper.arrived(key_ready, step)
+            # [M, N] = [M, D] @ [D, N]
+            scores = warpgroup_mma(
+                s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True
             )
-            # Both wgmma of the step before are done: their keys and values may be overwritten.
-            more = step + 2 < n_steps
-            mbarrier.expect(bar_k.index(slot_k), BLOCK_N * HEAD_DIM * 2, pred=more)
-            tma.async_copy_global_to_shared(
-                t_key,
-                [batch, key_head, start2, 0],
-                bar_k.index(slot_k),
-                b_keys.index(slot_k),
-                pred=more,
-            )
-            mbarrier.expect(bar_v.index(other), BLOCK_N * HEAD_DIM * 2)
-            tma.async_copy_global_to_shared(
-                t_value, [batch, key_head, first_key, 0], bar_v.index(other), b_values.index(other)
-            )
-            mbarrier.wait(bar_k.index(other), ((step + 1) // 2) & 1)
-            ahead = warpgroup_mma(
-                b_queries, b_keys.index(other).permute((1, 0)), zero, use_acc=False, is_async=True
-            )
-            mbarrier.wait(bar_v.index(slot_k), (step // 2) & 1)
-            running = warpgroup_mma(b_weights, b_values.index(slot_k), b_out, is_async=True)
-            scores = warpgroup_mma_wait(1, [ahead])
+            hopper.arrived(value_ready, step - 1)
+            # [M, D] += [M, N] @ [N, D]
+            b_out = warpgroup_mma(b_weights, s_values.index((step - 1) % 2), b_out, is_async=True)
+            scores = warpgroup_mma_wait(1, [scores])
+            more = step + 1 < n_steps
+            barrier = hopper.expect(key_ready, step + 1, KEY_BYTES, more)
+            hopper.copy(t_key, batch, key_head, next_key, barrier, s_key, more)
             scores = masked(
-                scores, first, last, o_query, first_key, near, far, FALLING, BLOCK_N, mma_scores
+                scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING
             )
             weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
-            b_out = warpgroup_mma_wait(0, [running])
-            b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, mma_out))[:, None]
-            b_weights = gl.convert_layout(weights.to(DTYPE), operand)
-        final = n_steps - 1
-        mbarrier.wait(bar_v.index(final % 2), (final // 2) & 1)
-        b_out = warpgroup_mma(b_weights, b_values.index(final % 2), b_out, is_async=True)
+            b_out = warpgroup_mma_wait(0, [b_out])
+            b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+            b_weights = gl.convert_layout(weights.to(DTYPE), OPERAND)
+
+        hopper.arrived(value_ready, n_steps - 1)
+        b_out = warpgroup_mma(b_weights, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
         b_out = warpgroup_mma_wait(0, [b_out])
 
     lse, norm = softmax.finish(highest, total)
-    wide: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [WARPS, 1], [1, 0]
-    )
-    b_out = b_out * gl.convert_layout(norm, gl.SliceLayout(1, mma_out))[:, None]
-    b_final = gl.convert_layout(b_out.to(DTYPE), wide)
-    o_row = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
-    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
-    p_out += batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
-    gl.store(
-        p_out + o_row.to(gl.int64)[:, None] * out_stride_t + o_dim[None, :],
-        b_final,
-        mask=(o_row < n_queries)[:, None],
-    )
-    p_lse += (batch.to(gl.int64) * n_heads + head) * n_queries
     gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+    b_out = b_out * gl.convert_layout(norm, gl.SliceLayout(1, OUT))[:, None]
+    hopper.store_rows(p_out, b_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)

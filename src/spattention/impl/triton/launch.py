@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_backward, hopper_forward, tiles
 from .backward import key_gradient_kernel, query_gradient_kernel
-from .config import LaunchConfig, block_d, hopper_launches, launches
+from .config import LaunchConfig, Launches, block_d, hopper_launches, launches, pitch
 from .forward import forward_kernel
 
 LOG2_E = math.log2(math.e)
 MISSING, LONGEST = tiles.MISSING.value, tiles.MAX_POSITION.value
+VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 # The one cache of the library: pure constants of a pattern, on their device.
 _tables: dict[tuple[tuple[int, ...], int, torch.device], torch.Tensor] = {}
@@ -71,31 +72,36 @@ def _grid_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
-def _describable(tensor: torch.Tensor) -> bool:
-    """Whether the copy engine can read the rows: 16-byte aligned start and strides."""
-    unit = 16 // tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(s and s % unit == 0 for s in _grid_strides(tensor))
+def _describable(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can read the rows of all: 16-byte aligned starts and strides, no expanded dimension."""
+    for tensor in tensors:
+        unit = 16 // tensor.element_size()
+        strides = (s for n, s in zip(tensor.shape, _grid_strides(tensor)) if n > 1)
+        if tensor.data_ptr() % 16 or any(s % unit or not s for s in strides):
+            return False
+    return True
 
 
-def _descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
-    """Of blocks `[rows, width]` of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, width])
+def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Of blocks of `rows` tokens of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
+    shape, head_dim = list(tensor.shape), tensor.shape[3]
+    # The stride of a dimension of one is never used, but must be valid.
+    strides = [s if n > 1 else head_dim for n, s in zip(shape, _grid_strides(tensor))]
+    block, layout = _block_layout(rows, head_dim, tensor.dtype)
+    return TensorDescriptor(tensor, shape, [*strides, 1], block, layout)
+
+
+@lru_cache(maxsize=64)
+def _block_layout(
+    rows: int, head_dim: int, dtype: torch.dtype
+) -> tuple[list[int], gl.NVMMASharedLayout]:
+    block = [1, 1, rows, head_dim]
+    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
 
 
 def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of `rows` consecutive elements of a contiguous tensor."""
-    return TensorDescriptor(tensor, [tensor.numel()], [1], [rows])
-
-
-def _hopper_descriptor(tensor: torch.Tensor, rows: int) -> HopperDescriptor:
-    """`_descriptor` for the Hopper kernels, which state the layout in shared memory."""
-    block = [1, 1, rows, tensor.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[tensor.dtype])
-    return HopperDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
-
-
-def _hopper_vector_descriptor(tensor: torch.Tensor, rows: int) -> HopperDescriptor:
-    return HopperDescriptor(tensor, [tensor.numel()], [1], [rows], gl.NVMMASharedLayout(0, 32, 1))
+    """Of `rows` consecutive elements of a contiguous float32 tensor."""
+    return TensorDescriptor(tensor, [tensor.numel()], [1], [rows], VECTOR_LAYOUT)
 
 
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -142,14 +148,15 @@ class Call:
         self.scale = _scaled(scale)
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
         self.launches = launches(query.element_size(), head_dim, capability)
-        # Blocks that the copy engine reads may begin before a range. With queries from position 0 and no first keys, some
-        # query sees every key there; otherwise they might hold anything, NaN included, and must not be read.
-        self.open_ranges = (
-            not self.packed and query_starts is None and key_start is None and query_start == 0
+        # The copy engine reads whole blocks, which may begin before a range. With queries from position 0 and no first
+        # keys, some query sees every key there; otherwise they might hold anything, NaN included, and must not be read.
+        open_ranges = (
+            offsets_q is None and query_starts is None and key_start is None and query_start == 0
         )
+        rows = batch * heads * pitch(queries)
         self.hopper = (
             hopper_launches(query.element_size(), head_dim, capability)
-            if self.open_ranges and batch * heads * queries < 1 << 31
+            if open_ranges and rows < 1 << 31
             else None
         )
         self.device = query.device
@@ -163,7 +170,7 @@ class Call:
             "PRECISION": "ieee",
         }
 
-    def counts(self, slots: int, pitch: int | None = None) -> tuple[int | float, ...]:
+    def counts(self, slots: int) -> tuple[int | float, ...]:
         return (
             *self.start_strides,
             self.heads,
@@ -173,25 +180,28 @@ class Call:
             slots,
             self.queries,
             self.keys,
-            *(() if pitch is None else (pitch,)),
             self.query_start,
             self.scale,
         )
 
-    def options(self, launch: LaunchConfig, descriptors: bool) -> dict[str, Any]:
+    def options(self, launch: LaunchConfig) -> dict[str, Any]:
         """The launch as arguments of a kernel."""
         return {
             "BLOCK_M": launch.block_m,
             "BLOCK_N": launch.block_n,
-            "DESCRIPTORS": descriptors,
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }
 
-    def hopper_counts(self, slots: int, pitch: int | None = None) -> tuple[int | float, ...]:
-        group = self.heads // self.key_heads
-        lengths = (self.queries, self.keys) if pitch is None else (self.queries, self.keys, pitch)
-        return (self.heads, group, self.batch, slots, *lengths, self.scale)
+    def hopper_counts(self, slots: int) -> tuple[int, ...]:
+        return (
+            self.heads,
+            self.heads // self.key_heads,
+            self.batch,
+            slots,
+            self.queries,
+            self.keys,
+        )
 
     def hopper_options(self, launch: LaunchConfig) -> dict[str, Any]:
         return {
@@ -201,6 +211,10 @@ class Call:
             "INTERVALS": self.constants["INTERVALS"],
             "num_warps": launch.num_warps,
         }
+
+    def hopper_for(self, *tensors: torch.Tensor) -> Launches | None:
+        """The launches of the Hopper kernels, if they cover the call and can read these tensors."""
+        return self.hopper if self.hopper is not None and _describable(*tensors) else None
 
     def query_slots(self, block: int) -> int:
         return tiles.slots(self.queries, self.documents, block)
@@ -219,21 +233,22 @@ def launch_forward(
     sinks: torch.Tensor | None,
 ) -> None:
     """Writes `out` and `lse`."""
-    described = call.open_ranges and _describable(key) and _describable(value)
-    if call.hopper is not None and described and _describable(query):
-        launch = call.hopper.forward
+    hopper = call.hopper_for(query, key, value)
+    if hopper is not None:
+        launch = hopper.forward
         slots = call.query_slots(launch.block_m)
         with _on_device(call.device):
             hopper_forward.forward_kernel[(slots * call.batch * call.heads,)](
-                _hopper_descriptor(query, launch.block_m),
-                _hopper_descriptor(key, launch.block_n),
-                _hopper_descriptor(value, launch.block_n),
+                _descriptor(query, launch.block_m),
+                _descriptor(key, launch.block_n),
+                _descriptor(value, launch.block_n),
                 out,
                 lse,
                 call.bands[0],
                 sinks,
                 *_grid_strides(out),
                 *call.hopper_counts(slots),
+                call.scale,
                 HAS_SINKS=sinks is not None,
                 FALLING=call.scale < 0,
                 **call.hopper_options(launch),
@@ -241,14 +256,11 @@ def launch_forward(
         return
     launch = call.launches.forward
     slots = call.query_slots(launch.block_m)
-    described = described and launch.descriptors
     with _on_device(call.device):
         forward_kernel[(slots * call.batch * call.heads,)](
             query,
             key,
             value,
-            _descriptor(key, launch.block_n, call.block_d) if described else None,
-            _descriptor(value, launch.block_n, call.block_d) if described else None,
             out,
             lse,
             call.bands[0],
@@ -262,7 +274,7 @@ def launch_forward(
             HAS_SINKS=sinks is not None,
             FALLING=call.scale < 0,
             **call.constants,
-            **call.options(launch, described),
+            **call.options(launch),
         )
 
 
@@ -280,16 +292,16 @@ def launch_query_gradient(
     delta: torch.Tensor,
 ) -> None:
     """Writes `d_query`, `base` and `delta`."""
-    described = call.open_ranges and _describable(key) and _describable(value)
-    if call.hopper is not None and described and _describable(query) and _describable(d_out):
-        launch = call.hopper.query_gradient
+    hopper = call.hopper_for(query, key, value, d_out)
+    if hopper is not None:
+        launch = hopper.query_gradient
         slots = call.query_slots(launch.block_m)
         with _on_device(call.device):
             hopper_backward.query_gradient_kernel[(slots * call.batch * call.heads,)](
-                _hopper_descriptor(query, launch.block_m),
-                _hopper_descriptor(key, launch.block_n),
-                _hopper_descriptor(value, launch.block_n),
-                _hopper_descriptor(d_out, launch.block_m),
+                _descriptor(query, launch.block_m),
+                _descriptor(key, launch.block_n),
+                _descriptor(value, launch.block_n),
+                _descriptor(d_out, launch.block_m),
                 out,
                 d_out,
                 d_query,
@@ -301,21 +313,20 @@ def launch_query_gradient(
                 *_grid_strides(out),
                 *_grid_strides(d_out),
                 *_grid_strides(d_query),
-                *call.hopper_counts(slots, base.shape[2]),
+                *call.hopper_counts(slots),
+                base.shape[2],
+                call.scale,
                 HAS_D_LSE=d_lse is not None,
                 **call.hopper_options(launch),
             )
         return
     launch = call.launches.query_gradient
     slots = call.query_slots(launch.block_m)
-    described = described and launch.descriptors
     with _on_device(call.device):
         query_gradient_kernel[(slots * call.batch * call.heads,)](
             query,
             key,
             value,
-            _descriptor(key, launch.block_n, call.block_d) if described else None,
-            _descriptor(value, launch.block_n, call.block_d) if described else None,
             out,
             d_out,
             d_query,
@@ -331,10 +342,10 @@ def launch_query_gradient(
             *_grid_strides(out),
             *_grid_strides(d_out),
             *_grid_strides(d_query),
-            *call.counts(slots, base.shape[2]),
+            *call.counts(slots),
             HAS_D_LSE=d_lse is not None,
             **call.constants,
-            **call.options(launch, described),
+            **call.options(launch),
         )
 
 
@@ -350,43 +361,38 @@ def launch_key_gradient(
     delta: torch.Tensor,
 ) -> None:
     """Writes `d_key` and `d_value`; `base` and `delta` are those of `launch_query_gradient`."""
-    described = (
-        not call.packed and _describable(query) and _describable(d_out) and base.numel() < 1 << 31
-    )
-    if call.hopper is not None and described and _describable(key) and _describable(value):
-        launch = call.hopper.key_gradient
+    hopper = call.hopper_for(query, key, value, d_out)
+    if hopper is not None:
+        launch = hopper.key_gradient
         slots = call.key_slots(launch.block_n)
         with _on_device(call.device):
             hopper_backward.key_gradient_kernel[(slots * call.batch * call.key_heads,)](
-                _hopper_descriptor(query, launch.block_m),
-                _hopper_descriptor(key, launch.block_n),
-                _hopper_descriptor(value, launch.block_n),
-                _hopper_descriptor(d_out, launch.block_m),
-                _hopper_vector_descriptor(base, launch.block_m),
-                _hopper_vector_descriptor(delta, launch.block_m),
+                _descriptor(query, launch.block_m),
+                _descriptor(key, launch.block_n),
+                _descriptor(value, launch.block_n),
+                _descriptor(d_out, launch.block_m),
+                _vector_descriptor(base, launch.block_m),
+                _vector_descriptor(delta, launch.block_m),
                 d_key,
                 d_value,
                 call.bands[1],
                 *_grid_strides(d_key),
                 *_grid_strides(d_value),
-                *call.hopper_counts(slots, base.shape[2]),
+                *call.hopper_counts(slots),
+                base.shape[2],
+                call.scale,
                 GROUPED=call.heads != call.key_heads,
                 **call.hopper_options(launch),
             )
         return
     launch = call.launches.key_gradient
     slots = call.key_slots(launch.block_n)
-    described = described and launch.descriptors
     with _on_device(call.device):
         key_gradient_kernel[(slots * call.batch * call.key_heads,)](
             query,
             key,
             value,
             d_out,
-            _descriptor(query, launch.block_m, call.block_d) if described else None,
-            _descriptor(d_out, launch.block_m, call.block_d) if described else None,
-            _vector_descriptor(base, launch.block_m) if described else None,
-            _vector_descriptor(delta, launch.block_m) if described else None,
             d_key,
             d_value,
             base,
@@ -399,8 +405,8 @@ def launch_key_gradient(
             *_grid_strides(d_out),
             *_grid_strides(d_key),
             *_grid_strides(d_value),
-            *call.counts(slots, base.shape[2]),
+            *call.counts(slots),
             GROUPED=call.heads != call.key_heads,
             **call.constants,
-            **call.options(launch, described),
+            **call.options(launch),
         )

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def loat_rows(p_rows, o_row, stride, low, high, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(p_rows, o_row, stride, low, high, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[R, D]` from rows `o_row` of a matrix; zeros outside rows `low .. high - 1`."""
     o_dim = tl.arange(0, BLOCK_D)
     m_row = ((o_row >= low) & (o_row < high))[:, None]
@@ -17,12 +17,6 @@ def loat_rows(p_rows, o_row, stride, low, high, HEAD_DIM: tl.constexpr, BLOCK_D:
         m_row = m_row & (o_dim < HEAD_DIM)[None, :]
     p_block = p_rows + o_row.to(tl.int64)[:, None] * stride + o_dim[None, :]
     return tl.load(p_block, mask=m_row, other=0.0)
-
-
-@triton.jit
-def copy_rows(t_rows, batch, head, start, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[R, D]` from row `start` on, by the copy engine, from a descriptor of `[B, H, rows, head_dim]`; zeros outside."""
-    return t_rows.load([batch, head, start, 0]).reshape([BLOCK_R, BLOCK_D])
 
 
 @triton.jit

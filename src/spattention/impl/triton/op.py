@@ -6,7 +6,7 @@ They take the bands as a flat `int[]`, near, far, near, far per head, because sc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,7 @@ def refusal(query: torch.Tensor, value: torch.Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op("spattention::triton_forward", mutates_args=())
-def forward(
+def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -71,8 +70,7 @@ def forward(
     return out, lse
 
 
-@forward.register_fake
-def _(
+def _fake_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -93,8 +91,7 @@ def _forward_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_like_query(query, query.shape[3]), lse
 
 
-@torch.library.custom_op("spattention::triton_backward", mutates_args=())
-def backward(
+def _backward(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
@@ -124,7 +121,8 @@ def backward(
         query, key, intervals, query_start, query_starts, key_start, offsets_q, offsets_k, scale
     )
     # Per row: the log-sum-exp in powers of two, and the sum of dO * O less the log-sum-exp's gradient.
-    rows = (*lse.shape[:2], pitch(lse.shape[2]))
+    on_hopper = call.hopper_for(query, key, value, d_out) is not None
+    rows = (*lse.shape[:2], pitch(lse.shape[2]) if on_hopper else lse.shape[2])
     base, delta = lse.new_empty(rows), lse.new_empty(rows)
     d_lse = None if d_lse is None else d_lse.contiguous()
     launch_query_gradient(call, query, key, value, out, d_out, d_query, lse, d_lse, base, delta)
@@ -142,8 +140,7 @@ def backward(
     return d_query, d_key, d_value, d_sinks
 
 
-@backward.register_fake
-def _(
+def _fake_backward(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
@@ -208,4 +205,37 @@ def _differentiate(
     return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+_library = torch.library.Library("spattention", "FRAGMENT")
+
+
+def _register(
+    name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """`torch.library.custom_op`, less what it does around every call."""
+    _library.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
+        _library.impl(name, compute, device)
+    torch.library.register_fake(f"spattention::{name}", fake, lib=_library)
+    return getattr(torch.ops.spattention, name).default
+
+
+_COMMON = (
+    "int[] intervals, float scale, SymInt query_start, Tensor? query_starts, Tensor? key_start, "
+    "Tensor? sinks, Tensor? offsets_q, Tensor? offsets_k"
+)
+forward = _register(
+    "triton_forward",
+    f"Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+backward = _register(
+    "triton_backward",
+    "Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_COMMON}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+torch.library.register_autograd(
+    "spattention::triton_forward", _differentiate, setup_context=_save, lib=_library
+)

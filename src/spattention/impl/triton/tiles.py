@@ -6,12 +6,12 @@ at consecutive positions the seen keys are therefore one range per interval, whi
 block, both intervals in one loop:
 
     key_range     the keys that some query of the block sees, `[low, high)`
-    steps         how many blocks cover a range: keys up to the end of their range, queries from its beginning
-    step_at       where a step of the joint loop begins, and which interval it belongs to
+    key_walk      the blocks that cover both ranges
+    step_at       where a step of the walk begins, and which interval it belongs to
     is_inside     whether every query of a tile sees every key of it, so that it needs no mask
     visible       the mask of the tiles at the edge
 
-`query_range` is `key_range` seen from a block of keys, for the gradients of key and value. The functions of scalars are
+`query_range` and `query_walk` are the same seen from a block of keys, for the gradients of key and value. The functions of scalars are
 plain integer arithmetic; the tests call them as Python (`key_range.fn`) for thousands of shapes against the dense mask.
 
     first, last    positions of a block's first and last query
@@ -63,14 +63,12 @@ def bands_of(p_bands, row):
 
 
 @triton.jit
-def key_walk(
-    near_0, far_0, near_1, far_1, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constexpr
-):
-    """Both key ranges, each as `(begin, low)`, and the steps that they take.
+def key_walk(bands, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constexpr):
+    """The blocks of keys that a block of queries needs, for `steps_of` and `step_at`.
 
-    The blocks end where their range ends, so that no key behind it is read; `begin`, the start of the first block, may
-    lie before `low`.
+    They end where their range ends, so that no key behind it is read; the first may begin before `low`, its `limit`.
     """
+    _, near_0, far_0, near_1, far_1 = bands
     low_0, high_0 = key_range(first, last, near_0, far_0, key_start, n_keys)
     steps_0 = steps(low_0, high_0, BLOCK)
     begin_0 = high_0 - steps_0 * BLOCK
@@ -79,64 +77,47 @@ def key_walk(
         low_1, high_1 = key_range(first, last, near_1, far_1, key_start, n_keys)
         steps_1 = steps(low_1, high_1, BLOCK)
         begin_1 = high_1 - steps_1 * BLOCK
-    return begin_0, low_0, begin_1, low_1, steps_0, steps_1
+    return begin_0, low_0, steps_0, begin_1, low_1, steps_1
 
 
 @triton.jit
-def query_walk(
-    near_0,
-    far_0,
-    near_1,
-    far_1,
-    first_key,
-    last_key,
-    query_start,
-    n_queries,
-    BLOCK,
-    INTERVALS: tl.constexpr,
-):
-    """Both query ranges, each as `(begin, high)`, and the steps that they take.
+def query_walk(bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr):
+    """The blocks of queries that a block of keys needs, for `steps_of` and `step_at`.
 
-    The blocks begin where their range does, or up to three queries before: a copy engine wants 16-byte steps of float32.
+    They begin where their range does, or up to three queries before it: the copy engine wants float32 in steps of 16
+    bytes. The last may end behind `high`, its `limit`.
     """
+    _, near_0, far_0, near_1, far_1 = bands
     low_0, high_0 = query_range(first_key, last_key, near_0, far_0, query_start, n_queries)
     begin_0 = low_0 // 4 * 4
+    steps_0 = tl.where(low_0 < high_0, steps(begin_0, high_0, BLOCK), 0)
     begin_1, high_1, steps_1 = begin_0, high_0, 0
     if INTERVALS == 2:
         low_1, high_1 = query_range(first_key, last_key, near_1, far_1, query_start, n_queries)
         begin_1 = low_1 // 4 * 4
         steps_1 = tl.where(low_1 < high_1, steps(begin_1, high_1, BLOCK), 0)
-    steps_0 = tl.where(low_0 < high_0, steps(begin_0, high_0, BLOCK), 0)
-    return begin_0, high_0, begin_1, high_1, steps_0, steps_1
+    return begin_0, high_0, steps_0, begin_1, high_1, steps_1
 
 
 @triton.jit
-def step_at(
-    step,
-    steps_0,
-    near_0,
-    far_0,
-    begin_0,
-    limit_0,
-    near_1,
-    far_1,
-    begin_1,
-    limit_1,
-    BLOCK,
-    INTERVALS: tl.constexpr,
-):
-    """`(near, far, start, limit)` of a step of the joint loop: the steps of interval 0, then those of interval 1.
+def steps_of(walk):
+    """Steps of a walk: those of interval 0, then those of interval 1."""
+    return walk[2] + walk[5]
 
-    `limit` is the end of the range that the blocks may cross: `low` for keys, `high` for queries.
-    """
-    near, far, start, limit = near_0, far_0, begin_0 + step * BLOCK, limit_0
+
+@triton.jit
+def step_at(step, walk, bands, BLOCK, INTERVALS: tl.constexpr):
+    """`(start, limit, near, far)` of a step: where its block begins, the limit of its range, its interval."""
+    begin_0, limit_0, steps_0, begin_1, limit_1, _ = walk
+    _, near_0, far_0, near_1, far_1 = bands
+    start, limit, near, far = begin_0 + step * BLOCK, limit_0, near_0, far_0
     if INTERVALS == 2:
         second = step >= steps_0
-        near = tl.where(second, near_1, near_0)
-        far = tl.where(second, far_1, far_0)
         start = tl.where(second, begin_1 - steps_0 * BLOCK, begin_0) + step * BLOCK
         limit = tl.where(second, limit_1, limit_0)
-    return near, far, start, limit
+        near = tl.where(second, near_1, near_0)
+        far = tl.where(second, far_1, far_0)
+    return start, limit, near, far
 
 
 @triton.jit
@@ -169,8 +150,10 @@ def visible(o_position, o_key, near, o_reach):
 
 
 @triton.jit
-def first_after(p_key_start, stride, low, high, key):
-    """The first query index in `[low, high)` whose first key is after `key`, or `high`; first keys never decrease."""
+def first_after(p_key_start, stride, n_queries, key):
+    """The first query whose first key is after `key`, or `n_queries`; first keys never decrease."""
+    low = n_queries * 0  # a tensor, as the loop needs it
+    high = n_queries
     while low < high:
         middle = (low + high) // 2
         if tl.load(p_key_start + middle.to(tl.int64) * stride) > key:
