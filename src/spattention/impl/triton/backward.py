@@ -76,7 +76,7 @@ def query_gradient_kernel(
     HAS_D_LSE: tl.constexpr,
     START_ON_DEVICE: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     program = tl.program_id(0)
     slot = n_slots - 1 - program % n_slots
@@ -153,11 +153,13 @@ def query_gradient_kernel(
             o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
             b_key = memory.load_rows(p_key, o_key, key_stride_t, low, keys, HEAD_DIM, BLOCK_D)
             b_value = memory.load_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-            d_weights = tl.dot(b_d_out, tl.trans(b_value), input_precision=PRECISION)
+            scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+            d_weights = tl.dot(b_d_out, tl.trans(b_value), input_precision="ieee")
             o_reach = tiles.reach(o_position, near, far, o_start)  # [M]
             m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_reach[:, None])
-            weights = tl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
+            weights = tl.where(
+                m_seen, softmax.weights_of(scores, base[:, None], scale, PRECISE), 0.0
+            )
             delta += tl.sum(weights * d_weights, 1)
     if HAS_D_LSE:
         delta -= tl.load(p_d_lse + o_row, mask=m_query, other=0.0)
@@ -172,9 +174,9 @@ def query_gradient_kernel(
         b_value = memory.load_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
 
         # [M, N] = [M, D] @ [D, N], both
-        scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-        d_weights = tl.dot(b_d_out, tl.trans(b_value), input_precision=PRECISION)
-        weights = softmax.weights_of(scores, base[:, None], scale)
+        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        d_weights = tl.dot(b_d_out, tl.trans(b_value), input_precision="ieee")
+        weights = softmax.weights_of(scores, base[:, None], scale, PRECISE)
         last_key = first_key + BLOCK_N - 1
         if not tiles.is_inside(first, last, first_key, last_key, near, far, high_start):
             o_reach = tiles.reach(o_position, near, far, o_start)  # [M]
@@ -182,7 +184,7 @@ def query_gradient_kernel(
             weights = tl.where(m_seen, weights, 0.0)
         d_scores = weights * (d_weights - delta[:, None])
         # [M, D] += [M, N] @ [N, D]
-        b_d_query = tl.dot(d_scores.to(b_key.dtype), b_key, b_d_query, input_precision=PRECISION)
+        b_d_query = tl.dot(d_scores.to(b_key.dtype), b_key, b_d_query, input_precision="ieee")
 
     memory.store_rows(
         p_d_query,
@@ -249,7 +251,7 @@ def key_gradient_kernel(
     PACKED: tl.constexpr,
     START_ON_DEVICE: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     # Early blocks of keys are reached by most queries: they come first.
     program = tl.program_id(0)
@@ -327,9 +329,9 @@ def key_gradient_kernel(
             delta = tl.load(p_delta + row + o_query, mask=m_query, other=0.0)  # [M]
 
             # [N, M] = [N, D] @ [D, M], both
-            scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)
-            d_weights = tl.dot(b_value, tl.trans(b_d_out), input_precision=PRECISION)
-            weights = softmax.weights_of(scores, base[None, :], scale)
+            scores = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
+            d_weights = tl.dot(b_value, tl.trans(b_d_out), input_precision="ieee")
+            weights = softmax.weights_of(scores, base[None, :], scale, PRECISE)
             first = start + first_query
             high_start = 0
             if HAS_KEY_START:
@@ -358,12 +360,10 @@ def key_gradient_kernel(
                 d_weights = tl.where(m_seen, d_weights, 0.0)
             # [N, D] += [N, M] @ [M, D], both
             b_d_value = tl.dot(
-                weights.to(b_d_out.dtype), b_d_out, b_d_value, input_precision=PRECISION
+                weights.to(b_d_out.dtype), b_d_out, b_d_value, input_precision="ieee"
             )
             d_scores = weights * (d_weights - delta[None, :])
-            b_d_key = tl.dot(
-                d_scores.to(b_query.dtype), b_query, b_d_key, input_precision=PRECISION
-            )
+            b_d_key = tl.dot(d_scores.to(b_query.dtype), b_query, b_d_key, input_precision="ieee")
 
     memory.store_rows(
         p_d_key,

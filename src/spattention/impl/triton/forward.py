@@ -62,7 +62,7 @@ def forward_kernel(
     START_ON_DEVICE: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
     FALLING: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     # The heads with most work come first, and of each the late blocks, which reach most keys: short programs end the run.
     program = tl.program_id(0)
@@ -133,17 +133,19 @@ def forward_kernel(
         b_value = memory.load_rows(p_value, o_key, value_stride_t, low, keys, HEAD_DIM, BLOCK_D)
 
         # [M, N] = [M, D] @ [D, N]
-        scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
         last_key = first_key + BLOCK_N - 1
         if not tiles.is_inside(first, last, first_key, last_key, near, far, high_start):
             o_reach = tiles.reach(o_position, near, far, o_start)  # [M]
             m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_reach[:, None])
             scores = tl.where(m_seen, scores, float("inf") if FALLING else float("-inf"))
 
-        weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
+        weights, highest, total, factor = softmax.extend(
+            scores, highest, total, scale, FALLING, PRECISE
+        )
         # [M, D] += [M, N] @ [N, D]
         b_out = tl.dot(
-            weights.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision=PRECISION
+            weights.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
         )
 
     lse, norm = softmax.finish(highest, total)

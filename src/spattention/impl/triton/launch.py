@@ -167,7 +167,7 @@ class Call:
             "PACKED": self.packed,
             "START_ON_DEVICE": query_starts is not None,
             "HAS_KEY_START": key_start is not None,
-            "PRECISION": "ieee",
+            "PRECISE": query.dtype == torch.float32,
         }
 
     def counts(self, slots: int) -> tuple[int | float, ...]:

@@ -171,38 +171,59 @@ def _backward_results(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, intervals, scale, query_start, *optional = inputs
-    ctx.save_for_backward(query, key, value, *output, *optional)
-    ctx.intervals, ctx.scale, ctx.query_start = intervals, scale, query_start
-    ctx.set_materialize_grads(False)
+class _Attend(torch.autograd.Function):
+    """Keeps for the backward pass the inputs, the output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, intervals, scale, query_start, *optional = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = forward(*inputs)
+        ctx.save_for_backward(query, key, value, out, lse, *optional)
+        ctx.rest = intervals, scale, query_start
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, lse, *optional = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        d_query, d_key, d_value, d_sinks = backward(
+            d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
+        )
+        d_sinks = None if optional[2] is None else d_sinks
+        return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
 
 
-def _differentiate(
-    ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    query, key, value, out, lse, query_starts, key_start, sinks, offsets_q, offsets_k = (
-        ctx.saved_tensors
-    )
-    d_query, d_key, d_value, d_sinks = backward(
-        torch.zeros_like(out) if d_out is None else d_out,
-        d_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        ctx.intervals,
-        ctx.scale,
-        ctx.query_start,
-        query_starts,
-        key_start,
-        sinks,
-        offsets_q,
-        offsets_k,
-    )
-    d_sinks = None if sinks is None else d_sinks
-    return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
+class _Differentiate(torch.autograd.Function):
+    """The end of the line: there is no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise RuntimeError("band attention by kernels has no second derivative")
+
+
+def _differentiable(
+    function: type[torch.autograd.Function], operator: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator for PyTorch's autograd key: recorded if an input needs a gradient, else run as it is."""
+
+    def dispatch(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(given, torch.Tensor) and given.requires_grad for given in inputs
+        ):
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    return dispatch
 
 
 _library = torch.library.Library("spattention", "FRAGMENT")
@@ -236,6 +257,5 @@ backward = _register(
     _backward,
     _fake_backward,
 )
-torch.library.register_autograd(
-    "spattention::triton_forward", _differentiate, setup_context=_save, lib=_library
-)
+_library.impl("triton_forward", _differentiable(_Attend, forward), "Autograd")
+_library.impl("triton_backward", _differentiable(_Differentiate, backward), "Autograd")

@@ -9,9 +9,20 @@ that leaves a kernel is natural.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def power(x, PRECISE: tl.constexpr):
+    """2 to the x. The instruction is right to 22 bits, which float32 results would show; then a function to 24."""
+    if PRECISE and not INTERPRETED:
+        return libdevice.exp2(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -27,20 +38,17 @@ def begin(p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
-def extend(scores, highest, total, scale, FALLING: tl.constexpr):
+def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.constexpr = False):
     """One block of raw scores `[M, N]` joins: weights `[M, N]`, new maximum and sum `[M]`, factor of what was summed.
 
     Masked scores are -inf (+inf where `FALLING`, that is `scale < 0`).
     """
-    if FALLING:
-        block_highest = tl.min(scores, 1) * scale
-    else:
-        block_highest = tl.max(scores, 1) * scale
+    block_highest = (tl.min(scores, 1) if FALLING else tl.max(scores, 1)) * scale
     new = tl.maximum(highest, block_highest)
     # A row that has seen nothing yet keeps -inf; 0 in its place keeps -inf - -inf out of the exponent.
     base = tl.where(new == float("-inf"), 0.0, new)
-    weights = tl.exp2(scores * scale - base[:, None])
-    factor = tl.exp2(highest - base)
+    weights = power(scores * scale - base[:, None], PRECISE)
+    factor = power(highest - base, PRECISE)
     return weights, new, total * factor + tl.sum(weights, 1), factor
 
 
@@ -60,6 +68,6 @@ def base_of(lse):
 
 
 @triton.jit
-def weights_of(scores, base, scale):
+def weights_of(scores, base, scale, PRECISE: tl.constexpr = False):
     """The weights of raw scores; `base` is `base_of` the log-sum-exp, shaped to broadcast along the keys."""
-    return tl.exp2(scores * scale - base)
+    return power(scores * scale - base, PRECISE)
