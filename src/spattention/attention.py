@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -11,6 +10,7 @@ import torch
 
 from .bands import BandPattern
 from .checks import check_attention, check_varlen
+from .impl import blockwise, reference
 from .impl.layout import without_autocast
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
@@ -175,19 +175,21 @@ def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) 
         kernels = _kernels() if query.is_cuda and HAS_TRITON else None
         if kernels is not None and kernels.refusal(query, value) is None:
             return kernels
-        impl = "blockwise"
-    elif impl not in IMPLEMENTATIONS:
+        return blockwise
+    if impl not in IMPLEMENTATIONS:
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
-    elif impl == "triton":
+    if impl == "triton":
         if not HAS_TRITON:
             raise ValueError('`impl="triton"` needs Triton: pip install "spattention[gpu]"')
         return _kernels()
-    return import_module(f"spattention.impl.{impl}")
+    return reference if impl == "reference" else blockwise
 
 
 def _kernels() -> ModuleType:
     """Imported on first use: a bare `import spattention` does not import Triton."""
-    return import_module("spattention.impl.triton")
+    from .impl import triton
+
+    return triton
 
 
 def _scale(query: torch.Tensor, scale: float | None) -> float:

@@ -36,7 +36,7 @@ def check_attention(
     _check_query_start(query, queries, keys, query_start)
     if key_start is not None:
         _check_index_tensor("key_start", key_start, query)
-        if tuple(key_start.shape) not in ((batch,), (batch, queries)):
+        if not (_has_shape(key_start, batch) or _has_shape(key_start, batch, queries)):
             raise ValueError(
                 f"`key_start` must be [B] = [{batch}] or [B, Q] = [{batch}, {queries}], "
                 f"got {list(key_start.shape)}"
@@ -218,7 +218,7 @@ def _check_query_start(
             )
     elif isinstance(query_start, torch.Tensor):
         _check_index_tensor("query_start", query_start, query)
-        if tuple(query_start.shape) not in ((), (query.shape[0],)):
+        if not (query_start.dim() == 0 or _has_shape(query_start, query.shape[0])):
             raise ValueError(
                 f"`query_start` must be an int, [] or [B] = [{query.shape[0]}], "
                 f"got shape {list(query_start.shape)}"
@@ -238,6 +238,11 @@ def _check_index_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor) ->
         raise ValueError(f"`{name}` must be int32, got {tensor.dtype}")
     if tensor.device != query.device:
         raise ValueError(f"`{name}` must be on query's device {query.device}, got {tensor.device}")
+
+
+def _has_shape(tensor: torch.Tensor, *sizes: int) -> bool:
+    # Size by size: comparing tuples goes wrong under torch.compile with dynamic shapes.
+    return tensor.dim() == len(sizes) and all(a == b for a, b in zip(tensor.shape, sizes))
 
 
 def _readable(tensor: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..bands import BandPattern, Interval
-from .layout import empty_like_query, lse_dtype
+from .layout import empty_like_query, lse_dtype, without_autocast
 
 _LOG2E = math.log2(math.e)
 _SCORES = (
@@ -277,9 +277,10 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, d_out: Tensor, d_lse: Tensor):  # type: ignore[no-untyped-def]
     query, key, value, sinks, *index, out, lse = ctx.saved_tensors
-    d_query, d_key, d_value, d_sinks = _backward(
-        d_out, d_lse, query, key, value, out, lse, sinks, *index, *ctx.constants
-    )
+    with without_autocast(query):
+        d_query, d_key, d_value, d_sinks = _backward(
+            d_out, d_lse, query, key, value, out, lse, sinks, *index, *ctx.constants
+        )
     return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 7
 
 

@@ -1,6 +1,8 @@
-"""The memory layout of outputs, the same for every implementation and for its fake (shape-only) form."""
+"""The layout and dtypes that every implementation keeps to, and its fake (shape-only) form too."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -16,3 +18,12 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
 def lse_dtype(query: torch.Tensor) -> torch.dtype:
     """float64 for float64 input, float32 for every other."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """The public operator has cast its arguments: products inside keep the dtypes that they are given."""
+    device = tensor.device.type
+    # (`torch.amp.is_autocast_available` would ask this better, but torch 2.11 cannot compile it.)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

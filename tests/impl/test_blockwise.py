@@ -1,0 +1,83 @@
+"""What is particular to the blockwise implementation: its operator, its memory, its work."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import spattention as spa
+from spattention import BandPattern
+from spattention.impl import blockwise
+
+
+def test_the_operator_passes_opcheck():
+    query, key, value = (torch.randn(1, 4, 40, 8, requires_grad=True) for _ in range(3))
+    pattern = BandPattern.shared_local(4, 32)
+    sinks = torch.randn(4, requires_grad=True)
+    for s in (None, sinks):
+        arguments = (query, key, value, s, None, None, None, None, pattern.flat, 0, 0.3)
+        torch.library.opcheck(torch.ops.spattention.blockwise.default, arguments)
+
+
+PEAK = """
+import resource, sys, torch
+from spattention import BandPattern, band_attention
+name, length = sys.argv[1], int(sys.argv[2])
+
+def step(length):
+    tensors = [torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = band_attention(*tensors, getattr(BandPattern, name)(8, length), impl="blockwise")
+    out.backward(out.detach())
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return after - before, sum(t.grad.nbytes for t in tensors) + out.nbytes
+
+step(256)
+grown, kept = step(length)
+print(grown * 1024 - kept)
+"""
+
+
+@pytest.mark.parametrize("name", ["shared_local", "dense"])
+def test_peak_memory_beyond_inputs_outputs_and_gradients(name):
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, name, "8192"], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) <= 64 * 2**20
+
+
+def multiply_adds(function):
+    """Multiply-adds of all the batched products in a call."""
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        function()
+    total = 0
+    for event in profiler.events():
+        if event.name in ("aten::bmm", "aten::baddbmm", "aten::baddbmm_"):
+            left, right = [shape for shape in event.input_shapes if len(shape) == 3][-2:]
+            total += math.prod(left) * right[-1]
+    return total
+
+
+@pytest.mark.parametrize("name", ["exclusive", "shared_local"])
+def test_work_follows_the_pairs(name):
+    length, dim = 2048, 16
+    pattern = getattr(BandPattern, name)(4, length)
+    tensors = [torch.randn(1, 4, length, dim, requires_grad=True) for _ in range(3)]
+
+    def step():
+        spa.band_attention(*tensors, pattern, impl="blockwise").sum().backward()
+
+    # Two products forward and five backward; the edges of the bands cost at most another 60 %.
+    useful = 7 * dim * sum(pattern.pairs(length))
+    assert useful <= multiply_adds(step) <= 1.6 * useful
+
+
+def test_a_short_query_reads_only_its_bands():
+    """One token against a long cache: the keys that are read are those that the bands hold."""
+    pattern = BandPattern.exclusive(4, 4096)
+    query = torch.randn(1, 4, 1, 16)
+    key, value = (torch.randn(1, 4, 4096, 16) for _ in range(2))
+    done = multiply_adds(lambda: spa.band_attention(query, key, value, pattern, impl="blockwise"))
+    assert 2 * 16 * 4096 <= done <= 2 * 16 * (4096 + 4 * blockwise._VECTOR)

@@ -1,0 +1,228 @@
+"""The definitions of DESIGN section 2, by counting distances."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spattention import BandPattern
+
+sizes = st.tuples(st.integers(1, 64), st.integers(1, 5000))
+small = st.tuples(st.integers(1, 20), st.integers(1, 80))
+widths = st.sampled_from(["uniform", "geometric", "equal_work"])
+
+
+def every_pattern(num_heads: int, span: int) -> list[BandPattern]:
+    named = [
+        BandPattern.dense(num_heads, span),
+        BandPattern.sliding_window(num_heads, span, max(1, span // 3)),
+        BandPattern.gapped(num_heads, span),
+        BandPattern.local_only(num_heads, span),
+    ]
+    for rule in ("uniform", "geometric", "equal_work"):
+        named.append(BandPattern.exclusive(num_heads, span, widths=rule))
+        named.append(BandPattern.shared_local(num_heads, span, widths=rule))
+    return named
+
+
+def distances(head) -> list[int]:
+    return [d for near, far in head for d in range(near, far)]
+
+
+@given(sizes, widths)
+@settings(max_examples=60, deadline=None)
+def test_exclusive_covers_each_distance_in_exactly_one_head(size, rule):
+    pattern = BandPattern.exclusive(*size, widths=rule)
+    seen = Counter(d for head in pattern.intervals for d in distances(head))
+    assert seen == Counter(range(size[1]))
+
+
+@given(sizes)
+@settings(max_examples=60, deadline=None)
+def test_uniform_widths_differ_by_at_most_one_and_the_wider_come_first(size):
+    counts = [len(distances(head)) for head in BandPattern.exclusive(*size).intervals]
+    assert max(counts) - min(counts) <= 1
+    assert counts == sorted(counts, reverse=True)
+
+
+@given(sizes)
+@settings(max_examples=60, deadline=None)
+def test_shared_local_is_the_band_and_the_local_window(size):
+    span = size[1]
+    bands = BandPattern.exclusive(*size).intervals
+    for head, band in zip(BandPattern.shared_local(*size).intervals, bands):
+        local = min(span, len(distances(band)) + 1)
+        assert set(distances(head)) == set(distances(band)) | set(range(local))
+
+
+@given(sizes)
+@settings(max_examples=60, deadline=None)
+def test_the_ablations_keep_half_of_the_band_or_the_local_window(size):
+    span = size[1]
+    gapped, local_only = BandPattern.gapped(*size), BandPattern.local_only(*size)
+    for h, band in enumerate(BandPattern.exclusive(*size).intervals):
+        kept = distances(band)
+        assert distances(gapped.intervals[h]) == kept[: len(kept) // 2]
+        assert distances(local_only.intervals[h]) == list(range(min(span, len(kept) + 1)))
+
+
+@given(sizes)
+@settings(max_examples=60, deadline=None)
+def test_equal_work_bands_differ_in_pairs_by_little(size):
+    span = size[1]
+    pairs = BandPattern.exclusive(*size, widths="equal_work").pairs(span)
+    # Rounding moves an edge by half a token, and a token at distance d has span - d pairs.
+    assert max(pairs) - min(pairs) <= 2 * span + 2
+
+
+def test_geometric_edges_are_those_of_the_formula():
+    pattern = BandPattern.exclusive(8, 8192, widths="geometric")
+    edges = [0] + [round(64 * (8192 / 64) ** (i / 7)) for i in range(7)] + [8192]
+    assert pattern.intervals == tuple((band,) for band in zip(edges, edges[1:]))
+
+
+def test_geometric_shared_local_opens_with_the_local_window():
+    pattern = BandPattern.shared_local(16, 4096, widths="geometric")
+    assert pattern.intervals[:4] == (((0, 128),),) * 4
+    assert pattern.intervals[-1][0] == (0, 128)
+    assert pattern.intervals[-1][-1][1] == 4096
+
+
+def test_geometric_edges_with_more_heads_than_tokens():
+    pattern = BandPattern.exclusive(6, 3, widths="geometric")
+    assert pattern.intervals == (((0, 1),), ((1, 2),), ((2, 3),), (), (), ())
+
+
+def test_one_geometric_head_is_dense():
+    pattern = BandPattern.exclusive(1, 100, widths="geometric")
+    assert pattern == BandPattern.dense(1, 100)
+
+
+@pytest.mark.parametrize(
+    ("widths", "local", "expected"),
+    [
+        ([0, 4, 4, 16], 2, (((0, 4),), ((0, 2),), ((0, 2), (4, 16)))),
+        ([0, 4, 8, 16], [0, 4, 20], (((0, 4),), ((0, 8),), ((0, 16),))),
+        ("uniform", 0, (((0, 6),), ((6, 11),), ((11, 16),))),
+    ],
+)
+def test_explicit_edges_and_local_windows(widths, local, expected):
+    assert BandPattern.shared_local(3, 16, widths=widths, local=local).intervals == expected
+
+
+@given(small, st.integers(0, 300), st.integers(0, 40))
+@settings(max_examples=20, deadline=None)
+def test_pairs_count_the_mask(size, seq_len, queries):
+    for pattern in every_pattern(*size):
+        assert pattern.pairs(seq_len) == tuple(pattern.mask(seq_len).sum((1, 2)).tolist())
+        last = pattern.mask(min(queries, seq_len), seq_len)
+        assert torch.equal(last, pattern.mask(seq_len)[:, seq_len - last.shape[1] :])
+
+
+def test_mask_is_the_definition():
+    pattern = BandPattern(intervals=(((0, 2),), ((0, 1), (3, 5)), ()), span=6)
+    mask = pattern.mask(3, 9, query_start=4)
+    for h, head in enumerate(pattern.intervals):
+        for i in range(3):
+            for j in range(9):
+                seen = any(near <= 4 + i - j < far for near, far in head)
+                assert bool(mask[h, i, j]) == seen
+
+
+def test_a_score_does_not_depend_on_the_input_length():
+    pattern = BandPattern.shared_local(4, 64)
+    assert torch.equal(pattern.mask(100)[:, :40, :40], pattern.mask(40))
+
+
+@given(small)
+@settings(max_examples=30, deadline=None)
+def test_round_trips_through_json(size):
+    for pattern in every_pattern(*size):
+        data = json.loads(json.dumps(pattern.to_dict()))
+        back = BandPattern.from_dict(data)
+        assert back == pattern
+        assert repr(back) == repr(pattern)
+        assert eval(repr(pattern)) == pattern
+
+
+def test_equality_and_hash_look_at_span_and_intervals():
+    named = BandPattern.exclusive(2, 8)
+    custom = BandPattern(intervals=(((0, 4),), ((4, 8),)), span=8)
+    assert named == custom
+    assert hash(named) == hash(custom)
+    assert named != BandPattern(intervals=custom.intervals, span=9)
+    assert len({named, custom}) == 1
+
+
+def test_patterns_are_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BandPattern.dense(2, 8).span = 9
+
+
+def test_heads_slices_for_tensor_parallelism():
+    pattern = BandPattern.shared_local(8, 1024)
+    part = pattern.heads(4, 8)
+    assert part.intervals == pattern.intervals[4:]
+    assert repr(part).endswith(".heads(4, 8)")
+    assert part.heads(1, 3).intervals == pattern.intervals[5:7]
+    assert eval(repr(part.heads(1, 3))) == part.heads(1, 3)
+
+
+def test_flat_pads_each_head_to_two_intervals():
+    pattern = BandPattern(intervals=(((0, 2),), ((0, 1), (3, 5)), ()), span=6)
+    assert pattern.flat == (0, 2, 0, 0, 0, 1, 3, 5, 0, 0, 0, 0)
+
+
+P = BandPattern
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: P((), 8), "`intervals` must hold at least one head, got none"),
+        (lambda: P((((3, 3),),), 8), r"`intervals` of head 0 must not be empty .*got \(3, 3\)"),
+        (lambda: P((((5, 3),),), 8), r"`intervals` of head 0 must not be empty .*got \(5, 3\)"),
+        (lambda: P((((-1, 3),),), 8), r"`intervals` of head 0 must not be negative, got \(-1, 3\)"),
+        (lambda: P((((0, 9),),), 8), r"must end within `span` = 8, got \(0, 9\)"),
+        (
+            lambda: P((((0, 3), (2, 5)),), 8),
+            r"must be sorted and apart .*got \(\(0, 3\), \(2, 5\)\)",
+        ),
+        (lambda: P((((0, 3), (3, 5)),), 8), "must be sorted and apart"),
+        (lambda: P((((4, 5), (0, 2)),), 8), "must be sorted and apart"),
+        (lambda: P((((0, 1), (2, 3), (4, 5)),), 8), "of head 0 must be at most 2, got 3"),
+        (lambda: P((((0, 1.5),),), 8), r"`intervals` must be an integer, got 1\.5"),
+        (lambda: P((5,), 8), r"`intervals` must be, per head, a sequence of pairs"),
+        (lambda: P((((0, 1),),), 0), "`span` must be at least 1, got 0"),
+        (lambda: P.dense(0, 8), "`num_heads` must be at least 1, got 0"),
+        (lambda: P.exclusive(4, -1), "`span` must be at least 1, got -1"),
+        (lambda: P.exclusive(True, 4), "`num_heads` must be an integer, got True"),
+        (lambda: P.sliding_window(2, 8, 9), "`window` must be between 1 and `span` = 8, got 9"),
+        (lambda: P.sliding_window(2, 8, 0), "`window` must be between 1 and `span` = 8, got 0"),
+        (lambda: P.exclusive(2, 8, widths="wide"), "`widths` must be .* got 'wide'"),
+        (lambda: P.exclusive(2, 8, widths=[0, 8]), r"`widths` must hold .*= 3 edges, got 2"),
+        (lambda: P.exclusive(2, 8, widths=[0, 9, 8]), "must run from 0 to `span` = 8 and never"),
+        (lambda: P.exclusive(2, 8, widths=[1, 4, 8]), "must run from 0 to `span` = 8 and never"),
+        (lambda: P.exclusive(2, 8, first=2), '`first` is only for `widths="geometric"`'),
+        (
+            lambda: P.exclusive(2, 8, widths="geometric", first=9),
+            "`first` must be between 1 and `span` = 8, got 9",
+        ),
+        (lambda: P.shared_local(2, 8, local=-1), "`local` must not be negative, got -1"),
+        (lambda: P.shared_local(2, 8, local=[1]), r"`local` must be .*one per head \(2\), got 1"),
+        (lambda: P.dense(4, 8).heads(2, 2), "0 <= start < stop <= 4 .*got 2 and 2"),
+        (lambda: P.dense(4, 8).heads(2, 5), "0 <= start < stop <= 4 .*got 2 and 5"),
+        (lambda: P.dense(4, 8).mask(9, 8), "`query_len` must be at most `key_len`.*got 9 and 8"),
+        (lambda: P.dense(4, 8).pairs(-1), "`seq_len` must not be negative, got -1"),
+        (lambda: P.from_dict({"version": 2}), "`version` must be 1 .*got 2"),
+        (lambda: P.from_dict({"version": 1, "span": 4}), r"lacks \['intervals'\]"),
+        (lambda: P.from_dict([]), "must be a mapping, got list"),
+    ],
+)
+def test_errors_name_the_argument_the_rule_and_the_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,119 @@
+"""Every error about what a user passes names the argument, the rule and the value."""
+
+import pytest
+import torch
+
+import spattention as spa
+from spattention import BandPattern
+
+pattern = BandPattern.exclusive(4, 16)
+
+
+def tensors(**shapes):
+    base = {"query": (2, 4, 6, 8), "key": (2, 2, 6, 8), "value": (2, 2, 6, 8)}
+    return {name: torch.zeros(shape) for name, shape in (base | shapes).items()}
+
+
+def index(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pattern": BandPattern.dense(8, 16)}, "`pattern` has 8 heads but `query` has 4"),
+        ({"pattern": "dense"}, "`pattern` must be a BandPattern, got str"),
+        ({"query": torch.zeros(4, 6, 8)}, r"`query` must be \[B, H, length, D\], got shape \[4, 6, 8\]"),
+        ({"key": torch.zeros(2, 3, 6, 8)}, "4 heads must be a multiple of key's heads, got 3"),
+        ({"key": torch.zeros(2, 2, 6, 9)}, "`key` must have query's head_dim 8, got 9"),
+        ({"key": torch.zeros(1, 2, 6, 8)}, "query's batch size 2, got 1 and 2"),
+        ({"value": torch.zeros(2, 1, 6, 8)}, "`value` must have as many heads as `key`, 2, got 1"),
+        ({"value": torch.zeros(2, 2, 5, 8)}, "`value` must have as many tokens as `key`, 6, got 5"),
+        ({"key": torch.zeros(2, 2, 6, 8).half()}, "`key` must have query's dtype torch.float32, got torch.float16"),
+        ({"value": torch.zeros(2, 2, 6, 8).double()}, "`value` must have query's dtype"),
+        ({"query": torch.zeros(2, 4, 6, 8).long()}, "`query` must be floating point, got torch.int64"),
+        ({"query": torch.zeros(2, 4, 7, 8)}, "must not have more tokens than `key`.*got 7 and 6"),
+        ({"value": torch.zeros(2, 2, 6, 0)}, "head_dim must be at least 1, got 8 in `query` and 0"),
+        ({"key": torch.zeros(2, 2, 6, 8, device="meta")}, "`key` must be on query's device cpu, got meta"),
+        ({"sinks": torch.zeros(3)}, r"`sinks` must be \[H\] = \[4\], got \[3\]"),
+        ({"sinks": torch.zeros(4, 1)}, r"`sinks` must be \[H\] = \[4\], got \[4, 1\]"),
+        ({"sinks": torch.zeros(4).double()}, "`sinks` must have query's dtype torch.float32 or float32"),
+        ({"query_start": -1}, "`query_start` must not be negative, got -1"),
+        ({"query_start": 1.0}, "`query_start` must be an int or an int32 tensor, got 1.0"),
+        ({"query_start": index(-2)[0]}, "`query_start` must not be negative, got -2"),
+        ({"query_start": torch.tensor(1)}, "`query_start` must be int32, got torch.int64"),
+        ({"query_start": index(0, 0, 0)}, r"`query_start` must be an int, \[\] or \[B\] = \[2\], got shape \[3\]"),
+        ({"key_start": [0, 1]}, "`key_start` must be an int32 tensor, got list"),
+        ({"key_start": torch.tensor([0, 1])}, "`key_start` must be int32, got torch.int64"),
+        ({"key_start": index(0)}, r"`key_start` must be \[B\] = \[2\] or \[B, Q\] = \[2, 6\], got \[1\]"),
+        (
+            {"key_start": torch.stack([index(0, 0, 3, 3, 3, 3), index(0, 0, 3, 3, 2, 3)])},
+            "`key_start` must never decrease along a row, got 3 then 2 in row 1",
+        ),
+        ({"scale": torch.tensor(1.0)}, "`scale` must be a float, got a tensor"),
+        ({"impl": "cuda"}, r"`impl` must be None or one of .*got 'cuda'"),
+    ],
+)  # fmt: skip
+def test_band_attention(change, message):
+    arguments = {**tensors(), "pattern": pattern, **change}
+    with pytest.raises(ValueError, match=message):
+        spa.band_attention(**arguments)
+
+
+def packed(**change):
+    cu = index(0, 2, 6)
+    arguments = {
+        "query": torch.zeros(6, 4, 8),
+        "key": torch.zeros(6, 2, 8),
+        "value": torch.zeros(6, 2, 8),
+        "pattern": pattern,
+        "cu_seqlens_q": cu,
+        "cu_seqlens_k": cu,
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 4,
+    }
+    return arguments | change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(1, 6, 4, 8)}, r"`query` must be \[T, H, D\], got shape"),
+        ({"value": torch.zeros(5, 2, 8)}, "`value` must have as many tokens as `key`, 6, got 5"),
+        ({"cu_seqlens_q": index(1, 2, 6)}, "`cu_seqlens_q` must start at 0, got 1"),
+        ({"cu_seqlens_k": index(0, 7, 6)}, "`cu_seqlens_k` must never decrease, got 7 then 6"),
+        ({"cu_seqlens_q": index(0, 2, 5)}, "`cu_seqlens_q` must end at the number of tokens, 6, got 5"),
+        ({"cu_seqlens_k": index(0, 6)}, "must name the same documents, got 2 and 1"),
+        ({"cu_seqlens_q": index(0)}, r"`cu_seqlens_q` must be \[documents \+ 1\].*got shape \[1\]"),
+        ({"cu_seqlens_q": index(0, 2, 6).long()}, "`cu_seqlens_q` must be int32, got torch.int64"),
+        ({"cu_seqlens_q": index(0, 3, 6)}, "more queries than keys, got 3 and 2 in document 0"),
+        ({"max_seqlen_q": 3}, "`max_seqlen_q` must be at least the longest document, 4, got 3"),
+        ({"max_seqlen_k": -1}, "`max_seqlen_k` must not be negative, got -1"),
+        ({"max_seqlen_k": torch.tensor(4)}, "`max_seqlen_k` must be an int, got a tensor"),
+    ],
+)  # fmt: skip
+def test_band_attention_varlen(change, message):
+    with pytest.raises(ValueError, match=message):
+        spa.band_attention_varlen(**packed(**change))
+
+
+def test_validate_reads_what_the_operators_read():
+    spa.validate(**tensors(), pattern=pattern, key_start=index(0, 9))
+    spa.validate(**packed())
+    falling = index(5, 4, 3, 2, 1, 0).expand(2, 6)
+    with pytest.raises(ValueError, match="must never decrease along a row"):
+        spa.validate(**tensors(), pattern=pattern, key_start=falling)
+    with pytest.raises(ValueError, match="`cu_seqlens_q` must start at 0"):
+        spa.validate(**packed(cu_seqlens_q=index(1, 2, 6)))
+    with pytest.raises(ValueError, match="must be given with `cu_seqlens_q`, got None"):
+        spa.validate(**packed(max_seqlen_k=None))
+
+
+def test_merge_wants_parts_of_one_shape():
+    out, lse = torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 6)
+    with pytest.raises(ValueError, match="`parts` must hold at least one"):
+        spa.merge([])
+    with pytest.raises(ValueError, match="`parts` must share one shape"):
+        spa.merge([(out, lse), (out[:1], lse[:1])])
+    with pytest.raises(ValueError, match=r"`sinks` must be \[H\]"):
+        spa.merge([(out, lse)], sinks=torch.zeros(3))
