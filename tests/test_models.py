@@ -52,7 +52,7 @@ def test_wrong_sizes_are_refused(keywords, message):
 
 def test_a_built_model_learns_with_its_bands_or_without():
     chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
-    ids = torch.randint(0, 50, (4, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
     for pattern, sinks in (("preset", True), (None, False), (spa.BandPattern.dense(8, 32), False)):
         torch.manual_seed(0)
         model = models.build(chosen, pattern=pattern, sinks=sinks)
@@ -61,13 +61,13 @@ def test_a_built_model_learns_with_its_bands_or_without():
         assert any(name.endswith("sinks") for name, _ in model.named_parameters()) is sinks
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []
-        for _ in range(6):
+        for _ in range(4):
             loss = model(ids, labels=ids, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        assert losses[-1] < losses[0] - 0.5
+        assert losses[-1] < losses[0] - 0.3
     assert not hasattr(chosen.config, "spattention")  # a preset can be built again
 
 

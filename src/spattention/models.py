@@ -45,7 +45,7 @@ class Shape:
 
 SHAPES = {
     "olmoe-tiny": Shape(128, 4, 8, 8, 2, 128, 4096, 512),
-    # The paper gives no table of sizes; these reproduce its 1.75 billion parameters (DESIGN.md, section 7).
+    # The paper gives no table of sizes; these reproduce its 1.75 billion parameters.
     "olmoe-0.25b-1.75b": Shape(1024, 8, 8, 64, 8, 1024, 50304, 1024),
     # OLMoE-1B-7B-0924. `OlmoeConfig()` differs: its expert width defaults to 2048.
     "olmoe-1b-7b": Shape(2048, 16, 16, 64, 8, 1024, 50304, 4096),
@@ -53,14 +53,14 @@ SHAPES = {
 
 
 class Preset(NamedTuple):
-    """A model to be built and the bands that it runs by default (`shared_local`, uniform widths)."""
+    """A model to be built and its default bands (`shared_local`, uniform widths)."""
 
     config: OlmoeConfig
     pattern: BandPattern
 
 
 class ParameterCount(NamedTuple):
-    """Parameters of a model: all, and those that one token uses (its experts and everything else)."""
+    """All parameters of a model, and those that one token uses (without its other experts)."""
 
     total: int
     active: int

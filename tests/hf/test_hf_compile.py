@@ -1,4 +1,4 @@
-"""Whole models compile into one graph: padding, packing and caches are expressions of static shape."""
+"""Whole models compile into one graph: padding and packing are expressions of static shape."""
 
 from __future__ import annotations
 

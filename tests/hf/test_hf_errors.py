@@ -15,7 +15,8 @@ import spattention as spa
 from spattention.hf.attention import HONOURED, WITHOUT_EFFECT, attention_forward
 
 FLAT = torch.tensor([0, 3, 8], dtype=torch.int32)
-# Every keyword that a supported model passes on: a telling value, and the error, or None if the result stays the same.
+# Every keyword that a supported model passes on: a telling value, and the error, or None if the
+# result stays the same.
 KEYWORDS = {
     "scaling": (0.25, None),
     "dropout": (0.1, "attention dropout must be 0 for spattention, got 0.1"),

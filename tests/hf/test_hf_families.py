@@ -69,7 +69,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_edit_changes_what_the_bands_reach_after_it_and_nothing_before(family):
-    """The published code mixed heads within a token instead of tokens, and no test of shapes could see it."""
+    """The published code mixed heads within a token instead of tokens, and no test of shapes could
+    see it.
+    """
     length, edited = 23, 6
     sparse = spa.BandPattern(intervals=(((0, 1),), ((3, 4),), ((0, 1), (5, 6)), ()), span=24)
     model = banded(family, (sparse, sparse))

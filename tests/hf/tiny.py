@@ -19,7 +19,8 @@ HEADS = 4
 SPAN = 24
 # Float64 and the same arithmetic up to its order: far below what any wrong key would change.
 EXACT = {"rtol": 0.0, "atol": 1e-10}
-# Eager attention has a float32 softmax whatever the model's dtype: 1e-7 per weight, through two layers.
+# Eager attention has a float32 softmax whatever the model's dtype: 1e-7 per weight, through two
+# layers.
 EAGER = {"rtol": 0.0, "atol": 2e-5}
 STOCK = {"sdpa": EXACT, "eager": EAGER}
 

@@ -1,7 +1,8 @@
 """Hugging Face Transformers: bands in any causal language model.
 
 spa.hf.apply(model, spa.BandPattern.shared_local(num_heads=16, span=4096))   # in place
-spa.hf.register()                                                            # before loading a saved one
+spa.hf.register()                                                            # before loading a
+saved one
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NoReturn, TypeGuard
+from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -16,14 +15,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
 from .config import NAME, read_section, section_of
+from .decoder import (
+    LayerPlan,
+    attention_modules,
+    check_heads,
+    check_model,
+    is_attention,
+    own_implementation,
+    patterns_by_layer,
+    plan_of,
+    replace_windows,
+    text_configs,
+)
 from .mask import Rows, add_restarts, decode, dense_mask, is_packed, readable, rows_mask
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
-OWN_IMPLEMENTATIONS = ("sdpa", "eager")
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-# Keywords that models pass on to their attention functions although they do not say who attends whom.
+# Keywords that models pass on to their attention functions and that do not say who attends whom.
 WITHOUT_EFFECT = frozenset(
     {
         "cache_position",
@@ -43,34 +53,20 @@ WITHOUT_EFFECT = frozenset(
 HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", *PACKING})
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one attention module does.
-
-    Attributes:
-        pattern: its bands; None for a layer that keeps its own attention.
-        sinks: whether the module has the parameter `sinks` from `apply` or the config.
-        own: the implementation of its own attention, "sdpa" or "eager", when there is no pattern.
-    """
-
-    pattern: BandPattern | None
-    sinks: bool = False
-    own: str = "sdpa"
-
-
 def register() -> None:
-    """Make `attn_implementation="spattention"` known to Transformers, for this process. Calling it again does nothing.
+    """Make `attn_implementation="spattention"` known to Transformers, for this process.
 
-    Call it before loading a model that was saved with bands. From then on an attention module that is built from a
-    config with a `config.spattention` section gets its pattern, and its sinks before weights are loaded into them.
+    Calling it again does nothing. Call it before loading a model that was saved with bands. From
+    then on an attention module that is built from a config with a `config.spattention` section gets
+    its pattern, and its sinks before weights are loaded into them.
     """
     if NAME in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, rows_mask)
     register_module_module_registration_hook(_adopt)
-    # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that it does not know
-    # uninitialised. There is no public place to be stricter.
+    # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that it
+    # does not know uninitialised. There is no public place to be stricter.
     adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
     PreTrainedModel._adjust_missing_and_unexpected_keys = _with_strict_sinks(adjust)
 
@@ -85,22 +81,27 @@ def apply(
     """Give the attention layers of a causal language model their bands, in place.
 
     Args:
-        model: a Transformers causal language model, or a vision-language model, of which only the text decoder changes.
-        pattern: one for all layers in question, or one per layer; None leaves that layer alone. Its heads are the
-            layer's query heads; under tensor parallelism a rank's part, `pattern.heads(start, stop)`.
-        layers: indices of the text layers in question; default all. With this default a single pattern leaves layers
-            with a sliding window of their own alone (unless all share one window and the span lies within it);
-            naming a layer, or giving it a pattern of its own, replaces its window.
-        sinks: give each layer with a pattern a parameter `sinks [H]`, zero at first: learned logits that join the
-            softmax's denominator. Sinks that are there already keep their values.
+        model: a Transformers causal language model, or a vision-language model, of which only the
+            text decoder changes.
+        pattern: one for all layers in question, or one per layer; None leaves that layer alone. Its
+            heads are the layer's query heads; under tensor parallelism a rank's part,
+            `pattern.heads(start, stop)`.
+        layers: indices of the text layers in question; default all. With this default a single
+            pattern leaves layers with a sliding window of their own alone (unless all share one
+            window and the span lies within it); naming a layer, or giving it a pattern of its own,
+            replaces its window.
+        sinks: give each layer with a pattern a parameter `sinks [H]`, zero at first: learned logits
+            that join the softmax's denominator. Sinks that are there already keep their values.
 
     Returns:
-        The same model. `config.spattention` describes what was done and is saved with the model. Layers left alone
-        keep the implementation that the model had, "sdpa" or "eager" ("sdpa" after loading).
+        The same model. `config.spattention` describes what was done and is saved with the model.
+        Layers left alone keep the implementation that the model had, "sdpa" or "eager" ("sdpa"
+        after loading).
 
     Raises:
-        ValueError: if the model is not causal, does not use Transformers' attention interface, caps its scores or
-            returns attention weights, if heads do not match, or if a layer cannot give up its sliding window.
+        ValueError: if the model is not causal, does not use Transformers' attention interface, caps
+            its scores or returns attention weights, if heads do not match, or if a layer cannot
+            give up its sliding window.
     """
     register()
     model_config = getattr(model, "config", None)
@@ -109,20 +110,21 @@ def apply(
     text_config = model_config.get_text_config()
     if getattr(model_config, "is_encoder_decoder", False):
         raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
-    modules = _attention_modules(model, text_config)
-    _check_model(model, text_config, modules)
-    chosen = _patterns_by_layer(text_config, modules, pattern, layers)
+    modules = attention_modules(model, text_config)
+    check_model(model, text_config, modules)
+    chosen = patterns_by_layer(text_config, modules, pattern, layers)
     if all(entry is None for entry in chosen):
         raise ValueError(
-            "`pattern` must be given to at least one layer, but every layer in question has a sliding window of its "
+            "`pattern` must be given to at least one layer, but every layer in question has a "
+            "sliding window of its "
             "own, shorter than the span; name them in `layers` to replace it"
         )
     for index, entry in enumerate(chosen):
         if entry is not None:
-            _check_heads(text_config, index, entry)
-    own = _own_implementation(text_config, modules, chosen)
-    configs = _text_configs(model, text_config, modules)
-    _replace_windows(model, configs, modules, chosen)
+            check_heads(text_config, index, entry)
+    own = own_implementation(text_config, modules, chosen)
+    configs = text_configs(model, text_config, modules)
+    replace_windows(model, configs, modules, chosen)
 
     section = section_of(chosen, sinks)
     for config in configs:
@@ -160,11 +162,12 @@ def attention_forward(
     Returns:
         `([B, Q, H, Dv], None)`.
     """
-    plan = _plan(module)
+    plan = plan_of(module)
     if plan is None:
         raise ValueError(
             '`attn_implementation="spattention"` needs a pattern for every attention module: call '
-            f"`spattention.hf.apply`, or set `config.spattention` before the model is built; got none for "
+            "`spattention.hf.apply`, or set `config.spattention` before the model is built; got "
+            "none for "
             f"{type(module).__name__}"
         )
     rows = decode(attention_mask)
@@ -173,7 +176,8 @@ def attention_forward(
     _check_keywords(module, dropout, keywords)
     if query.shape[1] != plan.pattern.num_heads:
         raise ValueError(
-            f"`pattern` has {plan.pattern.num_heads} heads but `query` has {query.shape[1]}: under tensor parallelism "
+            f"`pattern` has {plan.pattern.num_heads} heads but `query` has {query.shape[1]}: under "
+            "tensor parallelism "
             "give each rank its part, `pattern.heads(start, stop)`"
         )
     sinks = _sinks(module, keywords)
@@ -243,7 +247,9 @@ def _own_attention(
     dropout: float,
     keywords: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A layer without a pattern: the model's own implementation, with the mask that it would have had."""
+    """A layer without a pattern: the model's own implementation, with the mask that it would have
+    had.
+    """
     offsets = keywords.get("cu_seq_lens_k")
     if offsets is not None and rows.key_start is None:
         tokens = torch.arange(key.shape[2], device=key.device)
@@ -251,9 +257,7 @@ def _own_attention(
         rows = Rows(offsets[document.clamp(max=len(offsets) - 1)][None], rows.query_start)
     window = keywords.get("sliding_window")
     lengths = query.shape[2], key.shape[2]
-    plain = (
-        rows == Rows() and lengths[0] in (1, lengths[1]) and (window or lengths[1]) >= lengths[1]
-    )
+    plain = rows.plain and lengths[0] in (1, lengths[1]) and (window or lengths[1]) >= lengths[1]
     mask: torch.Tensor | None
     # SDPA knows no sinks and no caps, and models that have them say so by keyword.
     if implementation == "eager" or keywords.get("s_aux") is not None or keywords.get("softcap"):
@@ -270,11 +274,13 @@ def _own_attention(
 def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str, Any]) -> None:
     if dropout > 0:
         raise ValueError(
-            f"attention dropout must be 0 for spattention, got {dropout}: set `config.attention_dropout` to 0"
+            f"attention dropout must be 0 for spattention, got {dropout}: set "
+            "`config.attention_dropout` to 0"
         )
     if keywords.get("output_attentions"):
         raise ValueError(
-            "`output_attentions` must be False for spattention, which never forms the weights, got True"
+            "`output_attentions` must be False for spattention, which never forms the weights, "
+            "got True"
         )
     if keywords.get("softcap") is not None:
         raise ValueError(f"`softcap` must be None for spattention, got {keywords['softcap']}")
@@ -284,13 +290,13 @@ def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str,
         given = keywords[name]
         if given is not None and given is not False:
             raise ValueError(
-                f"`{name}` is a keyword that spattention does not know and cannot honour; it must be None, "
-                f"got {type(given).__name__}"
+                f"`{name}` is a keyword that spattention does not know and cannot honour; it must "
+                f"be None, got {type(given).__name__}"
             )
 
 
 def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | None:
-    """The layer's sinks, its own (`s_aux`, as in gpt-oss) or those that `apply` gave it, in at least float32."""
+    """The layer's own sinks (`s_aux`, as in gpt-oss) or those from `apply`, at least float32."""
     sinks = keywords.get("s_aux")
     if sinks is None and _has_sinks(module):
         sinks = module.sinks
@@ -302,12 +308,12 @@ def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | 
 def _before_forward(
     module: Any, args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What the attention function cannot see: the cache, and with a cache documents packed inside a row.
+    """What the attention function cannot see: the cache, and documents packed beside one.
 
-    Transformers looks for documents in `position_ids` only when there is no cache, yet a model makes a cache by
-    default; without this, packed rows would leak from one document into the next.
+    Transformers looks for documents in `position_ids` only when there is no cache, yet a model
+    makes a cache by default; without this, packed rows would leak from one document into the next.
     """
-    plan, section = _plan(module), read_section(module.config)
+    plan, section = plan_of(module), read_section(module.config)
     if plan is None or module.config._attn_implementation != NAME or section is None:
         return None
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
@@ -340,7 +346,8 @@ def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
     """A cache belongs to the pattern that filled it: deeper keys were computed through it."""
     if layer < len(cache.layers) and getattr(cache.layers[layer], "is_sliding", False):
         raise ValueError(
-            f"`past_key_values` must keep every key for spattention, got a sliding window in layer {layer}"
+            "`past_key_values` must keep every key for spattention, got a sliding window in layer "
+            f"{layer}"
         )
     filled_by = getattr(cache, NAME, None)
     if filled_by is None:
@@ -366,38 +373,37 @@ def _length(cache: Any, layer: int, unreadable: int = 1) -> int:
 
 
 def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
-    """Runs when any module gets a child: an attention module whose config has the section gets its plan."""
+    """Runs when any module gets a child: attention whose config has the section gets its plan."""
     if isinstance(parent, PreTrainedModel):
         _name_for_saving(parent)
-    if module is None or not _is_attention(module) or _plan(module) is not None:
+    if module is None or not is_attention(module) or plan_of(module) is not None:
         return
     section = read_section(module.config)
     if section is None:
         return
     if module.config._attn_implementation != NAME:
         raise ValueError(
-            '`attn_implementation` must be "spattention" for a model with `config.spattention`, got '
-            f'"{module.config._attn_implementation}", which would run it without its bands; '
+            '`attn_implementation` must be "spattention" for a model with `config.spattention`, '
+            f'got "{module.config._attn_implementation}", which would run it without its bands; '
             "delete `config.spattention` if that is meant"
         )
-    module.config.attn_implementation = (
-        NAME  # Transformers takes it off on load: the next save needs it
-    )
     pattern = section.layer_patterns[module.layer_idx]
     if pattern is not None:
-        _check_heads(module.config, module.layer_idx, pattern)
+        check_heads(module.config, module.layer_idx, pattern)
     _equip(module, LayerPlan(pattern, section.sinks and pattern is not None))
 
 
 def _name_for_saving(model: Any) -> None:
-    """Write the implementation's name where it is saved and honoured on load; Transformers takes it off on load."""
+    """Write the name where it is saved and honoured on load; loading takes it off again."""
     name = _implementation_below(getattr(model, "config", None))
     if name is not None:
         model.config.attn_implementation = name
 
 
 def _implementation_below(config: Any) -> str | dict[str, Any] | None:
-    """`attn_implementation` for a config: the name, or a dict of names where parts of it run bands."""
+    """`attn_implementation` for a config: the name, or a dict of names where parts of it run
+    bands.
+    """
     if config is None:
         return None
     if getattr(config, NAME, None) is not None:
@@ -434,7 +440,7 @@ def _zeros(module: torch.nn.Module, num_heads: int) -> torch.Tensor:
 
 
 def _has_sinks(module: torch.nn.Module) -> bool:
-    plan = _plan(module)
+    plan = plan_of(module)
     return plan is not None and plan.sinks
 
 
@@ -443,218 +449,19 @@ def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
     def strict(self: Any, loading_info: Any) -> None:
         for name, module in self.named_modules():
             key = f"{name}.sinks"
-            if _plan(module) is None:
+            if plan_of(module) is None:
                 continue
             if _has_sinks(module) and key in loading_info.missing_keys:
                 raise ValueError(
-                    f"the checkpoint must hold the sinks that `config.spattention` names, got no {key}"
+                    "the checkpoint must hold the sinks that `config.spattention` names, got no "
+                    f"{key}"
                 )
             if not _has_sinks(module) and key in loading_info.unexpected_keys:
                 raise ValueError(
-                    f"`config.spattention` must name the sinks that the checkpoint holds, got {key} "
+                    "`config.spattention` must name the sinks that the checkpoint holds, got "
+                    f"{key} "
                     "in a layer without sinks"
                 )
         adjust(self, loading_info)
 
     return strict
-
-
-def _plan(module: torch.nn.Module) -> LayerPlan | None:
-    return getattr(module, NAME, None)
-
-
-def _is_attention(module: torch.nn.Module) -> TypeGuard[Any]:
-    """Whether a module is self-attention of a decoder layer, by what all of them have in Transformers."""
-    return (
-        isinstance(getattr(module, "layer_idx", None), int)
-        and hasattr(module, "is_causal")
-        and hasattr(module, "config")
-        and not getattr(module, "is_cross_attention", False)
-    )
-
-
-def _attention_modules(model: Any, text_config: Any) -> dict[int, Any]:
-    """The text decoder's attention modules by layer index."""
-    modules: dict[int, Any] = {}
-    for module in model.modules():
-        if _is_attention(module) and type(module.config) is type(text_config):
-            if module.layer_idx in modules:
-                raise ValueError(
-                    f"`model` must have one attention module per text layer, got two with index {module.layer_idx}"
-                )
-            modules[module.layer_idx] = module
-    return modules
-
-
-def _text_configs(model: Any, text_config: Any, modules: dict[int, Any]) -> list[Any]:
-    """Every object that is the text config: parts of some models hold copies of it."""
-    found = {id(text_config): text_config}
-    for module in modules.values():
-        found[id(module.config)] = module.config
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and type(module.config) is type(text_config):
-            found[id(module.config)] = module.config
-    return list(found.values())
-
-
-def _check_model(model: Any, config: Any, modules: dict[int, Any]) -> None:
-    if not modules:
-        raise ValueError(
-            f"`model` must have decoder self-attention that follows Transformers' attention interface, "
-            f"got {type(model).__name__}"
-        )
-    decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    if any(
-        type(m.config) is type(config) and not m._can_set_attn_implementation() for m in decoders
-    ):
-        raise ValueError(
-            f"`model` must use Transformers' attention interface, which {type(model).__name__} does not"
-        )
-    if not getattr(config, "is_causal", True) or not all(m.is_causal for m in modules.values()):
-        raise ValueError("`model` must be causal, got bidirectional attention")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(
-            f"`model` must not cap its scores, got attn_logit_softcapping = {config.attn_logit_softcapping}"
-        )
-    if model.config.output_attentions or config.output_attentions:
-        raise ValueError("`model` must not return attention weights, got output_attentions = True")
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"`model` must not attend in chunks, got attention_chunk_size = {chunk}")
-
-
-def _patterns_by_layer(
-    config: Any,
-    modules: dict[int, Any],
-    pattern: BandPattern | Sequence[BandPattern | None],
-    layers: Iterable[int] | None,
-) -> list[BandPattern | None]:
-    """One entry per text layer."""
-    count = config.num_hidden_layers
-    named = None if layers is None else list(layers)
-    if named is not None:
-        bad = [i for i in named if not (type(i) is int and 0 <= i < count)]
-        if bad or len(set(named)) != len(named):
-            raise ValueError(
-                f"`layers` must be distinct indices from 0 to {count - 1} of text layers, got {named}"
-            )
-    chosen: list[BandPattern | None] = [None] * count
-    if isinstance(pattern, BandPattern):
-        where = sorted(modules) if named is None else named
-        for index in where:
-            if named is not None or not _keeps_window(config, index, pattern):
-                chosen[index] = pattern
-    else:
-        where = list(range(count)) if named is None else named
-        is_list = isinstance(pattern, Sequence) and not isinstance(pattern, str)
-        if not is_list or len(pattern) != len(where):
-            given = len(pattern) if is_list else type(pattern).__name__
-            raise ValueError(
-                f"`pattern` must be a BandPattern or a sequence of one (or None) per layer, {len(where)}, got {given}"
-            )
-        for index, entry in zip(where, pattern):
-            if entry is not None and not isinstance(entry, BandPattern):
-                raise ValueError(
-                    f"`pattern` must hold BandPattern or None, got {type(entry).__name__} for layer {index}"
-                )
-            chosen[index] = entry
-        if all(entry is None for entry in chosen):
-            raise ValueError(
-                "`pattern` must hold at least one BandPattern, got None for every layer"
-            )
-    for index, entry in enumerate(chosen):
-        if entry is not None and index not in modules:
-            raise ValueError(
-                f"`layers` must name layers with softmax attention, got {index}, which has none"
-            )
-    return chosen
-
-
-def _check_heads(config: Any, layer: int, pattern: BandPattern) -> None:
-    heads = config.num_attention_heads
-    part = pattern.recipe is not None and "heads" in pattern.recipe
-    if pattern.num_heads != heads and not (part and heads % pattern.num_heads == 0):
-        raise ValueError(
-            f"`pattern` has {pattern.num_heads} heads but layer {layer} of the model has {heads}"
-        )
-
-
-def _own_implementation(
-    config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
-) -> str:
-    """How layers without a pattern go on."""
-    own = config._attn_implementation
-    if own == NAME:
-        plans = [_plan(module) for module in modules.values()]
-        return next((plan.own for plan in plans if plan is not None), "sdpa")
-    if own not in OWN_IMPLEMENTATIONS:
-        if any(chosen[index] is None for index in modules):
-            raise ValueError(
-                f"`model` must have been loaded with attn_implementation in {OWN_IMPLEMENTATIONS} to leave layers "
-                f'alone, got "{own}"'
-            )
-        return "sdpa"
-    return own
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """A layer's own sliding window in tokens, None if it attends everything."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] == "full_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
-    """Whether a layer stays as it is when nobody named it."""
-    window = _window(config, layer)
-    if window is None:
-        return False
-    # Where all layers share one window (Mistral's default is 4096), a span within it takes nothing away from them.
-    return getattr(config, "layer_types", None) is not None or window < pattern.span
-
-
-def _replace_windows(
-    model: Any,
-    configs: Sequence[Any],
-    modules: dict[int, Any],
-    chosen: Sequence[BandPattern | None],
-) -> None:
-    """Layers with a sliding window that are given a pattern become full attention to the rest of the model."""
-    config = configs[0]
-    replaced = [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
-    if not replaced:
-        return
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        if len(replaced) != len(chosen):
-            raise ValueError(
-                "`pattern` must be given to all layers or none of a model whose one sliding window is that of every "
-                f"layer, got {len(replaced)} of {len(chosen)}"
-            )
-        for entry in configs:
-            entry.sliding_window = None
-        return
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(rope.get(kind), dict) for kind in set(types)):
-        _refuse_rope(replaced)
-    for entry in configs:
-        entry.layer_types = [
-            "full_attention" if i in replaced else kind for i, kind in enumerate(entry.layer_types)
-        ]
-    for parent in model.modules():
-        for child in parent.children():
-            if any(child is modules[i] for i in replaced):
-                for holder, name in ((parent, "attention_type"), (child, "layer_type")):
-                    if hasattr(holder, name):
-                        setattr(holder, name, "full_attention")
-    for index in replaced:
-        if hasattr(modules[index], "sliding_window"):
-            modules[index].sliding_window = None
-
-
-def _refuse_rope(layers: Sequence[int]) -> NoReturn:
-    raise ValueError(
-        "`pattern` must not replace a sliding window in a model whose positions are encoded differently there, "
-        f"got layers {list(layers)}"
-    )

@@ -2,7 +2,8 @@
 
     {"version": 1, "patterns": [...], "layers": [index or None per text layer], "sinks": bool}
 
-`patterns` are `BandPattern.to_dict()`; `layers` says which of them each text layer runs, None for its own attention.
+`patterns` are `BandPattern.to_dict()`; `layers` says which of them each text layer runs, None for
+its own attention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Section(dict[str, Any]):
     """`config.spattention` as Transformers saves it, with its patterns read once.
 
     Attributes:
-        layer_patterns: the pattern of each text layer, None for a layer that keeps its own attention.
+        layer_patterns: the pattern of each text layer, None for a layer that keeps its own
+            attention.
         sinks: whether the layers with a pattern have sinks.
     """
 
@@ -67,7 +69,9 @@ def section_of(layer_patterns: Sequence[BandPattern | None], sinks: bool) -> Sec
 
 
 def read_section(config: Any) -> Section | None:
-    """The section of a text config, parsed on the first call and kept there; None if it has none."""
+    """The section of a text config, parsed on the first call and kept there; None if it has
+    none.
+    """
     data = getattr(config, NAME, None)
     if data is None or isinstance(data, Section):
         return data

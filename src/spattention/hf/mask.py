@@ -1,12 +1,14 @@
-"""What a model hands its attention layers in place of a mask: the first visible key of each row or query.
+"""What a model hands its attention layers in place of a mask: the first visible key of each row or
+query.
 
-Transformers builds one mask per forward pass and passes any 4-D tensor on untouched, so the rows travel as a small
-int32 tensor `[B, 1, R, C]`, never as Q x K:
+Transformers builds one mask per forward pass and passes any 4-D tensor on untouched, so the rows
+travel as a small int32 tensor `[B, 1, R, C]`, never as Q x K:
 
     R = 1        one entry per row of the batch (left padding)
     R = Q        one per query (documents packed inside a row)
     column 0     the first key that may be seen, as an index into the keys at hand
-    column 1     the position of the first query among the keys; only there (C = 2) when the queries are not the last
+    column 1     the position of the first query among the keys; only there (C = 2) when the queries
+    are not the last
                  keys, as in a static cache
 
 None stands for one document per row, without padding, whose queries are the last keys.
@@ -49,7 +51,8 @@ def rows_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> torch.Tensor | None:
-    """The mask function of `attn_implementation="spattention"`; arguments are those of Transformers' mask interface.
+    """The mask function of `attn_implementation="spattention"`; arguments are those of
+    Transformers' mask interface.
 
     Args:
         batch_size: rows B.
@@ -57,21 +60,25 @@ def rows_mask(
         kv_length: keys at hand K; for a static cache all that it can hold.
         q_offset: position of the first query; a 0-d tensor for a static cache.
         kv_offset: position of the first key at hand; above 0 in the cache of a sliding window.
-        mask_function: Transformers' rule of who sees whom, by index; it knows about documents packed inside a row.
+        mask_function: Transformers' rule of who sees whom, by index; it knows about documents
+            packed inside a row.
         attention_mask: the 2-D mask of padding, bool `[B, positions so far]`.
         use_vmap: True when the caller combined the rule with one of its own.
         device: where the result goes.
-        others: what only other implementations need: dtype, config, local_size, and permissions to skip the mask.
+        others: what only other implementations need: dtype, config, local_size, and permissions to
+            skip the mask.
 
     Raises:
-        ValueError: for a rule that is not causal or was combined with another; on the CPU, outside `torch.compile`,
-            also for a padding mask with holes. Elsewhere values are not read: a hole is then seen as a valid token.
+        ValueError: for a rule that is not causal or was combined with another; on the CPU, outside
+            `torch.compile`, also for a padding mask with holes. Elsewhere values are not read: a
+            hole is then seen as a valid token.
     """
     if "allow_is_bidirectional_skip" in others:
         raise ValueError("the model must be causal for spattention, got a bidirectional mask")
     if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
         raise ValueError(
-            "the model's mask must be causal with padding at the ends of rows or packed documents for spattention, "
+            "the model's mask must be causal with padding at the ends of rows or packed documents "
+            "for spattention, "
             "got one with an added rule (such as bidirectional image tokens)"
         )
     key_start = None
@@ -109,7 +116,9 @@ def add_restarts(
 
 
 def is_packed(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
-    """Whether `add_restarts` found more documents than the one that padding leaves in each row. Reads values."""
+    """Whether `add_restarts` found more documents than the one that padding leaves in each row.
+    Reads values.
+    """
     last = decode(after).key_start
     if last is None or last.dim() == 1:
         return False
@@ -123,7 +132,8 @@ def decode(mask: torch.Tensor | None) -> Rows:
         return Rows()
     if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] > 2:
         raise ValueError(
-            "`attention_mask` must be None or a 2-D padding mask for spattention, whose bands take the place of a "
+            "`attention_mask` must be None or a 2-D padding mask for spattention, whose bands take "
+            "the place of a "
             f"4-D mask, got shape {list(mask.shape)} of {mask.dtype}"
         )
     key_start = mask[:, 0, :, 0]
@@ -184,7 +194,8 @@ def _first_valid(mask: torch.Tensor, kv_offset: int, device: torch.device | str)
     """Index of each row's first valid key, `[B]`; rows without one give 0."""
     if mask.dim() != 2:
         raise ValueError(
-            f"`attention_mask` must be a 2-D padding mask for spattention, got shape {list(mask.shape)}"
+            "`attention_mask` must be a 2-D padding mask for spattention, got shape "
+            f"{list(mask.shape)}"
         )
     valid = mask.to(device=device, dtype=torch.int32)
     if readable(valid):
@@ -192,7 +203,8 @@ def _first_valid(mask: torch.Tensor, kv_offset: int, device: torch.device | str)
         if bool((runs > 1).any()):
             row = int((runs > 1).nonzero()[0])
             raise ValueError(
-                "`attention_mask` must be ones with zeros only at the ends of a row for spattention, "
+                "`attention_mask` must be ones with zeros only at the ends of a row for "
+                "spattention, "
                 f"got a hole in row {row}"
             )
     return (valid.argmax(dim=1) - kv_offset).clamp(min=0)
@@ -201,7 +213,9 @@ def _first_valid(mask: torch.Tensor, kv_offset: int, device: torch.device | str)
 def _first_of_document(
     mask_function: MaskFunction, batch_size: int, query_len: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Index of the first token of each token's document, `[B, Q]`: where a token does not see the one before it."""
+    """Index of the first token of each token's document, `[B, Q]`: where a token does not see the
+    one before it.
+    """
     rows = torch.arange(batch_size, device=device)[:, None]
     tokens = torch.arange(1, query_len, device=device)[None]
     head = torch.zeros_like(rows)
@@ -216,7 +230,9 @@ def _first_of_document(
 def _last_true(
     starts: torch.Tensor, first: int | torch.Tensor, offset: int | torch.Tensor
 ) -> torch.Tensor:
-    """Running position of the latest start: bool `[B, Q - 1]` of tokens 1.. to int `[B, Q]`, `first` before any."""
+    """Running position of the latest start: bool `[B, Q - 1]` of tokens 1.. to int `[B, Q]`,
+    `first` before any.
+    """
     tokens = torch.arange(1, starts.shape[1] + 1, device=starts.device) + offset
     latest = torch.where(starts, tokens, first).cummax(dim=1).values
     return torch.nn.functional.pad(latest - first, (1, 0)) + first

@@ -1,0 +1,241 @@
+"""What there is to know about a model before it gets bands: attention layers, configs, windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+from transformers import PreTrainedModel
+
+from ..bands import BandPattern
+from .config import NAME
+
+OWN_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention module does.
+
+    Attributes:
+        pattern: its bands; None for a layer that keeps its own attention.
+        sinks: whether the module has the parameter `sinks` from `apply` or the config.
+        own: the implementation of its own attention, "sdpa" or "eager", when there is no pattern.
+    """
+
+    pattern: BandPattern | None
+    sinks: bool = False
+    own: str = "sdpa"
+
+
+def plan_of(module: torch.nn.Module) -> LayerPlan | None:
+    """The plan of an attention module; None for any other module."""
+    return getattr(module, NAME, None)
+
+
+def is_attention(module: torch.nn.Module) -> TypeGuard[Any]:
+    """Whether a module is self-attention of a decoder, by what all of them have in common."""
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "is_causal")
+        and hasattr(module, "config")
+        and not getattr(module, "is_cross_attention", False)
+    )
+
+
+def attention_modules(model: Any, text_config: Any) -> dict[int, Any]:
+    """The text decoder's attention modules by layer index."""
+    modules: dict[int, Any] = {}
+    for module in model.modules():
+        if is_attention(module) and type(module.config) is type(text_config):
+            if module.layer_idx in modules:
+                raise ValueError(
+                    "`model` must have one attention module per text layer, got two with index "
+                    f"{module.layer_idx}"
+                )
+            modules[module.layer_idx] = module
+    return modules
+
+
+def text_configs(model: Any, text_config: Any, modules: dict[int, Any]) -> list[Any]:
+    """Every object that is the text config: parts of some models hold copies of it."""
+    found = {id(text_config): text_config}
+    for module in modules.values():
+        found[id(module.config)] = module.config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module.config) is type(text_config):
+            found[id(module.config)] = module.config
+    return list(found.values())
+
+
+def check_model(model: Any, config: Any, modules: dict[int, Any]) -> None:
+    """Whether a model's attention can be that of bands at all; raises `ValueError`."""
+    if not modules:
+        raise ValueError(
+            "`model` must have decoder self-attention that follows Transformers' attention "
+            f"interface, got {type(model).__name__}"
+        )
+    decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if any(
+        type(m.config) is type(config) and not m._can_set_attn_implementation() for m in decoders
+    ):
+        raise ValueError(
+            f"`model` must use Transformers' attention interface, which {type(model).__name__} "
+            "does not"
+        )
+    if not getattr(config, "is_causal", True) or not all(m.is_causal for m in modules.values()):
+        raise ValueError("`model` must be causal, got bidirectional attention")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            "`model` must not cap its scores, got attn_logit_softcapping = "
+            f"{config.attn_logit_softcapping}"
+        )
+    if model.config.output_attentions or config.output_attentions:
+        raise ValueError("`model` must not return attention weights, got output_attentions = True")
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"`model` must not attend in chunks, got attention_chunk_size = {chunk}")
+
+
+def patterns_by_layer(
+    config: Any,
+    modules: dict[int, Any],
+    pattern: BandPattern | Sequence[BandPattern | None],
+    layers: Iterable[int] | None,
+) -> list[BandPattern | None]:
+    """One entry per text layer, None where its own attention stays; arguments as in `apply`."""
+    count = config.num_hidden_layers
+    named = None if layers is None else list(layers)
+    if named is not None:
+        bad = [i for i in named if not (type(i) is int and 0 <= i < count)]
+        if bad or len(set(named)) != len(named):
+            raise ValueError(
+                f"`layers` must be distinct indices from 0 to {count - 1} of text layers, got "
+                f"{named}"
+            )
+    chosen: list[BandPattern | None] = [None] * count
+    if isinstance(pattern, BandPattern):
+        where = sorted(modules) if named is None else named
+        for index in where:
+            if named is not None or not _keeps_window(config, index, pattern):
+                chosen[index] = pattern
+    else:
+        where = list(range(count)) if named is None else named
+        is_list = isinstance(pattern, Sequence) and not isinstance(pattern, str)
+        if not is_list or len(pattern) != len(where):
+            given = len(pattern) if is_list else type(pattern).__name__
+            raise ValueError(
+                "`pattern` must be a BandPattern or a sequence of one (or None) per layer, "
+                f"{len(where)}, got {given}"
+            )
+        for index, entry in zip(where, pattern):
+            if entry is not None and not isinstance(entry, BandPattern):
+                raise ValueError(
+                    f"`pattern` must hold BandPattern or None, got {type(entry).__name__} for "
+                    f"layer {index}"
+                )
+            chosen[index] = entry
+        if all(entry is None for entry in chosen):
+            raise ValueError(
+                "`pattern` must hold at least one BandPattern, got None for every layer"
+            )
+    for index, entry in enumerate(chosen):
+        if entry is not None and index not in modules:
+            raise ValueError(
+                f"`layers` must name layers with softmax attention, got {index}, which has none"
+            )
+    return chosen
+
+
+def check_heads(config: Any, layer: int, pattern: BandPattern) -> None:
+    """A pattern has the layer's heads, or is the part of a tensor-parallel rank."""
+    heads = config.num_attention_heads
+    part = pattern.recipe is not None and "heads" in pattern.recipe
+    if pattern.num_heads != heads and not (part and heads % pattern.num_heads == 0):
+        raise ValueError(
+            f"`pattern` has {pattern.num_heads} heads but layer {layer} of the model has {heads}"
+        )
+
+
+def own_implementation(
+    config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
+) -> str:
+    """How layers without a pattern go on."""
+    own = config._attn_implementation
+    if own == NAME:
+        plans = [plan_of(module) for module in modules.values()]
+        return next((plan.own for plan in plans if plan is not None), "sdpa")
+    if own not in OWN_IMPLEMENTATIONS:
+        if any(chosen[index] is None for index in modules):
+            raise ValueError(
+                f"`model` must have been loaded with attn_implementation in {OWN_IMPLEMENTATIONS} "
+                f'to leave layers alone, got "{own}"'
+            )
+        return "sdpa"
+    return own
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """A layer's own sliding window in tokens, None if it attends everything."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] == "full_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
+    """Whether a layer stays as it is when nobody named it."""
+    window = _window(config, layer)
+    if window is None:
+        return False
+    # Where all layers share one window (Mistral's default is 4096), a span within it takes nothing
+    # away from them.
+    return getattr(config, "layer_types", None) is not None or window < pattern.span
+
+
+def replace_windows(
+    model: Any,
+    configs: Sequence[Any],
+    modules: dict[int, Any],
+    chosen: Sequence[BandPattern | None],
+) -> None:
+    """Layers that trade a sliding window for a pattern count as full attention elsewhere."""
+    config = configs[0]
+    replaced = [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
+    if not replaced:
+        return
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        if len(replaced) != len(chosen):
+            raise ValueError(
+                "`pattern` must be given to all layers or none of a model whose one sliding window "
+                f"is that of every layer, got {len(replaced)} of {len(chosen)}"
+            )
+        for entry in configs:
+            entry.sliding_window = None
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(rope.get(kind), dict) for kind in set(types)):
+        _refuse_rope(replaced)
+    for entry in configs:
+        entry.layer_types = [
+            "full_attention" if i in replaced else kind for i, kind in enumerate(entry.layer_types)
+        ]
+    for parent in model.modules():
+        for child in parent.children():
+            if any(child is modules[i] for i in replaced):
+                for holder, name in ((parent, "attention_type"), (child, "layer_type")):
+                    if hasattr(holder, name):
+                        setattr(holder, name, "full_attention")
+    for index in replaced:
+        if hasattr(modules[index], "sliding_window"):
+            modules[index].sliding_window = None
+
+
+def _refuse_rope(layers: Sequence[int]) -> NoReturn:
+    raise ValueError(
+        "`pattern` must not replace a sliding window in a model whose positions are encoded "
+        f"differently there, got layers {list(layers)}"
+    )
