@@ -13,9 +13,11 @@ from importlib import import_module
 
 # command -> (what it does, the extra that it needs)
 COMMANDS = {
+    "bench": ("time the kernels beside dense attention and FlexAttention", "train"),
     "compare": ("train one small model with dense and with banded attention, and compare", "train"),
     "draw": ("draw which distances each head attends", "train"),
     "generate": ("continue a text with a trained model", "train"),
+    "tune": ("find the fastest launches of the kernels on this GPU", "train"),
 }
 
 
