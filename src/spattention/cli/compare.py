@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -116,17 +116,19 @@ def main(options: Options) -> None:
         f"Runs: {len(jobs)}, each of {settings.steps} steps on {facts.train_tokens:,} tokens "
         f"({facts.source}). Results go to {options.output}."
     )
-    interrupted = False
+
+    def report() -> Report:
+        made = make_report(jobs, folder, facts, settings)
+        made.write(options.output)
+        return made
+
     try:
-        _run_missing(jobs, folder, console)
+        _run_missing(jobs, folder, console, report)
     except KeyboardInterrupt:
-        interrupted = True
-    report = make_report(jobs, folder, facts, settings)
-    report.write(options.output)
-    show(report, options.output, console)
-    if interrupted:
+        show(report(), options.output, console)
         console.print("Interrupted. The same command goes on with the runs that are missing.")
-        raise KeyboardInterrupt
+        raise
+    show(report(), options.output, console)
 
 
 def settings_from(options: Options, facts: CorpusFacts) -> Settings:
@@ -213,7 +215,12 @@ def _check(options: Options) -> None:
         attention_choice(attention, chosen.pattern.num_heads, options.context)
 
 
-def _run_missing(jobs: Sequence[Job], folder: ResultsFolder, console: Console) -> None:
+def _run_missing(
+    jobs: Sequence[Job],
+    folder: ResultsFolder,
+    console: Console,
+    after_each: Callable[[], object],
+) -> None:
     missing = [job for job in jobs if folder.find(job) is None]
     if len(missing) < len(jobs):
         console.print(f"{len(jobs) - len(missing)} of them are there already.")
@@ -227,3 +234,4 @@ def _run_missing(jobs: Sequence[Job], folder: ResultsFolder, console: Console) -
             result: Result = run_apart(job, progress.update)
             folder.add(job, result)
             progress.finish(result)
+            after_each()  # what is finished is readable, whatever happens next

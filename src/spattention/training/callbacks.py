@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -41,8 +41,10 @@ class Watch(TrainerCallback):
     @property
     def tokens_per_second(self) -> float:
         """By the median step; evaluation is not counted."""
-        timed = self._seconds[self.warm_up :] or self._seconds
-        return self.tokens_per_step / median(timed)
+        return self._speed(self._seconds[self.warm_up :])
+
+    def _speed(self, seconds: Sequence[float]) -> float:
+        return self.tokens_per_step / median(seconds or self._seconds)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -55,7 +57,8 @@ class Watch(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - self._began)
-        self.send({"kind": "step", "step": state.global_step, "speed": self.tokens_per_second})
+        speed = self._speed(self._seconds[self.warm_up :][-50:])
+        self.send({"kind": "step", "step": state.global_step, "speed": speed})
 
     def on_log(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -132,7 +133,9 @@ class Report:
         write_atomically(folder / "results.md", self.to_markdown())
         if self.results:
             figure = comparison_figure(self.results, self.rows, self.facts.unigram_entropy)
-            figure.savefig(folder / "results.png", dpi=150)
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=150, format="png")
+            write_atomically(folder / "results.png", picture.getvalue())
 
 
 def machine() -> dict[str, Any]:
