@@ -148,8 +148,10 @@ def forward_kernel(
             weights.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
         )
 
-    lse, norm = softmax.finish(highest, total)
-    memory.store_rows(
-        p_out, b_out * norm[:, None], o_query, out_stride_t, queries, HEAD_DIM, BLOCK_D
-    )
+    lse, total = softmax.finish(highest, total)
+    if PRECISE:
+        b_out = tl.div_rn(b_out, total[:, None])
+    else:
+        b_out *= (1.0 / total)[:, None]
+    memory.store_rows(p_out, b_out, o_query, out_stride_t, queries, HEAD_DIM, BLOCK_D)
     tl.store(p_lse + o_query, lse, mask=o_query < queries)

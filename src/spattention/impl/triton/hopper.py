@@ -82,6 +82,17 @@ def store_rows(p_rows, b_rows, first, stride, n_rows, ROWS: gl.constexpr, HEAD_D
 
 
 @gluon.jit
+def store_zeros(p_rows, first, stride, n_rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Zeros into the rows from `first` on, those before `n_rows`."""
+    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
+    o_row = first + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
+    b_zeros = gl.full([ROWS, HEAD_DIM], 0.0, p_rows.dtype.element_ty, WIDE)
+    p_block = p_rows + o_row.to(gl.int64)[:, None] * stride + o_dim[None, :]
+    gl.store(p_block, b_zeros, mask=(o_row < n_rows)[:, None])
+
+
+@gluon.jit
 def load_rows(p_rows, first, stride, n_rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
     """`[ROWS, D]` from the rows from `first` on, zeros from row `n_rows` on."""
     WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())

@@ -7,7 +7,6 @@ The weights are computed while the tensor cores multiply the output's gradient w
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -18,6 +17,24 @@ from .config import HOPPER_COUNTS
 
 # Both buffers of the ring.
 EXACT_STEPS = gl.constexpr(2)
+
+
+@gluon.jit
+def rows_of(
+    p_lse,
+    p_d_lse,
+    o_row,
+    m_query,
+    BLOCK_M: gl.constexpr,
+    ROW: gl.constexpr,
+    HAS_D_LSE: gl.constexpr,
+):
+    """What the weights are computed with, and the part of delta that the log-sum-exp's gradient gives, both `[M]`."""
+    base = softmax.base_of(gl.load(p_lse + o_row, mask=m_query, other=0.0))
+    delta = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
+    if HAS_D_LSE:
+        delta -= gl.load(p_d_lse + o_row, mask=m_query, other=0.0)
+    return base, delta
 
 
 @gluon.jit(do_not_specialize=HOPPER_COUNTS)
@@ -86,35 +103,39 @@ def query_gradient_kernel(
     row = (batch_64 * n_heads + head_64) * n_queries
     row_pitched = (batch_64 * n_heads + head_64) * pitch
 
+    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    m_query = o_query < n_queries
+    if n_steps == 0:
+        base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)
+        gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
+        gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
+        hopper.store_zeros(p_d_query, first, d_query_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        return
+
     s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
     s_d_out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
     s_keys = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], SHARED_K)
     s_values = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], SHARED_K)
     query_ready = hopper.barriers(1)
     key_ready = hopper.barriers(2)
-    any_step = n_steps > 0
-    barrier = hopper.expect(query_ready, 0, 2 * BLOCK_M * HEAD_DIM * 2, any_step)
-    hopper.copy(t_query, batch, head, first, barrier, s_query, any_step)
-    hopper.copy(t_d_out, batch, head, first, barrier, s_d_out, any_step)
+    barrier = hopper.expect(query_ready, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
+    hopper.copy(t_query, batch, head, first, barrier, s_query, True)
+    hopper.copy(t_d_out, batch, head, first, barrier, s_d_out, True)
     for i in gl.static_range(2):
         first_key, _, _, _ = tiles.step_at(i, walk, bands, BLOCK_N, INTERVALS)
         barrier = hopper.expect(key_ready, i, STEP_BYTES, i < n_steps)
         hopper.copy(t_key, batch, key_head, first_key, barrier, s_keys.index(i), i < n_steps)
         hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(i), i < n_steps)
 
-    # A block that sees nothing reads nothing.
-    end = gl.where(any_step, n_queries, 0)
-    b_out = hopper.load_rows(p_out, first, out_stride_t, end, BLOCK_M, HEAD_DIM)
-    b_d_out = hopper.load_rows(p_d_out, first, d_out_stride_t, end, BLOCK_M, HEAD_DIM)
-    delta = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1), ROW)  # [M]
-    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
-    m_query = o_query < n_queries
-    base = softmax.base_of(gl.load(p_lse + row + o_query, mask=m_query, other=0.0))  # [M]
+    b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    b_d_out = hopper.load_rows(p_d_out, first, d_out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    summed = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1), ROW)  # [M]
+    base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
-    mbarrier.wait(query_ready.index(0), 0, pred=any_step)
-    if (n_steps > 0) & (n_steps <= EXACT_STEPS):
+    hopper.arrived(query_ready, 0)
+    if n_steps <= EXACT_STEPS:
         # Few keys: the rounding of the output would show where gradients cancel. The blocks are there: sum anew.
-        delta = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
+        summed = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
         for step in range(n_steps):
             first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
             hopper.arrived(key_ready, step)
@@ -128,12 +149,11 @@ def query_gradient_kernel(
             o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
             m_seen = hopper.seen(o_query[:, None], o_key[None, :], near, far)
             weights = gl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
-            delta += gl.sum(weights * d_weights, 1)
-    if HAS_D_LSE:
-        delta -= gl.load(p_d_lse + row + o_query, mask=m_query, other=0.0)
+            summed += gl.sum(weights * d_weights, 1)
+    delta += summed
     # Rows up to the pitch are read with the last block of queries: they must hold numbers.
-    gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
     gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
+    gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
 
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
@@ -251,6 +271,15 @@ def key_gradient_kernel(
     last_key = min(first_key + BLOCK_N, n_keys) - 1
     o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES))  # [N]
 
+    p_d_key += batch.to(gl.int64) * d_key_stride_b + key_head.to(gl.int64) * d_key_stride_h
+    p_d_value += batch.to(gl.int64) * d_value_stride_b + key_head.to(gl.int64) * d_value_stride_h
+    if not GROUPED:  # with several members, keys that no query sees are too rare to ask
+        walk = tiles.query_walk(bands, first_key, last_key, 0, n_queries, BLOCK_M, INTERVALS)
+        if tiles.steps_of(walk) == 0:
+            hopper.store_zeros(p_d_key, first_key, d_key_stride_t, n_keys, BLOCK_N, HEAD_DIM)
+            hopper.store_zeros(p_d_value, first_key, d_value_stride_t, n_keys, BLOCK_N, HEAD_DIM)
+            return
+
     s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
     s_value = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
     s_queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, HEAD_DIM], SHARED_Q)
@@ -260,14 +289,9 @@ def key_gradient_kernel(
     key_ready = hopper.barriers(1)
     query_ready = hopper.barriers(2)
 
-    # Keys that no query sees are not read. With several members that is too rare to ask first.
-    wanted = first_key >= 0
-    if not GROUPED:
-        walk = tiles.query_walk(bands, first_key, last_key, 0, n_queries, BLOCK_M, INTERVALS)
-        wanted = tiles.steps_of(walk) > 0
-    barrier = hopper.expect(key_ready, 0, 2 * BLOCK_N * HEAD_DIM * 2, wanted)
-    hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, wanted)
-    hopper.copy(t_value, batch, key_head, first_key, barrier, s_value, wanted)
+    barrier = hopper.expect(key_ready, 0, 2 * BLOCK_N * HEAD_DIM * 2, True)
+    hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
+    hopper.copy(t_value, batch, key_head, first_key, barrier, s_value, True)
 
     b_d_key = gl.full([BLOCK_N, HEAD_DIM], 0.0, gl.float32, OUT)
     b_d_value = gl.full([BLOCK_N, HEAD_DIM], 0.0, gl.float32, OUT)
@@ -302,7 +326,7 @@ def key_gradient_kernel(
             STEP_BYTES,
         )
         if member == 0:
-            mbarrier.wait(key_ready.index(0), 0, pred=wanted)
+            hopper.arrived(key_ready, 0)
         for step in range(n_steps):
             # All products of the step before are done: its buffers make room.
             n = done + step
@@ -356,8 +380,6 @@ def key_gradient_kernel(
             b_d_key, b_d_value = warpgroup_mma_wait(0, [b_d_key, b_d_value])
         done += n_steps
 
-    p_d_key += batch.to(gl.int64) * d_key_stride_b + key_head.to(gl.int64) * d_key_stride_h
-    p_d_value += batch.to(gl.int64) * d_value_stride_b + key_head.to(gl.int64) * d_value_stride_h
     # A key that no query sees may hold anything; its gradient is zero.
     m_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)) + nearest < n_queries
     b_d_key = gl.where(m_key[:, None], b_d_key * (scale * softmax.LN_2), 0.0)

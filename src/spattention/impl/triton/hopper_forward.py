@@ -96,70 +96,69 @@ def forward_kernel(
     b_out = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
 
-    if n_steps > 0:
-        # One buffer of keys is enough, they are free once the scores are there; with it three programs fit beside each other.
-        s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
-        s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
-        s_values = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], SHARED_K)
-        query_ready = hopper.barriers(1)
-        key_ready = hopper.barriers(1)
-        value_ready = hopper.barriers(2)
+    if n_steps == 0:
+        lse, _ = softmax.finish(highest, total)
+        gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+        hopper.store_zeros(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        return
 
-        first_key, _, near, far = tiles.step_at(0, walk, bands, BLOCK_N, INTERVALS)
-        next_key, _, _, _ = tiles.step_at(1, walk, bands, BLOCK_N, INTERVALS)
-        barrier = hopper.expect(query_ready, 0, BLOCK_M * HEAD_DIM * 2, True)
-        hopper.copy(t_query, batch, head, first, barrier, s_query, True)
-        barrier = hopper.expect(key_ready, 0, KEY_BYTES, True)
-        hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
-        barrier = hopper.expect(value_ready, 0, KEY_BYTES, True)
-        hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(0), True)
+    # One buffer of keys is enough, they are free once the scores are there; with it three programs fit beside each other.
+    s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+    s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    s_values = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], SHARED_K)
+    query_ready = hopper.barriers(1)
+    key_ready = hopper.barriers(1)
+    value_ready = hopper.barriers(2)
 
-        hopper.arrived(query_ready, 0)
-        hopper.arrived(key_ready, 0)
+    first_key, _, near, far = tiles.step_at(0, walk, bands, BLOCK_N, INTERVALS)
+    next_key, _, _, _ = tiles.step_at(1, walk, bands, BLOCK_N, INTERVALS)
+    barrier = hopper.expect(query_ready, 0, BLOCK_M * HEAD_DIM * 2, True)
+    hopper.copy(t_query, batch, head, first, barrier, s_query, True)
+    barrier = hopper.expect(key_ready, 0, KEY_BYTES, True)
+    hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
+    barrier = hopper.expect(value_ready, 0, KEY_BYTES, True)
+    hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(0), True)
+
+    hopper.arrived(query_ready, 0)
+    hopper.arrived(key_ready, 0)
+    # [M, N] = [M, D] @ [D, N]
+    scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    barrier = hopper.expect(key_ready, 1, KEY_BYTES, n_steps > 1)
+    hopper.copy(t_key, batch, key_head, next_key, barrier, s_key, n_steps > 1)
+    scores = masked(scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING)
+    weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
+    b_weights = gl.convert_layout(weights.to(DTYPE), OPERAND)
+
+    for step in range(1, n_steps):
+        # All products of the step before are done.
+        first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
+        next_key, _, _, _ = tiles.step_at(step + 1, walk, bands, BLOCK_N, INTERVALS)
+        barrier = hopper.expect(value_ready, step, KEY_BYTES, True)
+        hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(step % 2), True)
+        hopper.arrived(key_ready, step)
         # [M, N] = [M, D] @ [D, N]
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [scores])
-        barrier = hopper.expect(key_ready, 1, KEY_BYTES, n_steps > 1)
-        hopper.copy(t_key, batch, key_head, next_key, barrier, s_key, n_steps > 1)
+        hopper.arrived(value_ready, step - 1)
+        # [M, D] += [M, N] @ [N, D]
+        b_out = warpgroup_mma(b_weights, s_values.index((step - 1) % 2), b_out, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        more = step + 1 < n_steps
+        barrier = hopper.expect(key_ready, step + 1, KEY_BYTES, more)
+        hopper.copy(t_key, batch, key_head, next_key, barrier, s_key, more)
         scores = masked(
             scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING
         )
         weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
+        b_out = warpgroup_mma_wait(0, [b_out])
+        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         b_weights = gl.convert_layout(weights.to(DTYPE), OPERAND)
 
-        for step in range(1, n_steps):
-            # All products of the step before are done.
-            first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-            next_key, _, _, _ = tiles.step_at(step + 1, walk, bands, BLOCK_N, INTERVALS)
-            barrier = hopper.expect(value_ready, step, KEY_BYTES, True)
-            hopper.copy(
-                t_value, batch, key_head, first_key, barrier, s_values.index(step % 2), True
-            )
-            hopper.arrived(key_ready, step)
-            # [M, N] = [M, D] @ [D, N]
-            scores = warpgroup_mma(
-                s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
-            hopper.arrived(value_ready, step - 1)
-            # [M, D] += [M, N] @ [N, D]
-            b_out = warpgroup_mma(b_weights, s_values.index((step - 1) % 2), b_out, is_async=True)
-            scores = warpgroup_mma_wait(1, [scores])
-            more = step + 1 < n_steps
-            barrier = hopper.expect(key_ready, step + 1, KEY_BYTES, more)
-            hopper.copy(t_key, batch, key_head, next_key, barrier, s_key, more)
-            scores = masked(
-                scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING
-            )
-            weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
-            b_out = warpgroup_mma_wait(0, [b_out])
-            b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-            b_weights = gl.convert_layout(weights.to(DTYPE), OPERAND)
+    hopper.arrived(value_ready, n_steps - 1)
+    b_out = warpgroup_mma(b_weights, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
+    b_out = warpgroup_mma_wait(0, [b_out])
 
-        hopper.arrived(value_ready, n_steps - 1)
-        b_out = warpgroup_mma(b_weights, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
-        b_out = warpgroup_mma_wait(0, [b_out])
-
-    lse, norm = softmax.finish(highest, total)
+    lse, total = softmax.finish(highest, total)
     gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
-    b_out = b_out * gl.convert_layout(norm, gl.SliceLayout(1, OUT))[:, None]
+    b_out = b_out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
     hopper.store_rows(p_out, b_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)

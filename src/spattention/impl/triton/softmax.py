@@ -54,11 +54,10 @@ def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.con
 
 @triton.jit
 def finish(highest, total):
-    """Natural log-sum-exp `[M]` and the factor `[M]` that normalises the output; a row without keys gives -inf and 0."""
+    """Natural log-sum-exp `[M]`, and the sum `[M]` that normalises the output; a row without keys gives -inf and 1."""
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, float("-inf"), (highest + tl.log2(safe)) * LN_2)
-    return lse, tl.where(empty, 0.0, 1.0 / safe)
+    return tl.where(empty, float("-inf"), (highest + tl.log2(safe)) * LN_2), safe
 
 
 @triton.jit
