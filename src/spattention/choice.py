@@ -1,5 +1,4 @@
-"""What `compare`, `train` and `evaluate` know of a way to attend: a name, how to put it in a model,
-and its work."""
+"""What commands know of a way to attend: its name, how to put it in a model, and its work."""
 
 from __future__ import annotations
 
@@ -78,8 +77,7 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
 
 
 def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
-    """The pattern that a user names as in `attention_choice`; `dense` is the pattern without
-    gaps."""
+    """The pattern that a user names as in `attention_choice`; `dense` attends everything."""
     name, _, rest = text.partition(":")
     if name not in (STOCK, *PATTERNS):
         raise ValueError(f"a pattern must be one of {(STOCK, *PATTERNS)}, got {name!r}")

@@ -1,5 +1,4 @@
-"""Files of packed tokens: round trip, and one clear error for each way in which a file can be
-wrong."""
+"""Files of packed tokens: round trip, and a clear error for each way to be wrong."""
 
 import json
 import lzma

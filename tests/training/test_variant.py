@@ -1,5 +1,4 @@
-"""Runs of a comparison: the same data for each, their own memory, and failures that reach the
-parent."""
+"""Runs of a comparison: equal data, memory of their own, failures that reach the parent."""
 
 import numpy as np
 import pytest

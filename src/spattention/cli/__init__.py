@@ -22,8 +22,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit status is returned (2: the user's options, 130:
-    interrupted)."""
+    """Run a command and return the exit status: 2 for wrong options, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())

@@ -1,5 +1,4 @@
-"""`spattention compare`: the same small model with dense and with banded attention, trained side by
-side."""
+"""`spattention compare`: one small model, trained with dense and with banded attention."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ from .progress import RunProgress
 
 @dataclass(frozen=True)
 class Options:
-    """Train the same small OLMoE language model several times, each time with another attention,
-    and compare.
+    """Train one small OLMoE language model several times, each with another attention, and compare.
 
     Without options: four public-domain books, dense attention against four patterns of bands at a
     context of 1,024 tokens, on the CPU, in about three minutes on two cores. It ends with a table,

@@ -13,8 +13,7 @@ from ..training.variant import Job, Result
 
 
 class RunProgress:
-    """A bar for the run at hand and one for all of them; a line remains of each run that is
-    finished."""
+    """A bar for this run and one for all of them; of a finished run a line remains."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self._console = console

@@ -1,5 +1,4 @@
-"""Files of packed tokens: a little-endian uint16 stream compressed with xz, and a JSON that
-describes it beside it."""
+"""Files of packed tokens: uint16, compressed with xz, and described by a JSON beside them."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
 
 
 def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
-    """Write a stream whose documents end with `end_of_text`, and its description; the inverse of
-    `read_packed`."""
+    """Write a stream whose documents end with `end_of_text`, for `read_packed`."""
     if not path.name.endswith(SUFFIX):
         raise ValueError(f"`path` must end with {SUFFIX}, got {path.name}")
     if len(stream) and int(stream.tokens.max()) > np.iinfo(np.uint16).max:

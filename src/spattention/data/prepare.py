@@ -38,8 +38,7 @@ def prepare(
     tokenizer: Path | None = None,
     end_of_text: int | None = None,
 ) -> CorpusFacts:
-    """Read, split, tokenize, and write `folder`: memory-mappable tokens, the tokenizer, and the
-    facts.
+    """Read, split and tokenize; write memory-mappable tokens, the tokenizer, and the facts.
 
     Args:
         folder: where `open_stream` finds the result.
@@ -97,15 +96,13 @@ def prepare(
 
 
 def open_stream(folder: Path, name: str) -> TokenStream:
-    """The stream `name` ("train" or "validation") that `prepare` wrote, mapped into memory, not
-    read."""
+    """The stream "train" or "validation" that `prepare` wrote, mapped into memory, not read."""
     tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
     return TokenStream(tokens, np.load(folder / f"{name}.starts.npy"))
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
-    """The same split as `TokenStream.hold_out`, before there are tokens; one document is cut at a
-    line's end."""
+    """The split of `TokenStream.hold_out` for text; a single document is cut at a line's end."""
     if len(documents) == 1:
         (text,) = documents
         cut = text.find("\n", int(len(text) * (1 - held_out))) + 1

@@ -15,8 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of `vocabulary` entries, of which 256 are the bytes and the first is the end
-    of text."""
+    """A byte-level BPE of `vocabulary` entries, the bytes and the end of text among them."""
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocabulary < smallest:
         raise ValueError(

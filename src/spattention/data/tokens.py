@@ -1,5 +1,4 @@
-"""Packed streams: documents of tokens laid end to end, and the windows that models are trained
-on."""
+"""Packed streams: documents of tokens laid end to end, and windows cut from them."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ class TokenStream:
         return self.take(rest), self.take(sorted(chosen))
 
     def unigram_entropy(self) -> float:
-        """Entropy of the token frequencies in nats: the loss of the best model that ignores the
-        context."""
+        """Entropy of the token frequencies, in nats: the least loss without looking at context."""
         counts = np.bincount(self.tokens)
         shares = counts[counts > 0] / len(self.tokens)
         return float(-(shares * np.log(shares)).sum())
@@ -98,8 +96,7 @@ class TokenStream:
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
-    """A stream cut into windows of `context` tokens, as a map-style dataset for Transformers'
-    Trainer.
+    """A stream cut into windows of `context` tokens: a map-style dataset for the Trainer.
 
     Windows run across documents, as in the paper's packing. Tokens after the last whole window are
     not used.

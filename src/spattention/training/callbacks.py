@@ -84,8 +84,7 @@ class Watch(TrainerCallback):
 
 
 class OrderDigest:
-    """A digest of all tokens that a model trains on. Equal digests: the same tokens in the same
-    order.
+    """A digest of the tokens that a model trains on; equal ones mean equal data in equal order.
 
     It listens at the model itself, so that no loader, worker or prefetching stands in between.
     """

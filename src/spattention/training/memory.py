@@ -14,8 +14,7 @@ def resident_bytes() -> int | None:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most bytes of this process that were ever resident at once; None where the system does
-    not tell."""
+    """The most bytes of this process that were ever resident; None if the system does not tell."""
     if STATUS.exists():
         # Unlike `ru_maxrss`, which a forked process inherits from its parent, this one is its own.
         return _status("VmHWM")

@@ -1,5 +1,4 @@
-"""A run in a process of its own, so that its memory is its own and an interruption leaves nothing
-half done."""
+"""A run in a process of its own, so that its memory is its own and it can be ended."""
 
 from __future__ import annotations
 

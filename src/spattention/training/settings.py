@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that two runs must share to be compared; only the attention and the seed differ
-    between them.
+    """What runs must share to be compared: they differ in attention and seed alone.
 
     Args:
         model: a preset of `spattention.models`.

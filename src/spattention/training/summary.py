@@ -1,5 +1,4 @@
-"""What the runs of a comparison say together: one row per way to attend, and how far to trust the
-differences."""
+"""What the runs of a comparison say together, and how far to trust the differences."""
 
 from __future__ import annotations
 

@@ -78,8 +78,7 @@ class Result:
 
 
 def run(job: Job, send: Callable[[Event], None]) -> Result:
-    """Train, evaluate, save and continue a text. The process should be a fresh one: memory is that
-    of all of it."""
+    """Train, evaluate, save, continue a text. Memory is that of the whole process."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     began = time.perf_counter()
