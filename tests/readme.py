@@ -1,7 +1,7 @@
 """Run a command of the README as it stands there, so that the prose is tested.
 
-    python tests/readme.py compare    the main job, with the options below added to make it short
-    python tests/readme.py tests      the tests
+python tests/readme.py compare    the main job, with the options below added to make it short
+python tests/readme.py tests      the tests
 """
 
 import re
@@ -16,7 +16,11 @@ MARKERS = {"compare": "spattention compare", "tests": "pytest"}
 def command(name: str) -> str:
     """The one fenced line of the README that ends with the marker."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", readme, re.S) for line in block.splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", readme, re.S)
+        for line in block.splitlines()
+    ]
     found = [line for line in lines if line.endswith(MARKERS[name]) and "venv" in line]
     if len(found) != 1:
         raise ValueError(f"the README must have one set-up line for {name!r}, got {found}")

@@ -35,27 +35,32 @@ def band_attention(
 ) -> Result:
     """Softmax attention in which every head sees only the distances in its bands.
 
-    Query i sits at position `p = query_start + i` and sees key j when `p - j` lies in one of its head's intervals and
-    `j >= key_start`. Keys after `p` are never read. A query that sees no key gives output 0.
+    Query i sits at position `p = query_start + i` and sees key j when `p - j` lies in one of its
+    head's intervals and `j >= key_start`. Keys after `p` are never read. A query that sees no key
+    gives output 0.
 
     Args:
         query: `[B, H, Q, D]`, floating point, any strides.
-        key: `[B, Hkv, K, D]`, query's dtype; `H % Hkv == 0`, query head h reads key head `h // (H // Hkv)`.
+        key: `[B, Hkv, K, D]`, query's dtype; `H % Hkv == 0`, query head h reads key head
+            `h // (H // Hkv)`.
         value: `[B, Hkv, K, Dv]`, query's dtype. Implementations that are kernels need `Dv == D`.
         pattern: the bands, one entry per query head.
         scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
-        sinks: `[H]` learned logits, unscaled, query's dtype or float32; each joins its head's denominator without a value.
-        query_start: position of the first query: an int, or an int32 tensor `[]` or `[B]` on query's device. Default `K - Q`:
-            the queries are the last positions.
-        key_start: int32 `[B]` (left padding) or `[B, Q]`, never decreasing along Q (documents packed inside a row), on
-            query's device: the first key that may be seen. Clamped to `[0, K]`.
-        return_lse: also return the natural log-sum-exp, with the sinks in it: float32 (float64 for float64 input)
-            `[B, H, Q]`; -inf for an empty row without sinks. It is differentiable.
-        deterministic: True gives the same bits on every run; False allows a faster backward where there is one.
+        sinks: `[H]` learned logits, unscaled, query's dtype or float32; each joins its head's
+            denominator without a value.
+        query_start: position of the first query: an int, or an int32 tensor `[]` or `[B]` on
+            query's device. Default `K - Q`: the queries are the last positions.
+        key_start: int32 `[B]` (left padding) or `[B, Q]`, never decreasing along Q (documents
+            packed inside a row), on query's device: the first key that may be seen. Clamped to
+            `[0, K]`.
+        return_lse: also return the natural log-sum-exp, with the sinks in it: float32 (float64 for
+            float64 input) `[B, H, Q]`; -inf for an empty row without sinks. It is differentiable.
+        deterministic: True gives the same bits on every run; False allows a faster backward where
+            there is one.
         impl: None follows the rule below; a name runs that implementation or raises.
 
-            1. `"triton"`: kernels, for CUDA tensors where Triton can be imported, in float16, bfloat16 or float32, with
-               head_dim up to 256 and `Dv == D`.
+            1. `"triton"`: kernels, for CUDA tensors where Triton can be imported, in float16,
+               bfloat16 or float32, with head_dim up to 256 and `Dv == D`.
             2. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
 
             `"reference"`, the specification with its dense mask, is never chosen by itself.
@@ -64,11 +69,12 @@ def band_attention(
         `out [B, H, Q, Dv]` with query's dtype and order of strides, or `(out, lse)`.
 
     Raises:
-        ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked too
-            (`spattention.validate` checks them on any device).
+        ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked
+            too (`spattention.validate` checks them on any device).
 
-    Under autocast, query, key and value are cast to autocast's dtype, as `scaled_dot_product_attention` does. Second
-    derivatives are not available, except from `"reference"`.
+    Under autocast, query, key and value are cast to autocast's dtype, as
+    `scaled_dot_product_attention` does. Second derivatives are not available, except from
+    `"reference"`.
     """
     query, key, value = _autocast(query, key, value)
     check_attention(
@@ -113,18 +119,21 @@ def band_attention_varlen(
     deterministic: bool = True,
     impl: str | None = None,
 ) -> Result:
-    """`band_attention` over packed documents, each attending within itself, in FlashAttention's conventions.
+    """`band_attention` over packed documents, each attending within itself, in FlashAttention's
+    conventions.
 
-    In each document the queries are the last positions: query i of n_q over n_k keys sits at `n_k - n_q + i`.
+    In each document the queries are the last positions: query i of n_q over n_k keys sits at
+    `n_k - n_q + i`.
 
     Args:
         query: `[T, H, D]`, floating point.
         key: `[T_k, Hkv, D]`, query's dtype, `H % Hkv == 0`.
         value: `[T_k, Hkv, Dv]`, query's dtype.
         pattern: the bands, one entry per query head.
-        cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in `query`, from 0 to T, never decreasing. On a GPU
-            tokens past the last offset give zeros.
-        cu_seqlens_k: the same for `key` and `value`; a document has at least as many keys as queries.
+        cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in `query`, from 0 to T,
+            never decreasing. On a GPU tokens past the last offset give zeros.
+        cu_seqlens_k: the same for `key` and `value`; a document has at least as many keys as
+            queries.
         max_seqlen_q: at least the queries of the longest document.
         max_seqlen_k: at least the keys of the longest document.
         scale: factor of the scores before the softmax; default `1 / sqrt(D)`.

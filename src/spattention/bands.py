@@ -1,9 +1,10 @@
 """Patterns of attention made of bands of distances.
 
-A pattern gives every head up to two half-open intervals of distances `[near, far)`, in tokens. The query at
-position `p` sees the key at position `j` when `p - j` lies in one of its head's intervals.
+A pattern gives every head up to two half-open intervals of distances `[near, far)`, in tokens. The
+query at position `p` sees the key at position `j` when `p - j` lies in one of its head's intervals.
 
-A worked mask: `BandPattern.exclusive(num_heads=2, span=4)`; rows are queries, columns keys, `#` is attended.
+A worked mask: `BandPattern.exclusive(num_heads=2, span=4)`; rows are queries, columns keys, `#` is
+attended.
 
     head 0: [0, 2)    head 1: [2, 4)
     # . . .           . . . .
@@ -36,14 +37,18 @@ class BandPattern:
     """Which distances each head attends.
 
     Args:
-        intervals: per head, up to two intervals `(near, far)` of distances in tokens, `0 <= near < far <= span`,
-            sorted and apart (at least one distance between them). `()` is a head without keys.
-        span: the context length, in tokens, that the pattern was made for. Distances `>= span` are never attended.
-            It belongs to the pattern and never depends on the length of the input at hand.
-        recipe: how a named constructor was called; for reading only. Equality and hash look at `span` and `intervals`.
+        intervals: per head, up to two intervals `(near, far)` of distances in tokens,
+            `0 <= near < far <= span`, sorted and apart (at least one distance between them). `()` is a head
+            without keys.
+        span: the context length, in tokens, that the pattern was made for. Distances `>= span` are
+            never attended. It belongs to the pattern and never depends on the length of the input
+            at hand.
+        recipe: how a named constructor was called; for reading only. Equality and hash look at
+            `span` and `intervals`.
 
     Raises:
-        ValueError: if an interval is empty, negative, unsorted, overlapping, touching, or reaches beyond `span`.
+        ValueError: if an interval is empty, negative, unsorted, overlapping, touching, or reaches
+            beyond `span`.
     """
 
     intervals: Intervals
@@ -76,7 +81,8 @@ class BandPattern:
 
     @classmethod
     def sliding_window(cls, num_heads: int, span: int, window: int) -> BandPattern:
-        """Every head attends the nearest `window` tokens, itself included: `[0, window)`, `1 <= window <= span`."""
+        """Every head attends the nearest `window` tokens, itself included: `[0, window)`,
+        `1 <= window <= span`."""
         _check_size(num_heads, span)
         window = _integer("window", window)
         if not 1 <= window <= span:
@@ -88,16 +94,20 @@ class BandPattern:
     def exclusive(
         cls, num_heads: int, span: int, *, widths: Widths = "uniform", first: int | None = None
     ) -> BandPattern:
-        """Head h attends only its own band `[S_h, S_h + W_h)`: Eqs. 2-4 of Zhao et al., arXiv:2511.09596.
+        """Head h attends only its own band `[S_h, S_h + W_h)`: Eqs. 2-4 of Zhao et al.,
+        arXiv:2511.09596.
 
-        The heads are disjoint and together cover every distance in `[0, span)`. Queries `i < S_h` see no key.
+        The heads are disjoint and together cover every distance in `[0, span)`. Queries `i < S_h`
+        see no key.
 
         Args:
             num_heads: number of heads H.
             span: context length N, in tokens.
-            widths: `"uniform"` (the paper), `"geometric"` (edges grow by a constant ratio), `"equal_work"` (every head
-                has about the same number of attended pairs), or H + 1 edges from 0 to `span` that never decrease.
-            first: width of the first geometric band, in tokens; default `max(1, span // 128)`. Only for `"geometric"`.
+            widths: `"uniform"` (the paper), `"geometric"` (edges grow by a constant ratio),
+                `"equal_work"` (every head has about the same number of attended pairs), or H + 1
+                edges from 0 to `span` that never decrease.
+            first: width of the first geometric band, in tokens; default `max(1, span // 128)`. Only
+                for `"geometric"`.
         """
         _check_size(num_heads, span)
         edges = band_edges(num_heads, span, widths, first)
@@ -115,14 +125,16 @@ class BandPattern:
         local: int | Sequence[int] | None = None,
         first: int | None = None,
     ) -> BandPattern:
-        """Head h attends a local window `[0, local_h)` and its own band: the form that the paper's code runs.
+        """Head h attends a local window `[0, local_h)` and its own band: the form that the paper's
+        code runs.
 
         Args:
             num_heads: number of heads H.
             span: context length N, in tokens.
             widths: see `exclusive`.
-            local: size of the local window in tokens, one for all heads or one per head, at least 0. Default: the uniform
-                band width plus one, `W_h + 1`; for `"geometric"` widths `min(span, max(128, span // 32))`.
+            local: size of the local window in tokens, one for all heads or one per head, at least
+                0. Default: the uniform band width plus one, `W_h + 1`; for `"geometric"` widths
+                `min(span, max(128, span // 32))`.
             first: see `exclusive`.
         """
         _check_size(num_heads, span)
@@ -139,7 +151,8 @@ class BandPattern:
 
     @classmethod
     def gapped(cls, num_heads: int, span: int) -> BandPattern:
-        """Head h attends the nearer half of its uniform band, `[S_h, S_h + W_h // 2)`: the ablation GBHALF."""
+        """Head h attends the nearer half of its uniform band, `[S_h, S_h + W_h // 2)`: the ablation
+        GBHALF."""
         _check_size(num_heads, span)
         edges = band_edges(num_heads, span, "uniform", None)
         heads = tuple(
@@ -149,7 +162,8 @@ class BandPattern:
 
     @classmethod
     def local_only(cls, num_heads: int, span: int) -> BandPattern:
-        """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding window"."""
+        """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding
+        window"."""
         _check_size(num_heads, span)
         windows = _local_windows(num_heads, span, "uniform", None)
         heads = tuple(_merged([(0, window)], span) for window in windows)
@@ -162,7 +176,8 @@ class BandPattern:
 
     @property
     def flat(self) -> tuple[int, ...]:
-        """`near, far, near, far` per head, 4 * num_heads integers; a missing interval is `0, 0`. For operators."""
+        """`near, far, near, far` per head, 4 * num_heads integers; a missing interval is `0, 0`.
+        For operators."""
         return self._flat
 
     def heads(self, start: int, stop: int) -> BandPattern:
@@ -170,7 +185,8 @@ class BandPattern:
         start, stop = _integer("start", start), _integer("stop", stop)
         if not 0 <= start < stop <= self.num_heads:
             raise ValueError(
-                f"`start` and `stop` must satisfy 0 <= start < stop <= {self.num_heads} (the number of heads), "
+                f"`start` and `stop` must satisfy 0 <= start < stop <= {self.num_heads} "
+                "(the number of heads), "
                 f"got {start} and {stop}"
             )
         recipe = None
@@ -192,7 +208,8 @@ class BandPattern:
         Args:
             query_len: number of queries Q.
             key_len: number of keys K; default `query_len`.
-            query_start: position of the first query; default `key_len - query_len` (the queries are the last positions).
+            query_start: position of the first query; default `key_len - query_len` (the queries are
+                the last positions).
             device: device of the mask.
         """
         query_len = _integer("query_len", query_len)
@@ -213,7 +230,8 @@ class BandPattern:
         return in_bands(distance, self.intervals)
 
     def pairs(self, seq_len: int) -> tuple[int, ...]:
-        """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the unit of work."""
+        """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the
+        unit of work."""
         seq_len = _integer("seq_len", seq_len)
         if seq_len < 0:
             raise ValueError(f"`seq_len` must not be negative, got {seq_len}")
@@ -227,7 +245,8 @@ class BandPattern:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary for JSON: version, span and resolved intervals; the constructor's arguments beside them."""
+        """A dictionary for JSON: version, span and resolved intervals; the constructor's arguments
+        beside them."""
         return {
             "version": FORMAT_VERSION,
             "span": self.span,
@@ -237,17 +256,20 @@ class BandPattern:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BandPattern:
-        """The pattern that `to_dict` wrote. The intervals are what counts; the recipe is kept for reading.
+        """The pattern that `to_dict` wrote. The intervals are what counts; the recipe is kept for
+        reading.
 
         Raises:
-            ValueError: if the version is not known, or an entry is missing or breaks a rule of `BandPattern`.
+            ValueError: if the version is not known, or an entry is missing or breaks a rule of
+                `BandPattern`.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a pattern must be a mapping, got {type(data).__name__}")
         version = data.get("version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"the pattern's `version` must be {FORMAT_VERSION} (the one this library writes), got {version!r}"
+                f"the pattern's `version` must be {FORMAT_VERSION} (the one this library writes), "
+                f"got {version!r}"
             )
         missing = [name for name in ("span", "intervals") if name not in data]
         if missing:
@@ -265,7 +287,8 @@ class BandPattern:
 
 
 def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
-    """Where a distance lies in a head's intervals: int `[..., Q, K]` to bool `[..., num_heads, Q, K]`."""
+    """Where a distance lies in a head's intervals: int `[..., Q, K]` to bool
+    `[..., num_heads, Q, K]`."""
     heads = []
     for head in intervals:
         seen = torch.zeros_like(distance, dtype=torch.bool)
@@ -276,7 +299,8 @@ def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
 
 
 def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> tuple[int, ...]:
-    """The H + 1 edges of the bands; head h's band is `[edges[h], edges[h + 1])`. Names as in `exclusive`."""
+    """The H + 1 edges of the bands; head h's band is `[edges[h], edges[h + 1])`. Names as in
+    `exclusive`."""
     if first is not None:
         first = _integer("first", first)
         if widths != "geometric":
@@ -294,7 +318,8 @@ def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> 
                 round(span * (1 - math.sqrt(1 - h / num_heads))) for h in range(num_heads + 1)
             )
         raise ValueError(
-            f'`widths` must be "uniform", "geometric", "equal_work" or a sequence of edges, got {widths!r}'
+            '`widths` must be "uniform", "geometric", "equal_work" or a sequence of edges, '
+            f"got {widths!r}"
         )
     edges = tuple(_integer("widths", edge) for edge in widths)
     if len(edges) != num_heads + 1:
@@ -364,7 +389,8 @@ def _check_head(head: int, intervals: tuple[Interval, ...], span: int) -> None:
     for (_, far), (near, _) in zip(intervals, intervals[1:]):
         if near <= far:
             raise ValueError(
-                f"{where} must be sorted and apart (join those that overlap or touch), got {intervals}"
+                f"{where} must be sorted and apart (join those that overlap or touch), got "
+                f"{intervals}"
             )
 
 

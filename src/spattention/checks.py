@@ -1,7 +1,8 @@
-"""Every error about what a user passes to an operator: its shape, dtype, device and, on the CPU, its values.
+"""Every error about what a user passes to an operator: its shape, dtype, device and, on the CPU,
+its values.
 
-Each message names the argument, the rule and the value given. Values of device tensors are not read here, because
-that would wait for the device; `validate` reads them on request.
+Each message names the argument, the rule and the value given. Values of device tensors are not read
+here, because that would wait for the device; `validate` reads them on request.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_attention(
     keys = key.shape[2]
     if key.shape[0] != batch or value.shape[0] != batch:
         raise ValueError(
-            f"`key` and `value` must have query's batch size {batch}, got {key.shape[0]} and {value.shape[0]}"
+            f"`key` and `value` must have query's batch size {batch}, got {key.shape[0]} and "
+            f"{value.shape[0]}"
         )
     if value.shape[2] != keys:
         raise ValueError(f"`value` must have as many tokens as `key`, {keys}, got {value.shape[2]}")
@@ -69,7 +71,8 @@ def check_varlen(
         _check_index_tensor(name, offsets, query)
         if offsets.dim() != 1 or offsets.shape[0] < 2:
             raise ValueError(
-                f"`{name}` must be [documents + 1] with at least one document, got shape {list(offsets.shape)}"
+                f"`{name}` must be [documents + 1] with at least one document, got shape "
+                f"{list(offsets.shape)}"
             )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -101,9 +104,11 @@ def validate(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> None:
-    """Check everything, values on any device included. Waits for the device; for debugging, not for a hot path.
+    """Check everything, values on any device included. Waits for the device; for debugging, not for
+    a hot path.
 
-    Arguments are those of `band_attention`, or of `band_attention_varlen` when `cu_seqlens_q` is given.
+    Arguments are those of `band_attention`, or of `band_attention_varlen` when `cu_seqlens_q` is
+    given.
 
     Raises:
         ValueError: naming the argument, the rule and the value given.
@@ -126,7 +131,8 @@ def validate(
         return
     if cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
         raise ValueError(
-            "`cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k` must be given with `cu_seqlens_q`, got None"
+            "`cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k` must be given with `cu_seqlens_q`, "
+            "got None"
         )
     check_varlen(
         query,
@@ -177,13 +183,15 @@ def _check_tensors(
         )
     if value.shape[head_dim_axis] != key_heads:
         raise ValueError(
-            f"`value` must have as many heads as `key`, {key_heads}, got {value.shape[head_dim_axis]}"
+            f"`value` must have as many heads as `key`, {key_heads}, got "
+            f"{value.shape[head_dim_axis]}"
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"`key` must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
     if query.shape[-1] == 0 or value.shape[-1] == 0:
         raise ValueError(
-            f"head_dim must be at least 1, got {query.shape[-1]} in `query` and {value.shape[-1]} in `value`"
+            f"head_dim must be at least 1, got {query.shape[-1]} in `query` and {value.shape[-1]} "
+            "in `value`"
         )
 
 
@@ -262,7 +270,8 @@ def _check_key_start_values(key_start: torch.Tensor) -> None:
             row, column = falls.nonzero()[0].tolist()
             before, after = key_start[row, column : column + 2].tolist()
             raise ValueError(
-                f"`key_start` must never decrease along a row, got {before} then {after} in row {row}"
+                f"`key_start` must never decrease along a row, got {before} then {after} in row "
+                f"{row}"
             )
 
 
@@ -291,7 +300,8 @@ def _check_cu_seqlens_values(
         lengths.append([after - before for before, after in zip(offsets, offsets[1:])])
         if max(lengths[-1]) > limit:
             raise ValueError(
-                f"`{limit_name}` must be at least the longest document, {max(lengths[-1])}, got {limit}"
+                f"`{limit_name}` must be at least the longest document, {max(lengths[-1])}, got "
+                f"{limit}"
             )
     for document, (queries, keys) in enumerate(zip(*lengths)):
         if queries > keys:

@@ -12,17 +12,17 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Partial:
     """Attention over the union of the parts' keys, from each part's output and log-sum-exp.
 
-    With `L = log(sum_i exp(lse_i) + exp(sink))`, the output is `sum_i exp(lse_i - L) * out_i`. The parts must see
-    disjoint keys and be computed without sinks; the sinks join here, once.
+    With `L = log(sum_i exp(lse_i) + exp(sink))`, the output is `sum_i exp(lse_i - L) * out_i`. The
+    parts must see disjoint keys and be computed without sinks; the sinks join here, once.
 
     Args:
-        parts: pairs `(out, lse)`, as `band_attention(..., return_lse=True)` returns them: `out [B, H, Q, D]` with
-            `lse [B, H, Q]`, or packed `out [T, H, D]` with `lse [H, T]`.
+        parts: pairs `(out, lse)`, as `band_attention(..., return_lse=True)` returns them: `out [B,
+            H, Q, D]` with `lse [B, H, Q]`, or packed `out [T, H, D]` with `lse [H, T]`.
         sinks: `[H]` learned logits, unscaled.
 
     Returns:
-        `(out, lse)` of the same shapes and dtypes. A row that no part attends gives output 0 and lse = sink (-inf
-        without sinks).
+        `(out, lse)` of the same shapes and dtypes. A row that no part attends gives output 0 and
+        lse = sink (-inf without sinks).
 
     Raises:
         ValueError: if there are no parts or their shapes do not fit.
@@ -35,7 +35,8 @@ def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Par
     for out, lse in parts:
         if out.shape != outs[0].shape or lse.shape != expected:
             raise ValueError(
-                f"`parts` must share one shape, out {tuple(outs[0].shape)} with lse {tuple(expected)}, "
+                f"`parts` must share one shape, out {tuple(outs[0].shape)} with lse "
+                f"{tuple(expected)}, "
                 f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}"
             )
     if sinks is not None:

@@ -1,4 +1,5 @@
-"""What tests and benchmarks share: the exact result, the plain result, and the error that is allowed between them."""
+"""What tests and benchmarks share: the exact result, the plain result, and the error that is
+allowed between them."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ class Case:
         """The same values in another dtype, sinks included."""
         sinks = self.options.get("sinks")
         options = self.options if sinks is None else {**self.options, "sinks": sinks.to(dtype)}
-        tensors = (self.query, self.key, self.value)
-        return Case(*(t.to(dtype) for t in tensors), self.pattern, options)
+        query, key, value = (t.to(dtype) for t in (self.query, self.key, self.value))
+        return Case(query, key, value, self.pattern, options)
 
 
 def run(
@@ -161,22 +162,24 @@ def check_error(name: str, actual: torch.Tensor, rough: torch.Tensor, truth: tor
     ulps = 33 if actual.dtype == torch.float64 else 1
     allowed = 2 * plain_error + ulps * torch.finfo(actual.dtype).eps * largest
     assert error <= allowed, (
-        f"{name}: error {error:.3e} exceeds {allowed:.3e} (plain {plain_error:.3e}, largest {largest:.3e})"
+        f"{name}: error {error:.3e} exceeds {allowed:.3e} (plain {plain_error:.3e}, largest "
+        f"{largest:.3e})"
     )
 
 
 def check_case(case: Case, *, backward: bool = True, seed: int = 0, **options: Any) -> None:
-    """Run the case with `options` (such as `impl`) and check every output and gradient against float64."""
+    """Run the case with `options` (such as `impl`) and check every output and gradient against
+    float64."""
     grads = None
     if backward:
         generator = torch.Generator(device=case.query.device).manual_seed(seed)
         shape = (*case.query.shape[:-1], case.value.shape[-1])
         rows = shape[:2][::-1] if case.packed else shape[:3]
-        draw = {"generator": generator, "device": case.query.device}
-        grads = (
-            torch.randn(shape, **draw).to(case.query.dtype),
-            torch.randn(rows, **draw),
+        d_out, d_lse = (
+            torch.randn(size, generator=generator, device=case.query.device)
+            for size in (shape, rows)
         )
+        grads = (d_out.to(case.query.dtype), d_lse)
     truth, rough, actual = exact(case, grads), plain(case, grads), run(case, grads, **options)
     for name in truth:
         check_error(name, actual[name], rough[name], truth[name])

@@ -1,11 +1,12 @@
 """Pure PyTorch, any device: blocks of queries against the slices of keys that their bands reach.
 
-Forward is an online softmax over those slices, in base 2; backward recomputes the scores from the saved log-sum-exp.
-Nothing is kept beyond inputs, output and log-sum-exp, and temporary scores stay near `_SCORES` elements. Consecutive
-blocks whose slices lie alike relative to their queries run as one batched product over a strided view of the keys.
+Forward is an online softmax over those slices, in base 2; backward recomputes the scores from the
+saved log-sum-exp. Nothing is kept beyond inputs, output and log-sum-exp, and temporary scores stay
+near `_SCORES` elements. Consecutive blocks whose slices lie alike relative to their queries run as
+one batched product over a strided view of the keys.
 
-Work is float32 (float64 for float64 input). `query_start`, `key_start` and cu_seqlens are read on the host, so on an
-accelerator a tensor among them waits for the device.
+Work is float32 (float64 for float64 input). `query_start`, `key_start` and cu_seqlens are read on
+the host, so on an accelerator a tensor among them waits for the device.
 """
 
 from __future__ import annotations
@@ -73,14 +74,16 @@ def attend_varlen(
     sinks: Tensor | None,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in `spattention.band_attention_varlen`."""
+    """`[T, H, D]` packed documents; arguments and results as in
+    `spattention.band_attention_varlen`."""
     row = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     out, lse = _forward(*row, sinks, None, None, cu_seqlens_q, cu_seqlens_k, pattern.flat, 0, scale)
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
 class _Segment(NamedTuple):
-    """Consecutive queries of some batch rows, with consecutive positions, that share the first key they may see."""
+    """Consecutive queries of some batch rows, with consecutive positions, that share the first key
+    they may see."""
 
     rows: slice
     queries: slice
@@ -89,7 +92,8 @@ class _Segment(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """Keys `[start, stop)`, relative to the position of a block's first query, and their interval of distances."""
+    """Keys `[start, stop)`, relative to the position of a block's first query, and their interval
+    of distances."""
 
     start: int
     stop: int
@@ -98,12 +102,12 @@ class _Slice(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """`count` consecutive blocks of `block` queries whose slices lie alike."""
+    """`repeats` consecutive blocks of `block` queries whose slices lie alike."""
 
     query: int
     position: int
     block: int
-    count: int
+    repeats: int
     slices: tuple[_Slice, ...]
 
 
@@ -139,7 +143,7 @@ def _forward(
                 value[segment.rows, h // group],
             )
             for run in _runs(segment, head, q.shape[0], k.shape[1]):
-                at = slice(run.query, run.query + run.count * run.block)
+                at = slice(run.query, run.query + run.repeats * run.block)
                 result, log2_sum = _attend_run(
                     _blocks(q, run).to(dtype) * (scale * _LOG2E), k, v, run, sink, biases
                 )
@@ -149,7 +153,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, key, value, sinks, query_start, key_start, cu_q, cu_k, intervals, start, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
     lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
     return empty_like_query(query, value.shape[-1]), lse
 
@@ -157,7 +161,8 @@ def _(query, key, value, sinks, query_start, key_start, cu_q, cu_k, intervals, s
 def _attend_run(
     q: Tensor, k: Tensor, v: Tensor, run: _Run, sink: Tensor | None, biases: _Biases
 ) -> tuple[Tensor, Tensor]:
-    """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block]`; q is scaled by scale * log2(e)."""
+    """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block]`; q is scaled by
+    scale * log2(e)."""
     highest = q.new_full((*q.shape[:2], 1), _LOWEST)
     total = torch.zeros_like(highest)
     if sink is not None:
@@ -212,10 +217,11 @@ def _backward(
                 rows = segment.rows
                 q, k, v = query[rows, h], key[rows, h_key], value[rows, h_key]
                 for run in _runs(segment, head, q.shape[0], k.shape[1]):
-                    at = slice(run.query, run.query + run.count * run.block)
+                    at = slice(run.query, run.query + run.repeats * run.block)
                     d_o, o = (_blocks(t[rows, h], run).to(dtype) for t in (d_out, out))
                     d_l, log_z = (_blocks(t[rows, h, :, None], run) for t in (d_lse, log_sum))
-                    # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins here.
+                    # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins
+                    # here.
                     delta = (d_o * o).sum(dim=-1, keepdim=True).sub_(d_l)
                     if sinks is not None:
                         sink_weight = torch.exp(sinks[h].to(dtype) - log_z)
@@ -257,7 +263,8 @@ def _backward_run(
     run: _Run,
     biases: _Biases,
 ) -> Tensor:
-    """The unscaled gradient of the blocks' queries; adds to `d_k` and `d_v` in place. q as in `_attend_run`."""
+    """The unscaled gradient of the blocks' queries; adds to `d_k` and `d_v` in place. q as in
+    `_attend_run`."""
     d_q = torch.zeros_like(q)
     for part in run.slices:
         weights = _scores(q, k, run, part, biases).add_(log_sum, alpha=-_LOG2E).exp2_()
@@ -332,7 +339,8 @@ def _segments(
 
 
 def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -> Iterator[_Run]:
-    """The segment's blocks of queries, those that lie alike joined; each query is in exactly one."""
+    """The segment's blocks of queries, those that lie alike joined; each query is in exactly
+    one."""
     block = _block_size(head)
     run: _Run | None = None
     query = segment.queries.start
@@ -346,8 +354,8 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
         slices = tuple(_slices(position, size, head, segment.first_key, keys))
         if run is not None and (size, slices) == (run.block, run.slices):
             widest = max((part.stop - part.start for part in slices), default=1)
-            if (run.count + 1) * rows * size * widest <= _SCORES:
-                run = run._replace(count=run.count + 1)
+            if (run.repeats + 1) * rows * size * widest <= _SCORES:
+                run = run._replace(repeats=run.repeats + 1)
                 query += size
                 continue
         if run is not None:
@@ -359,7 +367,8 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
 
 
 def _block_size(head: tuple[Interval, ...]) -> int:
-    """Queries per block: about a quarter of the narrowest interval, so that few scores fall outside it."""
+    """Queries per block: about a quarter of the narrowest interval, so that few scores fall outside
+    it."""
     narrowest = min((far - near for near, far in head), default=1)
     return min(_BLOCK, max(32, 1 << (narrowest // 4).bit_length() >> 1))
 
@@ -370,27 +379,28 @@ def _slices(
     for near, far in head:
         start = max(first_key, position - far + 1)
         stop = min(keys, position + size - near)
-        # Whole vectors make the products some 15 % faster; the keys added lie outside and are masked.
+        # Whole vectors make the products some 15 % faster; the keys added lie outside and are
+        # masked.
         start = max(first_key, start - (start - stop) % _VECTOR)
         for at in range(start, stop, _SLICE):
             yield _Slice(at - position, min(at + _SLICE, stop) - position, near, far)
 
 
 def _blocks(tensor: Tensor, run: _Run) -> Tensor:
-    """The run's queries, `[rows, Q, D]` to `[rows * count, block, D]`."""
-    at = slice(run.query, run.query + run.count * run.block)
-    return tensor[:, at].unflatten(1, (run.count, run.block)).flatten(0, 1)
+    """The run's queries, `[rows, Q, D]` to `[rows * repeats, block, D]`."""
+    at = slice(run.query, run.query + run.repeats * run.block)
+    return tensor[:, at].unflatten(1, (run.repeats, run.block)).flatten(0, 1)
 
 
 def _windows(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
-    """The keys or values of each block, `[rows, K, D]` to `[rows * count, D, part's length]`."""
+    """The keys or values of each block, `[rows, K, D]` to `[rows * repeats, D, part's length]`."""
     return _window_view(tensor, run, part.start, part.stop).flatten(0, 1)
 
 
 def _add_windows(total: Tensor, run: _Run, part: _Slice, windows: Tensor) -> None:
-    """Add `[rows * count, length, D]` to the keys they belong to. Windows of neighbouring blocks overlap, so they are
-    added in strips of one block's length, which do not."""
-    windows = windows.unflatten(0, (-1, run.count)).mT
+    """Add `[rows * repeats, length, D]` to the keys they belong to. Windows of neighbouring blocks
+    overlap, so they are added in strips of one block's length, which do not."""
+    windows = windows.unflatten(0, (-1, run.repeats)).mT
     for start in range(part.start, part.stop, run.block):
         stop = min(start + run.block, part.stop)
         strip = _window_view(total, run, start, stop)
@@ -398,21 +408,24 @@ def _add_windows(total: Tensor, run: _Run, part: _Slice, windows: Tensor) -> Non
 
 
 def _window_view(tensor: Tensor, run: _Run, start: int, stop: int) -> Tensor:
-    """`[rows, K, D]` to a view `[rows, count, D, stop - start]`, one window per block, a block apart."""
-    reach = (run.count - 1) * run.block
+    """`[rows, K, D]` to a view `[rows, repeats, D, stop - start]`, one window per block, a block
+    apart."""
+    reach = (run.repeats - 1) * run.block
     keys = tensor[:, run.position + start : run.position + stop + reach]
     return keys.unfold(1, stop - start, run.block)
 
 
 class _Biases:
-    """0 where a slice's key lies in the interval, -inf elsewhere; None for a slice that lies in it whole."""
+    """0 where a slice's key lies in the interval, -inf elsewhere; None for a slice that lies in it
+    whole."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._made: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, block: int, part: _Slice) -> Tensor | None:
-        # Distances beyond `near` are all that counts: heads with bands of one width share their biases.
+        # Distances beyond `near` are all that counts: heads with bands of one width share their
+        # biases.
         nearest, farthest = 1 - part.stop - part.near, block - 1 - part.start - part.near
         width = part.far - part.near
         if nearest >= 0 and farthest < width:
@@ -421,7 +434,8 @@ class _Biases:
         if at not in self._made:
             if len(self._made) == 8:
                 self._made.clear()
-            # Row i is the same line of distances, one step further: cut from one vector, last row first.
+            # Row i is the same line of distances, one step further: cut from one vector, last row
+            # first.
             line = torch.arange(farthest, nearest - 1, -1, device=self._device)
             outside = (line < 0) | (line >= width)
             bias = torch.zeros_like(line, dtype=self._dtype).masked_fill_(outside, -torch.inf)
@@ -430,7 +444,7 @@ class _Biases:
 
 
 def _scores(q: Tensor, k: Tensor, run: _Run, part: _Slice, biases: _Biases) -> Tensor:
-    """Scores in base 2, `[rows * count, block, length]`, -inf outside the interval."""
+    """Scores in base 2, `[rows * repeats, block, length]`, -inf outside the interval."""
     keys = _windows(k, run, part).to(q.dtype)
     bias = biases(run.block, part)
     return torch.bmm(q, keys) if bias is None else torch.baddbmm(bias, q, keys)

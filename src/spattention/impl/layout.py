@@ -8,7 +8,8 @@ import torch
 
 
 def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Uninitialised `[..., head_dim]` with query's leading shape, dtype and order of strides, dense in memory."""
+    """Uninitialised `[..., head_dim]` with query's leading shape, dtype and order of strides, dense
+    in memory."""
     shape = [*query.shape[:-1], head_dim]
     order = sorted(range(query.dim()), key=query.stride, reverse=True)
     packed = query.new_empty([shape[d] for d in order])
@@ -21,7 +22,8 @@ def lse_dtype(query: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """The public operator has cast its arguments: products inside keep the dtypes that they are given."""
+    """The public operator has cast its arguments: products inside keep the dtypes that they are
+    given."""
     device = tensor.device.type
     # (`torch.amp.is_autocast_available` would ask this better, but torch 2.11 cannot compile it.)
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -1,6 +1,8 @@
-"""The specification: a dense mask and a softmax, in any dtype up to float64, differentiable by autograd.
+"""The specification: a dense mask and a softmax, in any dtype up to float64, differentiable by
+autograd.
 
-Memory is O(H * Q * K). Half precision is computed in float32. Keys that no query sees are never read: they may be NaN.
+Memory is O(H * Q * K). Half precision is computed in float32. Keys that no query sees are never
+read: they may be NaN.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def attend_varlen(
     sinks: torch.Tensor | None,
     deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in `spattention.band_attention_varlen`."""
+    """`[T, H, D]` packed documents; arguments and results as in
+    `spattention.band_attention_varlen`."""
     mask = packed_mask(query, key, pattern, cu_seqlens_q, cu_seqlens_k)
     out, lse = _masked_attention(
         query.transpose(0, 1)[None],
