@@ -25,6 +25,7 @@ PEAK = """
 import resource, sys, torch
 from spattention import BandPattern, band_attention
 name, length = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
 
 def step(length):
     tensors = [torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3)]
