@@ -62,6 +62,7 @@ def test_windows_cover_the_stream_without_overlap():
 def test_limited_windows_are_spread_over_the_stream():
     windows = Windows(stream(80), 4, limit=4)
     assert [int(windows[k]["input_ids"][0]) for k in range(4)] == [0, 20, 40, 60]
+    assert windows.used().tokens.tolist() == [t + k for t in (0, 20, 40, 60) for k in range(4)]
 
 
 @pytest.mark.parametrize(

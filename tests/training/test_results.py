@@ -12,7 +12,7 @@ from spattention.training.settings import Settings
 from spattention.training.summary import check_equal_order, summarize
 from spattention.training.variant import Job, Result
 
-SETTINGS = Settings("olmoe-tiny", 1, 320, 64, 1, 4, 1e-2, 2, 8, "abc")
+SETTINGS = Settings("olmoe-tiny", 1, 320, 64, 1, 4, 1e-2, 2, 8, 1, "abc")
 FACTS = CorpusFacts("books", "byte-level BPE", 320, 9, 9000, 1, 1000, 5.0, "abc")
 
 

@@ -33,6 +33,7 @@ def job(data, models, attention="dense", seed=0, **changes):
         "learning_rate": 1e-2,
         "evaluations": 2,
         "validation_windows": 4,
+        "threads": 1,
         "data": facts.digest,
     }
     return Job(attention, seed, Settings(**(values | changes)), folder, models)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +61,8 @@ class Options:
             without which no text can be shown.
         end_of_text: The token between the documents of packed tokens, where their .json does not
             say.
+        threads: Threads of each run; 0 for one per core. The default model is so small that a
+            second thread gains little, and costs much on a machine that has other things to do.
         output: Folder for results.json, results.md, results.png, and the trained models.
         restart: Forget the runs that the output folder holds.
     """
@@ -73,7 +74,7 @@ class Options:
         "exclusive",
         "sliding_window",
     )
-    steps: int = 300
+    steps: int = 240
     seeds: tuple[int, ...] = (0,)
     context: int = 1024
     batch: int = 1
@@ -82,10 +83,11 @@ class Options:
     layers: int | None = 2
     data: Path | None = None
     held_out: float = 0.1
-    validation_windows: int = 64
+    validation_windows: int = 40
     vocabulary: int = 512
     tokenizer: Path | None = None
     end_of_text: int | None = None
+    threads: int = 1
     output: Path = Path("spattention-compare")
     restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -106,8 +108,11 @@ def main(options: Options) -> None:
         end_of_text=options.end_of_text,
     )
     settings = settings_from(options, facts)
-    for name in ("train", "validation"):  # raises here if the text is too short, not in a run
-        Windows(open_stream(folder.data, name), options.context, options.validation_windows)
+    # Both raise here if the text is too short, before any run does.
+    Windows(open_stream(folder.data, "train"), options.context)
+    held_out = open_stream(folder.data, "validation")
+    used = Windows(held_out, options.context, options.validation_windows).used()
+    facts = replace(facts, unigram_entropy=used.unigram_entropy(), validation_tokens=len(used))
     folder.claim(settings)
     jobs = plan(options, settings, folder)
     console.print(
@@ -141,6 +146,7 @@ def settings_from(options: Options, facts: CorpusFacts) -> Settings:
         learning_rate=options.learning_rate,
         evaluations=3,
         validation_windows=options.validation_windows,
+        threads=options.threads,
         data=facts.digest,
     )
 
@@ -222,10 +228,6 @@ def _run_missing(
     missing = [job for job in jobs if folder.find(job) is None]
     if len(missing) < len(jobs):
         console.print(f"{len(jobs) - len(missing)} of them are there already.")
-    # Read by the OpenMP runtime of the runs' processes. Threads that spin while they wait for one
-    # another lose most of a machine that has anything else to do: 300 tokens/s where sleeping ones
-    # gave 3,300, on two cores with two other busy processes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with RunProgress(missing, console) as progress:
         for job in missing:
             progress.begin(job)

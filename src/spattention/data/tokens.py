@@ -125,6 +125,12 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.windows)
 
+    def used(self) -> TokenStream:
+        """The tokens of all windows, each a document."""
+        starts = (k * self.context for k in self.windows)
+        rows = [self.stream.tokens[start : start + self.context] for start in starts]
+        return TokenStream.from_documents(rows)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         start = self.windows[index] * self.context
         tokens = self.stream.tokens[start : start + self.context].astype(np.int64)

@@ -64,12 +64,12 @@ class Report:
             f"that ignores context. Losses are nats per token.",
             f"Data: {facts.source}; {facts.train_tokens:,} training tokens in "
             f"{facts.train_documents} documents, "
-            f"{facts.validation_tokens:,} validation tokens in {facts.validation_documents} "
+            f"{facts.validation_tokens:,} validation tokens from {facts.validation_documents} "
             "documents held out whole; "
             f"tokenizer: {facts.tokenizer}.",
-            f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens, "
-            "context "
-            f"{settings.context}, the same weights at the start, the same data in the same order.",
+            f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens at "
+            f"context {settings.context}, {settings.threads or 'all'} thread(s), equal weights at the "
+            "start, equal data in equal order.",
             "Attended pairs: (query, key) pairs per layer and window, all heads together; in "
             "brackets how many times fewer than dense.",
         ]
@@ -142,7 +142,6 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "processor": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

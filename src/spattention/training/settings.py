@@ -20,6 +20,7 @@ class Settings:
             cosine.
         evaluations: how often the validation loss is taken, the end included.
         validation_windows: windows that it is taken over.
+        threads: of each run; 0 for PyTorch's own choice, usually one per core.
         data: digest of the tokens.
     """
 
@@ -32,11 +33,14 @@ class Settings:
     learning_rate: float
     evaluations: int
     validation_windows: int
+    threads: int
     data: str
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "steps", "evaluations", "validation_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.threads < 0:
+            raise ValueError(f"`threads` must not be negative, got {self.threads}")
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")

@@ -83,6 +83,8 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
     logging.disable_progress_bar()
     began = time.perf_counter()
     settings = job.settings
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     before = resident_bytes()
     chosen = preset(
         settings.model,
