@@ -74,7 +74,7 @@ def draw(variant: Variant, seed: int, device: str = "cuda", longest: int = 300) 
     lengths = [1, 2, 17, 64, 65, rng.randint(1, longest), rng.randint(1, longest)]
     if variant.dtype == SINGLE:
         # Over few numbers the plain computation may be exact by luck, and the budget with it.
-        lengths = [rng.randint(48, 120)]
+        lengths = [rng.randint(150, 300)]
     keys = rng.choice(lengths)
     batch = rng.choice((1, 1, 2, 3))
     queries, options = keys, dict[str, Any]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -249,3 +251,13 @@ def test_a_million_tokens(tokens_first: bool) -> None:
         last = slice(-tail, None)
         pair = (d[name][:, :, last] for d in (rough, truth))
         check_error(name, tensor[:, -1:, last].detach(), *pair)
+
+
+def test_first_call_of_a_new_thread() -> None:
+    """A thread without a CUDA context once could not encode the copy engine's descriptors."""
+    pattern = spa.BandPattern.exclusive(2, 64)
+    q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+    expected = spa.band_attention(q, q, q, pattern, impl="triton")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(spa.band_attention, q, q, q, pattern, impl="triton").result()
+    assert torch.equal(found, expected)

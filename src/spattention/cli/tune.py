@@ -116,11 +116,11 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
             launching.launch_forward(call, query, key, value, out, lse, None)
         elif name == "query_gradient":
             launching.launch_query_gradient(
-                call, query, key, value, out, d_out, d_query, lse, None, base, delta
+                call, query, key, value, out, d_out, d_query, lse, None, base, delta, call.hopper
             )
         else:
             launching.launch_key_gradient(
-                call, query, key, value, d_out, d_key, d_value, base, delta
+                call, query, key, value, d_out, d_key, d_value, base, delta, call.hopper
             )
 
     return run

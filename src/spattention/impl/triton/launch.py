@@ -68,27 +68,38 @@ def unit_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _grid_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+def _grid_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride()[:3]
 
 
 def _describable(*tensors: torch.Tensor) -> bool:
     """Whether the copy engine can read the rows of all: 16-byte aligned starts and strides, no expanded dimension."""
+    rest = 16 // tensors[0].element_size() - 1
     for tensor in tensors:
-        unit = 16 // tensor.element_size()
-        strides = (s for n, s in zip(tensor.shape, _grid_strides(tensor)) if n > 1)
-        if tensor.data_ptr() % 16 or any(s % unit or not s for s in strides):
+        if tensor.data_ptr() & 15:
             return False
+        for length, stride in zip(tensor.shape[:3], tensor.stride()):
+            if length > 1 and (stride == 0 or stride & rest):
+                return False
     return True
+
+
+class _Descriptor(TensorDescriptor):
+    """What `_describable` has checked is not checked again: several are made in every call."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     """Of blocks of `rows` tokens of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
-    shape, head_dim = list(tensor.shape), tensor.shape[3]
-    # The stride of a dimension of one is never used, but must be valid.
-    strides = [s if n > 1 else head_dim for n, s in zip(shape, _grid_strides(tensor))]
+    head_dim = tensor.shape[3]
+    strides = list(tensor.stride())
+    for axis in range(3):
+        if tensor.shape[axis] == 1:  # never used, but must be valid
+            strides[axis] = head_dim
     block, layout = _block_layout(rows, head_dim, tensor.dtype)
-    return TensorDescriptor(tensor, shape, [*strides, 1], block, layout)
+    return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
 
 
 @lru_cache(maxsize=64)
@@ -101,7 +112,7 @@ def _block_layout(
 
 def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     """Of `rows` consecutive elements of a contiguous float32 tensor."""
-    return TensorDescriptor(tensor, [tensor.numel()], [1], [rows], VECTOR_LAYOUT)
+    return _Descriptor(tensor, [tensor.numel()], [1], [rows], VECTOR_LAYOUT)
 
 
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -214,7 +225,12 @@ class Call:
 
     def hopper_for(self, *tensors: torch.Tensor) -> Launches | None:
         """The launches of the Hopper kernels, if they cover the call and can read these tensors."""
-        return self.hopper if self.hopper is not None and _describable(*tensors) else None
+        if self.hopper is None or not _describable(*tensors):
+            return None
+        # Descriptors are encoded before the launch, and in a new thread there would be no CUDA context yet; this asks
+        # the driver something harmless, which makes one.
+        torch.cuda.is_current_stream_capturing()
+        return self.hopper
 
     def query_slots(self, block: int) -> int:
         return tiles.slots(self.queries, self.documents, block)
@@ -290,9 +306,9 @@ def launch_query_gradient(
     d_lse: torch.Tensor | None,
     base: torch.Tensor,
     delta: torch.Tensor,
+    hopper: Launches | None,
 ) -> None:
-    """Writes `d_query`, `base` and `delta`."""
-    hopper = call.hopper_for(query, key, value, d_out)
+    """Writes `d_query`, `base` and `delta`; `hopper` is what `call.hopper_for` gave, the same for both passes."""
     if hopper is not None:
         launch = hopper.query_gradient
         slots = call.query_slots(launch.block_m)
@@ -359,9 +375,9 @@ def launch_key_gradient(
     d_value: torch.Tensor,
     base: torch.Tensor,
     delta: torch.Tensor,
+    hopper: Launches | None,
 ) -> None:
     """Writes `d_key` and `d_value`; `base` and `delta` are those of `launch_query_gradient`."""
-    hopper = call.hopper_for(query, key, value, d_out)
     if hopper is not None:
         launch = hopper.key_gradient
         slots = call.key_slots(launch.block_n)

@@ -121,12 +121,14 @@ def _backward(
         query, key, intervals, query_start, query_starts, key_start, offsets_q, offsets_k, scale
     )
     # Per row: the log-sum-exp in powers of two, and the sum of dO * O less the log-sum-exp's gradient.
-    on_hopper = call.hopper_for(query, key, value, d_out) is not None
-    rows = (*lse.shape[:2], pitch(lse.shape[2]) if on_hopper else lse.shape[2])
+    hopper = call.hopper_for(query, key, value, d_out)
+    rows = (*lse.shape[:2], lse.shape[2] if hopper is None else pitch(lse.shape[2]))
     base, delta = lse.new_empty(rows), lse.new_empty(rows)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    launch_query_gradient(call, query, key, value, out, d_out, d_query, lse, d_lse, base, delta)
-    launch_key_gradient(call, query, key, value, d_out, d_key, d_value, base, delta)
+    launch_query_gradient(
+        call, query, key, value, out, d_out, d_query, lse, d_lse, base, delta, hopper
+    )
+    launch_key_gradient(call, query, key, value, d_out, d_key, d_value, base, delta, hopper)
     if scale == 0.0:
         d_query.zero_()
         d_key.zero_()

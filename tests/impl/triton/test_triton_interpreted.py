@@ -1,0 +1,133 @@
+"""Every feature of the portable kernels on small cases, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import spattention as spa
+from spattention.impl.triton import op
+from spattention.testing import Case, check_case
+
+pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
+P = spa.BandPattern
+TWO_BANDS = P((((0, 3), (7, 12)), ((0, 30),), (), ((2, 5), (20, 26))), 30)
+
+
+def _case(
+    pattern: spa.BandPattern,
+    queries: int = 21,
+    keys: int = 21,
+    key_heads: int | None = None,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 2,
+    **options: Any,
+) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    heads = pattern.num_heads
+
+    def draw(tokens: int, n_heads: int) -> torch.Tensor:
+        shape = (batch, n_heads, tokens, head_dim)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(heads, generator=generator).to(dtype)
+    few = key_heads or heads
+    return Case(draw(queries, heads), draw(keys, few), draw(keys, few), pattern, options)
+
+
+def _int32(*values: Any) -> torch.Tensor:
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.int32)
+
+
+CASES = {
+    "exclusive": lambda: _case(P.exclusive(3, 21)),
+    "shared local, float16, head_dim 20": lambda: _case(
+        P.shared_local(2, 21), head_dim=20, dtype=torch.float16
+    ),
+    "two bands, an empty head, grouped heads, sinks": lambda: _case(
+        TWO_BANDS, 33, 33, key_heads=2, sinks=True, batch=1
+    ),
+    "more heads than tokens": lambda: _case(P.exclusive(5, 3), 3, 3, batch=1, dtype=torch.float16),
+    "one token": lambda: _case(P.dense(1, 1), 1, 1, dtype=torch.float16),
+    "last queries": lambda: _case(P.shared_local(2, 40), 5, 37),
+    "start on the device": lambda: _case(P.shared_local(2, 40), 7, 30, query_start=_int32(4, 23)),
+    "left padding": lambda: _case(P.shared_local(2, 21), key_start=_int32(3, 40)),
+    "documents in a row": lambda: _case(
+        P.exclusive(2, 33),
+        33,
+        33,
+        dtype=torch.float16,
+        batch=1,
+        key_start=_int32([[0] * 17 + [17] * 16]),
+    ),
+    "negative scale": lambda: _case(P.exclusive(2, 21), scale=-0.3, batch=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_feature(name: str) -> None:
+    check_case(CASES[name](), impl="triton")
+
+
+def test_packed_documents() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths, more = [17, 0, 3], [17, 2, 20]
+    draw = [torch.randn(n, 2, 16, generator=generator) for n in (20, 39, 39)]
+    options = {
+        "cu_seqlens_q": _int32(0, 17, 17, 20),
+        "cu_seqlens_k": _int32(0, 17, 19, 39),
+        "max_seqlen_q": max(lengths),
+        "max_seqlen_k": max(more),
+    }
+    check_case(Case(*draw, P.shared_local(2, 24), options), impl="triton")
+
+
+def test_strides_are_taken_as_they_are() -> None:
+    case = _case(P.exclusive(2, 21), batch=1)
+    wide = torch.randn(1, 21, 2, 40)
+    case.query, case.key = wide[..., :16].transpose(1, 2), wide[..., 24:].transpose(1, 2)
+    check_case(case, impl="triton")
+
+
+def test_keys_after_the_last_query_are_not_read() -> None:
+    case = _case(P.shared_local(2, 40), 5, 37, batch=1, query_start=11)
+    case.key[:, :, 16:] = torch.nan
+    case.value[:, :, 16:] = torch.nan
+    out = spa.band_attention(
+        case.query, case.key, case.value, case.pattern, impl="triton", query_start=11
+    )
+    assert out.isfinite().all()
+
+
+def test_an_edit_changes_later_outputs_alone() -> None:
+    case = _case(P.dense(1, 21), batch=1)
+
+    def run(value: torch.Tensor) -> torch.Tensor:
+        return spa.band_attention(case.query, case.key, value, case.pattern, impl="triton")
+
+    edited = case.value.clone()
+    edited[:, :, 9] += 1
+    changed = (run(case.value) != run(edited)).any(dim=-1)[0, 0]
+    assert changed.tolist() == [False] * 9 + [True] * 12
+
+
+def test_refusals_name_the_reason() -> None:
+    case = _case(P.dense(1, 8), 8, 8, batch=1)
+    inputs = [t.double() for t in (case.query, case.key, case.value)]
+    with pytest.raises(ValueError, match="float64"):
+        spa.band_attention(*inputs, case.pattern, impl="triton")
+    with pytest.raises(ValueError, match="value's head_dim"):
+        spa.band_attention(case.query, case.key, case.value[..., :8], case.pattern, impl="triton")
+
+
+def test_second_derivatives_are_refused() -> None:
+    case = _case(P.dense(1, 4), 4, 4, batch=1)
+    query = case.query.requires_grad_()
+    out = spa.band_attention(query, case.key, case.value, case.pattern, impl="triton")
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
