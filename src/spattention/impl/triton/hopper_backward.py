@@ -44,7 +44,6 @@ def query_gradient_kernel(
     t_value,
     t_d_out,
     p_out,
-    p_d_out,
     p_d_query,
     p_lse,
     p_d_lse,
@@ -54,9 +53,6 @@ def query_gradient_kernel(
     out_stride_b,
     out_stride_h,
     out_stride_t,
-    d_out_stride_b,
-    d_out_stride_h,
-    d_out_stride_t,
     d_query_stride_b,
     d_query_stride_h,
     d_query_stride_t,
@@ -98,7 +94,6 @@ def query_gradient_kernel(
     batch_64 = batch.to(gl.int64)
     head_64 = head.to(gl.int64)
     p_out += batch_64 * out_stride_b + head_64 * out_stride_h
-    p_d_out += batch_64 * d_out_stride_b + head_64 * d_out_stride_h
     p_d_query += batch_64 * d_query_stride_b + head_64 * d_query_stride_h
     row = (batch_64 * n_heads + head_64) * n_queries
     row_pitched = (batch_64 * n_heads + head_64) * pitch
@@ -128,11 +123,11 @@ def query_gradient_kernel(
         hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(i), i < n_steps)
 
     b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
-    b_d_out = hopper.load_rows(p_d_out, first, d_out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
-    summed = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1), ROW)  # [M]
     base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     hopper.arrived(query_ready, 0)
+    b_d_out = s_d_out.load(hopper.wide_layout(HEAD_DIM, WARPS))
+    summed = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1), ROW)  # [M]
     if n_steps <= EXACT_STEPS:
         # Few keys: the rounding of the output would show where gradients cancel. The blocks are there: sum anew.
         summed = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
