@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .attention import band_attention, band_attention_varlen
 from .bands import BandPattern
+from .cache import BandStore, band_attention_cached
 from .checks import validate
 from .merge import merge
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BandPattern",
+    "BandStore",
     "band_attention",
+    "band_attention_cached",
     "band_attention_varlen",
     "hf",
     "merge",
