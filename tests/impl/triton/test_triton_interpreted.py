@@ -60,7 +60,6 @@ CASES = {
         P.exclusive(2, 33),
         33,
         33,
-        dtype=torch.float16,
         batch=1,
         key_start=_int32([[0] * 17 + [17] * 16]),
     ),

@@ -144,7 +144,7 @@ def query_gradient_kernel(
     b_d_out = memory.load_rows(p_d_out, o_query, d_out_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
     b_out = memory.load_rows(p_out, o_query, out_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
     delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)  # [M]
-    base = softmax.base_of(tl.load(p_lse + o_row, mask=m_query, other=0.0))  # [M]
+    base = softmax.base_of(tl.load(p_lse + o_row, mask=m_query, other=0.0), PRECISE)  # [M]
     if n_steps <= EXACT_STEPS:
         # Few keys: the rounding of the output would show where gradients cancel. Sum anew.
         delta = tl.zeros([BLOCK_M], tl.float32)
@@ -188,7 +188,7 @@ def query_gradient_kernel(
 
     memory.store_rows(
         p_d_query,
-        b_d_query * (scale * softmax.LN_2),
+        b_d_query * softmax.natural(scale, PRECISE),
         o_query,
         d_query_stride_t,
         queries,
@@ -367,7 +367,7 @@ def key_gradient_kernel(
 
     memory.store_rows(
         p_d_key,
-        b_d_key * (scale * softmax.LN_2),
+        b_d_key * softmax.natural(scale, PRECISE),
         o_key,
         d_key_stride_t,
         keys,

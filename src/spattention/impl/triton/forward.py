@@ -123,7 +123,7 @@ def forward_kernel(
     # A block that sees nothing reads nothing.
     end_query = tl.where(n_steps > 0, queries, 0)
     b_query = memory.load_rows(p_query, o_query, query_stride_t, 0, end_query, HEAD_DIM, BLOCK_D)
-    highest, total = softmax.begin(p_sinks, head, BLOCK_M, HAS_SINKS)  # [M], [M]
+    highest, total = softmax.begin(p_sinks, head, BLOCK_M, HAS_SINKS, PRECISE)  # [M], [M]
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for step in range(n_steps):
@@ -148,7 +148,7 @@ def forward_kernel(
             weights.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
         )
 
-    lse, total = softmax.finish(highest, total)
+    lse, total = softmax.finish(highest, total, PRECISE)
     if PRECISE:
         b_out = tl.div_rn(b_out, total[:, None])
     else:

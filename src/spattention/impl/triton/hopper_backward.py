@@ -181,7 +181,7 @@ def query_gradient_kernel(
         b_d_scores = gl.convert_layout(d_scores.to(DTYPE), OPERAND)
         b_d_query = warpgroup_mma(b_d_scores, s_key, b_d_query, is_async=True)
 
-    b_d_query = warpgroup_mma_wait(0, [b_d_query]) * (scale * softmax.LN_2)
+    b_d_query = warpgroup_mma_wait(0, [b_d_query]) * softmax.natural(scale)
     hopper.store_rows(p_d_query, b_d_query, first, d_query_stride_t, n_queries, BLOCK_M, HEAD_DIM)
 
 
@@ -377,6 +377,6 @@ def key_gradient_kernel(
 
     # A key that no query sees may hold anything; its gradient is zero.
     m_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)) + nearest < n_queries
-    b_d_key = gl.where(m_key[:, None], b_d_key * (scale * softmax.LN_2), 0.0)
+    b_d_key = gl.where(m_key[:, None], b_d_key * softmax.natural(scale), 0.0)
     hopper.store_rows(p_d_key, b_d_key, first_key, d_key_stride_t, n_keys, BLOCK_N, HEAD_DIM)
     hopper.store_rows(p_d_value, b_d_value, first_key, d_value_stride_t, n_keys, BLOCK_N, HEAD_DIM)

@@ -119,9 +119,9 @@ def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _scaled(scale: float) -> float:
-    """In powers of two. A scale of 0 becomes too small to matter, because -inf * 0 would be NaN."""
-    return scale * LOG2_E if scale else 1e-30
+def _scaled(scale: float, precise: bool) -> float:
+    """In powers of two, or of e if `precise`. A scale of 0 becomes too small to matter, because -inf * 0 would be NaN."""
+    return scale * (1.0 if precise else LOG2_E) if scale else 1e-30
 
 
 class Call:
@@ -156,7 +156,8 @@ class Call:
             key_start_strides = (key_start.stride(0), key_start.stride(1) if per_query else 0)
         self.start_strides = (starts_stride, *key_start_strides)
         self.query_start = query_start
-        self.scale = _scaled(scale)
+        precise = query.dtype == torch.float32
+        self.scale = _scaled(scale, precise)
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
         self.launches = launches(query.element_size(), head_dim, capability)
         # The copy engine reads whole blocks, which may begin before a range. With queries from position 0 and no first
@@ -178,7 +179,7 @@ class Call:
             "PACKED": self.packed,
             "START_ON_DEVICE": query_starts is not None,
             "HAS_KEY_START": key_start is not None,
-            "PRECISE": query.dtype == torch.float32,
+            "PRECISE": precise,
         }
 
     def counts(self, slots: int) -> tuple[int | float, ...]:

@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs
 """The softmax, once for all passes: its running form, its end, and its recomputation for the gradients.
 
-Exponentials are powers of two: scores are scaled by `scale * log2(e)`, and `highest` is in that unit. The log-sum-exp
-that leaves a kernel is natural.
+In half precision exponentials are powers of two, the instruction that there is: scores are scaled by `scale * log2(e)`,
+and `highest` and `base` are in that unit. In float32 (`PRECISE`) they are powers of e: the changes of unit would cost more
+than the last bit, and so would the instruction. The log-sum-exp that leaves a kernel is natural.
 
     M  queries of a block        N  keys of a block        m_  mask
 """
@@ -18,20 +19,35 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def power(x, PRECISE: tl.constexpr):
-    """2 to the x. The instruction is right to 22 bits, which float32 results would show; then a function to 24."""
-    if PRECISE and not INTERPRETED:
-        return libdevice.exp2(x)
+    """2 to the x; e to the x if `PRECISE`."""
+    if PRECISE and INTERPRETED:
+        return tl.exp(x)
+    elif PRECISE:
+        return libdevice.exp(x)
     else:
         return tl.exp2(x)
 
 
 @triton.jit
-def begin(p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+def logarithm(x, PRECISE: tl.constexpr):
+    """The inverse of `power`."""
+    if PRECISE and INTERPRETED:
+        return tl.log(x)
+    elif PRECISE:
+        return libdevice.log(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def begin(
+    p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISE: tl.constexpr = False
+):
     """Running maximum and sum `[M]` before the first key: of nothing, or of the head's sink, which carries no value."""
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
-        sink = tl.load(p_sinks + head).to(tl.float32) * LOG2_E
+        sink = tl.load(p_sinks + head).to(tl.float32) * (1.0 if PRECISE else LOG2_E)
         highest = tl.full([BLOCK_M], 0.0, tl.float32) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     return highest, total
@@ -53,17 +69,24 @@ def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.con
 
 
 @triton.jit
-def finish(highest, total):
+def finish(highest, total, PRECISE: tl.constexpr = False):
     """Natural log-sum-exp `[M]`, and the sum `[M]` that normalises the output; a row without keys gives -inf and 1."""
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
-    return tl.where(empty, float("-inf"), (highest + tl.log2(safe)) * LN_2), safe
+    lse = (highest + logarithm(safe, PRECISE)) * (1.0 if PRECISE else LN_2)
+    return tl.where(empty, float("-inf"), lse), safe
 
 
 @triton.jit
-def base_of(lse):
+def base_of(lse, PRECISE: tl.constexpr = False):
     """What `weights_of` subtracts, for rows `[M]` of a natural log-sum-exp; a row without keys is always masked."""
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
+    return tl.where(lse == float("-inf"), 0.0, lse * (1.0 if PRECISE else LOG2_E))
+
+
+@triton.jit
+def natural(scale, PRECISE: tl.constexpr = False):
+    """The factor of the scores as the caller gave it, which the gradients of query and key carry."""
+    return scale * (1.0 if PRECISE else LN_2)
 
 
 @triton.jit
