@@ -13,6 +13,7 @@ if find_spec("transformers") is None:
     raise ImportError("`spattention.hf` needs Transformers: install `spattention[hf]`")
 
 from .attention import apply, register
+from .cache import BandCache
 from .config import NAME
 
-__all__ = ["NAME", "apply", "register"]
+__all__ = ["NAME", "BandCache", "apply", "register"]

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
+from .cache import BandHandle
 from .config import NAME, read_section, section_of
 from .decoder import (
     LayerPlan,
@@ -152,7 +153,8 @@ def attention_forward(
     Args:
         module: the attention module, which knows its pattern.
         query: `[B, H, Q, D]`.
-        key: `[B, Hkv, K, D]`, the cache already in it; value alike.
+        key: `[B, Hkv, K, D]`, the cache already in it; value alike. Both the handle of a
+            `BandCache` if the model has one.
         value: `[B, Hkv, K, Dv]`.
         attention_mask: what `rows_mask` made.
         scaling: factor of the scores.
@@ -181,7 +183,15 @@ def attention_forward(
             "give each rank its part, `pattern.heads(start, stop)`"
         )
     sinks = _sinks(module, keywords)
-    if any(keywords.get(name) is not None for name in PACKING):
+    packed = any(keywords.get(name) is not None for name in PACKING)
+    if isinstance(key, BandHandle):
+        if packed:
+            raise ValueError(
+                f"`past_key_values` must not be a BandCache with `{PACKING[0]}`: flattened rows "
+                "cannot be continued"
+            )
+        out = key.attend(query, plan.pattern, scale=scaling, sinks=sinks, key_start=rows.key_start)
+    elif packed:
         out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
     else:
         result = band_attention(

@@ -1,0 +1,246 @@
+"""`BandStore` as a cache of Transformers: each layer keeps what its own bands can still reach."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..attention import _autocast
+from ..bands import BandPattern
+from ..cache import SLACK, BandStore, band_attention_cached
+from .config import read_section
+
+
+class BandCache(Cache):
+    """A cache for `model.generate(..., past_key_values=BandCache(model.config))`, of constant size.
+
+    Every layer with bands has a `BandStore`, allocated by the first forward pass for the batch that
+    it sees; from then on the batch may change only with the cache (`batch_select_indices`,
+    `batch_repeat_interleave`). Layers without bands have what Transformers' dynamic cache gives
+    them.
+
+    Args:
+        config: of the model, after `spattention.hf.apply`.
+        slack: tokens that can be taken back (`crop`): at least as many as assisted generation
+            drafts at once, plus one.
+
+    Raises:
+        ValueError: if the config names no bands.
+    """
+
+    def __init__(self, config: Any, *, slack: int = SLACK) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise ValueError(f"`config` must be a model's config, got {type(config).__name__}")
+        if slack < 0:
+            raise ValueError(f"`slack` must not be negative, got {slack}")
+        text_config = config.get_text_config(decoder=True)
+        section = read_section(text_config)
+        if section is None:
+            raise ValueError(
+                "`config` must have a section `spattention` (call `spattention.hf.apply` first), "
+                "got none"
+            )
+        own = DynamicCache(config=text_config).layers
+        layers = [
+            own[index] if pattern is None else BandLayer(pattern, slack)
+            for index, pattern in enumerate(section.layer_patterns)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values; 0 before the first forward pass."""
+        tensors = [t for layer in self.layers for t in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, device: torch.device | str) -> BandCache:
+        """Move all layers to another device; returns the cache itself."""
+        for layer in self.layers:
+            if isinstance(layer, BandLayer):
+                layer.to(device)
+            elif layer.keys is not None:
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+                layer.device = layer.keys.device
+        return self
+
+
+class BandLayer(CacheLayerMixin):
+    """One layer's store.
+
+    Args:
+        pattern: the layer's bands.
+        slack: as in `BandCache`.
+    """
+
+    is_compileable = True  # static shapes; the length is a tensor, as in a static cache
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, pattern: BandPattern, slack: int = SLACK) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.slack = slack
+        self.store: BandStore | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the store for keys `[B, Hkv, n, D]` and values of this shape."""
+        kind = _autocast(key_states)[0]
+        self.store = BandStore(
+            self.pattern,
+            key_states.shape[0],
+            key_states.shape[1],
+            key_states.shape[3],
+            value_dim=value_states.shape[3],
+            slack=self.slack,
+            dtype=kind.dtype,
+            device=kind.device,
+        )
+        self.is_initialized = True
+        self._store_changed()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """A handle, in place of keys and of values: the store takes them up once they are attended
+        to, because a long chunk overwrites what it still has to see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        if key_states.shape[0] != self.store.batch_size:
+            raise ValueError(
+                f"`past_key_values` must go on with the batch that it was filled with, "
+                f"{self.store.batch_size} rows, got {key_states.shape[0]}"
+            )
+        handle = BandHandle(self.store, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self) -> Any:
+        """Tokens so far: an int before the first, then a tensor `[]`."""
+        return 0 if self.store is None else self.store.position[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
+        """Keys that a mask would have, and the first: all tokens count, kept or not."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The same under the name that earlier versions of Transformers call."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back `-tokens_to_remove` tokens, at most the slack."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be minus the number of tokens, got {tokens_to_remove}"
+            )
+        if self.store is not None:
+            self.store.crop(-int(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Empty the store and keep its memory."""
+        if self.store is not None:
+            self.store.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        if self.store is not None:
+            self.store.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        if self.store is not None:
+            self.store.repeat(repeats)
+            self._store_changed()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        if self.store is not None:
+            self.store.select(indices)
+            self._store_changed()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the store to another device."""
+        if self.store is not None:
+            self.store.to(device)
+            self._store_changed()
+
+    def offload(self) -> NoReturn:
+        """Refused: a store stays small, and its addresses are promised to stay."""
+        raise ValueError("`past_key_values` must not be offloaded when it is a BandCache")
+
+    def _store_changed(self) -> None:
+        """What others ask a layer for."""
+        assert self.store is not None
+        self.keys, self.values = self.store.keys, self.store.values
+        self.batch_size = self.store.batch_size
+        self.dtype, self.device = self.store.dtype, self.store.device
+        if not torch.compiler.is_compiling():
+            # As Transformers does for its static cache: CUDA graphs may then write to them.
+            for tensor in (self.keys, self.values, self.store.position, self.store._reached):
+                torch._dynamo.mark_static_address(tensor)
+
+
+class BandHandle:
+    """What a `BandLayer` hands to the attention function in place of keys and of values.
+
+    Attention that does not know it fails on first use, whatever it asks of the tensor that it
+    expects.
+    """
+
+    def __init__(self, store: BandStore, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.store = store
+        self.key = key
+        self.value = value
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pattern: BandPattern,
+        *,
+        scale: float | None,
+        sinks: torch.Tensor | None,
+        key_start: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention `[B, H, Q, Dv]` of a layer's queries `[B, H, Q, D]`; the store has the keys
+        afterwards."""
+        if pattern != self.store.pattern:
+            raise ValueError(
+                f"`past_key_values` must have been made for this layer's pattern, {pattern}, got a "
+                f"BandCache for {self.store.pattern}"
+            )
+        out = band_attention_cached(
+            query,
+            self.store,
+            pattern,
+            self.key,
+            self.value,
+            scale=scale,
+            sinks=sinks,
+            key_start=key_start,
+        )
+        assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own questions, such as those of `copy`
+            raise AttributeError(name)
+        _refuse(f"`key.{name}`")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        _refuse(f"`{getattr(function, '__name__', function)}`")
+
+
+def _refuse(asked: str) -> NoReturn:
+    raise ValueError(
+        "`past_key_values` must be read by the bands that it was made for when it is a BandCache, "
+        f"got another attention, which asks for {asked}"
+    )
