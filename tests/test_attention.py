@@ -244,6 +244,17 @@ def test_one_query_at_a_time_equals_all_at_once(impl):
 
 
 @impls
+@pytest.mark.parametrize("options", [{}, {"query_start": torch.empty(0, dtype=torch.int32)}])
+def test_an_empty_batch_is_empty(impl, options):
+    case = rows(queries=9, keys=9)
+    tensors = [t[:0].requires_grad_() for t in (case.query, case.key, case.value)]
+    out = spa.band_attention(*tensors, case.pattern, impl=impl, **options)
+    out.sum().backward()
+    assert out.shape == (0, HEADS, 9, 16)
+    assert tensors[1].grad.shape == tensors[1].shape
+
+
+@impls
 def test_no_queries_give_no_rows(impl):
     case = rows(queries=0, keys=5)
     result = run(case, impl=impl)
@@ -251,17 +262,23 @@ def test_no_queries_give_no_rows(impl):
     assert result["lse"].shape == (2, HEADS, 0)
 
 
-def test_autocast_casts_as_scaled_dot_product_attention_does():
+@impls
+def test_autocast_casts_as_scaled_dot_product_attention_does(impl):
     case = rows()
+    inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, lse = spa.band_attention(
-            case.query, case.key, case.value, case.pattern, return_lse=True
-        )
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            case.query, case.key, case.value
-        )
+        out, lse = spa.band_attention(*inputs, case.pattern, return_lse=True, impl=impl)
+        expected = torch.nn.functional.scaled_dot_product_attention(*inputs)
+    # An operator's backward is its own even inside autocast; the reference's is PyTorch's.
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=impl != "reference"):
+        out.float().square().sum().backward()
     assert out.dtype == expected.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
+    half = [t.detach().to(torch.bfloat16).requires_grad_() for t in inputs]
+    same = spa.band_attention(*half, case.pattern, impl=impl)
+    same.float().square().sum().backward()
+    assert torch.equal(out, same)
+    assert all(torch.equal(a.grad, b.grad.float()) for a, b in zip(inputs, half))
 
 
 def test_dispatch_follows_the_written_rule(monkeypatch):
@@ -296,6 +313,31 @@ def test_compiled_varlen_and_a_new_length():
         torch.testing.assert_close(out, run(case)["out"])
 
 
+@pytest.mark.parametrize("offsets", [[0, 5], [0, 50], [-4, 9], [2, 9], [0, 7, 3]])
+def test_offsets_that_cannot_be_checked_are_clamped(offsets):
+    """Where values are not read, bad ones stay in bounds, and tokens of no document give zeros."""
+    length, pattern = 9, PATTERNS["shared_local"]
+    query, key, value = (draw(length, HEADS, 16, seed=s) for s in range(3))
+    cu = index(*offsets)
+    outs = []
+    for impl in IMPLEMENTATIONS:
+        compiled = torch.compile(spa.band_attention_varlen, fullgraph=True, backend="aot_eager")
+        outs.append(compiled(query, key, value, pattern, cu, cu, 9, 9, impl=impl))
+    torch.testing.assert_close(*outs)
+    inside = torch.arange(length)
+    inside = (inside >= max(0, offsets[0])) & (inside < max(offsets))
+    assert torch.equal(outs[0].abs().sum((1, 2)) > 0, inside)
+
+
+@impls
+def test_a_new_length_compiles(impl):
+    compiled = torch.compile(spa.band_attention, fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 12):
+        case = rows(length, length)
+        out = compiled(case.query, case.key, case.value, case.pattern, impl=impl)
+        torch.testing.assert_close(out, run(case, impl=impl)["out"])
+
+
 def test_second_derivatives_raise():
     query = draw(1, HEADS, 5, 16).requires_grad_()
     key, value = draw(1, HEADS, 5, 16, seed=1), draw(1, HEADS, 5, 16, seed=2)
@@ -321,6 +363,20 @@ def test_merge_joins_disjoint_keys(packed, sinks):
     options = {**case.options, "sinks": sinks}
     whole = Case(case.query, case.key, case.value, both, options)
     truth, rough = exact(whole), plain(whole)
+    check_error("out", out, rough["out"], truth["out"])
+    check_error("lse", lse, rough["lse"], truth["lse"])
+
+
+def test_merge_in_half_precision_adds_in_float32():
+    case = rows(dtype=torch.bfloat16)
+    near = BandPattern((((0, 10),),) * HEADS, span=100)
+    far = BandPattern((((10, 100),),) * HEADS, span=100)
+    both = Case(case.query, case.key, case.value, BandPattern.dense(HEADS, 100))
+    parts = [run(Case(case.query, case.key, case.value, p)) for p in (near, far)]
+    out, lse = spa.merge([(part["out"], part["lse"]) for part in parts])
+    truth, rough = exact(both), plain(both)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
     check_error("out", out, rough["out"], truth["out"])
     check_error("lse", lse, rough["lse"], truth["lse"])
 

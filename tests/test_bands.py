@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from collections import Counter
 
 import pytest
@@ -85,6 +86,11 @@ def test_geometric_edges_are_those_of_the_formula():
     assert pattern.intervals == tuple((band,) for band in zip(edges, edges[1:]))
 
 
+@pytest.mark.parametrize(("span", "local"), [(8192, 256), (4096, 128), (1024, 128), (64, 64)])
+def test_the_geometric_local_window_grows_with_the_span(span, local):
+    assert BandPattern.shared_local(8, span, widths="geometric").intervals[0] == ((0, local),)
+
+
 def test_geometric_shared_local_opens_with_the_local_window():
     pattern = BandPattern.shared_local(16, 4096, widths="geometric")
     assert pattern.intervals[:4] == (((0, 128),),) * 4
@@ -114,7 +120,7 @@ def test_explicit_edges_and_local_windows(widths, local, expected):
     assert BandPattern.shared_local(3, 16, widths=widths, local=local).intervals == expected
 
 
-@given(small, st.integers(0, 300), st.integers(0, 40))
+@given(st.tuples(st.integers(1, 12), st.integers(1, 320)), st.integers(0, 300), st.integers(0, 40))
 @settings(max_examples=20, deadline=None)
 def test_pairs_count_the_mask(size, seq_len, queries):
     for pattern in every_pattern(*size):
@@ -172,6 +178,29 @@ def test_heads_slices_for_tensor_parallelism():
     assert eval(repr(part.heads(1, 3))) == part.heads(1, 3)
 
 
+def test_a_recipe_is_plain_whatever_it_was_made_from():
+    numpy = pytest.importorskip("numpy")
+    edges = numpy.array([0, 4, 16])
+    made = BandPattern.shared_local(numpy.int64(2), 16, widths=edges, local=(i for i in (1, 2)))
+    plain = BandPattern.shared_local(2, 16, widths=[0, 4, 16], local=[1, 2])
+    assert made == plain
+    assert repr(made) == repr(plain)
+    assert json.loads(json.dumps(made.to_dict())) == plain.to_dict()
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["x", 5, {"a": 1}, {"name": 3}, {"name": "dense", "heads": 5}, {"name": "x", "y": {"z": 1}}],
+)
+def test_a_foreign_recipe_is_left_out(recipe):
+    data = BandPattern.dense(2, 8).to_dict() | {"recipe": recipe}
+    pattern = BandPattern.from_dict(data)
+    assert pattern == BandPattern.dense(2, 8)
+    assert eval(repr(pattern)) == pattern
+    assert pattern.heads(0, 1).to_dict()["span"] == 8
+
+
 def test_flat_pads_each_head_to_two_intervals():
     pattern = BandPattern(intervals=(((0, 2),), ((0, 1), (3, 5)), ()), span=6)
     assert pattern.flat == (0, 2, 0, 0, 0, 1, 3, 5, 0, 0, 0, 0)
@@ -204,6 +233,13 @@ P = BandPattern
         (lambda: P.sliding_window(2, 8, 9), "`window` must be between 1 and `span` = 8, got 9"),
         (lambda: P.sliding_window(2, 8, 0), "`window` must be between 1 and `span` = 8, got 0"),
         (lambda: P.exclusive(2, 8, widths="wide"), "`widths` must be .* got 'wide'"),
+        (lambda: P.exclusive(2, 8, widths=3), "`widths` must be a sequence of integers, got 3"),
+        (lambda: P.exclusive(2, 8, widths=None), "`widths` must be a sequence of integers"),
+        (
+            lambda: P.shared_local(2, 8, local="1"),
+            "`local` must be a sequence of integers, got '1'",
+        ),
+        (lambda: P.dense(2, 8).mask(2, 2, query_start=0.5), "`query_start` must be an integer"),
         (lambda: P.exclusive(2, 8, widths=[0, 8]), r"`widths` must hold .*= 3 edges, got 2"),
         (lambda: P.exclusive(2, 8, widths=[0, 9, 8]), "must run from 0 to `span` = 8 and never"),
         (lambda: P.exclusive(2, 8, widths=[1, 4, 8]), "must run from 0 to `span` = 8 and never"),
@@ -220,6 +256,7 @@ P = BandPattern
         (lambda: P.dense(4, 8).pairs(-1), "`seq_len` must not be negative, got -1"),
         (lambda: P.from_dict({"version": 2}), "`version` must be 1 .*got 2"),
         (lambda: P.from_dict({"version": 1, "span": 4}), r"lacks \['intervals'\]"),
+        (lambda: P.from_dict({"version": 1, 1: 2}), r"lacks \['span', 'intervals'\]"),
         (lambda: P.from_dict([]), "must be a mapping, got list"),
     ],
 )

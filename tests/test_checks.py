@@ -50,6 +50,10 @@ def index(*values):
             {"key_start": torch.stack([index(0, 0, 3, 3, 3, 3), index(0, 0, 3, 3, 2, 3)])},
             "`key_start` must never decrease along a row, got 3 then 2 in row 1",
         ),
+        ({"query": [1]}, "`query` must be a tensor, got list"),
+        ({"key": None}, "`key` must be a tensor, got NoneType"),
+        ({"sinks": [0.0] * 4}, "`sinks` must be a tensor, got list"),
+        ({"query_start": "1"}, "`query_start` must be an int or an int32 tensor, got '1'"),
         ({"scale": torch.tensor(1.0)}, "`scale` must be a float, got a tensor"),
         ({"impl": "cuda"}, r"`impl` must be None or one of .*got 'cuda'"),
     ],
@@ -89,7 +93,8 @@ def packed(**change):
         ({"cu_seqlens_q": index(0, 3, 6)}, "more queries than keys, got 3 and 2 in document 0"),
         ({"max_seqlen_q": 3}, "`max_seqlen_q` must be at least the longest document, 4, got 3"),
         ({"max_seqlen_k": -1}, "`max_seqlen_k` must not be negative, got -1"),
-        ({"max_seqlen_k": torch.tensor(4)}, "`max_seqlen_k` must be an int, got a tensor"),
+        ({"max_seqlen_k": torch.tensor(4)}, "`max_seqlen_k` must be an int, got Tensor"),
+        ({"max_seqlen_q": None}, "`max_seqlen_q` must be an int, got NoneType"),
     ],
 )  # fmt: skip
 def test_band_attention_varlen(change, message):
@@ -115,5 +120,8 @@ def test_merge_wants_parts_of_one_shape():
         spa.merge([])
     with pytest.raises(ValueError, match="`parts` must share one shape"):
         spa.merge([(out, lse), (out[:1], lse[:1])])
-    with pytest.raises(ValueError, match=r"`sinks` must be \[H\]"):
-        spa.merge([(out, lse)], sinks=torch.zeros(3))
+    for sinks in (3, 2, 1):
+        with pytest.raises(ValueError, match=r"`sinks` must be \[H\] = \[4\], got"):
+            spa.merge([(out, lse)], sinks=torch.zeros(sinks))
+    with pytest.raises(ValueError, match=r"`sinks` must be \[H\] = \[4\], got"):
+        spa.merge([(out[:1], lse[:1])], sinks=torch.zeros(1))

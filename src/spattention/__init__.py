@@ -12,7 +12,7 @@ from .checks import validate
 from .merge import merge
 
 if TYPE_CHECKING:
-    from . import hf
+    from . import hf as hf
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "band_attention",
     "band_attention_cached",
     "band_attention_varlen",
-    "hf",
     "merge",
     "validate",
 ]

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from .bands import BandPattern
-from .checks import check_attention, check_varlen
+from .checks import check_attention, check_tensors, check_varlen
 from .impl import blockwise, reference
 from .impl.layout import without_autocast
 
@@ -36,8 +36,8 @@ def band_attention(
     """Softmax attention in which every head sees only the distances in its bands.
 
     Query i sits at position `p = query_start + i` and sees key j when `p - j` lies in one of its
-    head's intervals and `j >= key_start`. Keys after `p` are never read. A query that sees no key
-    gives output 0.
+    head's intervals and `j >= key_start`. Keys after the last query are never read: the unfilled
+    tail of a cache may hold anything, NaN included. A query that sees no key gives output 0.
 
     Args:
         query: `[B, H, Q, D]`, floating point, any strides.
@@ -76,6 +76,7 @@ def band_attention(
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
     `"reference"`.
     """
+    check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = _autocast(query, key, value)
     check_attention(
         query,
@@ -148,6 +149,7 @@ def band_attention_varlen(
     Raises:
         ValueError: if an argument breaks a rule above.
     """
+    check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = _autocast(query, key, value)
     check_varlen(
         query,

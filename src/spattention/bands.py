@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -67,6 +67,7 @@ class BandPattern:
             _check_head(h, head, span)
         object.__setattr__(self, "intervals", heads)
         object.__setattr__(self, "span", span)
+        object.__setattr__(self, "recipe", _plain(self.recipe))
         padded = ((*head, *((0, 0),) * (MAX_INTERVALS - len(head))) for head in heads)
         flat = tuple(edge for head in padded for interval in head for edge in interval)
         object.__setattr__(self, "_flat", flat)
@@ -110,6 +111,7 @@ class BandPattern:
                 for `"geometric"`.
         """
         _check_size(num_heads, span)
+        widths = widths if isinstance(widths, str) else _integers("widths", widths)
         edges = band_edges(num_heads, span, widths, first)
         bands = tuple(_merged([band], span) for band in zip(edges, edges[1:]))
         recipe = _recipe("exclusive", num_heads=num_heads, span=span, widths=widths, first=first)
@@ -138,6 +140,8 @@ class BandPattern:
             first: see `exclusive`.
         """
         _check_size(num_heads, span)
+        widths = widths if isinstance(widths, str) else _integers("widths", widths)
+        local = _integers("local", local) if isinstance(local, Iterable) else local
         edges = band_edges(num_heads, span, widths, first)
         windows = _local_windows(num_heads, span, widths, local)
         heads = tuple(
@@ -225,6 +229,7 @@ class BandPattern:
                     f"got {query_len} and {key_len}"
                 )
             query_start = key_len - query_len
+        query_start = _integer("query_start", query_start)
         positions = torch.arange(query_len, device=device) + query_start
         distance = positions[:, None] - torch.arange(key_len, device=device)
         return in_bands(distance, self.intervals)
@@ -251,7 +256,7 @@ class BandPattern:
             "version": FORMAT_VERSION,
             "span": self.span,
             "intervals": [[list(interval) for interval in head] for head in self.intervals],
-            "recipe": None if self.recipe is None else _plain(self.recipe),
+            "recipe": None if self.recipe is None else dict(self.recipe),
         }
 
     @classmethod
@@ -273,7 +278,9 @@ class BandPattern:
             )
         missing = [name for name in ("span", "intervals") if name not in data]
         if missing:
-            raise ValueError(f"the pattern lacks {missing}, got the entries {sorted(data)}")
+            raise ValueError(
+                f"the pattern lacks {missing}, got the entries {sorted(map(str, data))}"
+            )
         return cls(data["intervals"], data["span"], data.get("recipe"))
 
     def __repr__(self) -> str:
@@ -303,7 +310,7 @@ def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> 
     `exclusive`."""
     if first is not None:
         first = _integer("first", first)
-        if widths != "geometric":
+        if not isinstance(widths, str) or widths != "geometric":
             raise ValueError(f'`first` is only for `widths="geometric"`, got widths={widths!r}')
         if not 1 <= first <= span:
             raise ValueError(f"`first` must be between 1 and `span` = {span}, got {first}")
@@ -321,7 +328,7 @@ def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> 
             '`widths` must be "uniform", "geometric", "equal_work" or a sequence of edges, '
             f"got {widths!r}"
         )
-    edges = tuple(_integer("widths", edge) for edge in widths)
+    edges = _integers("widths", widths)
     if len(edges) != num_heads + 1:
         raise ValueError(
             f"`widths` must hold num_heads + 1 = {num_heads + 1} edges, got {len(edges)}"
@@ -345,12 +352,12 @@ def _local_windows(
     num_heads: int, span: int, widths: Widths, local: int | Sequence[int] | None
 ) -> tuple[int, ...]:
     if local is None:
-        if widths == "geometric":
+        if isinstance(widths, str) and widths == "geometric":
             return (min(span, max(128, span // 32)),) * num_heads
         edges = band_edges(num_heads, span, "uniform", None)
         return tuple(far - near + 1 for near, far in zip(edges, edges[1:]))
-    if isinstance(local, Sequence):
-        windows = tuple(_integer("local", window) for window in local)
+    if isinstance(local, Iterable):
+        windows = _integers("local", local)
         if len(windows) != num_heads:
             raise ValueError(
                 f"`local` must be one size or one per head ({num_heads}), got {len(windows)}"
@@ -421,13 +428,31 @@ def _integer(name: str, value: Any) -> int:
         raise ValueError(f"`{name}` must be an integer, got {value!r}") from None
 
 
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"`{name}` must be a sequence of integers, got {values!r}")
+    return tuple(_integer(name, value) for value in values)
+
+
 def _recipe(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"name": name} | _plain({k: v for k, v in arguments.items() if v is not None})
+    return {"name": name} | {k: v for k, v in arguments.items() if v is not None}
 
 
-def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Sequences as lists of ints, so that JSON reads back what was written."""
-    return {
-        k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
-        for k, v in recipe.items()
-    }
+def _plain(recipe: Any) -> dict[str, Any] | None:
+    """A copy of plain strings, integers and lists, as JSON keeps them; None for anything else, since
+    a recipe that came with a file is only for reading."""
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("name"), str):
+        return None
+    plain: dict[str, Any] = {}
+    try:
+        for name, value in recipe.items():
+            if isinstance(value, str):
+                plain[str(name)] = value
+            elif isinstance(value, Iterable):
+                plain[str(name)] = list(_integers("recipe", value))
+            else:
+                plain[str(name)] = _integer("recipe", value)
+    except ValueError:
+        return None
+    heads = plain.get("heads", [0, 0])
+    return plain if isinstance(heads, list) and len(heads) == 2 else None

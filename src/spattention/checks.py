@@ -24,7 +24,8 @@ def check_attention(
     key_start: torch.Tensor | None,
 ) -> None:
     """Arguments of `band_attention`; raises `ValueError`."""
-    _check_tensors(query, key, value, pattern, form="[B, H, length, D]", dims=4, head_dim_axis=1)
+    check_tensors(query=query, key=key, value=value)
+    _check_tensors(query, key, value, pattern, form="[B, H, length, D]", dims=4)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
@@ -43,7 +44,7 @@ def check_attention(
                 f"`key_start` must be [B] = [{batch}] or [B, Q] = [{batch}, {queries}], "
                 f"got {list(key_start.shape)}"
             )
-        if _readable(key_start):
+        if readable(key_start):
             _check_key_start_values(key_start)
 
 
@@ -61,7 +62,8 @@ def check_varlen(
     sinks: torch.Tensor | None,
 ) -> None:
     """Arguments of `band_attention_varlen`; raises `ValueError`."""
-    _check_tensors(query, key, value, pattern, form="[T, H, D]", dims=3, head_dim_axis=1)
+    check_tensors(query=query, key=key, value=value)
+    _check_tensors(query, key, value, pattern, form="[T, H, D]", dims=3)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     if value.shape[0] != key.shape[0]:
         raise ValueError(
@@ -80,11 +82,11 @@ def check_varlen(
             f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(longest, torch.Tensor):
-            raise ValueError(f"`{name}` must be an int, got a tensor")
+        if not isinstance(longest, (int, torch.SymInt)):
+            raise ValueError(f"`{name}` must be an int, got {type(longest).__name__}")
         if longest < 0:
             raise ValueError(f"`{name}` must not be negative, got {longest}")
-    if _readable(cu_seqlens_q) and _readable(cu_seqlens_k):
+    if readable(cu_seqlens_q) and readable(cu_seqlens_k):
         _check_cu_seqlens_values(
             query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
@@ -151,6 +153,13 @@ def validate(
     )
 
 
+def check_tensors(**tensors: torch.Tensor) -> None:
+    """Each named argument is a tensor at all; raises `ValueError`."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+
+
 def _check_tensors(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -159,7 +168,6 @@ def _check_tensors(
     *,
     form: str,
     dims: int,
-    head_dim_axis: int,
 ) -> None:
     if not isinstance(pattern, BandPattern):
         raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
@@ -174,17 +182,16 @@ def _check_tensors(
             raise ValueError(
                 f"`{name}` must be on query's device {query.device}, got {tensor.device}"
             )
-    heads, key_heads = query.shape[head_dim_axis], key.shape[head_dim_axis]
+    heads, key_heads = query.shape[1], key.shape[1]
     if pattern.num_heads != heads:
         raise ValueError(f"`pattern` has {pattern.num_heads} heads but `query` has {heads}")
     if key_heads == 0 or heads % key_heads != 0:
         raise ValueError(
             f"query's {heads} heads must be a multiple of key's heads, got {key_heads} in `key`"
         )
-    if value.shape[head_dim_axis] != key_heads:
+    if value.shape[1] != key_heads:
         raise ValueError(
-            f"`value` must have as many heads as `key`, {key_heads}, got "
-            f"{value.shape[head_dim_axis]}"
+            f"`value` must have as many heads as `key`, {key_heads}, got {value.shape[1]}"
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"`key` must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
@@ -205,6 +212,7 @@ def _check_scale_and_sinks(
         raise ValueError("`scale` must be a float, got a tensor")
     if sinks is None:
         return
+    check_tensors(sinks=sinks)
     if sinks.dim() != 1 or sinks.shape[0] != pattern.num_heads:
         raise ValueError(f"`sinks` must be [H] = [{pattern.num_heads}], got {list(sinks.shape)}")
     if sinks.dtype not in (query.dtype, torch.float32):
@@ -231,9 +239,9 @@ def _check_query_start(
                 f"`query_start` must be an int, [] or [B] = [{query.shape[0]}], "
                 f"got shape {list(query_start.shape)}"
             )
-        if _readable(query_start):
+        if readable(query_start):
             _check_query_start_values(query_start)
-    elif isinstance(query_start, (bool, float)):
+    elif isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):
         raise ValueError(f"`query_start` must be an int or an int32 tensor, got {query_start!r}")
     elif query_start < 0:
         raise ValueError(f"`query_start` must not be negative, got {query_start}")
@@ -253,7 +261,7 @@ def _has_shape(tensor: torch.Tensor, *sizes: int) -> bool:
     return tensor.dim() == len(sizes) and all(a == b for a, b in zip(tensor.shape, sizes))
 
 
-def _readable(tensor: torch.Tensor) -> bool:
+def readable(tensor: torch.Tensor) -> bool:
     """Whether reading values costs no wait for a device and no break of a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 

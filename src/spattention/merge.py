@@ -32,6 +32,7 @@ def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Par
     outs, lses = [out for out, _ in parts], [lse for _, lse in parts]
     packed = outs[0].dim() == 3
     expected = outs[0].shape[:2][::-1] if packed else outs[0].shape[:3]
+    heads = outs[0].shape[1]
     for out, lse in parts:
         if out.shape != outs[0].shape or lse.shape != expected:
             raise ValueError(
@@ -40,8 +41,8 @@ def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Par
                 f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}"
             )
     if sinks is not None:
-        if sinks.shape != expected[:1] and sinks.shape != expected[1:2]:
-            raise ValueError(f"`sinks` must be [H], got {tuple(sinks.shape)}")
+        if sinks.shape != (heads,):
+            raise ValueError(f"`sinks` must be [H] = [{heads}], got {list(sinks.shape)}")
         rows = sinks.to(lses[0].dtype)[:, None]
         lses = [*lses, rows.expand(expected)]
     total = _logsumexp(torch.stack(lses))

@@ -22,31 +22,38 @@ def test_the_operator_passes_opcheck():
 
 
 PEAK = """
-import resource, sys, torch
+import gc, sys, torch
+from pathlib import Path
 from spattention import BandPattern, band_attention
 name, length = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
+
 def step(length):
     tensors = [torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = memory("VmRSS")
     out = band_attention(*tensors, getattr(BandPattern, name)(8, length), impl="blockwise")
     out.backward(out.detach())
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return after - before, sum(t.grad.nbytes for t in tensors) + out.nbytes
+    return memory("VmHWM") - before, sum(t.grad.nbytes for t in tensors) + out.nbytes
 
 step(256)
 grown, kept = step(length)
-print(grown * 1024 - kept)
+print(grown - kept)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["shared_local", "dense"])
 def test_peak_memory_beyond_inputs_outputs_and_gradients(name):
     result = subprocess.run(
         [sys.executable, "-c", PEAK, name, "8192"], capture_output=True, text=True, check=True
     )
-    assert int(result.stdout) <= 64 * 2**20
+    assert 2**20 < int(result.stdout) <= 64 * 2**20  # below a megabyte nothing was measured
 
 
 def multiply_adds(function):

@@ -22,9 +22,8 @@ from ..bands import BandPattern, Interval
 from .layout import empty_like_query, lse_dtype, without_autocast
 
 _LOG2E = math.log2(math.e)
-_SCORES = (
-    1 << 18
-)  # elements of one batched score matrix: 1 MiB in float32, so that it stays in a core's cache
+# Elements of one batched score matrix: 1 MiB in float32, so that it stays in a core's cache.
+_SCORES = 1 << 18
 _BLOCK = 256  # most queries of a block
 _SLICE = 2048  # longest slice of keys
 _VECTOR = 16
@@ -143,12 +142,13 @@ def _forward(
                 value[segment.rows, h // group],
             )
             for run in _runs(segment, head, q.shape[0], k.shape[1]):
-                at = slice(run.query, run.query + run.repeats * run.block)
+                length = run.repeats * run.block
+                at = slice(run.query, run.query + length)
                 result, log2_sum = _attend_run(
                     _blocks(q, run).to(dtype) * (scale * _LOG2E), k, v, run, sink, biases
                 )
-                out[segment.rows, h, at] = result.view(q.shape[0], -1, result.shape[-1])
-                lse[segment.rows, h, at] = log2_sum.view(q.shape[0], -1) / _LOG2E
+                out[segment.rows, h, at] = result.view(q.shape[0], length, result.shape[-1])
+                lse[segment.rows, h, at] = log2_sum.view(q.shape[0], length) / _LOG2E
     return out, lse
 
 
@@ -217,7 +217,8 @@ def _backward(
                 rows = segment.rows
                 q, k, v = query[rows, h], key[rows, h_key], value[rows, h_key]
                 for run in _runs(segment, head, q.shape[0], k.shape[1]):
-                    at = slice(run.query, run.query + run.repeats * run.block)
+                    length = run.repeats * run.block
+                    at = slice(run.query, run.query + length)
                     d_o, o = (_blocks(t[rows, h], run).to(dtype) for t in (d_out, out))
                     d_l, log_z = (_blocks(t[rows, h, :, None], run) for t in (d_lse, log_sum))
                     # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins
@@ -238,7 +239,7 @@ def _backward(
                         run,
                         biases,
                     )
-                    d_query[rows, h, at] = d_q.view(q.shape[0], -1, d_q.shape[-1]).mul_(scale)
+                    d_query[rows, h, at] = d_q.view(q.shape[0], length, d_q.shape[-1]).mul_(scale)
         d_k.div_(_LOG2E)
         if dtype != key.dtype:
             d_key[:, h_key], d_value[:, h_key] = d_k, d_v
@@ -314,7 +315,10 @@ def _segments(
 ) -> list[_Segment]:
     batch, _, queries, _ = query.shape
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        q_ends, k_ends = (
+            offsets.clamp(0, tensor.shape[2]).cummax(0).values.tolist()
+            for offsets, tensor in ((cu_seqlens_q, query), (cu_seqlens_k, key))
+        )
         return [
             _Segment(slice(0, 1), slice(q0, q1), k1 - (q1 - q0), k0)
             for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:])
@@ -367,10 +371,10 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
 
 
 def _block_size(head: tuple[Interval, ...]) -> int:
-    """Queries per block: about a quarter of the narrowest interval, so that few scores fall outside
+    """Queries per block: about an eighth of the narrowest interval, so that few scores fall outside
     it."""
     narrowest = min((far - near for near, far in head), default=1)
-    return min(_BLOCK, max(32, 1 << (narrowest // 4).bit_length() >> 1))
+    return min(_BLOCK, max(32, 1 << (narrowest // 8).bit_length() >> 1))
 
 
 def _slices(

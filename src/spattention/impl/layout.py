@@ -11,7 +11,12 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Uninitialised `[..., head_dim]` with query's leading shape, dtype and order of strides, dense
     in memory."""
     shape = [*query.shape[:-1], head_dim]
-    order = sorted(range(query.dim()), key=query.stride, reverse=True)
+    strides = query.stride()
+    # Not `sorted`: torch.compile cannot sort by a key when strides are symbolic.
+    order: list[int] = []
+    for axis in range(query.dim()):
+        wider = [i for i, other in enumerate(order) if strides[other] < strides[axis]]
+        order.insert(wider[0] if wider else len(order), axis)
     packed = query.new_empty([shape[d] for d in order])
     return packed.permute([order.index(d) for d in range(query.dim())])
 

@@ -84,13 +84,19 @@ def packed_mask(
     cu_seqlens_k: torch.Tensor,
 ) -> torch.Tensor:
     """Which keys each query of `band_attention_varlen` sees: bool `[1, H, T, T_k]`."""
+    cu_seqlens_q, cu_seqlens_k = (
+        offsets.clamp(0, tensor.shape[0]).cummax(0).values
+        for offsets, tensor in ((cu_seqlens_q, query), (cu_seqlens_k, key))
+    )
     query_document, query_offset = _place(query.shape[0], cu_seqlens_q)
     key_document, key_position = _place(key.shape[0], cu_seqlens_k)
     keys_before = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).long()
-    # Tokens past the last document belong to none: index 0 only keeps the gather in bounds.
-    inside = query_document < len(keys_before)
+    # Tokens before the first document or past the last one belong to none: index 0 only keeps the
+    # gather in bounds.
+    inside = (query_document < len(keys_before)) & (query_offset >= 0)
     query_position = query_offset + keys_before[query_document * inside]
     mask = in_bands(query_position[:, None] - key_position, pattern.intervals)
+    mask = mask & (key_position >= 0)
     return (mask & (query_document[:, None] == key_document) & inside[:, None])[None]
 
 
