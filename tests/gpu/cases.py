@@ -1,4 +1,6 @@
-"""Random cases for the kernels, drawn from few compiled variants: a variant fixes what chooses a kernel."""
+"""Random cases for the kernels, drawn from few compiled variants: a variant fixes what chooses a
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class Variant:
     Args:
         dtype: of query, key and value.
         head_dim: D.
-        mode: "self" (as many queries as keys), "suffix" (the queries are the last positions), "device_start",
-            "left_pad", "packed_rows" (`key_start` per query) or "packed" (varlen).
+        mode: "self" (as many queries as keys), "suffix" (the queries are the last positions),
+            "device_start", "left_pad", "packed_rows" (`key_start` per query) or "packed" (varlen).
         intervals: at most so many per head, and one head with that many.
         group: query heads per key head; 1 or more than 1.
         sinks: with learned sinks.
@@ -138,8 +140,8 @@ def draw_pattern(rng: random.Random, variant: Variant, heads: int, length: int) 
             BandPattern.dense(heads, span),
         ]
         if variant.dtype != SINGLE:
-            # With one key the gradients of a float32 score cancel to rounding noise, which the budget of the plain
-            # computation, exact there, does not cover.
+            # With one key the gradients of a float32 score cancel to rounding noise, which the
+            # budget of the plain computation, exact there, does not cover.
             found.append(
                 BandPattern(tuple(((d % span, d % span + 1),) for d in range(heads)), span)
             )
@@ -157,7 +159,8 @@ def draw_pattern(rng: random.Random, variant: Variant, heads: int, length: int) 
 def poison_unseen(case: Case) -> Case:
     """The case with NaN in every key and value that no query of its heads sees.
 
-    Not where queries have first keys of their own: inside a row the kernels may read what they do not use.
+    Not where queries have first keys of their own: inside a row the kernels may read what they do
+    not use.
     """
     key_start = case.options.get("key_start")
     if key_start is not None and key_start.dim() == 2:

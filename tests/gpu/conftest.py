@@ -9,7 +9,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # These modules are imported also where their tests are skipped, and there the kernels belong to the interpreter.
+    # These modules are imported also where their tests are skipped, and there the kernels belong to
+    # the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HERE = Path(__file__).parent

@@ -1,5 +1,5 @@
-"""The kernels against float64: 2,120 random cases, with every output and work space full of NaN beforehand, and NaN in
-every key that no query sees."""
+"""The kernels against float64: 2,120 random cases, with every output and work space full of NaN
+beforehand, and NaN in every key that no query sees."""
 
 from __future__ import annotations
 

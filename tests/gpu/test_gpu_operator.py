@@ -1,4 +1,6 @@
-"""The registered operator: what PyTorch asks of it, determinism, hostile values, sizes beyond 32 bits."""
+"""The registered operator: what PyTorch asks of it, determinism, hostile values, sizes beyond 32
+bits.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,9 @@ HOSTILE = (
 
 @pytest.mark.parametrize("offsets", HOSTILE)
 def test_hostile_offsets_stay_in_bounds(offsets: list[int]) -> None:
-    """Guard rows around every tensor must survive; what lies behind the last offset must be zero."""
+    """Guard rows around every tensor must survive; what lies behind the last offset must be
+    zero.
+    """
     pattern = spa.BandPattern.shared_local(4, 64)
     guarded = [torch.randn(64 + 512, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     inputs = [t[256:320].detach().requires_grad_() for t in guarded]
@@ -230,7 +234,9 @@ def test_many_rows_of_the_batch_and_heads(batch: int, heads: int) -> None:
 
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_a_million_tokens(tokens_first: bool) -> None:
-    """2^31 elements and more: the last queries of the last head against float64 on the keys that they see."""
+    """2^31 elements and more: the last queries of the last head against float64 on the keys that
+    they see.
+    """
     heads, length, tail, dim = 17, 1_000_003, 100, 128
     pattern = spa.BandPattern.sliding_window(heads, length, 150)
     shape = (1, length, heads, dim) if tokens_first else (1, heads, length, dim)

@@ -1,4 +1,6 @@
-"""`spattention bench attention`: the kernels beside dense attention and FlexAttention, checked before they are timed."""
+"""`spattention bench attention`: the kernels beside dense attention and FlexAttention, checked
+before they are timed.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,10 @@ Tensors = tuple[torch.Tensor, ...]
 class Options:
     """Time attention, forward and forward + backward, beside what one would use otherwise.
 
-    Every pattern is first checked against float64; a wrong kernel is not timed. Times are medians of
-    graph replays (the GPU's own time) and of eager calls. "Useful" work counts attended pairs alone:
-    4 D floating-point operations a pair forward and 10 D backward. The floor of a case is the larger of
-    useful work over --peak-tflops and the bytes that must move over --peak-tbs.
+    Every pattern is first checked against float64; a wrong kernel is not timed. Times are medians
+    of graph replays (the GPU's own time) and of eager calls. "Useful" work counts attended pairs
+    alone: 4 D floating-point operations a pair forward and 10 D backward. The floor of a case is
+    the larger of useful work over --peak-tflops and the bytes that must move over --peak-tbs.
 
     Args:
         what: what to measure; attention is all there is.
@@ -188,7 +190,9 @@ def _bands(inputs: Tensors, pattern: BandPattern) -> Callable[[], torch.Tensor]:
 def _check(
     options: Options, make: Callable[[int, int], BandPattern], heads: int, length: int
 ) -> None:
-    """The correctness gate: the kernel and its gradients against float64, within the budget of `testing.py`."""
+    """The correctness gate: the kernel and its gradients against float64, within the budget of
+    `testing.py`.
+    """
     query, key, value, _ = _inputs(options, 1, heads, length)
     case = Case(query.detach(), key.detach(), value.detach(), make(heads, length))
     check_case(case, impl="triton")
@@ -214,7 +218,8 @@ def _row(
 
     pairs = sum(pattern.pairs(length)) * batch
     work = 14 * head_dim * pairs
-    # Forward: three inputs, one output. Backward: the four and the output's gradient, three gradients.
+    # Forward: three inputs, one output. Backward: the four and the output's gradient, three
+    # gradients.
     moved = (4 + 8) * query.numel() * query.element_size()
     floor = max(work / options.peak_tflops / 1e12, moved / options.peak_tbs / 1e12) * 1e3
     forward_time, total_time = (
@@ -240,7 +245,9 @@ def _row(
 
 
 class _Flex:
-    """Compiled FlexAttention for one shape; the bands are tensors, so that patterns share the compiled code."""
+    """Compiled FlexAttention for one shape; the bands are tensors, so that patterns share the
+    compiled code.
+    """
 
     def __init__(self, inputs: Tensors) -> None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -269,7 +276,9 @@ class _Flex:
 
 
 def _measure_calls(options: Options) -> dict[str, str]:
-    """What a call costs the host, and what the first call of a process costs when nothing is compiled yet."""
+    """What a call costs the host, and what the first call of a process costs when nothing is
+    compiled yet.
+    """
     inputs = _inputs(options, 1, 8, 256)
     query, key, value, d_out = inputs
     calls = {
@@ -361,7 +370,8 @@ def _write(
         f"- options: {json.dumps(record['options'])}",
         *(f"- {name}: {value}" for name, value in record["calls"].items()),
         "",
-        "Milliseconds, medians of graph replays (`eager total`: of plain calls). TFLOP/s count attended pairs alone.",
+        "Milliseconds, medians of graph replays (`eager total`: of plain calls). "
+        "TFLOP/s count attended pairs alone.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + " --- |" * len(HEADINGS),

@@ -1,4 +1,6 @@
-"""Measuring on a GPU: times by graph replay and by eager calls, host time, memory, and where it was measured."""
+"""Measuring on a GPU: times by graph replay and by eager calls, host time, memory, and where it was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
 
 
 def eager_milliseconds(call: Call, budget: float = 20.0) -> float:
-    """Median time of plain calls between events; where the host is slower than the GPU, the host's time."""
+    """Median time of plain calls between events; where the host is slower than the GPU, the host's
+    time.
+    """
     for _ in range(2):
         call()
     return _median_milliseconds(call, budget)
@@ -78,7 +82,9 @@ def host_microseconds(call: Call, calls: int = 200) -> float:
 
 
 def first_call(head_dim: int, dtype: str) -> str:
-    """Compile time of a first call, forward and backward, in a process of its own with an empty cache of kernels."""
+    """Compile time of a first call, forward and backward, in a process of its own with an empty
+    cache of kernels.
+    """
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         command = [sys.executable, "-c", FIRST_CALL, str(head_dim), dtype]

@@ -77,7 +77,9 @@ def main(options: Options) -> None:
 
 
 def _time(run: Callable[..., None], name: str, launch: Any) -> float:
-    """Milliseconds; infinite where the launch needs more shared memory or registers than there are."""
+    """Milliseconds; infinite where the launch needs more shared memory or registers than there
+    are.
+    """
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -87,7 +89,9 @@ def _time(run: Callable[..., None], name: str, launch: Any) -> float:
 
 
 def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
-    """A function that runs one pass with one launch; None where the Hopper kernels do not cover the case."""
+    """A function that runs one pass with one launch; None where the Hopper kernels do not cover the
+    case.
+    """
     from ..impl.triton import launch as launching
     from ..impl.triton.config import pitch
 

@@ -1,4 +1,6 @@
-"""On a machine without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""On a machine without a GPU the kernels run in Triton's interpreter, which must be chosen before
+they are imported.
+"""
 
 from __future__ import annotations
 

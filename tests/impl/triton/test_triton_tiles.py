@@ -1,4 +1,6 @@
-"""Tile arithmetic against the dense mask: every block of queries and of keys, for thousands of shapes."""
+"""Tile arithmetic against the dense mask: every block of queries and of keys, for thousands of
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def _blocks(low: int, high: int, block: int) -> list[tuple[int, int]]:
 
 
 def test_ranges_are_what_the_mask_says() -> None:
-    """The range of a block is the hull of what it sees through one interval, and a tile is inside exactly if it is full."""
+    """The range of a block is the hull of what it sees through one interval, and a tile is inside
+    exactly if it is full.
+    """
     rng = random.Random(0)
     tiles_seen = 0
     for _ in range(SHAPES):
@@ -86,7 +90,9 @@ def test_heads_come_by_falling_work_and_members_stay_together() -> None:
 
 @pytest.mark.parametrize("block", [16, 64])
 def test_slots_are_enough_for_any_documents(block: int) -> None:
-    """Document d owns the slots from `offset_d // block + d` on: as many as it has blocks, whatever the lengths."""
+    """Document d owns the slots from `offset_d // block + d` on: as many as it has blocks, whatever
+    the lengths.
+    """
     rng = random.Random(1)
     for _ in range(500):
         lengths = [rng.choice((0, 1, rng.randint(0, 200))) for _ in range(rng.randint(1, 6))]

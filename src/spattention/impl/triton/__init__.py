@@ -1,11 +1,13 @@
-"""Triton kernels for CUDA GPUs: forward and backward for every `BandPattern`, in half and single precision.
+"""Triton kernels for CUDA GPUs: forward and backward for every `BandPattern`, in half and single
+precision.
 
-Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py`, `backward.py`, `config.py`, `launch.py`,
-`op.py`; then `hopper.py`, `hopper_forward.py`, `hopper_backward.py`, the same passes for Hopper GPUs in Gluon, used for
-half precision with head_dim 64 or 128 where queries begin at position 0 (training, first pass over a prompt).
+Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py`, `backward.py`,
+`config.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`, `hopper_backward.py`, the
+same passes for Hopper GPUs in Gluon, used for half precision with head_dim 64 or 128 where queries
+begin at position 0 (training, first pass over a prompt).
 
-float32 is computed in IEEE float32, not TensorFloat32. Both values of `deterministic` run the same kernels, which give the
-same bits on every run.
+float32 is computed in IEEE float32, not TensorFloat32. Both values of `deterministic` run the same
+kernels, which give the same bits on every run.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def attend_varlen(
     sinks: torch.Tensor | None,
     deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in `spattention.band_attention_varlen`.
+    """`[T, H, D]` packed documents; arguments and results as in
+    `spattention.band_attention_varlen`.
 
     The longest lengths are not needed: the kernels find their documents from the offsets alone.
     """

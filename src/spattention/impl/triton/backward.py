@@ -1,13 +1,16 @@
 # mypy: allow-untyped-defs
-"""Backward pass in two kernels, each of which owns what it writes: no atomics, the same bits on every run.
+"""Backward pass in two kernels, each of which owns what it writes: no atomics, the same bits on
+every run.
 
-`query_gradient_kernel` walks the keys of a block of queries, as the forward pass does, and writes dQ and `delta`, the row
-sum of dO * O less the gradient of the log-sum-exp. `key_gradient_kernel` walks the queries of a block of keys, for every
-query head that reads them, and writes dK and dV. Scores are computed anew in both: seven products instead of five.
+`query_gradient_kernel` walks the keys of a block of queries, as the forward pass does, and writes
+dQ and `delta`, the row sum of dO * O less the gradient of the log-sum-exp. `key_gradient_kernel`
+walks the queries of a block of keys, for every query head that reads them, and writes dK and dV.
+Scores are computed anew in both: seven products instead of five.
 
     B batch   H query heads   Q queries   K keys   D head_dim
-    M = BLOCK_M queries of a block   N = BLOCK_N keys of a block   inside the kernels D is BLOCK_D, zero-filled
-    p_ pointer   b_ block   o_ offset   m_ mask; `_d_` inside a name: gradient of
+    M = BLOCK_M queries of a block   N = BLOCK_N keys of a block
+    inside the kernels D is BLOCK_D, zero-filled
+    p_ pointer   b_ block   o_ offset   m_ mask   `_d_` inside a name: gradient of
 """
 
 import triton

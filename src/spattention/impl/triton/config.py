@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Arguments of the kernels whose value must not choose a compiled variant: a new length or start compiles nothing.
+# Arguments of the kernels whose value must not choose a compiled variant: a new length or start
+# compiles nothing.
 COUNTS = (
     "query_start_stride",
     "key_start_stride_b",
@@ -76,7 +77,8 @@ HOPPER = {
     128: Launches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
 }
 
-# Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per program.
+# Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per
+# program.
 HALF = {
     16: LaunchConfig(64, 64, 4, 2),
     32: LaunchConfig(64, 64, 4, 2),
@@ -94,7 +96,9 @@ SINGLE = {
 
 
 def pitch(queries: int) -> int:
-    """Rows of `base` and `delta` per head: a multiple of four, so that each head's rows begin at 16 bytes."""
+    """Rows of `base` and `delta` per head: a multiple of four, so that each head's rows begin at 16
+    bytes.
+    """
     return -(-queries // 4) * 4
 
 
@@ -104,7 +108,8 @@ def block_d(head_dim: int) -> int:
 
 
 def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -> Launches:
-    """The rule: the interpreter gets 16 x 16; half precision on Hopper its measured table; the rest small blocks.
+    """The rule: the interpreter gets 16 x 16; half precision on Hopper its measured table; the rest
+    small blocks.
 
     Args:
         itemsize: bytes of an element, 2 or 4.
@@ -123,7 +128,9 @@ def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -
 def hopper_launches(
     itemsize: int, head_dim: int, capability: tuple[int, int] | None
 ) -> Launches | None:
-    """The launches of the Hopper kernels: half precision, head_dim 64 and 128, compute capability 9.0. None elsewhere."""
+    """The launches of the Hopper kernels: half precision, head_dim 64 and 128, compute capability
+    9.0. None elsewhere.
+    """
     if capability is None or capability[0] != 9 or itemsize != 2:
         return None
     return HOPPER.get(head_dim)

@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs
 """Forward pass: output and log-sum-exp.
 
-One program computes one block of queries of one head: it walks the keys that the head's bands reach from there.
+One program computes one block of queries of one head: it walks the keys that the head's bands reach
+from there.
 
     B batch   H query heads   Q queries   K keys   D head_dim
-    M = BLOCK_M queries of a block   N = BLOCK_N keys of a block   inside the kernel D is BLOCK_D, zero-filled
+    M = BLOCK_M queries of a block   N = BLOCK_N keys of a block
+    inside the kernel D is BLOCK_D, zero-filled
     p_ pointer   b_ block   o_ offset   m_ mask
 """
 
@@ -64,7 +66,8 @@ def forward_kernel(
     FALLING: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    # The heads with most work come first, and of each the late blocks, which reach most keys: short programs end the run.
+    # The heads with most work come first, and of each the late blocks, which reach most keys: short
+    # programs end the run.
     program = tl.program_id(0)
     slot = n_slots - 1 - program % n_slots
     batch = (program // n_slots) % n_batch

@@ -1,16 +1,20 @@
 # mypy: allow-untyped-defs
-"""What the Hopper kernels share, in Gluon: layouts, the copies into shared memory, the mask, the way out.
+"""What the Hopper kernels share, in Gluon: layouts, the copies into shared memory, the mask, the
+way out.
 
-On Hopper (compute capability 9.0) a copy engine brings blocks into shared memory and warpgroups multiply from there, both
-beside the program. Triton schedules that by itself, but waits for each product before it goes on; these kernels say when
-to wait, so that the softmax of one block runs during the products of another. They cover the calls of training and of a
-first pass over a prompt: half precision, head_dim 64 or 128, queries from position 0, no `key_start`, no packing.
+On Hopper (compute capability 9.0) a copy engine brings blocks into shared memory and warpgroups
+multiply from there, both beside the program. Triton schedules that by itself, but waits for each
+product before it goes on; these kernels say when to wait, so that the softmax of one block runs
+during the products of another. They cover the calls of training and of a first pass over a prompt:
+half precision, head_dim 64 or 128, queries from position 0, no `key_start`, no packing.
 
     M = BLOCK_M queries of a block   N = BLOCK_N keys of a block   D head_dim
-    p_ pointer   t_ tensor descriptor   s_ block in shared memory   b_ block in registers   o_ offset   m_ mask
+    p_ pointer   t_ tensor descriptor   s_ block in shared memory   b_ block in registers
+    o_ offset   m_ mask
 
-One warpgroup (4 warps) owns 64 rows. Two such programs share a multiprocessor: one multiplies while the other exponentiates.
-A ring of one or two buffers takes the blocks in turn; `n` counts the blocks that went through it.
+One warpgroup (4 warps) owns 64 rows. Two or three such programs share a multiprocessor: one
+multiplies while another exponentiates. A ring of one or two buffers takes the blocks in turn; `n` counts the
+blocks that went through it.
 """
 
 from triton.experimental import gluon
@@ -47,7 +51,9 @@ def arrived(s_barriers, n):
 
 @gluon.jit
 def copy(t_rows, batch, head, start, barrier, s_rows, wanted):
-    """Rows from `start` on of a `[B, H, tokens, D]` tensor, on their way into shared memory; zeros outside the tensor."""
+    """Rows from `start` on of a `[B, H, tokens, D]` tensor, on their way into shared memory; zeros
+    outside the tensor.
+    """
     tma.async_copy_global_to_shared(t_rows, [batch, head, start, 0], barrier, s_rows, pred=wanted)
 
 

@@ -29,7 +29,9 @@ def rows_of(
     ROW: gl.constexpr,
     HAS_D_LSE: gl.constexpr,
 ):
-    """What the weights are computed with, and the part of delta that the log-sum-exp's gradient gives, both `[M]`."""
+    """What the weights are computed with, and the part of delta that the log-sum-exp's gradient
+    gives, both `[M]`.
+    """
     base = softmax.base_of(gl.load(p_lse + o_row, mask=m_query, other=0.0))
     delta = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
     if HAS_D_LSE:
@@ -129,7 +131,8 @@ def query_gradient_kernel(
     b_d_out = s_d_out.load(hopper.wide_layout(HEAD_DIM, WARPS))
     summed = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1), ROW)  # [M]
     if n_steps <= EXACT_STEPS:
-        # Few keys: the rounding of the output would show where gradients cancel. The blocks are there: sum anew.
+        # Few keys: the rounding of the output would show where gradients cancel. The blocks are
+        # there: sum anew.
         summed = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
         for step in range(n_steps):
             first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)

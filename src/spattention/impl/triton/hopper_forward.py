@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
 """Forward pass on Hopper: `forward.py` for the calls that `hopper.py` covers, with its legend.
 
-While the tensor cores add the values of one block of keys, the softmax of the next block's scores is computed.
+While the tensor cores add the values of one block of keys, the softmax of the next block's scores
+is computed.
 """
 
 from triton.experimental import gluon
@@ -102,7 +103,8 @@ def forward_kernel(
         hopper.store_zeros(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
 
-    # One buffer of keys is enough, they are free once the scores are there; with it three programs fit beside each other.
+    # One buffer of keys is enough, they are free once the scores are there; with it three programs
+    # fit beside each other.
     s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
     s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
     s_values = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, HEAD_DIM], SHARED_K)

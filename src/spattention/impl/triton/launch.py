@@ -26,18 +26,20 @@ _tables: dict[tuple[tuple[int, ...], int, torch.device], torch.Tensor] = {}
 
 
 def band_table(intervals: Sequence[int], key_heads: int, device: torch.device) -> torch.Tensor:
-    """int32 `[2, H, 8]` on the device: rows `head, near, far, near, far, 0, 0, 0`, those with most work first.
+    """int32 `[2, H, 8]` on the device: rows `head, near, far, near, far, 0, 0, 0`, those with most
+    work first.
 
-    `table[0]` is in the order of the query heads' work, `table[1]` in that of the key heads, whose query heads stand
-    together. Made once per (pattern, device). Raises RuntimeError if that would be inside the capture of a CUDA graph,
-    where the copy is not allowed.
+    `table[0]` is in the order of the query heads' work, `table[1]` in that of the key heads, whose
+    query heads stand together. Made once per (pattern, device). Raises RuntimeError if that would
+    be inside the capture of a CUDA graph, where the copy is not allowed.
     """
     key = (tuple(intervals), key_heads, device)
     table = _tables.get(key)
     if table is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "the first call with a pattern must come before the capture of a CUDA graph: call once to warm up"
+                "the first call with a pattern must come before the capture of a CUDA graph: "
+                "call once to warm up"
             )
         table = torch.tensor(_table(key[0], key_heads), dtype=torch.int32, device=device)
         _tables[key] = table
@@ -73,7 +75,9 @@ def _grid_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _describable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can read the rows of all: 16-byte aligned starts and strides, no expanded dimension."""
+    """Whether the copy engine can read the rows of all: 16-byte aligned starts and strides, no
+    expanded dimension.
+    """
     rest = 16 // tensors[0].element_size() - 1
     for tensor in tensors:
         if tensor.data_ptr() & 15:
@@ -120,7 +124,9 @@ def _on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _scaled(scale: float, precise: bool) -> float:
-    """In powers of two, or of e if `precise`. A scale of 0 becomes too small to matter, because -inf * 0 would be NaN."""
+    """In powers of two, or of e if `precise`. A scale of 0 becomes too small to matter, because
+    -inf * 0 would be NaN.
+    """
     return scale * (1.0 if precise else LOG2_E) if scale else 1e-30
 
 
@@ -160,8 +166,9 @@ class Call:
         self.scale = _scaled(scale, precise)
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
         self.launches = launches(query.element_size(), head_dim, capability)
-        # The copy engine reads whole blocks, which may begin before a range. With queries from position 0 and no first
-        # keys, some query sees every key there; otherwise they might hold anything, NaN included, and must not be read.
+        # The copy engine reads whole blocks, which may begin before a range. With queries from
+        # position 0 and no first keys, some query sees every key there; otherwise they might hold
+        # anything, NaN included, and must not be read.
         open_ranges = (
             offsets_q is None and query_starts is None and key_start is None and query_start == 0
         )
@@ -228,8 +235,8 @@ class Call:
         """The launches of the Hopper kernels, if they cover the call and can read these tensors."""
         if self.hopper is None or not _describable(*tensors):
             return None
-        # Descriptors are encoded before the launch, and in a new thread there would be no CUDA context yet; this asks
-        # the driver something harmless, which makes one.
+        # Descriptors are encoded before the launch, and in a new thread there would be no CUDA
+        # context yet; this asks the driver something harmless, which makes one.
         torch.cuda.is_current_stream_capturing()
         return self.hopper
 
@@ -309,7 +316,9 @@ def launch_query_gradient(
     delta: torch.Tensor,
     hopper: Launches | None,
 ) -> None:
-    """Writes `d_query`, `base` and `delta`; `hopper` is what `call.hopper_for` gave, the same for both passes."""
+    """Writes `d_query`, `base` and `delta`; `hopper` is what `call.hopper_for` gave, the same for
+    both passes.
+    """
     if hopper is not None:
         launch = hopper.query_gradient
         slots = call.query_slots(launch.block_m)

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs
-"""Blocks of rows, in and out of memory. What lies outside a row's range or beyond head_dim is never touched.
+"""Blocks of rows, in and out of memory. What lies outside a row's range or beyond head_dim is never
+touched.
 
 R  rows of a block        D  BLOCK_D >= HEAD_DIM
 """

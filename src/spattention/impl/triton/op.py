@@ -1,7 +1,8 @@
-"""The PyTorch operators around the kernels: `spattention::triton_forward` and `spattention::triton_backward`.
+"""The PyTorch operators around the kernels: `spattention::triton_forward` and
+`spattention::triton_backward`.
 
-They take the bands as a flat `int[]`, near, far, near, far per head, because schemas take no Python objects. Packed calls
-(`offsets_q` given) come as `[1, H, T, D]` views.
+They take the bands as a flat `int[]`, near, far, near, far per head, because schemas take no Python
+objects. Packed calls (`offsets_q` given) come as `[1, H, T, D]` views.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _forward(
     """`out [B, H, Q, D]` and the log-sum-exp, float32 `[B, H, Q]`.
 
     Args:
-        query, key, value: `[B, H, Q, D]`, `[B, Hkv, K, D]` twice; packed calls have B = 1 and `offsets_q`, `offsets_k`.
+        query, key, value: `[B, H, Q, D]`, `[B, Hkv, K, D]` twice; packed calls have B = 1 and
+            `offsets_q`, `offsets_k`.
         intervals: the bands, `BandPattern.flat`.
         scale: factor of the scores.
         query_start: position of the first query; used when `query_starts` is None.
@@ -108,7 +110,9 @@ def _backward(
     offsets_q: torch.Tensor | None,
     offsets_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and sinks (`[0]` without sinks), from those of `out` and (or None) of `lse`."""
+    """Gradients of query, key, value and sinks (`[0]` without sinks), from those of `out` and (or
+    None) of `lse`.
+    """
     d_query, d_key, d_value, d_sinks = _backward_results(query, key, value, sinks)
     if query.numel() == 0 or key.numel() == 0:
         for gradient in (d_query, d_key, d_value):
@@ -120,7 +124,8 @@ def _backward(
     call = Call(
         query, key, intervals, query_start, query_starts, key_start, offsets_q, offsets_k, scale
     )
-    # Per row: the log-sum-exp in powers of two, and the sum of dO * O less the log-sum-exp's gradient.
+    # Per row: the log-sum-exp in powers of two, and the sum of dO * O less the log-sum-exp's
+    # gradient.
     hopper = call.hopper_for(query, key, value, d_out)
     rows = (*lse.shape[:2], lse.shape[2] if hopper is None else pitch(lse.shape[2]))
     base, delta = lse.new_empty(rows), lse.new_empty(rows)
@@ -134,7 +139,8 @@ def _backward(
         d_key.zero_()
     if sinks is not None:
         delta = delta[:, :, : lse.shape[2]]
-        # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a row without keys.
+        # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a
+        # row without keys.
         weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(
             sinks[:, None] == -torch.inf, 0.0
         )
@@ -215,7 +221,9 @@ class _Differentiate(torch.autograd.Function):
 def _differentiable(
     function: type[torch.autograd.Function], operator: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The operator for PyTorch's autograd key: recorded if an input needs a gradient, else run as it is."""
+    """The operator for PyTorch's autograd key: recorded if an input needs a gradient, else run as
+    it is.
+    """
 
     def dispatch(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(

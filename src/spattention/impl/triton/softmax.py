@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs
-"""The softmax, once for all passes: its running form, its end, and its recomputation for the gradients.
+"""The softmax, once for all passes: its running form, its end, and its recomputation for the
+gradients.
 
-In half precision exponentials are powers of two, the instruction that there is: scores are scaled by `scale * log2(e)`,
-and `highest` and `base` are in that unit. In float32 (`PRECISE`) they are powers of e: the changes of unit would cost more
-than the last bit, and so would the instruction. The log-sum-exp that leaves a kernel is natural.
+In half precision exponentials are powers of two, the instruction that there is: scores are scaled
+by `scale * log2(e)`, and `highest` and `base` are in that unit. In float32 (`PRECISE`) they are
+powers of e: the changes of unit would cost more than the last bit, and so would the instruction.
+The log-sum-exp that leaves a kernel is natural.
 
     M  queries of a block        N  keys of a block        m_  mask
 """
@@ -43,7 +45,9 @@ def logarithm(x, PRECISE: tl.constexpr):
 def begin(
     p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISE: tl.constexpr = False
 ):
-    """Running maximum and sum `[M]` before the first key: of nothing, or of the head's sink, which carries no value."""
+    """Running maximum and sum `[M]` before the first key: of nothing, or of the head's sink, which
+    carries no value.
+    """
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
@@ -55,13 +59,15 @@ def begin(
 
 @triton.jit
 def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.constexpr = False):
-    """One block of raw scores `[M, N]` joins: weights `[M, N]`, new maximum and sum `[M]`, factor of what was summed.
+    """One block of raw scores `[M, N]` joins: weights `[M, N]`, new maximum and sum `[M]`, factor
+    of what was summed.
 
     Masked scores are -inf (+inf where `FALLING`, that is `scale < 0`).
     """
     block_highest = (tl.min(scores, 1) if FALLING else tl.max(scores, 1)) * scale
     new = tl.maximum(highest, block_highest)
-    # A row that has seen nothing yet keeps -inf; 0 in its place keeps -inf - -inf out of the exponent.
+    # A row that has seen nothing yet keeps -inf; 0 in its place keeps -inf - -inf out of the
+    # exponent.
     base = tl.where(new == float("-inf"), 0.0, new)
     weights = power(scores * scale - base[:, None], PRECISE)
     factor = power(highest - base, PRECISE)
@@ -70,7 +76,9 @@ def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.con
 
 @triton.jit
 def finish(highest, total, PRECISE: tl.constexpr = False):
-    """Natural log-sum-exp `[M]`, and the sum `[M]` that normalises the output; a row without keys gives -inf and 1."""
+    """Natural log-sum-exp `[M]`, and the sum `[M]` that normalises the output; a row without keys
+    gives -inf and 1.
+    """
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
     lse = (highest + logarithm(safe, PRECISE)) * (1.0 if PRECISE else LN_2)
@@ -79,17 +87,23 @@ def finish(highest, total, PRECISE: tl.constexpr = False):
 
 @triton.jit
 def base_of(lse, PRECISE: tl.constexpr = False):
-    """What `weights_of` subtracts, for rows `[M]` of a natural log-sum-exp; a row without keys is always masked."""
+    """What `weights_of` subtracts, for rows `[M]` of a natural log-sum-exp; a row without keys is
+    always masked.
+    """
     return tl.where(lse == float("-inf"), 0.0, lse * (1.0 if PRECISE else LOG2_E))
 
 
 @triton.jit
 def natural(scale, PRECISE: tl.constexpr = False):
-    """The factor of the scores as the caller gave it, which the gradients of query and key carry."""
+    """The factor of the scores as the caller gave it, which the gradients of query and key
+    carry.
+    """
     return scale * (1.0 if PRECISE else LN_2)
 
 
 @triton.jit
 def weights_of(scores, base, scale, PRECISE: tl.constexpr = False):
-    """The weights of raw scores; `base` is `base_of` the log-sum-exp, shaped to broadcast along the keys."""
+    """The weights of raw scores; `base` is `base_of` the log-sum-exp, shaped to broadcast along the
+    keys.
+    """
     return power(scores * scale - base, PRECISE)

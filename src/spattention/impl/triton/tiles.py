@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
-"""Which tiles of keys and queries a band needs: the one place where tile arithmetic and masks are written.
+"""Which tiles of keys and queries a band needs: the one place where tile arithmetic and masks are
+written.
 
-A head's band `[near, far)` lets the query at position p see the keys `p - far < j <= p - near`. For a block of queries
-at consecutive positions the seen keys are therefore one range per interval, which the kernels walk in steps of one
-block, both intervals in one loop:
+A head's band `[near, far)` lets the query at position p see the keys `p - far < j <= p - near`. For
+a block of queries at consecutive positions the seen keys are therefore one range per interval,
+which the kernels walk in steps of one block, both intervals in one loop:
 
     key_range     the keys that some query of the block sees, `[low, high)`
     key_walk      the blocks that cover both ranges
@@ -11,8 +12,9 @@ block, both intervals in one loop:
     is_inside     whether every query of a tile sees every key of it, so that it needs no mask
     visible       the mask of the tiles at the edge
 
-`query_range` and `query_walk` are the same seen from a block of keys, for the gradients of key and value. The functions of scalars are
-plain integer arithmetic; the tests call them as Python (`key_range.fn`) for thousands of shapes against the dense mask.
+`query_range` and `query_walk` are the same seen from a block of keys, for the gradients of key and
+value. The functions of scalars are plain integer arithmetic; the tests call them as Python
+(`key_range.fn`) for thousands of shapes against the dense mask.
 
     first, last    positions of a block's first and last query
     o_             offsets, int32
@@ -22,7 +24,8 @@ plain integer arithmetic; the tests call them as Python (`key_range.fn`) for tho
 import triton
 import triton.language as tl
 
-# A missing interval is (MISSING, MISSING): farther than any distance, so that no range needs a special case.
+# A missing interval is (MISSING, MISSING): farther than any distance, so that no range needs a
+# special case.
 MISSING = tl.constexpr(1 << 30)
 # Positions are clamped below this, so that sums of a position and a distance fit in int32.
 MAX_POSITION = tl.constexpr(1 << 29)
@@ -30,7 +33,8 @@ MAX_POSITION = tl.constexpr(1 << 29)
 
 @triton.jit
 def key_range(first, last, near, far, key_start, n_keys):
-    """Keys that some query at a position in `first .. last` sees: `[low, high)`, empty if `low >= high`.
+    """Keys that some query at a position in `first .. last` sees: `[low, high)`, empty if `low >=
+    high`.
 
     `key_start` is the least first key of these queries.
     """
@@ -41,7 +45,9 @@ def key_range(first, last, near, far, key_start, n_keys):
 
 @triton.jit
 def query_range(first_key, last_key, near, far, query_start, n_queries):
-    """Queries (indices) that see some key in `first_key .. last_key`: `[low, high)`, empty if `low >= high`."""
+    """Queries (indices) that see some key in `first_key .. last_key`: `[low, high)`, empty if `low
+    >= high`.
+    """
     low = max(first_key + near - query_start, 0)
     high = min(last_key + far - query_start, n_queries)
     return low, high
@@ -55,7 +61,9 @@ def steps(low, high, BLOCK):
 
 @triton.jit
 def bands_of(p_bands, row):
-    """Head and bands `(head, near_0, far_0, near_1, far_1)` in a row of the table that `op.band_table` makes."""
+    """Head and bands `(head, near_0, far_0, near_1, far_1)` in a row of the table that
+    `launch.band_table` makes.
+    """
     p_row = p_bands + 8 * row
     near_0, far_0 = tl.load(p_row + 1), tl.load(p_row + 2)
     near_1, far_1 = tl.load(p_row + 3), tl.load(p_row + 4)
@@ -66,7 +74,8 @@ def bands_of(p_bands, row):
 def key_walk(bands, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constexpr):
     """The blocks of keys that a block of queries needs, for `steps_of` and `step_at`.
 
-    They end where their range ends, so that no key behind it is read; the first may begin before `low`, its `limit`.
+    They end where their range ends, so that no key behind it is read; the first may begin before
+    `low`, its `limit`.
     """
     _, near_0, far_0, near_1, far_1 = bands
     low_0, high_0 = key_range(first, last, near_0, far_0, key_start, n_keys)
@@ -84,8 +93,8 @@ def key_walk(bands, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constex
 def query_walk(bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr):
     """The blocks of queries that a block of keys needs, for `steps_of` and `step_at`.
 
-    They begin where their range does, or up to three queries before it: the copy engine wants float32 in steps of 16
-    bytes. The last may end behind `high`, its `limit`.
+    They begin where their range does, or up to three queries before it: the copy engine wants
+    float32 in steps of 16 bytes. The last may end behind `high`, its `limit`.
     """
     _, near_0, far_0, near_1, far_1 = bands
     low_0, high_0 = query_range(first_key, last_key, near_0, far_0, query_start, n_queries)
@@ -107,7 +116,9 @@ def steps_of(walk):
 
 @triton.jit
 def step_at(step, walk, bands, BLOCK, INTERVALS: tl.constexpr):
-    """`(start, limit, near, far)` of a step: where its block begins, the limit of its range, its interval."""
+    """`(start, limit, near, far)` of a step: where its block begins, the limit of its range, its
+    interval.
+    """
     begin_0, limit_0, steps_0, begin_1, limit_1, _ = walk
     _, near_0, far_0, near_1, far_1 = bands
     start, limit, near, far = begin_0 + step * BLOCK, limit_0, near_0, far_0
@@ -140,9 +151,11 @@ def reach(o_position, near, far, key_start):
 
 @triton.jit
 def visible(o_position, o_key, near, o_reach):
-    """Mask of a tile. All arguments broadcast against each other; `o_reach` is what `reach` gave for these queries.
+    """Mask of a tile. All arguments broadcast against each other; `o_reach` is what `reach` gave
+    for these queries.
 
-    A key beyond the band on either side gives a number that is too large when read as unsigned: one comparison.
+    A key beyond the band on either side gives a number that is too large when read as unsigned: one
+    comparison.
     """
     return (o_position - near - o_key).to(tl.uint32, bitcast=True) < o_reach.to(
         tl.uint32, bitcast=True
@@ -165,7 +178,9 @@ def first_after(p_key_start, stride, n_queries, key):
 
 @triton.jit
 def offset_at(p_offsets, document, n_documents, n_tokens):
-    """Where a document begins, clamped to `[0, n_tokens]`; `n_documents + 1` is where everything ends."""
+    """Where a document begins, clamped to `[0, n_tokens]`; `n_documents + 1` is where everything
+    ends.
+    """
     inside = document <= n_documents
     offset = tl.load(p_offsets + document, mask=inside, other=n_tokens)
     return tl.minimum(tl.maximum(offset, 0), n_tokens)
@@ -173,8 +188,9 @@ def offset_at(p_offsets, document, n_documents, n_tokens):
 
 @triton.jit
 def document_at(p_offsets, slot, n_documents, n_tokens, BLOCK):
-    """Document and block of a slot. Document d owns the slots from `offset_d // BLOCK + d` on, at least as many as it
-    has blocks, so that no sum over documents is needed. What lies behind the last offset is document `n_documents`.
+    """Document and block of a slot. Document d owns the slots from `offset_d // BLOCK + d` on, at
+    least as many as it has blocks, so that no sum over documents is needed. What lies behind the
+    last offset is document `n_documents`.
     """
     low = 0
     high = n_documents
@@ -190,7 +206,9 @@ def document_at(p_offsets, slot, n_documents, n_tokens, BLOCK):
 
 
 def slots(n_tokens: int, n_documents: int, block: int) -> int:
-    """Slots that `document_at` deals out; without packing (`n_documents` 0), the blocks of one row."""
+    """Slots that `document_at` deals out; without packing (`n_documents` 0), the blocks of one
+    row.
+    """
     return n_tokens // block + n_documents + 1 if n_documents else -(-n_tokens // block)
 
 
@@ -213,8 +231,9 @@ def place(
 ):
     """Where a program works: `(block, row_q, queries, row_k, keys, query_start)`.
 
-    The block counts from row `row_q` of the queries (`row_k` of the keys if `OF_KEYS`), from where its row of the batch,
-    or its document, has so many `queries` and `keys`; `query_start` is the position of the first of these queries.
+    The block counts from row `row_q` of the queries (`row_k` of the keys if `OF_KEYS`), from where
+    its row of the batch, or its document, has so many `queries` and `keys`; `query_start` is the
+    position of the first of these queries.
     """
     if PACKED:
         if OF_KEYS:
@@ -243,7 +262,9 @@ def place(
 
 @triton.jit
 def first_key_of(p_key_start, o_query, n_queries, stride, n_keys):
-    """First key that queries (a block of indices, or one) may see, clamped to `[0, n_keys]`; 0 behind the last query."""
+    """First key that queries (a block of indices, or one) may see, clamped to `[0, n_keys]`; 0
+    behind the last query.
+    """
     o_first = tl.load(
         p_key_start + o_query.to(tl.int64) * stride, mask=o_query < n_queries, other=0
     )
