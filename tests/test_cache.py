@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,6 +315,24 @@ def test_memory_is_that_of_the_reach_and_stays():
     assert (store.keys.data_ptr(), store.values.data_ptr()) == addresses
     assert ring_lengths(HAND_MADE, 4) == (39, 0, 25, 0)
     assert store_for(HAND_MADE, *text(3, key_heads=4)[1:]).keys.shape[1] == 65
+
+
+def test_the_page_says_how_large_a_store_is():
+    page = Path(__file__).parents[1] / "docs" / "generation.md"
+    rows = [line.strip("|").split("|") for line in page.read_text("utf-8").splitlines()]
+    table = {row[0].strip(): row[1:] for row in rows if len(row) == 4}
+    names = {"uniform": "", "geometric": ", geometric", "equal_work": ", equal work"}
+    for column, (heads, key_heads) in enumerate(((8, 8), (16, 16), (16, 4))):
+        patterns = {
+            f"`{kind}`{suffix}": getattr(P, kind)(heads, 4096, widths=widths)
+            for kind in ("exclusive", "shared_local")
+            for widths, suffix in names.items()
+        }
+        for kind in ("dense", "gapped", "local_only"):
+            patterns[f"`{kind}`"] = getattr(P, kind)(heads, 4096)
+        for name, pattern in patterns.items():
+            share = sum(ring_lengths(pattern, key_heads)) / (key_heads * 4096)
+            assert float(table[name][column]) == pytest.approx(share, abs=6e-4), name
 
 
 def test_it_compiles_into_one_graph_without_looking_at_positions():
