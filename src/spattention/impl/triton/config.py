@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+
 # Arguments of the kernels whose value must not choose a compiled variant: a new length or start
 # compiles nothing.
 COUNTS = (
@@ -71,6 +73,7 @@ HOPPER_HALF = {
     ),
 }
 
+HOPPER_TRITON = "3.6."
 # The Hopper kernels, by head_dim: one warpgroup, two programs on a multiprocessor.
 HOPPER = {
     64: Launches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
@@ -129,8 +132,11 @@ def hopper_launches(
     itemsize: int, head_dim: int, capability: tuple[int, int] | None
 ) -> Launches | None:
     """The launches of the Hopper kernels: half precision, head_dim 64 and 128, compute capability
-    9.0. None elsewhere.
+    9.0, Triton 3.6. None elsewhere.
     """
     if capability is None or capability[0] != 9 or itemsize != 2:
+        return None
+    # Gluon is experimental: these kernels are written for, and tested with, one release of it.
+    if not triton.__version__.startswith(HOPPER_TRITON):
         return None
     return HOPPER.get(head_dim)

@@ -13,8 +13,8 @@ half precision, head_dim 64 or 128, queries from position 0, no `key_start`, no 
     o_ offset   m_ mask
 
 One warpgroup (4 warps) owns 64 rows. Two or three such programs share a multiprocessor: one
-multiplies while another exponentiates. A ring of one or two buffers takes the blocks in turn; `n` counts the
-blocks that went through it.
+multiplies while another exponentiates. A ring of one or two buffers takes the blocks in turn; `n`
+counts the blocks that went through it.
 """
 
 from triton.experimental import gluon

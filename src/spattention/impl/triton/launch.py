@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_backward, hopper_forward, tiles
+from . import tiles
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .config import LaunchConfig, Launches, block_d, hopper_launches, launches, pitch
 from .forward import forward_kernel
 
 LOG2_E = math.log2(math.e)
 MISSING, LONGEST = tiles.MISSING.value, tiles.MAX_POSITION.value
-VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
-GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 # The one cache of the library: pure constants of a pattern, on their device.
 _tables: dict[tuple[tuple[int, ...], int, torch.device], torch.Tensor] = {}
 
@@ -86,37 +81,6 @@ def _describable(*tensors: torch.Tensor) -> bool:
             if length > 1 and (stride == 0 or stride & rest):
                 return False
     return True
-
-
-class _Descriptor(TensorDescriptor):
-    """What `_describable` has checked is not checked again: several are made in every call."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of blocks of `rows` tokens of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
-    head_dim = tensor.shape[3]
-    strides = list(tensor.stride())
-    for axis in range(3):
-        if tensor.shape[axis] == 1:  # never used, but must be valid
-            strides[axis] = head_dim
-    block, layout = _block_layout(rows, head_dim, tensor.dtype)
-    return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
-
-
-@lru_cache(maxsize=64)
-def _block_layout(
-    rows: int, head_dim: int, dtype: torch.dtype
-) -> tuple[list[int], gl.NVMMASharedLayout]:
-    block = [1, 1, rows, head_dim]
-    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
-
-
-def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of `rows` consecutive elements of a contiguous float32 tensor."""
-    return _Descriptor(tensor, [tensor.numel()], [1], [rows], VECTOR_LAYOUT)
 
 
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -259,24 +223,10 @@ def launch_forward(
     """Writes `out` and `lse`."""
     hopper = call.hopper_for(query, key, value)
     if hopper is not None:
-        launch = hopper.forward
-        slots = call.query_slots(launch.block_m)
+        from .hopper_launch import forward
+
         with _on_device(call.device):
-            hopper_forward.forward_kernel[(slots * call.batch * call.heads,)](
-                _descriptor(query, launch.block_m),
-                _descriptor(key, launch.block_n),
-                _descriptor(value, launch.block_n),
-                out,
-                lse,
-                call.bands[0],
-                sinks,
-                *_grid_strides(out),
-                *call.hopper_counts(slots),
-                call.scale,
-                HAS_SINKS=sinks is not None,
-                FALLING=call.scale < 0,
-                **call.hopper_options(launch),
-            )
+            forward(call, hopper.forward, query, key, value, out, lse, sinks)
         return
     launch = call.launches.forward
     slots = call.query_slots(launch.block_m)
@@ -320,28 +270,22 @@ def launch_query_gradient(
     both passes.
     """
     if hopper is not None:
-        launch = hopper.query_gradient
-        slots = call.query_slots(launch.block_m)
+        from .hopper_launch import query_gradient
+
         with _on_device(call.device):
-            hopper_backward.query_gradient_kernel[(slots * call.batch * call.heads,)](
-                _descriptor(query, launch.block_m),
-                _descriptor(key, launch.block_n),
-                _descriptor(value, launch.block_n),
-                _descriptor(d_out, launch.block_m),
+            query_gradient(
+                call,
+                hopper.query_gradient,
+                query,
+                key,
+                value,
                 out,
+                d_out,
                 d_query,
                 lse,
                 d_lse,
                 base,
                 delta,
-                call.bands[0],
-                *_grid_strides(out),
-                *_grid_strides(d_query),
-                *call.hopper_counts(slots),
-                base.shape[2],
-                call.scale,
-                HAS_D_LSE=d_lse is not None,
-                **call.hopper_options(launch),
             )
         return
     launch = call.launches.query_gradient
@@ -387,26 +331,11 @@ def launch_key_gradient(
 ) -> None:
     """Writes `d_key` and `d_value`; `base` and `delta` are those of `launch_query_gradient`."""
     if hopper is not None:
-        launch = hopper.key_gradient
-        slots = call.key_slots(launch.block_n)
+        from .hopper_launch import key_gradient
+
         with _on_device(call.device):
-            hopper_backward.key_gradient_kernel[(slots * call.batch * call.key_heads,)](
-                _descriptor(query, launch.block_m),
-                _descriptor(key, launch.block_n),
-                _descriptor(value, launch.block_n),
-                _descriptor(d_out, launch.block_m),
-                _vector_descriptor(base, launch.block_m),
-                _vector_descriptor(delta, launch.block_m),
-                d_key,
-                d_value,
-                call.bands[1],
-                *_grid_strides(d_key),
-                *_grid_strides(d_value),
-                *call.hopper_counts(slots),
-                base.shape[2],
-                call.scale,
-                GROUPED=call.heads != call.key_heads,
-                **call.hopper_options(launch),
+            key_gradient(
+                call, hopper.key_gradient, query, key, value, d_out, d_key, d_value, base, delta
             )
         return
     launch = call.launches.key_gradient

@@ -1,0 +1,153 @@
+"""The launches of the Hopper kernels. Imported only where `config.hopper_launches` chose them, since
+Gluon is experimental and another Triton may lack a part of it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import hopper_backward, hopper_forward
+from .config import LaunchConfig
+
+if TYPE_CHECKING:
+    from .launch import Call
+
+VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+class _Descriptor(TensorDescriptor):
+    """What `_describable` has checked is not checked again: several are made in every call."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Of blocks of `rows` tokens of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
+    head_dim = tensor.shape[3]
+    strides = list(tensor.stride())
+    for axis in range(3):
+        if tensor.shape[axis] == 1:  # never used, but must be valid
+            strides[axis] = head_dim
+    block, layout = _block_layout(rows, head_dim, tensor.dtype)
+    return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
+
+
+@lru_cache(maxsize=64)
+def _block_layout(
+    rows: int, head_dim: int, dtype: torch.dtype
+) -> tuple[list[int], gl.NVMMASharedLayout]:
+    block = [1, 1, rows, head_dim]
+    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+
+
+def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Of `rows` consecutive elements of a contiguous float32 tensor."""
+    return _Descriptor(tensor, [tensor.numel()], [1], [rows], VECTOR_LAYOUT)
+
+
+def forward(
+    call: Call,
+    launch: LaunchConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Writes `out` and `lse`."""
+    slots = call.query_slots(launch.block_m)
+    hopper_forward.forward_kernel[(slots * call.batch * call.heads,)](
+        _descriptor(query, launch.block_m),
+        _descriptor(key, launch.block_n),
+        _descriptor(value, launch.block_n),
+        out,
+        lse,
+        call.bands[0],
+        sinks,
+        *out.stride()[:3],
+        *call.hopper_counts(slots),
+        call.scale,
+        HAS_SINKS=sinks is not None,
+        FALLING=call.scale < 0,
+        **call.hopper_options(launch),
+    )
+
+
+def query_gradient(
+    call: Call,
+    launch: LaunchConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    d_out: torch.Tensor,
+    d_query: torch.Tensor,
+    lse: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    base: torch.Tensor,
+    delta: torch.Tensor,
+) -> None:
+    """Writes `d_query`, `base` and `delta`."""
+    slots = call.query_slots(launch.block_m)
+    hopper_backward.query_gradient_kernel[(slots * call.batch * call.heads,)](
+        _descriptor(query, launch.block_m),
+        _descriptor(key, launch.block_n),
+        _descriptor(value, launch.block_n),
+        _descriptor(d_out, launch.block_m),
+        out,
+        d_query,
+        lse,
+        d_lse,
+        base,
+        delta,
+        call.bands[0],
+        *out.stride()[:3],
+        *d_query.stride()[:3],
+        *call.hopper_counts(slots),
+        base.shape[2],
+        call.scale,
+        HAS_D_LSE=d_lse is not None,
+        **call.hopper_options(launch),
+    )
+
+
+def key_gradient(
+    call: Call,
+    launch: LaunchConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    d_out: torch.Tensor,
+    d_key: torch.Tensor,
+    d_value: torch.Tensor,
+    base: torch.Tensor,
+    delta: torch.Tensor,
+) -> None:
+    """Writes `d_key` and `d_value`."""
+    slots = call.key_slots(launch.block_n)
+    hopper_backward.key_gradient_kernel[(slots * call.batch * call.key_heads,)](
+        _descriptor(query, launch.block_m),
+        _descriptor(key, launch.block_n),
+        _descriptor(value, launch.block_n),
+        _descriptor(d_out, launch.block_m),
+        _vector_descriptor(base, launch.block_m),
+        _vector_descriptor(delta, launch.block_m),
+        d_key,
+        d_value,
+        call.bands[1],
+        *d_key.stride()[:3],
+        *d_value.stride()[:3],
+        *call.hopper_counts(slots),
+        base.shape[2],
+        call.scale,
+        GROUPED=call.heads != call.key_heads,
+        **call.hopper_options(launch),
+    )
