@@ -242,17 +242,38 @@ def test_another_attention_is_refused(own):
         torch.matmul(torch.zeros(1), handle)
 
 
-def test_a_batch_that_changes_size_is_refused():
+def make_cache(kind: str, model: Any) -> Any:
+    if kind == "band":
+        return BandCache(model.config)
+    if kind == "dynamic":
+        return transformers.DynamicCache(config=model.config)
+    return transformers.StaticCache(config=model.config, max_cache_len=40)
+
+
+@pytest.mark.parametrize("kind", ["band", "dynamic", "static"])
+def test_a_batch_that_changes_size_is_refused(kind):
     model = banded("llama")
-    cache = BandCache(model.config)
+    cache = make_cache(kind, model)
     logits(model, tokens(2, 30), past_key_values=cache)
     before = copy.deepcopy(cache)
     for rows in (1, 3):
-        with pytest.raises(ValueError, match=f"filled with, 2 rows, got {rows}"):
+        with pytest.raises(ValueError, match=f"filled with, 2 rows, got {rows} in layer 0"):
             logits(model, tokens(rows, 1), past_key_values=cache)
     for old, new in zip(before.layers, cache.layers):
         close(new.keys, old.keys)
-        assert new.store.position.tolist() == [30, 30]
+        assert new.get_seq_length() == 30
+
+
+def test_a_text_longer_than_a_static_cache_is_refused():
+    model = banded("llama")
+    cache = make_cache("static", model)
+    with pytest.raises(ValueError, match="must have room for 41 tokens, got a cache for 40"):
+        logits(model, tokens(1, 41), past_key_values=cache)
+    logits(model, tokens(1, 40), past_key_values=cache)
+    before = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="must have room for 41 tokens, got a cache for 40"):
+        logits(model, tokens(1, 1), past_key_values=cache)
+    close(cache.layers[0].keys, before.layers[0].keys)
 
 
 def test_a_config_without_bands_is_refused():

@@ -329,6 +329,8 @@ def _before_forward(
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
     if cache is None:
         return None
+    hidden = args[0] if args else keywords["hidden_states"]
+    _check_room(cache, module.layer_idx, rows=hidden.shape[0], tokens=hidden.shape[1])
     if plan.pattern is not None:
         _check_cache(cache, module.layer_idx, plan.pattern)
     if getattr(cache, PACKED, False) and _length(cache, module.layer_idx) > 0:
@@ -343,13 +345,35 @@ def _before_forward(
         or (mask is not None and mask.shape[2:] != (1, 2))
     ):
         return None
-    hidden = args[0] if args else keywords["hidden_states"]
     length = cache.get_seq_length(module.layer_idx)
     key_len = 0 if isinstance(length, torch.Tensor) else length + position_ids.shape[1]
     split = add_restarts(mask, position_ids, hidden.shape[0], key_len)
     if readable(position_ids) and is_packed(mask, split):
         setattr(cache, PACKED, True)
     return args, {**keywords, "attention_mask": split}
+
+
+def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
+    """A cache keeps its batch, and one of a fixed length takes no more than that."""
+    if layer >= len(cache.layers):
+        return
+    held = cache.layers[layer]
+    keys = getattr(held, "keys", None)
+    if keys is not None and keys.numel() > 0 and keys.shape[0] != rows:
+        raise ValueError(
+            f"`past_key_values` must go on with the batch that it was filled with, {keys.shape[0]} "
+            f"rows, got {rows} in layer {layer}"
+        )
+    room = getattr(held, "max_cache_len", None)
+    if room is None or held.is_sliding:
+        return
+    length = held.get_seq_length()
+    if isinstance(length, torch.Tensor):
+        length = int(length) if readable(length) else 0
+    if length + tokens > room:
+        raise ValueError(
+            f"`past_key_values` must have room for {length + tokens} tokens, got a cache for {room}"
+        )
 
 
 def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:

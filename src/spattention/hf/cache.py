@@ -109,11 +109,6 @@ class BandLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
-        if key_states.shape[0] != self.store.batch_size:
-            raise ValueError(
-                f"`past_key_values` must go on with the batch that it was filled with, "
-                f"{self.store.batch_size} rows, got {key_states.shape[0]}"
-            )
         handle = BandHandle(self.store, key_states, value_states)
         return handle, handle
 
