@@ -97,7 +97,21 @@ def test_heads_of_a_section_must_match():
 def test_a_plain_row_needs_no_mask():
     assert rows_mask(2, 8, 8) is None
     assert rows_mask(2, 3, 8, q_offset=5) is None
-    assert rows_mask(2, 8, 8, attention_mask=torch.ones(2, 8, dtype=torch.bool)) is None
+
+
+def test_that_an_attention_mask_was_given_shows_in_the_rows():
+    """Dropped because it was all ones, it let `position_ids` split rows on the CPU alone."""
+    ones = torch.ones(2, 8, dtype=torch.bool)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    for q_offset in (0, torch.tensor(0)):
+        given = rows_mask(2, 8, 8, q_offset=q_offset, attention_mask=ones)
+        assert decode(given).padded
+        assert add_restarts(given, positions, 2, 8) is given
+        absent = rows_mask(2, 8, 8, q_offset=q_offset)
+        assert not decode(absent).padded
+        split = decode(add_restarts(absent, positions, 2, 8))
+        assert split.key_start.tolist() == [[0, 0, 0, 0, 4, 4, 4, 4]] * 2
+        assert not split.padded
 
 
 def test_rows_are_never_queries_times_keys():
@@ -105,7 +119,7 @@ def test_rows_are_never_queries_times_keys():
     mask[1, :7] = False
     assert rows_mask(2, 4096, 4096, attention_mask=mask).tolist() == [[[[0]]], [[[7]]]]
     static = rows_mask(2, 1, 9000, q_offset=torch.tensor(4095), attention_mask=mask)
-    assert static.tolist() == [[[[0, 4095]]], [[[7, 4095]]]]
+    assert static.tolist() == [[[[0, 4095, 0]]], [[[7, 4095, 0]]]]
     assert rows_mask(1, 6, 9, q_offset=0).tolist() == [[[[0, 0]]]]
     windowed = rows_mask(2, 1, 4, q_offset=8, kv_offset=5, attention_mask=mask[:, :9])
     assert windowed.tolist() == [[[[0]]], [[[2]]]]
@@ -118,8 +132,8 @@ def test_restarts_begin_documents():
     # After four keys in the cache: the first document goes on, the others start among the new ones.
     late = decode(add_restarts(None, torch.tensor([[4, 5, 0, 1]]), 2, 8))
     assert late.key_start.tolist() == [[0, 0, 6, 6]] * 2
-    padded = torch.tensor([[[[3, 4]]]], dtype=torch.int32)
-    rows = decode(add_restarts(padded, torch.tensor([[4, 5, 0, 1]]), 1, 0))
+    static = torch.tensor([[[[3, 4]]]], dtype=torch.int32)
+    rows = decode(add_restarts(static, torch.tensor([[4, 5, 0, 1]]), 1, 0))
     assert rows.key_start.tolist() == [[3, 3, 6, 6]]
     assert int(rows.query_start) == 4
 

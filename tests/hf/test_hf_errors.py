@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, FIRST, HEADS, SPAN, VOCABULARY, P, banded, build, logits, tokens
+from tiny import FAMILIES, FIRST, HEADS, SECOND, SPAN, VOCABULARY, P, banded, build, logits, tokens
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -192,12 +194,18 @@ def test_apply_names_what_does_not_fit():
         ("must hold at least one BandPattern", ([None, None],), {}),
         (r"distinct indices from 0 to 1 of text layers, got \[2\]", (dense,), {"layers": [2]}),
         (r"distinct indices .* got \[0, 0\]", (dense,), {"layers": [0, 0]}),
+        ("`layers` must be indices of text layers, got 1", (dense,), {"layers": 1}),
+        ("`layers` must name at least one text layer, got none", (dense,), {"layers": []}),
+        ("`layers` must name at least one text layer, got none", ([],), {"layers": ()}),
+        ("`sinks` must be True or False, got 1", (dense,), {"sinks": 1}),
+        ("`sinks` must be True or False, got tensor", (dense,), {"sinks": torch.zeros(HEADS)}),
     ]
     for message, arguments, keywords in cases:
         with pytest.raises(ValueError, match=message):
             spa.hf.apply(model, *arguments, **keywords)
     assert model.config._attn_implementation == "sdpa"
     assert not hasattr(model.config, "spattention")
+    assert torch.equal(logits(model, tokens(1, 9)), logits(build("llama"), tokens(1, 9)))
     with pytest.raises(ValueError, match="must be a Transformers model, got Linear"):
         spa.hf.apply(torch.nn.Linear(2, 2), dense)
 
@@ -238,11 +246,46 @@ def test_the_implementation_without_a_pattern_is_refused():
         model(tokens(1, 8))
 
 
-def test_a_tensor_parallel_rank_needs_its_part_of_the_pattern(module):
-    query, key, value = torch.randn(3, 1, 2, 8, 8).unbind(0)
+def rank_of(model, rank, lowered=False):
+    """One of two tensor-parallel ranks: half the rows of the projections, half the columns of the
+    last one. `lowered`: `out_features` too, as in some versions of Transformers.
+    """
+    part = copy.deepcopy(model)
+    part._tp_size = 2 if lowered else None
+    for layer in part.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projection = getattr(layer.self_attn, name)
+            projection.weight = torch.nn.Parameter(projection.weight.chunk(2, dim=0)[rank])
+            if lowered:
+                projection.out_features //= 2
+        projection = layer.self_attn.o_proj
+        projection.weight = torch.nn.Parameter(projection.weight.chunk(2, dim=1)[rank])
+    return part
+
+
+def attend(model, hidden):
+    positions = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    with torch.no_grad():
+        attention = model.model.layers[0].self_attn
+        return attention(hidden, position_embeddings=positions, attention_mask=None)[0]
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("pattern", [FIRST, SECOND], ids=["named", "custom"])
+def test_a_tensor_parallel_rank_needs_its_part_of_the_pattern(pattern, lowered):
+    """Whether a part fits is read off the weights: a pattern's recipe is for readers."""
+    stock = build("llama")
+    hidden = torch.randn(1, 8, 32, dtype=torch.float64)
+    wanted = attend(spa.hf.apply(copy.deepcopy(stock), pattern), hidden)
+    found = torch.zeros_like(wanted)
+    for rank, part in enumerate((pattern.heads(0, 2), pattern.heads(2, 4))):
+        found += attend(spa.hf.apply(rank_of(stock, rank, lowered), part), hidden)
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-10)
+
+    whole = spa.hf.apply(rank_of(stock, 0, lowered), pattern)
     with pytest.raises(ValueError, match=r"`pattern` has 4 heads but `query` has 2: under tensor"):
-        attention_forward(module, query, key, value, None, scaling=1.0)
-    model = spa.hf.apply(build("llama"), FIRST if FIRST.recipe is None else FIRST.heads(2, 4))
-    ranked = model.model.layers[0].self_attn
-    out, _ = attention_forward(ranked, query, key, value, None, scaling=1.0)
-    assert out.shape == (1, 8, 2, 8)
+        attend(whole, hidden)
+    with pytest.raises(ValueError, match=r"has 1 heads but layer 0 .* has 4, 2 of them on this"):
+        spa.hf.apply(rank_of(stock, 0, lowered), pattern.heads(0, 1))
+    with pytest.raises(ValueError, match=r"`pattern` has 2 heads but layer 0 of the model has 4$"):
+        spa.hf.apply(stock, pattern.heads(0, 2))

@@ -153,6 +153,15 @@ def test_a_layer_left_alone_sees_padding_packing_and_the_cache_as_before():
     }
     found = logits(model, ids[:1], position_ids=positions[:1], use_cache=False, **flat)
     close(found, wanted[:1], **EXACT)
+    # Without `position_ids`, or with a cache, documents are known from their offsets alone.
+    straight = torch.arange(12)[None]
+    apart = [
+        logits(stock, ids[:1, start:stop], position_ids=straight[:, start:stop])
+        for start, stop in ((0, 7), (7, 12))
+    ]
+    for use_cache in (False, True):
+        found = logits(model, ids[:1], use_cache=use_cache, **flat)
+        close(found, torch.cat(apart, dim=1), **EXACT)
 
     first = model(ids[:, :5])
     second = model(ids[:, 5:], past_key_values=first.past_key_values)

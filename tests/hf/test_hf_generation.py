@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny import EXACT, FAMILIES, FIRST, HEADS, SECOND, Calls, banded, build, logits, tokens
+from tiny import EXACT, FAMILIES, FIRST, HEADS, SECOND, Calls, Masked, banded, build, logits, tokens
 
 import spattention as spa
 
@@ -72,6 +72,28 @@ def test_rows_may_be_packed_in_different_places(family):
         close(found, torch.cat(wanted), **EXACT)
 
 
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_position_ids_split_no_row_that_comes_with_an_attention_mask(family, side):
+    """Whatever the mask holds and whatever keeps the keys; as in Transformers."""
+    stock = Masked(build(family), (FIRST, SECOND))
+    model = banded(family)
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    if side != "none":
+        mask[1, {"left": slice(0, 3), "right": slice(9, 12)}[side]] = 0
+    positions = packed_positions(7, 5)
+    # Padding and bands together, for stock attention: one 4-D mask per layer.
+    wanted = stock(ids, padding=mask, position_ids=positions, use_cache=False).logits
+    caches = [None, transformers.DynamicCache(config=model.config), static_cache(model, 20)]
+    for cache in caches:
+        keywords = {"past_key_values": cache, "use_cache": cache is not None}
+        found = logits(model, ids, attention_mask=mask, position_ids=positions, **keywords)
+        close(found[mask.bool()], wanted[mask.bool()], **EXACT)
+    apart = logits(model, ids, position_ids=positions, use_cache=False)
+    assert (apart[0] - wanted[0]).abs().max() > 1e-3
+
+
 def test_packed_rows_have_the_gradients_of_separate_documents():
     lengths = (7, 5)
     ids = tokens(1, 12)
@@ -102,6 +124,20 @@ def test_generation_with_every_cache_is_the_same(family):
     assert static.tolist() == plain.tolist()
     alone = model.generate(ids[1:, 7:], max_new_tokens=7, do_sample=False, pad_token_id=0)
     assert alone[0, -7:].tolist() == plain[1, -7:].tolist()
+
+
+@pytest.mark.parametrize("padding", [4, 5, 6, 11])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_prompt_may_be_filled_in_chunks_of_padding_alone(padding, cache):
+    """The positions 1, 1, 1, ... that Transformers gives to padding are no documents."""
+    model = banded("llama", sinks=True)
+    ids = tokens(2, 18)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(ids, **settings)
+    settings |= {"prefill_chunk_size": 5, "cache_implementation": cache, "disable_compile": True}
+    assert model.generate(ids, **settings).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,7 +194,26 @@ def test_a_cache_of_packed_rows_is_not_continued():
         logits(model, ids, position_ids=packed_positions(7, 5), past_key_values=cache)
         with pytest.raises(ValueError, match="must hold one document per row to be continued"):
             logits(model, ids[:, :1], past_key_values=cache)
-        cache.reset()
+    cache.reset()  # an emptied cache may be filled anew, and gone on from
+    found = [logits(model, part, past_key_values=cache) for part in ids.split([7, 5], dim=1)]
+    close(torch.cat(found, dim=1), logits(model, ids), **EXACT)
+
+
+def test_a_cache_of_flattened_rows_is_not_continued():
+    """Their offsets mark it: without `position_ids` nothing else tells the documents apart."""
+    model = banded("llama")
+    ids = tokens(1, 12)
+    for lengths in ((7, 5), (12,)):
+        flat = flat_keywords(*lengths)
+        del flat["position_ids"]
+        cache = transformers.DynamicCache(config=model.config)
+        logits(model, ids, past_key_values=cache, **flat)
+        if len(lengths) > 1:
+            with pytest.raises(ValueError, match="must hold one document per row to be continued"):
+                logits(model, ids[:, :1], past_key_values=cache)
+        else:
+            found = logits(model, ids[:, :1], past_key_values=cache)
+            close(found, logits(model, torch.cat([ids, ids[:, :1]], dim=1))[:, -1:], **EXACT)
 
 
 def test_a_cache_that_forgets_keys_is_refused():

@@ -88,10 +88,13 @@ def test_a_window_that_the_span_stays_within_is_no_obstacle():
 
 def test_one_window_for_all_layers_is_replaced_in_all_or_none():
     overrides = {"sliding_window": WINDOW}
+    model = build("mistral", **overrides)
+    stock = logits(model, tokens(1, 17))
     with pytest.raises(ValueError, match="name them in `layers` to replace it"):
-        spa.hf.apply(build("mistral", **overrides), FIRST)
+        spa.hf.apply(model, FIRST)
     with pytest.raises(ValueError, match=r"must be given to all layers or none .* got 1 of 2"):
-        spa.hf.apply(build("mistral", **overrides), FIRST, layers=[1])
+        spa.hf.apply(model, FIRST, layers=[1])
+    assert torch.equal(logits(model, tokens(1, 17)), stock)
 
 
 def test_a_window_with_positions_of_its_own_is_not_replaced():
@@ -139,10 +142,16 @@ def test_gpt_oss_keeps_its_sinks():
     for module in _attention(model):
         torch.nn.init.normal_(module.sinks)
     wanted = Masked(model, (None, FIRST))(tokens(1, 17)).logits
-    with pytest.raises(
-        ValueError, match="`sinks` must be False for GptOssAttention, which has its own"
-    ):
-        spa.hf.apply(copy.deepcopy(model), FIRST, sinks=True)
+    before, stock = copy.deepcopy(model.config), logits(model, tokens(1, 17))
+    for layers in (None, [0, 1]):
+        with pytest.raises(
+            ValueError, match="`sinks` must be False for GptOssAttention, which has its own"
+        ):
+            spa.hf.apply(model, FIRST, layers=layers, sinks=True)
+    # Nothing was changed before the error.
+    assert model.config.to_dict() == before.to_dict()
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model, tokens(1, 17)), stock)
     spa.hf.apply(model, FIRST)
     close(logits(model, tokens(1, 17)), wanted.detach(), rtol=0.0, atol=1e-6)
 

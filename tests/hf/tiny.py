@@ -94,13 +94,18 @@ class Masked:
         self.model = copy.deepcopy(model)
         self.patterns = patterns
 
-    def __call__(self, ids: torch.Tensor, **keywords: Any) -> Any:
+    def __call__(
+        self, ids: torch.Tensor, *, padding: torch.Tensor | None = None, **keywords: Any
+    ) -> Any:
         handles = []
         for module in self.model.modules():
             if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
                 pattern = self.patterns[module.layer_idx]
                 if pattern is not None:
-                    hook = self._hook(pattern.mask(ids.shape[1]))
+                    mask = pattern.mask(ids.shape[1])
+                    if padding is not None:
+                        mask = mask & padding.bool()[:, None, None]
+                    hook = self._hook(mask)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             return self.model(ids, **keywords)
@@ -111,7 +116,8 @@ class Masked:
     @staticmethod
     def _hook(mask: torch.Tensor) -> Callable[..., Any]:
         added = torch.zeros(mask.shape, dtype=torch.float64)
-        added = added.masked_fill(~mask, torch.finfo(torch.float64).min)[None]
+        added = added.masked_fill(~mask, torch.finfo(torch.float64).min)
+        added = added if added.dim() == 4 else added[None]
         return lambda module, args, keywords: (args, {**keywords, "attention_mask": added})
 
 

@@ -1,8 +1,7 @@
 """Hugging Face Transformers: bands in any causal language model.
 
-spa.hf.apply(model, spa.BandPattern.shared_local(num_heads=16, span=4096))   # in place
-spa.hf.register()                                                            # before loading a
-saved one
+spa.hf.apply(model, spa.BandPattern.shared_local(num_heads=16, span=4096))  # in place
+spa.hf.register()  # before loading a model that was saved with bands
 """
 
 from __future__ import annotations

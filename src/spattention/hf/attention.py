@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
+from ..checks import readable
 from .cache import BandHandle
 from .config import NAME, read_section, section_of
 from .decoder import (
@@ -21,6 +22,9 @@ from .decoder import (
     attention_modules,
     check_heads,
     check_model,
+    check_sinks,
+    check_windows,
+    has_sinks,
     is_attention,
     own_implementation,
     patterns_by_layer,
@@ -28,7 +32,7 @@ from .decoder import (
     replace_windows,
     text_configs,
 )
-from .mask import Rows, add_restarts, decode, dense_mask, is_packed, readable, rows_mask
+from .mask import Rows, add_restarts, decode, dense_mask, is_packed, rows_mask
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
@@ -85,8 +89,8 @@ def apply(
         model: a Transformers causal language model, or a vision-language model, of which only the
             text decoder changes.
         pattern: one for all layers in question, or one per layer; None leaves that layer alone. Its
-            heads are the layer's query heads; under tensor parallelism a rank's part,
-            `pattern.heads(start, stop)`.
+            heads are the layer's query heads; under tensor parallelism, where `apply` comes after
+            the weights were distributed, a rank's part, `pattern.heads(start, stop)`.
         layers: indices of the text layers in question; default all. With this default a single
             pattern leaves layers with a sliding window of their own alone (unless all share one
             window and the span lies within it); naming a layer, or giving it a pattern of its own,
@@ -101,10 +105,13 @@ def apply(
 
     Raises:
         ValueError: if the model is not causal, does not use Transformers' attention interface, caps
-            its scores or returns attention weights, if heads do not match, or if a layer cannot
-            give up its sliding window.
+            its scores or returns attention weights, if heads do not match, if a layer cannot give
+            up its sliding window, or has sinks of its own that `sinks` would replace. The model is
+            then as it was.
     """
     register()
+    if not isinstance(sinks, bool):
+        raise ValueError(f"`sinks` must be True or False, got {sinks!r}")
     model_config = getattr(model, "config", None)
     if model_config is None or not hasattr(model_config, "get_text_config"):
         raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
@@ -117,17 +124,20 @@ def apply(
     if all(entry is None for entry in chosen):
         raise ValueError(
             "`pattern` must be given to at least one layer, but every layer in question has a "
-            "sliding window of its "
-            "own, shorter than the span; name them in `layers` to replace it"
+            "sliding window of its own, shorter than the span; name them in `layers` to replace it"
         )
     for index, entry in enumerate(chosen):
         if entry is not None:
-            check_heads(text_config, index, entry)
+            check_heads(modules[index], text_config, entry, getattr(model, "tp_size", None) or 1)
+            if sinks:
+                check_sinks(modules[index])
     own = own_implementation(text_config, modules, chosen)
     configs = text_configs(model, text_config, modules)
-    replace_windows(model, configs, modules, chosen)
-
+    check_windows(text_config, chosen)
     section = section_of(chosen, sinks)
+
+    # Nothing was changed so far, and nothing fails from here on.
+    replace_windows(model, configs, modules, chosen)
     for config in configs:
         config.spattention = section
         config._attn_implementation_internal = NAME
@@ -169,8 +179,7 @@ def attention_forward(
         raise ValueError(
             '`attn_implementation="spattention"` needs a pattern for every attention module: call '
             "`spattention.hf.apply`, or set `config.spattention` before the model is built; got "
-            "none for "
-            f"{type(module).__name__}"
+            f"none for {type(module).__name__}"
         )
     rows = decode(attention_mask)
     if plan.pattern is None:
@@ -179,8 +188,7 @@ def attention_forward(
     if query.shape[1] != plan.pattern.num_heads:
         raise ValueError(
             f"`pattern` has {plan.pattern.num_heads} heads but `query` has {query.shape[1]}: under "
-            "tensor parallelism "
-            "give each rank its part, `pattern.heads(start, stop)`"
+            "tensor parallelism give each rank its part, `pattern.heads(start, stop)`"
         )
     sinks = _sinks(module, keywords)
     packed = any(keywords.get(name) is not None for name in PACKING)
@@ -228,7 +236,7 @@ def _packed(
             "`cu_seq_lens_q` must describe one row [1, T] without a filled cache, "
             f"got {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
         )
-    if rows.key_start is not None and rows.key_start.dim() == 1 and query.shape[2] > 1:
+    if rows.padded:
         raise ValueError("`attention_mask` must be None with `cu_seq_lens_q`, got a padding mask")
     out = band_attention_varlen(
         query[0].transpose(0, 1),
@@ -257,9 +265,7 @@ def _own_attention(
     dropout: float,
     keywords: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A layer without a pattern: the model's own implementation, with the mask that it would have
-    had.
-    """
+    """A layer without a pattern: the model's implementation, with the mask that it would have."""
     offsets = keywords.get("cu_seq_lens_k")
     if offsets is not None and rows.key_start is None:
         tokens = torch.arange(key.shape[2], device=key.device)
@@ -306,13 +312,13 @@ def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str,
 
 
 def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | None:
-    """The layer's own sinks (`s_aux`, as in gpt-oss) or those from `apply`, at least float32."""
+    """The layer's own sinks (`s_aux`, as in gpt-oss) or those from `apply`."""
     sinks = keywords.get("s_aux")
-    if sinks is None and _has_sinks(module):
+    if sinks is None and has_sinks(module):
         sinks = module.sinks
-    if sinks is None or sinks.dtype == torch.float64:
-        return sinks
-    return sinks.float()
+    # The operator takes query's dtype or float32, and a parameter may have neither: a bfloat16 one
+    # under float16 autocast, or where rotary positions make queries float32.
+    return sinks if sinks is None or sinks.dtype == torch.float64 else sinks.float()
 
 
 def _before_forward(
@@ -333,17 +339,17 @@ def _before_forward(
     _check_room(cache, module.layer_idx, rows=hidden.shape[0], tokens=hidden.shape[1])
     if plan.pattern is not None:
         _check_cache(cache, module.layer_idx, plan.pattern)
-    if getattr(cache, PACKED, False) and _length(cache, module.layer_idx) > 0:
-        raise ValueError(
-            "`past_key_values` must hold one document per row to be continued, got packed rows"
-        )
+    if getattr(cache, PACKED, False):
+        if _length(cache, module.layer_idx) > 0:
+            raise ValueError(
+                "`past_key_values` must hold one document per row to be continued, got packed rows"
+            )
+        setattr(cache, PACKED, False)  # it was emptied since
+    offsets = keywords.get("cu_seq_lens_q")
+    if offsets is not None and readable(offsets) and bool((offsets.diff() > 0).sum() > 1):
+        setattr(cache, PACKED, True)
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
-    if (
-        position_ids is None
-        or position_ids.dim() != 2
-        or position_ids.shape[1] == 1
-        or (mask is not None and mask.shape[2:] != (1, 2))
-    ):
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] == 1:
         return None
     length = cache.get_seq_length(module.layer_idx)
     key_len = 0 if isinstance(length, torch.Tensor) else length + position_ids.shape[1]
@@ -423,7 +429,9 @@ def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
         )
     pattern = section.layer_patterns[module.layer_idx]
     if pattern is not None:
-        check_heads(module.config, module.layer_idx, pattern)
+        check_heads(module, module.config, pattern)
+        if section.sinks:
+            check_sinks(module)
     _equip(module, LayerPlan(pattern, section.sinks and pattern is not None))
 
 
@@ -435,9 +443,7 @@ def _name_for_saving(model: Any) -> None:
 
 
 def _implementation_below(config: Any) -> str | dict[str, Any] | None:
-    """`attn_implementation` for a config: the name, or a dict of names where parts of it run
-    bands.
-    """
+    """`attn_implementation` for a config: the name, or one per part where only parts run bands."""
     if config is None:
         return None
     if getattr(config, NAME, None) is not None:
@@ -450,14 +456,10 @@ def _implementation_below(config: Any) -> str | dict[str, Any] | None:
 
 
 def _equip(module: Any, plan: LayerPlan) -> None:
-    had_sinks = _has_sinks(module)
+    had_sinks = has_sinks(module)
     if had_sinks and not plan.sinks:
         del module.sinks
     if plan.sinks and not had_sinks:
-        if hasattr(module, "sinks"):
-            raise ValueError(
-                f"`sinks` must be False for {type(module).__name__}, which has its own, got True"
-            )
         assert plan.pattern is not None
         module.sinks = torch.nn.Parameter(_zeros(module, plan.pattern.num_heads))
         module.sinks._is_hf_initialized = True  # Transformers' mark: not to be initialised again
@@ -473,11 +475,6 @@ def _zeros(module: torch.nn.Module, num_heads: int) -> torch.Tensor:
     return torch.zeros(num_heads)
 
 
-def _has_sinks(module: torch.nn.Module) -> bool:
-    plan = plan_of(module)
-    return plan is not None and plan.sinks
-
-
 def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
     @wraps(adjust)
     def strict(self: Any, loading_info: Any) -> None:
@@ -485,16 +482,15 @@ def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
             key = f"{name}.sinks"
             if plan_of(module) is None:
                 continue
-            if _has_sinks(module) and key in loading_info.missing_keys:
+            if has_sinks(module) and key in loading_info.missing_keys:
                 raise ValueError(
                     "the checkpoint must hold the sinks that `config.spattention` names, got no "
                     f"{key}"
                 )
-            if not _has_sinks(module) and key in loading_info.unexpected_keys:
+            if not has_sinks(module) and key in loading_info.unexpected_keys:
                 raise ValueError(
                     "`config.spattention` must name the sinks that the checkpoint holds, got "
-                    f"{key} "
-                    "in a layer without sinks"
+                    f"{key} in a layer without sinks"
                 )
         adjust(self, loading_info)
 

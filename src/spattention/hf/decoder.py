@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +33,12 @@ class LayerPlan:
 def plan_of(module: torch.nn.Module) -> LayerPlan | None:
     """The plan of an attention module; None for any other module."""
     return getattr(module, NAME, None)
+
+
+def has_sinks(module: torch.nn.Module) -> bool:
+    """Whether an attention module has the parameter `sinks` from `apply` or the config."""
+    plan = plan_of(module)
+    return plan is not None and plan.sinks
 
 
 def is_attention(module: torch.nn.Module) -> TypeGuard[Any]:
@@ -107,8 +113,12 @@ def patterns_by_layer(
 ) -> list[BandPattern | None]:
     """One entry per text layer, None where its own attention stays; arguments as in `apply`."""
     count = config.num_hidden_layers
+    if layers is not None and not isinstance(layers, Iterable):
+        raise ValueError(f"`layers` must be indices of text layers, got {layers!r}")
     named = None if layers is None else list(layers)
     if named is not None:
+        if not named:
+            raise ValueError("`layers` must name at least one text layer, got none")
         bad = [i for i in named if not (type(i) is int and 0 <= i < count)]
         if bad or len(set(named)) != len(named):
             raise ValueError(
@@ -149,13 +159,42 @@ def patterns_by_layer(
     return chosen
 
 
-def check_heads(config: Any, layer: int, pattern: BandPattern) -> None:
-    """A pattern has the layer's heads, or is the part of a tensor-parallel rank."""
+def check_heads(module: Any, config: Any, pattern: BandPattern, ranks: int = 1) -> None:
+    """A pattern has the layer's heads, all of them or those of this tensor-parallel rank.
+
+    Args:
+        module: the attention module.
+        config: the text config.
+        pattern: for the module.
+        ranks: over which Transformers split the module's heads.
+    """
     heads = config.num_attention_heads
-    part = pattern.recipe is not None and "heads" in pattern.recipe
-    if pattern.num_heads != heads and not (part and heads % pattern.num_heads == 0):
+    here = _heads_here(module, heads, ranks)
+    if pattern.num_heads not in (heads, here):
         raise ValueError(
-            f"`pattern` has {pattern.num_heads} heads but layer {layer} of the model has {heads}"
+            f"`pattern` has {pattern.num_heads} heads but layer {module.layer_idx} of the model "
+            f"has {heads}" + (f", {here} of them on this rank" if here != heads else "")
+        )
+
+
+def _heads_here(module: Any, heads: int, ranks: int) -> int:
+    """Query heads whose weights this process holds."""
+    here = heads
+    for child in module.modules():
+        rows, weight = getattr(child, "out_features", None), getattr(child, "weight", None)
+        if rows and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            # A rank holds some rows of the query projection, whose `out_features` count them all.
+            held = weight.to_local() if hasattr(weight, "to_local") else weight
+            here = min(here, heads * held.shape[0] // rows)
+    # Earlier versions of Transformers also lower `out_features`.
+    return heads // ranks if here == heads else here
+
+
+def check_sinks(module: Any) -> None:
+    """A module that is to have sinks must not have its own, as in gpt-oss."""
+    if hasattr(module, "sinks") and not has_sinks(module):
+        raise ValueError(
+            f"`sinks` must be False for {type(module).__name__}, which has its own, got True"
         )
 
 
@@ -195,6 +234,30 @@ def _keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
     return getattr(config, "layer_types", None) is not None or window < pattern.span
 
 
+def _replaced(config: Any, chosen: Sequence[BandPattern | None]) -> list[int]:
+    """Layers that trade a sliding window for a pattern."""
+    return [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
+
+
+def check_windows(config: Any, chosen: Sequence[BandPattern | None]) -> None:
+    """Whether `replace_windows` can do it; raises `ValueError`."""
+    replaced = _replaced(config, chosen)
+    if not replaced:
+        return
+    types = getattr(config, "layer_types", None)
+    if types is None and len(replaced) != len(chosen):
+        raise ValueError(
+            "`pattern` must be given to all layers or none of a model whose one sliding window is "
+            f"that of every layer, got {len(replaced)} of {len(chosen)}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(rope.get(kind), dict) for kind in set(types or ())):
+        raise ValueError(
+            "`pattern` must not replace a sliding window in a model whose positions are encoded "
+            f"differently there, got layers {replaced}"
+        )
+
+
 def replace_windows(
     model: Any,
     configs: Sequence[Any],
@@ -202,23 +265,13 @@ def replace_windows(
     chosen: Sequence[BandPattern | None],
 ) -> None:
     """Layers that trade a sliding window for a pattern count as full attention elsewhere."""
-    config = configs[0]
-    replaced = [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
+    replaced = _replaced(configs[0], chosen)
     if not replaced:
         return
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        if len(replaced) != len(chosen):
-            raise ValueError(
-                "`pattern` must be given to all layers or none of a model whose one sliding window "
-                f"is that of every layer, got {len(replaced)} of {len(chosen)}"
-            )
+    if getattr(configs[0], "layer_types", None) is None:
         for entry in configs:
             entry.sliding_window = None
         return
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(rope.get(kind), dict) for kind in set(types)):
-        _refuse_rope(replaced)
     for entry in configs:
         entry.layer_types = [
             "full_attention" if i in replaced else kind for i, kind in enumerate(entry.layer_types)
@@ -232,10 +285,3 @@ def replace_windows(
     for index in replaced:
         if hasattr(modules[index], "sliding_window"):
             modules[index].sliding_window = None
-
-
-def _refuse_rope(layers: Sequence[int]) -> NoReturn:
-    raise ValueError(
-        "`pattern` must not replace a sliding window in a model whose positions are encoded "
-        f"differently there, got layers {list(layers)}"
-    )

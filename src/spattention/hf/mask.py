@@ -4,14 +4,16 @@ query.
 Transformers builds one mask per forward pass and passes any 4-D tensor on untouched, so the rows
 travel as a small int32 tensor `[B, 1, R, C]`, never as Q x K:
 
-    R = 1        one entry per row of the batch (left padding)
-    R = Q        one per query (documents packed inside a row)
-    column 0     the first key that may be seen, as an index into the keys at hand
-    column 1     the position of the first query among the keys; only there (C = 2) when the queries
-    are not the last
-                 keys, as in a static cache
+    R = 1       one entry per row of the batch (padding)
+    R = Q       one per query (documents packed inside a row)
+    column 0    the first key that may be seen, as an index into the keys at hand
+    column 1    the position of the first query among the keys; only there when the queries are not
+                the last keys, as in a static cache
+    column 2    always 0; only there beside column 1, when an `attention_mask` was given
 
-None stands for one document per row, without padding, whose queries are the last keys.
+None stands for rows whose queries are the last keys, without an `attention_mask`. Whether one was
+given must show in the shape, on every device and whatever its values: `position_ids` split a row
+only if it was not.
 """
 
 from __future__ import annotations
@@ -23,15 +25,24 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function
 
+from ..checks import readable
+
 MaskFunction = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`key_start` and `query_start` as `spattention.band_attention` takes them."""
+    """`key_start` and `query_start` as `spattention.band_attention` takes them.
 
-    key_start: torch.Tensor | None = None  # int32 [B] or [B, Q]
-    query_start: torch.Tensor | None = None  # int32 []; None: the queries are the last keys
+    Attributes:
+        key_start: int32 `[B]` or `[B, Q]`; None: every key may be seen.
+        query_start: int32 `[]`; None: the queries are the last keys.
+        padded: whether an `attention_mask` was given, even one without padding.
+    """
+
+    key_start: torch.Tensor | None = None
+    query_start: torch.Tensor | None = None
+    padded: bool = False
 
     @property
     def plain(self) -> bool:
@@ -78,8 +89,7 @@ def rows_mask(
     if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
         raise ValueError(
             "the model's mask must be causal with padding at the ends of rows or packed documents "
-            "for spattention, "
-            "got one with an added rule (such as bidirectional image tokens)"
+            "for spattention, got one with an added rule (such as bidirectional image tokens)"
         )
     key_start = None
     if attention_mask is not None:
@@ -90,14 +100,20 @@ def rows_mask(
         query_start = None
     else:
         query_start = torch.as_tensor(q_offset - kv_offset, device=device)
-    return _encode(key_start, query_start, batch_size, device)
+    padded = attention_mask is not None
+    return _encode(Rows(key_start, query_start, padded), batch_size, device)
 
 
 def add_restarts(
     mask: torch.Tensor | None, position_ids: torch.Tensor, batch_size: int, key_len: int
 ) -> torch.Tensor | None:
-    """The same rows, further split wherever `position_ids [1 or B, Q]` do not go up by one."""
+    """The same rows, further split wherever `position_ids [1 or B, Q]` do not go up by one.
+
+    Rows that come with an `attention_mask` stay as they are, as in Transformers.
+    """
     rows = decode(mask)
+    if rows.padded:
+        return mask
     query_len = position_ids.shape[1]
     jumps = position_ids.diff(dim=1) != 1
     if readable(jumps) and not bool(jumps.any()):
@@ -110,9 +126,8 @@ def add_restarts(
     first = torch.zeros_like(key_start[:, :1]) if rows.key_start is None else rows.key_start
     first = first[:, None] if first.dim() == 1 else first
     key_start = torch.where(key_start == start, first, torch.maximum(key_start, first))
-    return _encode(
-        key_start.expand(batch_size, -1), rows.query_start, batch_size, position_ids.device
-    )
+    split = Rows(key_start.expand(batch_size, -1), rows.query_start)
+    return _encode(split, batch_size, position_ids.device)
 
 
 def is_packed(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
@@ -130,16 +145,17 @@ def decode(mask: torch.Tensor | None) -> Rows:
     """Read what `rows_mask` wrote; raises `ValueError` for any other 4-D mask."""
     if mask is None:
         return Rows()
-    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] > 2:
+    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] > 3:
         raise ValueError(
             "`attention_mask` must be None or a 2-D padding mask for spattention, whose bands take "
-            "the place of a "
-            f"4-D mask, got shape {list(mask.shape)} of {mask.dtype}"
+            f"the place of a 4-D mask, got shape {list(mask.shape)} of {mask.dtype}"
         )
-    key_start = mask[:, 0, :, 0]
+    key_start, columns = mask[:, 0, :, 0], mask.shape[3]
+    by_row = mask.shape[2] == 1
     return Rows(
-        key_start=key_start[:, 0] if mask.shape[2] == 1 else key_start,
-        query_start=mask[0, 0, 0, 1] if mask.shape[3] == 2 else None,
+        key_start=key_start[:, 0] if by_row else key_start,
+        query_start=mask[0, 0, 0, 1] if columns > 1 else None,
+        padded=columns == 3 or (by_row and columns == 1),
     )
 
 
@@ -167,27 +183,21 @@ def dense_mask(
     return mask[:, None]
 
 
-def readable(tensor: torch.Tensor) -> bool:
-    """Whether reading values costs no wait for a device and no break of a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _encode(
-    key_start: torch.Tensor | None,
-    query_start: torch.Tensor | None,
-    batch_size: int,
-    device: torch.device | str,
-) -> torch.Tensor | None:
-    if key_start is not None and readable(key_start) and not bool(key_start.any()):
-        key_start = None
+def _encode(rows: Rows, batch_size: int, device: torch.device | str) -> torch.Tensor | None:
+    key_start = rows.key_start
+    if key_start is not None and not rows.padded and readable(key_start) and not key_start.any():
+        key_start = None  # one document per row
     if key_start is None:
-        if query_start is None:
+        if rows.query_start is None:
             return None
         key_start = torch.zeros(batch_size, dtype=torch.int32, device=device)
     column = key_start.to(torch.int32).reshape(batch_size, 1, -1, 1)
-    if query_start is None:
+    if rows.query_start is None:
         return column
-    return torch.cat([column, query_start.to(torch.int32).expand_as(column)], dim=-1)
+    columns = [column, rows.query_start.to(torch.int32).expand_as(column)]
+    if rows.padded:
+        columns.append(torch.zeros_like(column))
+    return torch.cat(columns, dim=-1)
 
 
 def _first_valid(mask: torch.Tensor, kv_offset: int, device: torch.device | str) -> torch.Tensor:
@@ -205,8 +215,7 @@ def _first_valid(mask: torch.Tensor, kv_offset: int, device: torch.device | str)
             row = int((runs > 1).nonzero()[0])
             raise ValueError(
                 "`attention_mask` must be ones with zeros only at the ends of a row for "
-                "spattention, "
-                f"got a hole in row {row}"
+                f"spattention, got a hole in row {row}"
             )
     first = torch.where(valid.any(dim=1), valid.argmax(dim=1), valid.shape[1])
     return (first - kv_offset).clamp(min=0)
