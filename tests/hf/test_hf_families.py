@@ -205,3 +205,5 @@ def test_half_precision_and_autocast_run():
     with torch.autocast("cpu", torch.bfloat16):
         assert logits(model, ids).isfinite().all()
     assert logits(model.bfloat16(), ids).isfinite().all()
+    with torch.autocast("cpu", torch.float16):  # sinks in neither the queries' dtype nor float32
+        assert logits(model, ids).isfinite().all()

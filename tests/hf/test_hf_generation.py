@@ -85,7 +85,12 @@ def test_position_ids_split_no_row_that_comes_with_an_attention_mask(family, sid
     positions = packed_positions(7, 5)
     # Padding and bands together, for stock attention: one 4-D mask per layer.
     wanted = stock(ids, padding=mask, position_ids=positions, use_cache=False).logits
-    caches = [None, transformers.DynamicCache(config=model.config), static_cache(model, 20)]
+    caches = [
+        None,
+        transformers.DynamicCache(config=model.config),
+        static_cache(model, 20),
+        spa.hf.BandCache(model.config),
+    ]
     for cache in caches:
         keywords = {"past_key_values": cache, "use_cache": cache is not None}
         found = logits(model, ids, attention_mask=mask, position_ids=positions, **keywords)
