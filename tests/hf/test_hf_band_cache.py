@@ -11,10 +11,12 @@ import transformers
 from tiny import EXACT, FAMILIES, FIRST, HEADS, SECOND, SPAN, P, banded, build, logits, tokens
 
 import spattention as spa
+from spattention.testing import check_error
 
 close = torch.testing.assert_close
 BandCache = spa.hf.BandCache
 LENGTH = 66  # 2.75 spans
+KINDS = ("band", "dynamic", "static")
 PATTERNS = {
     "dense": P.dense(HEADS, SPAN),
     "sliding_window": P.sliding_window(HEADS, SPAN, 7),
@@ -28,6 +30,14 @@ PATTERNS = {
     "hand_made": SECOND,
     "head_without_keys": P(intervals=((), (), ((0, 3),), ((2, 24),)), span=SPAN),
 }
+
+
+def make_cache(kind: str, model: Any) -> Any:
+    if kind == "band":
+        return BandCache(model.config)
+    if kind == "dynamic":
+        return transformers.DynamicCache(config=model.config)
+    return transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
 
 
 def in_pieces(model: Any, ids: torch.Tensor, pieces: Any, cache: Any, **keywords: Any) -> Any:
@@ -51,28 +61,40 @@ def generated(model: Any, ids: torch.Tensor, cache: Any = None, **options: Any) 
     return model.generate(ids, past_key_values=cache, **settings).tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_logits_equal_uncached_logits(family):
+def test_cached_logits_equal_uncached_logits(family, kind):
     model = banded(family, sinks=True)
     ids = tokens(2, LENGTH)
-    cache = BandCache(model.config)
+    cache = make_cache(kind, model)
     pieces = [9, 1, 1, 7, 23, *[1] * 25]
     close(in_pieces(model, ids, pieces, cache), logits(model, ids, use_cache=False), **EXACT)
     assert cache.get_seq_length() == LENGTH
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["olmoe", "llama"])  # MHA and GQA
 @pytest.mark.parametrize("name", PATTERNS)
-def test_every_pattern_in_float32(name, family):
+def test_every_pattern_in_float32(name, family, kind):
     model = banded(family, PATTERNS[name]).float()
     ids = tokens(1, LENGTH)
     plain = logits(model, ids, use_cache=False)
-    found = in_pieces(model, ids, [30, 5, *[1] * 31], BandCache(model.config))
+    found = in_pieces(model, ids, [40, 17, *[1] * 9], make_cache(kind, model))
     assert (found - plain).abs().max() <= 1e-4 * plain.abs().max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_adds_no_more_error_than_it_has_without_a_cache(kind):
+    ids = tokens(1, LENGTH)
+    exact = logits(banded("llama"), ids, use_cache=False)
+    model = banded("llama").bfloat16()
+    plain = logits(model, ids, use_cache=False)
+    found = in_pieces(model, ids, [40, 17, *[1] * 9], make_cache(kind, model))
+    check_error("logits", found, plain, exact)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunk", [None, 5, 7])
+@pytest.mark.parametrize("chunk", [None, 5])
 def test_greedy_generation_with_left_padding(family, chunk):
     """Chunk 5 leaves a row with a chunk of padding alone."""
     model = banded(family, sinks=True)
@@ -93,11 +115,8 @@ def test_chunks_of_padding_alone_in_other_caches(kind):
     ids = tokens(2, 18)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
-    if kind == "dynamic":
-        cache = transformers.DynamicCache(config=model.config)
-    else:
-        cache = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
     wanted = generated(model, ids, attention_mask=mask)
+    cache = make_cache(kind, model)
     assert generated(model, ids, cache, attention_mask=mask, prefill_chunk_size=5) == wanted
 
 
@@ -111,10 +130,11 @@ def test_chunks_of_padding_alone_in_other_caches(kind):
     ],
     ids=["sampling", "beams", "sampled_beams", "two_of_each"],
 )
-def test_sampling_and_beam_search(options):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_and_beam_search(options, kind):
     model = banded("llama", sinks=True)
     ids = tokens(2, 10)
-    assert generated(model, ids, BandCache(model.config), **options) == generated(
+    assert generated(model, ids, make_cache(kind, model), **options) == generated(
         model, ids, **options
     )
 
@@ -242,15 +262,7 @@ def test_another_attention_is_refused(own):
         torch.matmul(torch.zeros(1), handle)
 
 
-def make_cache(kind: str, model: Any) -> Any:
-    if kind == "band":
-        return BandCache(model.config)
-    if kind == "dynamic":
-        return transformers.DynamicCache(config=model.config)
-    return transformers.StaticCache(config=model.config, max_cache_len=40)
-
-
-@pytest.mark.parametrize("kind", ["band", "dynamic", "static"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_changes_size_is_refused(kind):
     model = banded("llama")
     cache = make_cache(kind, model)
@@ -267,11 +279,11 @@ def test_a_batch_that_changes_size_is_refused(kind):
 def test_a_text_longer_than_a_static_cache_is_refused():
     model = banded("llama")
     cache = make_cache("static", model)
-    with pytest.raises(ValueError, match="must have room for 41 tokens, got a cache for 40"):
-        logits(model, tokens(1, 41), past_key_values=cache)
-    logits(model, tokens(1, 40), past_key_values=cache)
+    with pytest.raises(ValueError, match="must have room for 67 tokens, got a cache for 66"):
+        logits(model, tokens(1, LENGTH + 1), past_key_values=cache)
+    logits(model, tokens(1, LENGTH), past_key_values=cache)
     before = copy.deepcopy(cache)
-    with pytest.raises(ValueError, match="must have room for 41 tokens, got a cache for 40"):
+    with pytest.raises(ValueError, match="must have room for 67 tokens, got a cache for 66"):
         logits(model, tokens(1, 1), past_key_values=cache)
     close(cache.layers[0].keys, before.layers[0].keys)
 
