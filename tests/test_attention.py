@@ -263,6 +263,13 @@ def test_no_queries_give_no_rows(impl):
 
 
 @impls
+def test_no_keys_and_no_tokens_have_gradients_of_zero(impl):
+    check_case(rows(queries=3, keys=0, query_start=0, sinks=True), impl=impl)
+    check_case(rows(queries=3, keys=0, query_start=0), impl=impl)
+    check_case(documents([0, 0], [0, 0]), impl=impl)
+
+
+@impls
 def test_autocast_casts_as_scaled_dot_product_attention_does(impl):
     case = rows()
     inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value)]

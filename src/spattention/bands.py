@@ -38,8 +38,8 @@ class BandPattern:
 
     Args:
         intervals: per head, up to two intervals `(near, far)` of distances in tokens,
-            `0 <= near < far <= span`, sorted and apart (at least one distance between them). `()` is a head
-            without keys.
+            `0 <= near < far <= span`, sorted and apart (at least one distance between
+            them). `()` is a head without keys.
         span: the context length, in tokens, that the pattern was made for. Distances `>= span` are
             never attended. It belongs to the pattern and never depends on the length of the input
             at hand.
@@ -439,8 +439,8 @@ def _recipe(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def _plain(recipe: Any) -> dict[str, Any] | None:
-    """A copy of plain strings, integers and lists, as JSON keeps them; None for anything else, since
-    a recipe that came with a file is only for reading."""
+    """A copy of plain strings, integers and lists, as JSON keeps them; None for anything else,
+    since a recipe that came with a file is only for reading."""
     if not isinstance(recipe, Mapping) or not isinstance(recipe.get("name"), str):
         return None
     plain: dict[str, Any] = {}

@@ -8,6 +8,7 @@ read: they may be NaN.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from ..bands import BandPattern, in_bands
 from .layout import empty_like_query, lse_dtype
@@ -127,8 +128,8 @@ def _masked_attention(
         sink = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
     if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
-        scores = scores.new_full((*scores.shape[:3], 1), -torch.inf)
-        v = v.new_zeros(*v.shape[:2], 1, v.shape[3])
+        scores = pad(scores, (0, 1), value=-torch.inf)
+        v = pad(v, (0, 0, 0, 1))
     highest = scores.detach().amax(dim=-1, keepdim=True)
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = torch.exp(scores - highest)

@@ -68,8 +68,8 @@ class Report:
             "documents held out whole; "
             f"tokenizer: {facts.tokenizer}.",
             f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens at "
-            f"context {settings.context}, {settings.threads or 'all'} thread(s), equal weights at the "
-            "start, equal data in equal order.",
+            f"context {settings.context}, {settings.threads or 'all'} thread(s), equal weights at "
+            "the start, equal data in equal order.",
             "Attended pairs: (query, key) pairs per layer and window, all heads together; in "
             "brackets how many times fewer than dense.",
         ]
