@@ -147,6 +147,13 @@ def test_queries_may_follow_their_keys_within_the_slack():
         spa.band_attention_cached(query[:, :, :7], store, pattern)
 
 
+def test_no_tokens_change_nothing():
+    pattern = PATTERNS["shared_local"]
+    tensors = text(40)
+    actual = run_pieces(store_for(pattern, *tensors[1:]), *tensors, [0, 30, 0, 1, 0, 9])
+    check(Case(*tensors, pattern), actual)
+
+
 def intervals(far: int) -> st.SearchStrategy[Any]:
     edges = st.lists(st.integers(0, far), max_size=2 * MAX_INTERVALS, unique=True).map(sorted)
     return edges.map(lambda e: tuple(zip(e[::2], e[1::2])))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .attention import Result, _autocast, _scale, band_attention
 from .bands import BandPattern
-from .checks import check_attention
+from .checks import check_attention, readable
 from .impl.layout import empty_like_query, lse_dtype, without_autocast
 from .merge import merge
 
@@ -515,8 +515,7 @@ def _first_key(store: BandStore, key_start: Tensor | None) -> Tensor:
 
 def _all_zero(start: Tensor) -> bool:
     """Whether nothing is hidden, where asking costs nothing: rows then run together."""
-    readable = start.device.type == "cpu" and not torch.compiler.is_compiling()
-    return readable and not bool(start.any())
+    return readable(start) and not bool(start.any())
 
 
 def _check_query(
