@@ -1,5 +1,5 @@
-"""The launches of the Hopper kernels. Imported only where `config.hopper_launches` chose them: Gluon is
-experimental, and another Triton may lack a part of it.
+"""The launches of the Hopper kernels. Imported only where `config.hopper_launches` chose them:
+Gluon is experimental, and another Triton may lack a part of it.
 """
 
 from __future__ import annotations
