@@ -9,12 +9,7 @@ the reference (its own mask, float64) at 512 tokens before it is timed. Give it 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from runs import write
 
 from spattention import BandPattern, band_attention
 from spattention.testing import Case, check_case
@@ -112,27 +108,8 @@ def main() -> None:
             f"{row['times_faster_than_dense']:.2f}" if row.get("times_faster_than_dense") else "",
         )
     Console().print(table)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    result = {
-        "what": "blockwise on the CPU, forward + backward, batch 1, float32",
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.strip(),
-        "seed": 0,
-        "repeats": options.repeats,
-        "command": "python " + " ".join(sys.argv),
-        "rows": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(options.output)
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "repeats": options.repeats}
+    write(options.output, "blockwise on the CPU, forward + backward, float32", settings, rows)
 
 
 if __name__ == "__main__":

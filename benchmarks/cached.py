@@ -1,0 +1,94 @@
+"""Time per generated token on the CPU over the length of the text before it.
+
+    python benchmarks/cached.py --output benchmarks/results/cached_cpu_DATE.json
+
+One query, batch 1, 16 heads, head_dim 64, span 4096, float32, one thread, medians: a store that
+keeps what the bands reach, `band_attention` with a cache that keeps every key, and dense attention
+over all keys. The first two must agree before they are timed. Give it the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from runs import write
+
+from spattention import BandPattern, BandStore, band_attention, band_attention_cached
+
+HEADS, HEAD_DIM, SPAN = 16, 64, 4096
+LENGTHS = (1024, 4096, 16384, 65536)
+PATTERNS = {
+    "exclusive": BandPattern.exclusive(HEADS, SPAN),
+    "shared_local": BandPattern.shared_local(HEADS, SPAN),
+}
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rows = []
+    for length in LENGTHS:
+        key, value = (torch.randn(1, HEADS, length + 1, HEAD_DIM) for _ in range(2))
+        query = torch.randn(1, HEADS, 1, HEAD_DIM)
+        dense = torch.nn.functional.scaled_dot_product_attention
+        rows.append(
+            {
+                "attention": "dense, all keys",
+                "length": length,
+                "milliseconds": milliseconds(lambda: dense(query, key, value), options.repeats),  # noqa: B023
+            }
+        )
+        for name, pattern in PATTERNS.items():
+            store = BandStore(pattern, batch_size=1, num_key_heads=HEADS, head_dim=HEAD_DIM)
+            for at in range(0, length, 1024):
+                part = slice(at, min(at + 1024, length))
+                store.append(key[:, :, part], value[:, :, part])
+            last = key[:, :, length:], value[:, :, length:]
+
+            def step(store=store, pattern=pattern, last=last, query=query):  # type: ignore[no-untyped-def]
+                return band_attention_cached(query, store, pattern, *last)
+
+            def whole(pattern=pattern, query=query, key=key, value=value):  # type: ignore[no-untyped-def]
+                return band_attention(query, key, value, pattern)
+
+            torch.testing.assert_close(step(), whole(), rtol=1e-4, atol=1e-5)
+            for kind, call in (("store", step), ("all keys", whole)):
+                rows.append(
+                    {
+                        "attention": f"{name}, {kind}",
+                        "length": length,
+                        "milliseconds": milliseconds(call, options.repeats),
+                    }
+                )
+    table = Table("attention", "tokens before", "ms")
+    for row in rows:
+        table.add_row(row["attention"], str(row["length"]), f"{row['milliseconds']:.2f}")
+    Console().print(table)
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "span": SPAN, "repeats": options.repeats}
+    write(options.output, "one query on the CPU over the length of its text", settings, rows)
+
+
+if __name__ == "__main__":
+    main()

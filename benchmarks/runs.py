@@ -1,0 +1,46 @@
+"""Results of a benchmark as JSON, with all that is needed to make them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def processor() -> str:
+    """The processor's model name where Linux tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write(output: Path, what: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the rows, atomically, with machine, versions, commit, seed and command."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    result = {
+        "what": what,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "seed": 0,
+        "command": "python " + " ".join(sys.argv),
+        "settings": settings,
+        "rows": rows,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(output)
