@@ -22,9 +22,9 @@ from ..bands import BandPattern, Interval
 from .layout import empty_like_query, lse_dtype, without_autocast
 
 _LOG2E = math.log2(math.e)
-# Elements of one batched score matrix: 1 MiB in float32, so that it stays in a core's cache.
-_SCORES = 1 << 18
-_BLOCK = 256  # most queries of a block
+# Elements of score matrices: small ones are joined, to spare calls, until they fill a core's cache.
+_SMALL, _SCORES = 1 << 16, 1 << 18
+_BLOCK = 256  # queries of a block where a band fills up; elsewhere half of it or less
 _SLICE = 2048  # longest slice of keys
 _VECTOR = 16
 _LOWEST = -1e30  # a finite stand-in for -inf as a row's maximum: -inf minus -inf would be NaN
@@ -269,10 +269,10 @@ def _backward_run(
     d_q = torch.zeros_like(q)
     for part in run.slices:
         weights = _scores(q, k, run, part, biases).add_(log_sum, alpha=-_LOG2E).exp2_()
-        _add_windows(d_v, run, part, weights.mT @ d_out)
+        _add_product(d_v, run, part, weights, d_out)
         d_scores = torch.bmm(d_out, _windows(v, run, part).to(q.dtype))
         d_scores = d_scores.sub_(delta).mul_(weights)
-        _add_windows(d_k, run, part, d_scores.mT @ q)
+        _add_product(d_k, run, part, d_scores, q)
         d_q.baddbmm_(d_scores, _windows(k, run, part).to(q.dtype).mT)
     return d_q
 
@@ -358,7 +358,8 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
         slices = tuple(_slices(position, size, head, segment.first_key, keys))
         if run is not None and (size, slices) == (run.block, run.slices):
             widest = max((part.stop - part.start for part in slices), default=1)
-            if (run.repeats + 1) * rows * size * widest <= _SCORES:
+            scores = rows * size * widest
+            if scores <= _SMALL and (run.repeats + 1) * scores <= _SCORES:
                 run = run._replace(repeats=run.repeats + 1)
                 query += size
                 continue
@@ -371,10 +372,10 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
 
 
 def _block_size(head: tuple[Interval, ...]) -> int:
-    """Queries per block: about an eighth of the narrowest interval, so that few scores fall outside
-    it."""
+    """Queries per block: at most half of the narrowest interval, so that few scores fall outside
+    it, and no fewer than a product is fast with."""
     narrowest = min((far - near for near, far in head), default=1)
-    return min(_BLOCK, max(32, 1 << (narrowest // 8).bit_length() >> 1))
+    return min(_BLOCK // 2, max(_BLOCK // 4, 1 << (narrowest // 2).bit_length() >> 1))
 
 
 def _slices(
@@ -401,10 +402,17 @@ def _windows(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
     return _window_view(tensor, run, part.start, part.stop).flatten(0, 1)
 
 
-def _add_windows(total: Tensor, run: _Run, part: _Slice, windows: Tensor) -> None:
-    """Add `[rows * repeats, length, D]` to the keys they belong to. Windows of neighbouring blocks
-    overlap, so they are added in strips of one block's length, which do not."""
-    windows = windows.unflatten(0, (-1, run.repeats)).mT
+def _add_product(total: Tensor, run: _Run, part: _Slice, left: Tensor, right: Tensor) -> None:
+    """Add `left.mT @ right`, `[rows * repeats, length, D]`, to the keys that it belongs to.
+
+    Windows of neighbouring blocks overlap, so those of several blocks are added in strips of one
+    block's length, which do not.
+    """
+    if run.repeats == 1:
+        keys = slice(run.position + part.start, run.position + part.stop)
+        total[:, keys].baddbmm_(left.mT, right)
+        return
+    windows = torch.bmm(left.mT, right).unflatten(0, (-1, run.repeats)).mT
     for start in range(part.start, part.stop, run.block):
         stop = min(start + run.block, part.stop)
         strip = _window_view(total, run, start, stop)
