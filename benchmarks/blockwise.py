@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from runs import write
 
+from record import write
 from spattention import BandPattern, band_attention
 from spattention.testing import Case, check_case
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from runs import write
 
+from record import write
 from spattention import BandPattern, BandStore, band_attention, band_attention_cached
 
 HEADS, HEAD_DIM, SPAN = 16, 64, 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 STOCK = "dense"
 PATTERNS = ("shared_local", "exclusive", "sliding_window", "gapped", "local_only")
+WIDTHS = ("uniform", "geometric", "equal_work")  # edges are for Python only
 
 
 class AttentionChoice(Protocol):
@@ -78,20 +80,33 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
 
 def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
     """The pattern that a user names as in `attention_choice`; `dense` attends everything."""
-    name, _, rest = text.partition(":")
+    name, colon, rest = text.partition(":")
     if name not in (STOCK, *PATTERNS):
         raise ValueError(f"a pattern must be one of {(STOCK, *PATTERNS)}, got {name!r}")
     constructor = getattr(BandPattern, name)
     known = [p for p in inspect.signature(constructor).parameters if p not in ("num_heads", "span")]
     options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    for item in rest.split(",") if colon else ():
         key, equals, value = item.partition("=")
         if key not in known or not equals:
             raise ValueError(
                 f"options of `{name}` are NAME=VALUE with a name of {known}, got {item!r}"
             )
-        options[key] = int(value) if value.lstrip("-").isdigit() else value
+        if key in options:
+            raise ValueError(f"option `{key}` of `{name}` must be given once, got {text!r}")
+        options[key] = _value(name, key, value)
     if name == "sliding_window":
         # As wide as the published ablation: one uniform band and its neighbour.
-        options.setdefault("window", min(span, span // num_heads + 1))
+        options.setdefault("window", min(span, span // max(1, num_heads) + 1))
     return constructor(num_heads, span, **options)
+
+
+def _value(name: str, key: str, text: str) -> int | str:
+    """An option's value as its constructor takes it: `widths` is a name, all others are integers."""
+    if key == "widths":
+        if text not in WIDTHS:
+            raise ValueError(f"option `widths` of `{name}` must be one of {WIDTHS}, got {text!r}")
+        return text
+    if not re.fullmatch("-?[0-9]+", text):
+        raise ValueError(f"option `{key}` of `{name}` must be an integer, got {text!r}")
+    return int(text)

@@ -11,13 +11,24 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# command -> (what it does, the extra that it needs)
 COMMANDS = {
-    "bench": ("time the kernels beside dense attention and FlexAttention", "train"),
-    "compare": ("train one small model with dense and with banded attention, and compare", "train"),
-    "draw": ("draw which distances each head attends", "train"),
-    "generate": ("continue a text with a trained model", "train"),
-    "tune": ("find the fastest launches of the kernels on this GPU", "train"),
+    "bench": "time the kernels beside dense attention and FlexAttention",
+    "compare": "train one small model with dense and with banded attention, and compare",
+    "draw": "draw which distances each head attends",
+    "generate": "continue a text with a trained model",
+    "tune": "find the fastest launches of the kernels on this GPU",
+}
+# package -> the extra that installs it, whichever command misses it
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "matplotlib": "train",
+    "rich": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "transformers": "train",
+    "triton": "gpu",
+    "tyro": "train",
 }
 
 
@@ -39,17 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import tyro
 
         module = import_module(f"spattention.cli.{name}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "spattention":
-            raise
-        extra = COMMANDS[name][1]
-        return _fail(
-            f"`spattention {name}` needs the package {error.name!r}, which is not installed: "
-            f"pip install 'spattention[{extra}]'"
-        )
-    options = tyro.cli(module.Options, prog=f"spattention {name}", args=rest)
-    try:
+        options = tyro.cli(module.Options, prog=f"spattention {name}", args=rest)
         module.main(options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _fail(
+            f"`spattention {name}` needs the package {package!r}, which is not installed: "
+            f"pip install 'spattention[{EXTRAS[package]}]'"
+        )
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -67,7 +77,7 @@ def overview() -> str:
         "distances.",
         "",
         "commands:",
-        *(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()),
+        *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
         "",
         "`spattention COMMAND --help` explains a command. To begin: `spattention compare`.",
     ]

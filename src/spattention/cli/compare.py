@@ -97,23 +97,11 @@ def main(options: Options) -> None:
     console = Console()
     _check(options)
     folder = ResultsFolder(options.output)
-    if options.restart:
-        folder.restart()
-    facts = prepare(
-        folder.data,
-        options.data,
-        vocabulary=options.vocabulary,
-        held_out=options.held_out,
-        tokenizer=options.tokenizer,
-        end_of_text=options.end_of_text,
-    )
-    settings = settings_from(options, facts)
-    # Both raise here if the text is too short, before any run does.
-    Windows(open_stream(folder.data, "train"), options.context)
-    held_out = open_stream(folder.data, "validation")
-    used = Windows(held_out, options.context, options.validation_windows).used()
-    facts = replace(facts, unigram_entropy=used.unigram_entropy(), validation_tokens=len(used))
-    folder.claim(settings)
+    with folder.preparing() as prepared:
+        facts = prepare_data(options, prepared)
+        settings = settings_from(options, facts)
+        # Nothing is refused after this: what the folder held is replaced here at the earliest.
+        folder.claim(settings, restart=options.restart)
     jobs = plan(options, settings, folder)
     console.print(
         f"Runs: {len(jobs)}, each of {settings.steps} steps on {facts.train_tokens:,} tokens "
@@ -132,6 +120,23 @@ def main(options: Options) -> None:
         console.print("Interrupted. The same command goes on with the runs that are missing.")
         raise
     show(report(), options.output, console)
+
+
+def prepare_data(options: Options, folder: Path) -> CorpusFacts:
+    """Write the data; its facts, with the entropy and the size of the windows that are evaluated."""
+    facts = prepare(
+        folder,
+        options.data,
+        vocabulary=options.vocabulary,
+        held_out=options.held_out,
+        tokenizer=options.tokenizer,
+        end_of_text=options.end_of_text,
+    )
+    # Both raise here if the text is too short, before any run does.
+    Windows(open_stream(folder, "train"), options.context)
+    held_out = open_stream(folder, "validation")
+    used = Windows(held_out, options.context, options.validation_windows).used()
+    return replace(facts, unigram_entropy=used.unigram_entropy(), validation_tokens=len(used))
 
 
 def settings_from(options: Options, facts: CorpusFacts) -> Settings:
@@ -214,6 +219,9 @@ def _check(options: Options) -> None:
             raise ValueError(
                 f"`--{name}` must name each only once, got {' '.join(map(str, values))}"
             )
+    for seed in options.seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"`--seeds` must be between 0 and 2**32 - 1, got {seed}")
     chosen = preset(options.model, context=options.context, num_layers=options.layers)
     for attention in options.patterns:
         attention_choice(attention, chosen.pattern.num_heads, options.context)

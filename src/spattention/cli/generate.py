@@ -25,11 +25,11 @@ class Options:
     the end.
 
     Args:
-        folder: Folder of a saved model, or the output folder of `spattention compare`: its best
+        folder: Folder of a saved model, or the output folder of `spattention compare`: its first
             model with bands is taken.
         prompt: Text to continue.
         file: Text file to continue, instead of a prompt.
-        max_new_tokens: Tokens to add; fewer if the end of the text is reached.
+        max_new_tokens: Tokens to add; fewer if the model ends the text, or if its context is full.
         temperature: How freely tokens are drawn; 0 always takes the likeliest.
         top_k: Draw among so many of the likeliest tokens.
         seed: Of the draws.
@@ -79,7 +79,7 @@ def main(options: Options) -> None:
         max_new_tokens=new,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         return_dict_in_generate=True,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **special_tokens(model, tokenizer),
         **sampling,
     )
     seconds = time.perf_counter() - began
@@ -117,6 +117,19 @@ def open_model(folder: Path) -> tuple[Any, Any]:
         raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), tokenizer
+
+
+def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Where generation stops, and what would fill a row that has stopped: the model's own tokens,
+    or else the tokenizer's. A token may be 0."""
+    found = {}
+    for name in ("eos_token_id", "pad_token_id"):
+        own = getattr(model.generation_config, name)
+        found[name] = getattr(tokenizer, name) if own is None else own
+    if found["pad_token_id"] is None:
+        ends = found["eos_token_id"]
+        found["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    return found
 
 
 def cache_bytes(cache: Any) -> int:

@@ -29,7 +29,7 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
         ValueError: if a file is missing, truncated, not of this form, or does not agree with its
             description.
     """
-    described = path.with_name(path.name.removesuffix(SUFFIX) + ".json")
+    described = _beside(path)
     facts = _description(described)
     tokens = _tokens(path, facts)
     for name, found in (("tokens", len(tokens)), ("max", int(tokens.max(initial=0)))):
@@ -41,6 +41,11 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
     if end_of_text is None:
         end_of_text = facts.get("end_of_text")
     return TokenStream(tokens, _starts(path, tokens, facts, end_of_text))
+
+
+def described_end_of_text(path: Path) -> int | None:
+    """The token between documents that the JSON beside a packed stream names, if it names one."""
+    return _description(_beside(path)).get("end_of_text")
 
 
 def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
@@ -59,7 +64,11 @@ def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
         "max": int(stream.tokens.max(initial=0)),
         "end_of_text": end_of_text,
     }
-    path.with_name(path.name.removesuffix(SUFFIX) + ".json").write_text(json.dumps(facts) + "\n")
+    _beside(path).write_text(json.dumps(facts) + "\n")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(SUFFIX) + ".json")
 
 
 def _description(path: Path) -> dict[str, Any]:

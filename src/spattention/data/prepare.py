@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .packed import SUFFIX, read_packed
+from .packed import SUFFIX, described_end_of_text, read_packed
 from .text import read_documents, sample_path
-from .tokenizer import load_tokenizer, tokenize, train_tokenizer
+from .tokenizer import end_of_text_id, load_tokenizer, tokenize, train_tokenizer
 from .tokens import TokenStream
 
 
@@ -27,6 +27,7 @@ class CorpusFacts:
     validation_tokens: int
     unigram_entropy: float
     digest: str
+    end_of_text: int | None = None  # the token that ends a document, if it is known
 
 
 def prepare(
@@ -57,6 +58,8 @@ def prepare(
     used = load_tokenizer(tokenizer) if tokenizer else None
     if data is not None and data.name.endswith(SUFFIX):
         train, validation = read_packed(data, end_of_text).hold_out(held_out)
+        if end_of_text is None:
+            end_of_text = described_end_of_text(data)
         largest = int(max(train.tokens.max(), validation.tokens.max()))
         entries = used.get_vocab_size() if used else largest + 1
         if largest >= entries:
@@ -72,6 +75,7 @@ def prepare(
         used = used or train_tokenizer(kept, vocabulary)
         train, validation = tokenize(kept, used), tokenize(held, used)
         entries = used.get_vocab_size()
+        end_of_text = end_of_text_id(used)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, stream in (("train", train), ("validation", validation)):
@@ -90,9 +94,15 @@ def prepare(
         validation_tokens=len(validation),
         unigram_entropy=validation.unigram_entropy(),
         digest=f"{train.digest()[:16]}-{validation.digest()[:16]}",
+        end_of_text=end_of_text,
     )
     (folder / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
     return facts
+
+
+def open_facts(folder: Path) -> CorpusFacts:
+    """The facts that `prepare` wrote."""
+    return CorpusFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
 
 
 def open_stream(folder: Path, name: str) -> TokenStream:

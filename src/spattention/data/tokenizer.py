@@ -65,8 +65,17 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> TokenStream:
     return TokenStream.from_documents([np.array([*e.ids, end], dtype) for e in encoded])
 
 
-def for_transformers(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
-    """The same tokenizer as Transformers saves it beside a model."""
+def for_transformers(
+    tokenizer: Tokenizer, context: int, end_of_text: int | None
+) -> PreTrainedTokenizerFast:
+    """The same tokenizer as Transformers saves it beside a model.
+
+    Args:
+        tokenizer: what turns text into tokens.
+        context: the most tokens that the model takes.
+        end_of_text: the token that ends a text; None if none is known.
+    """
+    end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=context
+        tokenizer_object=tokenizer, eos_token=end, model_max_length=context
     )

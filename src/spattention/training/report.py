@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from ..choice import STOCK
 from ..data.prepare import CorpusFacts
 from ..plots import comparison_figure
 from .results import write_atomically
 from .settings import Settings
-from .summary import BASELINE, Row, summarize
+from .summary import Row, summarize
 from .variant import Result
 
 LIBRARIES = ("spattention", "torch", "transformers", "accelerate", "tokenizers", "numpy")
@@ -50,7 +51,7 @@ class Report:
     def cells(self) -> list[tuple[str, ...]]:
         """The table's rows as text, in the order of `HEADER`."""
         rows = self.rows
-        dense = next((r.pairs for r in rows if r.attention == BASELINE), None)
+        dense = next((r.pairs for r in rows if r.attention == STOCK), None)
         entropy = self.facts.unigram_entropy
         last = ("unigram entropy", f"{entropy:.3f}", *[""] * (len(HEADER) - 2))
         return [*(_cells(row, dense, entropy) for row in rows), last]
@@ -59,14 +60,12 @@ class Report:
         """What a reader must know to read the table."""
         facts, settings, rows = self.facts, self.settings, self.rows
         notes = [
-            f"Unigram entropy of the validation text: {facts.unigram_entropy:.3f} nats, the loss "
-            "of the best model "
-            f"that ignores context. Losses are nats per token.",
+            f"Unigram entropy of the evaluated windows: {facts.unigram_entropy:.3f} nats, the loss "
+            "of the best model that ignores context. Losses are nats per token.",
             f"Data: {facts.source}; {facts.train_tokens:,} training tokens in "
             f"{facts.train_documents} documents, "
-            f"{facts.validation_tokens:,} validation tokens from {facts.validation_documents} "
-            "documents held out whole; "
-            f"tokenizer: {facts.tokenizer}.",
+            f"{facts.validation_tokens:,} tokens in the evaluated windows, which are cut from "
+            f"{facts.validation_documents} held-out documents; tokenizer: {facts.tokenizer}.",
             f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens at "
             f"context {settings.context}, {settings.threads or 'all'} thread(s), equal weights at "
             "the start, equal data in equal order.",
@@ -96,7 +95,7 @@ class Report:
     @property
     def shown(self) -> Result | None:
         """The run whose text is shown and whose model `generate` opens: the first with bands."""
-        banded = [run for run in self.results if run.attention != BASELINE]
+        banded = [run for run in self.results if run.attention != STOCK]
         return next(iter(banded or self.results), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +149,7 @@ def machine() -> dict[str, Any]:
 
 def _cells(row: Row, dense_pairs: int | None, entropy: float) -> tuple[str, ...]:
     mark = {"seed spread unknown": " ?", "within seed spread": " ≈"}.get(row.verdict, "")
-    is_dense = row.attention == BASELINE
+    is_dense = row.attention == STOCK
     difference = "" if row.difference is None or is_dense else f"{row.difference:+.3f}{mark}"
     pairs = f"{row.pairs:,}"
     if dense_pairs and not is_dense:

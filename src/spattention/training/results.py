@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class ResultsFolder:
     """Finished runs of one comparison, one JSON each, and the models that they trained.
 
     Args:
-        path: the folder; it is made here, or must be empty or a comparison's already.
+        path: the folder; it must be new, empty or a comparison's already. Nothing is written before
+            `claim`, but for what is prepared in `staging`.
 
     Raises:
         ValueError: if it holds something else.
@@ -45,34 +47,61 @@ class ResultsFolder:
         self.runs = path / "runs"
         self.models = path / "models"
         self.data = path / "data"
+        self.staging = path / ".preparing"
         self._mark = path / "comparison.json"
         if path.exists() and not path.is_dir():
             raise ValueError(f"`--output` must be a folder, {path} is a file")
         if not self._mark.exists():
-            if path.exists() and any(path.iterdir()):
+            if path.exists() and any(entry != self.staging for entry in path.iterdir()):
                 raise ValueError(
                     "`--output` must be a new or empty folder, or hold an earlier comparison; "
                     f"{path} holds other files"
                 )
-            self._write(None)
 
-    def restart(self) -> None:
-        """Forget the runs, the models and the settings."""
-        for folder in (self.runs, self.models):
-            shutil.rmtree(folder, ignore_errors=True)
-        self._write(None)
+    @contextmanager
+    def preparing(self) -> Iterator[Path]:
+        """A fresh folder for data that `claim` moves into place; what is not moved is removed."""
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        shutil.rmtree(self.staging, ignore_errors=True)  # of a process that was killed
+        self.staging.mkdir(parents=True)
+        try:
+            yield self.staging
+        finally:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            for folder in made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
-    def claim(self, settings: Settings) -> None:
-        """Hold runs with these settings from now on.
+    def claim(self, settings: Settings, *, restart: bool = False) -> None:
+        """Hold runs with these settings from now on, on the data in `staging` if there is any.
+
+        Args:
+            settings: what the runs share.
+            restart: forget the runs, the models and the settings that are there.
 
         Raises:
-            ValueError: if there are runs with other settings, which could not be compared.
+            ValueError: if there are runs with other settings, which could not be compared; nothing
+                was changed then.
         """
-        wanted = asdict(settings)
-        found = json.loads(self._mark.read_text(encoding="utf-8"))["settings"]
-        if found is None or not self.runs.exists():
-            self._write(wanted)
+        if not restart:
+            self._check(settings)
+        # The mark comes first: without it, a folder that holds something is nobody's.
+        content = {"version": 1, "settings": asdict(settings)}
+        write_atomically(self._mark, json.dumps(content, indent=2) + "\n")
+        for folder in (self.runs, self.models) if restart else ():
+            if folder.exists():
+                shutil.rmtree(folder)
+        if self.staging.exists():
+            if self.data.exists():
+                shutil.rmtree(self.data)
+            self.staging.rename(self.data)
+
+    def _check(self, settings: Settings) -> None:
+        if not self._mark.exists() or not self.runs.exists():
             return
+        wanted = asdict(settings)
+        found = json.loads(self._mark.read_text(encoding="utf-8"))["settings"] or {}
         different = [
             f"{name} was {found.get(name)}, now {wanted[name]}"
             for name in wanted
@@ -83,10 +112,6 @@ class ResultsFolder:
                 f"`--output` {self.path} holds runs with other settings ({'; '.join(different)}): "
                 "name another folder, or give --restart to replace them"
             )
-
-    def _write(self, settings: dict[str, Any] | None) -> None:
-        content = {"version": 1, "settings": settings}
-        write_atomically(self._mark, json.dumps(content, indent=2) + "\n")
 
     def find(self, job: Job) -> Result | None:
         """The result of this job, if it is finished."""

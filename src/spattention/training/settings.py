@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -42,5 +43,7 @@ class Settings:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.threads < 0:
             raise ValueError(f"`threads` must not be negative, got {self.threads}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"`learning_rate` must be positive and finite, got {self.learning_rate}"
+            )

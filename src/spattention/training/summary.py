@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
+from ..choice import STOCK
 from .variant import Result
-
-BASELINE = "dense"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """How to read the difference."""
-        if self.attention == BASELINE or self.difference is None:
+        if self.attention == STOCK or self.difference is None:
             return ""
         if self.spread is None:
             return "seed spread unknown"
@@ -57,7 +56,7 @@ def summarize(results: Sequence[Result]) -> list[Row]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.attention, []).append(result)
-    dense = {r.seed: r.validation_loss for r in groups.get(BASELINE, [])}
+    dense = {r.seed: r.validation_loss for r in groups.get(STOCK, [])}
     return [_row(name, runs, dense) for name, runs in groups.items()]
 
 

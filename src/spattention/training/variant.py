@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, logging, set_seed
 
 from ..choice import attention_choice
-from ..data.prepare import open_stream
+from ..data.prepare import open_facts, open_stream
 from ..data.tokenizer import for_transformers, load_tokenizer
 from ..data.tokens import TokenStream, Windows
 from ..models import build, preset
@@ -111,8 +111,10 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
     if torch.cuda.is_available():
         before, peak, kind = 0, torch.cuda.max_memory_allocated(), "tensors on the GPU"
 
+    end = open_facts(job.data).end_of_text
+    prompt, continuation = _continue(job, model, held_out, end)
+    model.config.eos_token_id = model.generation_config.eos_token_id = end  # generation stops there
     model.save_pretrained(job.model)
-    prompt, continuation = _continue(job, model, held_out)
     return Result(
         attention=job.attention,
         seed=job.seed,
@@ -135,9 +137,10 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
 
 
 def _continue(
-    job: Job, model: PreTrainedModel, held_out: TokenStream
+    job: Job, model: PreTrainedModel, held_out: TokenStream, end_of_text: int | None
 ) -> tuple[str | None, str | None]:
-    """The first words of the validation text and what the model makes of them.
+    """The first words of the validation text and what the model makes of them: always as many
+    tokens, past the end of a text too.
 
     Both are None without a tokenizer.
     """
@@ -145,7 +148,7 @@ def _continue(
     if not path.exists():
         return None, None
     context = job.settings.context
-    tokenizer = for_transformers(load_tokenizer(path), context)
+    tokenizer = for_transformers(load_tokenizer(path), context, end_of_text)
     tokenizer.save_pretrained(job.model)
     text = tokenizer.decode(held_out.tokens[: min(PROMPT_TOKENS, context // 2)].tolist())
     prompt = text.rsplit(maxsplit=1)[0] or text  # the last word may be cut
@@ -159,7 +162,5 @@ def _continue(
         do_sample=True,
         temperature=0.7,
         top_k=40,
-        pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=None,
     )[0]
     return prompt, tokenizer.decode(tokens[length:])
