@@ -102,7 +102,7 @@ def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
 
 
 def _value(name: str, key: str, text: str) -> int | str:
-    """An option's value as its constructor takes it: `widths` is a name, all others are integers."""
+    """An option's value as its constructor takes it: `widths` is a name, all others integers."""
     if key == "widths":
         if text not in WIDTHS:
             raise ValueError(f"option `widths` of `{name}` must be one of {WIDTHS}, got {text!r}")

@@ -4,15 +4,18 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from spattention.cli import main
-from spattention.cli.generate import cache_bytes, open_model
+from spattention.cli.generate import Options, cache_bytes, model_folder, open_model, special_tokens
 
 SMALL = [
     "--steps",
@@ -55,7 +58,7 @@ def test_it_ends_with_a_table_a_plot_and_a_text(compared):
     for expected in ("validation", "dense", "tokens/s", "attended", "memory", "MiB", "less)"):
         assert expected in table
     assert max(map(len, table.splitlines())) <= 80
-    assert "Unigram entropy of the validation text" in printed
+    assert "Unigram entropy of the evaluated windows" in printed
     assert "A text that shared_local continues" in printed
     found = json.loads((output / "results.json").read_text())
     assert [row["attention"] for row in found["table"]] == ["dense", "shared_local"]
@@ -85,6 +88,55 @@ def test_other_settings_in_the_same_folder_are_refused(compared, text, capsys):
     arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
     assert main([*arguments, "--learning-rate", "0.5"]) == 2
     assert "learning_rate was 0.006, now 0.5" in capsys.readouterr().err
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--restart", "--data", "nowhere.txt"],
+        ["--restart", "--context", "500000"],
+        ["--restart", "--steps", "0"],
+        ["--restart", "--seeds", "-1"],
+        ["--restart", "--learning-rate", "inf"],
+        ["--restart", "--vocabulary", "3"],
+        ["--vocabulary", "290"],  # other settings, and other tokens
+        ["--held-out", "0.4"],
+    ],
+)
+def test_a_refused_call_changes_nothing(compared, text, changes, capsys):
+    output, _ = compared
+    before = contents(output)
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    assert main([*arguments, *changes]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert contents(output) == before
+    assert not (output / ".preparing").exists()
+
+
+def test_a_refused_call_leaves_no_new_folder(tmp_path, capsys):
+    output = tmp_path / "deep" / "out"
+    assert main(["compare", "--data", "nowhere.txt", "--output", str(output)]) == 2
+    assert not output.parent.exists()
+
+
+def test_restart_replaces_runs_models_and_data(compared, text, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(compared[0], output)
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output), "--restart"]
+    assert main([*arguments, "--patterns", "exclusive", "--held-out", "0.4"]) == 0
+    assert [file.name for file in (output / "runs").iterdir()] == ["exclusive-seed0.json"]
+    assert [file.name for file in (output / "models").iterdir()] == ["exclusive-seed0"]
+    found = json.loads((output / "data" / "facts.json").read_text())
+    assert found["validation_documents"] == 4
+    assert json.loads((output / "results.json").read_text())["data"]["digest"] == found["digest"]
 
 
 def test_an_interruption_keeps_what_is_finished(text, tmp_path):
@@ -152,6 +204,45 @@ def test_generate_says_what_is_wrong(compared, capsys, tmp_path):
         assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_generate_stops_at_the_end_of_the_text(compared, told, tmp_path, capfd):
+    model, tokenizer = open_model(compared[0] / "models" / "shared_local-seed0")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+    if not told:  # a model that was saved without it: the tokenizer's holds
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+    torch.nn.init.zeros_(model.lm_head.weight)  # token 0, the end of the text, comes first
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "It was a", "--temperature", "0"]) == 0
+    assert "\n1 tokens after a prompt of" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "expected"),
+    [
+        ((None, None), (5, 0), (5, 0)),  # a padding token 0 is one
+        ((None, None), (5, None), (5, 5)),
+        (([7, 5], None), (5, None), ([7, 5], 7)),
+        ((0, None), (5, None), (0, 0)),
+        ((None, None), (None, None), (None, None)),
+    ],
+)
+def test_special_tokens(model, tokenizer, expected):
+    names = ("eos_token_id", "pad_token_id")
+    config = SimpleNamespace(**dict(zip(names, model)))
+    found = special_tokens(
+        SimpleNamespace(generation_config=config), SimpleNamespace(**dict(zip(names, tokenizer)))
+    )
+    assert found == dict(zip(names, expected))
+
+
+def test_the_help_says_which_model_is_taken(compared, tmp_path):
+    assert "its first model with bands is taken" in " ".join((Options.__doc__ or "").split())
+    found = json.loads((compared[0] / "results.json").read_text())
+    first = next(run["model"] for run in found["runs"] if run["attention"] != "dense")
+    assert model_folder(compared[0]) == compared[0] / "models" / first
+
+
 def test_the_size_of_the_cache(compared):
     output, _ = compared
     model, tokenizer = open_model(output / "models" / "dense-seed0")
@@ -166,7 +257,7 @@ def test_the_size_of_the_cache(compared):
     [
         (["--patterns", "spiral"], "a pattern must be one of"),
         (["--patterns", "dense", "dense"], "`--patterns` must name each only once"),
-        (["--steps", "0"], "`steps` must be at least 1, got 0"),
+        (["--steps", "0", "--context", "64"], "`steps` must be at least 1, got 0"),
         (["--data", "nowhere.txt"], "neither a file nor a folder"),
         (["--model", "gpt"], "`name` must be one of"),
         (["--context", "500000"], "`context` must be at most the"),

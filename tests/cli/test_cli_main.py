@@ -4,10 +4,12 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from spattention.cli import COMMANDS, main
+from spattention.cli import COMMANDS, EXTRAS, main
 
 
 def test_the_overview_names_every_command_and_imports_none(capsys):
@@ -22,7 +24,7 @@ def test_the_overview_names_every_command_and_imports_none(capsys):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["compare", "draw", "generate"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
@@ -61,6 +63,58 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         "error: `spattention compare` needs the package 'tyro', which is not installed: "
         "pip install 'spattention[train]'\n"
     )
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "exclusive:widths=0",
+        "exclusive:widths=3",
+        "shared_local:local=1.5",
+        "sliding_window:window=",
+    ],
+)
+def test_options_of_a_pattern_never_end_in_a_traceback(pattern, capsys):
+    name, option, value = pattern.replace("=", ":").split(":")
+    for command in (["draw", pattern], ["compare", "--patterns", pattern]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: option `{option}` of `{name}` must be")
+        assert error.endswith(f"got {value!r}\n")
+
+
+def test_draw_without_heads(capsys):
+    assert main(["draw", "sliding_window", "--heads", "0"]) == 2
+    assert "`num_heads` must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_triton_is_found_missing_only_while_a_command_runs(capsys, monkeypatch):
+    def needs_triton(options):
+        import triton.runtime  # noqa: F401
+
+    monkeypatch.setattr(importlib.import_module("spattention.cli.tune"), "main", needs_triton)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(["tune"]) == 2
+    error = capsys.readouterr().err
+    assert "`spattention tune` needs the package 'triton'" in error
+    assert "pip install 'spattention[gpu]'" in error
+
+
+def test_a_missing_package_that_no_extra_brings_is_a_bug(monkeypatch):
+    def needs_nonsense(options):
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr(importlib.import_module("spattention.cli.tune"), "main", needs_nonsense)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        main(["tune"])
+
+
+def test_the_extras_bring_what_they_are_named_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    declared = project["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        brought = declared[extra] + (declared["hf"] if "spattention[hf]" in declared[extra] else [])
+        assert any(line.startswith(f"{package}>=") for line in brought), package
 
 
 def test_draw_writes_the_formats_that_it_names(tmp_path, capsys):

@@ -60,9 +60,29 @@ def test_a_folder_is_bound_to_its_settings_once_it_holds_runs(tmp_path):
     ResultsFolder(tmp_path).claim(SETTINGS)
     with pytest.raises(ValueError, match=r"other settings \(steps was 4, now 5\): name another"):
         folder.claim(replace(SETTINGS, steps=5))
-    folder.restart()
-    folder.claim(replace(SETTINGS, steps=5))
+    folder.claim(replace(SETTINGS, steps=5), restart=True)
     assert not folder.runs.exists()
+
+
+def test_prepared_data_replaces_the_old_only_when_it_is_claimed(tmp_path):
+    path = tmp_path / "new" / "out"
+    with ResultsFolder(path).preparing() as prepared:
+        (prepared / "tokens").write_text("1 2 3")
+    assert not path.parent.exists()
+    for content in ("old", "new"):
+        folder = ResultsFolder(path)
+        with folder.preparing() as prepared:
+            (prepared / content).write_text(content)
+            folder.claim(SETTINGS)
+        assert [file.name for file in folder.data.iterdir()] == [content]
+    assert {entry.name for entry in path.iterdir()} == {"comparison.json", "data"}
+
+
+def test_what_a_killed_process_prepared_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".preparing").mkdir()
+    (tmp_path / ".preparing" / "tokens").write_text("1 2")
+    with ResultsFolder(tmp_path).preparing() as prepared:
+        assert list(prepared.iterdir()) == []
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
@@ -104,6 +124,16 @@ def test_differences_are_paired_by_seed_and_judged_by_the_spread():
     assert rows[2].difference == pytest.approx(0.5)  # of seeds 0 and 1, which both have
 
 
+def test_a_difference_as_large_as_the_spread_is_within_it():
+    losses = {"dense": (4.0, 4.5), "exclusive": (4.5, 5.0), "gapped": (4.5625, 5.0)}
+    rows = summarize(
+        [result(n, seed=k, loss=x) for n, pair in losses.items() for k, x in enumerate(pair)]
+    )
+    assert (rows[1].difference, rows[1].spread) == (0.5, 0.5)
+    assert (rows[2].difference, rows[2].spread) == (0.53125, 0.5)
+    assert [row.verdict for row in rows] == ["", "within seed spread", "beyond seed spread"]
+
+
 def test_runs_of_one_seed_must_share_their_data():
     check_equal_order([result(), result("exclusive"), result(seed=1, order="other")])
     with pytest.raises(RuntimeError, match="exclusive with seed 0 trained on other data"):
@@ -132,7 +162,7 @@ def test_json_and_markdown(tmp_path):
     assert found["table"][1]["verdict"] == "seed spread unknown"
     page = (tmp_path / "results.md").read_text()
     assert "| exclusive | 4.200 | +0.200 ? |" in page
-    assert "Unigram entropy of the validation text: 5.000 nats" in page
+    assert "Unigram entropy of the evaluated windows: 5.000 nats" in page
     assert "Not finished: gapped-seed0." in page
     assert "Alice was**not here**" in page
     assert (tmp_path / "results.png").stat().st_size > 10_000
@@ -147,5 +177,7 @@ def test_memory_that_a_system_does_not_tell():
 def test_settings_refuse(name):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         replace(SETTINGS, **{name: 0})
-    with pytest.raises(ValueError, match="`learning_rate` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`learning_rate` must be positive and finite, got 0"):
         replace(SETTINGS, learning_rate=0)
+    with pytest.raises(ValueError, match="`learning_rate` must be positive and finite, got inf"):
+        replace(SETTINGS, learning_rate=float("inf"))

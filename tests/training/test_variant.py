@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from spattention.choice import attention_choice
-from spattention.data.prepare import prepare
+from spattention.data.packed import write_packed
+from spattention.data.prepare import open_facts, open_stream, prepare
+from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
 from spattention.training.memory import peak_resident_bytes, resident_bytes
 from spattention.training.process import RunFailed, run_apart
@@ -63,6 +67,37 @@ def test_a_run_reports_as_it_goes_and_ends_with_a_validation_loss(data, tmp_path
     assert (tmp_path / "dense-seed0" / "tokenizer.json").exists()
 
 
+def test_packed_tokens_end_a_text_with_the_token_that_they_name(data, tmp_path):
+    folder, _ = data
+    stream = open_stream(folder, "train")
+    swapped = TokenStream(
+        np.array([9, *range(1, 9), 0, *range(10, 300)], np.uint16)[stream.tokens], stream.starts
+    )
+    write_packed(tmp_path / "t.u16.xz", swapped, end_of_text=9)
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    known.save(str(tmp_path / "tokenizer.json"))
+    for name, end, tokenizer in (
+        ("described", None, tmp_path / "tokenizer.json"),
+        ("named", 9, None),
+    ):
+        facts = prepare(
+            tmp_path / name,
+            tmp_path / "t.u16.xz",
+            vocabulary=0,
+            held_out=0.1,
+            tokenizer=tokenizer,
+            end_of_text=end,
+        )
+        assert open_facts(tmp_path / name) == facts
+        made = job((tmp_path / name, facts), tmp_path / "models" / name, steps=1)
+        run(made, lambda event: None)
+        config = GenerationConfig.from_pretrained(made.model)
+        assert config.eos_token_id == facts.end_of_text == 9
+        if tokenizer:
+            saved = AutoTokenizer.from_pretrained(made.model)
+            assert (saved.eos_token_id, len(saved)) == (9, known.get_vocab_size())
+
+
 def test_a_run_apart_gives_the_same_losses(data, tmp_path):
     here = run(job(data, tmp_path, "exclusive"), lambda event: None)
     apart = run_apart(job(data, tmp_path, "exclusive"), lambda event: None)
@@ -110,6 +145,15 @@ def test_choices_name_patterns_and_their_options():
         ("exclusive:geometric", "NAME=VALUE with a name of .* got 'geometric'"),
         ("sliding_window:window=65", "`window` must be between 1 and `span` = 64, got 65"),
         ("dense:window=3", "NAME=VALUE with a name of"),
+        ("exclusive:", "NAME=VALUE with a name of .* got ''"),
+        ("exclusive:widths=0", r"option `widths` of `exclusive` must be one of \(.*\), got '0'"),
+        (
+            "shared_local:local=1.5",
+            "option `local` of `shared_local` must be an integer, got '1.5'",
+        ),
+        ("exclusive:widths=geometric,first=²", "option `first` .* must be an integer, got '²'"),
+        ("shared_local:local=1,local=2", "option `local` of `shared_local` must be given once"),
+        ("shared_local:local=-1", "`local` must not be negative, got -1"),
     ],
 )
 def test_choices_refuse(text, error):

@@ -98,8 +98,16 @@ def main(options: Options) -> None:
     _check(options)
     folder = ResultsFolder(options.output)
     with folder.preparing() as prepared:
-        facts = prepare_data(options, prepared)
+        facts = prepare(
+            prepared,
+            options.data,
+            vocabulary=options.vocabulary,
+            held_out=options.held_out,
+            tokenizer=options.tokenizer,
+            end_of_text=options.end_of_text,
+        )
         settings = settings_from(options, facts)
+        facts = evaluated_facts(options, prepared, facts)
         # Nothing is refused after this: what the folder held is replaced here at the earliest.
         folder.claim(settings, restart=options.restart)
     jobs = plan(options, settings, folder)
@@ -122,16 +130,8 @@ def main(options: Options) -> None:
     show(report(), options.output, console)
 
 
-def prepare_data(options: Options, folder: Path) -> CorpusFacts:
-    """Write the data; its facts, with the entropy and the size of the windows that are evaluated."""
-    facts = prepare(
-        folder,
-        options.data,
-        vocabulary=options.vocabulary,
-        held_out=options.held_out,
-        tokenizer=options.tokenizer,
-        end_of_text=options.end_of_text,
-    )
+def evaluated_facts(options: Options, folder: Path, facts: CorpusFacts) -> CorpusFacts:
+    """The facts, with entropy and size of the windows that are evaluated."""
     # Both raise here if the text is too short, before any run does.
     Windows(open_stream(folder, "train"), options.context)
     held_out = open_stream(folder, "validation")

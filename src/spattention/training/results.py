@@ -51,12 +51,12 @@ class ResultsFolder:
         self._mark = path / "comparison.json"
         if path.exists() and not path.is_dir():
             raise ValueError(f"`--output` must be a folder, {path} is a file")
-        if not self._mark.exists():
-            if path.exists() and any(entry != self.staging for entry in path.iterdir()):
-                raise ValueError(
-                    "`--output` must be a new or empty folder, or hold an earlier comparison; "
-                    f"{path} holds other files"
-                )
+        others = path.iterdir() if path.exists() and not self._mark.exists() else ()
+        if any(entry != self.staging for entry in others):
+            raise ValueError(
+                "`--output` must be a new or empty folder, or hold an earlier comparison; "
+                f"{path} holds other files"
+            )
 
     @contextmanager
     def preparing(self) -> Iterator[Path]:
@@ -86,12 +86,11 @@ class ResultsFolder:
         """
         if not restart:
             self._check(settings)
-        # The mark comes first: without it, a folder that holds something is nobody's.
-        content = {"version": 1, "settings": asdict(settings)}
-        write_atomically(self._mark, json.dumps(content, indent=2) + "\n")
         for folder in (self.runs, self.models) if restart else ():
             if folder.exists():
                 shutil.rmtree(folder)
+        content = {"version": 1, "settings": asdict(settings)}
+        write_atomically(self._mark, json.dumps(content, indent=2) + "\n")
         if self.staging.exists():
             if self.data.exists():
                 shutil.rmtree(self.data)
