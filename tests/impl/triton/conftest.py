@@ -1,14 +1,5 @@
-"""On a machine without a GPU the kernels run in Triton's interpreter, which must be chosen before
-they are imported.
-"""
-
-from __future__ import annotations
-
-import os
+"""The kernels need Triton; without a GPU they run in its interpreter (`tests/conftest.py`)."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
