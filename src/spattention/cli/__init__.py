@@ -16,15 +16,18 @@ COMMANDS = {
     "compare": "train one small model with dense and with banded attention, and compare",
     "draw": "draw which distances each head attends",
     "generate": "continue a text with a trained model",
+    "prepare": "turn text into packed tokens to train on",
     "tune": "find the fastest launches of the kernels on this GPU",
 }
 # package -> the extra that installs it, whichever command misses it
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
+    "liger_kernel": "gpu",
     "matplotlib": "train",
     "rich": "train",
     "safetensors": "train",
+    "tensorboard": "train",
     "tokenizers": "train",
     "transformers": "train",
     "triton": "gpu",

@@ -101,14 +101,26 @@ def prepare(
 
 
 def open_facts(folder: Path) -> CorpusFacts:
-    """The facts that `prepare` wrote."""
-    return CorpusFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+    """The facts that `prepare` wrote; raises `ValueError` if the folder holds no such thing."""
+    try:
+        return CorpusFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder} must be a folder that `prepare` wrote: {error}") from error
 
 
 def open_stream(folder: Path, name: str) -> TokenStream:
-    """The stream "train" or "validation" that `prepare` wrote, mapped into memory, not read."""
-    tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
-    return TokenStream(tokens, np.load(folder / f"{name}.starts.npy"))
+    """The stream "train" or "validation" that `prepare` wrote, mapped into memory, not read.
+
+    Raises:
+        ValueError: if a file is missing, truncated or foreign.
+    """
+    try:
+        tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
+        return TokenStream(tokens, np.load(folder / f"{name}.starts.npy"))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{folder} must hold the stream {name!r} as `prepare` wrote it: {error}"
+        ) from error
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:

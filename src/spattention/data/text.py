@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -11,11 +11,16 @@ SEPARATOR = "\f"
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents in a text file, a JSONL file, or a folder of both.
+    """The documents in a text file, a JSONL file, or a folder of both; see `iterate_documents`."""
+    return list(iterate_documents(path))
+
+
+def iterate_documents(path: Path) -> Iterator[str]:
+    """The documents in a text file, a JSONL file, or a folder of both, one after the other.
 
     A form feed separates documents in a `.txt` file; without one the file is one document. A line
     of a `.jsonl` file is an object whose `text` is one document. A folder gives the documents of
-    its files in the order of their names.
+    its files in the order of their names. A `.jsonl` file is read line by line.
 
     Raises:
         ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a
@@ -25,22 +30,29 @@ def read_documents(path: Path) -> list[str]:
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
         if not files:
             raise ValueError(f"{path} must hold .txt or .jsonl files, got none")
-        return [document for file in files for document in read_documents(file)]
+        for file in files:
+            yield from iterate_documents(file)
+        return
     if not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder")
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
             f"{path} must be text (.txt), JSON lines (.jsonl) or packed tokens (.u16.xz)"
         )
+    found = False
     try:
-        content = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="\n") as file:
+            parts = (
+                file.read().split(SEPARATOR) if path.suffix == ".txt" else _json_lines(path, file)
+            )
+            for part in parts:
+                if part.strip():
+                    found = True
+                    yield part
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from error
-    parts = content.split(SEPARATOR) if path.suffix == ".txt" else _json_lines(path, content)
-    documents = [part for part in parts if part.strip()]
-    if not documents:
+    if not found:
         raise ValueError(f"{path} must hold text, got none")
-    return documents
 
 
 def sample_path() -> Path:
@@ -48,8 +60,8 @@ def sample_path() -> Path:
     return Path(str(resources.files("spattention.data") / "sample"))
 
 
-def _json_lines(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -49,17 +49,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of `<|endoftext|>`, which ends each document."""
-    found = tokenizer.token_to_id(END_OF_TEXT)
+def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
+    """The id of the token that ends each document, by default `<|endoftext|>`."""
+    found = tokenizer.token_to_id(token)
     if found is None:
-        raise ValueError(f"the tokenizer must have the token {END_OF_TEXT}, it has not")
+        raise ValueError(f"the tokenizer must have the token {token}, it has not")
     return found
 
 
-def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> TokenStream:
-    """The stream of these documents, each followed by the end of text."""
-    end = end_of_text_id(tokenizer)
+def tokenize(
+    documents: Sequence[str], tokenizer: Tokenizer, end_of_text: int | None = None
+) -> TokenStream:
+    """The stream of these documents, each followed by the end of text; by default its own."""
+    end = end_of_text_id(tokenizer) if end_of_text is None else end_of_text
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     encoded = tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
     return TokenStream.from_documents([np.array([*e.ids, end], dtype) for e in encoded])

@@ -6,10 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+IGNORED = -100  # a label that no loss is taken of, PyTorch's convention
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,26 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     """A stream cut into windows of `context` tokens: a map-style dataset for the Trainer.
 
     Windows run across documents, as in the paper's packing. Tokens after the last whole window are
-    not used.
+    not used. An item has `input_ids` and `labels`, int64 `[context]`; and `position_ids` alike if
+    attention must not cross documents.
 
     Args:
         stream: the tokens.
         context: tokens per window, at least 2.
         limit: keep only this many windows, spread evenly over the stream; None keeps all.
+        across_documents: whether tokens may attend earlier documents in their window. If not,
+            positions count from each document's first token, by which models keep documents apart,
+            and that token, which nothing of its document precedes, is no label (-100).
     """
 
-    def __init__(self, stream: TokenStream, context: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        context: int,
+        limit: int | None = None,
+        *,
+        across_documents: bool = True,
+    ) -> None:
         if context < 2:
             raise ValueError(f"`context` must be at least 2 tokens, got {context}")
         count = len(stream) // context
@@ -119,8 +133,9 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             raise ValueError(f"`limit` must be at least 1 window, got {limit}")
         self.stream = stream
         self.context = context
+        self.across_documents = across_documents
         kept = count if limit is None else min(limit, count)
-        self.windows = [k * count // kept for k in range(kept)]
+        self.windows = range(count) if kept == count else [k * count // kept for k in range(kept)]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -133,6 +148,47 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         start = self.windows[index] * self.context
-        tokens = self.stream.tokens[start : start + self.context].astype(np.int64)
-        window = torch.from_numpy(tokens)
-        return {"input_ids": window, "labels": window}
+        stop = start + self.context
+        window = torch.from_numpy(self.stream.tokens[start:stop].astype(np.int64))
+        if self.across_documents:
+            return {"input_ids": window, "labels": window}
+        inside = np.arange(start, stop)
+        document = np.searchsorted(self.stream.starts, inside, side="right") - 1
+        first = np.maximum(self.stream.starts[document], start)
+        positions = torch.from_numpy(inside - first)
+        labels = window.masked_fill(positions == 0, IGNORED)
+        return {"input_ids": window, "labels": labels, "position_ids": positions}
+
+
+class InOrder(Dataset[Any]):
+    """The items of a dataset in a fixed random order, epoch after epoch, as one long dataset.
+
+    Item k is item `order[k % n]` of the dataset's n, where each epoch `k // n` has an order of its
+    own. The order depends on the seed and n alone: not on ranks, workers, or where a run began, so
+    that whoever reads items k, k + 1, ... from the front of what is missing goes on exactly.
+
+    Args:
+        dataset: what is read.
+        length: items in all, over all epochs.
+        seed: of the orders.
+    """
+
+    def __init__(self, dataset: Dataset[Any], length: int, seed: int) -> None:
+        self.dataset = dataset
+        self.length = length
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        count = len(self.dataset)  # type: ignore[arg-type]
+        epoch, place = divmod(index, count)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            self._epoch = epoch
+        return self.dataset[int(self._order[place])]

@@ -1,0 +1,233 @@
+"""A corpus of any size as packed tokens: tokenized on all cores, and written as it goes.
+
+The folder is what `prepare.open_stream` and `prepare.open_facts` read: for training and validation
+each a `.tokens.npy` that can be mapped into memory and the starts of its documents, the tokenizer,
+and the facts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .prepare import CorpusFacts, open_stream
+from .text import iterate_documents
+from .tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, tokenize, train_tokenizer
+
+BATCH = 512  # documents that are tokenized together, on all cores
+DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+HEADER = 128  # bytes before the tokens of a .npy file
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents of text, and how many there are if that is known."""
+
+    name: str
+    documents: Iterable[str]
+    total: int | None = None
+
+
+def open_source(
+    what: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    streaming: bool = False,
+) -> Source:
+    """Text from files or from a Hugging Face dataset.
+
+    Args:
+        what: a `.txt` or `.jsonl` file or a folder of these (see `iterate_documents`), `.parquet`
+            files, a folder that `datasets` saved, or else the name of a dataset on the hub.
+        name: the dataset's configuration, where it has several.
+        split: of the dataset.
+        column: where the dataset keeps its text.
+        streaming: read the dataset as it arrives, without a copy on disk.
+
+    Raises:
+        ValueError: if there is neither such a file nor such a dataset, or it has no such column.
+    """
+    path = Path(what)
+    if path.is_file() and path.suffix != ".parquet":
+        return Source(what, iterate_documents(path))
+    if path.is_dir() and not any((path / mark).exists() for mark in DATASET_MARKS):
+        return Source(what, iterate_documents(path))
+    if path.is_absolute() and not path.exists():
+        raise ValueError(f"{path} is neither a file nor a folder")
+    import datasets
+
+    try:
+        if path.is_dir():
+            found = datasets.load_from_disk(what)
+            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+        elif path.is_file():
+            found = datasets.load_dataset("parquet", data_files=what, split="train")
+        else:
+            found = datasets.load_dataset(what, name, split=split, streaming=streaming)
+    except (FileNotFoundError, KeyError, ConnectionError) as error:
+        raise ValueError(f"{what} is neither a file nor a dataset that can be read: {error}") from (
+            error
+        )
+    if found.column_names is not None and column not in found.column_names:
+        raise ValueError(f"`column` must be one of {found.column_names}, got {column!r}")
+    total = None if isinstance(found, datasets.IterableDataset) else len(found)
+    return Source(what, (row[column] for row in found), total)
+
+
+def prepare_corpus(
+    folder: Path,
+    source: Source,
+    *,
+    tokenizer: Path | None = None,
+    vocabulary: int = 32768,
+    end_of_text: str = END_OF_TEXT,
+    held_out: float = 0.005,
+    sample: int = 20_000,
+    on_progress: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> CorpusFacts:
+    """Tokenize a source into a folder, which appears when it is complete and not before.
+
+    Args:
+        folder: where the result goes; it must not exist.
+        source: the documents; those without text are dropped.
+        tokenizer: a `tokenizer.json`; None trains a byte-level BPE on the first documents.
+        vocabulary: entries of the tokenizer that is trained.
+        end_of_text: the token that ends each document.
+        held_out: share of the documents kept for validation, spread evenly; 0 keeps none.
+        sample: documents that the tokenizer is trained on.
+        on_progress: called with documents and tokens so far, after each batch.
+
+    Raises:
+        ValueError: if the folder exists, the source is empty, or a value is out of range.
+    """
+    if folder.exists():
+        raise ValueError(f"`--output` must be a new folder, {folder} exists")
+    if not 0 <= held_out <= 0.5:
+        raise ValueError(f"`held_out` must lie between 0 and 0.5, got {held_out}")
+    documents = iter(source.documents)
+    first: list[str] = []
+    if tokenizer is None:
+        first = [text for text in itertools.islice(documents, sample) if text.strip()]
+        used = train_tokenizer(first, vocabulary)
+    else:
+        used = load_tokenizer(tokenizer)
+    end = end_of_text_id(used, end_of_text)
+    staging = folder.with_name(f".{folder.name}.preparing")
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    staging.mkdir(parents=True)
+    try:
+        train, validation = _write(
+            staging, itertools.chain(first, documents), used, end, held_out, on_progress
+        )
+        used.save(str(staging / "tokenizer.json"))
+        entropy = 0.0
+        if validation.num_tokens:
+            entropy = open_stream(staging, "validation").unigram_entropy()
+        facts = CorpusFacts(
+            source=source.name,
+            tokenizer=str(tokenizer) if tokenizer else "byte-level BPE",
+            vocabulary=-(-used.get_vocab_size() // 64) * 64,
+            train_documents=train.num_documents,
+            train_tokens=train.num_tokens,
+            validation_documents=validation.num_documents,
+            validation_tokens=validation.num_tokens,
+            unigram_entropy=entropy,
+            digest=f"{train.digest[:16]}-{validation.digest[:16]}",
+            end_of_text=end,
+        )
+        (staging / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return facts
+
+
+def _write(
+    folder: Path,
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    end: int,
+    held_out: float,
+    on_progress: Callable[[int, int], None],
+) -> tuple[StreamWriter, StreamWriter]:
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    writers = [StreamWriter(folder, name, dtype) for name in ("train", "validation")]
+    every = round(1 / held_out) if held_out else 0
+    count = 0
+    while batch := list(itertools.islice(documents, BATCH)):
+        texts = [text for text in batch if text and text.strip()]
+        if not texts:
+            continue
+        stream = tokenize(texts, tokenizer, end)
+        for k in range(stream.num_documents):
+            held = every and (count + k) % every == every // 2
+            writers[bool(held)].add(stream.tokens[stream.starts[k] : stream.starts[k + 1]])
+        count += stream.num_documents
+        on_progress(count, sum(writer.num_tokens for writer in writers))
+    for writer in writers:
+        writer.close()
+    train, validation = writers
+    if not train.num_tokens:
+        raise ValueError("the source must hold text, got none")
+    if every and not validation.num_tokens:
+        raise ValueError(
+            f"`held_out` must be at least 1 / {2 * count} for {count} documents, got {held_out}"
+        )
+    return train, validation
+
+
+class StreamWriter:
+    """Writes one stream as `open_stream` reads it, document by document.
+
+    Args:
+        folder: where `NAME.tokens.npy` and `NAME.starts.npy` go.
+        name: of the stream.
+        dtype: of the tokens, uint16 or uint32.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.num_tokens = 0
+        self.digest = ""
+        self._starts = [0]
+        self._path = folder / f"{name}.starts.npy"
+        self._file = (folder / f"{name}.tokens.npy").open("wb")
+        self._file.write(b"\0" * HEADER)  # the number of tokens is known at the end
+        self._found = hashlib.sha256()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._starts) - 1
+
+    def add(self, tokens: np.ndarray) -> None:
+        """One document of at least one token."""
+        self._file.write(tokens.astype(self.dtype).tobytes())
+        self._found.update(tokens.astype("<u4").tobytes())
+        self.num_tokens += len(tokens)
+        self._starts.append(self.num_tokens)
+
+    def close(self) -> None:
+        """Complete the files; `digest` is then that of `TokenStream.digest`."""
+        self._file.seek(0)
+        description = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.num_tokens,),
+        }
+        np.lib.format.write_array_header_1_0(self._file, description)
+        assert self._file.tell() == HEADER
+        self._file.close()
+        starts = np.array(self._starts, np.int64)
+        self._found.update(starts.astype("<i8").tobytes())
+        self.digest = self._found.hexdigest()
+        np.save(self._path, starts)

@@ -1,0 +1,110 @@
+"""Corpora of any size: the same tokens as a plain reading, all or nothing, from every source."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+
+from spattention.cli import main
+from spattention.data.corpus import BATCH, open_source, prepare_corpus
+from spattention.data.prepare import open_facts, open_stream
+from spattention.data.text import read_documents
+from spattention.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+
+WORDS = ["one", "two", "three", "four", "naïve"]
+
+
+def documents(count=60):
+    random = np.random.default_rng(0)
+    return [" ".join(random.choice(WORDS, random.integers(3, 40))) for _ in range(count)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(documents(), 300).save(str(path))
+    return path
+
+
+def test_tokens_are_those_of_a_plain_reading_and_every_document_is_somewhere(tmp_path, tokenizer):
+    texts = documents(2 * BATCH + 7)  # more than one batch
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    seen = []
+    facts = prepare_corpus(
+        tmp_path / "out",
+        open_source(str(source)),
+        tokenizer=tokenizer,
+        held_out=0.1,
+        on_progress=lambda *counts: seen.append(counts),
+    )
+    train, validation = (open_stream(tmp_path / "out", name) for name in ("train", "validation"))
+    whole = tokenize(texts, load_tokenizer(tokenizer))
+    held = [k for k in range(len(texts)) if k % 10 == 5]
+    rest = [k for k in range(len(texts)) if k % 10 != 5]
+    np.testing.assert_array_equal(train.tokens, whole.take(rest).tokens)
+    np.testing.assert_array_equal(train.starts, whole.take(rest).starts)
+    np.testing.assert_array_equal(validation.tokens, whole.take(held).tokens)
+    assert isinstance(train.tokens, np.memmap)
+    assert facts == open_facts(tmp_path / "out")
+    assert facts.digest == f"{train.digest()[:16]}-{validation.digest()[:16]}"
+    assert facts.unigram_entropy == validation.unigram_entropy()
+    assert facts.end_of_text == train.tokens[-1]
+    assert seen[-1] == (len(texts), len(whole))
+
+
+def test_every_source_gives_the_same_documents(tmp_path):
+    texts = documents(20)
+    (tmp_path / "a.txt").write_text("\f".join(texts))
+    data = Dataset.from_dict({"text": texts, "other": list(range(20))})
+    data.save_to_disk(str(tmp_path / "saved"))
+    DatasetDict({"train": data, "test": data.select([3])}).save_to_disk(str(tmp_path / "splits"))
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    for what in ("a.txt", "saved", "splits", "a.parquet"):
+        assert list(open_source(str(tmp_path / what)).documents) == texts, what
+    assert list(open_source(str(tmp_path / "splits"), split="test").documents) == [texts[3]]
+    assert open_source(str(tmp_path / "saved")).total == 20
+    with pytest.raises(
+        ValueError, match=r"`column` must be one of \['text', 'other'\], got 'body'"
+    ):
+        open_source(str(tmp_path / "saved"), column="body")
+    with pytest.raises(ValueError, match="is neither a file nor a folder"):
+        open_source(str(tmp_path / "nothing"))
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, tokenizer):
+    source = tmp_path / "text.jsonl"
+    source.write_text('{"text": "one"}\n' * (BATCH + 1) + "{")
+    with pytest.raises(ValueError, match=f"line {BATCH + 2}, must be an object"):
+        prepare_corpus(tmp_path / "out", open_source(str(source)), tokenizer=tokenizer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.jsonl", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "error"),
+    [
+        ("one", {}, "`held_out` must be at least 1 / 2 for 1 documents, got 0.005"),
+        ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
+        ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
+    ],
+)
+def test_what_cannot_be_prepared(tmp_path, tokenizer, text, changes, error):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=error):
+        prepare_corpus(
+            tmp_path / "out", open_source(str(tmp_path / "a.txt")), tokenizer=tokenizer, **changes
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\f".join(documents(300)))
+    arguments = ["prepare", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--vocabulary", "280"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    facts = open_facts(tmp_path / "out")
+    assert f"{facts.train_tokens:,} training tokens in 299" in shown
+    assert len(read_documents(tmp_path / "a.txt")) == 300 == facts.train_documents + 1
+    assert main(arguments) == 2
+    assert "must be a new folder" in capsys.readouterr().err
