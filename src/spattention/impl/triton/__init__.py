@@ -4,7 +4,12 @@ precision.
 Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py`, `backward.py`,
 `config.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`, `hopper_backward.py`, the
 same passes for Hopper GPUs in Gluon, used for half precision with head_dim 64 or 128 where queries
-begin at position 0 (training, first pass over a prompt).
+begin at position 0 (training, first pass over a prompt); and `decode.py`, `decode_launch.py`,
+`decode_op.py`, the forward pass for few queries against many keys.
+
+Decoding is chosen for at most 16 queries, with at least 8 keys for each, where no input needs a
+gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the
+device, so that call cannot be inside the capture of a CUDA graph: call once to warm up.
 
 float32 is computed in IEEE float32, not TensorFloat32. Both values of `deterministic` run the same
 kernels, which give the same bits on every run.
@@ -15,10 +20,13 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
-from . import op
+from . import decode_op, op
+from .decode_op import MAX_QUERIES
 from .op import refusal
 
-__all__ = ["attend", "attend_varlen", "refusal"]
+__all__ = ["MAX_QUERIES", "attend", "attend_rings", "attend_varlen", "refusal"]
+
+DECODE_KEYS = 8  # keys for each query, from which on decoding is worth its second kernel
 
 
 def attend(
@@ -36,7 +44,8 @@ def attend(
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
     _check(query, value)
     on_device = isinstance(query_start, torch.Tensor)
-    return op.forward(
+    decoding = _is_decoding(query, key, value, sinks)
+    return (decode_op.decode if decoding else op.forward)(
         query,
         key,
         value,
@@ -48,6 +57,47 @@ def attend(
         sinks,
         None,
         None,
+    )
+
+
+def attend_rings(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    offsets: torch.Tensor,
+    lengths: torch.Tensor,
+    position: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the last tokens of a `BandStore`, at most `MAX_QUERIES` and no more than its
+    slack and one; results as in `spattention.band_attention`, without a gradient.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        keys, values, offsets, lengths, position: the store's.
+        pattern: the store's.
+        scale: factor of the scores.
+        sinks: `[H]`.
+        key_start: int32 `[B]` or `[B, Q]`.
+    """
+    _check(query, values)
+    assert query.shape[2] <= MAX_QUERIES
+    return decode_op.decode(
+        query,
+        keys,
+        values,
+        pattern.flat,
+        scale,
+        0,
+        position,
+        key_start,
+        sinks,
+        offsets,
+        lengths,
     )
 
 
@@ -76,6 +126,16 @@ def attend_varlen(
         *rows, pattern.flat, scale, 0, None, None, sinks, cu_seqlens_q, cu_seqlens_k
     )
     return out[0].transpose(0, 1), lse[0]
+
+
+def _is_decoding(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+) -> bool:
+    queries = query.shape[2]
+    if queries > MAX_QUERIES or key.shape[2] < DECODE_KEYS * queries:
+        return False
+    inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
 
 
 def _check(query: torch.Tensor, value: torch.Tensor) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -20,6 +20,18 @@ COUNTS = (
     "n_batch",
     "n_documents",
     "n_slots",
+    "n_queries",
+    "n_keys",
+    "query_start",
+)
+DECODE_COUNTS = (
+    "query_start_stride",
+    "key_start_stride_b",
+    "key_start_stride_t",
+    "n_chunks",
+    "n_blocks",
+    "n_heads",
+    "group",
     "n_queries",
     "n_keys",
     "query_start",
@@ -51,6 +63,40 @@ class Launches:
     forward: LaunchConfig
     query_gradient: LaunchConfig
     key_gradient: LaunchConfig
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """The launch for few queries, and into how many chunks their keys are cut.
+
+    Args:
+        block_m: queries of a block; 1 sums products in registers, 16 and more are matrix products.
+        block_n: keys of a block.
+        num_warps: warps of a program.
+        num_stages: blocks of keys in flight.
+        programs: programs on a multiprocessor that short bands are cut for.
+        longest: keys that a program reads at most, a power of two times block_n.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int = 8
+    longest: int = 512
+
+    def chunk(self, keys: int, multiprocessors: int) -> int:
+        """Keys of a chunk: `block_n` times the least power of two that leaves no more than
+        `programs` chunks for each multiprocessor, at most `longest`.
+
+        Args:
+            keys: of all key/value heads of all rows together.
+            multiprocessors: of the GPU.
+        """
+        chunk = self.block_n
+        while chunk < self.longest and keys > chunk * self.programs * multiprocessors:
+            chunk *= 2
+        return chunk
 
 
 INTERPRETED = Launches(
@@ -97,6 +143,26 @@ SINGLE = {
     256: LaunchConfig(16, 16, 4, 1),
 }
 
+# Few queries, by BLOCK_D: one (M = 1), and several (M = 16; with more rows fewer keys at a time).
+ONE_HALF = {
+    16: DecodeLaunch(1, 256, 4, 1),
+    32: DecodeLaunch(1, 128, 4, 1),
+    64: DecodeLaunch(1, 128, 4, 1),
+    128: DecodeLaunch(1, 64, 4, 1),
+    256: DecodeLaunch(1, 32, 4, 1),
+}
+FEW_HALF = {
+    16: DecodeLaunch(16, 64, 4, 2),
+    32: DecodeLaunch(16, 64, 4, 2),
+    64: DecodeLaunch(16, 64, 4, 2),
+    128: DecodeLaunch(16, 64, 4, 2),
+    256: DecodeLaunch(16, 32, 4, 2),
+}
+ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32)
+FEW_INTERPRETED = DecodeLaunch(16, 16, 1, 1, longest=32)
+MOST_ROWS = 64  # of a block
+BLOCK_P = 16  # chunks that are joined at a time
+
 
 def pitch(queries: int) -> int:
     """Rows of `base` and `delta` per head: a multiple of four, so that each head's rows begin at 16
@@ -140,3 +206,27 @@ def hopper_launches(
     if not triton.__version__.startswith(HOPPER_TRITON):
         return None
     return HOPPER.get(head_dim)
+
+
+def decode_launch(
+    itemsize: int, head_dim: int, rows: int, capability: tuple[int, int] | None
+) -> DecodeLaunch:
+    """The rule for few queries: one row sums in registers, several are rows of matrix products, at
+    least 16 and at most 64 at once; float32 and head_dim beyond 128 take half the keys and rows.
+
+    Args:
+        itemsize: bytes of an element, 2 or 4.
+        head_dim: 1 to 256.
+        rows: queries that share a key/value head.
+        capability: CUDA compute capability; None for Triton's interpreter.
+    """
+    width = block_d(head_dim)
+    if rows == 1:
+        launch = ONE_INTERPRETED if capability is None else ONE_HALF[width]
+    else:
+        launch = FEW_INTERPRETED if capability is None else FEW_HALF[width]
+        most = MOST_ROWS if itemsize == 2 and width <= 128 else MOST_ROWS // 2
+        launch = replace(launch, block_m=min(most, block_d(rows)))
+    if itemsize == 4 and capability is not None:
+        launch = replace(launch, block_n=max(16, launch.block_n // 2), num_stages=1)
+    return launch

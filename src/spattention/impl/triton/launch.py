@@ -31,14 +31,19 @@ def band_table(intervals: Sequence[int], key_heads: int, device: torch.device) -
     key = (tuple(intervals), key_heads, device)
     table = _tables.get(key)
     if table is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first call with a pattern must come before the capture of a CUDA graph: "
-                "call once to warm up"
-            )
+        refuse_capture(device)
         table = torch.tensor(_table(key[0], key_heads), dtype=torch.int32, device=device)
         _tables[key] = table
     return table
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise RuntimeError where a table would be copied to the device inside a CUDA graph."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first call with a pattern must come before the capture of a CUDA graph: "
+            "call once to warm up"
+        )
 
 
 def _table(intervals: tuple[int, ...], key_heads: int) -> list[list[list[int]]]:
@@ -83,11 +88,23 @@ def _describable(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _scaled(scale: float, precise: bool) -> float:
+def start_strides(
+    query_starts: torch.Tensor | None, key_start: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """Strides of `query_starts` `[]` or `[B]` along B, and of `key_start` `[B]` or `[B, Q]` along
+    both; 0 where all rows or queries share one.
+    """
+    row = 0 if query_starts is None or query_starts.dim() == 0 else query_starts.stride(0)
+    if key_start is None:
+        return row, 0, 0
+    return row, key_start.stride(0), key_start.stride(1) if key_start.dim() == 2 else 0
+
+
+def scaled(scale: float, precise: bool) -> float:
     """In powers of two, or of e if `precise`. A scale of 0 becomes too small to matter, because
     -inf * 0 would be NaN.
     """
@@ -117,17 +134,10 @@ class Call:
         self.bands = band_table(intervals, self.key_heads, query.device)
         self.positions = (query_starts, key_start, offsets_q, offsets_k)
         self.block_d = block_d(head_dim)
-        starts_stride = (
-            0 if query_starts is None or query_starts.dim() == 0 else query_starts.stride(0)
-        )
-        key_start_strides = (0, 0)
-        if key_start is not None:
-            per_query = key_start.dim() == 2
-            key_start_strides = (key_start.stride(0), key_start.stride(1) if per_query else 0)
-        self.start_strides = (starts_stride, *key_start_strides)
+        self.start_strides = start_strides(query_starts, key_start)
         self.query_start = query_start
         precise = query.dtype == torch.float32
-        self.scale = _scaled(scale, precise)
+        self.scale = scaled(scale, precise)
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
         self.launches = launches(query.element_size(), head_dim, capability)
         # The copy engine reads whole blocks, which may begin before a range. With queries from
@@ -225,12 +235,12 @@ def launch_forward(
     if hopper is not None:
         from .hopper_launch import forward
 
-        with _on_device(call.device):
+        with on_device(call.device):
             forward(call, hopper.forward, query, key, value, out, lse, sinks)
         return
     launch = call.launches.forward
     slots = call.query_slots(launch.block_m)
-    with _on_device(call.device):
+    with on_device(call.device):
         forward_kernel[(slots * call.batch * call.heads,)](
             query,
             key,
@@ -272,7 +282,7 @@ def launch_query_gradient(
     if hopper is not None:
         from .hopper_launch import query_gradient
 
-        with _on_device(call.device):
+        with on_device(call.device):
             query_gradient(
                 call,
                 hopper.query_gradient,
@@ -290,7 +300,7 @@ def launch_query_gradient(
         return
     launch = call.launches.query_gradient
     slots = call.query_slots(launch.block_m)
-    with _on_device(call.device):
+    with on_device(call.device):
         query_gradient_kernel[(slots * call.batch * call.heads,)](
             query,
             key,
@@ -333,14 +343,14 @@ def launch_key_gradient(
     if hopper is not None:
         from .hopper_launch import key_gradient
 
-        with _on_device(call.device):
+        with on_device(call.device):
             key_gradient(
                 call, hopper.key_gradient, query, key, value, d_out, d_key, d_value, base, delta
             )
         return
     launch = call.launches.key_gradient
     slots = call.key_slots(launch.block_n)
-    with _on_device(call.device):
+    with on_device(call.device):
         key_gradient_kernel[(slots * call.batch * call.key_heads,)](
             query,
             key,

@@ -12,8 +12,15 @@ import triton.language as tl
 @triton.jit
 def load_rows(p_rows, o_row, stride, low, high, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[R, D]` from rows `o_row` of a matrix; zeros outside rows `low .. high - 1`."""
+    m_row = (o_row >= low) & (o_row < high)
+    return gather_rows(p_rows, o_row, m_row, stride, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def gather_rows(p_rows, o_row, m_row, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[R, D]` from rows `o_row` of a matrix; zeros where `m_row` `[R]` is false."""
     o_dim = tl.arange(0, BLOCK_D)
-    m_row = ((o_row >= low) & (o_row < high))[:, None]
+    m_row = m_row[:, None]
     if HEAD_DIM < BLOCK_D:
         m_row = m_row & (o_dim < HEAD_DIM)[None, :]
     p_block = p_rows + o_row.to(tl.int64)[:, None] * stride + o_dim[None, :]

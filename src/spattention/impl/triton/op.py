@@ -239,7 +239,7 @@ def _differentiable(
 _library = torch.library.Library("spattention", "FRAGMENT")
 
 
-def _register(
+def register(
     name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]
 ) -> torch._ops.OpOverload:
     """`torch.library.custom_op`, less what it does around every call."""
@@ -254,13 +254,13 @@ _COMMON = (
     "int[] intervals, float scale, SymInt query_start, Tensor? query_starts, Tensor? key_start, "
     "Tensor? sinks, Tensor? offsets_q, Tensor? offsets_k"
 )
-forward = _register(
+forward = register(
     "triton_forward",
     f"Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
-backward = _register(
+backward = register(
     "triton_backward",
     "Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_COMMON}) -> (Tensor, Tensor, Tensor, Tensor)",
