@@ -1,0 +1,307 @@
+"""How a baseline gets into a model of Transformers: an attention name, a config section, and one
+object per layer that does the work.
+
+    config.<kind> = {"version": 1, <the fields of the baseline>}
+
+Every baseline takes whole sequences, and a growing cache of one document per row. Padding, packed
+documents, static caches, dropout, caps and attention weights raise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..hf.config import NAME as BANDS
+from ..hf.decoder import attention_modules, check_model, is_attention
+from ..impl.layout import without_autocast
+
+VERSION = 1
+PLAN = "baseline_attention"  # attribute of an attention module
+REFUSED = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "output_attentions",
+    "s_aux",
+    "sliding_window",
+    "softcap",
+)
+
+
+class LayerAttention(Protocol):
+    """What one attention layer does."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Causal attention of the last Q positions.
+
+        Args:
+            query: `[B, H, Q, D]`.
+            key: `[B, Hkv, K, D]`, K >= Q; value alike, `[B, Hkv, K, Dv]`.
+            value: see key.
+            scale: factor of the scores.
+
+        Returns:
+            `[B, H, Q, Dv]` in query's dtype.
+        """
+
+    def weights(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
+    ) -> torch.Tensor:
+        """The weights of queries `start` to `stop` of a whole sequence (Q = K), to be looked at:
+        `[B, H, stop - start, K]`, float32, each row adds up to 1.
+        """
+
+
+@dataclass(frozen=True)
+class Baseline(ABC):
+    """A way to attend in every layer of a model, in plain values that are saved with it.
+
+    Args:
+        num_heads: query heads.
+        span: context length in tokens that it is made for; longer inputs raise.
+    """
+
+    kind: ClassVar[str]  # attention name and config section
+
+    num_heads: int
+    span: int
+
+    @abstractmethod
+    def layer(self, index: int, num_layers: int) -> LayerAttention:
+        """What layer `index` of `num_layers` does."""
+
+    @abstractmethod
+    def pairs(self, seq_len: int, num_layers: int) -> int:
+        """Attended (query, key) pairs of a layer over `seq_len` tokens, all heads together, the
+        mean over the layers.
+        """
+
+    def equip(self, module: Any) -> None:  # noqa: B027
+        """Change an attention module before its weights are loaded; most baselines do not."""
+
+    def section(self) -> dict[str, Any]:
+        """What is saved in the model's config."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_section(cls, section: Any) -> Self:
+        """The baseline that `section` wrote; raises `ValueError` for anything else."""
+        if not isinstance(section, Mapping) or section.get("version") != VERSION:
+            raise ValueError(
+                f"`config.{cls.kind}` must be a section of version {VERSION}, got {section!r}"
+            )
+        values = {name: value for name, value in section.items() if name != "version"}
+        names = [field.name for field in fields(cls)]
+        if sorted(values) != sorted(names):
+            raise ValueError(
+                f"`config.{cls.kind}` must have the entries {['version', *names]}, got "
+                f"{sorted(section)}"
+            )
+        return cls(**values)
+
+
+def check_integers(kind: str, **values: tuple[Any, int, int]) -> None:
+    """Each value is an integer between the two that follow it, both included."""
+    for name, (value, least, most) in values.items():
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"`{name}` of `{kind}` must be an integer from {least} to {most}, got {value!r}"
+            )
+
+
+def register(kind: type[Baseline]) -> None:
+    """Make `attn_implementation=kind.kind` known to Transformers, for this process.
+
+    From then on an attention module that is built from a config with the section gets its baseline.
+    """
+    if kind.kind in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return
+    register_module_module_registration_hook(partial(_adopt, kind))
+    AttentionInterface.register(kind.kind, attention_forward)
+    AttentionMaskInterface.register(kind.kind, no_mask)
+
+
+def apply(model: Any, baseline: Baseline) -> Any:
+    """Put a baseline into every attention layer of a causal language model, in place.
+
+    Args:
+        model: a Transformers causal language model with stock attention in all its layers.
+        baseline: what to put in.
+
+    Returns:
+        The same model; `config` says what was done and is saved with it.
+
+    Raises:
+        ValueError: if the model has bands, another baseline, sliding windows, layers without
+            attention, or another number of heads. The model is then as it was.
+    """
+    kind = baseline.kind
+    config = model.config
+    if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`model` must be a text decoder alone for {kind}, got {config.model_type}"
+        )
+    modules = attention_modules(model, config)
+    check_model(model, config, modules)
+    own = config._attn_implementation
+    if own == BANDS or ALL_ATTENTION_FUNCTIONS.get(own) is attention_forward:
+        raise ValueError(f"`model` must have stock attention for {kind}, got {own}")
+    layers = config.num_hidden_layers
+    if sorted(modules) != list(range(layers)):
+        raise ValueError(
+            f"`model` must have softmax attention in all {layers} layers for {kind}, got "
+            f"{sorted(modules)}"
+        )
+    types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if not types else None
+    if window is not None or types - {"full_attention"}:
+        raise ValueError(
+            f"`model` must not have sliding windows of its own for {kind}, got "
+            f"{sorted(types) or window}"
+        )
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(f"`model` must not be split over ranks for {kind}, got {model.tp_size}")
+    _check_heads(baseline, config)
+    register(type(baseline))
+    for module in modules.values():
+        baseline.equip(module)
+        setattr(module, PLAN, baseline.layer(module.layer_idx, layers))
+    setattr(config, kind, baseline.section())
+    model.set_attn_implementation(kind)
+    _name_for_saving(type(baseline), config)
+    return model
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of every baseline; arguments are those of Transformers' interface.
+
+    Returns:
+        `([B, Q, H, Dv], None)`.
+    """
+    config: Any = module.config
+    kind = config._attn_implementation
+    plan: LayerAttention | None = getattr(module, PLAN, None)
+    if plan is None:
+        raise ValueError(
+            f'`attn_implementation="{kind}"` needs `config.{kind}` before the model is built, or '
+            f"`spattention.baselines.apply`; got none for {type(module).__name__}"
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            f"`attention_mask` must be None for {kind}, got shape {list(attention_mask.shape)}"
+        )
+    if dropout > 0:
+        raise ValueError(f"attention dropout must be 0 for {kind}, got {dropout}")
+    for name in REFUSED:
+        given = keywords.get(name)
+        if given is not None and given is not False:
+            raise ValueError(f"`{name}` must be None for {kind}, which cannot honour it")
+    if keywords.get("is_causal") is False:
+        raise ValueError(f"the model must be causal for {kind}, got `is_causal=False`")
+    _check_positions(kind, keywords.get("position_ids"))
+    span = getattr(config, kind)["span"]
+    if key.shape[2] > span:
+        raise ValueError(
+            f"inputs must have at most the {span} tokens that {kind} was made for, got "
+            f"{key.shape[2]}"
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with without_autocast(query):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = plan.attend(query, key, value, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def no_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    use_vmap: bool = False,
+    **others: Any,
+) -> None:
+    """The mask function of every baseline: it makes none, and what would need one raises."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "`attention_mask` must have no padding for a baseline, got zeros: give rows of equal "
+            "length"
+        )
+    if use_vmap or mask_function is not causal_mask_function:
+        raise ValueError(
+            "the model's mask must be causal, one document per row, for a baseline, got a mask of "
+            "packed documents, windows or added rules"
+        )
+    if isinstance(q_offset, torch.Tensor) or q_offset - kv_offset != kv_length - q_length:
+        raise ValueError(
+            "`past_key_values` must grow with its tokens for a baseline, got a static cache"
+        )
+
+
+def _check_positions(kind: str, position_ids: torch.Tensor | None) -> None:
+    # With a cache, Transformers does not look for documents packed in a row.
+    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
+        return
+    if position_ids.device.type == "cpu" and bool((position_ids.diff(dim=1) != 1).any()):
+        raise ValueError(f"`position_ids` must go up by one for {kind}, got packed documents")
+
+
+def _check_heads(baseline: Baseline, config: Any) -> None:
+    if baseline.num_heads != config.num_attention_heads:
+        raise ValueError(
+            f"`{baseline.kind}` has {baseline.num_heads} heads but the model has "
+            f"{config.num_attention_heads}"
+        )
+
+
+def _adopt(kind: type[Baseline], parent: torch.nn.Module, name: str, module: Any) -> None:
+    """Runs when any module gets a child: attention whose config has the section is equipped."""
+    if isinstance(parent, PreTrainedModel):
+        _name_for_saving(kind, parent.config)
+    if module is None or not is_attention(module) or hasattr(module, PLAN):
+        return
+    config = module.config
+    section = getattr(config, kind.kind, None)
+    if section is None:
+        return
+    if config._attn_implementation != kind.kind:
+        raise ValueError(
+            f'`attn_implementation` must be "{kind.kind}" for a model with `config.{kind.kind}`, '
+            f'got "{config._attn_implementation}"'
+        )
+    baseline = kind.from_section(section)
+    _check_heads(baseline, config)
+    baseline.equip(module)
+    setattr(module, PLAN, baseline.layer(module.layer_idx, config.num_hidden_layers))
+
+
+def _name_for_saving(kind: type[Baseline], config: Any) -> None:
+    """Write the name where it is saved and honoured on load; loading takes it off again."""
+    if getattr(config, kind.kind, None) is not None:
+        config.attn_implementation = kind.kind

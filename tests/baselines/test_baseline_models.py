@@ -1,0 +1,274 @@
+"""Baselines in models of Transformers: causality, caches, saving, and what cannot be honoured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from small import CHOSEN, HEADS, LAYERS, MASKED, SPAN, build, tokens
+
+import spattention as spa
+from spattention import baselines
+from spattention.baselines import BigBird, Longformer, PublishedMask, Reformer
+from spattention.choice import attention_choice
+
+close = torch.testing.assert_close
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+FAMILIES = ("olmoe", "llama")
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+each_baseline = pytest.mark.parametrize("name", CHOSEN)
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def model_with(name, family="llama", **overrides):
+    return baselines.apply(build(family, **overrides), CHOSEN[name])
+
+
+def logits(model, ids, **keywords):
+    with torch.no_grad():
+        return model(ids, **keywords).logits
+
+
+@each_family
+@pytest.mark.parametrize("name", MASKED)
+def test_a_model_runs_the_mask_of_each_layer(name, family):
+    """Stock attention under the same masks, handed in as 4-D masks, gives the same logits."""
+    stock, ids = build(family), tokens(2, 33)
+    for index, layer in enumerate(stock.model.layers):
+        mask = CHOSEN[name].layer(index, LAYERS).dense(33, 33, torch.device("cpu"))[None]
+
+        def hook(module, args, keywords, mask=mask):
+            return args, {**keywords, "attention_mask": mask}
+
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    close(logits(model_with(name, family), ids), logits(stock, ids), **EXACT)
+
+
+@each_family
+@pytest.mark.parametrize("name", MASKED)
+def test_an_edit_changes_outputs_after_it_and_none_before(name, family):
+    model, ids = model_with(name, family), tokens(1, SPAN)
+    before = logits(model, ids)
+    for t in (0, 20, SPAN - 1):
+        edited = ids.clone()
+        edited[0, t] = 2 + (ids[0, t] - 1) % 50
+        after = logits(model, edited)
+        assert torch.equal(after[:, :t], before[:, :t])
+        changed = (after != before).any(dim=-1)[0]
+        assert changed[t]
+        assert t == SPAN - 1 or changed[t + 1]  # another token's attention read it
+
+
+@each_family
+def test_an_edit_under_reformer_with_fixed_buckets(family, monkeypatch):
+    model, ids = model_with("reformer", family), tokens(1, SPAN)
+    table = torch.randint(0, 8, (3, 1, HEADS, SPAN), generator=torch.Generator().manual_seed(0))
+    kind = type(model.model.layers[0].self_attn.baseline_attention)
+    monkeypatch.setattr(kind, "hash", lambda self, shared: table)
+    before, t = logits(model, ids), 20
+    edited = ids.clone()
+    edited[0, t] = 2 + (ids[0, t] - 1) % 50
+    after = logits(model, edited)
+    assert torch.equal(after[:, :t], before[:, :t])
+    assert (after != before).any(dim=-1)[0, t:].sum() > 10
+
+
+@each_family
+def test_reformer_shares_queries_and_keys(family):
+    model, stock = model_with("reformer", family), build(family)
+    names = {name for name, _ in model.named_parameters()}
+    gone = {name for name, _ in stock.named_parameters()} - names
+    assert gone
+    assert all(".k_proj." in name or ".k_norm." in name for name in gone)
+    model.train()
+    model(tokens(2, 30), labels=tokens(2, 30)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert "self_attn" not in name or parameter.grad.abs().sum() > 0, name
+
+
+@each_family
+@each_baseline
+def test_cached_generation_gives_what_recomputation_gives(name, family):
+    # Reformer's deeper layers see earlier tokens as they were, which recomputation may place anew.
+    layers = 1 if name == "reformer" else LAYERS
+    model, ids = model_with(name, family, num_hidden_layers=layers), tokens(2, 31)
+    wanted = model.generate(ids, use_cache=False, **GREEDY)
+    assert model.generate(ids, **GREEDY).tolist() == wanted.tolist()
+    padding = torch.ones_like(ids)
+    assert model.generate(ids, attention_mask=padding, **GREEDY).tolist() == wanted.tolist()
+
+
+@each_family
+@each_baseline
+def test_a_saved_model_comes_back(name, family, tmp_path):
+    model, ids = model_with(name, family), tokens(2, 33)
+    wanted = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, experts_implementation="eager"
+    )
+    close(logits(again.eval(), ids), wanted, **EXACT)
+    again.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    kind = CHOSEN[name].kind
+    assert saved["attn_implementation"] == kind
+    assert type(CHOSEN[name]).from_section(saved[kind]) == CHOSEN[name]
+
+
+def test_a_process_that_did_not_register_refuses_to_load(tmp_path):
+    model_with("bigbird").save_pretrained(tmp_path)
+    code = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "bigbird" in done.stderr
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@each_baseline
+def test_a_step_under_autocast_is_near_one_without(name):
+    model, ids = model_with(name).float(), tokens(2, 33)
+    wanted = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, labels=ids).loss
+    found.backward()
+    # bfloat16 moves some vectors of Reformer into other buckets.
+    close(found, wanted, rtol=0.0, atol=0.3 if name == "reformer" else 0.05)
+
+
+@each_baseline
+def test_what_cannot_be_honoured_raises(name):
+    model, ids, kind = model_with(name), tokens(2, 9), CHOSEN[name].kind
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    with pytest.raises(ValueError, match="`attention_mask` must have no padding"):
+        model(ids, attention_mask=padding)
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    for use_cache in (False, True):
+        with pytest.raises(ValueError, match="packed documents"):
+            model(ids[:1], position_ids=positions, use_cache=use_cache)
+    with pytest.raises(ValueError, match="got a static cache"):
+        model.generate(ids, cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match=f"at most the {SPAN} tokens that {kind} was made for"):
+        model(tokens(1, SPAN + 1))
+    with pytest.raises(ValueError, match="`attention_mask` must be None for"):
+        model(ids, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must be None for"):
+        model(ids[:1], cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(ValueError, match="attention dropout must be 0 for"):
+        model.train()(ids)
+
+
+@each_baseline
+def test_models_that_cannot_have_a_baseline_stay_as_they_are(name):
+    chosen = CHOSEN[name]
+    ids = tokens(1, 9)
+    banded = spa.hf.apply(build("llama"), spa.BandPattern.exclusive(HEADS, SPAN))
+    other = "longformer" if chosen.kind == "bigbird" else "bigbird"
+    for model, error in (
+        (banded, "must have stock attention"),
+        (model_with(other), f"must have stock attention for {chosen.kind}, got {other}"),
+        (build("llama", num_attention_heads=8), f"has {HEADS} heads but the model has 8"),
+    ):
+        before = logits(model, ids)
+        with pytest.raises(ValueError, match=error):
+            baselines.apply(model, chosen)
+        assert torch.equal(logits(model, ids), before)
+
+
+def test_windows_of_the_models_own_are_refused():
+    config = transformers.MistralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=HEADS, num_key_value_heads=2, sliding_window=4,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config)
+    with pytest.raises(ValueError, match="must not have sliding windows of its own"):
+        baselines.apply(model, CHOSEN["longformer"])
+
+
+def test_reformer_needs_separate_projections():
+    config = transformers.GPTNeoXConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=HEADS,
+    )  # fmt: skip
+    model = transformers.GPTNeoXForCausalLM(config)
+    with pytest.raises(ValueError, match="must have separate projections q_proj and k_proj"):
+        baselines.apply(model, CHOSEN["reformer"])
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: Longformer(4, 48, narrow=9, wide=3), "`narrow` of `longformer` must be"),
+        (lambda: Longformer(4, 48, wide=49), "from 1 to 48, got 49"),
+        (lambda: Longformer(4, 48, dilated_heads=5), "`dilated_heads` of `longformer`"),
+        (lambda: BigBird(4, 48, block=0), "`block` of `bigbird` must be an integer from 1 to 48"),
+        (lambda: BigBird(4, 48, random=-1), "`random` of `bigbird`"),
+        (lambda: Reformer(4, 48, buckets=5), "`buckets` of `reformer` must be even, got 5"),
+        (lambda: Reformer(4, 48, rounds=0), "`rounds` of `reformer`"),
+        (lambda: PublishedMask(4, 7), "`span` of `published_mask`"),
+        (lambda: PublishedMask(4, 48, mask="sparse"), "`mask` of `published_mask` must be one of"),
+        (lambda: BigBird.from_section({"version": 2}), "must be a section of version 1"),
+        (lambda: BigBird.from_section({"version": 1, "seed": 0}), "must have the entries"),
+    ],
+)
+def test_wrong_values_raise(make, error):
+    with pytest.raises(ValueError, match=error):
+        make()
+
+
+def test_a_model_with_two_sections_is_not_loaded(tmp_path):
+    model = model_with("bigbird")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["attn_implementation"] = "sdpa"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='`attn_implementation` must be "bigbird" for a model'):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("longformer", Longformer(HEADS, SPAN)),
+        ("longformer:wide=12,global_tokens=0", Longformer(HEADS, SPAN, wide=12, global_tokens=0)),
+        ("bigbird:block=4,seed=3", BigBird(HEADS, SPAN, block=4, seed=3)),
+        ("reformer:rounds=2", Reformer(HEADS, SPAN, rounds=2)),
+        ("published_bigbird", PublishedMask(HEADS, SPAN, mask="bigbird")),
+    ],
+)
+def test_commands_name_them(text, wanted):
+    choice = attention_choice(text, HEADS, SPAN)
+    assert choice.name == text
+    model = build("llama")
+    choice.apply(model)
+    assert type(wanted).from_section(getattr(model.config, wanted.kind)) == wanted
+    assert choice.pairs(SPAN) == wanted.pairs(SPAN, LAYERS)
+
+
+def test_commands_refuse_what_they_do_not_know():
+    for text, error in (
+        ("longformer:window=3", "options of `longformer` are NAME=VALUE with a name of"),
+        ("longformer:wide=x", "option `wide` of `longformer` must be an integer, got 'x'"),
+        ("published_reformer:mask=1", "options of `published_reformer` are NAME=VALUE"),
+        ("bird", "must be one of"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            attention_choice(text, HEADS, SPAN)
+
+
+def test_naming_bands_imports_no_baseline():
+    code = (
+        "import sys; from spattention.choice import attention_choice;"
+        "attention_choice('exclusive', 4, 48);"
+        "assert not any('baselines' in name for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
