@@ -1,4 +1,4 @@
-"""Baselines on the GPU: compiled FlexAttention against the dense mask, and Reformer's speed of use."""
+"""Baselines on the GPU: compiled masks against the dense mask, and Reformer against the CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_compiled_masks_are_dense_masks(name: str, length: int) -> None:
 
 def test_reformer_is_the_same_on_the_gpu() -> None:
     layer = Reformer(HEADS, SPAN).layer(1, LAYERS)
-    shared, value = (drawn(1000, HEADS, torch.float32) for _ in range(2))
+    shared = drawn(1000, HEADS, torch.float32)
+    value = shared.flip(2)
     buckets = layer.hash(shared)
     # Rounding moves the few vectors that lie between two buckets.
     assert (buckets.cpu() == layer.hash(shared.cpu())).double().mean() > 0.999
