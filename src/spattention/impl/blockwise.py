@@ -2,8 +2,9 @@
 
 Forward is an online softmax over those slices, in base 2; backward recomputes the scores from the
 saved log-sum-exp. Nothing is kept beyond inputs, output and log-sum-exp, and temporary scores stay
-near `_SCORES` elements. Consecutive blocks whose slices lie alike relative to their queries run as
-one batched product over a strided view of the keys.
+near `_SCORES` elements. Blocks whose slices lie alike relative to their queries run as one batched
+product over a strided view of the keys; they are taken so far apart that gradients of keys and
+values can be added in place.
 
 Work is float32 (float64 for float64 input). `query_start`, `key_start` and cu_seqlens are read on
 the host, so on an accelerator a tensor among them waits for the device.
@@ -22,8 +23,7 @@ from ..bands import BandPattern, Interval
 from .layout import empty_like_query, lse_dtype, without_autocast
 
 _LOG2E = math.log2(math.e)
-# Elements of score matrices: small ones are joined, to spare calls, until they fill a core's cache.
-_SMALL, _SCORES = 1 << 16, 1 << 18
+_SCORES = 1 << 18  # elements of score matrices: blocks are joined, to spare calls, up to so many
 _BLOCK = 256  # queries of a block where a band fills up; elsewhere half of it or less
 _SLICE = 2048  # longest slice of keys
 _VECTOR = 16
@@ -101,12 +101,13 @@ class _Slice(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """`repeats` consecutive blocks of `block` queries whose slices lie alike."""
+    """`repeats` blocks of `block` queries, `step` queries apart, whose slices lie alike."""
 
     query: int
     position: int
     block: int
     repeats: int
+    step: int
     slices: tuple[_Slice, ...]
 
 
@@ -132,24 +133,20 @@ def _forward(
         lse.fill_(-torch.inf)
     segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
     group = query.shape[1] // key.shape[1]
-    biases = _Biases(query.device, dtype)
+    edges = _Edges(query.device, dtype)
     for h, head in enumerate(_heads(intervals)):
+        if h % group == 0:
+            k, v = (tensor[:, h // group].to(dtype) for tensor in (key, value))
+        q = query[:, h].to(dtype) * (scale * _LOG2E)
         sink = None if sinks is None else sinks[h].to(dtype) * _LOG2E
+        results = out[:, h], lse[:, h, :, None]
         for segment in segments:
-            q, k, v = (
-                query[segment.rows, h],
-                key[segment.rows, h // group],
-                value[segment.rows, h // group],
-            )
-            for run in _runs(segment, head, q.shape[0], k.shape[1]):
-                length = run.repeats * run.block
-                at = slice(run.query, run.query + length)
-                result, log2_sum = _attend_run(
-                    _blocks(q, run).to(dtype) * (scale * _LOG2E), k, v, run, sink, biases
-                )
-                out[segment.rows, h, at] = result.view(q.shape[0], length, result.shape[-1])
-                lse[segment.rows, h, at] = log2_sum.view(q.shape[0], length) / _LOG2E
-    return out, lse
+            rows = segment.rows
+            tensors = q[rows], k[rows], v[rows]
+            for run in _runs(segment, head, *tensors[1].shape[:2]):
+                for tensor, result in zip(results, _attend_run(*tensors, run, sink, edges)):
+                    _queries(tensor[rows], run).copy_(_unflat(result, run))
+    return out, lse.div_(_LOG2E)
 
 
 @_forward.register_fake
@@ -159,26 +156,36 @@ def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
 
 
 def _attend_run(
-    q: Tensor, k: Tensor, v: Tensor, run: _Run, sink: Tensor | None, biases: _Biases
+    q: Tensor, k: Tensor, v: Tensor, run: _Run, sink: Tensor | None, edges: _Edges
 ) -> tuple[Tensor, Tensor]:
-    """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block]`; q is scaled by
+    """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block, 1]`; q is scaled by
     scale * log2(e)."""
-    highest = q.new_full((*q.shape[:2], 1), _LOWEST)
-    total = torch.zeros_like(highest)
+    q = _flat(_queries(q, run))
+    highest = total = weighted = None
     if sink is not None:
-        highest = highest.clamp_(min=sink)
-        total = torch.exp2(sink - highest)
-    weighted = q.new_zeros((*q.shape[:2], v.shape[-1]))
+        highest = sink.expand(*q.shape[:2], 1)
+        total = torch.ones_like(highest)
     for part in run.slices:
-        scores = _scores(q, k, run, part, biases)
-        raised = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
-        shrink = torch.exp2(highest - raised)
+        scores = _scores(q, k, run, part, edges)
+        raised = scores.amax(dim=-1, keepdim=True)
+        raised = raised.clamp_(min=_LOWEST) if highest is None else raised.maximum(highest)
         weights = scores.sub_(raised).exp2_()
-        total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
-        weighted = weighted.mul_(shrink).baddbmm_(weights, _windows(v, run, part).to(q.dtype).mT)
-        highest = raised
+        values = _flat(_keys(v, run, part))
+        added = weights.sum(dim=-1, keepdim=True)
+        if highest is not None:
+            shrink = torch.exp2(highest - raised)
+            added = added.addcmul_(total, shrink)
+        if weighted is None:
+            weighted = torch.bmm(weights, values)
+        else:
+            weighted = weighted.mul_(shrink).baddbmm_(weights, values)
+        highest, total = raised, added
+    if total is None:
+        return q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full((*q.shape[:2], 1), -torch.inf)
+    if weighted is None:
+        return q.new_zeros(*q.shape[:2], v.shape[-1]), highest
     out = weighted.div_(total.masked_fill(total == 0, 1.0))
-    return out, highest.add_(total.log2_()).squeeze(-1)
+    return out, total.log2_().add_(highest)
 
 
 @torch.library.custom_op("spattention::blockwise_backward", mutates_args=())
@@ -206,43 +213,30 @@ def _backward(
     d_sinks = lse.new_zeros(query.shape[1], dtype=torch.float64)
     segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
     group = query.shape[1] // key.shape[1]
-    biases = _Biases(query.device, dtype)
-    log_sum = lse.masked_fill(lse == -torch.inf, 0.0)
+    edges = _Edges(query.device, dtype)
     for h_key in range(key.shape[1]):
-        d_k = d_key[:, h_key].to(dtype).zero_()
-        d_v = d_value[:, h_key].to(dtype).zero_()
+        k, v = (tensor[:, h_key].to(dtype) for tensor in (key, value))
+        d_k, d_v = (torch.zeros_like(tensor) for tensor in (k, v))
         for h in range(h_key * group, (h_key + 1) * group):
             head = _heads(intervals)[h]
+            q = query[:, h].to(dtype) * (scale * _LOG2E)
+            d_o = d_out[:, h].to(dtype)
+            log_sum = lse[:, h, :, None]
+            nothing = log_sum == -torch.inf
+            log_sum = log_sum.masked_fill(nothing, 0.0)
+            # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins here.
+            delta = (d_o * out[:, h]).sum(dim=-1, keepdim=True).sub_(d_lse[:, h, :, None])
+            if sinks is not None:
+                sink_weight = torch.exp(sinks[h].to(dtype) - log_sum).masked_fill_(nothing, 0.0)
+                d_sinks[h] = -(sink_weight * delta).sum(dtype=torch.float64)
             for segment in segments:
                 rows = segment.rows
-                q, k, v = query[rows, h], key[rows, h_key], value[rows, h_key]
-                for run in _runs(segment, head, q.shape[0], k.shape[1]):
-                    length = run.repeats * run.block
-                    at = slice(run.query, run.query + length)
-                    d_o, o = (_blocks(t[rows, h], run).to(dtype) for t in (d_out, out))
-                    d_l, log_z = (_blocks(t[rows, h, :, None], run) for t in (d_lse, log_sum))
-                    # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins
-                    # here.
-                    delta = (d_o * o).sum(dim=-1, keepdim=True).sub_(d_l)
-                    if sinks is not None:
-                        sink_weight = torch.exp(sinks[h].to(dtype) - log_z)
-                        d_sinks[h] -= (sink_weight * delta).sum(dtype=torch.float64)
-                    d_q = _backward_run(
-                        _blocks(q, run).to(dtype) * (scale * _LOG2E),
-                        k,
-                        v,
-                        d_o,
-                        delta,
-                        log_z,
-                        d_k[rows],
-                        d_v[rows],
-                        run,
-                        biases,
-                    )
-                    d_query[rows, h, at] = d_q.view(q.shape[0], length, d_q.shape[-1]).mul_(scale)
-        d_k.div_(_LOG2E)
-        if dtype != key.dtype:
-            d_key[:, h_key], d_value[:, h_key] = d_k, d_v
+                tensors = [t[rows] for t in (q, k, v, d_o, delta, log_sum, d_k, d_v)]
+                d_q = d_query[rows, h]
+                for run in _runs(segment, head, *tensors[1].shape[:2]):
+                    result = _backward_run(*tensors, run, edges)
+                    _queries(d_q, run).copy_(_unflat(result.mul_(scale), run))
+        d_key[:, h_key], d_value[:, h_key] = d_k.div_(_LOG2E), d_v
     return d_query, d_key, d_value, d_sinks.to(dtype)
 
 
@@ -262,19 +256,22 @@ def _backward_run(
     d_k: Tensor,
     d_v: Tensor,
     run: _Run,
-    biases: _Biases,
+    edges: _Edges,
 ) -> Tensor:
-    """The unscaled gradient of the blocks' queries; adds to `d_k` and `d_v` in place. q as in
-    `_attend_run`."""
-    d_q = torch.zeros_like(q)
+    """The unscaled gradient of the blocks' queries, `[n, block, D]`; adds to `d_k` and `d_v` in
+    place. q as in `_attend_run`."""
+    q, d_out, delta, log_sum = (
+        _flat(_queries(tensor, run)) for tensor in (q, d_out, delta, log_sum)
+    )
+    d_q = None
     for part in run.slices:
-        weights = _scores(q, k, run, part, biases).add_(log_sum, alpha=-_LOG2E).exp2_()
+        weights = _scores(q, k, run, part, edges).add_(log_sum, alpha=-_LOG2E).exp2_()
         _add_product(d_v, run, part, weights, d_out)
-        d_scores = torch.bmm(d_out, _windows(v, run, part).to(q.dtype))
-        d_scores = d_scores.sub_(delta).mul_(weights)
+        d_scores = torch.bmm(d_out, _flat(_keys(v, run, part)).mT).sub_(delta).mul_(weights)
         _add_product(d_k, run, part, d_scores, q)
-        d_q.baddbmm_(d_scores, _windows(k, run, part).to(q.dtype).mT)
-    return d_q
+        keys = _flat(_keys(k, run, part))
+        d_q = torch.bmm(d_scores, keys) if d_q is None else d_q.baddbmm_(d_scores, keys)
+    return torch.zeros_like(q) if d_q is None else d_q
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -345,8 +342,28 @@ def _segments(
 def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -> Iterator[_Run]:
     """The segment's blocks of queries, those that lie alike joined; each query is in exactly
     one."""
+    for alike, count in _groups(segment, head, keys):
+        first, left = alike, count
+        while left:
+            repeats, step = _joined(first, left, rows)
+            for i in range(step):
+                ahead = i * first.block
+                yield first._replace(
+                    query=first.query + ahead,
+                    position=first.position + ahead,
+                    repeats=repeats,
+                    step=step * first.block,
+                )
+            ahead = repeats * step * first.block
+            first = first._replace(query=first.query + ahead, position=first.position + ahead)
+            left -= repeats * step
+
+
+def _groups(segment: _Segment, head: tuple[Interval, ...], keys: int) -> Iterator[tuple[_Run, int]]:
+    """The first block and the number of consecutive ones that lie alike, for all queries."""
     block = _block_size(head)
-    run: _Run | None = None
+    group: _Run | None = None
+    count = 0
     query = segment.queries.start
     while query < segment.queries.stop:
         position = segment.position + query - segment.queries.start
@@ -356,19 +373,31 @@ def _runs(segment: _Segment, head: tuple[Interval, ...], rows: int, keys: int) -
         )
         size = min(_BLOCK if filling else block, segment.queries.stop - query)
         slices = tuple(_slices(position, size, head, segment.first_key, keys))
-        if run is not None and (size, slices) == (run.block, run.slices):
-            widest = max((part.stop - part.start for part in slices), default=1)
-            scores = rows * size * widest
-            if scores <= _SMALL and (run.repeats + 1) * scores <= _SCORES:
-                run = run._replace(repeats=run.repeats + 1)
-                query += size
-                continue
-        if run is not None:
-            yield run
-        run = _Run(query, position, size, 1, slices)
+        if group is not None and (size, slices) == (group.block, group.slices):
+            count += 1
+        else:
+            if group is not None:
+                yield group, count
+            group, count = _Run(query, position, size, 1, size, slices), 1
         query += size
-    if run is not None:
-        yield run
+    if group is not None:
+        yield group, count
+
+
+def _joined(group: _Run, count: int, rows: int) -> tuple[int, int]:
+    """How many of `count` blocks run as one, and the blocks from one of them to the next.
+
+    At least two, so that each core has a product of its own; and, where there are enough, so far
+    apart that their slices do not overlap.
+    """
+    longest = max((part.stop - part.start for part in group.slices), default=1)
+    least = 2 if rows == 1 else 1
+    most = max(least, _SCORES // max(1, rows * group.block * longest))
+    apart = max(least, count * group.block // max(1, longest))
+    repeats = min(most, apart, count)
+    if repeats > 2:
+        repeats -= repeats % 2
+    return repeats, count // repeats
 
 
 def _block_size(head: tuple[Interval, ...]) -> int:
@@ -391,72 +420,87 @@ def _slices(
             yield _Slice(at - position, min(at + _SLICE, stop) - position, near, far)
 
 
-def _blocks(tensor: Tensor, run: _Run) -> Tensor:
-    """The run's queries, `[rows, Q, D]` to `[rows * repeats, block, D]`."""
-    at = slice(run.query, run.query + run.repeats * run.block)
-    return tensor[:, at].unflatten(1, (run.repeats, run.block)).flatten(0, 1)
+def _queries(tensor: Tensor, run: _Run) -> Tensor:
+    """A view of the run's queries, `[rows, Q, D]` to `[rows, repeats, block, D]`."""
+    return _strided(tensor, run, run.query, run.block)
 
 
-def _windows(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
-    """The keys or values of each block, `[rows, K, D]` to `[rows * repeats, D, part's length]`."""
-    return _window_view(tensor, run, part.start, part.stop).flatten(0, 1)
+def _keys(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
+    """A view of each block's keys, `[rows, K, D]` to `[rows, repeats, part's length, D]`."""
+    return _strided(tensor, run, run.position + part.start, part.stop - part.start)
+
+
+def _strided(tensor: Tensor, run: _Run, start: int, length: int) -> Tensor:
+    rows, _, dim = tensor.shape
+    row, token, one = tensor.stride()
+    return tensor.as_strided(
+        (rows, run.repeats, length, dim),
+        (row, run.step * token, token, one),
+        tensor.storage_offset() + start * token,
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """`[rows, repeats, ...]` to the batch of a product, `[rows * repeats, ...]`."""
+    return tensor.flatten(0, 1)
+
+
+def _unflat(tensor: Tensor, run: _Run) -> Tensor:
+    return tensor.unflatten(0, (-1, run.repeats))
 
 
 def _add_product(total: Tensor, run: _Run, part: _Slice, left: Tensor, right: Tensor) -> None:
-    """Add `left.mT @ right`, `[rows * repeats, length, D]`, to the keys that it belongs to.
-
-    Windows of neighbouring blocks overlap, so those of several blocks are added in strips of one
-    block's length, which do not.
-    """
-    if run.repeats == 1:
-        keys = slice(run.position + part.start, run.position + part.stop)
-        total[:, keys].baddbmm_(left.mT, right)
-        return
-    windows = torch.bmm(left.mT, right).unflatten(0, (-1, run.repeats)).mT
-    for start in range(part.start, part.stop, run.block):
-        stop = min(start + run.block, part.stop)
-        strip = _window_view(total, run, start, stop)
-        strip += windows[..., start - part.start : stop - part.start]
+    """Add `left.mT @ right`, `[rows * repeats, length, D]`, to the keys that it belongs to."""
+    keys = _keys(total, run, part)
+    left, right = _unflat(left.mT, run), _unflat(right, run)
+    # One product for all rows, or for all blocks of a row: those that do not overlap.
+    overlap = part.stop - part.start > run.step
+    axis = 1 if overlap or keys.shape[0] > keys.shape[1] else 0
+    for batch in zip(*(tensor.unbind(axis) for tensor in (keys, left, right))):
+        batch[0].baddbmm_(*batch[1:])
 
 
-def _window_view(tensor: Tensor, run: _Run, start: int, stop: int) -> Tensor:
-    """`[rows, K, D]` to a view `[rows, repeats, D, stop - start]`, one window per block, a block
-    apart."""
-    reach = (run.repeats - 1) * run.block
-    keys = tensor[:, run.position + start : run.position + stop + reach]
-    return keys.unfold(1, stop - start, run.block)
-
-
-class _Biases:
-    """0 where a slice's key lies in the interval, -inf elsewhere; None for a slice that lies in it
-    whole."""
+class _Edges:
+    """The columns of a slice in which some query's distance lies outside the interval, with a bias
+    for each: 0 inside, -inf outside."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._made: dict[tuple[int, ...], Tensor] = {}
 
-    def __call__(self, block: int, part: _Slice) -> Tensor | None:
-        # Distances beyond `near` are all that counts: heads with bands of one width share their
-        # biases.
-        nearest, farthest = 1 - part.stop - part.near, block - 1 - part.start - part.near
-        width = part.far - part.near
-        if nearest >= 0 and farthest < width:
-            return None
-        at = (nearest, farthest, width)
+    def __call__(self, block: int, part: _Slice) -> Iterator[tuple[slice, Tensor]]:
+        length, width = part.stop - part.start, part.far - part.near
+        # Distance beyond `near` of row i and column c: i - c + shift.
+        shift = -part.start - part.near
+        far = min(length, max(0, block + shift - width))  # columns too far for the last row
+        near = max(0, min(length, shift + 1))  # from here on they are too near for the first row
+        if far >= near:
+            if far > 0 or near < length:
+                yield slice(0, length), self._bias(block, length, shift, width)
+            return
+        if far > 0:
+            yield slice(0, far), self._bias(block, far, shift, width)
+        if near < length:
+            yield slice(near, length), self._bias(block, length - near, shift - near, width)
+
+    def _bias(self, block: int, columns: int, shift: int, width: int) -> Tensor:
+        # Heads with bands of one width share their biases.
+        at = (block, columns, shift, width)
         if at not in self._made:
             if len(self._made) == 8:
                 self._made.clear()
-            # Row i is the same line of distances, one step further: cut from one vector, last row
-            # first.
-            line = torch.arange(farthest, nearest - 1, -1, device=self._device)
-            outside = (line < 0) | (line >= width)
-            bias = torch.zeros_like(line, dtype=self._dtype).masked_fill_(outside, -torch.inf)
-            self._made[at] = bias.unfold(0, part.stop - part.start, 1).flip(0)
+            distance = torch.arange(shift, block + shift, device=self._device)[
+                :, None
+            ] - torch.arange(columns, device=self._device)
+            outside = (distance < 0) | (distance >= width)
+            bias = torch.zeros(block, columns, dtype=self._dtype, device=self._device)
+            self._made[at] = bias.masked_fill_(outside, -torch.inf)
         return self._made[at]
 
 
-def _scores(q: Tensor, k: Tensor, run: _Run, part: _Slice, biases: _Biases) -> Tensor:
+def _scores(q: Tensor, k: Tensor, run: _Run, part: _Slice, edges: _Edges) -> Tensor:
     """Scores in base 2, `[rows * repeats, block, length]`, -inf outside the interval."""
-    keys = _windows(k, run, part).to(q.dtype)
-    bias = biases(run.block, part)
-    return torch.bmm(q, keys) if bias is None else torch.baddbmm(bias, q, keys)
+    scores = torch.bmm(q, _flat(_keys(k, run, part)).mT)
+    for columns, bias in edges(run.block, part):
+        scores[:, :, columns].add_(bias)  # (`+=` would also copy the view onto itself)
+    return scores

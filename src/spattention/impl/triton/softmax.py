@@ -42,6 +42,17 @@ def logarithm(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def scaled(scores, scale, PRECISE: tl.constexpr):
+    """`scores * scale`, rounded if `PRECISE`: fused into the subtraction that follows, it would give
+    the only key of a row a weight that is not 1.
+    """
+    if PRECISE and not INTERPRETED:
+        return libdevice.mul_rn(scores, scale)
+    else:
+        return scores * scale
+
+
+@triton.jit
 def begin(
     p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISE: tl.constexpr = False
 ):
@@ -69,7 +80,7 @@ def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.con
     # A row that has seen nothing yet keeps -inf; 0 in its place keeps -inf - -inf out of the
     # exponent.
     base = tl.where(new == float("-inf"), 0.0, new)
-    weights = power(scores * scale - base[:, None], PRECISE)
+    weights = power(scaled(scores, scale, PRECISE) - base[:, None], PRECISE)
     factor = power(highest - base, PRECISE)
     return weights, new, total * factor + tl.sum(weights, 1), factor
 
@@ -106,4 +117,4 @@ def weights_of(scores, base, scale, PRECISE: tl.constexpr = False):
     """The weights of raw scores; `base` is `base_of` the log-sum-exp, shaped to broadcast along the
     keys.
     """
-    return power(scores * scale - base, PRECISE)
+    return power(scaled(scores, scale, PRECISE) - base, PRECISE)
