@@ -147,6 +147,19 @@ def test_queries_may_follow_their_keys_within_the_slack():
         spa.band_attention_cached(query[:, :, :7], store, pattern)
 
 
+def test_what_was_taken_back_leaves_less_room_for_queries():
+    pattern = PATTERNS["dense"]
+    query, key, value = text(40)
+    store = store_for(pattern, key, value, slack=5)
+    spa.band_attention_cached(query, store, pattern, key, value)
+    store.crop(4)
+    with pytest.raises(ValueError, match=r"slack \+ 1 = 6 tokens, less 4 .* got 3"):
+        spa.band_attention_cached(query[:, :, 33:36], store, pattern)
+    out = spa.band_attention_cached(query[:, :, 34:36], store, pattern)
+    whole = spa.band_attention(query[:, :, :36], key[:, :, :36], value[:, :, :36], pattern)
+    torch.testing.assert_close(out, whole[:, :, 34:])
+
+
 def test_no_tokens_change_nothing():
     pattern = PATTERNS["shared_local"]
     tensors = text(40)

@@ -60,7 +60,8 @@ def band_attention(
         impl: None follows the rule below; a name runs that implementation or raises.
 
             1. `"triton"`: kernels, for CUDA tensors where Triton can be imported, in float16,
-               bfloat16 or float32, with head_dim up to 256 and `Dv == D`.
+               bfloat16 or float32, with head_dim up to 256 and `Dv == D`. At most 16 queries, with
+               at least 8 keys for each, run its decoding kernel if no input needs a gradient.
             2. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
 
             `"reference"`, the specification with its dense mask, is never chosen by itself.
@@ -183,10 +184,7 @@ def band_attention_varlen(
 
 def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> ModuleType:
     if impl is None:
-        kernels = _kernels() if query.is_cuda and HAS_TRITON else None
-        if kernels is not None and kernels.refusal(query, value) is None:
-            return kernels
-        return blockwise
+        return kernels_for(query, value) or blockwise
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
@@ -194,6 +192,12 @@ def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) 
             raise ValueError('`impl="triton"` needs Triton: pip install "spattention[gpu]"')
         return _kernels()
     return reference if impl == "reference" else blockwise
+
+
+def kernels_for(query: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
+    """`impl.triton`, where the rule of `band_attention` chooses it."""
+    kernels = _kernels() if query.is_cuda and HAS_TRITON else None
+    return None if kernels is None or kernels.refusal(query, value) else kernels
 
 
 def _kernels() -> ModuleType:

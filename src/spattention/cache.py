@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Result, _autocast, _scale, band_attention
+from .attention import Result, _autocast, _scale, band_attention, kernels_for
 from .bands import BandPattern
 from .checks import check_attention, readable
 from .impl.layout import empty_like_query, lse_dtype, without_autocast
@@ -367,10 +367,13 @@ def band_attention_cached(
 
     With `key` and `value` these are the tokens of `query`, and come into the store in this call:
     any number, a whole prompt or the next chunk of it. Without them the queries are the last tokens
-    that are in the store already, at most `slack + 1`.
+    that are in the store already, at most `slack + 1` less those taken back by `crop` and not
+    replaced since (checked on the CPU).
 
     One query reads the keys in its bands and no others. Several read the rings, joined with their
-    own keys before anything is overwritten.
+    own keys before anything is overwritten. Where `band_attention` would choose `"triton"`, up to
+    16 queries (and `slack + 1`) read the keys in their bands alone; its first call with a number of
+    queries must come before the capture of a CUDA graph.
 
     Args:
         query: `[B, H, Q, D]`.
@@ -402,7 +405,6 @@ def band_attention_cached(
     _check_query(query, store, tokens, scale, sinks, key_start)
     with torch.no_grad(), without_autocast(query):
         out, lse = _attend(query, store, tokens, _scale(query, scale), sinks, key_start)
-        out = empty_like_query(query, out.shape[-1]).copy_(out)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         out, lse = _WithoutBackward.apply(out, lse, *given)
     return (out, lse) if return_lse else out
@@ -430,10 +432,29 @@ def _attend(
         )
         store.append(*tokens)
         return result[0], result[1]
+    kernels = kernels_for(query, store.values)
+    if kernels is not None and query.shape[2] <= min(kernels.MAX_QUERIES, store.slack + 1):
+        # So few tokens overwrite nothing that the first of them still sees.
+        if tokens:
+            store.append(*tokens)
+        out, lse = kernels.attend_rings(
+            query,
+            store.keys,
+            store.values,
+            store.pattern,
+            offsets=store.offsets,
+            lengths=store.lengths,
+            position=store.position,
+            scale=scale,
+            sinks=sinks,
+            key_start=key_start,
+        )
+        return out, lse
     if query.shape[2] == 1:
         if tokens:
             store.append(*tokens)
-        return merge([_attend_bands(query, store, scale, key_start)], sinks=sinks)
+        out, lse = merge([_attend_bands(query, store, scale, key_start)], sinks=sinks)
+        return empty_like_query(query, out.shape[-1]).copy_(out), lse
     result = _attend_rings(query, store, tokens, scale, sinks, key_start)
     if tokens:
         store.append(*tokens)
@@ -476,7 +497,7 @@ def _attend_rings(
 ) -> tuple[Tensor, Tensor]:
     """Queries against the end of every ring in order of position, then their own tokens."""
     queries = query.shape[2]
-    out = query.new_empty((*query.shape[:3], store.values.shape[-1]))
+    out = empty_like_query(query, store.values.shape[-1])
     lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
     first = _first_key(store, key_start)
     for same in store._reaches:
@@ -540,6 +561,14 @@ def _check_query(
             f"given, got {query.shape[2]}"
         )
     else:
+        if query.dim() == 4 and readable(store.position):
+            behind = int((store._reached - store.position).max())
+            if query.shape[2] + behind > store.slack + 1:
+                raise ValueError(
+                    f"`query` must have at most slack + 1 = {store.slack + 1} tokens, less "
+                    f"{behind} that were taken back, when `key` is not given, got "
+                    f"{query.shape[2]}"
+                )
         tokens_as_stored = (-1, store.num_key_heads, query.shape[-2], -1)
         key = store.keys[:, None, :1].expand(tokens_as_stored)
         value = store.values[:, None, :1].expand(tokens_as_stored)
