@@ -8,11 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from small import CHOSEN, HEADS, LAYERS, MASKED, SPAN, inputs
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import flex_attention
 
 from spattention.baselines import BigBird, Longformer, PublishedMask
 
 CPU = torch.device("cpu")
 close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def _forget_compilations():
+    torch._dynamo.reset()  # their number is limited, per process
 
 
 def longformer(layer: int) -> Callable[[int, int, int], bool]:
@@ -186,3 +193,14 @@ def test_published_masks_at_the_lengths_that_they_were_run_at(length):
     near = {(bucket(last) + k) % count for k in (-1, 0, 1)}
     wanted = {j for j in range(length) if bucket(j) in near or last - j <= 8}
     assert {j for h, j in seen[2].tolist() if h == 3} == wanted
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_layers_share_one_compiled_graph(name):
+    """Compilations are limited, and beyond the limit FlexAttention would make N x N matrices."""
+    counter = CompileCounter()
+    flex = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=counter)
+    query = torch.randn(1, HEADS, SPAN, 16)
+    for index in range(LAYERS):
+        CHOSEN[name].layer(index, LAYERS).attend_blocks(query, query, query, 0.25, flex=flex)
+    assert counter.frame_count == 1

@@ -17,6 +17,11 @@ MASKED: dict[str, Baseline] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _forget_compilations() -> None:
+    torch._dynamo.reset()  # their number is limited, per process
+
+
 def drawn(length: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(length + heads)
     return torch.randn(2, heads, length, WIDTH, generator=generator, device="cuda").to(dtype)

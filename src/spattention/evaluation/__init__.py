@@ -1,0 +1,1 @@
+"""What a trained model can do: loss, tasks, recall, and what its heads look at."""

@@ -1,0 +1,120 @@
+"""Validation loss, overall and by position in the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+ROWS = 4096  # tokens whose float32 logits exist at a time
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over independent items and its standard error; the error of one item is infinite."""
+
+    mean: float
+    error: float
+    items: int
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Mean:
+        """Of `values [items]`."""
+        count = len(values)
+        error = math.inf if count < 2 else float(values.double().std()) / math.sqrt(count)
+        return cls(float(values.double().mean()), error, count)
+
+
+@dataclass(frozen=True)
+class LossByPosition:
+    """Nats per predicted token.
+
+    Attributes:
+        loss: over all tokens; the standard error is over windows, whose tokens are not independent.
+        edges: positions of predicted tokens, `[parts + 1]`: part k is `edges[k] <= p < edges[k+1]`.
+            A window's first token is not predicted, so the first edge is 1.
+        parts: the loss of each part.
+        context: tokens per window.
+    """
+
+    loss: Mean
+    edges: tuple[int, ...]
+    parts: tuple[Mean, ...]
+    context: int
+
+
+def position_edges(context: int, parts: int = 32) -> tuple[int, ...]:
+    """Edges that double up to an even share of the context, and then go on evenly.
+
+    position_edges(1024, 4) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024)
+    """
+    even = max(1, context // parts)
+    edges = [2**k for k in range(even.bit_length()) if 2**k < even]
+    edges += range(even, context, even)
+    return (*sorted({1, *edges} - {0}), context)
+
+
+def validation_loss(
+    model: Any,
+    windows: Sequence[Any],
+    *,
+    batch: int = 1,
+    edges: Sequence[int] | None = None,
+    on_window: Callable[[int], None] = lambda done: None,
+) -> LossByPosition:
+    """The loss of a causal language model over windows of one length.
+
+    Args:
+        model: of Transformers; its mode is set to evaluation, and gradients are off.
+        windows: `data.tokens.Windows`, or a sequence of `{"input_ids": int64 [N]}`.
+        batch: windows at a time.
+        edges: as in `LossByPosition`; default `position_edges(N)`.
+        on_window: called with the number of windows done.
+
+    Raises:
+        ValueError: if there are no windows, or the edges do not run from 1 to N.
+    """
+    if len(windows) == 0:
+        raise ValueError("`windows` must hold at least one window, got none")
+    context = len(windows[0]["input_ids"])
+    edges = position_edges(context) if edges is None else tuple(edges)
+    if edges[0] != 1 or edges[-1] != context or sorted(set(edges)) != list(edges):
+        raise ValueError(f"`edges` must increase from 1 to {context}, got {list(edges)}")
+    losses = []
+    for start in range(0, len(windows), batch):
+        chosen = range(start, min(start + batch, len(windows)))
+        ids = torch.stack([windows[k]["input_ids"] for k in chosen])
+        losses.append(token_losses(model, ids).cpu())
+        on_window(chosen.stop)
+    all_losses = torch.cat(losses).double()  # [windows, N - 1]; column p is position p + 1
+    parts = tuple(
+        Mean.of(all_losses[:, near - 1 : far - 1].mean(dim=1))
+        for near, far in zip(edges, edges[1:])
+    )
+    return LossByPosition(Mean.of(all_losses.mean(dim=1)), tuple(edges), parts, context)
+
+
+@torch.no_grad()
+def token_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every token but the first, in nats.
+
+    Args:
+        model: a causal language model of Transformers.
+        ids: int64 `[B, N]`, on any device.
+
+    Returns:
+        float32 `[B, N - 1]`, on the model's device.
+    """
+    model.eval()
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:].flatten()
+    found = [
+        F.cross_entropy(rows.float(), wanted, reduction="none")
+        for rows, wanted in zip(logits.flatten(0, 1).split(ROWS), targets.split(ROWS))
+    ]
+    return torch.cat(found).view(ids.shape[0], -1)
