@@ -17,6 +17,7 @@ COMMANDS = {
     "draw": "draw which distances each head attends",
     "generate": "continue a text with a trained model",
     "prepare": "turn text into packed tokens to train on",
+    "train": "pre-train or fine-tune a model by a recipe",
     "tune": "find the fastest launches of the kernels on this GPU",
 }
 # package -> the extra that installs it, whichever command misses it

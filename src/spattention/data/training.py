@@ -91,7 +91,8 @@ def open_training(
         found.update(repr((len(stream), stream.num_documents)).encode())
         found.update(stream.tokens[:4096].tobytes() + stream.tokens[-4096:].tobytes())
     folders = [Path(path) for path in data if Path(path).is_dir()]
-    ends = {end_of_text, *(_end_of_text(Path(path)) for path in data)} - {None}
+    known = [end_of_text, *(_end_of_text(Path(path)) for path in data)]
+    ends = {end for end in known if end is not None}
     if len(ends) > 1:
         raise ValueError(f"`data` must agree on the token that ends a document, got {sorted(ends)}")
     return TrainingData(

@@ -1,75 +1,110 @@
-"""Transformers' Trainer, set up for packed windows of tokens."""
+"""Transformers' Trainer, set up for packed windows of tokens: what `compare` and `train` share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
-from ..data.tokens import Windows
-from .settings import Settings
+
+def make_arguments(
+    folder: Path,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    warmup: int,
+    seed: int,
+    **more: Any,
+) -> TrainingArguments:
+    """AdamW with a warm-up and a cosine, and nothing that the Trainer prints or saves by itself.
+
+    Args:
+        folder: where the Trainer may write.
+        steps: optimizer steps.
+        batch: windows per device and pass.
+        learning_rate: its peak; it falls to a tenth.
+        warmup: steps in which it rises.
+        seed: of the Trainer's random numbers.
+        more: other arguments of `TrainingArguments`, or other values for those set here.
+    """
+    values: dict[str, Any] = {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "logging_strategy": "steps",
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "prediction_loss_only": True,
+        "data_seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "log_level": "error",
+    }
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        learning_rate=learning_rate,
+        warmup_steps=warmup,
+        seed=seed,
+        **(values | more),
+    )
 
 
 def make_trainer(
     model: PreTrainedModel,
-    train: Windows,
-    validation: Windows,
-    settings: Settings,
-    seed: int,
-    folder: Path,
+    arguments: TrainingArguments,
+    train: Dataset[Any],
+    validation: Dataset[Any] | None,
     callbacks: Sequence[TrainerCallback],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Trainer:
-    """A Trainer whose order of windows depends on `seed` and the data alone, never on the model.
+    """A Trainer over windows, silent but for the callbacks given.
 
     Args:
         model: what is trained.
+        arguments: as `make_arguments` made them.
         train: training windows.
         validation: windows that the validation loss is taken over.
-        settings: steps, batch and learning rate.
-        seed: of the order of the windows.
-        folder: where the Trainer may write; nothing is saved there by itself.
         callbacks: what watches it.
+        optimizer: to be used instead of the one that `arguments` describe.
+        tokenizer: saved beside the model.
     """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=max(1, settings.steps // 10),
-        optim="adamw_torch_fused",
-        adam_beta2=0.98,  # short runs: the average over 1 / (1 - 0.98) = 50 steps
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        logging_strategy="steps",
-        logging_steps=max(1, settings.steps // 60),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=max(1, -(-settings.steps // settings.evaluations)),
-        save_strategy="no",
-        prediction_loss_only=True,
-        seed=seed,
-        data_seed=seed,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        log_level="error",
-    )
     trainer = Trainer(
         model=model,
         args=arguments,
+        data_collator=_collate,
         train_dataset=train,
         eval_dataset=validation,
         callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # the callbacks given show what there is to see
+    # The Trainer turns the cache off in the config, from where it would get into what is saved;
+    # `_collate` turns it off for training alone.
+    model.config.use_cache = True
     return trainer
+
+
+def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    return {**default_data_collator(windows), "use_cache": False}

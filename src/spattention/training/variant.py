@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, logging, set_seed
+from transformers import PreTrainedModel, TrainingArguments, logging, set_seed
 
 from ..choice import attention_choice
 from ..data.prepare import open_facts, open_stream
@@ -18,7 +18,7 @@ from ..models import build, preset
 from .callbacks import Event, OrderDigest, Watch
 from .memory import peak_resident_bytes, resident_bytes
 from .settings import Settings
-from .setup import make_trainer
+from .setup import make_arguments, make_trainer
 
 PROMPT_TOKENS = 40
 CONTINUATION_TOKENS = 100
@@ -102,7 +102,7 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
     validation = Windows(held_out, settings.context, settings.validation_windows)
     watch = Watch(settings.batch * settings.context, send)
     order = OrderDigest(model)
-    trainer = make_trainer(model, train, validation, settings, job.seed, job.model, [watch])
+    trainer = make_trainer(model, _arguments(job), train, validation, [watch])
     trainer.train()
     if not watch.validation_losses or watch.validation_losses[-1][0] != settings.steps:
         trainer.evaluate()
@@ -133,6 +133,23 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
         model=job.name,
         prompt=prompt,
         continuation=continuation,
+    )
+
+
+def _arguments(job: Job) -> TrainingArguments:
+    """The order of windows depends on the seed and the data alone, never on the model."""
+    settings = job.settings
+    return make_arguments(
+        job.model,
+        steps=settings.steps,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        warmup=max(1, settings.steps // 10),
+        seed=job.seed,
+        adam_beta2=0.98,  # short runs: the average over 1 / (1 - 0.98) = 50 steps
+        logging_steps=max(1, settings.steps // 60),
+        eval_strategy="steps",
+        eval_steps=max(1, -(-settings.steps // settings.evaluations)),
     )
 
 

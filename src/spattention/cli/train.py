@@ -1,0 +1,125 @@
+"""`spattention train`: a recipe, from one CPU to many GPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..training.callbacks import Event
+from ..training.pretrain import pretrain
+from ..training.recipe import read_recipe
+from ..training.watch import Diverged
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pre-train or fine-tune a model by a recipe: a TOML file whose fields are those of
+    spattention.training.recipe.Recipe.
+
+    Ctrl-C or a crash loses the steps since the last checkpoint; the same command goes on from it.
+    On several GPUs: torchrun --nproc-per-node 8 -m spattention train RECIPE.
+
+    Args:
+        recipe: The recipe's file.
+        set: Changes to the recipe, as in --set steps=100 attention=dense data=["a","b"].
+        output: Folder for checkpoints and metrics; runs/NAME-OF-THE-RECIPE without it.
+        minutes: Save and stop after so many minutes; the same command goes on.
+    """
+
+    recipe: Annotated[Path, tyro.conf.Positional]
+    set: tuple[str, ...] = ()
+    output: Path | None = None
+    minutes: float | None = None
+
+
+def main(options: Options) -> None:
+    """Read, train, show."""
+    recipe = read_recipe(options.recipe, options.set)
+    output = options.output or Path("runs") / options.recipe.stem
+    first = int(os.environ.get("RANK", "0")) == 0  # torchrun's
+    console = Console(quiet=not first)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    try:
+        with TrainProgress(console) as progress:
+            outcome = pretrain(recipe, output, minutes=options.minutes, send=progress.update)
+    except Diverged as error:
+        raise ValueError(
+            f"stopped: {error}. The last checkpoint in {output} is from before; metrics.jsonl "
+            "tells how it came. A lower learning_rate, a longer warmup or another seed may help."
+        ) from error
+    if outcome.finished:
+        console.print(f"Finished: {output}/checkpoint-{outcome.step}", highlight=False)
+    else:
+        console.print(
+            f"Stopped at step {outcome.step} of {outcome.steps}; the same command goes on.",
+            highlight=False,
+        )
+
+
+class TrainProgress:
+    """A bar with loss, speed, MFU and time left; where there is no terminal, a line per log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            speed_estimate_period=300,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, facts="", visible=False)
+
+    def __enter__(self) -> TrainProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, event: Event) -> None:
+        """An event of `pretrain`."""
+        kind = event["kind"]
+        if kind == "note":
+            self._console.print(event["text"], highlight=False)
+        elif kind == "begin":
+            self._console.print(
+                f"{event['parameters'] / 1e6:,.1f} M parameters, "
+                f"{event['active_parameters'] / 1e6:,.1f} M active; "
+                f"attention {event['attention']}; {event['tokens']:,} training tokens, "
+                f"{event['epochs']:.2f} epochs; {event['devices']} device(s)",
+                highlight=False,
+            )
+            self._progress.update(
+                self._task, total=event["steps"], completed=event["step"], visible=True
+            )
+        elif kind == "step":
+            self._progress.update(self._task, completed=event["step"])
+        elif "eval_loss" in event:
+            self._console.print(
+                f"step {event['step']}: validation loss {event['eval_loss']:.4f}", highlight=False
+            )
+        elif "loss" in event:
+            facts = (
+                f"loss {event['loss']:.4f}, {event.get('tokens_per_second', 0):,.0f} tokens/s, "
+                f"MFU {100 * event.get('mfu', 0):.1f} %"
+            )
+            self._progress.update(self._task, facts=facts)
+            if not self._console.is_terminal:
+                self._console.print(f"step {event['step']}: {facts}", highlight=False)

@@ -1,0 +1,64 @@
+"""The attention of a recipe: one for all layers, or one per layer, with or without sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .. import hf
+from ..bands import BandPattern
+from ..choice import STOCK, AttentionChoice, attention_choice, named_pattern
+
+
+@dataclass(frozen=True)
+class Layered:
+    """An `AttentionChoice` with a pattern for each layer; None is stock dense attention."""
+
+    name: str
+    patterns: tuple[BandPattern | None, ...]
+    sinks: bool
+    num_heads: int
+
+    def apply(self, model: PreTrainedModel) -> None:
+        model.set_attn_implementation("sdpa")
+        if any(self.patterns):
+            hf.apply(model, self.patterns, sinks=self.sinks)
+
+    def pairs(self, seq_len: int) -> int:
+        """The mean over layers."""
+        dense = self.num_heads * seq_len * (seq_len + 1) // 2
+        total = sum(dense if p is None else sum(p.pairs(seq_len)) for p in self.patterns)
+        return round(total / len(self.patterns))
+
+
+def recipe_attention(
+    named: str | Sequence[str], num_layers: int, num_heads: int, span: int, *, sinks: bool = False
+) -> AttentionChoice:
+    """The attention that a recipe names.
+
+    Args:
+        named: as `choice.attention_choice` reads it, or a list of these with one per layer.
+        num_layers: decoder layers of the model.
+        num_heads: its query heads.
+        span: context length in tokens.
+        sinks: whether layers with a pattern have attention sinks.
+
+    Raises:
+        ValueError: if a name is not known, their number is not that of the layers, or there is no
+            pattern for the sinks.
+    """
+    if isinstance(named, str) and not sinks:
+        return attention_choice(named, num_heads, span)
+    names = (named,) * num_layers if isinstance(named, str) else tuple(named)
+    if len(names) != num_layers:
+        raise ValueError(
+            f"`attention` must name one for all or one for each of {num_layers} layers, got "
+            f"{len(names)}"
+        )
+    patterns = tuple(None if n == STOCK else named_pattern(n, num_heads, span) for n in names)
+    if sinks and not any(patterns):
+        raise ValueError("`sinks` must be false where every layer is dense, got true")
+    label = named if isinstance(named, str) else "+".join(dict.fromkeys(names))
+    return Layered(f"{label} with sinks" if sinks else label, patterns, sinks, num_heads)

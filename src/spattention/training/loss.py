@@ -1,0 +1,99 @@
+"""Cross-entropy from hidden states, a few thousand rows at a time: no [tokens, vocabulary] float32.
+
+A model of Transformers makes all logits and hands them to its loss function. Here its output layer
+hands on the hidden states instead, and the loss function multiplies by the layer's weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..data.tokens import IGNORED
+
+ROWS = 4096  # logits of so many tokens exist at a time
+
+Summed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DeferredHead(torch.nn.Linear):
+    """An output layer without bias whose product the loss makes."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+def defer_loss(model: Any, kind: str) -> None:
+    """Let a causal language model take its loss in chunks; it then returns no logits.
+
+    Args:
+        model: of Transformers; what it saves stays as it was.
+        kind: "plain" changes nothing, "chunked" recomputes each chunk's logits in the backward
+            pass, "liger" computes gradients in the forward pass with Liger's kernels.
+
+    Raises:
+        ModuleNotFoundError: if Liger is asked for and not installed.
+        ValueError: if the output layer is not a plain linear layer without bias.
+    """
+    if kind == "plain":
+        return
+    summed = _liger() if kind == "liger" else chunked_cross_entropy
+    old = model.get_output_embeddings()
+    if type(old) is not torch.nn.Linear or old.bias is not None:
+        raise ValueError(f'`loss` must be "plain" for {type(old).__name__} with bias, got "{kind}"')
+    head = DeferredHead(old.in_features, old.out_features, bias=False, device="meta")
+    head.weight = old.weight
+    model.set_output_embeddings(head)
+
+    def loss_function(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        total = summed(logits.flatten(0, 1), head.weight, targets)
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+    model.loss_function = loss_function
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum of `cross_entropy(hidden @ weight.T, targets)` with a float32 softmax, by chunks of rows.
+
+    Args:
+        hidden: `[T, D]`.
+        weight: `[V, D]`.
+        targets: int64 `[T]`; those equal to -100 do not count.
+
+    Returns:
+        float32 `[]`.
+    """
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
+        total = total + checkpoint(_cross_entropy, rows, weight, wanted, use_reentrant=False)
+    return total
+
+
+def _cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _liger() -> Summed:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+    )
+    return lambda hidden, weight, targets: fused(weight, hidden, targets)

@@ -1,0 +1,418 @@
+"""A run of a recipe: data, model, precision, Trainer, and where it left off."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+
+from .. import hf
+from ..choice import AttentionChoice
+from ..data.tokens import InOrder
+from ..data.training import TrainingData, open_training
+from ..models import SHAPES, build, preset
+from .callbacks import Event
+from .checkpoints import STAGING, clean, newest_good, step_of
+from .layers import recipe_attention
+from .loss import defer_loss
+from .precision import to_bfloat16
+from .recipe import Recipe
+from .report import machine
+from .results import write_atomically
+from .router import balance_routers
+from .setup import make_arguments, make_trainer
+from .watch import Guard, Keeper, Metrics, Speed, TimeLimit, read_metrics
+from .work import active_parameters, work_per_token
+
+MARK = "run.json"
+RESULTS = "losses.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands: `step` of `steps`, and its folder."""
+
+    folder: Path
+    step: int
+    steps: int
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+
+def pretrain(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    send: Callable[[Event], None] = lambda event: None,
+) -> Outcome:
+    """Train, or go on where an earlier call with this folder stopped or was killed.
+
+    Args:
+        recipe: what to do.
+        folder: checkpoints, metrics and results; new, or of an earlier call.
+        minutes: save and stop after so long; None goes on to the end.
+        send: called on the first rank with what happens: `{"kind": "begin" | "note" | "step" |
+            "log", ...}`.
+
+    Raises:
+        ValueError: before training starts, if recipe, data and folder do not go together.
+        Diverged: if the loss is no number any more or rises and stays there.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    arguments = _arguments(recipe, folder)  # also joins the other processes
+    passes = recipe.passes(arguments.world_size)
+    data = open_training(
+        recipe.data,
+        recipe.validation,
+        context=recipe.context,
+        end_of_text=recipe.end_of_text,
+        across_documents=recipe.across_documents,
+        held_out=recipe.held_out,
+        limit=recipe.validation_windows or None,
+    )
+    first = arguments.process_index == 0
+    _check_folder(recipe, folder, data)
+    arguments.gradient_accumulation_steps = passes
+
+    set_seed(recipe.seed)
+    model, attention = _model(recipe, data, arguments.device)
+    resume, notes = _from_first_rank(lambda: _claim(recipe, folder, data), first)
+    for note in notes if first else ():
+        send({"kind": "note", "text": note})
+
+    facts = {
+        "kind": "begin",
+        "steps": recipe.steps,
+        "step": step_of(resume) if resume else 0,
+        "parameters": model.num_parameters(),
+        "active_parameters": active_parameters(model),
+        "pairs_per_token": attention.pairs(recipe.context) / recipe.context,
+        "tokens": data.tokens,
+        "epochs": recipe.steps * recipe.batch / len(data.train),  # type: ignore[arg-type]
+        "attention": attention.name,
+        "devices": arguments.world_size,
+    }
+    watchers = _watchers(recipe, folder, model, attention, arguments.world_size, send)
+    if minutes is not None:
+        watchers.append(TimeLimit(minutes))
+    optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)
+    trainer = make_trainer(
+        model,
+        arguments,
+        InOrder(data.train, recipe.steps * recipe.batch, recipe.seed),
+        data.validation,
+        watchers,
+        optimizer=optimizer,
+        tokenizer=_tokenizer(data, recipe),
+    )
+    if first:
+        send(facts)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    step = trainer.state.global_step
+    if first:
+        clean(folder)
+        _write_results(recipe, folder, facts)
+    return Outcome(folder, step, recipe.steps)
+
+
+def prepare_model(
+    recipe: Recipe, model: Any, passes: int, device: torch.device, devices: int = 1
+) -> torch.optim.Optimizer | None:
+    """Put loss, auxiliary losses, precision and compilation into a float32 model, in place.
+
+    Args:
+        recipe: what to put in.
+        model: as `build` made it; it moves to `device`.
+        passes: forward passes per step on this device.
+        device: where it is trained.
+        devices: how many train together.
+
+    Returns:
+        The optimizer where the recipe needs one of its own, else None: the Trainer makes it.
+    """
+    model.to(device)
+    defer_loss(model, recipe.loss)
+    balance_routers(model, recipe.balance_loss, recipe.z_loss, passes)
+    optimizer = None
+    if recipe.precision == "bfloat16" and recipe.parallel == "ddp":
+        if devices > 1:
+            raise ValueError(
+                '`precision` bfloat16 on several devices needs `parallel` = "fsdp2", whose '
+                f'mixed precision keeps float32 weights; got "ddp" on {devices} devices'
+            )
+        optimizer = to_bfloat16(
+            model,
+            recipe.weight_decay,
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+        )
+    if recipe.checkpointing and recipe.parallel == "ddp":
+        # The newer name of the same thing, where there is one.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if recipe.compile:
+        compile_layers(model)
+    return optimizer
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer by itself: all layers share one compiled graph.
+
+    The forward function is compiled, not the module: FSDP2's and checkpointing's hooks run around
+    it.
+    """
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"`compile` needs decoder layers, {type(model).__name__} names none")
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    more: dict[str, Any] = {}
+    if recipe.parallel == "fsdp2":
+        more = {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "reshard_after_forward": True,
+                "activation_checkpointing": recipe.checkpointing,
+                "state_dict_type": "FULL_STATE_DICT",  # what `from_pretrained` opens
+            },
+            "bf16": recipe.precision == "bfloat16",
+        }
+    arguments = make_arguments(
+        folder / STAGING,
+        steps=recipe.steps,
+        batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        seed=recipe.seed,
+        lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate},
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.beta1,
+        adam_beta2=recipe.beta2,
+        adam_epsilon=recipe.epsilon,
+        max_grad_norm=recipe.clip,
+        train_sampling_strategy="sequential",  # `InOrder` has the order
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=recipe.log_every,
+        eval_strategy="steps",
+        eval_steps=recipe.evaluate_every,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        **more,
+    )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"several GPUs need one process each: `torchrun --nproc-per-node {arguments.n_gpu} -m "
+            "spattention train ...`, or CUDA_VISIBLE_DEVICES to use one"
+        )
+    if recipe.parallel == "fsdp2" and not torch.distributed.is_initialized():
+        raise ValueError(
+            '`parallel` = "fsdp2" needs `torchrun -m spattention train ...`, also for one process'
+        )
+    return arguments
+
+
+def _model(
+    recipe: Recipe, data: TrainingData, device: torch.device
+) -> tuple[PreTrainedModel, AttentionChoice]:
+    if recipe.model in SHAPES:
+        chosen = preset(
+            recipe.model,
+            vocab_size=recipe.vocabulary,
+            context=recipe.context,
+            num_layers=recipe.layers,
+        )
+        with device:  # weights are made where they are used
+            model = build(chosen, pattern=None)
+    else:
+        model = _pretrained(recipe)
+    config = model.config.get_text_config()
+    if data.largest >= config.vocab_size:
+        raise ValueError(
+            f"`vocabulary` must be above the largest token of the data, {data.largest}, got "
+            f"{config.vocab_size}"
+        )
+    attention = recipe_attention(
+        recipe.attention,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        recipe.context,
+        sinks=recipe.sinks,
+    )
+    attention.apply(model)
+    model.config.eos_token_id = data.end_of_text
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = data.end_of_text
+    return model, attention
+
+
+def _pretrained(recipe: Recipe) -> PreTrainedModel:
+    for name in ("layers", "vocabulary"):
+        if getattr(recipe, name) is not None:
+            raise ValueError(
+                f"`{name}` is for presets {list(SHAPES)}, {recipe.model} has its own, got "
+                f"{getattr(recipe, name)}"
+            )
+    hf.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(
+            f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "
+            f"{error}"
+        ) from error
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("grouped_mm")
+    length = model.config.get_text_config().max_position_embeddings
+    if recipe.context > length:
+        raise ValueError(f"`context` must be at most the model's {length}, got {recipe.context}")
+    return model
+
+
+def _tokenizer(data: TrainingData, recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    if data.tokenizer is None:
+        return None
+    from ..data.tokenizer import for_transformers, load_tokenizer
+
+    return for_transformers(load_tokenizer(data.tokenizer), recipe.context, data.end_of_text)
+
+
+def _check_folder(recipe: Recipe, folder: Path, data: TrainingData) -> None:
+    mark = folder / MARK
+    if not mark.exists():
+        if folder.exists() and any(p.name != STAGING for p in folder.iterdir()):
+            raise ValueError(
+                f"`--output` must be a new or empty folder, or an earlier run's; {folder} holds "
+                "other files"
+            )
+        return
+    found = json.loads(mark.read_text(encoding="utf-8"))
+    different = recipe.differences(found["recipe"])
+    if found["data"] != data.digest:
+        different.append("the data is another")
+    if different:
+        raise ValueError(
+            f"`--output` {folder} holds a run of another recipe ({'; '.join(different)}): name "
+            "another folder"
+        )
+
+
+def _claim(recipe: Recipe, folder: Path, data: TrainingData) -> tuple[Path | None, list[str]]:
+    """Mark the folder and find where to go on; what is damaged is named and put aside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    content = {"version": 1, "recipe": recipe.to_dict(), "data": data.digest}
+    write_atomically(folder / MARK, json.dumps(content, indent=2) + "\n")
+    resume, problems = newest_good(folder)
+    notes = [f"damaged checkpoint: {problem}" for problem in problems]
+    for path in folder.glob("checkpoint-*") if problems else ():
+        if resume is None or step_of(path) > step_of(resume):
+            path.rename(path.with_name(f"damaged-{path.name}"))
+    if resume is not None:
+        notes.append(f"going on from {resume}")
+    elif problems:
+        notes.append("no checkpoint is whole: beginning anew")
+    return resume, notes
+
+
+def _from_first_rank(
+    find: Callable[[], tuple[Path | None, list[str]]], first: bool
+) -> tuple[Path | None, list[str]]:
+    """What `find` gives on the first rank, on every rank: they must go on from the same step."""
+    found = [find() if first else None]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
+
+
+def _watchers(
+    recipe: Recipe,
+    folder: Path,
+    model: PreTrainedModel,
+    attention: AttentionChoice,
+    devices: int,
+    send: Callable[[Event], None],
+) -> list[TrainerCallback]:
+    watchers: list[TrainerCallback] = [
+        Guard(recipe.divergence),
+        Speed(
+            recipe.batch * recipe.context,
+            work_per_token(model, attention, recipe.context),
+            recipe.peak_tflops * 1e12 * devices,
+        ),
+        Metrics(folder, send),
+        Keeper(folder / STAGING, folder, recipe.keep),
+    ]
+    if recipe.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        watchers.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+    if recipe.wandb:
+        from transformers.integrations import WandbCallback
+
+        watchers.append(WandbCallback())
+    return watchers
+
+
+def _write_results(recipe: Recipe, folder: Path, facts: Event) -> None:
+    """`losses.json`: the recipe, what it gave and on what, to be kept beside the recipe."""
+    entries = read_metrics(folder / "metrics.jsonl")
+    content = {
+        "format": "spattention-run",
+        "version": 1,
+        "recipe": recipe.to_dict(),
+        "facts": {name: value for name, value in facts.items() if name not in ("kind", "step")},
+        "machine": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+        },
+        "train": [_rounded(e, TRAIN_COLUMNS) for e in entries if "loss" in e],
+        "validation": [_rounded(e, ("step", "eval_loss")) for e in entries if "eval_loss" in e],
+    }
+    write_atomically(folder / RESULTS, json.dumps(content) + "\n")
+
+
+TRAIN_COLUMNS = ("step", "loss", "grad_norm", "tokens_per_second", "mfu", "balance_loss", "z_loss")
+
+
+def _rounded(entry: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    """Six digits say all that a loss can tell."""
+    found = {name: entry[name] for name in names if name in entry}
+    return {
+        name: value if isinstance(value, int) or not math.isfinite(value) else float(f"{value:.6g}")
+        for name, value in found.items()
+    }

@@ -1,0 +1,234 @@
+"""A recipe: everything that decides a run, in one TOML file that is read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+# What may change when a run goes on: none of it changes what is computed, but for rounding.
+FREE = frozenset(
+    {
+        *("data", "validation", "micro_batch", "compile", "checkpointing", "loss", "workers"),
+        *("threads", "log_every", "evaluate_every", "save_every", "keep", "tensorboard", "wandb"),
+        *("divergence", "peak_tflops"),
+    }
+)
+POSITIVE = (
+    *("context", "steps", "batch", "micro_batch"),
+    *("log_every", "evaluate_every", "save_every", "keep"),
+)
+NOT_NEGATIVE = (
+    *("final_learning_rate", "warmup", "weight_decay", "balance_loss", "z_loss", "seed"),
+    *("workers", "threads", "validation_windows", "divergence"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run of `spattention train`.
+
+    Args:
+        model: a preset of `spattention.models`; or a folder or a name on the hub of a pretrained
+            model to go on from.
+        layers: decoder layers, instead of the preset's.
+        vocabulary: entries of the embedding, instead of the preset's.
+        attention: as `choice.attention_choice` reads it; one, or a list with one per layer.
+        sinks: whether layers with a pattern have attention sinks.
+        data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
+        validation: the same, for the validation loss; empty for a share of `data`.
+        held_out: that share, by documents.
+        end_of_text: the token between documents of packed streams whose JSON does not name it.
+        across_documents: whether tokens attend earlier documents in their window.
+        context: tokens per window, and the span of the patterns.
+        steps: optimizer steps.
+        batch: windows per step, over all devices.
+        micro_batch: windows per device and pass; a step takes batch / (micro_batch * devices)
+            passes.
+        learning_rate: its peak.
+        final_learning_rate: its end, as a share of the peak; it falls as a cosine.
+        warmup: steps in which it rises.
+        weight_decay: of tensors with at least two dimensions.
+        beta1: AdamW's average of gradients.
+        beta2: AdamW's average of their squares.
+        epsilon: AdamW's.
+        clip: largest norm of the gradients.
+        balance_loss: weight of the router's balance loss.
+        z_loss: weight of the router's z-loss.
+        seed: of weights and of the order of the windows.
+        precision: of the products: "bfloat16" keeps float32 weights, gradients and optimizer state
+            beside bfloat16 weights that the products use; "float32" has these alone.
+        loss: "plain" makes all logits at once, "chunked" some thousand rows at a time, "liger"
+            likewise with Liger's kernels (GPU; package liger-kernel).
+        compile: compile each layer.
+        checkpointing: keep each layer's input alone and recompute the rest.
+        parallel: "ddp" copies the model to each device, "fsdp2" shards it.
+        workers: processes that read data, per device.
+        threads: of each process on the CPU; 0 for PyTorch's own choice.
+        log_every: steps between two lines of metrics.
+        evaluate_every: steps between two validation losses.
+        validation_windows: windows that it is taken over; 0 for all.
+        save_every: steps between two checkpoints.
+        keep: checkpoints that are kept.
+        tensorboard: whether to write for TensorBoard.
+        wandb: whether to report to Weights & Biases.
+        divergence: stop when the loss stays so many nats above its best; 0 never stops.
+        peak_tflops: what MFU is measured against, per device.
+    """
+
+    model: str
+    layers: int | None = None
+    vocabulary: int | None = None
+    attention: str | tuple[str, ...] = "shared_local"
+    sinks: bool = False
+    data: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    held_out: float = 0.005
+    end_of_text: int | None = None
+    across_documents: bool = True
+    context: int
+    steps: int
+    batch: int
+    micro_batch: int = 1
+    learning_rate: float
+    final_learning_rate: float = 0.1
+    warmup: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip: float = 1.0
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    loss: Literal["plain", "chunked", "liger"] = "chunked"
+    compile: bool = False
+    checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    workers: int = 0
+    threads: int = 0
+    log_every: int = 10
+    evaluate_every: int = 500
+    validation_windows: int = 128
+    save_every: int = 500
+    keep: int = 2
+    tensorboard: bool = True
+    wandb: bool = False
+    divergence: float = 2.0
+    peak_tflops: float = 700.0
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be finite and not negative, got {value}")
+        for name in ("learning_rate", "epsilon", "clip", "peak_tflops"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {value}")
+        for name in ("beta1", "beta2", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
+        if self.warmup > self.steps:
+            raise ValueError(f"`warmup` must be at most {self.steps} steps, got {self.warmup}")
+        if self.seed >= 2**32:
+            raise ValueError(f"`seed` must be below 2**32, got {self.seed}")
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"`micro_batch` must divide the batch of {self.batch}, got {self.micro_batch}"
+            )
+
+    def passes(self, devices: int) -> int:
+        """Forward and backward passes of each device in one step."""
+        at_once = self.micro_batch * devices
+        if self.batch % at_once:
+            raise ValueError(
+                f"`batch` must be a multiple of micro_batch x devices = {self.micro_batch} x "
+                f"{devices}, got {self.batch}"
+            )
+        return self.batch // at_once
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What keeps a run of the recipe `other`, as `to_dict` gave it, from going on with this."""
+        mine = self.to_dict()
+        return [
+            f"{name} was {other.get(name)!r}, now {mine[name]!r}"
+            for name in mine
+            if name not in FREE and mine[name] != other.get(name)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no tuples."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file, with `NAME=VALUE` changes.
+
+    Args:
+        path: the file. Paths in it are relative to the current folder.
+        changes: each a field and its value, as TOML or as bare text: `steps=100`,
+            `attention=dense`, `data=["a", "b"]`.
+
+    Raises:
+        ValueError: if the file cannot be read, or a field is unknown, missing or out of range.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} must be a recipe in TOML: {error}") from error
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"`--set` takes NAME=VALUE, got {change!r}")
+        values[name.strip()] = _value(text.strip())
+    return recipe_from(values)
+
+
+def recipe_from(values: dict[str, Any]) -> Recipe:
+    """The recipe of these fields, converted and checked."""
+    hints = typing.get_type_hints(Recipe)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"a recipe has the fields {sorted(hints)}, got {unknown}")
+    missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"a recipe must have the fields {missing}, they are missing")
+    return Recipe(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif typing.get_origin(kind) is tuple:
+            items = (value,) if isinstance(value, str) and str not in kinds else value
+            if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
+                return tuple(items)
+        elif kind is float and type(value) is int:
+            return float(value)
+        elif type(value) is kind:
+            return value
+    wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
+    raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
