@@ -41,7 +41,7 @@ def iterate_documents(path: Path) -> Iterator[str]:
         )
     found = False
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8", newline="\n") as opened:
             parts = (
                 file.read().split(SEPARATOR) if path.suffix == ".txt" else _json_lines(path, file)
             )
