@@ -2,25 +2,97 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from spattention.cli import bench, main, tune
+from spattention import BandPattern
+from spattention.cli import bench, bench_attention, bench_decode, main, measure, tune
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("command", [["bench", "attention"], ["tune"]])
+@pytest.mark.parametrize(
+    "command", [["bench"], ["bench", "attention"], ["bench", "decode"], ["tune"]]
+)
 def test_without_a_gpu_it_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_a_case_that_is_no_shape_is_named() -> None:
-    assert bench._shape("4x16x4096") == (4, 16, 4096)
+    assert bench_attention._shape("4x16x4096") == (4, 16, 4096)
     with pytest.raises(ValueError, match="got '4x16'"):
-        bench._shape("4x16")
+        bench_attention._shape("4x16")
 
 
 def test_defaults_are_the_cases_of_the_log() -> None:
-    assert bench.Options().cases[-1] == "1x16x65536"
+    chosen = bench.Options().what
+    assert isinstance(chosen, bench_attention.Options)
+    assert chosen.cases[-1] == "1x16x65536"
+    assert bench_decode.Options().lengths[-1] == 65536
     assert tune.Options().head_dim == 128
+
+
+def test_compulsory_keys_are_counted_once_per_group() -> None:
+    pattern = BandPattern((((0, 3),), ((1, 5),), (), ((2, 4), (10, 20))), 20)
+    assert bench_decode.compulsory(pattern, 2, 1, 12) == 5 + 4
+    assert bench_decode.compulsory(pattern, 4, 1, 12) == 3 + 4 + 0 + 4
+    assert bench_decode.compulsory(pattern, 4, 2, 12) == 4 + 5 + 0 + 3 + 2
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the clock and the machine: a call is made once and takes a millisecond."""
+
+    def milliseconds(call: Callable[[], Any]) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(bench_decode, "DEVICE", "cpu")
+    monkeypatch.setattr(measure, "needs_gpu", lambda command: None)
+    monkeypatch.setattr(measure, "copy_speed", lambda: 4.0)
+    monkeypatch.setattr(measure, "graph_milliseconds", milliseconds)
+    monkeypatch.setattr(measure, "eager_milliseconds", milliseconds)
+    monkeypatch.setattr(measure, "environment", lambda: {"gpu": "None X1", "commit": "?"})
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_decode_measures_what_runs_and_names_what_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "decode", "--lengths", "64", "96", "--batches", "1", "2", "--heads", "4"]
+    command += ["--key-heads", "2", "--head-dim", "16", "--no-flex", "--commit", "abc"]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    (results,) = tmp_path.glob("decode_x1_*.json")
+    assert results.with_suffix(".png").stat().st_size > 10_000
+    found = json.loads(results.read_text())
+    assert found["environment"]["commit"] == "abc"
+    assert all(any(name in m for m in found["missing"]) for name in ("cuDNN", "efficient"))
+    rows = [row for row in found["rows"] if (row["batch"], row["length"]) == (2, 96)]
+    assert {row["by"] for row in rows if row["mask"] == "dense"} >= {"dense math"}
+    ours = [(row["mask"], row["layout"]) for row in rows if row["by"] == "spattention"]
+    assert ours == [(m, layout) for m in measure.PATTERNS for layout in ("all keys", "BandStore")]
+    moved = 2 * 96 * 2 * 2 * 16 * 2  # both key/value heads reach everything, together once
+    assert rows[0]["speed"] == pytest.approx(moved / 1e9)
+    table = results.with_suffix(".md").read_text()
+    assert table.count("| spattention | BandStore |") == 4 * len(measure.PATTERNS)
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_the_gate_of_decode_stops_a_wrong_result() -> None:
+    options = bench_decode.Options(heads=2, head_dim=16)
+    bench_decode.DEVICE, device = "cpu", bench_decode.DEVICE
+    try:
+        cache = bench_decode._cache(options, 2, 50)
+    finally:
+        bench_decode.DEVICE = device
+    pattern = BandPattern.exclusive(2, 50)
+    out = bench_decode._over_all_keys(cache, pattern)()
+    bench_decode.check(cache, pattern, out)
+    out[1, 1] += 0.1
+    with pytest.raises(AssertionError, match="row 1, head 1"):
+        bench_decode.check(cache, pattern, out)

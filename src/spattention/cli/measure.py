@@ -1,24 +1,42 @@
-"""Measuring on a GPU: times by graph replay and by eager calls, host time, memory, and where it was
-measured.
+"""Measuring on a GPU: times by graph replay and by eager calls, host time, memory; where it was
+measured, and how results are shown and written.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..bands import BandPattern
 
 Call = Callable[[], Any]
+
+PATTERNS: dict[str, Callable[[int, int], BandPattern]] = {
+    "exclusive": BandPattern.exclusive,
+    "shared_local": BandPattern.shared_local,
+    "shared_local geometric": lambda heads, span: BandPattern.shared_local(
+        heads, span, widths="geometric"
+    ),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TEXT = ("B, H, N", "B, N", "mask", "by", "layout")  # columns that are not numbers
 
 FIRST_CALL = """
 import sys, time, torch
@@ -40,6 +58,12 @@ print(f"{times[1] - times[0]:.1f} s forward, {times[2] - times[1]:.1f} s backwar
 """
 
 
+def needs_gpu(command: str) -> None:
+    """Raise ValueError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"`spattention {command}` needs a CUDA device, and there is none")
+
+
 def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
     """Median time of replays of a captured call: the GPU's own time, without the host's.
 
@@ -53,6 +77,7 @@ def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
         for _ in range(2):
             call()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a graph has a pool of its own: twice the memory, for large calls
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
@@ -101,6 +126,85 @@ def peak_bytes(call: Call) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def copy_speed(size: int = 1 << 30) -> float:
+    """TB/s of a copy on the device, bytes read and bytes written: what memory can give.
+
+    Args:
+        size: bytes that are copied.
+    """
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size / graph_milliseconds(lambda: target.copy_(source)) / 1e9
+
+
+def record(options: Any) -> dict[str, Any]:
+    """Where, when and how: what every file of results begins with.
+
+    Args:
+        options: of the command, a dataclass with `commit` and `output`.
+    """
+    found = environment()
+    found["commit"] = options.commit or found["commit"]
+    return {
+        "environment": found,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["spattention", *sys.argv[1:]]),
+        "options": asdict(replace(options, output=None)),
+    }
+
+
+def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in TEXT else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=150).print(table)
+
+
+def write(
+    folder: Path,
+    name: str,
+    record: dict[str, Any],
+    notes: Iterable[str],
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+) -> Path:
+    """Write `<name>_<gpu>_<date>.json` and `.md`, each at once; returns the path without suffix.
+
+    Args:
+        folder: made if it is not there.
+        name: what was measured, one word.
+        record: what `record` gave, and the results.
+        notes: lines of the page before its table.
+        headings: of the table.
+        rows: its cells.
+    """
+    gpu = record["environment"]["gpu"]
+    stem = folder / f"{name}_{gpu.split()[-1].lower()}_{record['date']}"
+    lines = [
+        f"# {name.capitalize()} on {gpu}, {record['date']}",
+        "",
+        f"`{record['command']}`",
+        "",
+        *(f"- {name}: {value}" for name, value in record["environment"].items()),
+        f"- options: {json.dumps(record['options'])}",
+        *notes,
+        "",
+        "| " + " | ".join(headings) + " |",
+        "|" + " --- |" * len(headings),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(record, indent=1), ".md": "\n".join(lines)}
+    for suffix, text in texts.items():
+        partial = stem.with_suffix(f"{suffix}.partial")
+        partial.write_text(text + "\n")
+        partial.replace(stem.with_suffix(suffix))
+    return stem
 
 
 def environment() -> dict[str, str]:

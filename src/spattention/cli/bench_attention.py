@@ -1,0 +1,359 @@
+"""`spattention bench attention`: the kernels beside dense attention and FlexAttention, checked
+before they are timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..attention import band_attention
+from ..bands import BandPattern
+from ..testing import Case, check_case
+from . import measure
+
+DENSE = {
+    "dense cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "dense FlashAttention": SDPBackend.FLASH_ATTENTION,
+}
+CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time attention, forward and forward + backward, beside what one would use otherwise.
+
+    Every pattern is first checked against float64; a wrong kernel is not timed. Times are medians
+    of graph replays (the GPU's own time) and of eager calls. "Useful" work counts attended pairs
+    alone: 4 D floating-point operations a pair forward and 10 D backward. The floor of a case is
+    the larger of useful work over --peak-tflops and the bytes that must move over --peak-tbs.
+
+    Args:
+        cases: batch x heads x length, such as 4x16x4096.
+        lengths: lengths of the plot, with batch 1 and 16 heads; none for no plot.
+        head_dim: D.
+        dtype: of query, key and value.
+        flex: also time compiled FlexAttention on the same masks (seconds of compilation per case).
+        peak_tflops: Ceiling of the floor: matrix products, in TFLOP/s.
+        peak_tbs: Ceiling of the floor: memory, in TB/s.
+        seed: Of the random inputs.
+        commit: The commit to record, where git cannot tell.
+        output: Folder for the results: JSON, a table and a plot. Nothing is written without it.
+    """
+
+    cases: tuple[str, ...] = ("1x8x4096", "4x16x4096", "16x8x1024", "1x16x16384", "1x16x65536")
+    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    head_dim: int = 128
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    flex: bool = True
+    peak_tflops: float = 700.0
+    peak_tbs: float = 4.2
+    seed: int = 0
+    commit: str | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results. Times in milliseconds, useful work in TFLOP/s, memory in MiB."""
+
+    batch: int
+    heads: int
+    length: int
+    mask: str
+    by: str
+    forward: float
+    total: float
+    eager_forward: float
+    eager_total: float
+    useful_forward: float
+    useful_total: float
+    floor: float
+    share_of_floor: float
+    peak_memory: float
+    over_dense: float | None = None
+    over_flex: float | None = None
+
+
+def main(options: Options) -> None:
+    """Measure, print, write."""
+    measure.needs_gpu("bench attention")
+    shapes = [_shape(case) for case in options.cases]
+    plotted = [(1, 16, length) for length in options.lengths]
+    rows: list[Row] = []
+    for batch, heads, length in dict.fromkeys([*shapes, *plotted]):
+        rows += _measure_case(options, batch, heads, length)
+        print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
+    extra = _measure_calls(options)
+    record = measure.record(options)
+    record |= {"calls": extra, "rows": [asdict(row) for row in rows]}
+    title = "milliseconds by graph replay; useful TFLOP/s; ratios of forward + backward"
+    measure.show(title, HEADINGS, map(_cells, rows))
+    print(" ".join(f"{name}: {value}." for name, value in extra.items()))
+    if options.output is not None:
+        _write(options.output, record, rows, plotted)
+
+
+def _shape(case: str) -> tuple[int, int, int]:
+    try:
+        batch, heads, length = (int(part) for part in case.split("x"))
+    except ValueError:
+        raise ValueError(
+            f"`--cases` must be batch x heads x length, as in 4x16x4096, got {case!r}"
+        ) from None
+    return batch, heads, length
+
+
+def _inputs(options: Options, batch: int, heads: int, length: int) -> Tensors:
+    generator = torch.Generator("cuda").manual_seed(options.seed)
+    shape = (batch, heads, length, options.head_dim)
+    query, key, value, d_out = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=measure.DTYPES[options.dtype])
+        for _ in range(4)
+    )
+    return *(tensor.requires_grad_() for tensor in (query, key, value)), d_out
+
+
+def _measure_case(options: Options, batch: int, heads: int, length: int) -> Iterator[Row]:
+    inputs = _inputs(options, batch, heads, length)
+    dense = BandPattern.dense(heads, length)
+    query, key, value, _ = inputs
+
+    def attend_dense() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    dense_total = 0.0
+    for name, backend in DENSE.items():
+        with sdpa_kernel(backend):
+            row = _row(options, inputs, dense, "dense", name, attend_dense)
+        dense_total = dense_total or row.total  # cuDNN's, the first
+        yield replace(row, over_dense=dense_total / row.total)
+    flex = _Flex(inputs) if options.flex else None
+    for mask, make in measure.PATTERNS.items():
+        pattern = make(heads, length)
+        _check(options, make, heads, min(length, CHECKED_LENGTH))
+        flex_row = None
+        if flex is not None:
+            flex_row = _row(options, inputs, pattern, mask, "FlexAttention", flex.on(pattern))
+            yield replace(flex_row, over_dense=dense_total / flex_row.total, over_flex=1.0)
+        row = _row(options, inputs, pattern, mask, "spattention", _bands(inputs, pattern))
+        yield replace(
+            row,
+            over_dense=dense_total / row.total,
+            over_flex=None if flex_row is None else flex_row.total / row.total,
+        )
+
+
+def _bands(inputs: Tensors, pattern: BandPattern) -> Callable[[], torch.Tensor]:
+    query, key, value, _ = inputs
+
+    def attend() -> torch.Tensor:
+        out = band_attention(query, key, value, pattern, impl="triton")
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    return attend
+
+
+def _check(
+    options: Options, make: Callable[[int, int], BandPattern], heads: int, length: int
+) -> None:
+    """The correctness gate: the kernel and its gradients against float64, within the budget of
+    `testing.py`.
+    """
+    query, key, value, _ = _inputs(options, 1, heads, length)
+    case = Case(query.detach(), key.detach(), value.detach(), make(heads, length))
+    check_case(case, impl="triton")
+
+
+def _row(
+    options: Options,
+    inputs: Tensors,
+    pattern: BandPattern,
+    mask: str,
+    by: str,
+    attend: Callable[[], torch.Tensor],
+) -> Row:
+    query, key, value, d_out = inputs
+    batch, heads, length, head_dim = query.shape
+
+    def forward() -> None:
+        with torch.no_grad():
+            attend()
+
+    def total() -> None:
+        torch.autograd.grad(attend(), (query, key, value), d_out)
+
+    pairs = sum(pattern.pairs(length)) * batch
+    work = 14 * head_dim * pairs
+    # Forward: three inputs, one output. Backward: the four and the output's gradient, three
+    # gradients.
+    moved = (4 + 8) * query.numel() * query.element_size()
+    floor = max(work / options.peak_tflops / 1e12, moved / options.peak_tbs / 1e12) * 1e3
+    forward_time, total_time = (
+        measure.graph_milliseconds(forward),
+        measure.graph_milliseconds(total),
+    )
+    return Row(
+        batch=batch,
+        heads=heads,
+        length=length,
+        mask=mask,
+        by=by,
+        forward=forward_time,
+        total=total_time,
+        eager_forward=measure.eager_milliseconds(forward),
+        eager_total=measure.eager_milliseconds(total),
+        useful_forward=4 * head_dim * pairs / forward_time / 1e9,
+        useful_total=work / total_time / 1e9,
+        floor=floor,
+        share_of_floor=floor / total_time,
+        peak_memory=measure.peak_bytes(total) / 2**20,
+    )
+
+
+class _Flex:
+    """Compiled FlexAttention for one shape; the bands are tensors, so that patterns share the
+    compiled code.
+    """
+
+    def __init__(self, inputs: Tensors) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch._dynamo.reset()
+        self.inputs = inputs
+        self.attend = torch.compile(flex_attention, dynamic=False)
+
+    def on(self, pattern: BandPattern) -> Callable[[], torch.Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        query, key, value, _ = self.inputs
+        edges = torch.tensor(pattern.flat, device="cuda").view(-1, 4).unbind(1)
+        near_0, far_0, near_1, far_1 = (edge.contiguous() for edge in edges)
+
+        def seen(
+            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
+        ) -> torch.Tensor:
+            distance = row - column
+            first = (distance >= near_0[head]) & (distance < far_0[head])
+            return first | ((distance >= near_1[head]) & (distance < far_1[head]))
+
+        length = query.shape[2]
+        mask = create_block_mask(seen, None, query.shape[1], length, length, "cuda", _compile=True)
+        return lambda: self.attend(query, key, value, block_mask=mask)
+
+
+def _measure_calls(options: Options) -> dict[str, str]:
+    """What a call costs the host, and what the first call of a process costs when nothing is
+    compiled yet.
+    """
+    inputs = _inputs(options, 1, 8, 256)
+    query, key, value, d_out = inputs
+    calls = {
+        "spattention": _bands(inputs, BandPattern.shared_local(8, 256)),
+        "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True
+        ),
+    }
+    found = {}
+    for name, attend in calls.items():
+        out = attend()
+
+        def backward(out: torch.Tensor = out) -> None:
+            torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True)
+
+        with torch.no_grad():
+            forward_time = measure.host_microseconds(attend)
+        backward_time = measure.host_microseconds(backward)
+        found[f"host time of {name}"] = (
+            f"{forward_time:.0f} us forward, {backward_time:.0f} us backward"
+        )
+    found["first call of a process with an empty cache"] = measure.first_call(
+        options.head_dim, options.dtype
+    )
+    return found
+
+
+HEADINGS = (
+    "B, H, N",
+    "mask",
+    "by",
+    "forward",
+    "backward",
+    "total",
+    "eager total",
+    "TFLOP/s fwd",
+    "TFLOP/s",
+    "floor",
+    "share",
+    "peak MiB",
+    "x dense",
+    "x flex",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        f"{row.batch}, {row.heads}, {row.length}",
+        row.mask,
+        row.by,
+        f"{row.forward:.3f}",
+        f"{row.total - row.forward:.3f}",
+        f"{row.total:.3f}",
+        f"{row.eager_total:.3f}",
+        f"{row.useful_forward:.0f}",
+        f"{row.useful_total:.0f}",
+        f"{row.floor:.3f}",
+        f"{row.share_of_floor:.0%}",
+        f"{row.peak_memory:.0f}",
+        "" if row.over_dense is None else f"{row.over_dense:.2f}",
+        "" if row.over_flex is None else f"{row.over_flex:.2f}",
+    )
+
+
+def _write(
+    folder: Path, record: dict[str, Any], rows: list[Row], plotted: list[tuple[int, int, int]]
+) -> None:
+    stem = measure.write(
+        folder,
+        "attention",
+        record,
+        (
+            *(f"- {name}: {value}" for name, value in record["calls"].items()),
+            "",
+            "Milliseconds, medians of graph replays (`eager total`: of plain calls). "
+            "TFLOP/s count attended pairs alone.",
+        ),
+        HEADINGS,
+        map(_cells, rows),
+    )
+    if plotted:
+        _plot(stem.with_suffix(".png"), rows, plotted, record["environment"]["gpu"])
+    print(f"wrote {stem}.json, .md and .png")
+
+
+def _plot(path: Path, rows: list[Row], plotted: list[tuple[int, int, int]], gpu: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
+    for name in dict.fromkeys((row.by, row.mask) for row in shown):
+        line = sorted((row.length, row.total) for row in shown if (row.by, row.mask) == name)
+        style = {"spattention": "-o", "FlexAttention": ":s"}.get(name[0], "--^")
+        label = name[0] if name[1] == "dense" else f"{name[0]}, {name[1]}"
+        axes.plot(*zip(*line), style, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("length in tokens (batch 1, 16 heads)")
+    axes.set_ylabel("forward + backward, milliseconds")
+    axes.set_title(f"Attention on {gpu}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=160)
