@@ -134,7 +134,8 @@ def attend_rows(
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
         b_key, b_value = load_keys(keys, o_distance, end, HEAD_DIM, BLOCK_D, RINGS)
         # [M, N] = [M, D] @ [D, N]
-        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
+        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        scores = softmax.scaled(scores, scale, PRECISE)
         m_seen = visible(
             p_bands,
             o_head[:, None],
