@@ -3,8 +3,8 @@
 One model with one optimizer serves both sides: attention has no parameters, and the sides take
 turns, so that a drift of the clock meets all of them. A step is what `spattention train` does:
 passes with the recipe's loss, auxiliary losses and precision, gradient clipping, AdamW on float32
-masters. The dense side is PyTorch's `scaled_dot_product_attention` with cuDNN or FlashAttention: one
-of them per run, because a compiled layer keeps the one that it was traced with.
+masters. The dense side is PyTorch's `scaled_dot_product_attention` with cuDNN or FlashAttention:
+one of them per run, because a compiled layer keeps the one that it was traced with.
 
     python benchmarks/training.py --length 4096 --output benchmarks/results/training_h200.4096.json
     python benchmarks/training.py --merge benchmarks/results/training_h200.*.json --output ...

@@ -138,8 +138,6 @@ class Recipe:
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        if self.warmup > self.steps:
-            raise ValueError(f"`warmup` must be at most {self.steps} steps, got {self.warmup}")
         if self.seed >= 2**32:
             raise ValueError(f"`seed` must be below 2**32, got {self.seed}")
         if self.batch % self.micro_batch:
