@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logging, set_seed
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TextStreamer,
+    logging,
+    set_seed,
+)
 
 from .. import hf
 
@@ -22,7 +32,7 @@ class Options:
     """Continue a text with a model that was trained here, or with any saved causal language model.
 
     The text is shown as it comes; the speed and the size of the cache of keys and values follow at
-    the end.
+    the end. A model with bands keeps what its bands reach (`BandCache`), any other every token.
 
     Args:
         folder: Folder of a saved model, or the output folder of `spattention compare`: its first
@@ -33,6 +43,9 @@ class Options:
         temperature: How freely tokens are drawn; 0 always takes the likeliest.
         top_k: Draw among so many of the likeliest tokens.
         seed: Of the draws.
+        compare: dense continues the text a second time, with the same weights, PyTorch's dense
+            attention and a cache of every token, and shows both speeds and sizes.
+        compile: Compile decoding on a GPU: a minute at first, and faster tokens from then on.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -42,6 +55,25 @@ class Options:
     temperature: float = 0.8
     top_k: int = 50
     seed: int = 0
+    compare: Literal["dense"] | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one generation took.
+
+    Attributes:
+        tokens: that were added.
+        prefill: seconds to the first of them.
+        speed: tokens per second after it, by the median time of a token.
+        cache: bytes of keys and values at the end.
+    """
+
+    tokens: int
+    prefill: float
+    speed: float
+    cache: int
 
 
 def main(options: Options) -> None:
@@ -57,6 +89,9 @@ def main(options: Options) -> None:
     logging.disable_progress_bar()
     folder = model_folder(options.folder)
     model, tokenizer = open_model(folder)
+    has_bands = getattr(model.config.get_text_config(), "spattention", None) is not None
+    if options.compare and not has_bands:
+        raise ValueError(f"`--compare dense` needs a model with bands, {folder} has none")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -67,29 +102,89 @@ def main(options: Options) -> None:
             f"the prompt must be shorter than the model's context of {room + length} tokens, got "
             f"{length}"
         )
-    new = min(options.max_new_tokens, room)
+    if options.compare is None:
+        run = _generate(
+            options, model, tokenizer, prompt, inputs, min(options.max_new_tokens, room)
+        )
+        print(
+            f"\n{run.tokens} tokens after a prompt of {length}, {run.speed:.1f} tokens/s, "
+            f"cache {run.cache / 2**20:.2f} MiB ({folder})",
+            file=sys.stderr,
+        )
+        return
+    runs = {}
+    for name in ("bands", options.compare):
+        if name == "dense":
+            del model  # one copy of the weights at a time
+            model = open_dense(folder)
+        print(f"--- {name} ---", flush=True)
+        runs[name] = _generate(
+            options, model, tokenizer, prompt, inputs, min(options.max_new_tokens, room)
+        )
+        print()
+    _show(runs, length, folder)
+
+
+def _generate(
+    options: Options, model: Any, tokenizer: Any, prompt: str, inputs: Any, new: int
+) -> Run:
+    """Continue the prompt on standard output, with the cache that suits the model."""
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling |= {"temperature": options.temperature, "top_k": options.top_k}
+    if getattr(model.config.get_text_config(), "spattention", None) is not None:
+        sampling["past_key_values"] = hf.BandCache(model.config)
     print(prompt, end="", flush=True)
     set_seed(options.seed)
-    began = time.perf_counter()
+    streamer = _Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = model.generate(
         **inputs,
         max_new_tokens=new,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=streamer,
         return_dict_in_generate=True,
+        disable_compile=not options.compile,
         **special_tokens(model, tokenizer),
         **sampling,
     )
-    seconds = time.perf_counter() - began
-    added = result.sequences.shape[1] - length
-    cache = cache_bytes(result.past_key_values)
-    print(
-        f"\n{added} tokens after a prompt of {length}, {added / seconds:.1f} tokens/s, "
-        f"cache {cache / 2**20:.2f} MiB ({folder})",
-        file=sys.stderr,
+    prefill, *gaps = streamer.gaps()
+    return Run(
+        result.sequences.shape[1] - inputs["input_ids"].shape[1],
+        prefill,
+        1 / statistics.median(gaps or [prefill]),
+        cache_bytes(result.past_key_values),
     )
+
+
+class _Clock(TextStreamer):
+    """Prints text as it comes, and notes when."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then every token."""
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def gaps(self) -> list[float]:
+        """Seconds from one call to the next: to the first token, to the second, ..."""
+        return [after - before for before, after in zip(self.times, self.times[1:])]
+
+
+def _show(runs: dict[str, Run], length: int, folder: Path) -> None:
+    table = Table(title=f"{length} tokens of prompt ({folder})")
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    for heading, cells in (
+        ("tokens added", [str(run.tokens) for run in runs.values()]),
+        ("seconds to the first", [f"{run.prefill:.2f}" for run in runs.values()]),
+        ("tokens/s after it", [f"{run.speed:.1f}" for run in runs.values()]),
+        ("cache, MiB", [f"{run.cache / 2**20:.2f}" for run in runs.values()]),
+    ):
+        table.add_row(heading, *cells)
+    Console(stderr=True).print(table)
 
 
 def model_folder(folder: Path) -> Path:
@@ -117,6 +212,19 @@ def open_model(folder: Path) -> tuple[Any, Any]:
         raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), tokenizer
+
+
+def open_dense(folder: Path) -> Any:
+    """The model with the same weights and without its bands: PyTorch's dense attention in every
+    layer that has no other of its own, and no sinks that the bands had.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name in ("spattention", "attn_implementation"):
+            if hasattr(part, name):
+                delattr(part, name)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="sdpa")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
