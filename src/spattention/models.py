@@ -44,7 +44,8 @@ class Shape:
 
 
 SHAPES = {
-    # One expert that every token visits: a plain transformer with a gated feed-forward layer.
+    # One expert that every token visits: plain transformers with gated feed-forward layers.
+    "small-512": Shape(512, 8, 8, 1, 1, 1408, 50304, 1024),
     "paper-small": Shape(1024, 8, 8, 1, 1, 2816, 50304, 1024),
     "olmoe-tiny": Shape(128, 4, 8, 8, 2, 128, 4096, 512),
     # The paper gives no table of sizes; these reproduce its 1.75 billion parameters.
@@ -76,7 +77,8 @@ def preset(
     num_layers: int | None = None,
     num_heads: int | None = None,
 ) -> Preset:
-    """The preset called `name`: "paper-small", "olmoe-tiny", "olmoe-0.25b-1.75b" or "olmoe-1b-7b".
+    """The preset called `name`: "small-512", "paper-small", "olmoe-tiny", "olmoe-0.25b-1.75b"
+    or "olmoe-1b-7b".
 
     Args:
         name: which one.

@@ -1,0 +1,67 @@
+"""The ledger: one JSON per run, written when the run ends or stops, and committed.
+
+ledger/<plan>/<run>.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spattention.training.results import write_atomically
+
+FORMAT = "spattention-experiment"
+HERE = Path(__file__).parent / "ledger"
+# Where a run was made, not what it was.
+PLACES = ("data", "validation")
+
+
+def entry_path(ledger: Path, plan: str, run: str) -> Path:
+    """Where the entry of a run lies."""
+    return ledger / plan / f"{run}.json"
+
+
+def read_entry(path: Path) -> dict[str, Any] | None:
+    """An entry; None if there is none yet. Raises `ValueError` for another kind of file."""
+    if not path.exists():
+        return None
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    if entry.get("format") != FORMAT or entry.get("version") != 1:
+        raise ValueError(f"{path} must be of format {FORMAT}, version 1")
+    return entry
+
+
+def write_entry(path: Path, entry: dict[str, Any]) -> None:
+    """Write an entry, atomically."""
+    content = {"format": FORMAT, "version": 1, **entry}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def finished(entry: dict[str, Any] | None) -> bool:
+    """Whether the run came to its end."""
+    return entry is not None and entry["step"] == entry["recipe"]["steps"]
+
+
+def check_same(path: Path, entry: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """An entry of this name must be of this configuration; raises `ValueError`."""
+    different = [
+        f"{name} was {entry['recipe'].get(name)!r}, now {recipe[name]!r}"
+        for name in recipe
+        if name not in PLACES and recipe[name] != entry["recipe"].get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{path} is of another configuration ({'; '.join(different)}): give the plan another "
+            "name, or remove the entry"
+        )
+
+
+def read_ledger(ledger: Path, plan: str) -> list[dict[str, Any]]:
+    """All entries of a plan, by name; their runs must have had equal data, seed by seed."""
+    entries = [read_entry(path) for path in sorted((ledger / plan).glob("*.json"))]
+    found = [entry for entry in entries if entry is not None]
+    digests = {entry["data"] for entry in found}
+    if len(digests) > 1:
+        raise ValueError(f"runs of {plan} must have had the same data, got {sorted(digests)}")
+    return found

@@ -1,0 +1,105 @@
+"""Plans: lists of training runs that differ in attention and seed alone, each in one TOML file.
+
+title = "what is compared"
+seeds = [0]
+
+[recipe]                     # fields of spattention.training.recipe.Recipe, the same for all
+model = "small-512"
+
+[[run]]                      # in the order in which they are made, seed by seed
+attention = "dense"
+
+[[run]]
+attention = ["dense", "shared_local"]    # one per layer
+label = "first layer dense"
+sinks = true                             # any field of the recipe may be changed for a run
+seeds = [0, 1, 2]                        # instead of the plan's
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spattention.training.recipe import recipe_from
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a plan.
+
+    Attributes:
+        label: how tables call it.
+        seed: of weights and order of the data.
+        fields: of the recipe; `data` and `validation` are names of files in a folder that the
+            runner is told.
+    """
+
+    label: str
+    seed: int
+    fields: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Unique in its plan, and fit for a file's name."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.label}-seed{self.seed}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        name: the file's.
+        title: one line for readers.
+        runs: in order: all first seeds, then all second ones, so that an interruption leaves whole
+            comparisons.
+    """
+
+    name: str
+    title: str
+    runs: tuple[Run, ...]
+
+
+def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
+    """The plan in a file, with `NAME=VALUE` changes to its recipe, VALUE as in TOML.
+
+    Raises:
+        ValueError: for unknown entries, runs of one name, or a field that is no recipe's.
+    """
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = {"title", "seeds", "recipe", "run"}
+    if not known >= values.keys() or not values.get("run"):
+        raise ValueError(f"{path} must have entries of {sorted(known)} and at least one run")
+    shared = dict(values.get("recipe", {}))
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"changes are NAME=VALUE, got {change!r}")
+        shared[name] = tomllib.loads(f"value = {text}")["value"]
+    rounds: list[list[Run]] = []
+    for entry in values["run"]:
+        entry = dict(entry)
+        seeds = entry.pop("seeds", values.get("seeds", [0]))
+        attention = entry["attention"]
+        default = attention if isinstance(attention, str) else "+".join(dict.fromkeys(attention))
+        label = entry.pop("label", default)
+        for turn, seed in enumerate(seeds):
+            rounds += [[]] if turn >= len(rounds) else []
+            rounds[turn].append(Run(label, seed, {**shared, **entry, "seed": seed}))
+    runs = tuple(run for each in rounds for run in each)
+    plan = Plan(path.stem, values["title"], runs)
+    names = [run.name for run in runs]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{path} must name each run once; give a `label` to tell apart {twice}")
+    for run in runs:
+        if not run.fields.get("validation"):
+            raise ValueError(f"{path} must name `validation` data, got none for {run.name}")
+        # What is wrong is known before the first run begins.
+        recipe_from(run.fields)
+    return plan

@@ -1,0 +1,220 @@
+"""Make the runs of plans, in pieces: what is finished is in the ledger, what is not goes on.
+
+    python benchmarks/experiments/run.py benchmarks/experiments/plans/screen-1024.toml \
+        --data carried --minutes 8
+
+Checkpoints lie in the work folder; the same command goes on from them. The work folder may be
+thrown away between runs, never between the pieces of one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM
+
+from spattention import baselines, hf
+from spattention.data.training import open_training
+from spattention.evaluation.perplexity import LossByPosition, validation_loss
+from spattention.training.checkpoints import newest_good
+from spattention.training.pretrain import pretrain
+from spattention.training.recipe import Recipe, recipe_from
+from spattention.training.watch import Diverged
+
+if __package__ is None:
+    sys.path.insert(0, str(Path(__file__).parent))
+from ledger import HERE, check_same, entry_path, finished, read_entry, write_entry
+from plan import Plan, Run, read_plan
+
+SMALLEST_PIECE = 10.0  # seconds: less is not worth starting a run for
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make the runs of plans, in the order given, until all are finished or the time is over.
+
+    Args:
+        plans: TOML files, see plan.py.
+        data: Folder of the packed streams that plans name.
+        work: Folder of checkpoints.
+        ledger: Folder of the entries.
+        minutes: Stop after so long, with a checkpoint of the run in progress; None: never.
+        only: Labels of the runs to make, of those in the plans; all without it.
+        set: Changes to the recipes, as in steps=100.
+        commit: The commit to record, where git cannot tell.
+        windows: Validation windows of the final loss by position.
+    """
+
+    plans: tyro.conf.Positional[tuple[Path, ...]]
+    data: Path = Path("data")
+    work: Path = Path("runs/experiments")
+    ledger: Path = HERE
+    minutes: float | None = None
+    only: tuple[str, ...] = ()
+    set: tuple[str, ...] = ()
+    commit: str | None = None
+    windows: int = 256
+
+
+def main(options: Options) -> bool:
+    """Whether everything is finished."""
+    until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    commit = options.commit or _commit()
+    plans = [read_plan(path, options.set) for path in options.plans]
+    labels = {run.label for plan in plans for run in plan.runs}
+    if unknown := sorted(set(options.only) - labels):
+        raise ValueError(f"`--only` must name runs of the plans, {sorted(labels)}, got {unknown}")
+    for plan in plans:
+        for run in plan.runs:
+            if options.only and run.label not in options.only:
+                continue
+            left = None if until is None else until - time.monotonic()
+            if not make(plan, run, options, commit, left):
+                print(f"out of time at {plan.name}/{run.name}; the same command goes on")
+                return False
+    print("all runs are finished")
+    return True
+
+
+def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | None) -> bool:
+    """Make one run, or a piece of it; whether it is finished."""
+    path = entry_path(options.ledger, plan.name, run.name)
+    recipe = _placed(run, options)
+    known = read_entry(path)
+    if known is not None:
+        check_same(path, known, recipe.to_dict())
+        if finished(known) or known["diverged"]:
+            return True
+    if seconds is not None and seconds < SMALLEST_PIECE:
+        return False
+    began = time.monotonic()
+    _say(f"{plan.name}/{run.name}")(f"begins; {_left(seconds)}")
+    folder = options.work / plan.name / run.name
+    torch._dynamo.reset()  # graphs of the run before it; their number is limited
+    diverged = None
+    minutes = None
+    if seconds is not None:
+        minutes = max(0.0, seconds - (time.monotonic() - began)) / 60
+    try:
+        outcome = pretrain(recipe, folder, minutes=minutes, send=_Report(plan, run).update)
+        step = outcome.step
+    except Diverged as error:
+        diverged, step = str(error), 0
+    losses = json.loads((folder / "losses.json").read_text()) if diverged is None else {}
+    done = step == recipe.steps
+    entry = {
+        "plan": plan.name,
+        "title": plan.title,
+        "label": run.label,
+        "seed": run.seed,
+        "step": step,
+        "tokens": step * recipe.batch * recipe.context,
+        "diverged": diverged,
+        "commit": commit,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "data": json.loads((folder / "run.json").read_text())["data"],
+        "seconds": (known or {}).get("seconds", 0.0) + time.monotonic() - began,
+        "recipe": recipe.to_dict(),
+        "facts": {},
+        "train": [],
+        "validation": [],
+        **{name: losses[name] for name in losses if name not in ("format", "version")},
+        "final": _final(recipe, folder, options.windows) if done else None,
+    }
+    write_entry(path, entry)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if done:
+        _say(f"{plan.name}/{run.name}")(f"loss {entry['final']['loss']['mean']:.4f}")
+        _forget(folder)
+    return done or diverged is not None
+
+
+def _placed(run: Run, options: Options) -> Recipe:
+    """The recipe, its data where they are on this machine."""
+    fields = dict(run.fields)
+    for name in ("data", "validation"):
+        fields[name] = [str(options.data / path) for path in fields[name]]
+    return recipe_from(fields)
+
+
+def _final(recipe: Recipe, folder: Path, windows: int) -> dict[str, Any]:
+    """The validation loss of the last checkpoint, by position."""
+    checkpoint, problems = newest_good(folder)
+    if checkpoint is None:
+        raise RuntimeError(f"{folder} must hold a checkpoint, {problems}")
+    data = open_training(
+        recipe.validation,  # the training data are not needed any more
+        recipe.validation,
+        context=recipe.context,
+        end_of_text=recipe.end_of_text,
+        limit=windows,
+    )
+    assert data.validation is not None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
+    at_once = max(1, min(recipe.micro_batch, 32_768 // recipe.context))
+    found: LossByPosition = validation_loss(model, data.validation, batch=at_once)
+    return {
+        "loss": vars(found.loss),
+        "edges": list(found.edges),
+        "by_position": [round(part.mean, 5) for part in found.parts],
+        "by_position_error": [round(part.error, 5) for part in found.parts],
+    }
+
+
+def _forget(folder: Path) -> None:
+    """Optimizer states are large, and a finished run does not go on."""
+    for state in folder.glob("checkpoint-*/optimizer*"):
+        state.unlink()
+
+
+@dataclass
+class _Report:
+    """Shows every tenth line of what a run sends."""
+
+    plan: Plan
+    run: Run
+
+    def update(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "note":
+            print(f"  {event['text']}", flush=True)
+        elif "eval_loss" in event:
+            print(f"  step {event['step']}: validation {event['eval_loss']:.4f}", flush=True)
+        elif "loss" in event:
+            speed = event.get("tokens_per_second", 0)
+            print(
+                f"  step {event['step']}: loss {event['loss']:.4f}, {speed:,.0f} tokens/s",
+                flush=True,
+            )
+
+
+def _say(name: str) -> Say:
+    return lambda text: print(f"{name}: {text}", flush=True)
+
+
+def _left(seconds: float | None) -> str:
+    return "no limit of time" if seconds is None else f"{seconds / 60:.1f} minutes left"
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    hf.register()
+    baselines.register()
+    sys.exit(0 if main(tyro.cli(Options)) else 3)

@@ -1,0 +1,204 @@
+"""Experiments at tiny size: in pieces as in one go, entries, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spattention import baselines, hf
+from spattention.choice import attention_choice
+from spattention.data.packed import write_packed
+from spattention.data.tokens import TokenStream
+from spattention.models import preset
+
+EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import evidence  # noqa: E402
+import ledger  # noqa: E402
+import run as runner  # noqa: E402
+from plan import read_plan  # noqa: E402
+
+PLAN = """
+title = "tiny"
+seeds = [0]
+[recipe]
+model = "olmoe-tiny"
+layers = 1
+vocabulary = 64
+data = ["train.u16.xz"]
+validation = ["held.u16.xz"]
+context = 32
+steps = 4
+batch = 2
+learning_rate = 1e-2
+warmup = 1
+precision = "float32"
+loss = "plain"
+threads = 1
+log_every = 1
+evaluate_every = 2
+save_every = 2
+tensorboard = false
+[[run]]
+attention = "dense"
+seeds = [0, 1]
+[[run]]
+attention = "exclusive"
+sinks = true
+label = "exclusive with sinks"
+[[run]]
+attention = "reformer:chunk=4"
+"""
+
+
+def streams(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, documents in (("train", 40), ("held", 10)):
+        made = [
+            np.array([*generator.integers(0, 39, generator.integers(30, 60)), 39], np.uint16)
+            for _ in range(documents)
+        ]
+        write_packed(folder / f"{name}.u16.xz", TokenStream.from_documents(made), 39)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished plan, made in one go."""
+    hf.register()
+    baselines.register()
+    folder = tmp_path_factory.mktemp("experiments")
+    (folder / "tiny.toml").write_text(PLAN)
+    streams(folder)
+    options = runner.Options(
+        (folder / "tiny.toml",), data=folder, work=folder / "work", ledger=folder / "ledger",
+        commit="abc", windows=6,
+    )  # fmt: skip
+    assert runner.main(options)
+    return options
+
+
+def what_was_computed(entry):
+    kept = {name: entry[name] for name in ("step", "tokens", "data", "final", "validation")}
+    kept["losses"] = [(line["step"], line["loss"]) for line in entry["train"]]
+    return kept
+
+
+def test_entries_say_what_was_run(made):
+    entries = ledger.read_ledger(made.ledger, "tiny")
+    assert sorted((e["label"], e["seed"]) for e in entries) == [
+        ("dense", 0),
+        ("dense", 1),
+        ("exclusive with sinks", 0),
+        ("reformer:chunk=4", 0),
+    ]
+    for entry in entries:
+        assert entry["step"] == 4
+        assert entry["tokens"] == 4 * 2 * 32
+        assert entry["commit"] == "abc"
+        assert entry["recipe"]["steps"] == 4
+        assert entry["facts"]["parameters"] > 0
+        assert [line["step"] for line in entry["train"]] == [1, 2, 3, 4]
+        assert [line["step"] for line in entry["validation"]] == [2, 4]
+        assert entry["final"]["edges"][-1] == 32
+        assert len(entry["final"]["by_position"]) == len(entry["final"]["edges"]) - 1
+        # The Trainer's own last validation loss, over other windows, is near it.
+        assert entry["final"]["loss"]["mean"] == pytest.approx(
+            entry["validation"][-1]["eval_loss"], abs=0.2
+        )
+        assert entry["facts"]["pairs_per_token"] > 0
+    first = {e["label"]: e["train"][0]["loss"] for e in entries if e["seed"] == 0}
+    assert first["dense"] == pytest.approx(first["exclusive with sinks"], abs=0.2)
+
+
+def test_pieces_give_what_one_go_gives(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "SMALLEST_PIECE", -1.0)
+    options = replace(made, work=tmp_path / "work", ledger=tmp_path / "ledger", minutes=0.0)
+    pieces = 1
+    while not runner.main(options):
+        entries = ledger.read_ledger(options.ledger, "tiny")
+        assert entries[-1]["step"] > 0 or len(entries) > 1
+        pieces += 1
+        assert pieces < 60
+    assert pieces > 4 * 2  # a step or two at a time
+    for entry in ledger.read_ledger(made.ledger, "tiny"):
+        name = f"{entry['label']}-seed{entry['seed']}".replace(" ", "-").replace(":", "-")
+        other = ledger.read_entry(options.ledger / "tiny" / f"{name.replace('=', '-')}.json")
+        assert what_was_computed(other) == what_was_computed(entry)
+
+
+def test_what_is_finished_is_not_made_again(made, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in made.ledger.rglob("*.json")}
+    assert runner.main(replace(made, work=tmp_path / "nothing", minutes=0.0))
+    assert {p: p.stat().st_mtime_ns for p in made.ledger.rglob("*.json")} == before
+
+
+def test_another_configuration_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.01, now 0\.02"):
+        runner.main(replace(made, set=("learning_rate=0.02",)))
+    with pytest.raises(ValueError, match="`--only` must name runs of the plans"):
+        runner.main(replace(made, only=("sparse",)))
+    copied = tmp_path / "ledger"
+    shutil.copytree(made.ledger, copied)
+    path = copied / "tiny" / "dense-seed1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "other"}))
+    with pytest.raises(ValueError, match="must have had the same data"):
+        ledger.read_ledger(copied, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (("learning_rate = 1e-2", "speed = 3"), "a recipe has the fields"),
+        (('attention = "reformer:chunk=4"', 'attention = "dense"'), "must name each run once"),
+        (('title = "tiny"', 'titel = "tiny"'), "must have entries of"),
+    ],
+)
+def test_wrong_plans_raise(tmp_path, change, error):
+    (tmp_path / "wrong.toml").write_text(PLAN.replace(*change))
+    with pytest.raises(ValueError, match=error):
+        read_plan(tmp_path / "wrong.toml")
+
+
+def test_seeds_come_round_by_round(tmp_path):
+    (tmp_path / "tiny.toml").write_text(PLAN)
+    names = [run.name for run in read_plan(tmp_path / "tiny.toml").runs]
+    assert names == [
+        "dense-seed0", "exclusive-with-sinks-seed0", "reformer-chunk-4-seed0", "dense-seed1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted((EXPERIMENTS / "plans").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_committed_plans_can_be_read(path):
+    plan = read_plan(path)
+    assert plan.runs[0].label == "dense"
+    for run in plan.runs:
+        model = preset(run.fields["model"], context=run.fields["context"])
+        named = run.fields["attention"]
+        for text in [named] if isinstance(named, str) else named:
+            attention_choice(text, model.pattern.num_heads, model.pattern.span)
+
+
+def test_the_page_says_what_was_run_and_what_was_not(made, tmp_path):
+    (tmp_path / "tiny.toml").write_text(PLAN.replace("seeds = [0, 1]", "seeds = [0, 1, 2]"))
+    page = evidence.write(tmp_path, made.ledger, tmp_path / "docs" / "evidence.md", [])
+    text = page.read_text()
+    entries = {(e["label"], e["seed"]): e for e in ledger.read_ledger(made.ledger, "tiny")}
+    dense = [entries["dense", seed]["final"]["loss"]["mean"] for seed in (0, 1)]
+    assert f"| dense | {sum(dense) / 2:.4f} |" in text
+    assert "Not run yet: dense, seed 2." in text
+    sparse = entries["reformer:chunk=4", 0]["final"]["loss"]["mean"]
+    assert f"{sparse - dense[0]:+.4f}" in text
+    for name in ("tiny-tokens.png", "tiny-position.png"):
+        assert (page.parent / "images" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"images/{name}" in text
+    nothing = evidence.write(tmp_path, tmp_path / "none", tmp_path / "other.md", [])
+    assert "Nothing of this was run yet." in nothing.read_text()
