@@ -101,6 +101,8 @@ def pretrain(
     resume, notes = _from_first_rank(lambda: _claim(recipe, folder, data), first)
     for note in notes if first else ():
         send({"kind": "note", "text": note})
+    if resume is not None and recipe.parallel == "ddp":
+        _load_weights(model, resume)
 
     facts = {
         "kind": "begin",
@@ -298,6 +300,17 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
     if recipe.context > length:
         raise ValueError(f"`context` must be at most the model's {length}, got {recipe.context}")
     return model
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Give a model the weights of a checkpoint, all of them.
+
+    The Trainer's own loading is not strict, and passes over experts: they are saved one by one, as
+    on the hub, and only `from_pretrained` joins them again.
+    """
+    hf.register()
+    found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.load_state_dict(found.state_dict())
 
 
 def _tokenizer(data: TrainingData, recipe: Recipe) -> PreTrainedTokenizerBase | None:

@@ -1,0 +1,88 @@
+"""Recipes: what a file says, what changes it, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from spattention.training.recipe import Recipe, read_recipe, recipe_from
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LEAST = {
+    "model": "olmoe-tiny",
+    "data": "a.u16.xz",
+    "context": 64,
+    "steps": 10,
+    "batch": 4,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_reads(path):
+    recipe = read_recipe(path)
+    assert recipe.passes(1) * recipe.micro_batch == recipe.batch
+    assert recipe == recipe_from(recipe.to_dict() | {"data": list(recipe.data)})
+
+
+def test_changes_are_toml_or_bare_text(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('model = "olmoe-tiny"\ncontext = 64\nsteps = 5\nbatch = 2\n')
+    changes = ("data=x.u16.xz", "learning_rate=1", 'attention=["dense", "exclusive"]', "sinks=true")
+    recipe = read_recipe(file, (*changes, "steps=7"))
+    assert recipe.data == ("x.u16.xz",)
+    assert recipe.learning_rate == 1.0
+    assert recipe.attention == ("dense", "exclusive")
+    assert recipe.sinks
+    assert recipe.steps == 7
+    assert read_recipe(file, ("data=x", "learning_rate=1", "attention=dense")).attention == "dense"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"stepz": 1}, r"a recipe has the fields .*, got \['stepz'\]"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"steps": 1.5}, "`steps` must be int, got 1.5"),
+        ({"steps": True}, "`steps` must be int, got True"),
+        ({"learning_rate": "high"}, "`learning_rate` must be float, got 'high'"),
+        ({"learning_rate": float("inf")}, "`learning_rate` must be positive and finite, got inf"),
+        ({"beta1": 1.0}, r"`beta1` must be in \[0, 1\), got 1.0"),
+        ({"z_loss": -1.0}, "`z_loss` must be finite and not negative, got -1.0"),
+        ({"precision": "float16"}, "`precision` must be .*, got 'float16'"),
+        ({"data": [1]}, r"`data` must be .*, got \[1\]"),
+        ({"micro_batch": 3}, "`micro_batch` must divide the batch of 4, got 3"),
+        ({"seed": 2**32}, r"`seed` must be below 2\*\*32, got 4294967296"),
+    ],
+)
+def test_what_is_refused(change, error):
+    with pytest.raises(ValueError, match=error):
+        recipe_from(LEAST | change)
+
+
+def test_missing_fields_and_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match=r"must have the fields \['model', 'context'\]"):
+        recipe_from({k: v for k, v in LEAST.items() if k not in ("model", "context")})
+    with pytest.raises(ValueError, match="must be a recipe in TOML"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("steps = \n")
+    with pytest.raises(ValueError, match="must be a recipe in TOML"):
+        read_recipe(tmp_path / "bad.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(ValueError, match="`--set` takes NAME=VALUE, got 'steps'"):
+        read_recipe(tmp_path / "empty.toml", ["steps"])
+
+
+def test_passes_need_a_multiple():
+    recipe = recipe_from(LEAST | {"micro_batch": 2})
+    assert recipe.passes(2) == 1
+    with pytest.raises(ValueError, match="must be a multiple of micro_batch x devices = 2 x 3"):
+        recipe.passes(3)
+
+
+def test_what_may_change_when_a_run_goes_on():
+    recipe = recipe_from(LEAST)
+    free = recipe_from(LEAST | {"micro_batch": 2, "workers": 1, "keep": 5, "data": "elsewhere"})
+    assert free.differences(recipe.to_dict()) == []
+    other = recipe_from(LEAST | {"batch": 8, "seed": 1})
+    assert isinstance(other, Recipe)
+    assert other.differences(recipe.to_dict()) == ["batch was 4, now 8", "seed was 0, now 1"]
