@@ -21,11 +21,26 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def write(output: Path, what: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the rows, atomically, with machine, versions, commit, seed and command."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+def write(
+    output: Path,
+    what: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    *,
+    commit: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> None:
+    """Write the rows, atomically, with machine, versions, commit, seed and command.
+
+    Args:
+        output: JSON file.
+        what: was measured.
+        settings: of the run.
+        rows: its results.
+        commit: to record where git cannot tell.
+        environment: more about the machine, such as its GPU.
+    """
+    commit = commit or _commit()
     result = {
         "what": what,
         "processor": processor(),
@@ -34,6 +49,7 @@ def write(output: Path, what: str, settings: dict[str, Any], rows: list[dict[str
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **(environment or {}),
         "commit": commit,
         "seed": 0,
         "command": "python " + " ".join(sys.argv),
@@ -44,3 +60,8 @@ def write(output: Path, what: str, settings: dict[str, Any], rows: list[dict[str
     partial = output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(output)
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -328,3 +328,26 @@ def test_compiled_decoding_is_one_graph():
             ).logits
         close(found[:, 0], wanted[:, at], **EXACT)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_generate_compiles_by_itself(family):
+    """As it does on a GPU; a compiler that only records graphs stands for the one that is there."""
+    model = banded(family, sinks=True)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+    wanted = model.generate(ids, **options, use_cache=False)
+    graphs = []
+
+    def counting(graph, inputs, **_):
+        graphs.append(graph)
+        return graph.forward
+
+    config = transformers.CompileConfig(fullgraph=True, backend=counting, mode=None)
+    config._compile_all_devices = True
+    found = model.generate(
+        ids, **options, past_key_values=BandCache(model.config), compile_config=config
+    )
+    assert torch.equal(found, wanted)
+    assert len(graphs) == 1
