@@ -1,0 +1,256 @@
+"""Tasks of the lm-evaluation-harness, from the hub or from local files (extra `spattention[eval]`).
+
+The prompts and the scores are the harness's own: for a local file, its configuration of the task is
+included and only told where the data lie.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .perplexity import Mean
+
+Sample = Mapping[str, Any]
+METRICS = ("acc", "acc_norm", "perplexity")
+
+
+@dataclass(frozen=True)
+class Local:
+    """Where a task of the harness finds its items in a folder of JSON lines.
+
+    Args:
+        config: the harness's own, below its folder of tasks.
+        file: the items.
+        split: what the configuration calls them.
+        changes: entries that name the file's fields, where they differ from the hub's.
+    """
+
+    config: str
+    file: str
+    split: str = "validation"
+    changes: tuple[tuple[str, str], ...] = ()
+
+
+ASKED = (
+    ("doc_to_text", "{{query}}"),
+    ("doc_to_choice", "{{choices}}"),
+    ("doc_to_target", "{{gold}}"),
+    ("doc_to_decontamination_query", "{{query}}"),
+)
+LOCAL = {
+    "hellaswag": Local("hellaswag/hellaswag.yaml", "hellaswag_val.jsonl"),
+    "winogrande": Local("winogrande/default.yaml", "winogrande_xl_val.jsonl"),
+    "copa": Local("super_glue/copa/default.yaml", "copa_val.jsonl"),
+    "piqa": Local("piqa/piqa.yaml", "piqa_val.jsonl"),
+    "arc_easy": Local("arc/arc_easy.yaml", "arc-easy_test.jsonl", "test", ASKED),
+    "arc_challenge": Local("arc/arc_challenge.yaml", "arc-challenge_test.jsonl", "test", ASKED),
+    "lambada_openai": Local(
+        "lambada/lambada_openai.yaml",
+        "lambada_openai_test.jsonl",
+        "test",
+        (
+            ("doc_to_text", "{{query}}"),
+            ("doc_to_target", "{{' ' + answers_text[0]}}"),
+            ("doc_to_decontamination_query", "{{query}}"),
+        ),
+    ),
+}
+MMLU = "mmlu"
+MMLU_FILES = {"test": "mmlu_test.jsonl", "dev": "mmlu_dev.jsonl"}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One number of one task.
+
+    Attributes:
+        task: its name; for MMLU the group, such as `mmlu_stem`, or `mmlu` for all of it.
+        metric: "acc", "acc_norm" (by the answers' lengths) or "perplexity".
+        shots: examples in the prompt.
+        value: the score; the standard error is over items.
+        chance: accuracy of guessing; None for perplexity.
+    """
+
+    task: str
+    metric: str
+    shots: int
+    value: Mean
+    chance: float | None
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether guessing would do as well, within two standard errors."""
+        return self.chance is not None and self.value.mean - self.chance < 2 * self.value.error
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    folder: Path | None = None,
+    work: Path,
+    shots: int = 0,
+    batch: int = 8,
+    limit: int | None = None,
+) -> list[TaskScore]:
+    """Run tasks on a causal language model.
+
+    Args:
+        model: of Transformers, on its device.
+        tokenizer: the model's, of Transformers.
+        tasks: names of the harness: those of `LOCAL` and "mmlu" with a folder, any without.
+        folder: of JSON lines; None reads from the hub.
+        work: an existing folder for the configurations that are written for local files.
+        shots: examples in the prompt; local files have them for MMLU alone.
+        batch: sequences at a time.
+        limit: only the first items of each task (of each subject of MMLU); None: all.
+
+    Raises:
+        ModuleNotFoundError: without lm-eval.
+        ValueError: if a task is not known, its file is missing, or it has no examples.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    specs = list(tasks) if folder is None else local_tasks(tasks, folder, work, shots)
+    model.eval()
+    language = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch,
+        max_length=model.config.get_text_config().max_position_embeddings,
+    )
+    found = simple_evaluate(
+        model=language, tasks=specs, num_fewshot=shots, limit=limit, bootstrap_iters=0
+    )
+    assert found is not None  # it is None on ranks above the first alone
+    samples: dict[str, list[Sample]] = found["samples"]
+    scores = []
+    for name, items in grouped(samples).items():
+        scores += scores_of(name, items, shots)
+    return scores
+
+
+def local_tasks(tasks: Sequence[str], folder: Path, work: Path, shots: int = 0) -> list[str]:
+    """Write a configuration per task (per subject for MMLU) and return their paths."""
+    harness = Path(_harness()) / "tasks"
+    written: list[str] = []
+    for task in tasks:
+        if task not in (*LOCAL, MMLU):
+            raise ValueError(f"a local task must be one of {[*LOCAL, MMLU]}, got {task!r}")
+        if shots and task != MMLU:
+            raise ValueError(f"`shots` must be 0 for the local task {task}, got {shots}")
+        if task == MMLU:
+            written += _mmlu(harness, folder, work)
+            continue
+        local = LOCAL[task]
+        file = _existing(folder / local.file)
+        content = {
+            "include": str(harness / local.config),
+            "task": task,
+            **_dataset({local.split: file}),
+            "training_split": None,
+            **dict(local.changes),
+        }
+        if local.split == "test":
+            content["validation_split"] = None
+        written.append(_write(work / f"{task}.yaml", content))
+    return written
+
+
+def grouped(samples: Mapping[str, list[Sample]]) -> dict[str, list[Sample]]:
+    """Items by task; MMLU's subjects by their groups, and all of them together."""
+    groups = _mmlu_groups() if any(name.startswith(f"{MMLU}_") for name in samples) else {}
+    found: dict[str, list[Sample]] = {}
+    for name, items in samples.items():
+        group = groups.get(name)
+        for key in (name,) if group is None else (group, MMLU):
+            found.setdefault(key, []).extend(items)
+    return found
+
+
+def scores_of(name: str, items: Sequence[Sample], shots: int) -> list[TaskScore]:
+    """Every metric that the items have."""
+    scores = []
+    # A question with n answers has n requests.
+    chance = sum(1 / len(item["arguments"]) for item in items) / len(items)
+    for metric in METRICS:
+        if metric not in items[0]:
+            continue
+        if metric == "perplexity":  # of the last word; items hold its log-likelihood
+            logs = Mean.of(torch.tensor([float(item[metric]) for item in items]))
+            value = math.exp(-logs.mean)
+            score = Mean(value, value * logs.error, logs.items)
+            scores.append(TaskScore(name, metric, shots, score, None))
+        else:
+            values = torch.tensor([float(item[metric]) for item in items])
+            guess = chance if len(items[0]["arguments"]) > 1 else 0.0
+            scores.append(TaskScore(name, metric, shots, Mean.of(values), guess))
+    return scores
+
+
+def _mmlu(harness: Path, folder: Path, work: Path) -> list[str]:
+    by_subject: dict[str, dict[str, list[str]]] = {}
+    for split, file in MMLU_FILES.items():
+        for line in _existing(folder / file).read_text(encoding="utf-8").splitlines():
+            subject = json.loads(line)["subject"]
+            by_subject.setdefault(subject, {}).setdefault(split, []).append(line)
+    written = []
+    for subject, splits in sorted(by_subject.items()):
+        files = {}
+        for split, lines in splits.items():
+            files[split] = work / f"{MMLU}_{subject}_{split}.jsonl"
+            files[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        name = f"{MMLU}_{subject}"
+        content = {
+            "include": str(harness / "mmlu" / "default" / f"{name}.yaml"),
+            "task": name,
+            **_dataset(files),
+        }
+        written.append(_write(work / f"{name}.yaml", content))
+    return written
+
+
+def _mmlu_groups() -> dict[str, str]:
+    """Group of each subject, such as `mmlu_stem`, from the harness's configurations."""
+    groups = {}
+    for path in (Path(_harness()) / "tasks" / MMLU / "default").glob(f"{MMLU}_*.yaml"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith('"tag"'):
+                groups[path.stem] = line.split(":")[1].strip().strip('"').removesuffix("_tasks")
+    return groups
+
+
+def _dataset(files: Mapping[str, Path]) -> dict[str, Any]:
+    data = {split: str(path.resolve()) for split, path in files.items()}
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": data},
+    }
+
+
+def _harness() -> str:
+    import lm_eval
+
+    return str(Path(lm_eval.__file__).parent)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: it holds the items of a local task")
+    return path
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> str:
+    # JSON is YAML.
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return str(path)

@@ -1,0 +1,118 @@
+"""Tasks of the lm-evaluation-harness from local files, on a model that knows nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spattention.evaluation.perplexity import Mean
+from spattention.evaluation.tasks import LOCAL, TaskScore, local_tasks, run_tasks, scores_of
+
+ITEMS = {
+    "hellaswag": {
+        "ind": 1, "activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "label": "3",
+        "endings": ["runs.", "sleeps [title] now.", "eats.", "stands up."],
+    },
+    "winogrande": {
+        "sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve",
+        "answer": "2",
+    },
+    "copa": {
+        "premise": "It rained.", "choice1": "The street got wet.", "choice2": "The sun set.",
+        "question": "effect", "idx": 0, "label": 0,
+    },
+    "piqa": {"goal": "Open a jar", "sol1": "turn the lid", "sol2": "eat the lid", "label": 0},
+    "arc_easy": {"id": "1", "query": "Question: Is ice cold?\nAnswer:", "gold": 1,
+                 "choices": ["no", "yes", "maybe"]},
+    "arc_challenge": {"id": "1", "query": "Question: Why?\nAnswer:", "gold": 0,
+                      "choices": ["so", "no", "yes", "maybe"]},
+    "lambada_openai": {"id": 0, "query": "he opened the", "answers_text": ["door"],
+                       "choices": ["door"]},
+}  # fmt: skip
+MMLU = {"question": "What is 1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}
+SUBJECTS = ("astronomy", "philosophy", "marketing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("items")
+    for name, item in ITEMS.items():
+        (path / LOCAL[name].file).write_text(f"{json.dumps(item)}\n" * 3)
+    for file, count in (("mmlu_test.jsonl", 2), ("mmlu_dev.jsonl", 5)):
+        lines = [json.dumps({"subject": s, **MMLU}) for s in SUBJECTS for _ in range(count)]
+        (path / file).write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: k for k, letter in enumerate([*letters, "<|endoftext|>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    model = LlamaForCausalLM(config)
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token as likely as any other
+    return model, fast
+
+
+def test_all_local_tasks_run(folder, model_and_tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the harness is an extra, spattention[eval]")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    scores = run_tasks(*model_and_tokenizer, [*ITEMS, "mmlu"], folder=folder, work=tmp_path)
+    found = {(s.task, s.metric): s for s in scores}
+    assert {task for task, _ in found} == {
+        *ITEMS, "mmlu", "mmlu_stem", "mmlu_humanities", "mmlu_other"
+    }  # fmt: skip
+    chances = {"hellaswag": 1 / 4, "winogrande": 1 / 2, "copa": 1 / 2, "piqa": 1 / 2}
+    chances |= {"arc_easy": 1 / 3, "arc_challenge": 1 / 4, "mmlu": 1 / 4, "lambada_openai": 0.0}
+    for task, chance in chances.items():
+        score = found[task, "acc"]
+        assert score.chance == pytest.approx(chance)
+        assert score.value.items == (6 if task == "mmlu" else 3)
+    # A model to which all tokens are alike prefers the answer of the fewest letters.
+    assert found["piqa", "acc"].value.mean == 0.0  # "eat the lid" is shorter than "turn the lid"
+    assert found["arc_easy", "acc"].value.mean == 0.0  # "no"
+    assert found["arc_challenge", "acc"].value.mean == 1.0  # "so", the first of the shortest
+    # " door" has five bytes.
+    assert found["lambada_openai", "perplexity"].value.mean == pytest.approx(257**5, rel=1e-3)
+    again = run_tasks(
+        *model_and_tokenizer, ["mmlu"], folder=folder, work=tmp_path, shots=5, limit=1
+    )
+    assert {s.shots for s in again} == {5}
+    assert next(s for s in again if s.task == "mmlu").value.items == 3
+
+
+def test_what_is_missing_is_named(folder, tmp_path):
+    pytest.importorskip("lm_eval", reason="the harness is an extra, spattention[eval]")
+    with pytest.raises(ValueError, match="a local task must be one of"):
+        local_tasks(["boolq"], folder, tmp_path)
+    with pytest.raises(ValueError, match=r"piqa_val\.jsonl is missing"):
+        local_tasks(["piqa"], tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="`shots` must be 0 for the local task piqa, got 5"):
+        local_tasks(["piqa"], folder, tmp_path, shots=5)
+
+
+def test_scores_and_chance():
+    items = [{"arguments": [0] * 4, "acc": k < 30} for k in range(100)]
+    (score,) = scores_of("task", items, 0)
+    assert score.value.mean == pytest.approx(0.3)
+    assert score.value.error == pytest.approx(math.sqrt(0.3 * 0.7 / 99), rel=1e-6)
+    assert score.near_chance  # 0.25 + 2 x 0.046
+    better = TaskScore("task", "acc", 0, Mean(0.35, 0.046, 100), 0.25)
+    assert not better.near_chance
+    (perplexity,) = scores_of("words", [{"arguments": [0], "perplexity": -2.0}] * 3, 0)
+    assert perplexity.value.mean == pytest.approx(math.exp(2.0))
+    assert perplexity.chance is None
+    assert not perplexity.near_chance
