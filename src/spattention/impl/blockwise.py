@@ -4,7 +4,8 @@ Forward is an online softmax over those slices, in base 2; backward recomputes t
 saved log-sum-exp. Nothing is kept beyond inputs, output and log-sum-exp, and temporary scores stay
 near `_SCORES` elements. Blocks whose slices lie alike relative to their queries run as one batched
 product over a strided view of the keys; they are taken so far apart that gradients of keys and
-values can be added in place.
+values can be added in place. Where heads are short, those whose bands are copies of one another,
+shifted, stand in for the rows of a batch.
 
 Work is float32 (float64 for float64 input). `query_start`, `key_start` and cu_seqlens are read on
 the host, so on an accelerator a tensor among them waits for the device.
@@ -12,6 +13,7 @@ the host, so on an accelerator a tensor among them waits for the device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -26,6 +28,8 @@ _LOG2E = math.log2(math.e)
 _SCORES = 1 << 18  # elements of score matrices: blocks are joined, to spare calls, up to so many
 _BLOCK = 256  # queries of a block where a band fills up; elsewhere half of it or less
 _SLICE = 2048  # longest slice of keys
+# Heads run together while a block has few scores, and all their queries, or keys, few elements.
+_SMALL, _BUNDLE = 1 << 17, 1 << 20
 _VECTOR = 16
 _LOWEST = -1e30  # a finite stand-in for -inf as a row's maximum: -inf minus -inf would be NaN
 
@@ -81,13 +85,14 @@ def attend_varlen(
 
 
 class _Segment(NamedTuple):
-    """Consecutive queries of some batch rows, with consecutive positions, that share the first key
-    they may see."""
+    """Consecutive queries of some rows, with consecutive positions, that share the first key they
+    may see. Rows are those of the batch, or the heads of a bundle."""
 
     rows: slice
-    queries: slice
+    queries: slice  # in the first of these rows
     position: int  # of the first query, counted in keys
     first_key: int
+    shift: int = 0  # queries that each row is ahead of the one before
 
 
 class _Slice(NamedTuple):
@@ -101,14 +106,62 @@ class _Slice(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """`repeats` blocks of `block` queries, `step` queries apart, whose slices lie alike."""
+    """`repeats` blocks of `block` queries, `step` queries apart, whose slices lie alike; in each
+    row `shift` queries further on."""
 
     query: int
     position: int
     block: int
     repeats: int
     step: int
+    shift: int
     slices: tuple[_Slice, ...]
+
+
+class _Bundle(NamedTuple):
+    """`count` heads from `head` on whose bands are those of the first, each `shift` distances
+    beyond the one before."""
+
+    head: int
+    count: int
+    shift: int
+    bands: tuple[Interval, ...]
+
+    def rows(self, tensor: Tensor, group: int = 1) -> Tensor:
+        """`[B, H, N, D]` to `[B, N, D]` of the one head, or `[count, N, D]` of the one batch row;
+        with `group`, of the key heads."""
+        if self.count == 1:
+            return tensor[:, self.head // group]
+        return tensor[0, self.head : self.head + self.count]
+
+    def sinks(self, sinks: Tensor, rows: Tensor) -> Tensor:
+        """`[H]` to `[rows, 1, 1]`."""
+        mine = sinks[self.head : self.head + self.count]
+        return mine.expand(rows.shape[0])[:, None, None]
+
+    def segments(self, segments: list[_Segment], queries: int) -> Iterator[_Segment]:
+        """Those of the batch; or the bundle's, in which all heads see the same keys. Of each head
+        the first `queries` lie `shift` before those of the next."""
+        if self.count == 1:
+            yield from segments
+            return
+        ends = {-self.shift * i for i in range(self.count)}
+        ends |= {end + queries for end in ends}
+        for start, stop in itertools.pairwise(sorted(ends)):
+            heads = [
+                i
+                for i in range(self.count)
+                if -self.shift * i <= start and stop <= queries - self.shift * i
+            ]
+            if heads:
+                ahead = start + self.shift * heads[0]
+                yield _Segment(
+                    slice(heads[0], heads[-1] + 1),
+                    slice(ahead, ahead + stop - start),
+                    segments[0].position + start,
+                    0,
+                    self.shift,
+                )
 
 
 @torch.library.custom_op("spattention::blockwise", mutates_args=())
@@ -134,17 +187,17 @@ def _forward(
     segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
     group = query.shape[1] // key.shape[1]
     edges = _Edges(query.device, dtype)
-    for h, head in enumerate(_heads(intervals)):
-        if h % group == 0:
-            k, v = (tensor[:, h // group].to(dtype) for tensor in (key, value))
-        q = query[:, h].to(dtype) * (scale * _LOG2E)
-        sink = None if sinks is None else sinks[h].to(dtype) * _LOG2E
-        results = out[:, h], lse[:, h, :, None]
-        for segment in segments:
+    for bundle in _bundles(intervals, query, key, segments):
+        if bundle.head % group == 0:
+            k, v = (bundle.rows(tensor, group).to(dtype) for tensor in (key, value))
+        q = bundle.rows(query).to(dtype) * (scale * _LOG2E)
+        sink = None if sinks is None else bundle.sinks(sinks, q).to(dtype) * _LOG2E
+        results = bundle.rows(out), bundle.rows(lse[..., None])
+        for segment in bundle.segments(segments, q.shape[1]):
             rows = segment.rows
-            tensors = q[rows], k[rows], v[rows]
-            for run in _runs(segment, head, *tensors[1].shape[:2]):
-                for tensor, result in zip(results, _attend_run(*tensors, run, sink, edges)):
+            tensors = q[rows], k[rows], v[rows], None if sink is None else sink[rows]
+            for run in _runs(segment, bundle.bands, *tensors[1].shape[:2]):
+                for tensor, result in zip(results, _attend_run(*tensors, run, edges)):
                     _queries(tensor[rows], run).copy_(_unflat(result, run))
     return out, lse.div_(_LOG2E)
 
@@ -156,14 +209,14 @@ def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
 
 
 def _attend_run(
-    q: Tensor, k: Tensor, v: Tensor, run: _Run, sink: Tensor | None, edges: _Edges
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, run: _Run, edges: _Edges
 ) -> tuple[Tensor, Tensor]:
     """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block, 1]`; q is scaled by
     scale * log2(e)."""
     q = _flat(_queries(q, run))
     highest = total = weighted = None
     if sink is not None:
-        highest = sink.expand(*q.shape[:2], 1)
+        highest = sink.repeat_interleave(run.repeats, dim=0).expand(*q.shape[:2], 1)
         total = torch.ones_like(highest)
     for part in run.slices:
         scores = _scores(q, k, run, part, edges)
@@ -214,29 +267,34 @@ def _backward(
     segments = _segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start)
     group = query.shape[1] // key.shape[1]
     edges = _Edges(query.device, dtype)
-    for h_key in range(key.shape[1]):
-        k, v = (tensor[:, h_key].to(dtype) for tensor in (key, value))
-        d_k, d_v = (torch.zeros_like(tensor) for tensor in (k, v))
-        for h in range(h_key * group, (h_key + 1) * group):
-            head = _heads(intervals)[h]
-            q = query[:, h].to(dtype) * (scale * _LOG2E)
-            d_o = d_out[:, h].to(dtype)
-            log_sum = lse[:, h, :, None]
-            nothing = log_sum == -torch.inf
-            log_sum = log_sum.masked_fill(nothing, 0.0)
-            # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins here.
-            delta = (d_o * out[:, h]).sum(dim=-1, keepdim=True).sub_(d_lse[:, h, :, None])
-            if sinks is not None:
-                sink_weight = torch.exp(sinks[h].to(dtype) - log_sum).masked_fill_(nothing, 0.0)
-                d_sinks[h] = -(sink_weight * delta).sum(dtype=torch.float64)
-            for segment in segments:
-                rows = segment.rows
-                tensors = [t[rows] for t in (q, k, v, d_o, delta, log_sum, d_k, d_v)]
-                d_q = d_query[rows, h]
-                for run in _runs(segment, head, *tensors[1].shape[:2]):
-                    result = _backward_run(*tensors, run, edges)
-                    _queries(d_q, run).copy_(_unflat(result.mul_(scale), run))
-        d_key[:, h_key], d_value[:, h_key] = d_k.div_(_LOG2E), d_v
+    for bundle in _bundles(intervals, query, key, segments):
+        if bundle.head % group == 0:
+            k, v = (bundle.rows(tensor, group).to(dtype) for tensor in (key, value))
+            d_k, d_v = (torch.zeros_like(tensor) for tensor in (k, v))
+        q = bundle.rows(query).to(dtype) * (scale * _LOG2E)
+        d_o = bundle.rows(d_out).to(dtype)
+        log_sum = bundle.rows(lse[..., None])
+        nothing = log_sum == -torch.inf
+        log_sum = log_sum.masked_fill(nothing, 0.0)
+        # d score = weight * (d weight - delta): the gradient of the log-sum-exp joins here.
+        delta = (d_o * bundle.rows(out)).sum(dim=-1, keepdim=True)
+        delta -= bundle.rows(d_lse[..., None])
+        if sinks is not None:
+            sink = bundle.sinks(sinks, q).to(dtype)
+            sink_weight = torch.exp(sink - log_sum).masked_fill_(nothing, 0.0)
+            d_sinks[bundle.head : bundle.head + bundle.count] = (
+                (sink_weight * -delta).view(bundle.count, -1).sum(dim=1, dtype=torch.float64)
+            )
+        d_q = bundle.rows(d_query)
+        for segment in bundle.segments(segments, q.shape[1]):
+            rows = segment.rows
+            tensors = [t[rows] for t in (q, k, v, d_o, delta, log_sum, d_k, d_v)]
+            for run in _runs(segment, bundle.bands, *tensors[1].shape[:2]):
+                result = _backward_run(*tensors, run, edges).mul_(scale)
+                _queries(d_q[rows], run).copy_(_unflat(result, run))
+        if (bundle.head + bundle.count) % group == 0:
+            bundle.rows(d_key, group).copy_(d_k.div_(_LOG2E))
+            bundle.rows(d_value, group).copy_(d_v)
     return d_query, d_key, d_value, d_sinks.to(dtype)
 
 
@@ -292,13 +350,43 @@ def _differentiate(ctx, d_out: Tensor, d_lse: Tensor):  # type: ignore[no-untype
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _heads(intervals: Sequence[int]) -> list[tuple[Interval, ...]]:
-    """The intervals of each head, from the flat form `BandPattern.flat`."""
+def _bundles(
+    intervals: Sequence[int], query: Tensor, key: Tensor, segments: list[_Segment]
+) -> Iterator[_Bundle]:
+    """The heads in order, from the flat form `BandPattern.flat`; several where that pays."""
     pairs = list(zip(intervals[::2], intervals[1::2]))
-    return [
+    heads = [
         tuple(pair for pair in pairs[h : h + 2] if pair[0] < pair[1])
         for h in range(0, len(pairs), 2)
     ]
+    batch, _, queries, head_dim = query.shape
+    plain = [_Segment(slice(0, 1), slice(0, queries), s.position, 0) for s in segments[:1]]
+    most = 1
+    if batch == 1 and len(heads) == key.shape[1] and segments == plain:
+        most = max(1, _BUNDLE // max(1, max(queries, key.shape[2]) * head_dim))
+    h = 0
+    while h < len(heads):
+        shift, count = _copies(heads[h : h + most])
+        yield _Bundle(h, count, shift, heads[h])
+        h += count
+
+
+def _copies(heads: list[tuple[Interval, ...]]) -> tuple[int, int]:
+    """How far the second band lies beyond the first, and how many heads have one band each of the
+    first one's width, every one as far beyond the last."""
+    count = 1
+    shift = heads[1][0][0] - heads[0][0][0] if len(heads) > 1 and heads[0] and heads[1] else -1
+    if shift >= 0 and len(heads[0]) == 1:
+        near, far = heads[0][0]
+        block = _block_size(heads[0])
+        few = block * (far - near + block) <= _SMALL
+        while (
+            few
+            and count < len(heads)
+            and heads[count] == ((near + count * shift, far + count * shift),)
+        ):
+            count += 1
+    return (shift, count) if count > 1 else (0, 1)
 
 
 def _segments(
@@ -378,7 +466,7 @@ def _groups(segment: _Segment, head: tuple[Interval, ...], keys: int) -> Iterato
         else:
             if group is not None:
                 yield group, count
-            group, count = _Run(query, position, size, 1, size, slices), 1
+            group, count = _Run(query, position, size, 1, size, segment.shift, slices), 1
         query += size
     if group is not None:
         yield group, count
@@ -422,7 +510,7 @@ def _slices(
 
 def _queries(tensor: Tensor, run: _Run) -> Tensor:
     """A view of the run's queries, `[rows, Q, D]` to `[rows, repeats, block, D]`."""
-    return _strided(tensor, run, run.query, run.block)
+    return _strided(tensor, run, run.query, run.block, run.shift)
 
 
 def _keys(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
@@ -430,12 +518,12 @@ def _keys(tensor: Tensor, run: _Run, part: _Slice) -> Tensor:
     return _strided(tensor, run, run.position + part.start, part.stop - part.start)
 
 
-def _strided(tensor: Tensor, run: _Run, start: int, length: int) -> Tensor:
+def _strided(tensor: Tensor, run: _Run, start: int, length: int, shift: int = 0) -> Tensor:
     rows, _, dim = tensor.shape
     row, token, one = tensor.stride()
     return tensor.as_strided(
         (rows, run.repeats, length, dim),
-        (row, run.step * token, token, one),
+        (row + shift * token, run.step * token, token, one),
         tensor.storage_offset() + start * token,
     )
 
