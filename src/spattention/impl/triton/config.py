@@ -143,7 +143,7 @@ SINGLE = {
     256: LaunchConfig(16, 16, 4, 1),
 }
 
-# Few queries, by BLOCK_D: one (M = 1), and several (M = 16; with more rows fewer keys at a time).
+# One query per key/value head, by BLOCK_D.
 ONE_HALF = {
     16: DecodeLaunch(1, 256, 4, 1),
     32: DecodeLaunch(1, 128, 4, 1),
@@ -151,16 +151,30 @@ ONE_HALF = {
     128: DecodeLaunch(1, 64, 4, 1),
     256: DecodeLaunch(1, 32, 4, 1),
 }
+ONE_SINGLE = {
+    16: DecodeLaunch(1, 128, 4, 1),
+    32: DecodeLaunch(1, 64, 4, 1),
+    64: DecodeLaunch(1, 64, 4, 1),
+    128: DecodeLaunch(1, 32, 4, 1),
+    256: DecodeLaunch(1, 16, 4, 1),
+}
+# Several, with the most rows that a block may have.
 FEW_HALF = {
-    16: DecodeLaunch(16, 64, 4, 2),
-    32: DecodeLaunch(16, 64, 4, 2),
-    64: DecodeLaunch(16, 64, 4, 2),
-    128: DecodeLaunch(16, 64, 4, 2),
-    256: DecodeLaunch(16, 32, 4, 2),
+    16: DecodeLaunch(64, 64, 4, 2),
+    32: DecodeLaunch(64, 64, 4, 2),
+    64: DecodeLaunch(64, 64, 4, 2),
+    128: DecodeLaunch(64, 64, 4, 2),
+    256: DecodeLaunch(32, 32, 4, 2),
+}
+FEW_SINGLE = {
+    16: DecodeLaunch(32, 32, 4, 1),
+    32: DecodeLaunch(32, 32, 4, 1),
+    64: DecodeLaunch(32, 32, 4, 1),
+    128: DecodeLaunch(16, 16, 4, 1),
+    256: DecodeLaunch(16, 16, 4, 1),
 }
 ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32)
-FEW_INTERPRETED = DecodeLaunch(16, 16, 1, 1, longest=32)
-MOST_ROWS = 64  # of a block
+FEW_INTERPRETED = DecodeLaunch(64, 16, 1, 1, longest=32)
 BLOCK_P = 16  # chunks that are joined at a time
 
 
@@ -212,7 +226,7 @@ def decode_launch(
     itemsize: int, head_dim: int, rows: int, capability: tuple[int, int] | None
 ) -> DecodeLaunch:
     """The rule for few queries: one row sums in registers, several are rows of matrix products, at
-    least 16 and at most 64 at once; float32 and head_dim beyond 128 take half the keys and rows.
+    least 16 at once and at most what the table says.
 
     Args:
         itemsize: bytes of an element, 2 or 4.
@@ -222,11 +236,8 @@ def decode_launch(
     """
     width = block_d(head_dim)
     if rows == 1:
-        launch = ONE_INTERPRETED if capability is None else ONE_HALF[width]
-    else:
-        launch = FEW_INTERPRETED if capability is None else FEW_HALF[width]
-        most = MOST_ROWS if itemsize == 2 and width <= 128 else MOST_ROWS // 2
-        launch = replace(launch, block_m=min(most, block_d(rows)))
-    if itemsize == 4 and capability is not None:
-        launch = replace(launch, block_n=max(16, launch.block_n // 2), num_stages=1)
-    return launch
+        one = ONE_HALF if itemsize == 2 else ONE_SINGLE
+        return ONE_INTERPRETED if capability is None else one[width]
+    few = FEW_HALF if itemsize == 2 else FEW_SINGLE
+    launch = FEW_INTERPRETED if capability is None else few[width]
+    return replace(launch, block_m=min(launch.block_m, block_d(rows)))
