@@ -30,6 +30,14 @@ class Case:
     def packed(self) -> bool:
         return "cu_seqlens_q" in self.options
 
+    def cpu(self) -> Case:
+        """The same case on the CPU."""
+        options = {
+            name: value.cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in self.options.items()
+        }
+        return Case(self.query.cpu(), self.key.cpu(), self.value.cpu(), self.pattern, options)
+
     def to(self, dtype: torch.dtype) -> Case:
         """The same values in another dtype, sinks included."""
         sinks = self.options.get("sinks")
@@ -91,7 +99,14 @@ def plain(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None) ->
 
     Its backward is the textbook's, from what every implementation keeps: inputs, output and
     log-sum-exp, each in its own dtype. Returns the same entries as `run`.
+
+    Float32 is computed on the CPU, where a product sums each dot product in one chain, as kernels
+    do. A GPU's library sums small ones in several parts, which is finer than one accumulator.
     """
+    device = case.query.device
+    if case.query.dtype == torch.float32 and device.type != "cpu":
+        gradients = None if grads is None else (grads[0].cpu(), grads[1].cpu())
+        return {name: t.to(device) for name, t in plain(case.cpu(), gradients).items()}
     options = case.options
     q, k, v, sinks = case.query, case.key, case.value, options.get("sinks")
     if case.packed:

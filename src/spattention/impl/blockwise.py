@@ -119,38 +119,38 @@ class _Run(NamedTuple):
 
 
 class _Bundle(NamedTuple):
-    """`count` heads from `head` on whose bands are those of the first, each `shift` distances
+    """`size` heads from `head` on whose bands are those of the first, each `shift` distances
     beyond the one before."""
 
     head: int
-    count: int
+    size: int
     shift: int
     bands: tuple[Interval, ...]
 
     def rows(self, tensor: Tensor, group: int = 1) -> Tensor:
-        """`[B, H, N, D]` to `[B, N, D]` of the one head, or `[count, N, D]` of the one batch row;
+        """`[B, H, N, D]` to `[B, N, D]` of the one head, or `[size, N, D]` of the one batch row;
         with `group`, of the key heads."""
-        if self.count == 1:
+        if self.size == 1:
             return tensor[:, self.head // group]
-        return tensor[0, self.head : self.head + self.count]
+        return tensor[0, self.head : self.head + self.size]
 
     def sinks(self, sinks: Tensor, rows: Tensor) -> Tensor:
         """`[H]` to `[rows, 1, 1]`."""
-        mine = sinks[self.head : self.head + self.count]
+        mine = sinks[self.head : self.head + self.size]
         return mine.expand(rows.shape[0])[:, None, None]
 
     def segments(self, segments: list[_Segment], queries: int) -> Iterator[_Segment]:
         """Those of the batch; or the bundle's, in which all heads see the same keys. Of each head
         the first `queries` lie `shift` before those of the next."""
-        if self.count == 1:
+        if self.size == 1:
             yield from segments
             return
-        ends = {-self.shift * i for i in range(self.count)}
+        ends = {-self.shift * i for i in range(self.size)}
         ends |= {end + queries for end in ends}
         for start, stop in itertools.pairwise(sorted(ends)):
             heads = [
                 i
-                for i in range(self.count)
+                for i in range(self.size)
                 if -self.shift * i <= start and stop <= queries - self.shift * i
             ]
             if heads:
@@ -214,31 +214,29 @@ def _attend_run(
     """Output `[n, block, Dv]` and log2 of the sum of exponentials `[n, block, 1]`; q is scaled by
     scale * log2(e)."""
     q = _flat(_queries(q, run))
-    highest = total = weighted = None
+    highest = q.new_full((*q.shape[:2], 1), _LOWEST)
+    total = torch.zeros_like(highest)
     if sink is not None:
-        highest = sink.repeat_interleave(run.repeats, dim=0).expand(*q.shape[:2], 1)
-        total = torch.ones_like(highest)
+        sink = sink.repeat_interleave(run.repeats, dim=0)
+        highest = highest.maximum(sink)
+        total = torch.exp2(sink - highest)
+    weighted: Tensor | None = None
     for part in run.slices:
         scores = _scores(q, k, run, part, edges)
-        raised = scores.amax(dim=-1, keepdim=True)
-        raised = raised.clamp_(min=_LOWEST) if highest is None else raised.maximum(highest)
+        raised = scores.amax(dim=-1, keepdim=True).maximum(highest)
         weights = scores.sub_(raised).exp2_()
+        shrink = highest.sub_(raised).exp2_()
+        total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
         values = _flat(_keys(v, run, part))
-        added = weights.sum(dim=-1, keepdim=True)
-        if highest is not None:
-            shrink = torch.exp2(highest - raised)
-            added = added.addcmul_(total, shrink)
         if weighted is None:
             weighted = torch.bmm(weights, values)
         else:
             weighted = weighted.mul_(shrink).baddbmm_(weights, values)
-        highest, total = raised, added
-    if total is None:
-        return q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full((*q.shape[:2], 1), -torch.inf)
+        highest = raised
     if weighted is None:
-        return q.new_zeros(*q.shape[:2], v.shape[-1]), highest
+        weighted = q.new_zeros(*q.shape[:2], v.shape[-1])
     out = weighted.div_(total.masked_fill(total == 0, 1.0))
-    return out, total.log2_().add_(highest)
+    return out, highest.add_(total.log2_())
 
 
 @torch.library.custom_op("spattention::blockwise_backward", mutates_args=())
@@ -282,17 +280,17 @@ def _backward(
         if sinks is not None:
             sink = bundle.sinks(sinks, q).to(dtype)
             sink_weight = torch.exp(sink - log_sum).masked_fill_(nothing, 0.0)
-            d_sinks[bundle.head : bundle.head + bundle.count] = (
-                (sink_weight * -delta).view(bundle.count, -1).sum(dim=1, dtype=torch.float64)
+            d_sinks[bundle.head : bundle.head + bundle.size] = (
+                (sink_weight * -delta).view(bundle.size, -1).sum(dim=1, dtype=torch.float64)
             )
         d_q = bundle.rows(d_query)
         for segment in bundle.segments(segments, q.shape[1]):
             rows = segment.rows
             tensors = [t[rows] for t in (q, k, v, d_o, delta, log_sum, d_k, d_v)]
             for run in _runs(segment, bundle.bands, *tensors[1].shape[:2]):
-                result = _backward_run(*tensors, run, edges).mul_(scale)
+                result = _backward_run(run, edges, *tensors).mul_(scale)
                 _queries(d_q[rows], run).copy_(_unflat(result, run))
-        if (bundle.head + bundle.count) % group == 0:
+        if (bundle.head + bundle.size) % group == 0:
             bundle.rows(d_key, group).copy_(d_k.div_(_LOG2E))
             bundle.rows(d_value, group).copy_(d_v)
     return d_query, d_key, d_value, d_sinks.to(dtype)
@@ -305,6 +303,8 @@ def _(d_out, d_lse, query, key, value, out, lse, sinks, *rest):  # type: ignore[
 
 
 def _backward_run(
+    run: _Run,
+    edges: _Edges,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -313,8 +313,6 @@ def _backward_run(
     log_sum: Tensor,
     d_k: Tensor,
     d_v: Tensor,
-    run: _Run,
-    edges: _Edges,
 ) -> Tensor:
     """The unscaled gradient of the blocks' queries, `[n, block, D]`; adds to `d_k` and `d_v` in
     place. q as in `_attend_run`."""
