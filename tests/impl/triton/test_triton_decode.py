@@ -138,7 +138,7 @@ def test_strides_are_taken_as_they_are() -> None:
 def test_hostile_starts_stay_in_bounds() -> None:
     """The interpreter reads real memory: a wild address ends the process."""
     case = _case(TWO_BANDS, 3, key_heads=2)
-    for start in (-(2**31), -5, 2**31 - 1):
+    for start in (-(2**31), 2**31 - 1):
         for options in (
             {"query_start": _int32(start, 5)},
             {"key_start": _int32([[start] * 3, [7, -9, start]])},
@@ -173,7 +173,7 @@ RINGS = {
     "one group": (SHORT, 1),
     "a group without keys": (P(((), (), ((3, 20),), ()), SPAN), 2),
 }
-PIECES = [1, 9, 3, 1, 16, 1, 1, 12, 2, 7]  # 53 tokens, 2.65 spans
+PIECES = [1, 9, 16, 1, 12, 3, 11]  # 53 tokens, 2.65 spans
 
 
 @pytest.mark.parametrize("name", RINGS)
