@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def pretrain(
         torch.set_num_threads(recipe.threads)
     arguments = _arguments(recipe, folder)  # also joins the other processes
     passes = recipe.passes(arguments.world_size)
+    _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
     data = open_training(
         recipe.data,
         recipe.validation,
@@ -154,16 +156,12 @@ def prepare_model(
     Returns:
         The optimizer where the recipe needs one of its own, else None: the Trainer makes it.
     """
+    masters = _needs_masters(recipe, devices)
     model.to(device)
     defer_loss(model, recipe.loss)
     balance_routers(model, recipe.balance_loss, recipe.z_loss, passes)
     optimizer = None
-    if recipe.precision == "bfloat16" and recipe.parallel == "ddp":
-        if devices > 1:
-            raise ValueError(
-                '`precision` bfloat16 on several devices needs `parallel` = "fsdp2", whose '
-                f'mixed precision keeps float32 weights; got "ddp" on {devices} devices'
-            )
+    if masters:
         optimizer = to_bfloat16(
             model,
             recipe.weight_decay,
@@ -178,6 +176,18 @@ def prepare_model(
     if recipe.compile:
         compile_layers(model)
     return optimizer
+
+
+def _needs_masters(recipe: Recipe, devices: int) -> bool:
+    """Whether float32 weights are kept beside the model's; FSDP2 keeps its own."""
+    if recipe.precision == "float32" or recipe.parallel == "fsdp2":
+        return False
+    if devices > 1:
+        raise ValueError(
+            '`precision` bfloat16 on several devices needs `parallel` = "fsdp2", whose mixed '
+            f'precision keeps float32 weights; got "ddp" on {devices} devices'
+        )
+    return True
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -196,17 +206,27 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     more: dict[str, Any] = {}
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    if launched > 1 and not torch.cuda.is_available():
+        # Without it Accelerate does not join the processes, and each trains alone.
+        more["use_cpu"] = True
     if recipe.parallel == "fsdp2":
-        more = {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "reshard_after_forward": True,
-                "activation_checkpointing": recipe.checkpointing,
-                "state_dict_type": "FULL_STATE_DICT",  # what `from_pretrained` opens
-            },
-            "bf16": recipe.precision == "bfloat16",
+        if not torch.cuda.is_available():
+            # Accelerate would copy the model instead, without a word.
+            raise ValueError('`parallel` must be "ddp" on the CPU, got "fsdp2"')
+        if "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                '`parallel` = "fsdp2" needs `torchrun -m spattention train ...`, also for one '
+                "process"
+            )
+        more["bf16"] = recipe.precision == "bfloat16"
+        more["fsdp"] = True
+        more["fsdp_config"] = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "activation_checkpointing": recipe.checkpointing,
+            "state_dict_type": "FULL_STATE_DICT",  # what `from_pretrained` opens
         }
     arguments = make_arguments(
         folder / STAGING,
@@ -230,7 +250,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         save_strategy="steps",
         save_steps=recipe.save_every,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         **more,
     )
     if arguments.n_gpu > 1:
@@ -238,10 +257,8 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
             f"several GPUs need one process each: `torchrun --nproc-per-node {arguments.n_gpu} -m "
             "spattention train ...`, or CUDA_VISIBLE_DEVICES to use one"
         )
-    if recipe.parallel == "fsdp2" and not torch.distributed.is_initialized():
-        raise ValueError(
-            '`parallel` = "fsdp2" needs `torchrun -m spattention train ...`, also for one process'
-        )
+    if arguments.world_size != launched:
+        raise RuntimeError(f"{launched} processes were launched, {arguments.world_size} joined")
     return arguments
 
 

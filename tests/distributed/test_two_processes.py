@@ -1,0 +1,97 @@
+"""Two processes (gloo, CPU) train as one does at the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spattention.data.packed import write_packed
+from spattention.data.tokens import TokenStream
+from spattention.training.pretrain import prepare_model, pretrain
+from spattention.training.recipe import read_recipe
+from spattention.training.watch import METRICS, read_metrics
+
+HERE = Path(__file__).parent
+RECIPE = """
+model = "olmoe-tiny"
+layers = 1
+vocabulary = 320
+data = "{data}"
+context = 32
+steps = 6
+batch = 4
+learning_rate = 1e-2
+warmup = 2
+precision = "float32"
+threads = 1
+log_every = 1
+evaluate_every = 3
+validation_windows = 4
+save_every = 3
+tensorboard = false
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(60)]
+    write_packed(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
+    (folder / "recipe.toml").write_text(RECIPE.format(data=folder / "a.u16.xz"))
+    return folder / "recipe.toml"
+
+
+def launch(processes, *command):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    found = subprocess.run(
+        [sys.executable, *(torchrun if processes else []), *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout + found.stderr
+
+
+def losses(folder, name):
+    return [e[name] for e in read_metrics(folder / METRICS) if name in e]
+
+
+def test_ddp_gives_the_losses_of_one_process_and_goes_on_with_another_number(recipe, tmp_path):
+    train = ("-m", "spattention", "train", recipe, "--output")
+    launch(0, *train, tmp_path / "one")
+    shown = launch(2, *train, tmp_path / "two")
+    assert "2 device(s)" in shown
+    for name in ("loss", "grad_norm", "eval_loss"):
+        expected = losses(tmp_path / "one", name)
+        assert len(expected) == (2 if name == "eval_loss" else 6)
+        assert losses(tmp_path / "two", name) == pytest.approx(expected, rel=1e-5)
+    # One process goes on where two left off, at the next sample.
+    for path in (tmp_path / "two" / "checkpoint-6").iterdir():
+        path.unlink()
+    (tmp_path / "two" / "checkpoint-6").rmdir()
+    launch(0, *train, tmp_path / "two")
+    assert losses(tmp_path / "two", "loss") == pytest.approx(
+        losses(tmp_path / "one", "loss"), rel=1e-5
+    )
+
+
+def test_a_prepared_model_trains_under_fsdp2():
+    """Accelerate, and so the Trainer, shards on GPUs alone: here by PyTorch's own function."""
+    launch(2, HERE / "sharded.py")
+
+
+def test_what_does_not_go_is_refused_and_not_replaced(recipe, tmp_path):
+    with pytest.raises(ValueError, match='`parallel` must be "ddp" on the CPU, got "fsdp2"'):
+        pretrain(read_recipe(recipe, ["parallel=fsdp2"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    low = read_recipe(recipe, ["precision=bfloat16"])
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='several devices needs `parallel` = "fsdp2"'):
+        prepare_model(low, model, passes=1, device=torch.device("cpu"), devices=2)

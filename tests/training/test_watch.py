@@ -1,0 +1,202 @@
+"""What watches a run: bad losses stop it, metrics survive, speed and MFU by their formula."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from spattention import BandPattern, hf
+from spattention.choice import attention_choice
+from spattention.cli import main
+from spattention.data.packed import write_packed
+from spattention.data.tokens import TokenStream
+from spattention.models import build, count_parameters, preset
+from spattention.training import watch
+from spattention.training.checkpoints import checkpoints
+from spattention.training.layers import recipe_attention
+from spattention.training.pretrain import pretrain
+from spattention.training.watch import Diverged, Guard, Metrics, Speed, read_metrics
+from spattention.training.work import active_parameters, work_per_token
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_run import losses, recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
+    random = np.random.default_rng(0)
+    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
+    write_packed(path, TokenStream.from_documents(documents), 7)
+    return path
+
+
+def state(*history, step=3):
+    log = [{"loss": loss} for loss in history]
+    return SimpleNamespace(global_step=step, log_history=log, is_world_process_zero=True)
+
+
+def test_a_loss_that_is_no_number_stops_a_run_and_keeps_the_checkpoint_before(
+    data, tmp_path, monkeypatch
+):
+    """A weight becomes NaN in step 5: between the checkpoints of steps 4 and 6."""
+
+    def poison(self, args, state, control, model=None, **_):
+        if state.global_step == 4:
+            next(model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Speed, "on_step_begin", poison, raising=False)
+    with pytest.raises(Diverged, match="`loss` became nan at step 5"):
+        pretrain(recipe(data), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]
+    monkeypatch.undo()
+    assert pretrain(recipe(data), tmp_path / "run").finished
+    assert [step for step, _ in losses(tmp_path / "run")][:8] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize("log", [{"loss": float("inf")}, {"loss": 1.0, "grad_norm": float("nan")}])
+def test_infinite_losses_and_gradients_stop_a_run(log):
+    with pytest.raises(Diverged, match=r"became (inf|nan) at step 3"):
+        Guard(0).on_log(None, state(), None, logs=log)
+
+
+def test_a_loss_that_stays_above_its_best_stops_a_run():
+    guard, low = Guard(1.0), [6.0, 5.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    spike = [*low, 9.0, 3.0, 3.0, 3.0, 3.0]  # its mean of five is 4.2
+    with pytest.raises(Diverged, match=r"the loss rose to 4\.200 .* above its best, 3\.000"):
+        guard.on_log(None, state(*spike), None, logs={"loss": 3.0})
+    guard.on_log(None, state(*low, 7.0), None, logs={"loss": 7.0})  # once, and not by much
+    Guard(0).on_log(None, state(*spike), None, logs={"loss": 3.0})
+    guard.on_log(None, state(9.0, 8.0), None, logs={"loss": 8.0})  # too early to tell
+
+
+def test_metrics_drop_what_a_killed_run_will_write_again(tmp_path):
+    path = tmp_path / watch.METRICS
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while it wrote
+    assert [e["step"] for e in read_metrics(path)] == [1, 2, 3, 4]
+    sent = []
+    metrics = Metrics(tmp_path, sent.append)
+    metrics.on_train_begin(None, state(step=2), None)
+    metrics.on_log(None, state(step=3), None, logs={"loss": 2.0})
+    assert read_metrics(path)[1:] == [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
+    assert sent == [{"kind": "log", "step": 3, "loss": 2.0}]
+
+
+def test_speed_counts_steps_and_leaves_out_evaluation(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
+    speed = Speed(tokens=50, work=2e6, peak=1e9)
+    speed.on_train_begin()
+    for seconds in (1.0, 3.0):
+        now[0] += seconds
+        speed.on_step_end()
+    logs = {"loss": 1.0}
+    speed.on_log(None, state(), None, logs=logs)
+    assert logs == {"loss": 1.0, "tokens": 150, "tokens_per_second": 25.0, "mfu": 0.05}
+    now[0] += 100.0  # a validation loss
+    speed.on_evaluate()
+    now[0] += 2.0
+    speed.on_step_end()
+    logs = {"loss": 1.0}
+    speed.on_log(None, state(), None, logs=logs)
+    assert logs["tokens_per_second"] == 25.0
+
+
+def test_work_is_six_active_parameters_and_the_attended_pairs():
+    chosen = preset("olmoe-tiny", vocab_size=97, context=64)
+    model = build(chosen)
+    assert active_parameters(model) == count_parameters(chosen.config).active
+    bands = attention_choice("shared_local", 8, 64)
+    pairs = 4 * sum(BandPattern.shared_local(8, 64).pairs(64))
+    expected = 6 * active_parameters(model) + 14 * 16 * pairs / 64
+    assert work_per_token(model, bands, 64) == pytest.approx(expected)
+
+
+def test_an_attention_for_each_layer(data, tmp_path):
+    names = ("dense", "exclusive", "shared_local:local=4")
+    found = recipe_attention(names, 3, 8, 32, sinks=True)
+    model = build(preset("olmoe-tiny", vocab_size=97, context=32, num_layers=3), pattern=None)
+    found.apply(model)
+    assert model.config.spattention["layers"] == [None, 0, 1]
+    assert [hasattr(layer.self_attn, "sinks") for layer in model.model.layers] == [
+        False,
+        True,
+        True,
+    ]
+    patterns = [BandPattern.dense, BandPattern.exclusive]
+    total = sum(sum(p(8, 32).pairs(32)) for p in patterns)
+    total += sum(BandPattern.shared_local(8, 32, local=4).pairs(32))
+    assert found.pairs(32) == round(total / 3)
+    with pytest.raises(ValueError, match="one for each of 2 layers, got 3"):
+        recipe_attention(names, 2, 8, 32)
+    with pytest.raises(ValueError, match="`sinks` must be false where every layer is dense"):
+        recipe_attention("dense", 2, 8, 32, sinks=True)
+    assert recipe_attention("dense", 2, 8, 32).pairs(32) == 8 * 32 * 33 // 2
+    changes = {"layers": 2, "attention": ["dense", "exclusive"], "sinks": True, "steps": 2}
+    assert pretrain(recipe(data, **changes), tmp_path / "run").finished
+    hf.register()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert again.config.spattention["layers"] == [None, 0]
+
+
+def test_a_dense_model_goes_on_with_bands_and_without_attention_across_documents(data, tmp_path):
+    dense = recipe(data, attention="dense", steps=2)
+    pretrain(dense, tmp_path / "dense")
+    start = str(tmp_path / "dense" / "checkpoint-2")
+    changes = {"model": start, "layers": None, "vocabulary": None, "across_documents": False}
+    tuned = recipe(data, **changes, tensorboard=True, steps=2)
+    assert pretrain(tuned, tmp_path / "tuned").finished
+    hf.register()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "checkpoint-2")
+    assert model.config.spattention["layers"] == [0]
+    assert list((tmp_path / "tuned" / "tensorboard").iterdir())
+    with pytest.raises(ValueError, match="`layers` is for presets"):
+        pretrain(recipe(data, model=start), tmp_path / "other")
+    with pytest.raises(ValueError, match="`context` must be at most the model's 32, got 64"):
+        pretrain(recipe(data, **changes, context=64, held_out=0.0), tmp_path / "other")
+    with pytest.raises(ValueError, match="or a pretrained model, got "):
+        pretrain(recipe(data, **(changes | {"model": "./nothing"})), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_vocabulary_that_the_data_exceeds_is_refused_before_training(data, tmp_path):
+    with pytest.raises(
+        ValueError, match="`vocabulary` must be above the largest token of the data"
+    ):
+        pretrain(recipe(data, vocabulary=64), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
+    values = recipe(data, steps=4).to_dict()
+    lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
+    (tmp_path / "small.toml").write_text("\n".join(lines))
+    command = ["train", str(tmp_path / "small.toml"), "--output", str(tmp_path / "run")]
+    assert main([*command, "--minutes", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 1: loss 5." in shown
+    assert "Stopped at step 1 of 4; the same command goes on." in shown
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "going on from" in shown
+    assert "step 4: validation loss" in shown
+    assert "tokens/s, MFU" in shown
+    found = json.loads((tmp_path / "run" / "losses.json").read_text())
+    assert [e["step"] for e in found["train"]] == [1, 2, 3, 4]
+    assert [e["step"] for e in found["validation"]] == [4]
+    assert found["recipe"] == values
+    assert main([*command, "--set", "batch=3"]) == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+def test_checkpointed_layers_and_a_chunked_loss_give_the_same_losses(data, tmp_path):
+    changes = {"steps": 2, "evaluate_every": 2, "layers": 2}
+    pretrain(recipe(data, **changes), tmp_path / "plain")
+    pretrain(recipe(data, **changes, checkpointing=True, loss="chunked"), tmp_path / "other")
+    expected = [pytest.approx(entry, rel=1e-5) for entry in losses(tmp_path / "plain")]
+    assert losses(tmp_path / "other") == expected
