@@ -15,6 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from .bands import BandPattern
 
 if TYPE_CHECKING:
+    from .evaluation.heads import LayerHeads
+    from .evaluation.perplexity import LossByPosition
+    from .evaluation.recall import Score
     from .training.summary import Row
     from .training.variant import Result
 
@@ -137,6 +140,62 @@ def comparison_figure(
     for axis in (curves, bars):
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def evaluation_figure(
+    loss: LossByPosition | None, scores: Sequence[Score] | None, heads: Sequence[LayerHeads] | None
+) -> Figure:
+    """Loss by position, accuracy of recall, and the entropy of every head; those that there are."""
+    parts = [part for part in (loss, scores, heads) if part]
+    if not parts:
+        raise ValueError("an evaluation must have a part to be drawn, got none")
+    figure = Figure(figsize=(5 * len(parts), 4.2), layout="constrained")
+    axes = iter(figure.subplots(1, len(parts), squeeze=False)[0])
+    if loss:
+        axis = next(axes)
+        low, high = ([p.mean + sign * p.error for p in loss.parts] for sign in (-1, 1))
+        axis.stairs([p.mean for p in loss.parts], loss.edges, baseline=None, color="#3b6fb6")
+        if all(np.isfinite(high)):
+            axis.stairs(high, loss.edges, baseline=low, fill=True, color="#3b6fb6", alpha=0.25)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="position in the context (tokens)", ylabel="loss (nats per token)")
+        axis.set_title(f"validation loss, {loss.loss.mean:.3f} in all", fontsize=10)
+    if scores:
+        axis = next(axes)
+        _draw_recall(axis, scores)
+    if heads:
+        axis = next(axes)
+        image = axis.imshow([layer.entropy for layer in heads], aspect="auto", cmap="viridis")
+        figure.colorbar(image, ax=axis, label="nats")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set(xlabel="head", ylabel="layer")
+        axis.set_title("entropy of attention", fontsize=10)
+    return figure
+
+
+def _draw_recall(axis: Axes, scores: Sequence[Score]) -> None:
+    """Every question at its place: tasks side by side, settings from left to right."""
+    palette = matplotlib.color_sequences["tab10"]
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    place, ticks, names = 0, [], []
+    for number, task in enumerate(tasks):
+        mine = [score for score in scores if score.task == task]
+        at = list(range(place, place + len(mine)))
+        values = [score.accuracy.mean for score in mine]
+        axis.bar(at, values, color=palette[number], label=task)
+        errors = [score.accuracy.error if score.accuracy.items > 1 else 0.0 for score in mine]
+        axis.errorbar(at, values, errors, fmt="none", color=INK, linewidth=1)
+        axis.plot(at, [score.chance for score in mine], "_", color=INK, markersize=9)
+        ticks += at
+        names += [f"{score.setting:g}" for score in mine]
+        place += len(mine) + 1
+    axis.set_xticks(ticks, names, rotation=90, fontsize=7)
+    axis.set(ylabel="accuracy", ylim=(0, 1.02))
+    axis.set_xlabel("tokens back, number of pairs, or depth of the needle", fontsize=8)
+    axis.set_title("recall (dashes: chance)", fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_mask(axis: Axes, pattern: BandPattern, head: int, length: int) -> None:

@@ -60,7 +60,7 @@ def position_edges(context: int, parts: int = 32) -> tuple[int, ...]:
 
 def validation_loss(
     model: Any,
-    windows: Sequence[Any],
+    windows: Any,
     *,
     batch: int = 1,
     edges: Sequence[int] | None = None,
@@ -70,7 +70,7 @@ def validation_loss(
 
     Args:
         model: of Transformers; its mode is set to evaluation, and gradients are off.
-        windows: `data.tokens.Windows`, or a sequence of `{"input_ids": int64 [N]}`.
+        windows: `data.tokens.Windows`, or another sequence of `{"input_ids": int64 [N]}`.
         batch: windows at a time.
         edges: as in `LossByPosition`; default `position_edges(N)`.
         on_window: called with the number of windows done.
