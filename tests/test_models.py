@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import spattention as spa
 from spattention import models
+from spattention.cache import ring_lengths
 
 
 @pytest.mark.parametrize(
@@ -85,3 +88,19 @@ def test_an_unknown_word_for_a_pattern_is_refused():
     chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
     with pytest.raises(ValueError, match="must be a BandPattern, None or \"preset\", got 'dense'"):
         models.build(chosen, pattern="dense")
+
+
+def test_the_page_says_how_large_a_cache_of_each_preset_is():
+    page = Path(__file__).parents[1] / "docs" / "generation.md"
+    rows = [line.strip("| ").split(" | ") for line in page.read_text("utf-8").splitlines()]
+    found = {(row[0].strip("`"), int(row[1].replace(",", ""))): row[2:] for row in rows
+             if row[0].strip("`") in models.SHAPES}  # fmt: skip
+    assert len(found) == 5
+    for (name, context), sizes in found.items():
+        config, pattern = models.preset(name, context=context)
+        heads = config.num_attention_heads
+        geometric = spa.BandPattern.shared_local(heads, context, widths="geometric")
+        token = config.num_hidden_layers * 2 * (config.hidden_size // heads) * 2
+        slots = [heads * context]
+        slots += [sum(ring_lengths(bands, heads)) + 1 for bands in (pattern, geometric)]
+        assert sizes == [f"{n * token / 2**20:,.1f}" for n in slots], name
