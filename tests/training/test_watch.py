@@ -155,6 +155,9 @@ def test_a_dense_model_goes_on_with_bands_and_without_attention_across_documents
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "checkpoint-2")
     assert model.config.spattention["layers"] == [0]
     assert list((tmp_path / "tuned" / "tensorboard").iterdir())
+    assert [step for step, _ in losses(tmp_path / "tuned")] == [1, 2, 0, 2], (
+        "judged before it trains"
+    )
     with pytest.raises(ValueError, match="`layers` is for presets"):
         pretrain(recipe(data, model=start), tmp_path / "other")
     with pytest.raises(ValueError, match="`context` must be at most the model's 32, got 64"):

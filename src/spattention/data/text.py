@@ -30,8 +30,8 @@ def iterate_documents(path: Path) -> Iterator[str]:
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
         if not files:
             raise ValueError(f"{path} must hold .txt or .jsonl files, got none")
-        for file in files:
-            yield from iterate_documents(file)
+        for entry in files:
+            yield from iterate_documents(entry)
         return
     if not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder")
@@ -41,7 +41,7 @@ def iterate_documents(path: Path) -> Iterator[str]:
         )
     found = False
     try:
-        with path.open(encoding="utf-8", newline="\n") as opened:
+        with path.open(encoding="utf-8", newline="\n") as file:
             parts = (
                 file.read().split(SEPARATOR) if path.suffix == ".txt" else _json_lines(path, file)
             )

@@ -91,7 +91,7 @@ def open_training(
         found.update(repr((len(stream), stream.num_documents)).encode())
         found.update(stream.tokens[:4096].tobytes() + stream.tokens[-4096:].tobytes())
     folders = [Path(path) for path in data if Path(path).is_dir()]
-    known = [end_of_text, *(_end_of_text(Path(path)) for path in data)]
+    known = [_end_of_text(Path(path), end_of_text) for path in data]
     ends = {end for end in known if end is not None}
     if len(ends) > 1:
         raise ValueError(f"`data` must agree on the token that ends a document, got {sorted(ends)}")
@@ -121,8 +121,10 @@ def _open(path: Path, end_of_text: int | None, name: str = "train") -> TokenStre
     return stream
 
 
-def _end_of_text(path: Path) -> int | None:
-    return open_facts(path).end_of_text if path.is_dir() else described_end_of_text(path)
+def _end_of_text(path: Path, of_streams: int | None) -> int | None:
+    if path.is_dir():
+        return open_facts(path).end_of_text
+    return described_end_of_text(path) if of_streams is None else of_streams
 
 
 def _largest(path: Path, stream: TokenStream) -> int:

@@ -103,6 +103,8 @@ def pretrain(
     resume, notes = _from_first_rank(lambda: _claim(recipe, folder, data), first)
     for note in notes if first else ():
         send({"kind": "note", "text": note})
+    # What a pretrained model loses by new attention is seen before its first step.
+    arguments.eval_on_start = resume is None and recipe.model not in SHAPES
     if resume is not None and recipe.parallel == "ddp":
         _load_weights(model, resume)
 
@@ -228,6 +230,8 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
             "activation_checkpointing": recipe.checkpointing,
             "state_dict_type": "FULL_STATE_DICT",  # what `from_pretrained` opens
         }
+    if recipe.shard_size:
+        more["parallelism_config"] = _groups(recipe, launched)
     arguments = make_arguments(
         folder / STAGING,
         steps=recipe.steps,
@@ -260,6 +264,20 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     if arguments.world_size != launched:
         raise RuntimeError(f"{launched} processes were launched, {arguments.world_size} joined")
     return arguments
+
+
+def _groups(recipe: Recipe, devices: int) -> Any:
+    """Accelerate's words for: sharded within groups of devices, copied between them."""
+    from accelerate import ParallelismConfig
+
+    if recipe.parallel != "fsdp2" or devices % recipe.shard_size:
+        raise ValueError(
+            '`shard_size` must divide the number of devices under `parallel` = "fsdp2", got '
+            f'{recipe.shard_size} on {devices} devices under "{recipe.parallel}"'
+        )
+    return ParallelismConfig(
+        dp_replicate_size=devices // recipe.shard_size, dp_shard_size=recipe.shard_size
+    )
 
 
 def _model(

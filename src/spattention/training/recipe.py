@@ -16,7 +16,7 @@ FREE = frozenset(
     {
         *("data", "validation", "micro_batch", "compile", "checkpointing", "loss", "workers"),
         *("threads", "log_every", "evaluate_every", "save_every", "keep", "tensorboard", "wandb"),
-        *("divergence", "peak_tflops"),
+        *("divergence", "peak_tflops", "shard_size"),
     }
 )
 POSITIVE = (
@@ -25,7 +25,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("final_learning_rate", "warmup", "weight_decay", "balance_loss", "z_loss", "seed"),
-    *("workers", "threads", "validation_windows", "divergence"),
+    *("workers", "threads", "validation_windows", "divergence", "shard_size"),
 )
 
 
@@ -68,6 +68,8 @@ class Recipe:
         compile: compile each layer.
         checkpointing: keep each layer's input alone and recompute the rest.
         parallel: "ddp" copies the model to each device, "fsdp2" shards it.
+        shard_size: devices that share one copy under "fsdp2", such as those of a node; whole copies
+            are then averaged between the groups. 0 shards over all.
         workers: processes that read data, per device.
         threads: of each process on the CPU; 0 for PyTorch's own choice.
         log_every: steps between two lines of metrics.
@@ -111,6 +113,7 @@ class Recipe:
     compile: bool = False
     checkpointing: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
+    shard_size: int = 0
     workers: int = 0
     threads: int = 0
     log_every: int = 10
