@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,23 +69,40 @@ class Options:
 
 
 def main(options: Options) -> bool:
-    """Whether everything is finished."""
+    """Whether everything is finished. A run that fails does not keep the others from being made."""
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     commit = options.commit or _commit()
     plans = [read_plan(path, options.set) for path in options.plans]
     labels = {run.label for plan in plans for run in plan.runs}
     if unknown := sorted(set(options.only) - labels):
         raise ValueError(f"`--only` must name runs of the plans, {sorted(labels)}, got {unknown}")
-    for plan in plans:
-        for run in plan.runs:
-            if options.only and run.label not in options.only:
-                continue
-            left = None if until is None else until - time.monotonic()
-            if not make(plan, run, options, commit, left):
-                print(f"out of time at {plan.name}/{run.name}; the same command goes on")
-                return False
-    print("all runs are finished")
-    return True
+    jobs = [
+        (plan, run)
+        for plan in plans
+        for run in plan.runs
+        if not options.only or run.label in options.only
+    ]
+    for plan, run in jobs:
+        path = entry_path(options.ledger, plan.name, run.name)
+        known = read_entry(path)
+        if known is not None:
+            check_same(path, known, _placed(run, options).to_dict())
+    failed = []
+    for plan, run in jobs:
+        left = None if until is None else until - time.monotonic()
+        try:
+            done = make(plan, run, options, commit, left)
+        except Exception:
+            traceback.print_exc()
+            failed.append(f"{plan.name}/{run.name}")
+            done = True
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not done:
+            print(f"out of time at {plan.name}/{run.name}; the same command goes on")
+            return False
+    print(f"failed: {', '.join(failed)}" if failed else "all runs are finished")
+    return not failed
 
 
 def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | None) -> bool:
@@ -92,10 +110,8 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
     path = entry_path(options.ledger, plan.name, run.name)
     recipe = _placed(run, options)
     known = read_entry(path)
-    if known is not None:
-        check_same(path, known, recipe.to_dict())
-        if finished(known) or known["diverged"]:
-            return True
+    if known is not None and (finished(known) or known["diverged"]):
+        return True
     if seconds is not None and seconds < SMALLEST_PIECE:
         return False
     began = time.monotonic()
@@ -133,8 +149,6 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
         "final": _final(recipe, folder, options.windows) if done else None,
     }
     write_entry(path, entry)
-    gc.collect()
-    torch.cuda.empty_cache()
     if done:
         _say(f"{plan.name}/{run.name}")(f"loss {entry['final']['loss']['mean']:.4f}")
         _forget(folder)

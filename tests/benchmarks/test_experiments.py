@@ -139,6 +139,21 @@ def test_what_is_finished_is_not_made_again(made, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in made.ledger.rglob("*.json")} == before
 
 
+def test_a_run_that_fails_keeps_none_of_the_others_from_being_made(made, tmp_path, monkeypatch):
+    def breaks(recipe, *arguments, **keywords):
+        if recipe.attention == "dense":
+            raise RuntimeError("out of memory")
+        return pretrain(recipe, *arguments, **keywords)
+
+    pretrain = runner.pretrain
+    monkeypatch.setattr(runner, "pretrain", breaks)
+    options = replace(made, work=tmp_path / "work", ledger=tmp_path / "ledger")
+    options = replace(options, only=("dense", "exclusive with sinks"))
+    assert not runner.main(options)
+    entries = ledger.read_ledger(options.ledger, "tiny")
+    assert [entry["label"] for entry in entries] == ["exclusive with sinks"]
+
+
 def test_another_configuration_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r"learning_rate was 0\.01, now 0\.02"):
         runner.main(replace(made, set=("learning_rate=0.02",)))

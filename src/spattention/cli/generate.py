@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from .. import hf
+from .. import baselines, hf
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def model_folder(folder: Path) -> Path:
 def open_model(folder: Path) -> tuple[Any, Any]:
     """The model, ready to generate, and its tokenizer."""
     hf.register()
+    baselines.register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
