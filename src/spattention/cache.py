@@ -156,11 +156,23 @@ class BandStore:
         new = key.shape[2]
         if new == 0:
             return
+        kernels = kernels_for(key, value)
         with torch.no_grad():
-            for rings in (self._live,) if new <= self._live.shortest else self._by_length:
-                last = min(new, rings.shortest)
-                if last > 0:
-                    self._write(rings, key[:, :, new - last :], value[:, :, new - last :], new)
+            if kernels is not None and new <= self._live.shortest:
+                kernels.write_rings(
+                    key,
+                    value,
+                    keys=self.keys,
+                    values=self.values,
+                    position=self.position,
+                    offsets=self.offsets,
+                    lengths=self.lengths,
+                )
+            else:
+                for rings in (self._live,) if new <= self._live.shortest else self._by_length:
+                    last = min(new, rings.shortest)
+                    if last > 0:
+                        self._write(rings, key[:, :, new - last :], value[:, :, new - last :], new)
             self.position.add_(new)
             self._reached.copy_(torch.maximum(self._reached, self.position))
         self._untouched = False

@@ -5,7 +5,8 @@ Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py
 `config.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`, `hopper_backward.py`, the
 same passes for Hopper GPUs in Gluon, used for half precision with head_dim 64 or 128 where queries
 begin at position 0 (training, first pass over a prompt); and `decode.py`, `decode_launch.py`,
-`decode_op.py`, the forward pass for few queries against many keys.
+`decode_op.py`, the forward pass for few queries against many keys, and `store.py`, which keeps
+them.
 
 Decoding is chosen for at most 16 queries, with at least 8 keys for each, where no input needs a
 gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the
@@ -20,11 +21,11 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
-from . import decode_op, op
+from . import decode_op, op, store
 from .decode_op import MAX_QUERIES
 from .op import refusal
 
-__all__ = ["MAX_QUERIES", "attend", "attend_rings", "attend_varlen", "refusal"]
+__all__ = ["MAX_QUERIES", "attend", "attend_rings", "attend_varlen", "refusal", "write_rings"]
 
 DECODE_KEYS = 8  # keys for each query, from which on decoding is worth its second kernel
 
@@ -99,6 +100,21 @@ def attend_rings(
         offsets,
         lengths,
     )
+
+
+def write_rings(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    offsets: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
+    """The next tokens of a `BandStore`, `[B, Hkv, n, D]`, in place; n is at most its shortest ring
+    that is not empty. The rest are the store's, as before these tokens."""
+    store.write(key, value, keys, values, position, offsets, lengths)
 
 
 def attend_varlen(

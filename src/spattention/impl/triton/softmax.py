@@ -43,8 +43,8 @@ def logarithm(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def scaled(scores, scale, PRECISE: tl.constexpr):
-    """`scores * scale`, rounded if `PRECISE`: fused into the subtraction that follows, it would give
-    the only key of a row a weight that is not 1.
+    """`scores * scale`, rounded if `PRECISE`: fused into the subtraction that follows, it would
+    give the only key of a row a weight that is not 1.
     """
     if PRECISE and not INTERPRETED:
         return libdevice.mul_rn(scores, scale)
