@@ -47,7 +47,7 @@ def whole(data, tmp_path_factory):
 
 def kill(data, folder, where, **changes):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["small_run"])
+    context.set_forkserver_preload(["spattention.training.pretrain"])
     process = context.Process(target=killed, args=(data, folder, where, changes))
     process.start()
     process.join(120)
