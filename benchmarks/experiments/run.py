@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -151,7 +152,7 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
     write_entry(path, entry)
     if done:
         _say(f"{plan.name}/{run.name}")(f"loss {entry['final']['loss']['mean']:.4f}")
-        _forget(folder)
+        _keep_model(folder)
     return done or diverged is not None
 
 
@@ -189,10 +190,17 @@ def _final(recipe: Recipe, folder: Path, windows: int) -> dict[str, Any]:
     }
 
 
-def _forget(folder: Path) -> None:
-    """Optimizer states are large, and a finished run does not go on."""
-    for state in folder.glob("checkpoint-*/optimizer*"):
-        state.unlink()
+def _keep_model(folder: Path) -> None:
+    """A finished run does not go on: its model stays, the large states of its optimizer do not."""
+    newest, _ = newest_good(folder)
+    assert newest is not None
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    for path in newest.iterdir():
+        if path.suffix == ".safetensors" or path.name.endswith("config.json"):
+            path.replace(model / path.name)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 @dataclass

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from spattention import baselines, hf
 from spattention.choice import attention_choice
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
+from spattention.data.training import open_training
+from spattention.evaluation.perplexity import validation_loss
 from spattention.models import preset
 
 EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
@@ -48,7 +51,6 @@ save_every = 2
 tensorboard = false
 [[run]]
 attention = "dense"
-seeds = [0, 1]
 [[run]]
 attention = "exclusive"
 sinks = true
@@ -94,7 +96,6 @@ def test_entries_say_what_was_run(made):
     entries = ledger.read_ledger(made.ledger, "tiny")
     assert sorted((e["label"], e["seed"]) for e in entries) == [
         ("dense", 0),
-        ("dense", 1),
         ("exclusive with sinks", 0),
         ("reformer:chunk=4", 0),
     ]
@@ -117,19 +118,33 @@ def test_entries_say_what_was_run(made):
     assert first["dense"] == pytest.approx(first["exclusive with sinks"], abs=0.2)
 
 
+def test_models_of_finished_runs_stay(made):
+    folder = made.work / "tiny" / "reformer-chunk-4-seed0"
+    assert not list(folder.glob("checkpoint-*"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    entry = ledger.read_entry(made.ledger / "tiny" / "reformer-chunk-4-seed0.json")
+    held = open_training([str(made.data / "held.u16.xz")], [], context=32, held_out=0.0).train
+    found = validation_loss(model, held)
+    assert found.loss.mean == pytest.approx(entry["final"]["loss"]["mean"], abs=0.2)
+    assert model.config.reformer["chunk"] == 4
+
+
 def test_pieces_give_what_one_go_gives(made, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "SMALLEST_PIECE", -1.0)
     options = replace(made, work=tmp_path / "work", ledger=tmp_path / "ledger", minutes=0.0)
+    options = replace(options, only=("dense", "reformer:chunk=4"))
     pieces = 1
     while not runner.main(options):
         entries = ledger.read_ledger(options.ledger, "tiny")
         assert entries[-1]["step"] > 0 or len(entries) > 1
         pieces += 1
         assert pieces < 60
-    assert pieces > 4 * 2  # a step or two at a time
-    for entry in ledger.read_ledger(made.ledger, "tiny"):
-        name = f"{entry['label']}-seed{entry['seed']}".replace(" ", "-").replace(":", "-")
-        other = ledger.read_entry(options.ledger / "tiny" / f"{name.replace('=', '-')}.json")
+    assert pieces >= 2 * 4  # a step at a time
+    found = ledger.read_ledger(options.ledger, "tiny")
+    wanted = {entry["label"]: entry for entry in ledger.read_ledger(made.ledger, "tiny")}
+    assert {entry["label"] for entry in found} == set(options.only)
+    for other in found:
+        entry = wanted[other["label"]]
         assert what_was_computed(other) == what_was_computed(entry)
 
 
@@ -161,7 +176,7 @@ def test_another_configuration_is_refused(made, tmp_path):
         runner.main(replace(made, only=("sparse",)))
     copied = tmp_path / "ledger"
     shutil.copytree(made.ledger, copied)
-    path = copied / "tiny" / "dense-seed1.json"
+    path = copied / "tiny" / "dense-seed0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data": "other"}))
     with pytest.raises(ValueError, match="must have had the same data"):
         ledger.read_ledger(copied, "tiny")
@@ -182,7 +197,8 @@ def test_wrong_plans_raise(tmp_path, change, error):
 
 
 def test_seeds_come_round_by_round(tmp_path):
-    (tmp_path / "tiny.toml").write_text(PLAN)
+    plan = PLAN.replace('attention = "dense"', 'attention = "dense"\nseeds = [0, 1]')
+    (tmp_path / "tiny.toml").write_text(plan)
     names = [run.name for run in read_plan(tmp_path / "tiny.toml").runs]
     assert names == [
         "dense-seed0", "exclusive-with-sinks-seed0", "reformer-chunk-4-seed0", "dense-seed1"
@@ -203,15 +219,17 @@ def test_committed_plans_can_be_read(path):
 
 
 def test_the_page_says_what_was_run_and_what_was_not(made, tmp_path):
-    (tmp_path / "tiny.toml").write_text(PLAN.replace("seeds = [0, 1]", "seeds = [0, 1, 2]"))
+    (tmp_path / "tiny.toml").write_text(
+        PLAN.replace('attention = "dense"', 'attention = "dense"\nseeds = [0, 2]')
+    )
     page = evidence.write(tmp_path, made.ledger, tmp_path / "docs" / "evidence.md", [])
     text = page.read_text()
     entries = {(e["label"], e["seed"]): e for e in ledger.read_ledger(made.ledger, "tiny")}
-    dense = [entries["dense", seed]["final"]["loss"]["mean"] for seed in (0, 1)]
-    assert f"| dense | {sum(dense) / 2:.4f} |" in text
+    dense = entries["dense", 0]["final"]["loss"]["mean"]
+    assert f"| dense | {dense:.4f} |" in text
     assert "Not run yet: dense, seed 2." in text
     sparse = entries["reformer:chunk=4", 0]["final"]["loss"]["mean"]
-    assert f"{sparse - dense[0]:+.4f}" in text
+    assert f"{sparse - dense:+.4f}" in text
     for name in ("tiny-tokens.png", "tiny-position.png"):
         assert (page.parent / "images" / name).read_bytes().startswith(b"\x89PNG")
         assert f"images/{name}" in text
