@@ -302,9 +302,10 @@ def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str,
         raise ValueError(f"`softcap` must be None for spattention, got {keywords['softcap']}")
     if not getattr(module, "is_causal", True) or keywords.get("is_causal") is False:
         raise ValueError("the model must be causal for spattention, got `is_causal=False`")
-    for name in keywords.keys() - HONOURED - WITHOUT_EFFECT:
-        given = keywords[name]
-        if given is not None and given is not False:
+    for name, given in keywords.items():
+        # One by one: PyTorch 2.11 does not compile the difference of keys and a frozenset.
+        known = name in HONOURED or name in WITHOUT_EFFECT
+        if not known and given is not None and given is not False:
             raise ValueError(
                 f"`{name}` is a keyword that spattention does not know and cannot honour; it must "
                 f"be None, got {type(given).__name__}"
