@@ -211,7 +211,14 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
 
         torch._dynamo.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
-        found["FlexAttention"] = lambda: compiled(query, key, value, enable_gqa=grouped)
+        # Its kernel for few queries does not compile for tensors of 2^31 elements and more.
+        rows = max(1, (2**31 - 1) // key[0].numel())
+
+        def flex() -> torch.Tensor:
+            parts = zip(*(tensor.split(rows) for tensor in (query, key, value)))
+            return torch.cat([compiled(q, k, v, enable_gqa=grouped) for q, k, v in parts])
+
+        found["FlexAttention"] = flex
     return found
 
 

@@ -105,6 +105,22 @@ def load_keys(
 
 
 @triton.jit
+def product(b_query, b_key, PRECISE: tl.constexpr):
+    """Scores `[M, N]` of `[M, D]` and `[N, D]`. If `PRECISE`, even and odd dimensions are summed
+    apart: with one chain of sums the last bits of a score would be worse than a library's.
+    """
+    if PRECISE and b_query.shape[1] >= 32:
+        b_even, b_odd = tl.split(b_query.reshape(b_query.shape[0], b_query.shape[1] // 2, 2))
+        k_even, k_odd = tl.split(b_key.reshape(b_key.shape[0], b_key.shape[1] // 2, 2))
+        # [M, N] = [M, D / 2] @ [D / 2, N]
+        scores = tl.dot(b_even, tl.trans(k_even), input_precision="ieee")
+        return scores + tl.dot(b_odd, tl.trans(k_odd), input_precision="ieee")
+    else:
+        # [M, N] = [M, D] @ [D, N]
+        return tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+
+
+@triton.jit
 def attend_rows(
     b_query,
     keys,
@@ -133,8 +149,7 @@ def attend_rows(
     for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
         b_key, b_value = load_keys(keys, o_distance, end, HEAD_DIM, BLOCK_D, RINGS)
-        # [M, N] = [M, D] @ [D, N]
-        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        scores = product(b_query, b_key, PRECISE)
         scores = softmax.scaled(scores, scale, PRECISE)
         m_seen = visible(
             p_bands,

@@ -11,7 +11,7 @@ import torch
 from . import tiles
 from .config import BLOCK_P, DecodeLaunch, block_d, decode_launch
 from .decode import chunk_kernel, join_kernel
-from .launch import on_device, refuse_capture, scaled, start_strides
+from .launch import constant, on_device, scaled, start_strides
 
 LONGEST = tiles.MAX_POSITION.value
 Union = list[tuple[int, int]]
@@ -57,7 +57,6 @@ def plan(
     key = (tuple(intervals), key_heads, queries, batch, itemsize, head_dim, device)
     found = _plans.get(key)
     if found is None:
-        refuse_capture(device)
         on_gpu = device.type == "cuda"
         capability = torch.cuda.get_device_capability(device) if on_gpu else None
         multiprocessors = (
@@ -89,7 +88,7 @@ def make_plan(
         ranges.append(len(chunks))
 
     def table(rows: list[Any], width: int) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, width)
+        return constant(rows, device).view(-1, width)
 
     bands = [min(edge, LONGEST) for edge in intervals]
     return Plan(

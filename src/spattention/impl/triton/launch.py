@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,19 +32,25 @@ def band_table(intervals: Sequence[int], key_heads: int, device: torch.device) -
     key = (tuple(intervals), key_heads, device)
     table = _tables.get(key)
     if table is None:
-        refuse_capture(device)
-        table = torch.tensor(_table(key[0], key_heads), dtype=torch.int32, device=device)
+        table = constant(_table(key[0], key_heads), device)
         _tables[key] = table
     return table
 
 
-def refuse_capture(device: torch.device) -> None:
-    """Raise RuntimeError where a table would be copied to the device inside a CUDA graph."""
+def constant(rows: list[Any], device: torch.device) -> torch.Tensor:
+    """An int32 tensor that is kept for good.
+
+    Raises RuntimeError inside the capture of a CUDA graph. Compiled code warms up inside the memory
+    of the graph that it is about to capture, and takes that memory back: the tensor is made by a
+    thread of its own, which does not allocate there.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the first call with a pattern must come before the capture of a CUDA graph: "
             "call once to warm up"
         )
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(torch.tensor, rows, dtype=torch.int32, device=device).result()
 
 
 def _table(intervals: tuple[int, ...], key_heads: int) -> list[list[list[int]]]:
