@@ -158,7 +158,7 @@ class BandStore:
             return
         kernels = kernels_for(key, value)
         with torch.no_grad():
-            if kernels is not None and new <= self._live.shortest:
+            if kernels is not None:
                 kernels.write_rings(
                     key,
                     value,

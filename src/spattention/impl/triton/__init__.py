@@ -112,8 +112,8 @@ def write_rings(
     offsets: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """The next tokens of a `BandStore`, `[B, Hkv, n, D]`, in place; n is at most its shortest ring
-    that is not empty. The rest are the store's, as before these tokens."""
+    """The next tokens of a `BandStore`, `[B, Hkv, n, D]`, in place. The rest are the store's, as
+    before these tokens."""
     store.write(key, value, keys, values, position, offsets, lengths)
 
 

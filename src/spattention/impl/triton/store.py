@@ -4,7 +4,7 @@
 An operator of its own, because a compiler that functionalises indexed writes may copy the store to
 do so.
 
-B  rows        C  key/value heads        n  tokens        D  head_dim
+B  rows        C  key/value heads        n  tokens        N  tokens of a block        D  head_dim
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import memory
 from .config import block_d
 from .launch import on_device, unit_rows
 from .op import register
+
+BLOCK_N = 32  # tokens
 
 
 @triton.jit
@@ -32,20 +35,27 @@ def store_kernel(
     ring_stride,
     heads,
     tokens,
+    blocks,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    token = program % tokens
-    head = program // tokens % heads
-    row = program // tokens // heads
+    head = program // blocks % heads
+    row = program // blocks // heads
     length = tl.load(p_length + head)
-    slot = tl.load(p_offset + head) + (tl.load(p_position + row) + token) % tl.maximum(length, 1)
-    o_dim = tl.arange(0, BLOCK_D)
-    m_dim = o_dim < HEAD_DIM * tl.minimum(length, 1)  # nothing of a head without a ring
-    p_from = p_token + row * token_row_stride + head * token_head_stride + token * token_stride
-    b_token = tl.load(p_from + o_dim, mask=m_dim)
-    tl.store(p_rings + row * ring_row_stride + slot * ring_stride + o_dim, b_token, mask=m_dim)
+    # The last tokens that the ring holds: of two for one slot only the later is written.
+    first = tl.maximum(tokens - length, 0)
+    o_token = first + program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    if first + program % blocks * BLOCK_N < tokens:
+        o_slot = (tl.load(p_position + row) + o_token) % length + tl.load(p_offset + head)
+        p_from = p_token + row * token_row_stride + head * token_head_stride
+        m_token = o_token < tokens
+        b_token = memory.gather_rows(p_from, o_token, m_token, token_stride, HEAD_DIM, BLOCK_D)
+        o_dim = tl.arange(0, BLOCK_D)
+        m_token = m_token[:, None] & (o_dim < HEAD_DIM)[None, :]
+        p_to = p_rings + row * ring_row_stride + o_slot[:, None] * ring_stride + o_dim[None, :]
+        tl.store(p_to, b_token, mask=m_token)
 
 
 def _write(
@@ -57,16 +67,18 @@ def _write(
     offsets: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """Tokens `[B, Hkv, n, D]` at positions from `position` on, n at most the shortest ring that is
-    not empty; the rest as in `BandStore`, whose buffers have contiguous rows.
+    """Tokens `[B, Hkv, n, D]` at positions from `position` on; the rest as in `BandStore`, whose
+    buffers have contiguous rows.
     """
     batch, heads, tokens = key.shape[:3]
     if batch * heads * tokens == 0:
         return
+    block = min(BLOCK_N, triton.next_power_of_2(tokens))
+    blocks = triton.cdiv(tokens, block)
     with on_device(key.device):
         for rows, rings in ((key, keys), (value, values)):
             rows, head_dim = unit_rows(rows), rows.shape[-1]
-            store_kernel[(batch * heads * tokens,)](
+            store_kernel[(batch * heads * blocks,)](
                 rows,
                 rings,
                 position,
@@ -76,9 +88,11 @@ def _write(
                 *rings.stride()[:2],
                 heads,
                 tokens,
+                blocks,
                 HEAD_DIM=head_dim,
                 BLOCK_D=block_d(head_dim),
-                num_warps=1,
+                BLOCK_N=block,
+                num_warps=1 if block == 1 else 4,
             )
 
 
