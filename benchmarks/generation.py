@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="timed tokens of each row")
     parser.add_argument("--repeats", type=int, default=3, help="timed first passes")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--eager", action="store_true", help="without compiling")
     parser.add_argument("--commit", help="to record, where git cannot tell")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -77,8 +78,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for way in options.ways:
         apply(model, way, chosen.pattern)
-        rows.append({"attention": way, **first_pass(model, way, options)})
-        rows[-1] |= decoding(model, way, options)
+        rows.append({"attention": way})
+        for part in options.parts:
+            rows[-1] |= PARTS[part](model, way, options)
         print(f"measured {way}", flush=True)
     show(rows)
     if options.output is not None:
@@ -162,6 +164,9 @@ def decoding(model: Any, way: str, options: argparse.Namespace) -> dict[str, Any
     }
 
 
+PARTS = {"prefill": first_pass, "decoding": decoding}
+
+
 def fill(cache: Any, tokens: int) -> None:
     """Make a cache of either kind hold a text of so many random tokens."""
     for layer in cache.layers:
@@ -193,20 +198,22 @@ def synchronise(device: torch.device) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table; ratios are against the first row."""
-    table = Table("attention", "prefill, s", "x", "tokens/s", "x", "ms a step", "cache, MiB", "x")
-    first = rows[0]
+    """A table of what was measured; ratios are against the first row."""
+    table = Table("attention")
+    kinds = (
+        ("prefill, s", "prefill_seconds", "{:.3f}", 1),
+        ("tokens/s", "tokens_per_second", "{:.1f}", -1),
+        ("cache, bytes", "cache_bytes", "{:,}", 1),
+    )
+    measured = [kind for kind in kinds if kind[1] in rows[0]]
+    for title, *_ in measured:
+        table.add_column(title)
+        table.add_column("x")
     for row in rows:
-        table.add_row(
-            row["attention"],
-            f"{row['prefill_seconds']:.3f}",
-            f"{first['prefill_seconds'] / row['prefill_seconds']:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}",
-            f"{row['milliseconds_per_step']:.2f}",
-            f"{row['cache_bytes'] / 2**20:,.0f}",
-            f"{row['cache_bytes'] / first['cache_bytes']:.2f}",
-        )
+        cells = [row["attention"]]
+        for _, name, form, better in measured:
+            cells += [form.format(row[name]), f"{(rows[0][name] / row[name]) ** better:.2f}"]
+        table.add_row(*cells)
     Console(width=120).print(table)
 
 

@@ -114,7 +114,8 @@ def test_the_extras_bring_what_they_are_named_for():
     declared = project["project"]["optional-dependencies"]
     for package, extra in EXTRAS.items():
         brought = declared[extra] + (declared["hf"] if "spattention[hf]" in declared[extra] else [])
-        assert any(line.startswith(f"{package}>=") for line in brought), package
+        distribution = package.replace("_", "-")
+        assert any(line.startswith(f"{distribution}>=") for line in brought), package
 
 
 def test_draw_writes_the_formats_that_it_names(tmp_path, capsys):
