@@ -314,6 +314,7 @@ def plot(path: Path, rows: list[Row], gpu: str) -> None:
         axes.set_title(f"batch {batch}")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("milliseconds for one step of decoding")
-    figure.axes[-1].legend(fontsize="small")
+    lines, names = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize="small", loc="outside right center")
     figure.suptitle(f"Decoding on {gpu}")
     figure.savefig(path, dpi=160)
