@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import spattention as spa
 from spattention.bands import MAX_INTERVALS
-from spattention.cache import ring_lengths
+from spattention.rings import ring_lengths
 from spattention.testing import Case, check_error, exact, plain
 
 P = spa.BandPattern

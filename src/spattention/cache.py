@@ -14,7 +14,7 @@ never depend on positions, and positions never leave their device.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,40 +24,7 @@ from .bands import BandPattern
 from .checks import check_attention, readable
 from .impl.layout import empty_like_query, lse_dtype, without_autocast
 from .merge import merge
-
-SLACK = 16
-
-
-class _Rings(NamedTuple):
-    """Some key/value heads, none of them empty; `shortest` is the length of their shortest ring."""
-
-    heads: Tensor  # [C]
-    offset: Tensor  # [C]
-    length: Tensor  # [C]
-    shortest: int
-
-
-class _Reach(NamedTuple):
-    """Key/value heads of one reach, with the query heads of their groups."""
-
-    reach: int
-    key_heads: Tensor  # [C]
-    query_heads: Tensor  # [C * group]
-    offset: Tensor  # [C]
-    length: Tensor  # [C]
-    pattern: BandPattern  # of those query heads
-
-
-class _Width(NamedTuple):
-    """Query heads that see equally many distances: `near + k`, and `jump` more from `split` on."""
-
-    width: int
-    heads: Tensor  # [C]
-    offset: Tensor  # [C], of the ring that the head reads
-    length: Tensor  # [C]
-    near: Tensor  # [C]
-    split: Tensor  # [C]
-    jump: Tensor  # [C]
+from .rings import SLACK, Rings, ring_lengths, ring_tables
 
 
 class BandStore:
@@ -124,7 +91,7 @@ class BandStore:
         self._reached = torch.zeros_like(self.position)
         # Known without waiting for the device: nothing was appended since the last reset.
         self._untouched = True
-        self._make_tables(lengths)
+        self._make_tables()
 
     @property
     def batch_size(self) -> int:
@@ -234,64 +201,16 @@ class BandStore:
         """Move everything to another device; returns the store itself."""
         self.keys, self.values = self.keys.to(device), self.values.to(device)
         self.position, self._reached = self.position.to(device), self._reached.to(device)
-        self._make_tables(ring_lengths(self.pattern, self.num_key_heads, slack=self.slack))
+        self._make_tables()
         return self
 
-    def _make_tables(self, lengths: tuple[int, ...]) -> None:
-        device = self.keys.device
-
-        def index(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-        offsets = [sum(lengths[:h]) for h in range(len(lengths))]
-        self.offsets, self.lengths = index(offsets), index(list(lengths))
-        group = self.pattern.num_heads // self.num_key_heads
-
-        def rings(heads: list[int]) -> _Rings:
-            return _Rings(
-                index(heads),
-                index([offsets[h] for h in heads]),
-                index([lengths[h] for h in heads]),
-                min((lengths[h] for h in heads), default=0),
-            )
-
-        live = [h for h, length in enumerate(lengths) if length]
-        self._live = rings(live)
-        alike = [[h for h in range(len(lengths)) if lengths[h] == n] for n in sorted({*lengths})]
-        self._by_length = tuple(rings(heads) for heads in alike if lengths[heads[0]])
-        self._reaches = []
-        for heads in alike:
-            queries = [h * group + g for h in heads for g in range(group)]
-            self._reaches.append(
-                _Reach(
-                    max(0, lengths[heads[0]] - self.slack),
-                    index(heads),
-                    index(queries),
-                    index([offsets[h] for h in heads]),
-                    index([lengths[h] for h in heads]),
-                    BandPattern(
-                        tuple(self.pattern.intervals[h] for h in queries), self.pattern.span
-                    ),
-                )
-            )
-        self._widths = []
-        bands = self.pattern.intervals
-        widths = [sum(far - near for near, far in head) for head in bands]
-        for width in sorted({*widths} - {0}):
-            same = [h for h in range(len(bands)) if widths[h] == width]
-            splits = [bands[h][0][1] - bands[h][0][0] for h in same]
-            jumps = [bands[h][-1][0] - bands[h][0][1] if len(bands[h]) > 1 else 0 for h in same]
-            self._widths.append(
-                _Width(
-                    width,
-                    index(same),
-                    index([offsets[h // group] for h in same]),
-                    index([lengths[h // group] for h in same]),
-                    index([bands[h][0][0] for h in same]),
-                    index(splits),
-                    index(jumps),
-                )
-            )
+    def _make_tables(self) -> None:
+        tables = ring_tables(
+            self.pattern, self.num_key_heads, slack=self.slack, device=self.keys.device
+        )
+        self.offsets, self.lengths, self._live, self._by_length, self._reaches, self._widths = (
+            tables
+        )
 
     def _check_tokens(self, key: Tensor, value: Tensor) -> None:
         for name, tensor, buffer in (("key", key, self.keys), ("value", value, self.values)):
@@ -312,7 +231,7 @@ class BandStore:
                 f"`value` must have as many tokens as `key`, {key.shape[2]}, got {value.shape[2]}"
             )
 
-    def _write(self, rings: _Rings, key: Tensor, value: Tensor, new: int) -> None:
+    def _write(self, rings: Rings, key: Tensor, value: Tensor, new: int) -> None:
         """The last tokens of `new`, at most as many as the rings hold, so that no slot is written
         twice."""
         at = self.position[:, None] + torch.arange(new - key.shape[2], new, device=self.device)
@@ -331,35 +250,6 @@ class BandStore:
     def _flat(self, slots: Tensor) -> Tensor:
         rows = torch.arange(self.batch_size, device=self.device) * (self._slots + 1)
         return (slots + rows.view(-1, *(1,) * (slots.dim() - 1))).flatten()
-
-
-def ring_lengths(
-    pattern: BandPattern, num_key_heads: int, *, slack: int = SLACK
-) -> tuple[int, ...]:
-    """Slots that a `BandStore` keeps for each key/value head: the farthest reach of its group plus
-    the slack, 0 if the group sees nothing. A dense cache keeps one per token.
-
-    Args:
-        pattern: the bands, one entry per query head.
-        num_key_heads: key/value heads, a divisor of the pattern's heads.
-        slack: as in `BandStore`.
-
-    Raises:
-        ValueError: if an argument breaks a rule above.
-    """
-    if not isinstance(pattern, BandPattern):
-        raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
-    heads = pattern.num_heads
-    if num_key_heads < 1 or heads % num_key_heads:
-        raise ValueError(
-            f"`num_key_heads` must divide the pattern's {heads} heads, got {num_key_heads}"
-        )
-    if slack < 0:
-        raise ValueError(f"`slack` must not be negative, got {slack}")
-    group = heads // num_key_heads
-    farthest = [head[-1][1] if head else 0 for head in pattern.intervals]
-    reaches = [max(farthest[h * group : (h + 1) * group]) for h in range(num_key_heads)]
-    return tuple(reach + slack if reach else 0 for reach in reaches)
 
 
 def band_attention_cached(

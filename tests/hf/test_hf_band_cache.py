@@ -183,7 +183,7 @@ def test_memory_stays_and_is_less_than_that_of_all_keys():
     logits(model, tokens(1, LENGTH), past_key_values=cache)
     assert cache.nbytes == first
     assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
-    slots = [spa.cache.ring_lengths(pattern, 2) for pattern in (FIRST, SECOND)]
+    slots = [spa.rings.ring_lengths(pattern, 2) for pattern in (FIRST, SECOND)]
     assert first == sum(sum(rings) + 1 for rings in slots) * 2 * 8 * 8
 
 

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention import _autocast
 from ..bands import BandPattern
-from ..cache import SLACK, BandStore, band_attention_cached
+from ..cache import BandStore, band_attention_cached
+from ..rings import SLACK
 from .config import read_section
 
 
