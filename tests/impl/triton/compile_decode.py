@@ -1,4 +1,7 @@
-"""Compiles the decoding kernels for Hopper, without a GPU; prints each launch's shared memory.
+"""Compiles the decoding kernels, without a GPU; prints each launch's shared memory and its limit.
+
+The Hopper table is to leave room for two programs on a multiprocessor, the portable one to fit any
+GPU of capability 8.0 and later. Both are compiled for Hopper, which Triton here can always do.
 
 A process of its own (`test_triton_compiled.py`): in the interpreter nothing can be compiled.
 """
@@ -16,6 +19,7 @@ from spattention.impl.triton.config import BLOCK_P, DECODE_COUNTS, block_d, deco
 
 TYPES = {"p_start": "*i64", "p_offsets": "*i64", "p_lengths": "*i64", "p_sinks": "*fp32"}
 INTEGERS = ("p_chunks", "p_bands", "p_key_start", "p_ranges")
+LIMITS = {(9, 0): 113 * 1024, (8, 6): 99 * 1024}
 
 
 def shared_memory(kernel: Any, element: str, constants: dict[str, Any], options: Any) -> int:
@@ -39,34 +43,40 @@ def shared_memory(kernel: Any, element: str, constants: dict[str, Any], options:
     return compiled.metadata.shared
 
 
-def main() -> None:
-    for itemsize, element, head_dim, rows in (
-        (2, "bf16", 128, 1),
-        (2, "bf16", 80, 64),
-        (2, "fp16", 256, 16),
-        (4, "fp32", 256, 1),
-        (4, "fp32", 128, 16),
+def compile_launch(
+    itemsize: int, element: str, head_dim: int, rows: int, capability: tuple[int, int]
+) -> None:
+    """Both kernels, as `decode_launch` has them run on a GPU of this capability."""
+    launch = decode_launch(itemsize, head_dim, rows, capability)
+    common = {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "PRECISE": itemsize == 4}
+    chunks = {
+        **common,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.num_stages,
+        "INTERVALS": 2,
+        "RINGS": True,
+        "START_ON_DEVICE": True,
+        "HAS_KEY_START": True,
+    }
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    join = {**common, "BLOCK_P": BLOCK_P, "HAS_SINKS": True}
+    for kernel, constants, built in (
+        (decode.chunk_kernel, chunks, options),
+        (decode.join_kernel, join, {"num_warps": 4}),
     ):
-        launch = decode_launch(itemsize, head_dim, rows, (9, 0))
-        common = {
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": block_d(head_dim),
-            "PRECISE": itemsize == 4,
-        }
-        chunks = {
-            **common,
-            "BLOCK_M": launch.block_m,
-            "BLOCK_N": launch.block_n,
-            "STAGES": launch.num_stages,
-            "INTERVALS": 2,
-            "RINGS": True,
-            "START_ON_DEVICE": True,
-            "HAS_KEY_START": True,
-        }
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        print(shared_memory(decode.chunk_kernel, element, chunks, options), flush=True)
-        join = {**common, "BLOCK_P": BLOCK_P, "HAS_SINKS": True}
-        print(shared_memory(decode.join_kernel, element, join, {"num_warps": 4}), flush=True)
+        print(shared_memory(kernel, element, constants, built), LIMITS[capability], flush=True)
+
+
+def main() -> None:
+    for capability in LIMITS:
+        compile_launch(2, "bf16", 128, 64, capability)
+    compile_launch(2, "bf16", 128, 1, (9, 0))
+    # The tables say the same of the rest.
+    compile_launch(2, "bf16", 80, 64, (8, 6))
+    compile_launch(2, "fp16", 256, 16, (8, 6))
+    compile_launch(4, "fp32", 256, 1, (8, 6))
+    compile_launch(4, "fp32", 128, 16, (8, 6))
 
 
 if __name__ == "__main__":

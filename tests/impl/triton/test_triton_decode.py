@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_cases import case, int32
 
 import spattention as spa
 from spattention.impl import triton as kernels
@@ -34,30 +35,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def _case(
-    pattern: spa.BandPattern,
-    queries: int = 1,
-    keys: int = 130,
-    key_heads: int | None = None,
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    batch: int = 2,
-    **options: Any,
+    pattern: spa.BandPattern, queries: int = 1, keys: int = 130, *rest: Any, **options: Any
 ) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    heads = pattern.num_heads
-
-    def draw(tokens: int, n_heads: int) -> torch.Tensor:
-        shape = (batch, n_heads, tokens, head_dim)
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(heads, generator=generator).to(dtype)
-    few = key_heads or heads
-    return Case(draw(queries, heads), draw(keys, few), draw(keys, few), pattern, options)
-
-
-def _int32(*values: Any) -> torch.Tensor:
-    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.int32)
+    return case(pattern, queries, keys, *rest, **options)
 
 
 CASES = {
@@ -79,18 +59,18 @@ CASES = {
     ),
     "queries of an odd head_dim": lambda: _case(P.exclusive(2, 130), 2, head_dim=20),
     "text shorter than the bands": lambda: _case(P.exclusive(3, 400), 2, keys=50),
-    "start on the device": lambda: _case(TWO_BANDS, query_start=_int32(4, 89)),
+    "start on the device": lambda: _case(TWO_BANDS, query_start=int32(4, 89)),
     "one start on the device": lambda: _case(
         TWO_BANDS, 3, key_heads=2, query_start=torch.tensor(60, dtype=torch.int32)
     ),
     "start on the device beyond the keys": lambda: _case(
-        TWO_BANDS, 4, key_heads=2, query_start=_int32(129, 150)
+        TWO_BANDS, 4, key_heads=2, query_start=int32(129, 150)
     ),
     "a start given as a number": lambda: _case(TWO_BANDS, 2, query_start=17),
-    "left padding": lambda: _case(P.shared_local(2, 130), key_start=_int32(30, 200)),
-    "left padding of three queries": lambda: _case(TWO_BANDS, 3, key_start=_int32(128, 100)),
+    "left padding": lambda: _case(P.shared_local(2, 130), key_start=int32(30, 200)),
+    "left padding of three queries": lambda: _case(TWO_BANDS, 3, key_start=int32(128, 100)),
     "documents in a row": lambda: _case(
-        TWO_BANDS, 4, key_heads=2, key_start=_int32([[0, 0, 90, 129], [20, 128, 128, 128]])
+        TWO_BANDS, 4, key_heads=2, key_start=int32([[0, 0, 90, 129], [20, 128, 128, 128]])
     ),
     "negative scale": lambda: _case(P.exclusive(2, 130), 2, scale=-0.3),
     "negative scale of one query": lambda: _case(P.exclusive(2, 130), scale=-0.3),
@@ -107,7 +87,7 @@ def test_feature(name: str, calls: list[torch.Size]) -> None:
 @pytest.mark.parametrize("queries", [1, 3])
 def test_only_keys_in_the_bands_are_read(queries: int) -> None:
     """Everything else is NaN: between the bands, before the padding's end, after the last query."""
-    case = _case(TWO_BANDS, queries, query_start=_int32(80, 41), key_start=_int32(0, 30))
+    case = _case(TWO_BANDS, queries, query_start=int32(80, 41), key_start=int32(0, 30))
     seen = torch.zeros(2, 4, 130, dtype=torch.bool)
     for row, (start, first) in enumerate(((80, 0), (41, 30))):
         mask = TWO_BANDS.mask(queries, 130, query_start=start).any(dim=1)
@@ -140,8 +120,8 @@ def test_hostile_starts_stay_in_bounds() -> None:
     case = _case(TWO_BANDS, 3, key_heads=2)
     for start in (-(2**31), 2**31 - 1):
         for options in (
-            {"query_start": _int32(start, 5)},
-            {"key_start": _int32([[start] * 3, [7, -9, start]])},
+            {"query_start": int32(start, 5)},
+            {"key_start": int32([[start] * 3, [7, -9, start]])},
         ):
             decode_op.decode(
                 case.query, case.key, case.value, case.pattern.flat, 0.3, 127,
@@ -182,7 +162,7 @@ def test_rings_past_their_span(name: str) -> None:
     pattern, key_heads = RINGS[name]
     total = sum(PIECES)
     sinks = torch.linspace(-1, 1, pattern.num_heads)
-    start = _int32([9])
+    start = int32([9])
     case = _case(pattern, total, total, key_heads, batch=1)
     case.options = {"sinks": sinks, "key_start": start}
     store = spa.BandStore(pattern, 1, key_heads, 16)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_cases import case, int32
 
 import spattention as spa
 from spattention.impl.triton import op
@@ -17,30 +18,9 @@ TWO_BANDS = P((((0, 3), (7, 12)), ((0, 30),), (), ((2, 5), (20, 26))), 30)
 
 
 def _case(
-    pattern: spa.BandPattern,
-    queries: int = 21,
-    keys: int = 21,
-    key_heads: int | None = None,
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    batch: int = 2,
-    **options: Any,
+    pattern: spa.BandPattern, queries: int = 21, keys: int = 21, *rest: Any, **options: Any
 ) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    heads = pattern.num_heads
-
-    def draw(tokens: int, n_heads: int) -> torch.Tensor:
-        shape = (batch, n_heads, tokens, head_dim)
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(heads, generator=generator).to(dtype)
-    few = key_heads or heads
-    return Case(draw(queries, heads), draw(keys, few), draw(keys, few), pattern, options)
-
-
-def _int32(*values: Any) -> torch.Tensor:
-    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.int32)
+    return case(pattern, queries, keys, *rest, **options)
 
 
 CASES = {
@@ -54,14 +34,14 @@ CASES = {
     "more heads than tokens": lambda: _case(P.exclusive(5, 3), 3, 3, batch=1, dtype=torch.float16),
     "one token": lambda: _case(P.dense(1, 1), 1, 1, dtype=torch.float16),
     "last queries": lambda: _case(P.shared_local(2, 40), 5, 37),
-    "start on the device": lambda: _case(P.shared_local(2, 40), 7, 30, query_start=_int32(4, 23)),
-    "left padding": lambda: _case(P.shared_local(2, 21), key_start=_int32(3, 40)),
+    "start on the device": lambda: _case(P.shared_local(2, 40), 7, 30, query_start=int32(4, 23)),
+    "left padding": lambda: _case(P.shared_local(2, 21), key_start=int32(3, 40)),
     "documents in a row": lambda: _case(
         P.exclusive(2, 33),
         33,
         33,
         batch=1,
-        key_start=_int32([[0] * 17 + [17] * 16]),
+        key_start=int32([[0] * 17 + [17] * 16]),
     ),
     "negative scale": lambda: _case(P.exclusive(2, 21), scale=-0.3, batch=1),
 }
@@ -77,8 +57,8 @@ def test_packed_documents() -> None:
     lengths, more = [17, 0, 3], [17, 2, 20]
     draw = [torch.randn(n, 2, 16, generator=generator) for n in (20, 39, 39)]
     options = {
-        "cu_seqlens_q": _int32(0, 17, 17, 20),
-        "cu_seqlens_k": _int32(0, 17, 19, 39),
+        "cu_seqlens_q": int32(0, 17, 17, 20),
+        "cu_seqlens_k": int32(0, 17, 19, 39),
         "max_seqlen_q": max(lengths),
         "max_seqlen_k": max(more),
     }
