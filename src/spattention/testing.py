@@ -100,8 +100,9 @@ def plain(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None) ->
     Its backward is the textbook's, from what every implementation keeps: inputs, output and
     log-sum-exp, each in its own dtype. Returns the same entries as `run`.
 
-    Float32 is computed on the CPU, where a product sums each dot product in one chain, as kernels
-    do. A GPU's library sums small ones in several parts, which is finer than one accumulator.
+    Float32 is computed on the CPU, whose products of up to 128 terms are bit for bit one chain of
+    fused multiply-adds (longer ones are summed in blocks of some hundred), as they are in kernels.
+    A GPU's library sums small products in several parts, which is finer than one accumulator.
     """
     device = case.query.device
     if case.query.dtype == torch.float32 and device.type != "cpu":
