@@ -8,9 +8,10 @@ import copy
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from spattention.models import build, preset
+from spattention.training.precision import sharded_precision
 from spattention.training.pretrain import prepare_model
 from spattention.training.recipe import recipe_from
 
@@ -40,7 +41,7 @@ def check(precision: str) -> None:
     prepare_model(whole_recipe, whole, 2, torch.device("cpu"))
     assert prepare_model(recipe, sharded, 1, torch.device("cpu"), devices=2) is None
     low = precision == "bfloat16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
+    policy = sharded_precision(precision)
     for layer in sharded.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(sharded.model.embed_tokens, mp_policy=policy)

@@ -12,8 +12,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 MASTERS = "masters"  # entry of the optimizer's state dict
+
+
+def sharded_precision(precision: str) -> MixedPrecisionPolicy:
+    """What FSDP2 gathers float32 shards in; gradients are summed in float32 either way.
+
+    Accelerate's own policy for bfloat16 would sum the gradients over devices and passes in bfloat16
+    too, and round the loss to it.
+
+    Args:
+        precision: "float32" or "bfloat16", of the products.
+    """
+    if precision == "float32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def groups(named: Sequence[tuple[str, torch.Tensor]], weight_decay: float) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from .callbacks import Event
 from .checkpoints import STAGING, clean, newest_good, step_of
 from .layers import recipe_attention
 from .loss import defer_loss
-from .precision import to_bfloat16
+from .precision import sharded_precision, to_bfloat16
 from .recipe import Recipe
 from .report import machine
 from .results import write_atomically
@@ -256,6 +256,8 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         **more,
     )
+    if arguments.fsdp_plugin_args is not None:  # Accelerate's; the Trainer has no word for this one
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = sharded_precision(recipe.precision)
     if arguments.n_gpu > 1:
         raise ValueError(
             f"several GPUs need one process each: `torchrun --nproc-per-node {arguments.n_gpu} -m "
