@@ -38,6 +38,7 @@ if __package__ is None:
 from ledger import HERE, check_same, entry_path, finished, read_entry, write_entry
 from plan import Plan, Run, read_plan
 
+OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
 SMALLEST_PIECE = 10.0  # seconds: less is not worth starting a run for
 Say = Callable[[str], None]
 
@@ -146,7 +147,7 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
         "facts": {},
         "train": [],
         "validation": [],
-        **{name: losses[name] for name in losses if name not in ("format", "version")},
+        **{name: losses[name] for name in OF_THE_RUN if name in losses},
         "final": _final(recipe, folder, options.windows) if done else None,
     }
     write_entry(path, entry)

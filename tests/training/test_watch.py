@@ -1,6 +1,7 @@
 """What watches a run: bad losses stop it, metrics survive, speed and MFU by their formula."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from spattention import BandPattern, hf
+from spattention import BandPattern, __version__, hf
 from spattention.choice import attention_choice
 from spattention.cli import main
 from spattention.data.packed import write_packed
@@ -181,6 +182,8 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     (tmp_path / "small.toml").write_text("\n".join(lines))
     command = ["train", str(tmp_path / "small.toml"), "--output", str(tmp_path / "run")]
     assert main([*command, "--minutes", "0"]) == 0
+    found = json.loads((tmp_path / "run" / "losses.json").read_text())
+    assert (found["step"], [e["step"] for e in found["train"]]) == (1, [1])
     shown = capsys.readouterr().out
     assert "step 1: loss 5." in shown
     assert "Stopped at step 1 of 4; the same command goes on." in shown
@@ -193,6 +196,12 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     assert [e["step"] for e in found["train"]] == [1, 2, 3, 4]
     assert [e["step"] for e in found["validation"]] == [4]
     assert found["recipe"] == values
+    assert found["step"] == 4
+    assert found["command"].startswith("spattention ")
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(head, capture_output=True, text=True, check=False)
+    assert found["commit"] == (done.stdout.strip() or None)
+    assert found["versions"]["spattention"] == __version__
     assert main([*command, "--set", "batch=3"]) == 2
     assert "holds a run of another recipe" in capsys.readouterr().err
 

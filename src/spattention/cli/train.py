@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +51,13 @@ def main(options: Options) -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
         with TrainProgress(console) as progress:
-            outcome = pretrain(recipe, output, minutes=options.minutes, send=progress.update)
+            outcome = pretrain(
+                recipe,
+                output,
+                minutes=options.minutes,
+                command=shlex.join(["spattention", *sys.argv[1:]]),
+                send=progress.update,
+            )
     except Diverged as error:
         raise ValueError(
             f"stopped: {error}. The last checkpoint in {output} is from before; metrics.jsonl "

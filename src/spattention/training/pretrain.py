@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +31,14 @@ from .layers import recipe_attention
 from .loss import defer_loss
 from .precision import sharded_precision, to_bfloat16
 from .recipe import Recipe
-from .report import machine
+from .record import Record
 from .results import write_atomically
 from .router import balance_routers
 from .setup import make_arguments, make_trainer
-from .watch import Guard, Keeper, Metrics, Speed, TimeLimit, read_metrics
+from .watch import Guard, Keeper, Metrics, Speed, TimeLimit
 from .work import active_parameters, work_per_token
 
 MARK = "run.json"
-RESULTS = "losses.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,7 @@ def pretrain(
     folder: Path,
     *,
     minutes: float | None = None,
+    command: str | None = None,
     send: Callable[[Event], None] = lambda event: None,
 ) -> Outcome:
     """Train, or go on where an earlier call with this folder stopped or was killed.
@@ -71,6 +68,7 @@ def pretrain(
         recipe: what to do.
         folder: checkpoints, metrics and results; new, or of an earlier call.
         minutes: save and stop after so long; None goes on to the end.
+        command: to record; the command line, if there was one.
         send: called on the first rank with what happens: `{"kind": "begin" | "note" | "step" |
             "log", ...}`.
 
@@ -121,6 +119,7 @@ def pretrain(
         "devices": arguments.world_size,
     }
     watchers = _watchers(recipe, folder, model, attention, arguments.world_size, send)
+    watchers.append(Record(recipe.to_dict(), folder, facts, command))
     if minutes is not None:
         watchers.append(TimeLimit(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)
@@ -139,7 +138,6 @@ def pretrain(
     step = trainer.state.global_step
     if first:
         clean(folder)
-        _write_results(recipe, folder, facts)
     return Outcome(folder, step, recipe.steps)
 
 
@@ -435,34 +433,3 @@ def _watchers(
 
         watchers.append(WandbCallback())
     return watchers
-
-
-def _write_results(recipe: Recipe, folder: Path, facts: Event) -> None:
-    """`losses.json`: the recipe, what it gave and on what, to be kept beside the recipe."""
-    entries = read_metrics(folder / "metrics.jsonl")
-    content = {
-        "format": "spattention-run",
-        "version": 1,
-        "recipe": recipe.to_dict(),
-        "facts": {name: value for name, value in facts.items() if name not in ("kind", "step")},
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-        },
-        "train": [_rounded(e, TRAIN_COLUMNS) for e in entries if "loss" in e],
-        "validation": [_rounded(e, ("step", "eval_loss")) for e in entries if "eval_loss" in e],
-    }
-    write_atomically(folder / RESULTS, json.dumps(content) + "\n")
-
-
-TRAIN_COLUMNS = ("step", "loss", "grad_norm", "tokens_per_second", "mfu", "balance_loss", "z_loss")
-
-
-def _rounded(entry: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
-    """Six digits say all that a loss can tell."""
-    found = {name: entry[name] for name in names if name in entry}
-    return {
-        name: value if isinstance(value, int) or not math.isfinite(value) else float(f"{value:.6g}")
-        for name, value in found.items()
-    }
