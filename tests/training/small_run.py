@@ -35,7 +35,8 @@ def recipe(data: Path, **changes: object) -> Recipe:
         "save_every": 2,
         "tensorboard": False,
     }
-    return recipe_from(values | changes)
+    found = values | changes
+    return recipe_from({name: value for name, value in found.items() if value is not None})
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

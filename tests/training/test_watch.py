@@ -8,7 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from spattention import BandPattern, __version__, hf
 from spattention.choice import attention_choice
@@ -168,6 +174,51 @@ def test_a_dense_model_goes_on_with_bands_and_without_attention_across_documents
     assert not (tmp_path / "other").exists()
 
 
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def test_another_pretrained_model_goes_on_with_bands_and_after_a_stop(data, tmp_path):
+    """Not OLMoE, without experts: a Llama."""
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "llama")
+    tuned = recipe(data, model=str(tmp_path / "llama"), layers=None, vocabulary=None, steps=4)
+    pretrain(tuned, tmp_path / "whole")
+    while not pretrain(tuned, tmp_path / "pieces", minutes=0).finished:
+        pass
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 4 + 2
+    entries = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert not any("balance_loss" in entry for entry in entries)
+
+
+def test_experts_stay_those_of_the_checkpoint_when_a_fine_tuning_goes_on(data, tmp_path):
+    build(preset("olmoe-tiny", vocab_size=320, context=32, num_layers=1)).save_pretrained(
+        tmp_path / "base"
+    )
+    tuned = recipe(data, model=str(tmp_path / "base"), layers=None, vocabulary=None, steps=4)
+    pretrain(tuned, tmp_path / "whole")
+    while not pretrain(tuned, tmp_path / "pieces", minutes=0).finished:
+        pass
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+
+
+def test_routers_of_another_kind_are_not_left_without_their_losses(data, tmp_path):
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    changes = {"model": str(tmp_path / "mixtral"), "layers": None, "vocabulary": None, "steps": 2}
+    with pytest.raises(ValueError, match="must be 0 for MixtralForCausalLM, whose routers"):
+        pretrain(recipe(data, **changes), tmp_path / "run")
+    outcome = pretrain(recipe(data, **changes, balance_loss=0, z_loss=0), tmp_path / "other")
+    assert outcome.finished
+
+
 def test_a_vocabulary_that_the_data_exceeds_is_refused_before_training(data, tmp_path):
     with pytest.raises(
         ValueError, match="`vocabulary` must be above the largest token of the data"
@@ -197,7 +248,7 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     assert [e["step"] for e in found["validation"]] == [4]
     assert found["recipe"] == values
     assert found["step"] == 4
-    assert found["command"].startswith("spattention ")
+    assert found["command"].startswith("spattention")
     head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     done = subprocess.run(head, capture_output=True, text=True, check=False)
     assert found["commit"] == (done.stdout.strip() or None)

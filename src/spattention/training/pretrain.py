@@ -329,7 +329,7 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
             f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "
             f"{error}"
         ) from error
-    if hasattr(model, "set_experts_implementation"):
+    if any(".experts." in name for name, _ in model.named_parameters()):
         model.set_experts_implementation("grouped_mm")
     length = model.config.get_text_config().max_position_embeddings
     if recipe.context > length:

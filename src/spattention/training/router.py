@@ -76,6 +76,9 @@ def balance_routers(model: torch.nn.Module, balance: float, z: float, passes: in
         balance: weight of the balance loss in the loss of a step.
         z: weight of the z-loss.
         passes: forward passes per step, whose gradients add up.
+
+    Raises:
+        ValueError: if the model has routers of another kind and a weight is not 0.
     """
     found = [
         (parent, name, child)
@@ -83,6 +86,11 @@ def balance_routers(model: torch.nn.Module, balance: float, z: float, passes: in
         for name, child in parent.named_children()
         if type(child) is OlmoeTopKRouter
     ]
+    if not found and (balance or z) and any(".experts." in n for n, _ in model.named_parameters()):
+        raise ValueError(
+            f"`balance_loss` and `z_loss` must be 0 for {type(model).__name__}, whose routers are "
+            f"not OLMoE's, got {balance} and {z}"
+        )
     share = 1 / (max(1, len(found)) * passes)
     for parent, name, old in found:
         with torch.device("meta"):  # its weight is the old one's
