@@ -10,6 +10,7 @@ import torch
 import spattention as spa
 from spattention import BandPattern
 from spattention.impl import blockwise
+from spattention.testing import Case, check_case
 
 
 def test_the_operator_passes_opcheck():
@@ -89,3 +90,53 @@ def test_a_short_query_reads_only_its_bands():
     key, value = (torch.randn(1, 4, 4096, 16) for _ in range(2))
     done = multiply_adds(lambda: spa.band_attention(query, key, value, pattern, impl="blockwise"))
     assert 2 * 16 * 4096 <= done <= 2 * 16 * (4096 + 4 * blockwise._VECTOR)
+
+
+JOINED = {
+    # One batch row: heads whose bands are copies of one another, shifted, run together.
+    "heads, shifted": (BandPattern.exclusive(4, 700), 1, 700, 700),
+    "heads, shifted, queries at the end": (BandPattern.exclusive(4, 700), 1, 300, 700),
+    "heads, alike": (BandPattern.sliding_window(4, 700, 90), 1, 700, 700),
+    "heads, some alike": (
+        BandPattern((((3, 9),), ((8, 14),), ((13, 19),), ((13, 20),), (), ((0, 5),)), 700),
+        1,
+        530,
+        600,
+    ),
+    # Blocks of queries run together, apart from one another and overlapping.
+    "blocks": (BandPattern.shared_local(3, 900), 1, 900, 900),
+    "rows and blocks": (BandPattern((((0, 90), (200, 290)),) * 2, 900), 2, 900, 900),
+}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("name", JOINED)
+def test_what_runs_together_gives_what_it_gives_alone(name, sinks, monkeypatch):
+    """Sizes at which heads and blocks are joined, which those of the operator's tests are not."""
+    pattern, batch, queries, keys = JOINED[name]
+    sizes = []
+    attend = blockwise._attend_run
+
+    def watched(*arguments):
+        sizes.append(arguments[0].shape[0] * arguments[4].repeats)
+        return attend(*arguments)
+
+    add = torch.Tensor.baddbmm_
+
+    def checked(total, *arguments):
+        # Blocks that add to the same keys at once would be a race, which is seldom lost.
+        places = torch.arange(total.untyped_storage().nbytes() // total.element_size())
+        places = places.as_strided(total.shape, total.stride(), total.storage_offset())
+        assert places.unique().numel() == total.numel()
+        return add(total, *arguments)
+
+    monkeypatch.setattr(blockwise, "_attend_run", watched)
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", checked)
+    generator = torch.Generator().manual_seed(0)
+    heads = pattern.num_heads
+    query, key, value = (
+        torch.randn(batch, heads, n, 16, generator=generator) for n in (queries, keys, keys)
+    )
+    options = {"sinks": torch.randn(heads, generator=generator)} if sinks else {}
+    check_case(Case(query, key, value, pattern, options), impl="blockwise")
+    assert max(sizes) > batch
