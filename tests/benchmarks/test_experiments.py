@@ -139,7 +139,8 @@ def test_pieces_give_what_one_go_gives(made, tmp_path, monkeypatch):
         assert entries[-1]["step"] > 0 or len(entries) > 1
         pieces += 1
         assert pieces < 60
-    assert pieces > 2  # more than one for each run
+    # A step at a time; a run's end and the first step of the next may share a piece.
+    assert pieces >= 2 * 4 - 1
     found = ledger.read_ledger(options.ledger, "tiny")
     wanted = {entry["label"]: entry for entry in ledger.read_ledger(made.ledger, "tiny")}
     assert {entry["label"] for entry in found} == set(options.only)
