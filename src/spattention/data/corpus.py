@@ -181,7 +181,8 @@ def _write(
         raise ValueError("the source must hold text, got none")
     if every and not validation.num_tokens:
         raise ValueError(
-            f"`held_out` must be at least 1 / {2 * count} for {count} documents, got {held_out}"
+            f"`held_out` must be 0, for none, or at least 1 / {2 * count} for {count} documents, "
+            f"got {held_out}"
         )
     return train, validation
 
