@@ -10,13 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
+from figures import (
+    TITLES,
+    Entry,
+    curve,
+    position_figure,
+    seconds_to,
+    seeds_of,
+    speed,
+    time_figure,
+    tokens_figure,
+)
 from ledger import HERE, finished, read_ledger
 from plan import Plan, read_plan
 
@@ -26,9 +33,17 @@ from spattention.training.results import write_atomically
 ROOT = Path(__file__).parents[2]
 PLANS = Path(__file__).parent / "plans"
 PAGE = ROOT / "docs" / "evidence.md"
-ORDER = ["paper", "screen-1024", "context-8192", "context-16384"]
+ORDER = [
+    "paper",
+    "screen-1024",
+    "variants-2048",
+    "finalists-2048",
+    "context-8192",
+    "context-16384",
+    "olmoe-1024",
+]
 ON_A_PAR = 0.005  # of dense's loss: what the project set out to confirm or refute
-Entry = dict[str, Any]
+DRAWN = {"tokens": tokens_figure, "time": time_figure, "position": position_figure}
 
 INTRO = """\
 # Evidence: does it keep the quality?
@@ -46,18 +61,19 @@ Within a plan all runs have the same data in the same order, the same steps and,
 weights at the start (Reformer's shared queries and keys leave it fewer). Losses are nats per token
 on held-out text; *error* is the standard error over validation windows, the same windows for all
 runs, so that it says how well the loss of this model is known, not how another seed would do.
-*Spread* is the standard deviation over seeds. **With one seed the spread is unknown, and small
-differences say nothing.** What the baselines are, and where they differ from their papers:
+*Spread* is the standard deviation over seeds. *Time to dense's loss* is the share of dense's
+training time after which a run has dense's last validation loss, each at its median speed on one
+kind of GPU, without compiling, evaluation and saving. **With one seed the spread is unknown, and
+small differences say nothing.** What the baselines are, and where they differ from their papers:
 [baselines](baselines.md).
 """
 OUTRO = """\
 ## What is not answered yet
 
-- Other sizes: OLMoE 0.25B-1.75B, dense against the best two patterns. Not run yet.
-- Tasks (HellaSwag, WinoGrande, COPA, MMLU, PIQA, ARC, LAMBADA), recall, and what heads look at, on
-  trained models: `spattention evaluate` measures them. Not run yet.
-- Loss against wall-clock with the fastest kernels on both sides. Not run yet; *tokens/s* in the
-  tables is the training speed of these small models, where attention is a small part.
+- Tasks (HellaSwag, WinoGrande, COPA, MMLU, PIQA, ARC, LAMBADA) on trained models: `spattention
+  evaluate` measures them. Not run yet.
+- Equal time at the size of real models: *tokens/s* and the time to dense's loss in the tables are
+  of these small models, where attention is a small part.
 """
 
 
@@ -90,13 +106,13 @@ def section(plan: Plan, entries: list[Entry], images: Path) -> str:
         return "\n".join([*lines, "Nothing of this was run yet.", ""])
     lines += [
         "| attention | validation loss | error | spread | minus dense | pairs, dense = 1 "
-        "| tokens/s | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| tokens/s | time to dense's loss | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for label in rows:
         lines.append(_row(label, done))
     lines += ["", *_verdicts(plan, done), *_missing(plan, entries, done), ""]
-    for what, draw in (("tokens", _tokens_figure), ("position", _position_figure)):
+    for what, draw in DRAWN.items():
         figure = draw(rows, done)
         if figure is not None:
             name = f"{plan.name}-{what}.png"
@@ -104,13 +120,7 @@ def section(plan: Plan, entries: list[Entry], images: Path) -> str:
             figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
             write_atomically(images / name, picture.getvalue())
             lines += [f"![{TITLES[what]}](images/{name})", ""]
-    return "\n".join(lines)
-
-
-TITLES = {
-    "tokens": "loss minus dense's against tokens",
-    "position": "loss minus dense's by position in the context",
-}
+    return "\n".join([*lines, *_looks(rows, done)])
 
 
 def _configuration(plan: Plan) -> str:
@@ -124,15 +134,11 @@ def _configuration(plan: Plan) -> str:
     )
 
 
-def _seeds(label: str, done: dict[tuple[str, int], Entry]) -> list[int]:
-    return sorted(seed for name, seed in done if name == label)
-
-
 def _differences(label: str, done: dict[tuple[str, int], Entry]) -> list[float]:
     """Loss minus dense's, of the seeds that both have."""
     return [
         _loss(done[label, s]) - _loss(done[STOCK, s])
-        for s in _seeds(label, done)
+        for s in seeds_of(label, done)
         if (STOCK, s) in done
     ]
 
@@ -142,12 +148,12 @@ def _loss(entry: Entry) -> float:
 
 
 def _row(label: str, done: dict[tuple[str, int], Entry]) -> str:
-    runs = [done[label, seed] for seed in _seeds(label, done)]
+    runs = [done[label, seed] for seed in seeds_of(label, done)]
     losses = [_loss(run) for run in runs]
     differences = _differences(label, done)
     dense = next((e["facts"]["pairs_per_token"] for (n, _), e in done.items() if n == STOCK), None)
     pairs = runs[0]["facts"]["pairs_per_token"]
-    speeds = sorted(line["tokens_per_second"] for run in runs for line in run["train"][1:])
+    speeds = [found for run in runs if (found := speed(run)) is not None]
     cells = [
         label,
         f"{mean(losses):.4f}",
@@ -155,10 +161,71 @@ def _row(label: str, done: dict[tuple[str, int], Entry]) -> str:
         f"{stdev(losses):.4f}" if len(losses) > 1 else "?",
         f"{mean(differences):+.4f}" if differences and label != STOCK else "",
         f"{pairs / dense:.2f}" if dense else "?",
-        f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "?",
+        f"{mean(speeds):,.0f}" if speeds else "?",
+        _time(label, done),
         str(len(runs)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _time(label: str, done: dict[tuple[str, int], Entry]) -> str:
+    """The share of dense's time after which a run has dense's last loss, on one kind of GPU."""
+    shares = []
+    for seed in seeds_of(label, done) if label != STOCK else ():
+        entry, dense = done[label, seed], done.get((STOCK, seed))
+        if dense is None or dense["gpu"] != entry["gpu"] or not curve(dense) or not curve(entry):
+            continue
+        end, loss = curve(dense)[-1]
+        found = seconds_to(loss, curve(entry))
+        if found is None:
+            return "not reached"
+        shares.append(found / end)
+    return f"{mean(shares):.2f}" if shares else ""
+
+
+def _looks(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> list[str]:
+    """Heads and recall of the trained models, where they were taken; means over seeds."""
+    taken = {
+        label: [
+            done[label, seed]["final"]
+            for seed in seeds_of(label, done)
+            if done[label, seed]["final"].get("heads")
+        ]
+        for label in rows
+    }
+    if not any(taken.values()):
+        return ["Heads and recall of these models were not taken.", ""]
+    lines = [
+        "What heads look at, and recall of random tokens; *~*: near chance.",
+        "",
+        "| attention | entropy (nats) | divergence (nats) | copying, farthest | pairs, most "
+        "| needle, all depths |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for label, finals in taken.items():
+        if not finals:
+            continue
+        layers = [layer for final in finals for layer in final["heads"]]
+        cells = [
+            label,
+            f"{mean(entropy for layer in layers for entropy in layer['entropy']):.2f}",
+            f"{mean(layer['divergence'] for layer in layers):.2f}",
+            *(_accuracy(finals, task) for task in ("copying", "pairs", "needle")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _accuracy(finals: list[Entry], task: str) -> str:
+    """Accuracy in the hardest setting, of a needle over all of them."""
+    scores = []
+    for final in finals:
+        mine = [score for score in final["recall"] if score["task"] == task]
+        scores += mine if task == "needle" else mine[-1:]
+    if not scores:
+        return ""
+    near = all(score["near_chance"] for score in scores)
+    return f"{'~ ' if near else ''}{100 * mean(s['accuracy']['mean'] for s in scores):.1f} %"
 
 
 def _verdicts(plan: Plan, done: dict[tuple[str, int], Entry]) -> list[str]:
@@ -168,7 +235,7 @@ def _verdicts(plan: Plan, done: dict[tuple[str, int], Entry]) -> list[str]:
         differences = _differences(label, done)
         if not label.startswith("shared_local") or not differences:
             continue
-        seeds = [s for s in _seeds(label, done) if (STOCK, s) in done]
+        seeds = [s for s in seeds_of(label, done) if (STOCK, s) in done]
         share = mean(differences) / mean(_loss(done[STOCK, s]) for s in seeds)
         verdict = "confirmed" if share <= ON_A_PAR else "refuted"
         known = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed, not settled"
@@ -191,71 +258,6 @@ def _missing(plan: Plan, entries: list[Entry], done: dict[tuple[str, int], Entry
         elif entry is None:
             lines.append(f"{run.label}, seed {run.seed}")
     return [f"Not run yet: {'; '.join(lines)}."] if lines else ["Everything planned was run."]
-
-
-def _colors(rows: Sequence[str]) -> dict[str, Any]:
-    palette = matplotlib.color_sequences["tab20"]
-    return {label: palette[k % 20] for k, label in enumerate(rows)}
-
-
-def _tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
-    """A bias that helps early can fade: the gap to dense against tokens, seed by seed."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    colors = _colors(rows)
-    for label in rows:
-        for seed in _seeds(label, done):
-            dense = done.get((STOCK, seed))
-            if label == STOCK or dense is None:
-                continue
-            base = {line["step"]: line["eval_loss"] for line in dense["validation"]}
-            per_step = done[label, seed]["tokens"] / done[label, seed]["step"]
-            points = [
-                (line["step"] * per_step / 1e6, line["eval_loss"] - base[line["step"]])
-                for line in done[label, seed]["validation"]
-                if line["step"] in base
-            ]
-            name = label if seed == _seeds(label, done)[0] else None
-            axis.plot(*zip(*points), "o-", markersize=3, color=colors[label], label=name)
-    if not axis.lines:
-        return None
-    axis.axhline(0.0, color="#333333", linewidth=1)
-    axis.set(xlabel="million tokens", ylabel="validation loss minus dense's (nats)")
-    _finish(axis, TITLES["tokens"])
-    return figure
-
-
-def _position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    colors = _colors(rows)
-    for label in rows:
-        shared = [s for s in _seeds(label, done) if (STOCK, s) in done]
-        if label == STOCK or not shared:
-            continue
-        edges = done[label, shared[0]]["final"]["edges"]
-        gaps = [
-            mean(
-                done[label, s]["final"]["by_position"][k]
-                - done[STOCK, s]["final"]["by_position"][k]
-                for s in shared
-            )
-            for k in range(len(edges) - 1)
-        ]
-        axis.stairs(gaps, edges, color=colors[label], label=label, baseline=None)
-    if not axis.patches:
-        return None
-    axis.axhline(0.0, color="#333333", linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="position in the context (tokens)", ylabel="loss minus dense's (nats)")
-    _finish(axis, TITLES["position"])
-    return figure
-
-
-def _finish(axis: Any, title: str) -> None:
-    axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=7, frameon=False, ncols=2)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from spattention import baselines, hf
 from spattention.data.training import open_training
+from spattention.evaluation.heads import look_at_heads
 from spattention.evaluation.perplexity import LossByPosition, validation_loss
+from spattention.evaluation.recall import questions, recall
 from spattention.training.checkpoints import newest_good
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
@@ -39,6 +41,7 @@ from ledger import HERE, check_same, entry_path, finished, read_entry, write_ent
 from plan import Plan, Run, read_plan
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
+HEAD_ROWS, HEAD_TOKENS = 4, 32_768  # windows that heads are looked at on
 SMALLEST_PIECE = 10.0  # seconds: less is not worth starting a run for
 Say = Callable[[str], None]
 
@@ -57,6 +60,7 @@ class Options:
         set: Changes to the recipes, as in steps=100.
         commit: The commit to record, where git cannot tell.
         windows: Validation windows of the final loss by position.
+        items: Sequences per question of recall; 0 takes neither recall nor a look at heads.
     """
 
     plans: tyro.conf.Positional[tuple[Path, ...]]
@@ -68,6 +72,7 @@ class Options:
     set: tuple[str, ...] = ()
     commit: str | None = None
     windows: int = 256
+    items: int = 16
 
 
 def main(options: Options) -> bool:
@@ -148,7 +153,7 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
         "train": [],
         "validation": [],
         **{name: losses[name] for name in OF_THE_RUN if name in losses},
-        "final": _final(recipe, folder, options.windows) if done else None,
+        "final": _final(recipe, folder, options) if done else None,
     }
     write_entry(path, entry)
     if done:
@@ -165,8 +170,8 @@ def _placed(run: Run, options: Options) -> Recipe:
     return recipe_from(fields)
 
 
-def _final(recipe: Recipe, folder: Path, windows: int) -> dict[str, Any]:
-    """The validation loss of the last checkpoint, by position."""
+def _final(recipe: Recipe, folder: Path, options: Options) -> dict[str, Any]:
+    """The validation loss of the last checkpoint, by position; its recall, and its heads."""
     checkpoint, problems = newest_good(folder)
     if checkpoint is None:
         raise RuntimeError(f"{folder} must hold a checkpoint, {problems}")
@@ -175,7 +180,7 @@ def _final(recipe: Recipe, folder: Path, windows: int) -> dict[str, Any]:
         recipe.validation,
         context=recipe.context,
         end_of_text=recipe.end_of_text,
-        limit=windows,
+        limit=options.windows,
     )
     assert data.validation is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,6 +193,19 @@ def _final(recipe: Recipe, folder: Path, windows: int) -> dict[str, Any]:
         "edges": list(found.edges),
         "by_position": [round(part.mean, 5) for part in found.parts],
         "by_position_error": [round(part.error, 5) for part in found.parts],
+        **(_looks(model, data.validation, options.items) if options.items else {}),
+    }
+
+
+def _looks(model: Any, windows: Any, items: int) -> dict[str, Any]:
+    """Recall of random tokens, and what heads look at, with real text around."""
+    text = torch.stack([windows[k % len(windows)]["input_ids"] for k in range(items)])
+    config = model.config.get_text_config()
+    scores = recall(model, list(questions(config.vocab_size, text.shape[1], text, items)))
+    rows = max(1, min(HEAD_ROWS, HEAD_TOKENS // text.shape[1]))
+    return {
+        "recall": [asdict(score) | {"near_chance": bool(score.near_chance)} for score in scores],
+        "heads": [asdict(layer) for layer in look_at_heads(model, text[:rows])],
     }
 
 

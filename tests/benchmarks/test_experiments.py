@@ -24,6 +24,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import evidence  # noqa: E402
+import figures  # noqa: E402
 import ledger  # noqa: E402
 import run as runner  # noqa: E402
 from plan import read_plan  # noqa: E402
@@ -236,3 +237,53 @@ def test_the_page_says_what_was_run_and_what_was_not(made, tmp_path):
         assert f"images/{name}" in text
     nothing = evidence.write(tmp_path, tmp_path / "none", tmp_path / "other.md", [])
     assert "Nothing of this was run yet." in nothing.read_text()
+
+
+def entry(speeds, losses, tokens=100, step=10):
+    return {
+        "tokens": tokens,
+        "step": step,
+        "gpu": "one",
+        "train": [{"tokens_per_second": speed} for speed in speeds],
+        "validation": [{"step": at, "eval_loss": loss} for at, loss in losses],
+    }
+
+
+def test_time_is_tokens_at_the_median_speed_without_the_first_line():
+    made = entry([1, 50, 40, 1000], [(5, 4.0), (10, 3.0)])
+    assert figures.curve(made) == [(1.0, 4.0), (2.0, 3.0)]
+    assert figures.curve(entry([1], [(5, 4.0)])) == []
+
+
+def test_when_a_curve_comes_down_to_a_loss():
+    points = [(1.0, 4.0), (2.0, 3.0), (3.0, 3.5), (4.0, 2.0)]
+    assert figures.seconds_to(3.25, points) == 1.75
+    assert figures.seconds_to(2.5, points) == pytest.approx(3 + 2 / 3)
+    assert figures.seconds_to(5.0, points) == 1.0
+    assert figures.seconds_to(1.0, points) is None
+
+
+def test_a_faster_run_has_denses_loss_earlier():
+    dense = entry([1, 50], [(5, 4.0), (10, 3.0)])
+    twice = entry([1, 100], [(5, 4.0), (10, 3.0)])
+    done = {("dense", 0): dense, ("half", 0): twice, ("worse", 0): entry([1, 50], [(10, 3.5)])}
+    assert [evidence._time(label, done) for label in ("dense", "half", "worse")] == [
+        "",
+        "0.50",
+        "not reached",
+    ]
+    done["half", 0]["gpu"] = "another"
+    assert evidence._time("half", done) == ""
+
+
+def test_entries_hold_recall_and_heads_and_the_page_shows_them(made, tmp_path):
+    for found in ledger.read_ledger(made.ledger, "tiny"):
+        final = found["final"]
+        assert {score["task"] for score in final["recall"]} == {"copying", "pairs"}
+        assert all(score["near_chance"] in (True, False) for score in final["recall"])
+        assert [len(layer["entropy"]) for layer in final["heads"]] == [8]
+    (tmp_path / "tiny.toml").write_text(PLAN)
+    page = evidence.write(tmp_path, made.ledger, tmp_path / "evidence.md", []).read_text()
+    entropy = np.mean(final["heads"][0]["entropy"])
+    assert f"| reformer:chunk=4 | {entropy:.2f} |" in page
+    assert "images/tiny-time.png" in page

@@ -1,0 +1,140 @@
+"""Plots of a plan's finished runs, `done`: by label and seed, entries of the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, median
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from spattention.choice import STOCK
+
+Entry = dict[str, Any]
+TITLES = {
+    "tokens": "loss minus dense's against tokens",
+    "time": "loss against time",
+    "position": "loss minus dense's by position in the context",
+}
+
+
+def seeds_of(label: str, done: dict[tuple[str, int], Entry]) -> list[int]:
+    """The seeds that a label was run with."""
+    return sorted(seed for name, seed in done if name == label)
+
+
+def speed(entry: Entry) -> float | None:
+    """Tokens per second of a run: the median of all lines but the first, which compiles."""
+    found = [line["tokens_per_second"] for line in entry["train"][1:]]
+    return median(found) if found else None
+
+
+def curve(entry: Entry) -> list[tuple[float, float]]:
+    """(seconds, validation loss), tokens at the run's median speed: compiling, evaluation and
+    saving do not count. Empty where no speed is known."""
+    rate = speed(entry)
+    if rate is None:
+        return []
+    per_step = entry["tokens"] / entry["step"]
+    return [(line["step"] * per_step / rate, line["eval_loss"]) for line in entry["validation"]]
+
+
+def seconds_to(loss: float, points: Sequence[tuple[float, float]]) -> float | None:
+    """When a curve first comes down to a loss, straight between its points; None if never."""
+    before: tuple[float, float] | None = None
+    for time, value in points:
+        if value <= loss:
+            if before is None:
+                return time
+            share = (before[1] - loss) / (before[1] - value)
+            return before[0] + share * (time - before[0])
+        before = (time, value)
+    return None
+
+
+def _colors(rows: Sequence[str]) -> dict[str, Any]:
+    palette = matplotlib.color_sequences["tab20"]
+    return {label: palette[k % 20] for k, label in enumerate(rows)}
+
+
+def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
+    """A bias that helps early can fade: the gap to dense against tokens, seed by seed."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    colors = _colors(rows)
+    for label in rows:
+        for seed in seeds_of(label, done):
+            dense = done.get((STOCK, seed))
+            if label == STOCK or dense is None:
+                continue
+            base = {line["step"]: line["eval_loss"] for line in dense["validation"]}
+            per_step = done[label, seed]["tokens"] / done[label, seed]["step"]
+            points = [
+                (line["step"] * per_step / 1e6, line["eval_loss"] - base[line["step"]])
+                for line in done[label, seed]["validation"]
+                if line["step"] in base
+            ]
+            name = label if seed == seeds_of(label, done)[0] else None
+            axis.plot(*zip(*points), "o-", markersize=3, color=colors[label], label=name)
+    if not axis.lines:
+        return None
+    axis.axhline(0.0, color="#333333", linewidth=1)
+    axis.set(xlabel="million tokens", ylabel="validation loss minus dense's (nats)")
+    _finish(axis, TITLES["tokens"])
+    return figure
+
+
+def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    colors = _colors(rows)
+    for label in rows:
+        shared = [s for s in seeds_of(label, done) if (STOCK, s) in done]
+        if label == STOCK or not shared:
+            continue
+        edges = done[label, shared[0]]["final"]["edges"]
+        gaps = [
+            mean(
+                done[label, s]["final"]["by_position"][k]
+                - done[STOCK, s]["final"]["by_position"][k]
+                for s in shared
+            )
+            for k in range(len(edges) - 1)
+        ]
+        axis.stairs(gaps, edges, color=colors[label], label=label, baseline=None)
+    if not axis.patches:
+        return None
+    axis.axhline(0.0, color="#333333", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="position in the context (tokens)", ylabel="loss minus dense's (nats)")
+    _finish(axis, TITLES["position"])
+    return figure
+
+
+def _finish(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def time_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
+    """What a given time on the GPU buys; the first validation lies above the picture."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    colors = _colors(rows)
+    highest = 0.0
+    for label in rows:
+        for seed in seeds_of(label, done):
+            points = curve(done[label, seed])
+            if len(points) < 2:
+                continue
+            name = label if seed == seeds_of(label, done)[0] else None
+            axis.plot(*zip(*points), "o-", markersize=3, color=colors[label], label=name)
+            highest = max(highest, points[1][1])
+    if len(axis.lines) < 2:
+        return None
+    axis.set_ylim(top=highest)
+    axis.set(xlabel="seconds of training steps", ylabel="validation loss (nats)")
+    _finish(axis, TITLES["time"])
+    return figure
