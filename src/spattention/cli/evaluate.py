@@ -326,4 +326,6 @@ def _question(score: Score) -> str:
 
 
 def _mean(value: Mean, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.error:.{digits}f}"
+    # The perplexity of an untrained model runs to millions.
+    style = f".{digits}f" if abs(value.mean) < 1e4 else ".3g"
+    return f"{value.mean:{style}} ± {value.error:{style}}"

@@ -87,7 +87,9 @@ class TaskScore:
     @property
     def near_chance(self) -> bool:
         """Whether guessing would do as well, within two standard errors."""
-        return self.chance is not None and self.value.mean - self.chance < 2 * self.value.error
+        if self.chance is None:
+            return False
+        return self.value.mean - self.chance < 2 * self.value.error or not self.value.mean
 
 
 def run_tasks(
@@ -200,7 +202,8 @@ def scores_of(name: str, items: Sequence[Sample], shots: int) -> list[TaskScore]
 def _mmlu(harness: Path, folder: Path, work: Path) -> list[str]:
     by_subject: dict[str, dict[str, list[str]]] = {}
     for split, file in MMLU_FILES.items():
-        for line in _existing(folder / file).read_text(encoding="utf-8").splitlines():
+        # Not `splitlines`, which also ends lines at separators that may stand inside a text.
+        for line in filter(None, _existing(folder / file).read_text(encoding="utf-8").split("\n")):
             subject = json.loads(line)["subject"]
             by_subject.setdefault(subject, {}).setdefault(split, []).append(line)
     written = []
