@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..bands import BandPattern
 from . import measure
 
-PASSES = ("forward", "query_gradient", "key_gradient")
+if TYPE_CHECKING:
+    from ..impl.triton.config import LaunchConfig
+
+PASSES: tuple[Literal["forward", "query_gradient", "key_gradient"], ...] = (
+    "forward",
+    "query_gradient",
+    "key_gradient",
+)
+DEVICE = "cuda"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -23,9 +39,13 @@ class Options:
     """Time the kernels with other block sizes, warps and stages, and print the fastest.
 
     Nothing is changed by it: the launches that users get are the written rule in
-    `impl/triton/config.py`, and what this command prints is in the form that stands there.
+    `impl/triton/config.py`, and what this command prints is in the form that stands there. Every
+    launch is compiled first, about a second each; where the output is no terminal, each is a line.
 
     Args:
+        kernels: Which to time: those that this GPU would run, the portable ones, or those for
+            Hopper.
+        passes: Which passes.
         head_dim: D.
         dtype: Of query, key and value.
         batch: Batch size of the timed case.
@@ -34,8 +54,11 @@ class Options:
         blocks: Block sizes to try, for queries and for keys.
         warps: Warps to try.
         stages: Blocks in flight to try; the Hopper kernels have their own.
+        best: How many to print of each pass.
     """
 
+    kernels: Literal["default", "portable", "hopper"] = "default"
+    passes: tuple[Literal["forward", "query_gradient", "key_gradient"], ...] = PASSES
     head_dim: int = 128
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     batch: int = 1
@@ -43,49 +66,82 @@ class Options:
     length: int = 16384
     blocks: tuple[int, ...] = (32, 64, 128)
     warps: tuple[int, ...] = (4, 8)
-    stages: tuple[int, ...] = (2, 3)
+    stages: tuple[int, ...] = (2,)
+    best: int = 3
 
 
 def main(options: Options) -> None:
     """Try every launch of every pass, on `shared_local` bands."""
-    if not torch.cuda.is_available():
-        raise ValueError("`spattention tune` needs a CUDA device, and there is none")
+    measure.needs_gpu("tune")
+    run = None if options.kernels == "portable" else _runner(options, hopper=True)
+    if options.kernels == "hopper" and run is None:
+        raise ValueError("`--kernels hopper` does not cover this GPU, dtype or head_dim")
+    hopper = run is not None
+    run = run or _runner(options, hopper=False)
+    assert run is not None
+    console = Console(width=None if Console().is_terminal else 120)
+    for name in options.passes:
+        found = _try(run, name, candidates(options, name, hopper), console)
+        table = Table(title=f"{'Hopper' if hopper else 'portable'} kernels, {name}")
+        for heading in ("milliseconds", "launch"):
+            table.add_column(heading, no_wrap=True)
+        for milliseconds, launch in found[: options.best]:
+            table.add_row(f"{milliseconds:.4f}", str(launch))
+        console.print(table)
+
+
+def candidates(options: Options, name: str, hopper: bool) -> list[LaunchConfig]:
+    """The launches to try for a pass."""
     from ..impl.triton.config import LaunchConfig
 
-    for hopper in (False, True):
-        run = _runner(options, hopper)
-        if run is None:
+    blocks = itertools.product(options.blocks, options.blocks, options.warps)
+    found = []
+    for m, n, warps in blocks:
+        # A warpgroup of the Hopper kernels owns 64 rows of the block that stays.
+        stays = n if name == "key_gradient" else m
+        if hopper and (stays != 16 * warps or min(m, n) < 32):
             continue
-        table = Table(title="Hopper kernels" if hopper else "portable kernels")
-        for heading in ("pass", "milliseconds", "launch"):
-            table.add_column(heading)
-        stages = (2,) if hopper else options.stages
-        for name in PASSES:
-            found = []
-            for m, n, w, s in itertools.product(
-                options.blocks, options.blocks, options.warps, stages
-            ):
-                launch = LaunchConfig(m, n, w, s)
-                # A warpgroup of the Hopper kernels owns 64 rows of the block that stays.
-                stays = n if name == "key_gradient" else m
-                if hopper and (stays != 16 * w or min(m, n) < 32):
-                    continue
-                found.append((_time(run, name, launch), launch))
-            for milliseconds, launch in sorted(found, key=lambda pair: pair[0])[:3]:
-                table.add_row(name, f"{milliseconds:.4f}", str(launch))
-        Console(width=120).print(table)
+        found += [LaunchConfig(m, n, warps, s) for s in ((2,) if hopper else options.stages)]
+    return found
 
 
-def _time(run: Callable[..., None], name: str, launch: Any) -> float:
-    """Milliseconds; infinite where the launch needs more shared memory or registers than there
-    are.
-    """
+def _try(
+    run: Callable[..., None], name: str, launches: Sequence[LaunchConfig], console: Console
+) -> list[tuple[float, LaunchConfig]]:
+    """Milliseconds and launch, the fastest first, without those that cannot run."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    found = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=len(launches))
+        for launch in launches:
+            time = _time(run, name, launch)
+            if isinstance(time, float):
+                found.append((time, launch))
+            if not console.is_terminal:
+                shown = f"{time:.4f} ms" if isinstance(time, float) else time
+                console.print(f"{name}: {shown}, {launch}", highlight=False)
+            progress.advance(task)
+    return sorted(found, key=operator.itemgetter(0))
+
+
+def _time(run: Callable[..., None], name: str, launch: LaunchConfig) -> float | str:
+    """Milliseconds, or why there are none."""
     from triton.runtime.errors import OutOfResources
 
     try:
         return measure.graph_milliseconds(lambda: run(name, launch), budget=5.0)
     except OutOfResources:
-        return float("inf")
+        return "too large for this GPU"
+    except RuntimeError as error:
+        # Triton 3.6 fails so on some launches, such as dQ in 128 x 128 with 4 warps.
+        if "PassManager" not in str(error):
+            raise
+        return "not compiled by this Triton"
 
 
 def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
@@ -97,7 +153,7 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
 
     shape = (options.batch, options.heads, options.length, options.head_dim)
     query, key, value, d_out = (
-        torch.randn(shape, device="cuda", dtype=DTYPES[options.dtype]) for _ in range(4)
+        torch.randn(shape, device=DEVICE, dtype=DTYPES[options.dtype]) for _ in range(4)
     )
     bands = BandPattern.shared_local(options.heads, options.length).flat
     scale = options.head_dim**-0.5
