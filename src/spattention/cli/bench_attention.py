@@ -6,23 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import band_attention
 from ..bands import BandPattern
 from ..testing import Case, check_case
 from . import measure
+from .rivals import Attend, Flash4, Flex, Tensors, bands, dense
 
-DENSE = {
-    "dense cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "dense FlashAttention": SDPBackend.FLASH_ATTENTION,
-}
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
-Tensors = tuple[torch.Tensor, ...]
+RIVAL_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class Options:
         head_dim: D.
         dtype: of query, key and value.
         flex: also time compiled FlexAttention on the same masks (seconds of compilation per case).
+        flash4: also time FlashAttention-4, dense and with block sparsity on the same masks, where
+            `flash_attn.cute` is installed.
         peak_tflops: Ceiling of the floor: matrix products, in TFLOP/s.
         peak_tbs: Ceiling of the floor: memory, in TB/s.
         seed: Of the random inputs.
@@ -52,6 +50,7 @@ class Options:
     head_dim: int = 128
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     flex: bool = True
+    flash4: bool = True
     peak_tflops: float = 700.0
     peak_tbs: float = 4.2
     seed: int = 0
@@ -92,6 +91,8 @@ def main(options: Options) -> None:
         print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
     extra = _measure_calls(options)
     record = measure.record(options)
+    if Flash4.is_installed():
+        record["environment"][Flash4.package] = version(Flash4.package)
     record |= {"calls": extra, "rows": [asdict(row) for row in rows]}
     title = "milliseconds by graph replay; useful TFLOP/s; ratios of forward + backward"
     measure.show(title, HEADINGS, map(_cells, rows))
@@ -122,43 +123,48 @@ def _inputs(options: Options, batch: int, heads: int, length: int) -> Tensors:
 
 def _measure_case(options: Options, batch: int, heads: int, length: int) -> Iterator[Row]:
     inputs = _inputs(options, batch, heads, length)
-    dense = BandPattern.dense(heads, length)
-    query, key, value, _ = inputs
-
-    def attend_dense() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
+    flash4 = Flash4(inputs) if options.flash4 and Flash4.is_installed() else None
+    attends = dense(inputs) | ({} if flash4 is None else {flash4.name: flash4.dense})
+    everything = BandPattern.dense(heads, length)
     dense_total = 0.0
-    for name, backend in DENSE.items():
-        with sdpa_kernel(backend):
-            row = _row(options, inputs, dense, "dense", name, attend_dense)
+    for name, attend in attends.items():
+        row = _row(options, inputs, everything, "dense", f"dense {name}", attend)
         dense_total = dense_total or row.total  # cuDNN's, the first
         yield replace(row, over_dense=dense_total / row.total)
-    flex = _Flex(inputs) if options.flex else None
+    flex = Flex(inputs) if options.flex else None
     for mask, make in measure.PATTERNS.items():
         pattern = make(heads, length)
         _check(options, make, heads, min(length, CHECKED_LENGTH))
-        flex_row = None
-        if flex is not None:
-            flex_row = _row(options, inputs, pattern, mask, "FlexAttention", flex.on(pattern))
-            yield replace(flex_row, over_dense=dense_total / flex_row.total, over_flex=1.0)
-        row = _row(options, inputs, pattern, mask, "spattention", _bands(inputs, pattern))
-        yield replace(
-            row,
-            over_dense=dense_total / row.total,
-            over_flex=None if flex_row is None else flex_row.total / row.total,
-        )
+        ours = bands(inputs, pattern)
+        flex_total = None
+        for rival in (flex, flash4):
+            if rival is None:
+                continue
+            attend = rival.on(pattern)
+            _check_rival(rival.name, mask, attend, ours)
+            row = _row(options, inputs, pattern, mask, rival.name, attend)
+            if rival is flex:
+                flex_total = row.total
+            yield _compared(row, dense_total, flex_total)
+        row = _row(options, inputs, pattern, mask, "spattention", ours)
+        yield _compared(row, dense_total, flex_total)
 
 
-def _bands(inputs: Tensors, pattern: BandPattern) -> Callable[[], torch.Tensor]:
-    query, key, value, _ = inputs
+def _compared(row: Row, dense_total: float, flex_total: float | None) -> Row:
+    over_flex = None if flex_total is None else flex_total / row.total
+    return replace(row, over_dense=dense_total / row.total, over_flex=over_flex)
 
-    def attend() -> torch.Tensor:
-        out = band_attention(query, key, value, pattern, impl="triton")
-        assert isinstance(out, torch.Tensor)
-        return out
 
-    return attend
+@torch.no_grad()
+def _check_rival(name: str, mask: str, attend: Attend, ours: Attend) -> None:
+    """The same mask, or the comparison is none. RuntimeError unless the outputs agree."""
+    out, other = ours(), attend()
+    if other.shape != out.shape:
+        other = other.transpose(1, 2)
+    seen = out.abs().amax(-1, keepdim=True) > 0  # what a query without keys gets is everyone's own
+    error = ((other - out) * seen).abs().max().item()
+    if not error < RIVAL_ERROR:
+        raise RuntimeError(f"the output of {name} on {mask} differs by {error}")
 
 
 def _check(
@@ -178,9 +184,9 @@ def _row(
     pattern: BandPattern,
     mask: str,
     by: str,
-    attend: Callable[[], torch.Tensor],
+    attend: Attend,
 ) -> Row:
-    query, key, value, d_out = inputs
+    query = inputs[0]
     batch, heads, length, head_dim = query.shape
 
     def forward() -> None:
@@ -188,7 +194,7 @@ def _row(
             attend()
 
     def total() -> None:
-        torch.autograd.grad(attend(), (query, key, value), d_out)
+        attend.backward(attend())
 
     pairs = sum(pattern.pairs(length)) * batch
     work = 14 * head_dim * pairs
@@ -218,48 +224,19 @@ def _row(
     )
 
 
-class _Flex:
-    """Compiled FlexAttention for one shape; the bands are tensors, so that patterns share the
-    compiled code.
-    """
-
-    def __init__(self, inputs: Tensors) -> None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        torch._dynamo.reset()
-        self.inputs = inputs
-        self.attend = torch.compile(flex_attention, dynamic=False)
-
-    def on(self, pattern: BandPattern) -> Callable[[], torch.Tensor]:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        query, key, value, _ = self.inputs
-        edges = torch.tensor(pattern.flat, device="cuda").view(-1, 4).unbind(1)
-        near_0, far_0, near_1, far_1 = (edge.contiguous() for edge in edges)
-
-        def seen(
-            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
-        ) -> torch.Tensor:
-            distance = row - column
-            first = (distance >= near_0[head]) & (distance < far_0[head])
-            return first | ((distance >= near_1[head]) & (distance < far_1[head]))
-
-        length = query.shape[2]
-        mask = create_block_mask(seen, None, query.shape[1], length, length, "cuda", _compile=True)
-        return lambda: self.attend(query, key, value, block_mask=mask)
-
-
 def _measure_calls(options: Options) -> dict[str, str]:
     """What a call costs the host, and what the first call of a process costs when nothing is
     compiled yet.
     """
     inputs = _inputs(options, 1, 8, 256)
     query, key, value, d_out = inputs
+
+    def attend_dense() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
     calls = {
-        "spattention": _bands(inputs, BandPattern.shared_local(8, 256)),
-        "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True
-        ),
+        "spattention": bands(inputs, BandPattern.shared_local(8, 256)),
+        "scaled_dot_product_attention": Attend(attend_dense, inputs),
     }
     found = {}
     for name, attend in calls.items():

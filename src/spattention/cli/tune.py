@@ -25,11 +25,10 @@ from . import measure
 if TYPE_CHECKING:
     from ..impl.triton.config import LaunchConfig
 
-PASSES: tuple[Literal["forward", "query_gradient", "key_gradient"], ...] = (
-    "forward",
-    "query_gradient",
-    "key_gradient",
-)
+Pass = Literal["forward", "query_gradient", "key_gradient", "gradient"]
+# The portable kernels have a launch for each gradient, those for Hopper one for all.
+PORTABLE: tuple[Pass, ...] = ("forward", "query_gradient", "key_gradient")
+HOPPER: tuple[Pass, ...] = ("forward", "gradient")
 DEVICE = "cuda"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,7 +44,8 @@ class Options:
     Args:
         kernels: Which to time: those that this GPU would run, the portable ones, or those for
             Hopper.
-        passes: Which passes.
+        passes: Which passes, none for all. The portable kernels have forward, query_gradient and
+            key_gradient; those for Hopper forward and gradient.
         head_dim: D.
         dtype: Of query, key and value.
         batch: Batch size of the timed case.
@@ -58,7 +58,7 @@ class Options:
     """
 
     kernels: Literal["default", "portable", "hopper"] = "default"
-    passes: tuple[Literal["forward", "query_gradient", "key_gradient"], ...] = PASSES
+    passes: tuple[Pass, ...] = ()
     head_dim: int = 128
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     batch: int = 1
@@ -80,7 +80,7 @@ def main(options: Options) -> None:
     run = run or _runner(options, hopper=False)
     assert run is not None
     console = Console(width=None if Console().is_terminal else 120)
-    for name in options.passes:
+    for name in passes(options, hopper):
         found = _try(run, name, candidates(options, name, hopper), console)
         table = Table(title=f"{'Hopper' if hopper else 'portable'} kernels, {name}")
         for heading in ("milliseconds", "launch"):
@@ -90,6 +90,18 @@ def main(options: Options) -> None:
         console.print(table)
 
 
+def passes(options: Options, hopper: bool) -> tuple[Pass, ...]:
+    """Those that were asked for; ValueError for one that the kernels do not have."""
+    known = HOPPER if hopper else PORTABLE
+    for name in options.passes:
+        if name not in known:
+            raise ValueError(
+                f"`--passes` of the {'Hopper' if hopper else 'portable'} kernels must be of "
+                f"{', '.join(known)}, got {name}"
+            )
+    return options.passes or known
+
+
 def candidates(options: Options, name: str, hopper: bool) -> list[LaunchConfig]:
     """The launches to try for a pass."""
     from ..impl.triton.config import LaunchConfig
@@ -97,9 +109,10 @@ def candidates(options: Options, name: str, hopper: bool) -> list[LaunchConfig]:
     blocks = itertools.product(options.blocks, options.blocks, options.warps)
     found = []
     for m, n, warps in blocks:
-        # A warpgroup of the Hopper kernels owns 64 rows of the block that stays.
-        stays = n if name == "key_gradient" else m
-        if hopper and (stays != 16 * warps or min(m, n) < 32):
+        # A warpgroup of the Hopper kernels owns 64 rows of the block that stays: of queries, and of
+        # keys too where one launch has all gradients.
+        stays = (m, n) if name == "gradient" else (m,)
+        if hopper and (any(rows != 16 * warps for rows in stays) or min(m, n) < 32):
             continue
         found += [LaunchConfig(m, n, warps, s) for s in ((2,) if hopper else options.stages)]
     return found
@@ -168,19 +181,25 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
     launching.launch_forward(call, query, key, value, out, lse, None)
 
     def run(name: str, launch: Any) -> None:
-        call.launches = replace(portable, **dict[str, Any]({name: launch}))
-        call.hopper = (
-            replace(special, **dict[str, Any]({name: launch})) if hopper and special else None
-        )
+        change = dict[str, Any]({name: launch})
+        if special is not None and hopper:
+            call.hopper = replace(special, **change)
+        else:
+            call.launches = replace(portable, **change)
         if name == "forward":
             launching.launch_forward(call, query, key, value, out, lse, None)
+        elif name == "gradient":
+            launching.launch_gradients(
+                *(call, query, key, value, out, d_out, d_query, d_key, d_value, lse, None),
+                *(base, delta, call.hopper),
+            )
         elif name == "query_gradient":
             launching.launch_query_gradient(
-                call, query, key, value, out, d_out, d_query, lse, None, base, delta, call.hopper
+                call, query, key, value, out, d_out, d_query, lse, None, base, delta
             )
         else:
             launching.launch_key_gradient(
-                call, query, key, value, d_out, d_key, d_value, base, delta, call.hopper
+                call, query, key, value, d_out, d_key, d_value, base, delta
             )
 
     return run

@@ -5,13 +5,14 @@ shapes.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from spattention import BandPattern
 from spattention.bands import in_bands
-from spattention.impl.triton import launch, tiles
+from spattention.impl.triton import config, launch, tiles
 
 SHAPES = 2000
 
@@ -86,6 +87,74 @@ def test_heads_come_by_falling_work_and_members_stay_together() -> None:
     assert [row[0] for row in by_head] == [1, 3, 0, 2]
     assert [row[0] for row in by_key_head] == [0, 1, 2, 3]
     assert [row[0] for row in launch._table(pattern.flat, 4)[1]] == [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize("in_turn", [0, 1])
+def test_every_block_of_every_place_has_its_turn(in_turn: int) -> None:
+    slots, places = 7, 5
+    turns = [tiles.turn.fn(program, slots, places, in_turn) for program in range(slots * places)]
+    assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
+    assert [rank for _, rank in turns[:places]] == ([0] * 5 if in_turn else [0, 1, 2, 3, 4])
+
+
+def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
+    rng = random.Random(2)
+    for _ in range(SHAPES):
+        keys, block = rng.randint(1, 200), rng.choice((4, 8, 16))
+        queries = rng.randint(1, keys)
+        near = rng.choice((0, rng.randint(0, 250), tiles.MISSING.value))
+        far = near + rng.randint(1, 100)
+        slots = -(-queries // block)
+        order = [tiles.query_slot.fn(rank, near, slots, block) for rank in range(slots)]
+        assert sorted(order) == list(range(slots))
+        work = []
+        for slot in order:
+            last = min((slot + 1) * block, queries) - 1
+            low, high = tiles.key_range.fn(slot * block, last, near, far, 0, keys)
+            work.append(max(high - low, 0))
+        _assert_falling(order, work)
+
+        slots = -(-keys // block)
+        order = [tiles.key_slot.fn(rank, near, slots, queries, block) for rank in range(slots)]
+        assert sorted(order) == list(range(slots))
+        work = []
+        for slot in order:
+            last = min((slot + 1) * block, keys) - 1
+            low, high = tiles.query_range.fn(slot * block, last, near, far, 0, queries)
+            work.append(max(high - low, 0))
+        _assert_falling(order, work)
+
+
+def _assert_falling(order: list[int], work: list[int]) -> None:
+    """But for the last block, which may be a part of one."""
+    work = [amount for slot, amount in zip(order, work) if slot != len(order) - 1]
+    first = next((rank for rank, amount in enumerate(work) if amount), len(work))
+    assert all(work[first:])
+    assert work[first:] == sorted(work[first:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "make", "expected"),
+    [
+        (1, 8, 4096, BandPattern.shared_local, True),
+        (4, 16, 4096, BandPattern.exclusive, True),
+        (4, 16, 4096, BandPattern.shared_local, False),
+        (16, 8, 1024, BandPattern.exclusive, True),
+        (16, 8, 1024, BandPattern.shared_local, False),
+        (1, 16, 16384, BandPattern.exclusive, True),
+        (1, 16, 16384, BandPattern.shared_local, False),
+        (1, 16, 65536, BandPattern.exclusive, False),
+    ],
+)
+def test_heads_take_turns_where_that_was_faster(
+    batch: int,
+    heads: int,
+    length: int,
+    make: Callable[[int, int], BandPattern],
+    expected: bool,
+) -> None:
+    """What was measured on the reference GPU with head_dim 128 (benchmarks/LOG.md)."""
+    assert config.in_turn(make(heads, length).flat, batch, length, 128, 2) is expected
 
 
 @pytest.mark.parametrize("block", [16, 64])

@@ -38,7 +38,7 @@ def test_every_pass_tries_every_launch_and_shows_the_fastest(
     clock += [4.0, 2.0, 3.0, 5.0] * 3
     assert main([*COMMAND, "--best", "2"]) == 0
     out = capsys.readouterr().out
-    for name in tune.PASSES:
+    for name in tune.PORTABLE:
         assert out.count(f"{name}: ") == 4
         table = out.split(f"portable kernels, {name}")[1].split("└")[0]
         assert "2.0000" in table
@@ -112,12 +112,15 @@ def test_hopper_kernels_are_refused_where_they_do_not_run(
 def test_the_default_grid_is_short() -> None:
     """At a second each, compilation stays under half a minute on Hopper, and a minute elsewhere."""
     options = tune.Options()
-    tried = {
-        hopper: [tune.candidates(options, name, hopper) for name in tune.PASSES]
-        for hopper in (True, False)
-    }
-    assert [len(launches) for launches in tried[True]] == [6, 6, 6]
-    assert [len(launches) for launches in tried[False]] == [18, 18, 18]
-    for name, launches in zip(tune.PASSES, tried[True]):
-        stays = "block_n" if name == "key_gradient" else "block_m"
-        assert all(getattr(launch, stays) == 16 * launch.num_warps for launch in launches)
+    portable = [tune.candidates(options, name, False) for name in tune.passes(options, False)]
+    hopper = [tune.candidates(options, name, True) for name in tune.passes(options, True)]
+    assert [len(launches) for launches in portable] == [18, 18, 18]
+    assert [len(launches) for launches in hopper] == [6, 2]
+    assert all(launch.block_m == 16 * launch.num_warps for launch in hopper[0] + hopper[1])
+    assert all(launch.block_n == 16 * launch.num_warps for launch in hopper[1])
+
+
+@pytest.mark.parametrize(("hopper", "name"), [(True, "key_gradient"), (False, "gradient")])
+def test_a_pass_that_the_kernels_do_not_have_is_refused(hopper: bool, name: tune.Pass) -> None:
+    with pytest.raises(ValueError, match=rf"`--passes` of the \w+ kernels .*got {name}"):
+        tune.passes(tune.Options(passes=(name,)), hopper)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import triton
 
@@ -36,7 +37,18 @@ DECODE_COUNTS = (
     "n_keys",
     "query_start",
 )
-HOPPER_COUNTS = ("n_heads", "group", "n_batch", "n_slots", "n_queries", "n_keys", "pitch")
+HOPPER_COUNTS = (
+    "n_heads",
+    "group",
+    "n_batch",
+    "n_slots",
+    "n_queries",
+    "n_keys",
+    "in_turn",
+    "pitch",
+    "n_key_slots",
+    "key_programs",
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,14 @@ class Launches:
     forward: LaunchConfig
     query_gradient: LaunchConfig
     key_gradient: LaunchConfig
+
+
+@dataclass(frozen=True)
+class HopperLaunches:
+    """The launches of the Hopper kernels; all gradients come from one."""
+
+    forward: LaunchConfig
+    gradient: LaunchConfig
 
 
 @dataclass(frozen=True)
@@ -120,11 +140,14 @@ HOPPER_HALF = {
 }
 
 HOPPER_TRITON = "3.6."
-# The Hopper kernels, by head_dim: one warpgroup, two programs on a multiprocessor.
+# The Hopper kernels, by head_dim: one warpgroup, two or three programs on a multiprocessor.
 HOPPER = {
-    64: Launches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
-    128: Launches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
+    64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
+    128: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
 }
+HOPPER_PLACES = 3 * 132  # programs that an H100 or H200 runs at once
+HOPPER_BLOCK = 64
+HOPPER_CACHE = 30 << 20  # bytes, half of an H200's second level
 
 # Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per
 # program.
@@ -205,7 +228,7 @@ def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -
 
 def hopper_launches(
     itemsize: int, head_dim: int, capability: tuple[int, int] | None
-) -> Launches | None:
+) -> HopperLaunches | None:
     """The launches of the Hopper kernels: half precision, head_dim 64 and 128, compute capability
     9.0, Triton 3.6. None elsewhere.
     """
@@ -215,6 +238,33 @@ def hopper_launches(
     if not triton.__version__.startswith(HOPPER_TRITON):
         return None
     return HOPPER.get(head_dim)
+
+
+@lru_cache(maxsize=1024)
+def in_turn(
+    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, itemsize: int
+) -> bool:
+    """The order of the blocks of the Hopper kernels: heads take turns, or come one after the other.
+
+    In turn, the shortest blocks of all heads come last, and the GPU runs out of work at once. But
+    the keys and values of all heads are in use at the same time: worth it while the cache holds
+    them.
+
+    Args:
+        intervals: `near, far, near, far` of each head, of which `near == far` is none.
+        batch: B.
+        keys: of each row of the batch.
+        head_dim: D.
+        itemsize: bytes of an element.
+    """
+    rows = batch * (len(intervals) // 4)
+    ahead = -(-HOPPER_PLACES // rows) * HOPPER_BLOCK  # queries of a head that are in work at once
+    used = 0
+    for first in range(0, len(intervals), 4):
+        edges = [min(edge, keys) for edge in intervals[first : first + 4]]
+        widths = (edges[1] - edges[0], edges[3] - edges[2])
+        used += min(sum(width + ahead for width in widths if width), keys)
+    return batch * used * 2 * head_dim * itemsize <= HOPPER_CACHE
 
 
 def decode_launch(

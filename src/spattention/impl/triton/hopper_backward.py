@@ -40,13 +40,13 @@ def rows_of(
 
 
 @gluon.jit(do_not_specialize=HOPPER_COUNTS)
-def query_gradient_kernel(
+def rows_kernel(
     t_query,
     t_key,
     t_value,
     t_d_out,
     p_out,
-    p_d_query,
+    p_d_out,
     p_lse,
     p_d_lse,
     p_base,
@@ -55,15 +55,16 @@ def query_gradient_kernel(
     out_stride_b,
     out_stride_h,
     out_stride_t,
-    d_query_stride_b,
-    d_query_stride_h,
-    d_query_stride_t,
+    d_out_stride_b,
+    d_out_stride_h,
+    d_out_stride_t,
     n_heads,
     group,
     n_batch,
     n_slots,
     n_queries,
     n_keys,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -77,16 +78,15 @@ def query_gradient_kernel(
     STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
     # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
-    slot = n_slots - 1 - program % n_slots
-    batch = (program // n_slots) % n_batch
-    bands = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    batch = place % n_batch
+    bands = tiles.bands_of(p_bands, place // n_batch)
+    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
     head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M
@@ -96,16 +96,112 @@ def query_gradient_kernel(
     batch_64 = batch.to(gl.int64)
     head_64 = head.to(gl.int64)
     p_out += batch_64 * out_stride_b + head_64 * out_stride_h
-    p_d_query += batch_64 * d_query_stride_b + head_64 * d_query_stride_h
+    p_d_out += batch_64 * d_out_stride_b + head_64 * d_out_stride_h
     row = (batch_64 * n_heads + head_64) * n_queries
     row_pitched = (batch_64 * n_heads + head_64) * pitch
 
     o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
     m_query = o_query < n_queries
+    base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
+    # Rows up to the pitch are read with the last block of queries: they must hold numbers.
+    gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
     if n_steps == 0:
-        base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)
-        gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
         gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
+        return
+    if n_steps > EXACT_STEPS:
+        b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        b_d_out = hopper.load_rows(p_d_out, first, d_out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)
+        delta += gl.convert_layout(summed, ROW)
+        gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
+        return
+
+    # Few keys: the rounding of the output would show where gradients cancel. Sum over the keys.
+    s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+    s_d_out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+    s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    s_value = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    query_ready = hopper.barriers(1)
+    key_ready = hopper.barriers(1)
+    barrier = hopper.expect(query_ready, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
+    hopper.copy(t_query, batch, head, first, barrier, s_query, True)
+    hopper.copy(t_d_out, batch, head, first, barrier, s_d_out, True)
+    hopper.arrived(query_ready, 0)
+    zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
+    for step in range(n_steps):
+        first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
+        barrier = hopper.expect(key_ready, step, STEP_BYTES, True)
+        hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
+        hopper.copy(t_value, batch, key_head, first_key, barrier, s_value, True)
+        hopper.arrived(key_ready, step)
+        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        d_weights = warpgroup_mma(
+            s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        scores, d_weights = warpgroup_mma_wait(0, [scores, d_weights])
+        o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+        m_seen = hopper.seen(o_query[:, None], o_key[None, :], near, far)
+        weights = gl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
+        delta += gl.sum(weights * d_weights, 1)
+    gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
+
+
+@gluon.jit
+def query_gradient(
+    program,
+    t_query,
+    t_key,
+    t_value,
+    t_d_out,
+    p_d_query,
+    p_base,
+    p_delta,
+    p_bands,
+    d_query_stride_b,
+    d_query_stride_h,
+    d_query_stride_t,
+    n_heads,
+    group,
+    n_batch,
+    n_slots,
+    n_queries,
+    n_keys,
+    in_turn,
+    pitch,
+    scale,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    INTERVALS: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = t_key.dtype
+    STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
+    # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
+    SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
+
+    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    batch = place % n_batch
+    bands = tiles.bands_of(p_bands, place // n_batch)
+    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
+    head = bands[0]
+    key_head = head // group
+    first = slot * BLOCK_M
+    last = min(first + BLOCK_M, n_queries) - 1
+    walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
+    n_steps = tiles.steps_of(walk)
+    batch_64 = batch.to(gl.int64)
+    head_64 = head.to(gl.int64)
+    p_d_query += batch_64 * d_query_stride_b + head_64 * d_query_stride_h
+    row_pitched = (batch_64 * n_heads + head_64) * pitch
+
+    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    if n_steps == 0:
         hopper.store_zeros(p_d_query, first, d_query_stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
 
@@ -124,35 +220,10 @@ def query_gradient_kernel(
         hopper.copy(t_key, batch, key_head, first_key, barrier, s_keys.index(i), i < n_steps)
         hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(i), i < n_steps)
 
-    b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
-    base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
+    base = gl.load(p_base + row_pitched + o_query, mask=o_query < pitch, other=0.0)  # [M]
+    delta = gl.load(p_delta + row_pitched + o_query, mask=o_query < pitch, other=0.0)  # [M]
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     hopper.arrived(query_ready, 0)
-    b_d_out = s_d_out.load(hopper.wide_layout(HEAD_DIM, WARPS))
-    summed = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1), ROW)  # [M]
-    if n_steps <= EXACT_STEPS:
-        # Few keys: the rounding of the output would show where gradients cancel. The blocks are
-        # there: sum anew.
-        summed = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
-        for step in range(n_steps):
-            first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-            hopper.arrived(key_ready, step)
-            scores = warpgroup_mma(
-                s_query, s_keys.index(step).permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
-            d_weights = warpgroup_mma(
-                s_d_out, s_values.index(step).permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
-            scores, d_weights = warpgroup_mma_wait(0, [scores, d_weights])
-            o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-            m_seen = hopper.seen(o_query[:, None], o_key[None, :], near, far)
-            weights = gl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
-            summed += gl.sum(weights * d_weights, 1)
-    delta += summed
-    # Rows up to the pitch are read with the last block of queries: they must hold numbers.
-    gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
-    gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
-
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
         first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
@@ -215,8 +286,9 @@ def fetch(
     hopper.copy_vector(t_delta, row + start, barrier, s_deltas.index(n % 2), wanted)
 
 
-@gluon.jit(do_not_specialize=HOPPER_COUNTS)
-def key_gradient_kernel(
+@gluon.jit
+def key_gradient(
+    program,
     t_query,
     t_key,
     t_value,
@@ -238,6 +310,7 @@ def key_gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -258,11 +331,11 @@ def key_gradient_kernel(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
 
-    program = gl.program_id(0)
-    slot = program % n_slots
-    batch = (program // n_slots) % n_batch
-    row_bands = program // n_slots // n_batch * group
+    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
+    batch = place % n_batch
+    row_bands = place // n_batch * group
     bands = tiles.bands_of(p_bands, row_bands)
+    slot = tiles.key_slot(rank, bands[1], n_slots, n_queries, BLOCK_N)
     head = bands[0]
     key_head = head // group
     first_key = slot * BLOCK_N
@@ -383,3 +456,108 @@ def key_gradient_kernel(
     b_d_key = gl.where(m_key[:, None], b_d_key * softmax.natural(scale), 0.0)
     hopper.store_rows(p_d_key, b_d_key, first_key, d_key_stride_t, n_keys, BLOCK_N, HEAD_DIM)
     hopper.store_rows(p_d_value, b_d_value, first_key, d_value_stride_t, n_keys, BLOCK_N, HEAD_DIM)
+
+
+@gluon.jit(do_not_specialize=HOPPER_COUNTS)
+def gradient_kernel(
+    t_query,
+    t_key,
+    t_value,
+    t_d_out,
+    t_base,
+    t_delta,
+    p_base,
+    p_delta,
+    p_d_query,
+    p_d_key,
+    p_d_value,
+    p_bands,
+    d_query_stride_b,
+    d_query_stride_h,
+    d_query_stride_t,
+    d_key_stride_b,
+    d_key_stride_h,
+    d_key_stride_t,
+    d_value_stride_b,
+    d_value_stride_h,
+    d_value_stride_t,
+    n_heads,
+    group,
+    n_batch,
+    n_slots,
+    n_queries,
+    n_keys,
+    in_turn,
+    pitch,
+    n_key_slots,
+    key_programs,
+    scale,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    GROUPED: gl.constexpr,
+):
+    """dK and dV, the longer blocks, then dQ: each fills the other's tail."""
+    program = gl.program_id(0)
+    if program < key_programs:
+        key_gradient(
+            program,
+            t_query,
+            t_key,
+            t_value,
+            t_d_out,
+            t_base,
+            t_delta,
+            p_d_key,
+            p_d_value,
+            p_bands + 8 * n_heads,
+            d_key_stride_b,
+            d_key_stride_h,
+            d_key_stride_t,
+            d_value_stride_b,
+            d_value_stride_h,
+            d_value_stride_t,
+            n_heads,
+            group,
+            n_batch,
+            n_key_slots,
+            n_queries,
+            n_keys,
+            in_turn,
+            pitch,
+            scale,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            INTERVALS,
+            GROUPED,
+        )
+        return
+    query_gradient(
+        program - key_programs,
+        t_query,
+        t_key,
+        t_value,
+        t_d_out,
+        p_d_query,
+        p_base,
+        p_delta,
+        p_bands,
+        d_query_stride_b,
+        d_query_stride_h,
+        d_query_stride_t,
+        n_heads,
+        group,
+        n_batch,
+        n_slots,
+        n_queries,
+        n_keys,
+        in_turn,
+        pitch,
+        scale,
+        HEAD_DIM,
+        BLOCK_M,
+        BLOCK_N,
+        INTERVALS,
+    )

@@ -55,6 +55,7 @@ def forward_kernel(
     n_slots,
     n_queries,
     n_keys,
+    in_turn,
     scale,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -75,9 +76,10 @@ def forward_kernel(
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
-    slot = n_slots - 1 - program % n_slots
-    batch = (program // n_slots) % n_batch
-    bands = tiles.bands_of(p_bands, program // n_slots // n_batch)
+    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    batch = place % n_batch
+    bands = tiles.bands_of(p_bands, place // n_batch)
+    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
     head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M

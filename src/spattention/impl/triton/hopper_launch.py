@@ -81,7 +81,7 @@ def forward(
     )
 
 
-def query_gradient(
+def gradients(
     call: Call,
     launch: LaunchConfig,
     query: torch.Tensor,
@@ -90,63 +90,62 @@ def query_gradient(
     out: torch.Tensor,
     d_out: torch.Tensor,
     d_query: torch.Tensor,
+    d_key: torch.Tensor,
+    d_value: torch.Tensor,
     lse: torch.Tensor,
     d_lse: torch.Tensor | None,
     base: torch.Tensor,
     delta: torch.Tensor,
 ) -> None:
-    """Writes `d_query`, `base` and `delta`."""
-    slots = call.query_slots(launch.block_m)
-    hopper_backward.query_gradient_kernel[(slots * call.batch * call.heads,)](
-        _descriptor(query, launch.block_m),
-        _descriptor(key, launch.block_n),
-        _descriptor(value, launch.block_n),
-        _descriptor(d_out, launch.block_m),
+    """Writes the gradients, `base` and `delta`."""
+    slots, key_slots = call.query_slots(launch.block_m), call.key_slots(launch.block_n)
+    programs, key_programs = (
+        slots * call.batch * call.heads,
+        key_slots * call.batch * call.key_heads,
+    )
+    t_query, t_d_out = _descriptor(query, launch.block_m), _descriptor(d_out, launch.block_m)
+    t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
+    counts = call.hopper_counts(slots)
+    hopper_backward.rows_kernel[(programs,)](
+        t_query,
+        t_key,
+        t_value,
+        t_d_out,
         out,
-        d_query,
+        d_out,
         lse,
         d_lse,
         base,
         delta,
-        call.bands[0],
+        call.bands,
         *out.stride()[:3],
-        *d_query.stride()[:3],
-        *call.hopper_counts(slots),
+        *d_out.stride()[:3],
+        *counts,
         base.shape[2],
         call.scale,
         HAS_D_LSE=d_lse is not None,
         **call.hopper_options(launch),
     )
-
-
-def key_gradient(
-    call: Call,
-    launch: LaunchConfig,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    d_out: torch.Tensor,
-    d_key: torch.Tensor,
-    d_value: torch.Tensor,
-    base: torch.Tensor,
-    delta: torch.Tensor,
-) -> None:
-    """Writes `d_key` and `d_value`."""
-    slots = call.key_slots(launch.block_n)
-    hopper_backward.key_gradient_kernel[(slots * call.batch * call.key_heads,)](
-        _descriptor(query, launch.block_m),
-        _descriptor(key, launch.block_n),
-        _descriptor(value, launch.block_n),
-        _descriptor(d_out, launch.block_m),
+    hopper_backward.gradient_kernel[(key_programs + programs,)](
+        t_query,
+        t_key,
+        t_value,
+        t_d_out,
         _vector_descriptor(base, launch.block_m),
         _vector_descriptor(delta, launch.block_m),
+        base,
+        delta,
+        d_query,
         d_key,
         d_value,
-        call.bands[1],
+        call.bands,
+        *d_query.stride()[:3],
         *d_key.stride()[:3],
         *d_value.stride()[:3],
-        *call.hopper_counts(slots),
+        *counts,
         base.shape[2],
+        key_slots,
+        key_programs,
         call.scale,
         GROUPED=call.heads != call.key_heads,
         **call.hopper_options(launch),

@@ -12,7 +12,15 @@ import torch
 
 from . import tiles
 from .backward import key_gradient_kernel, query_gradient_kernel
-from .config import LaunchConfig, Launches, block_d, hopper_launches, launches, pitch
+from .config import (
+    HopperLaunches,
+    LaunchConfig,
+    block_d,
+    hopper_launches,
+    in_turn,
+    launches,
+    pitch,
+)
 from .forward import forward_kernel
 
 LOG2_E = math.log2(math.e)
@@ -138,7 +146,8 @@ class Call:
         self.documents = 0 if offsets_q is None else offsets_q.shape[0] - 1
         self.batch, self.heads, self.key_heads = batch, heads, key.shape[1]
         self.queries, self.keys = queries, key.shape[2]
-        self.bands = band_table(intervals, self.key_heads, query.device)
+        self.intervals = tuple(intervals)
+        self.bands = band_table(self.intervals, self.key_heads, query.device)
         self.positions = (query_starts, key_start, offsets_q, offsets_k)
         self.block_d = block_d(head_dim)
         self.start_strides = start_strides(query_starts, key_start)
@@ -201,6 +210,7 @@ class Call:
             slots,
             self.queries,
             self.keys,
+            int(in_turn(self.intervals, self.batch, self.keys, self.block_d, 2)),
         )
 
     def hopper_options(self, launch: LaunchConfig) -> dict[str, Any]:
@@ -212,7 +222,7 @@ class Call:
             "num_warps": launch.num_warps,
         }
 
-    def hopper_for(self, *tensors: torch.Tensor) -> Launches | None:
+    def hopper_for(self, *tensors: torch.Tensor) -> HopperLaunches | None:
         """The launches of the Hopper kernels, if they cover the call and can read these tensors."""
         if self.hopper is None or not _describable(*tensors):
             return None
@@ -269,6 +279,48 @@ def launch_forward(
         )
 
 
+def launch_gradients(
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    d_out: torch.Tensor,
+    d_query: torch.Tensor,
+    d_key: torch.Tensor,
+    d_value: torch.Tensor,
+    lse: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    hopper: HopperLaunches | None,
+) -> None:
+    """Writes the gradients, `base` and `delta`; `hopper` is what `call.hopper_for` gave."""
+    if hopper is None:
+        launch_query_gradient(call, query, key, value, out, d_out, d_query, lse, d_lse, base, delta)
+        launch_key_gradient(call, query, key, value, d_out, d_key, d_value, base, delta)
+        return
+    from .hopper_launch import gradients
+
+    with on_device(call.device):
+        gradients(
+            call,
+            hopper.gradient,
+            query,
+            key,
+            value,
+            out,
+            d_out,
+            d_query,
+            d_key,
+            d_value,
+            lse,
+            d_lse,
+            base,
+            delta,
+        )
+
+
 def launch_query_gradient(
     call: Call,
     query: torch.Tensor,
@@ -281,30 +333,8 @@ def launch_query_gradient(
     d_lse: torch.Tensor | None,
     base: torch.Tensor,
     delta: torch.Tensor,
-    hopper: Launches | None,
 ) -> None:
-    """Writes `d_query`, `base` and `delta`; `hopper` is what `call.hopper_for` gave, the same for
-    both passes.
-    """
-    if hopper is not None:
-        from .hopper_launch import query_gradient
-
-        with on_device(call.device):
-            query_gradient(
-                call,
-                hopper.query_gradient,
-                query,
-                key,
-                value,
-                out,
-                d_out,
-                d_query,
-                lse,
-                d_lse,
-                base,
-                delta,
-            )
-        return
+    """Writes `d_query`, `base` and `delta`."""
     launch = call.launches.query_gradient
     slots = call.query_slots(launch.block_m)
     with on_device(call.device):
@@ -344,17 +374,8 @@ def launch_key_gradient(
     d_value: torch.Tensor,
     base: torch.Tensor,
     delta: torch.Tensor,
-    hopper: Launches | None,
 ) -> None:
     """Writes `d_key` and `d_value`; `base` and `delta` are those of `launch_query_gradient`."""
-    if hopper is not None:
-        from .hopper_launch import key_gradient
-
-        with on_device(call.device):
-            key_gradient(
-                call, hopper.key_gradient, query, key, value, d_out, d_key, d_value, base, delta
-            )
-        return
     launch = call.launches.key_gradient
     slots = call.key_slots(launch.block_n)
     with on_device(call.device):

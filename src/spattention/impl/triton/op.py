@@ -15,7 +15,7 @@ import triton
 
 from ..layout import empty_like_query
 from .config import pitch
-from .launch import Call, launch_forward, launch_key_gradient, launch_query_gradient, unit_rows
+from .launch import Call, launch_forward, launch_gradients, unit_rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -130,10 +130,22 @@ def _backward(
     rows = (*lse.shape[:2], lse.shape[2] if hopper is None else pitch(lse.shape[2]))
     base, delta = lse.new_empty(rows), lse.new_empty(rows)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    launch_query_gradient(
-        call, query, key, value, out, d_out, d_query, lse, d_lse, base, delta, hopper
+    launch_gradients(
+        call,
+        query,
+        key,
+        value,
+        out,
+        d_out,
+        d_query,
+        d_key,
+        d_value,
+        lse,
+        d_lse,
+        base,
+        delta,
+        hopper,
     )
-    launch_key_gradient(call, query, key, value, d_out, d_key, d_value, base, delta, hopper)
     if scale == 0.0:
         d_query.zero_()
         d_key.zero_()

@@ -163,6 +163,32 @@ def visible(o_position, o_key, near, o_reach):
 
 
 @triton.jit
+def turn(program, n_slots, n_places, in_turn):
+    """`(place, rank)` of a program: which head of which batch it works on, counted from the most
+    work, and the rank of its block there. One place after the other, or, if `in_turn`, the first
+    block of every place, then the second.
+    """
+    if in_turn != 0:
+        return program % n_places, program // n_places
+    return program // n_slots, program % n_slots
+
+
+@triton.jit
+def query_slot(rank, near, n_slots, BLOCK):
+    """The block of queries of a rank: from the last on, those that see the least keys late. Those
+    that see none come first: they cost nothing, and leave the shortest for the end.
+    """
+    return (n_slots - 1 - rank + min(near // BLOCK, n_slots)) % n_slots
+
+
+@triton.jit
+def key_slot(rank, near, n_slots, n_queries, BLOCK):
+    """The block of keys of a rank, as in `query_slot`: seen by many queries, then by few."""
+    seen = (max(n_queries - near, 0) + BLOCK - 1) // BLOCK
+    return (seen + rank) % n_slots
+
+
+@triton.jit
 def first_after(p_key_start, stride, n_queries, key):
     """The first query whose first key is after `key`, or `n_queries`; first keys never decrease."""
     low = n_queries * 0  # a tensor, as the loop needs it

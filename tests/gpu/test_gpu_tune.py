@@ -1,0 +1,23 @@
+"""`spattention tune` on a GPU: the kernels that this one runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spattention.cli import main, tune
+from spattention.impl.triton.config import hopper_launches
+
+
+@pytest.mark.parametrize("kernels", ["default", "portable"])
+def test_every_pass_is_timed(kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hopper = (
+        kernels == "default"
+        and hopper_launches(2, 64, torch.cuda.get_device_capability()) is not None
+    )
+    command = ["tune", "--kernels", kernels, "--length", "256", "--heads", "2", "--head-dim", "64"]
+    assert main([*command, "--blocks", "64", "--warps", "4"]) == 0
+    out = capsys.readouterr().out
+    for name in tune.HOPPER if hopper else tune.PORTABLE:
+        table = out.split(f"{'Hopper' if hopper else 'portable'} kernels, {name}")[1]
+        assert "LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)" in table
