@@ -318,19 +318,27 @@ def _write(
 def _plot(path: Path, rows: list[Row], plotted: list[tuple[int, int, int]], gpu: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
     shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
-    for name in dict.fromkeys((row.by, row.mask) for row in shown):
-        line = sorted((row.length, row.total) for row in shown if (row.by, row.mask) == name)
-        style = {"spattention": "-o", "FlexAttention": ":s"}.get(name[0], "--^")
-        label = name[0] if name[1] == "dense" else f"{name[0]}, {name[1]}"
-        axes.plot(*zip(*line), style, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("length in tokens (batch 1, 16 heads)")
-    axes.set_ylabel("forward + backward, milliseconds")
-    axes.set_title(f"Attention on {gpu}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    masks = [mask for mask in dict.fromkeys(row.mask for row in shown) if mask != "dense"]
+    names = list(dict.fromkeys(row.by for row in shown))
+    figure = Figure(figsize=(4 * len(masks), 4), layout="constrained")
+    for axes, mask in zip(figure.subplots(1, len(masks), sharey=True, squeeze=False)[0], masks):
+        for k, name in enumerate(names):
+            line = sorted(
+                (row.length, row.over_dense)
+                for row in shown
+                if row.by == name and row.mask in (mask, "dense") and row.over_dense is not None
+            )
+            style = "--^" if name.startswith("dense") else "-o" if name == "spattention" else ":s"
+            axes.plot(*zip(*line), style, color=f"C{k}", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("length in tokens (batch 1, 16 heads)")
+        axes.set_title(mask)
+        axes.grid(alpha=0.3)
+    first = figure.axes[0]
+    first.set_ylabel("times faster than dense cuDNN")
+    first.legend(fontsize="small")
+    figure.suptitle(f"Attention on {gpu}, forward + backward")
     figure.savefig(path, dpi=160)
