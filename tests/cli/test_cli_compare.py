@@ -159,7 +159,7 @@ def test_an_interruption_keeps_what_is_finished(text, tmp_path):
     while not first.exists() and time.monotonic() < until and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to parent and children alike
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Interrupted. The same command goes on" in printed

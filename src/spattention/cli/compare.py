@@ -19,12 +19,14 @@ from ..choice import attention_choice
 from ..data.prepare import CorpusFacts, open_stream, prepare
 from ..data.tokens import Windows
 from ..models import preset
+from ..training.callbacks import Event
 from ..training.process import run_apart
 from ..training.report import HEADER, Report
 from ..training.results import ResultsFolder
 from ..training.settings import Settings
 from ..training.summary import check_equal_order
 from ..training.variant import Job, Result
+from .interrupt import Interrupts
 from .progress import RunProgress
 
 
@@ -236,10 +238,16 @@ def _run_missing(
     missing = [job for job in jobs if folder.find(job) is None]
     if len(missing) < len(jobs):
         console.print(f"{len(jobs) - len(missing)} of them are there already.")
-    with RunProgress(missing, console) as progress:
+    with Interrupts() as interrupts, RunProgress(missing, console) as progress:
+
+        def on_event(event: Event) -> None:
+            interrupts.check()
+            progress.update(event)
+
         for job in missing:
+            interrupts.check()
             progress.begin(job)
-            result: Result = run_apart(job, progress.update)
+            result: Result = run_apart(job, on_event)
             folder.add(job, result)
             progress.finish(result)
             after_each()  # what is finished is readable, whatever happens next
