@@ -63,7 +63,8 @@ on held-out text; *error* is the standard error over validation windows, the sam
 runs, so that it says how well the loss of this model is known, not how another seed would do.
 *Spread* is the standard deviation over seeds. *Time to dense's loss* is the share of dense's
 training time after which a run has dense's last validation loss, each at its median speed on one
-kind of GPU, without compiling, evaluation and saving. **With one seed the spread is unknown, and
+kind of GPU, without compiling, evaluation and saving; *?* stands for the speed of runs that shared
+their GPU with others. **With one seed the spread is unknown, and
 small differences say nothing.** What the baselines are, and where they differ from their papers:
 [baselines](baselines.md).
 """

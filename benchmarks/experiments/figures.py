@@ -25,7 +25,12 @@ def seeds_of(label: str, done: dict[tuple[str, int], Entry]) -> list[int]:
 
 
 def speed(entry: Entry) -> float | None:
-    """Tokens per second of a run: the median of all lines but the first, which compiles."""
+    """Tokens per second of a run: the median of all lines but the first, which compiles.
+
+    None for a run that shared its GPU with others, at least for a time.
+    """
+    if entry.get("beside"):
+        return None
     found = [line["tokens_per_second"] for line in entry["train"][1:]]
     return median(found) if found else None
 

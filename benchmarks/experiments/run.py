@@ -4,7 +4,8 @@
         --data streams --minutes 8
 
 Checkpoints lie in the work folder; the same command goes on from them. The work folder may be
-thrown away between runs, never between the pieces of one.
+thrown away between runs, never between the pieces of one. `--at-once 4` makes four runs at a time
+on the same GPU, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
 from ledger import HERE, check_same, entry_path, finished, read_entry, write_entry
 from plan import Plan, Run, read_plan
+from side_by_side import side_by_side
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
 HEAD_ROWS, HEAD_TOKENS = 4, 32_768  # windows that heads are looked at on
-SMALLEST_PIECE = 10.0  # seconds: less is not worth starting a run for
+SMALLEST_PIECE = 60.0  # seconds: less is not worth starting and compiling a run for
 Say = Callable[[str], None]
 
 
@@ -56,11 +58,16 @@ class Options:
         work: Folder of checkpoints.
         ledger: Folder of the entries.
         minutes: Stop after so long, with a checkpoint of the run in progress; None: never.
-        only: Labels of the runs to make, of those in the plans; all without it.
+        only: Labels or names (`LABEL-seedN`) of the runs to make, of those in the plans; all
+            without it.
         set: Changes to the recipes, as in steps=100.
         commit: The commit to record, where git cannot tell.
         windows: Validation windows of the final loss by position.
         items: Sequences per question of recall; 0 takes neither recall nor a look at heads.
+        at_once: Runs that are made at a time. Entries of several at once hold no speeds worth
+            showing, and none is shown.
+        beside: How many other runs share the GPU; `--at-once` gives it to its processes.
+        until: As `minutes`, in the system's monotonic seconds; given likewise.
     """
 
     plans: tyro.conf.Positional[tuple[Path, ...]]
@@ -73,27 +80,36 @@ class Options:
     commit: str | None = None
     windows: int = 256
     items: int = 16
+    at_once: int = 1
+    beside: int = 0
+    until: float | None = None
 
 
 def main(options: Options) -> bool:
     """Whether everything is finished. A run that fails does not keep the others from being made."""
-    until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    until = options.until
+    if until is None and options.minutes is not None:
+        until = time.monotonic() + 60 * options.minutes
     commit = options.commit or _commit()
     plans = [read_plan(path, options.set) for path in options.plans]
-    labels = {run.label for plan in plans for run in plan.runs}
+    labels = {label for plan in plans for run in plan.runs for label in (run.label, run.name)}
     if unknown := sorted(set(options.only) - labels):
         raise ValueError(f"`--only` must name runs of the plans, {sorted(labels)}, got {unknown}")
+    if options.at_once < 1:
+        raise ValueError(f"`--at-once` must be at least 1, got {options.at_once}")
     jobs = [
         (plan, run)
         for plan in plans
         for run in plan.runs
-        if not options.only or run.label in options.only
+        if not options.only or {run.label, run.name} & set(options.only)
     ]
     for plan, run in jobs:
         path = entry_path(options.ledger, plan.name, run.name)
         known = read_entry(path)
         if known is not None:
             check_same(path, known, _placed(run, options).to_dict())
+    if options.at_once > 1:
+        return _several(jobs, options, commit, until)
     failed = []
     for plan, run in jobs:
         left = None if until is None else until - time.monotonic()
@@ -112,12 +128,56 @@ def main(options: Options) -> bool:
     return not failed
 
 
+def _several(
+    jobs: list[tuple[Plan, Run]], options: Options, commit: str, until: float | None
+) -> bool:
+    """Make runs in processes of their own; whether everything is finished."""
+    sources = {path.stem: path for path in options.plans}
+    commands = []
+    for plan, run in jobs:
+        entry = read_entry(entry_path(options.ledger, plan.name, run.name))
+        if not _done(entry):
+            arguments = _of_one(options, sources[plan.name], run, commit, until)
+            commands.append((f"{plan.name}-{run.name}", arguments))
+    last = None if until is None else until - SMALLEST_PIECE
+    failed = side_by_side(commands, options.at_once, options.work / "logs", last)
+    left = [
+        f"{plan.name}/{run.name}"
+        for plan, run in jobs
+        if not _done(read_entry(entry_path(options.ledger, plan.name, run.name)))
+    ]
+    print(f"failed or not finished: {', '.join(left)}" if left else "all runs are finished")
+    return not failed and not left
+
+
+def _done(entry: dict[str, Any] | None) -> bool:
+    return finished(entry) or (entry is not None and entry["diverged"] is not None)
+
+
+def _of_one(options: Options, plan: Path, run: Run, commit: str, until: float | None) -> list[str]:
+    """What a process is called with that makes one run of several at once."""
+    values = {
+        "data": options.data,
+        "work": options.work,
+        "ledger": options.ledger,
+        "only": run.name,
+        "commit": commit,
+        "windows": options.windows,
+        "items": options.items,
+        "beside": options.at_once - 1,
+        **({} if until is None else {"until": until}),
+    }
+    named = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    changes = ["--set", *options.set] if options.set else []
+    return [sys.executable, __file__, str(plan), *named, *changes]
+
+
 def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | None) -> bool:
     """Make one run, or a piece of it; whether it is finished."""
     path = entry_path(options.ledger, plan.name, run.name)
     recipe = _placed(run, options)
     known = read_entry(path)
-    if known is not None and (finished(known) or known["diverged"]):
+    if _done(known):
         return True
     if seconds is not None and seconds < SMALLEST_PIECE:
         return False
@@ -147,6 +207,7 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
         "commit": commit,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data": json.loads((folder / "run.json").read_text())["data"],
+        "beside": max(options.beside, (known or {}).get("beside", 0)),
         "seconds": (known or {}).get("seconds", 0.0) + time.monotonic() - began,
         "recipe": recipe.to_dict(),
         "facts": {},

@@ -28,6 +28,7 @@ import figures  # noqa: E402
 import ledger  # noqa: E402
 import run as runner  # noqa: E402
 from plan import read_plan  # noqa: E402
+from side_by_side import side_by_side  # noqa: E402
 
 PLAN = """
 title = "tiny"
@@ -169,6 +170,35 @@ def test_a_run_that_fails_keeps_none_of_the_others_from_being_made(made, tmp_pat
     assert not runner.main(options)
     entries = ledger.read_ledger(options.ledger, "tiny")
     assert [entry["label"] for entry in entries] == ["exclusive with sinks"]
+
+
+def test_runs_side_by_side_give_what_runs_alone_give(made, tmp_path, capsys):
+    options = replace(made, work=tmp_path / "work", ledger=tmp_path / "ledger", at_once=2)
+    assert runner.main(replace(options, only=("dense-seed0", "reformer:chunk=4")))
+    wanted = {entry["label"]: entry for entry in ledger.read_ledger(made.ledger, "tiny")}
+    found = ledger.read_ledger(options.ledger, "tiny")
+    assert [entry["label"] for entry in found] == ["dense", "reformer:chunk=4"]
+    for entry in found:
+        assert what_was_computed(entry) == what_was_computed(wanted[entry["label"]])
+        assert entry["beside"] == 1
+        assert figures.speed(entry) is None
+        assert figures.speed(wanted[entry["label"]]) > 0
+    capsys.readouterr()
+    assert runner.main(replace(options, only=("dense",)))  # finished: nothing is begun
+    assert "begins" not in capsys.readouterr().out
+    late = replace(options, ledger=tmp_path / "other", only=("dense",), minutes=0.0)
+    assert not runner.main(late)
+
+
+def test_a_process_that_fails_is_named_and_keeps_no_other_from_running(tmp_path, capsys):
+    bad = [sys.executable, "-c", "raise SystemExit('no memory')"]
+    good = [sys.executable, "-c", "print('done')"]
+    commands = [("bad", bad), ("good", good)]
+    assert side_by_side(commands, 1, tmp_path, None) == ["bad"]
+    assert "no memory" in capsys.readouterr().out
+    assert (tmp_path / "good.log").read_text() == "done\n"
+    assert side_by_side(commands, 1, tmp_path / "late", 0.0) == []
+    assert not list((tmp_path / "late").iterdir())
 
 
 def test_another_configuration_is_refused(made, tmp_path):
