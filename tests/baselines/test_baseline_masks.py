@@ -11,7 +11,7 @@ from small import CHOSEN, HEADS, LAYERS, MASKED, SPAN, inputs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
-from spattention.baselines import BigBird, Longformer, PublishedMask
+from spattention.baselines import BigBird, Longformer, PublishedMask, masks
 
 CPU = torch.device("cpu")
 close = torch.testing.assert_close
@@ -204,3 +204,30 @@ def test_layers_share_one_compiled_graph(name):
     for index in range(LAYERS):
         CHOSEN[name].layer(index, LAYERS).attend_blocks(query, query, query, 0.25, flex=flex)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_compiled_layers_share_one_graph(name):
+    """A number of a layer alone in the code would compile each layer anew."""
+    counter = CompileCounter()
+    attend = torch.compile(
+        lambda layer, tensor: layer.attend(tensor, tensor, tensor, 0.25),
+        dynamic=False,
+        backend=counter,
+    )
+    query = torch.randn(1, HEADS, SPAN, 16)
+    for index in range(LAYERS):
+        attend(CHOSEN[name].layer(index, LAYERS), query)
+    assert counter.frame_count == 1
+
+
+def test_more_shapes_than_the_compilation_limit(monkeypatch):
+    """Recall asks for many lengths in one process."""
+    eager = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    monkeypatch.setattr(masks, "_compiled", eager)
+    layer = CHOSEN["bigbird"].layer(0, LAYERS)
+    limit = torch._dynamo.config.recompile_limit
+    for batch in range(1, limit + 3):
+        query = torch.randn(batch, HEADS, SPAN, 16)
+        found = layer.attend_blocks(query, query, query, 0.25, flex=masks._flex)
+    torch.testing.assert_close(found, layer.attend(query, query, query, 0.25))

@@ -47,6 +47,18 @@ def test_a_chunked_loss_is_the_models_own(model, monkeypatch, items):
     assert isinstance(model.lm_head, DeferredHead)
 
 
+def test_compiled_chunks_are_the_same(monkeypatch):
+    monkeypatch.setattr(chunks, "ROWS", 16)
+    hidden = torch.randn(40, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(50, (40,)).masked_fill(torch.rand(40) < 0.2, -100)
+    results = []
+    for compiled in (False, True):
+        total = chunked_cross_entropy(hidden, weight, targets, compiled=compiled)
+        results.append((total, *torch.autograd.grad(total, (hidden, weight))))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
 def test_no_more_logits_than_a_chunk_at_once(monkeypatch):
     sizes = []
 

@@ -81,12 +81,13 @@ class Longformer(Baseline):
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
         """As `Baseline.layer`."""
-        window, steps = self.window(index, num_layers), self.steps(index, num_layers)
+        # In tensors, also the window: compiled layers that differ in a number share no graph.
+        steps = torch.tensor(self.steps(index, num_layers), device="cpu")
+        reaches = steps * self.window(index, num_layers)
         first = self.global_tokens
 
         def make(device: torch.device) -> Visible:
-            step = torch.tensor(steps, device=device)
-            reach = step * window
+            step, reach = steps.to(device), reaches.to(device)
 
             def visible(head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
                 distance = query - key

@@ -12,9 +12,21 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # (head, query position, key position) -> bool; integer tensors that broadcast. Causality is added.
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BLOCK = 128  # of FlexAttention's block mask
+SHORT = 2048  # tokens whose dense masks are small; without gradients they need nothing compiled
+SHAPES = 256  # that FlexAttention is compiled for in one process
 
 # Compiled at the first call. Without `fullgraph`, a call too many would run uncompiled, N x N.
 _compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex(*arguments: Any, **keywords: Any) -> Any:
+    """Compiled FlexAttention. Each shape is a graph, and evaluation asks for more than PyTorch's
+    limit of 8; code that is itself compiled has taken `_compiled` in.
+    """
+    if torch.compiler.is_compiling():
+        return _compiled(*arguments, **keywords)
+    with torch._dynamo.config.patch(recompile_limit=SHAPES):
+        return _compiled(*arguments, **keywords)
 
 
 class MaskAttention:
@@ -24,8 +36,9 @@ class MaskAttention:
         num_heads: query heads H.
         make: gives the formula with its tables on a device.
 
-    Whole sequences on CUDA run compiled FlexAttention; everything else PyTorch's
-    `scaled_dot_product_attention` under a dense mask.
+    Whole sequences on CUDA run compiled FlexAttention, but for those of at most 2,048 tokens
+    without gradients; these and everything else run PyTorch's `scaled_dot_product_attention` under
+    a dense mask.
     """
 
     def __init__(self, num_heads: int, make: Callable[[torch.device], Visible]) -> None:
@@ -37,8 +50,9 @@ class MaskAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """As `LayerAttention.attend`."""
-        if query.is_cuda and query.shape[2] == key.shape[2]:
-            return self.attend_blocks(query, key, value, scale, flex=_compiled)
+        small = key.shape[2] <= SHORT and not torch.is_grad_enabled()
+        if query.is_cuda and query.shape[2] == key.shape[2] and not small:
+            return self.attend_blocks(query, key, value, scale, flex=_flex)
         mask = self.dense(query.shape[2], key.shape[2], query.device)
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=True

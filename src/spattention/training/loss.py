@@ -7,6 +7,7 @@ hands on the hidden states instead, and the loss function multiplies by the laye
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,14 @@ class DeferredHead(torch.nn.Linear):
         return hidden
 
 
-def defer_loss(model: Any, kind: str) -> None:
+def defer_loss(model: Any, kind: str, *, compiled: bool = False) -> None:
     """Let a causal language model take its loss in chunks; it then returns no logits.
 
     Args:
         model: of Transformers; what it saves stays as it was.
         kind: "plain" changes nothing, "chunked" recomputes each chunk's logits in the backward
             pass, "liger" computes gradients in the forward pass with Liger's kernels.
+        compiled: compile a chunk of "chunked", whose float32 logits are then never written.
 
     Raises:
         ModuleNotFoundError: if Liger is asked for and not installed.
@@ -41,7 +43,7 @@ def defer_loss(model: Any, kind: str) -> None:
     """
     if kind == "plain":
         return
-    summed = _liger() if kind == "liger" else chunked_cross_entropy
+    summed = _liger() if kind == "liger" else partial(chunked_cross_entropy, compiled=compiled)
     old = model.get_output_embeddings()
     if type(old) is not torch.nn.Linear or old.bias is not None:
         raise ValueError(f'`loss` must be "plain" for {type(old).__name__} with bias, got "{kind}"')
@@ -65,7 +67,7 @@ def defer_loss(model: Any, kind: str) -> None:
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, compiled: bool = False
 ) -> torch.Tensor:
     """Sum of `cross_entropy(hidden @ weight.T, targets)` with a float32 softmax, by chunks of rows.
 
@@ -73,13 +75,15 @@ def chunked_cross_entropy(
         hidden: `[T, D]`.
         weight: `[V, D]`.
         targets: int64 `[T]`; those equal to -100 do not count.
+        compiled: compile what is done to a chunk.
 
     Returns:
         float32 `[]`.
     """
+    one = _compiled_cross_entropy if compiled and torch.is_grad_enabled() else _cross_entropy
     total = hidden.new_zeros((), dtype=torch.float32)
     for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
-        total = total + checkpoint(_cross_entropy, rows, weight, wanted, use_reentrant=False)
+        total = total + checkpoint(one, rows, weight, wanted, use_reentrant=False)
     return total
 
 
@@ -88,6 +92,9 @@ def _cross_entropy(
 ) -> torch.Tensor:
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+_compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
 
 def _liger() -> Summed:

@@ -158,7 +158,8 @@ def prepare_model(
     """
     masters = _needs_masters(recipe, devices)
     model.to(device)
-    defer_loss(model, recipe.loss)
+    # Under FSDP2 the weight is a distributed tensor between the passes.
+    defer_loss(model, recipe.loss, compiled=recipe.compile and recipe.parallel == "ddp")
     balance_routers(model, recipe.balance_loss, recipe.z_loss, passes)
     optimizer = None
     if masters:

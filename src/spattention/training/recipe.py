@@ -65,7 +65,7 @@ class Recipe:
             beside bfloat16 weights that the products use; "float32" has these alone.
         loss: "plain" makes all logits at once, "chunked" some thousand rows at a time, "liger"
             likewise with Liger's kernels (GPU; package liger-kernel).
-        compile: compile each layer.
+        compile: compile each layer, and under "ddp" the chunks of the loss.
         checkpointing: keep each layer's input alone and recompute the rest.
         parallel: "ddp" copies the model to each device, "fsdp2" shards it.
         shard_size: devices that share one copy under "fsdp2", such as those of a node; whole copies
