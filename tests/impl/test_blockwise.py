@@ -9,7 +9,7 @@ import torch
 
 import spattention as spa
 from spattention import BandPattern
-from spattention.impl import blockwise
+from spattention.impl import blocks, blockwise
 from spattention.testing import Case, check_case
 
 
@@ -57,15 +57,22 @@ def test_peak_memory_beyond_inputs_outputs_and_gradients(name):
     assert 2**20 < int(result.stdout) <= 64 * 2**20  # below a megabyte nothing was measured
 
 
+KERNELS = {  # products of queries, keys and head_dim in each
+    "aten::_scaled_dot_product_flash_attention_for_cpu": 2,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": 5,
+}
+
+
 def multiply_adds(function):
-    """Multiply-adds of all the batched products in a call."""
+    """Multiply-adds of all the blocks in a call."""
     with torch.profiler.profile(record_shapes=True) as profiler:
         function()
     total = 0
     for event in profiler.events():
-        if event.name in ("aten::bmm", "aten::baddbmm", "aten::baddbmm_"):
-            left, right = [shape for shape in event.input_shapes if len(shape) == 3][-2:]
-            total += math.prod(left) * right[-1]
+        if event.name in KERNELS:
+            first = 1 if event.name.endswith("backward") else 0  # after the output's gradient
+            query, key = event.input_shapes[first : first + 2]
+            total += KERNELS[event.name] * math.prod(query) * key[2]
     return total
 
 
@@ -89,7 +96,7 @@ def test_a_short_query_reads_only_its_bands():
     query = torch.randn(1, 4, 1, 16)
     key, value = (torch.randn(1, 4, 4096, 16) for _ in range(2))
     done = multiply_adds(lambda: spa.band_attention(query, key, value, pattern, impl="blockwise"))
-    assert 2 * 16 * 4096 <= done <= 2 * 16 * (4096 + 4 * blockwise._VECTOR)
+    assert 2 * 16 * 4096 <= done <= 2 * 16 * (4096 + 4 * blocks._VECTOR)
 
 
 JOINED = {
@@ -109,34 +116,71 @@ JOINED = {
 }
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("name", JOINED)
-def test_what_runs_together_gives_what_it_gives_alone(name, sinks, monkeypatch):
-    """Sizes at which heads and blocks are joined, which those of the operator's tests are not."""
+def joined(name, sinks):
     pattern, batch, queries, keys = JOINED[name]
-    sizes = []
-    attend = blockwise._attend_run
-
-    def watched(*arguments):
-        sizes.append(arguments[0].shape[0] * arguments[4].repeats)
-        return attend(*arguments)
-
-    add = torch.Tensor.baddbmm_
-
-    def checked(total, *arguments):
-        # Blocks that add to the same keys at once would be a race, which is seldom lost.
-        places = torch.arange(total.untyped_storage().nbytes() // total.element_size())
-        places = places.as_strided(total.shape, total.stride(), total.storage_offset())
-        assert places.unique().numel() == total.numel()
-        return add(total, *arguments)
-
-    monkeypatch.setattr(blockwise, "_attend_run", watched)
-    monkeypatch.setattr(torch.Tensor, "baddbmm_", checked)
     generator = torch.Generator().manual_seed(0)
     heads = pattern.num_heads
     query, key, value = (
         torch.randn(batch, heads, n, 16, generator=generator) for n in (queries, keys, keys)
     )
     options = {"sinks": torch.randn(heads, generator=generator)} if sinks else {}
-    check_case(Case(query, key, value, pattern, options), impl="blockwise")
-    assert max(sizes) > batch
+    return Case(query, key, value, pattern, options)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("name", JOINED)
+def test_what_runs_together_gives_what_it_gives_alone(name, sinks, monkeypatch):
+    """Sizes at which heads and blocks are joined, which those of the operator's tests are not."""
+    sizes = []
+    attend = blockwise._fused
+
+    def watched(query, *arguments):
+        sizes.append(query.shape[:2].numel())
+        return attend(query, *arguments)
+
+    add = torch.Tensor.add_
+
+    def checked(total, other):
+        # Blocks that add to the same tokens at once would lose some of what they add.
+        places = torch.arange(total.untyped_storage().nbytes() // total.element_size())
+        places = places.as_strided(total.shape, total.stride(), total.storage_offset())
+        assert places.unique().numel() == total.numel()
+        return add(total, other)
+
+    monkeypatch.setattr(blockwise, "_fused", watched)
+    monkeypatch.setattr(torch.Tensor, "add_", checked)
+    case = joined(name, sinks)
+    check_case(case, impl="blockwise")
+    assert max(sizes) > case.query.shape[0]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_products_of_other_devices(name, monkeypatch):
+    """What runs where PyTorch has no kernel of its own, here on the CPU."""
+    monkeypatch.setattr(blockwise, "_fused", blockwise._plain)
+    monkeypatch.setattr(blockwise, "_differentiate_fused", blockwise._differentiate_plain)
+    check_case(joined(name, False), impl="blockwise")
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.25])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (16, 5), (5, 16)])
+def test_gradient_of_the_log_sum_exp_and_unequal_head_dims(key_dim, value_dim, scale):
+    """They are columns added to what PyTorch's kernel sees."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (
+        torch.randn(1, 3, 150, dim, generator=generator) for dim in (key_dim, key_dim, value_dim)
+    )
+    case = Case(query, key, value, BandPattern.shared_local(3, 150), {"scale": scale})
+    check_case(case, impl="blockwise")
+
+
+def test_scores_are_rounded_alike_forward_and_backward():
+    """Query `i` sees key `i` alone, with weight 1 however large the score. A score
+    rounded one way for the log-sum-exp and another for the weight made it 1.0005."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (30 * torch.randn(1, 2, 64, 16, generator=generator) for _ in range(3))
+    value.requires_grad_()
+    pattern = BandPattern.sliding_window(2, 64, 1)
+    out = spa.band_attention(query, key, value, pattern, scale=0.7, impl="blockwise")
+    out.backward(torch.ones_like(out))
+    assert torch.equal(value.grad, torch.ones_like(value))

@@ -1,0 +1,261 @@
+"""Which queries and keys are computed together: blocks of a band, as strided views.
+
+A band of distances is covered by blocks of consecutive queries with the keys that they reach, or by
+blocks of consecutive keys with the queries that reach them. Blocks that lie alike, and heads whose
+blocks do, run as one batch. `query_start`, `key_start` and cu_seqlens are read on the host, so on
+an accelerator a tensor among them waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ELEMENTS = 1 << 20  # of the views in a batch: blocks and heads are joined up to so many
+_LONGEST = 4096  # queries or keys that a block reaches at once
+_VECTOR = 16
+
+
+class Segment(NamedTuple):
+    """Consecutive queries of some rows of the batch, with consecutive positions, that share the
+    first key they may see."""
+
+    rows: slice
+    queries: slice
+    position: int  # of the first query, counted in keys
+    first_key: int
+
+
+class Run(NamedTuple):
+    """`repeats` blocks of `queries` by `keys`, each `step` tokens beyond the one before; in `heads`
+    heads, each `query_shift` and `key_shift` tokens beyond the one before."""
+
+    query: int  # the first one's place
+    key: int
+    queries: int
+    keys: int
+    repeats: int
+    step: int
+    ahead: int  # by how much the distance of the first query and key exceeds the band's nearest
+    width: int  # of the band
+    head: int = 0
+    heads: int = 1
+    query_shift: int = 0
+    key_shift: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self[2:8]
+
+    @property
+    def inside(self) -> bool:
+        """All distances lie in the band."""
+        return self.ahead >= self.keys - 1 and self.ahead + self.queries <= self.width
+
+    @property
+    def early(self) -> int:
+        """The number of a block's first queries that lie before every key's band."""
+        return min(self.queries, max(0, -self.ahead))
+
+    @property
+    def late(self) -> int:
+        """The number of its last ones that lie beyond."""
+        return min(self.queries, max(0, self.ahead + self.queries - self.width - self.keys + 1))
+
+    def query_view(self, tensor: Tensor, rows: slice) -> Tensor:
+        """`[B, H, Q, D]` to `[rows or heads, repeats, queries, D]`."""
+        return self._view(tensor, rows, self.head, self.query, self.queries, self.query_shift)
+
+    def key_view(self, tensor: Tensor, rows: slice, group: int) -> Tensor:
+        """`[B, Hkv, K, D]` to `[rows or heads, repeats, keys, D]`."""
+        head = self.head // group
+        return self._view(tensor, rows, head, self.key, self.keys, self.key_shift)
+
+    def apart(self) -> Iterator[tuple[slice, Run]]:
+        """The blocks that lie in `[:, i::n]` of a batch, of which no two share a token."""
+        longest = max(self.queries, self.keys)
+        n = min(self.repeats, -(-longest // self.step))
+        for i in range(n):
+            ahead = i * self.step
+            yield (
+                slice(i, None, n),
+                self._replace(
+                    query=self.query + ahead,
+                    key=self.key + ahead,
+                    repeats=len(range(i, self.repeats, n)),
+                    step=n * self.step,
+                ),
+            )
+
+    def _view(
+        self, tensor: Tensor, rows: slice, head: int, start: int, length: int, shift: int
+    ) -> Tensor:
+        row, across, token, one = tensor.stride()
+        offset = tensor.storage_offset() + rows.start * row + head * across + start * token
+        count, stride = rows.stop - rows.start, row
+        if self.heads > 1:
+            count, stride = self.heads, across + shift * token
+        return tensor.as_strided(
+            (count, self.repeats, length, tensor.shape[3]),
+            (stride, self.step * token, token, one),
+            offset,
+        )
+
+
+def segments(
+    query: Tensor,
+    key: Tensor,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    start: int,
+) -> list[Segment]:
+    batch, _, queries, _ = query.shape
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        q_ends, k_ends = (
+            offsets.clamp(0, tensor.shape[2]).cummax(0).values.tolist()
+            for offsets, tensor in ((cu_seqlens_q, query), (cu_seqlens_k, key))
+        )
+        return [
+            Segment(slice(0, 1), slice(q0, q1), k1 - (q1 - q0), k0)
+            for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:])
+        ]
+    if query_start is None and key_start is None:
+        rows = slice(0, batch)
+        return [Segment(rows, slice(0, queries), start, 0)] if batch else []
+    starts = [start] * batch if query_start is None else query_start.expand(batch).tolist()
+    if key_start is None:
+        return [Segment(slice(b, b + 1), slice(0, queries), p, 0) for b, p in enumerate(starts)]
+    first_keys = key_start.clamp(0, key.shape[2])
+    first_keys = first_keys if key_start.dim() == 2 else first_keys[:, None].expand(-1, queries)
+    found = []
+    for b, (position, row) in enumerate(zip(starts, first_keys)):
+        documents, lengths = torch.unique_consecutive(row, return_counts=True)
+        at = 0
+        for first_key, length in zip(documents.tolist(), lengths.tolist()):
+            found.append(Segment(slice(b, b + 1), slice(at, at + length), position + at, first_key))
+            at += length
+    return found
+
+
+def runs(
+    intervals: Sequence[int], segment: Segment, query: Tensor, key: Tensor, *, by_keys: bool
+) -> Iterator[Run]:
+    """Every pair of a query and a key in its head's bands, in exactly one run.
+
+    A block is of few queries and all the keys that they reach; `by_keys`, of few keys and all the
+    queries that reach them.
+    """
+    heads, head_dim = query.shape[1], query.shape[3]
+    offset = segment.queries.start - segment.position
+    positions = range(segment.position, segment.queries.stop - offset)
+    keys = range(segment.first_key, key.shape[2])
+    alike: dict[tuple[int, ...], list[Run]] = {}
+    for band in range(2):
+        for head in range(heads):
+            near, far = intervals[4 * head + 2 * band : 4 * head + 2 * band + 2]
+            found = _band_runs(near, far, positions, keys, head_dim, by_keys)
+            for order, run in enumerate(found):
+                run = run._replace(head=head, query=run.query + offset)
+                alike.setdefault((order, *run.shape), []).append(run)
+    # Heads stand in for the rows of a batch, where there is one row and each has its own keys.
+    alone = segment.rows.stop - segment.rows.start > 1 or key.shape[1] < heads
+    for same in alike.values():
+        yield from same if alone else _joined(same, head_dim)
+
+
+def _joined(alike: list[Run], head_dim: int) -> Iterator[Run]:
+    """Consecutive heads, each as far ahead of the one before, made one."""
+    run, *rest = alike
+    most = _most(run, head_dim)
+    for other in rest:
+        shifts = other.query - run.query, other.key - run.key
+        n = run.heads
+        follows = other.head == run.head + n and n * run.repeats < most
+        if n == 1 and follows:
+            run = run._replace(heads=2, query_shift=shifts[0], key_shift=shifts[1])
+        elif follows and shifts == (n * run.query_shift, n * run.key_shift):
+            run = run._replace(heads=n + 1)
+        else:
+            yield run
+            run = other
+    yield run
+
+
+def _band_runs(
+    near: int, far: int, positions: range, keys: range, head_dim: int, by_keys: bool
+) -> Iterator[Run]:
+    """The runs of one head's interval of distances; their `query` is a position."""
+    width = far - near
+    if width <= 0 or not positions or not keys:
+        return
+    size = _block_size(min(width, len(keys)), by_keys)
+    # Products of whole vectors are faster; the tokens added are masked.
+    padding = -(width + size - 1) % _VECTOR
+    if by_keys:
+        blocks = _blocks(keys, positions, near, far - 1 + padding, size)
+    else:
+        blocks = _blocks(positions, keys, 1 - far - padding, -near, size)
+    for own, reached, repeats in blocks:
+        query, key = (reached, own) if by_keys else (own, reached)
+        run = Run(
+            query.start,
+            key.start,
+            len(query),
+            len(key),
+            repeats,
+            size,
+            query.start - key.start - near,
+            width,
+        )
+        most = _most(run, head_dim)
+        for at in range(0, repeats, most):
+            yield run._replace(
+                query=run.query + at * size,
+                key=run.key + at * size,
+                repeats=min(most, repeats - at),
+            )
+
+
+def _blocks(
+    own: range, other: range, first: int, last: int, size: int
+) -> Iterator[tuple[range, range, int]]:
+    """Blocks of up to `size` that cover what of `own` reaches `other`, and what they reach: from
+    `first` on from their first token up to `last` on from their last. With each pair the number of
+    blocks that lie so, one after another."""
+    start, stop = max(own.start, other.start - last), min(own.stop, other.stop - first)
+    # Blocks in the middle reach nothing outside.
+    inner = min(max(start, other.start - first), stop)
+    outer = max(inner, min(stop, other.stop - last))
+    count, left = divmod(outer - inner, size)
+    if inner > start:
+        inner += left
+    else:
+        outer -= left
+    ragged = [range(at, min(at + size, inner)) for at in range(start, inner, size)]
+    ragged += [range(at, min(at + size, stop)) for at in range(outer, stop, size)]
+    blocks = [(block, 1) for block in ragged]
+    if count:
+        blocks.append((range(inner, inner + size), count))
+    for block, repeats in blocks:
+        reached = range(max(other.start, block.start + first), min(other.stop, block.stop + last))
+        pieces = -(-len(reached) // _LONGEST)
+        length = -(-len(reached) // (pieces * _VECTOR)) * _VECTOR
+        for at in range(0, len(reached), length):
+            yield block, reached[at : at + length], repeats
+
+
+def _most(run: Run, head_dim: int) -> int:
+    """How many blocks of this shape a batch may hold."""
+    return max(1, _ELEMENTS // (max(run.queries, run.keys) * max(64, head_dim)))
+
+
+def _block_size(width: int, by_keys: bool) -> int:
+    """Few enough that little falls outside the band, and enough to be computed fast."""
+    if by_keys:
+        return min(256, max(64, width // 4))
+    return 64
