@@ -36,6 +36,11 @@ class Variant:
     group: int = 1
     sinks: bool = False
 
+    @property
+    def hopper(self) -> bool:
+        """Whether the kernels for Hopper cover it, on such a GPU."""
+        return self.mode == "self" and self.head_dim in (64, 128) and self.dtype != SINGLE
+
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"D{self.head_dim}", self.mode]
         parts += [f"{self.intervals}_bands", f"group{self.group}", *["sinks"] * self.sinks]

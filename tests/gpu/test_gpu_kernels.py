@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from spattention.impl.triton import launch
 from spattention.testing import check_error, exact, plain, run
 
 from .cases import VARIANTS, Variant, draw, poison_unseen
 
 CASES_OF_A_VARIANT = 106
+CASES_OF_AN_ORDER = 40
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +28,24 @@ def fill_new_memory_with_nan() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_random_cases(variant: Variant) -> None:
+    check_cases(variant, CASES_OF_A_VARIANT)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", [each for each in VARIANTS if each.hopper], ids=str)
+@pytest.mark.parametrize(("rounds", "long"), [(0, True), (0, False), (2, False)])
+def test_random_cases_in_the_orders_of_larger_ones(
+    variant: Variant, rounds: int, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rules choose for more heads, more tokens and longer bands, on small cases."""
+    monkeypatch.setattr(launch, "rounds", lambda *shape: rounds)
+    monkeypatch.setattr(launch, "is_long", lambda *shape: long)
+    check_cases(variant, CASES_OF_AN_ORDER)
+
+
+def check_cases(variant: Variant, count: int) -> None:
     assert torch.empty(4, device="cuda").isnan().all()
-    for seed in range(CASES_OF_A_VARIANT):
+    for seed in range(count):
         case = draw(variant, seed)
         generator = torch.Generator("cuda").manual_seed(seed)
         rows = case.query.shape[:2][::-1] if case.packed else case.query.shape[:3]

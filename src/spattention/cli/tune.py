@@ -25,10 +25,11 @@ from . import measure
 if TYPE_CHECKING:
     from ..impl.triton.config import LaunchConfig
 
-Pass = Literal["forward", "query_gradient", "key_gradient", "gradient"]
-# The portable kernels have a launch for each gradient, those for Hopper one for all.
+Pass = Literal["forward", "long", "query_gradient", "key_gradient", "gradient"]
+# The portable kernels have a launch for each gradient, those for Hopper one for all, and another
+# forward pass for long bands.
 PORTABLE: tuple[Pass, ...] = ("forward", "query_gradient", "key_gradient")
-HOPPER: tuple[Pass, ...] = ("forward", "gradient")
+HOPPER: tuple[Pass, ...] = ("forward", "long", "gradient")
 DEVICE = "cuda"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,7 +46,8 @@ class Options:
         kernels: Which to time: those that this GPU would run, the portable ones, or those for
             Hopper.
         passes: Which passes, none for all. The portable kernels have forward, query_gradient and
-            key_gradient; those for Hopper forward and gradient.
+            key_gradient; those for Hopper forward, long (the forward pass of long bands) and
+            gradient.
         head_dim: D.
         dtype: Of query, key and value.
         batch: Batch size of the timed case.
@@ -110,11 +112,12 @@ def candidates(options: Options, name: str, hopper: bool) -> list[LaunchConfig]:
     found = []
     for m, n, warps in blocks:
         # A warpgroup of the Hopper kernels owns 64 rows of the block that stays: of queries, and of
-        # keys too where one launch has all gradients.
-        stays = (m, n) if name == "gradient" else (m,)
+        # keys too where one launch has all gradients. For long bands there is a second one.
+        stays = (m, n) if name == "gradient" else (m // 2,) if name == "long" else (m,)
         if hopper and (any(rows != 16 * warps for rows in stays) or min(m, n) < 32):
             continue
-        found += [LaunchConfig(m, n, warps, s) for s in ((2,) if hopper else options.stages)]
+        stages = options.stages if not hopper or name == "long" else (2,)
+        found += [LaunchConfig(m, n, warps, s) for s in stages]
     return found
 
 
@@ -186,7 +189,8 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
             call.hopper = replace(special, **change)
         else:
             call.launches = replace(portable, **change)
-        if name == "forward":
+        call.long = name == "long"
+        if name in ("forward", "long"):
             launching.launch_forward(call, query, key, value, out, lse, None)
         elif name == "gradient":
             launching.launch_gradients(

@@ -31,6 +31,10 @@ def _pattern(rng: random.Random, heads: int, span: int) -> BandPattern:
     )()
 
 
+def geometric(heads: int, span: int) -> BandPattern:
+    return BandPattern.shared_local(heads, span, widths="geometric")
+
+
 def _blocks(low: int, high: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, high)) for start in range(low, high, block)]
 
@@ -71,6 +75,35 @@ def test_ranges_are_what_the_mask_says() -> None:
     assert tiles_seen > 10_000
 
 
+def test_the_steps_of_a_part_of_a_block() -> None:
+    """Half of a block's queries see a run of its blocks of keys, all but at most one at the end."""
+    rng = random.Random(3)
+    passed_over = 0
+    for _ in range(SHAPES):
+        block, rows = rng.choice(((8, 8), (16, 8))), 8
+        size, keys = block[0], rng.randint(1, 90)
+        near = rng.choice((0, rng.randint(0, 60)))
+        far = near + rng.randint(1, 40)
+        first = rng.randrange(0, 90, 2 * rows)
+        low, high = tiles.key_range.fn(first, first + 2 * rows - 1, near, far, 0, keys)
+        steps = tiles.steps.fn(low, high, size)
+        begin = high - steps * size
+        for half in (first, first + rows):
+            own_low, own_high = tiles.key_range.fn(half, half + rows - 1, near, far, 0, keys)
+            front, count = tiles.steps_within.fn(begin, own_low, own_high, size)
+            seen = range(max(own_low, 0), own_high)
+            needed = [
+                step
+                for step in range(steps)
+                if any(begin + step * size <= key < begin + (step + 1) * size for key in seen)
+            ]
+            assert needed == list(range(front, front + count))
+            if count:
+                assert front + steps - front - count <= 1
+            passed_over += steps - count
+    assert passed_over > 1_000
+
+
 def test_a_missing_interval_reaches_nothing() -> None:
     bands = launch._table(BandPattern(((), ((0, 4),)), 8).flat, 2)[0]
     empty = next(row for row in bands if row[0] == 0)
@@ -89,12 +122,33 @@ def test_heads_come_by_falling_work_and_members_stay_together() -> None:
     assert [row[0] for row in launch._table(pattern.flat, 4)[1]] == [1, 3, 0, 2]
 
 
-@pytest.mark.parametrize("in_turn", [0, 1])
-def test_every_block_of_every_place_has_its_turn(in_turn: int) -> None:
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_every_block_of_every_place_has_its_turn(rounds: int) -> None:
     slots, places = 7, 5
-    turns = [tiles.turn.fn(program, slots, places, in_turn) for program in range(slots * places)]
-    assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
-    assert [rank for _, rank in turns[:places]] == ([0] * 5 if in_turn else [0, 1, 2, 3, 4])
+    programs = range(slots * places * max(1, rounds))
+    turns = [tiles.turn.fn(program, slots, places, rounds) for program in programs]
+    blocks = [(place, rank) for place in range(places) for rank in range(slots)]
+    assert sorted(turns) == sorted((*block, i) for block in blocks for i in range(max(1, rounds)))
+    assert [rank for _, rank, _ in turns[:places]] == ([0] * 5 if rounds else [0, 1, 2, 3, 4])
+    assert [i for _, _, i in turns] == sorted(i for _, _, i in turns)
+    for long in (False, True):
+        works = [not tiles.is_other_round.fn(i, rounds, long) for i in range(max(1, rounds))]
+        assert works == ([long, not long] if rounds == 2 else [True])
+
+
+@pytest.mark.parametrize(
+    ("bands", "near"),
+    [
+        ((0, 5, 9, 12, 20), 12),
+        ((0, 5, 9, tiles.MISSING.value, tiles.MISSING.value), 5),
+        ((0, *[tiles.MISSING.value] * 4), tiles.MISSING.value),
+    ],
+)
+def test_the_last_interval_of_a_head(
+    bands: tuple[int, ...], near: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles.tl, "where", lambda choice, yes, no: yes if choice else no)
+    assert tiles.last_near.fn(bands) == near
 
 
 def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
@@ -136,14 +190,16 @@ def _assert_falling(order: list[int], work: list[int]) -> None:
 @pytest.mark.parametrize(
     ("batch", "heads", "length", "make", "expected"),
     [
-        (1, 8, 4096, BandPattern.shared_local, True),
-        (4, 16, 4096, BandPattern.exclusive, True),
-        (4, 16, 4096, BandPattern.shared_local, False),
-        (16, 8, 1024, BandPattern.exclusive, True),
-        (16, 8, 1024, BandPattern.shared_local, False),
-        (1, 16, 16384, BandPattern.exclusive, True),
-        (1, 16, 16384, BandPattern.shared_local, False),
-        (1, 16, 65536, BandPattern.exclusive, False),
+        (1, 8, 4096, BandPattern.dense, 1),
+        (1, 8, 4096, BandPattern.shared_local, 2),
+        (1, 8, 4096, geometric, 1),
+        (4, 16, 4096, BandPattern.exclusive, 1),
+        (4, 16, 4096, BandPattern.shared_local, 0),
+        (16, 8, 1024, BandPattern.exclusive, 1),
+        (16, 8, 1024, BandPattern.shared_local, 0),
+        (1, 16, 16384, BandPattern.exclusive, 1),
+        (1, 16, 16384, BandPattern.shared_local, 0),
+        (1, 16, 65536, BandPattern.exclusive, 0),
     ],
 )
 def test_heads_take_turns_where_that_was_faster(
@@ -151,10 +207,30 @@ def test_heads_take_turns_where_that_was_faster(
     heads: int,
     length: int,
     make: Callable[[int, int], BandPattern],
-    expected: bool,
+    expected: int,
 ) -> None:
     """What was measured on the reference GPU with head_dim 128 (benchmarks/LOG.md)."""
-    assert config.in_turn(make(heads, length).flat, batch, length, 128, 2) is expected
+    assert config.rounds(make(heads, length).flat, batch, length, 128, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "make", "expected"),
+    [
+        (16384, BandPattern.shared_local, False),
+        (16384, BandPattern.dense, True),
+        (65536, BandPattern.exclusive, True),
+        (65536, BandPattern.shared_local, True),
+        (65536, geometric, True),
+    ],
+)
+def test_long_bands_are_those_where_blocks_of_128_were_faster(
+    length: int, make: Callable[[int, int], BandPattern], expected: bool
+) -> None:
+    """What was measured on the reference GPU with 16 heads (benchmarks/LOG.md)."""
+    pattern = make(16, length)
+    assert config.is_long(pattern.flat, length) is expected
+    mean = sum(pattern.pairs(length)) / 16 / length
+    assert (mean >= config.HOPPER_LONG) is expected
 
 
 @pytest.mark.parametrize("block", [16, 64])

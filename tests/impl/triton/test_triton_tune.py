@@ -115,9 +115,10 @@ def test_the_default_grid_is_short() -> None:
     portable = [tune.candidates(options, name, False) for name in tune.passes(options, False)]
     hopper = [tune.candidates(options, name, True) for name in tune.passes(options, True)]
     assert [len(launches) for launches in portable] == [18, 18, 18]
-    assert [len(launches) for launches in hopper] == [6, 2]
-    assert all(launch.block_m == 16 * launch.num_warps for launch in hopper[0] + hopper[1])
-    assert all(launch.block_n == 16 * launch.num_warps for launch in hopper[1])
+    assert [len(launches) for launches in hopper] == [6, 3, 2]
+    assert all(launch.block_m == 16 * launch.num_warps for launch in hopper[0] + hopper[2])
+    assert all(launch.block_n == 16 * launch.num_warps for launch in hopper[2])
+    assert all(launch.block_m == 32 * launch.num_warps for launch in hopper[1])
 
 
 @pytest.mark.parametrize(("hopper", "name"), [(True, "key_gradient"), (False, "gradient")])

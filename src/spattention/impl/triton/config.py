@@ -44,9 +44,10 @@ HOPPER_COUNTS = (
     "n_slots",
     "n_queries",
     "n_keys",
-    "in_turn",
+    "rounds",
     "pitch",
     "n_key_slots",
+    "n_tiles",
     "key_programs",
 )
 
@@ -59,7 +60,8 @@ class LaunchConfig:
         block_m: queries of a block.
         block_n: keys of a block.
         num_warps: warps of a program.
-        num_stages: blocks of keys (or queries) in flight; the Hopper kernels always have two.
+        num_stages: blocks of keys (or queries) in flight; the Hopper kernels have two, but for the
+            one for long bands.
     """
 
     block_m: int
@@ -79,9 +81,12 @@ class Launches:
 
 @dataclass(frozen=True)
 class HopperLaunches:
-    """The launches of the Hopper kernels; all gradients come from one."""
+    """The launches of the Hopper kernels; all gradients come from one. `long` is the forward pass
+    of long bands.
+    """
 
     forward: LaunchConfig
+    long: LaunchConfig
     gradient: LaunchConfig
 
 
@@ -142,9 +147,12 @@ HOPPER_HALF = {
 HOPPER_TRITON = "3.6."
 # The Hopper kernels, by head_dim: one warpgroup, two or three programs on a multiprocessor.
 HOPPER = {
-    64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
-    128: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(64, 64, 4)),
+    64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)),
+    128: HopperLaunches(
+        LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)
+    ),
 }
+HOPPER_LONG = 2000  # keys that a query sees on average
 HOPPER_PLACES = 3 * 132  # programs that an H100 or H200 runs at once
 HOPPER_BLOCK = 64
 HOPPER_CACHE = 30 << 20  # bytes, half of an H200's second level
@@ -241,14 +249,34 @@ def hopper_launches(
 
 
 @lru_cache(maxsize=1024)
-def in_turn(
-    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, itemsize: int
-) -> bool:
-    """The order of the blocks of the Hopper kernels: heads take turns, or come one after the other.
+def is_long(intervals: tuple[int, ...], keys: int) -> bool:
+    """Whether queries see so many keys on average that the forward pass for long bands is the
+    faster one.
+
+    Args:
+        intervals: `near, far, near, far` of each head, of which `near == far` is none.
+        keys: of each row, as many as queries.
+    """
+
+    def pairs(width: int) -> int:
+        """Of distances below `width`."""
+        width = min(width, keys)
+        return width * keys - width * (width - 1) // 2
+
+    seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
+    return 4 * seen >= HOPPER_LONG * keys * len(intervals)
+
+
+@lru_cache(maxsize=1024)
+def rounds(intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, itemsize: int) -> int:
+    """The order of the blocks of the Hopper kernels: 0 for one head after the other, 1 for heads in
+    turn, 2 for that in two rounds, the blocks that the last interval of their head reaches first.
 
     In turn, the shortest blocks of all heads come last, and the GPU runs out of work at once. But
     the keys and values of all heads are in use at the same time: worth it while the cache holds
-    them.
+    them. Blocks that only one of two intervals reaches are short too; a second round leaves them
+    for the end. It doubles the programs, half of which leave at once: worth it where blocks are
+    few, and of about the same work in all heads.
 
     Args:
         intervals: `near, far, near, far` of each head, of which `near == far` is none.
@@ -260,11 +288,17 @@ def in_turn(
     rows = batch * (len(intervals) // 4)
     ahead = -(-HOPPER_PLACES // rows) * HOPPER_BLOCK  # queries of a head that are in work at once
     used = 0
+    widths = []
     for first in range(0, len(intervals), 4):
         edges = [min(edge, keys) for edge in intervals[first : first + 4]]
-        widths = (edges[1] - edges[0], edges[3] - edges[2])
-        used += min(sum(width + ahead for width in widths if width), keys)
-    return batch * used * 2 * head_dim * itemsize <= HOPPER_CACHE
+        both = (edges[1] - edges[0], edges[3] - edges[2])
+        used += min(sum(width + ahead for width in both if width), keys)
+        widths.append(sum(both))
+    if batch * used * 2 * head_dim * itemsize > HOPPER_CACHE:
+        return 0
+    few = rows * -(-keys // HOPPER_BLOCK) <= 2 * HOPPER_PLACES
+    even = max(widths) * len(widths) < 2 * sum(widths)
+    return 2 if few and even and any(intervals[3::4]) else 1
 
 
 def decode_launch(

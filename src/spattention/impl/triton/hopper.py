@@ -25,11 +25,11 @@ from . import tiles
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """Barriers `[COUNT, 1]` that copies complete on, ready for use."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """Barriers `[COUNT, 1]`, ready for use, that a copy completes, or so many arrivals."""
     s_barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(s_barriers.index(i), count=1)
+        mbarrier.init(s_barriers.index(i), count=ARRIVALS)
     fence_async_shared()
     return s_barriers
 
@@ -47,6 +47,19 @@ def arrived(s_barriers, n):
     """Waits until block `n` is in its buffer."""
     RING: gl.constexpr = s_barriers.shape[0]
     mbarrier.wait(s_barriers.index(n % RING), (n // RING) & 1)
+
+
+@gluon.jit
+def freed(s_barriers, n):
+    """Waits until the buffer of block `n` is free: until the block before it was released."""
+    RING: gl.constexpr = s_barriers.shape[0]
+    mbarrier.wait(s_barriers.index(n % RING), (n // RING + 1) & 1)
+
+
+@gluon.jit
+def release(s_barriers, n):
+    """Says that this reader is done with block `n`."""
+    mbarrier.arrive(s_barriers.index(n % s_barriers.shape[0]))
 
 
 @gluon.jit

@@ -64,7 +64,7 @@ def rows_kernel(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    rounds,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -75,7 +75,7 @@ def rows_kernel(
 ):
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = t_key.dtype
-    STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
+    PAIR_BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * HEAD_DIM * 2
     # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
@@ -83,7 +83,7 @@ def rows_kernel(
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
-    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
     slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
@@ -91,6 +91,8 @@ def rows_kernel(
     key_head = head // group
     first = slot * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
+    if tiles.is_other_round(round, rounds, last >= tiles.last_near(bands)):
+        return
     walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
     n_steps = tiles.steps_of(walk)
     batch_64 = batch.to(gl.int64)
@@ -117,28 +119,27 @@ def rows_kernel(
         return
 
     # Few keys: the rounding of the output would show where gradients cancel. Sum over the keys.
-    s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
-    s_d_out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
-    s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
-    s_value = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
-    query_ready = hopper.barriers(1)
-    key_ready = hopper.barriers(1)
-    barrier = hopper.expect(query_ready, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
-    hopper.copy(t_query, batch, head, first, barrier, s_query, True)
-    hopper.copy(t_d_out, batch, head, first, barrier, s_d_out, True)
-    hopper.arrived(query_ready, 0)
+    # Such blocks are few: with two buffers instead of four, more of the others run at once.
+    s_rows = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+    s_keys = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    ready = hopper.barriers(1)
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     for step in range(n_steps):
         first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-        barrier = hopper.expect(key_ready, step, STEP_BYTES, True)
-        hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
-        hopper.copy(t_value, batch, key_head, first_key, barrier, s_value, True)
-        hopper.arrived(key_ready, step)
-        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        barrier = hopper.expect(ready, 2 * step, PAIR_BYTES, True)
+        hopper.copy(t_query, batch, head, first, barrier, s_rows, True)
+        hopper.copy(t_key, batch, key_head, first_key, barrier, s_keys, True)
+        hopper.arrived(ready, 2 * step)
+        scores = warpgroup_mma(s_rows, s_keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        barrier = hopper.expect(ready, 2 * step + 1, PAIR_BYTES, True)
+        hopper.copy(t_d_out, batch, head, first, barrier, s_rows, True)
+        hopper.copy(t_value, batch, key_head, first_key, barrier, s_keys, True)
+        hopper.arrived(ready, 2 * step + 1)
         d_weights = warpgroup_mma(
-            s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
+            s_rows, s_keys.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
-        scores, d_weights = warpgroup_mma_wait(0, [scores, d_weights])
+        d_weights = warpgroup_mma_wait(0, [d_weights])
         o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         m_seen = hopper.seen(o_query[:, None], o_key[None, :], near, far)
         weights = gl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
@@ -166,7 +167,7 @@ def query_gradient(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    rounds,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -185,7 +186,7 @@ def query_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
-    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
     slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
@@ -193,6 +194,8 @@ def query_gradient(
     key_head = head // group
     first = slot * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
+    if tiles.is_other_round(round, rounds, last >= tiles.last_near(bands)):
+        return
     walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
     n_steps = tiles.steps_of(walk)
     batch_64 = batch.to(gl.int64)
@@ -310,7 +313,7 @@ def key_gradient(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    rounds,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -331,7 +334,7 @@ def key_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
 
-    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
+    place, rank, round = tiles.turn(program, n_slots, n_batch * (n_heads // group), rounds)
     batch = place % n_batch
     row_bands = place // n_batch * group
     bands = tiles.bands_of(p_bands, row_bands)
@@ -340,6 +343,8 @@ def key_gradient(
     key_head = head // group
     first_key = slot * BLOCK_N
     last_key = min(first_key + BLOCK_N, n_keys) - 1
+    if tiles.is_other_round(round, rounds, first_key + tiles.last_near(bands) < n_queries):
+        return
     o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES))  # [N]
 
     p_d_key += batch.to(gl.int64) * d_key_stride_b + key_head.to(gl.int64) * d_key_stride_h
@@ -487,7 +492,7 @@ def gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    rounds,
     pitch,
     n_key_slots,
     key_programs,
@@ -524,7 +529,7 @@ def gradient_kernel(
             n_key_slots,
             n_queries,
             n_keys,
-            in_turn,
+            rounds,
             pitch,
             scale,
             HEAD_DIM,
@@ -553,7 +558,7 @@ def gradient_kernel(
         n_slots,
         n_queries,
         n_keys,
-        in_turn,
+        rounds,
         pitch,
         scale,
         HEAD_DIM,

@@ -55,7 +55,7 @@ def forward_kernel(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    rounds,
     scale,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -76,7 +76,7 @@ def forward_kernel(
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
-    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
     slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
@@ -84,6 +84,8 @@ def forward_kernel(
     key_head = head // group
     first = slot * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
+    if tiles.is_other_round(round, rounds, last >= tiles.last_near(bands)):
+        return
     walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
     n_steps = tiles.steps_of(walk)
     p_out += batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h

@@ -11,8 +11,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_backward, hopper_forward
-from .config import LaunchConfig
+from . import hopper_backward, hopper_forward, hopper_long
+from .config import HOPPER_BLOCK, LaunchConfig
 
 if TYPE_CHECKING:
     from .launch import Call
@@ -64,20 +64,26 @@ def forward(
 ) -> None:
     """Writes `out` and `lse`."""
     slots = call.query_slots(launch.block_m)
-    hopper_forward.forward_kernel[(slots * call.batch * call.heads,)](
-        _descriptor(query, launch.block_m),
+    blocks = slots * call.batch * call.heads
+    descriptors = (
+        _descriptor(query, HOPPER_BLOCK),
         _descriptor(key, launch.block_n),
         _descriptor(value, launch.block_n),
-        out,
-        lse,
-        call.bands[0],
-        sinks,
-        *out.stride()[:3],
-        *call.hopper_counts(slots),
-        call.scale,
-        HAS_SINKS=sinks is not None,
-        FALLING=call.scale < 0,
+    )
+    tensors = (out, lse, call.bands[0], sinks, *out.stride()[:3], *call.hopper_counts(slots))
+    options = {
+        "HAS_SINKS": sinks is not None,
+        "FALLING": call.scale < 0,
         **call.hopper_options(launch),
+    }
+    if launch.block_m == HOPPER_BLOCK:
+        hopper_forward.forward_kernel[(blocks * max(1, call.rounds),)](
+            *descriptors, *tensors, call.scale, **options
+        )
+        return
+    programs = min(blocks, call.multiprocessors)
+    hopper_long.forward_kernel[(programs,)](
+        *descriptors, *tensors, blocks, call.scale, STAGES=launch.num_stages, **options
     )
 
 
@@ -99,10 +105,8 @@ def gradients(
 ) -> None:
     """Writes the gradients, `base` and `delta`."""
     slots, key_slots = call.query_slots(launch.block_m), call.key_slots(launch.block_n)
-    programs, key_programs = (
-        slots * call.batch * call.heads,
-        key_slots * call.batch * call.key_heads,
-    )
+    places = max(1, call.rounds) * call.batch
+    programs, key_programs = slots * places * call.heads, key_slots * places * call.key_heads
     t_query, t_d_out = _descriptor(query, launch.block_m), _descriptor(d_out, launch.block_m)
     t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
     counts = call.hopper_counts(slots)

@@ -17,9 +17,10 @@ from .config import (
     LaunchConfig,
     block_d,
     hopper_launches,
-    in_turn,
+    is_long,
     launches,
     pitch,
+    rounds,
 )
 from .forward import forward_kernel
 
@@ -168,6 +169,11 @@ class Call:
             if open_ranges and rows < 1 << 31
             else None
         )
+        self.rounds = 0
+        self.long = False
+        if self.hopper is not None:
+            self.rounds = rounds(self.intervals, batch, self.keys, head_dim, 2)
+            self.long = self.rounds == 0 and is_long(self.intervals, self.keys)
         self.device = query.device
         self.constants = {
             "HEAD_DIM": head_dim,
@@ -210,7 +216,7 @@ class Call:
             slots,
             self.queries,
             self.keys,
-            int(in_turn(self.intervals, self.batch, self.keys, self.block_d, 2)),
+            self.rounds,
         )
 
     def hopper_options(self, launch: LaunchConfig) -> dict[str, Any]:
@@ -230,6 +236,10 @@ class Call:
         # context yet; this asks the driver something harmless, which makes one.
         torch.cuda.is_current_stream_capturing()
         return self.hopper
+
+    @property
+    def multiprocessors(self) -> int:
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def query_slots(self, block: int) -> int:
         return tiles.slots(self.queries, self.documents, block)
@@ -253,7 +263,8 @@ def launch_forward(
         from .hopper_launch import forward
 
         with on_device(call.device):
-            forward(call, hopper.forward, query, key, value, out, lse, sinks)
+            launch = hopper.long if call.long else hopper.forward
+            forward(call, launch, query, key, value, out, lse, sinks)
         return
     launch = call.launches.forward
     slots = call.query_slots(launch.block_m)

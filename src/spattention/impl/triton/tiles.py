@@ -132,6 +132,16 @@ def step_at(step, walk, bands, BLOCK, INTERVALS: tl.constexpr):
 
 
 @triton.jit
+def steps_within(begin, low, high, BLOCK):
+    """Of the blocks that follow one another from `begin` on: how many lie before `[low, high)`, and
+    how many hold a part of it.
+    """
+    some = low < high
+    front = some * (max(low - begin, 0) // BLOCK)
+    return front, some * ((high - begin + BLOCK - 1) // BLOCK) - front
+
+
+@triton.jit
 def is_inside(first, last, first_key, last_key, near, far, key_start):
     """Whether all queries at `first .. last` see all keys in `first_key .. last_key`.
 
@@ -163,14 +173,28 @@ def visible(o_position, o_key, near, o_reach):
 
 
 @triton.jit
-def turn(program, n_slots, n_places, in_turn):
-    """`(place, rank)` of a program: which head of which batch it works on, counted from the most
-    work, and the rank of its block there. One place after the other, or, if `in_turn`, the first
-    block of every place, then the second.
+def turn(program, n_slots, n_places, rounds):
+    """`(place, rank, round)` of a program: which head of which batch it works on, counted from the
+    most work, the rank of its block there, and the round. Without `rounds`, one place after the
+    other; else in each round the first block of every place, then the second.
     """
-    if in_turn != 0:
-        return program % n_places, program // n_places
-    return program // n_slots, program % n_slots
+    if rounds != 0:
+        return program % n_places, program // n_places % n_slots, program // n_places // n_slots
+    return program // n_slots, program % n_slots, 0
+
+
+@triton.jit
+def is_other_round(round, rounds, long):
+    """With two rounds, each block has a program in both, and works in one: the `long` ones, which
+    the last interval of their head reaches, in the first.
+    """
+    return (rounds == 2) & (long == (round != 0))
+
+
+@triton.jit
+def last_near(bands):
+    """Where the last interval of a head begins."""
+    return tl.where(bands[3] < MISSING, bands[3], bands[1])
 
 
 @triton.jit
