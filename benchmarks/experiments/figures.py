@@ -35,6 +35,13 @@ def speed(entry: Entry) -> float | None:
     return median(found) if found else None
 
 
+def reference_gpu(done: dict[tuple[str, int], Entry]) -> str | None:
+    """The GPU whose speeds are shown: that of dense's first seed, or else of the first run."""
+    first = next((entry for (label, _), entry in done.items() if label == STOCK), None)
+    first = first or next(iter(done.values()), None)
+    return first and first["gpu"]
+
+
 def curve(entry: Entry) -> list[tuple[float, float]]:
     """(seconds, validation loss), tokens at the run's median speed: compiling, evaluation and
     saving do not count. Empty where no speed is known."""
@@ -130,12 +137,13 @@ def time_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figu
     colors = _colors(rows)
     highest = 0.0
     for label in rows:
+        name: str | None = label
         for seed in seeds_of(label, done):
             points = curve(done[label, seed])
-            if len(points) < 2:
+            if len(points) < 2 or done[label, seed]["gpu"] != reference_gpu(done):
                 continue
-            name = label if seed == seeds_of(label, done)[0] else None
             axis.plot(*zip(*points), "o-", markersize=3, color=colors[label], label=name)
+            name = None
             highest = max(highest, points[1][1])
     if len(axis.lines) < 2:
         return None

@@ -306,6 +306,42 @@ def test_a_faster_run_has_denses_loss_earlier():
     assert evidence._time("half", done) == ""
 
 
+def finished_run(loss, pairs, gpu="one", speed=100):
+    made = entry([1, speed], [(5, loss + 1), (10, loss)])
+    return made | {
+        "gpu": gpu,
+        "facts": {"pairs_per_token": pairs},
+        "final": {"loss": {"mean": loss, "error": 0.01}},
+    }
+
+
+def test_speeds_of_two_kinds_of_gpu_are_never_mixed():
+    done = {("dense", 0): finished_run(4.0, 8.0), ("dense", 1): finished_run(4.0, 8.0, "two", 900)}
+    assert figures.reference_gpu(done) == "one"
+    assert "| 100 |" in evidence._row("dense", done)
+    done["other", 1] = finished_run(4.0, 8.0, "two", 900)
+    assert "| ? |" in evidence._row("other", done)
+    lines = figures.time_figure(["dense", "other"], done | {("other", 0): done["dense", 0]})
+    assert len(lines.axes[0].lines) == 2
+
+
+def test_differences_are_taken_seed_by_seed_and_against_each_baseline():
+    done = {
+        ("dense", 0): finished_run(4.0, 8.0),
+        ("dense", 1): finished_run(5.0, 8.0),
+        ("shared_local", 0): finished_run(3.9, 4.0),
+        ("shared_local", 1): finished_run(4.8, 4.0),
+        ("longformer", 1): finished_run(4.7, 5.0),
+        ("sliding_window", 0): finished_run(4.05, 3.0),
+        ("sliding_window", 1): finished_run(4.7, 3.0),
+    }
+    assert "| -0.1500 ± 0.0707 |" in evidence._row("shared_local", done)
+    more, less = evidence._against_baselines("shared_local", done)
+    assert "`longformer`, which costs as much or more" in more
+    assert "+0.1000, ahead in 0 of 1 seed, not settled" in more
+    assert "`sliding_window`, which costs less: -0.0250 ± 0.1768, ahead in 1 of 2 seeds" in less
+
+
 def test_entries_hold_recall_and_heads_and_the_page_shows_them(made, tmp_path):
     for found in ledger.read_ledger(made.ledger, "tiny"):
         final = found["final"]
