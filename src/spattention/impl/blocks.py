@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 20  # of the views in a batch: blocks and heads are joined up to so many
+_ELEMENTS = 3 << 17  # of a view: blocks and heads are joined up to so many
 _LONGEST = 4096  # queries or keys that a block reaches at once
 _VECTOR = 16
 
@@ -41,6 +41,7 @@ class Run(NamedTuple):
     step: int
     ahead: int  # by how much the distance of the first query and key exceeds the band's nearest
     width: int  # of the band
+    first: bool  # of those that have these queries; not so with `by_keys`
     head: int = 0
     heads: int = 1
     query_shift: int = 0
@@ -48,7 +49,7 @@ class Run(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self[2:8]
+        return self[2:9]
 
     @property
     def inside(self) -> bool:
@@ -160,11 +161,13 @@ def runs(
             near, far = intervals[4 * head + 2 * band : 4 * head + 2 * band + 2]
             found = _band_runs(near, far, positions, keys, head_dim, by_keys)
             for order, run in enumerate(found):
-                run = run._replace(head=head, query=run.query + offset)
+                run = run._replace(
+                    head=head, query=run.query + offset, first=run.first and band == 0
+                )
                 alike.setdefault((order, *run.shape), []).append(run)
     # Heads stand in for the rows of a batch, where there is one row and each has its own keys.
     alone = segment.rows.stop - segment.rows.start > 1 or key.shape[1] < heads
-    for same in alike.values():
+    for same in sorted(alike.values(), key=lambda same: not same[0].first):
         yield from same if alone else _joined(same, head_dim)
 
 
@@ -200,7 +203,7 @@ def _band_runs(
         blocks = _blocks(keys, positions, near, far - 1 + padding, size)
     else:
         blocks = _blocks(positions, keys, 1 - far - padding, -near, size)
-    for own, reached, repeats in blocks:
+    for own, reached, repeats, first in blocks:
         query, key = (reached, own) if by_keys else (own, reached)
         run = Run(
             query.start,
@@ -211,6 +214,7 @@ def _band_runs(
             size,
             query.start - key.start - near,
             width,
+            not by_keys and first,
         )
         most = _most(run, head_dim)
         for at in range(0, repeats, most):
@@ -223,10 +227,10 @@ def _band_runs(
 
 def _blocks(
     own: range, other: range, first: int, last: int, size: int
-) -> Iterator[tuple[range, range, int]]:
+) -> Iterator[tuple[range, range, int, bool]]:
     """Blocks of up to `size` that cover what of `own` reaches `other`, and what they reach: from
     `first` on from their first token up to `last` on from their last. With each pair the number of
-    blocks that lie so, one after another."""
+    blocks that lie so, one after another, and whether it is the first piece of what they reach."""
     start, stop = max(own.start, other.start - last), min(own.stop, other.stop - first)
     # Blocks in the middle reach nothing outside.
     inner = min(max(start, other.start - first), stop)
@@ -246,12 +250,14 @@ def _blocks(
         pieces = -(-len(reached) // _LONGEST)
         length = -(-len(reached) // (pieces * _VECTOR)) * _VECTOR
         for at in range(0, len(reached), length):
-            yield block, reached[at : at + length], repeats
+            yield block, reached[at : at + length], repeats, at == 0
 
 
 def _most(run: Run, head_dim: int) -> int:
-    """How many blocks of this shape a batch may hold."""
-    return max(1, _ELEMENTS // (max(run.queries, run.keys) * max(64, head_dim)))
+    """How many blocks of this shape a batch may hold: as many for each thread."""
+    threads = torch.get_num_threads()
+    most = _ELEMENTS // (max(run.queries, run.keys) * max(64, head_dim))
+    return max(threads, most - most % threads)
 
 
 def _block_size(width: int, by_keys: bool) -> int:

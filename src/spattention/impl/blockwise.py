@@ -106,7 +106,11 @@ def _forward(
             log_sum[:, :, : run.early] = -torch.inf
             log_sum[:, :, run.queries - run.late :] = -torch.inf
             o, whole = (run.query_view(tensor, rows) for tensor in (total, lse[..., None]))
-            _merge(o, whole, part, log_sum[..., None])
+            if run.first and sinks is None:
+                o.copy_(part)
+                whole.copy_(log_sum[..., None])
+            else:
+                _merge(o, whole, part, log_sum[..., None])
     return out if total is out else out.copy_(total), lse
 
 
