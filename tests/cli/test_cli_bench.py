@@ -96,3 +96,32 @@ def test_the_gate_of_decode_stops_a_wrong_result() -> None:
     out[1, 1] += 0.1
     with pytest.raises(AssertionError, match="row 1, head 1"):
         bench_decode.check(cache, pattern, out)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_what_is_measured_is_written_before_the_next_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(options: Any, batch: int, heads: int, length: int) -> list[bench_attention.Row]:
+        if length == 64:
+            raise KeyboardInterrupt
+        times = dict.fromkeys(("forward", "total", "eager_forward", "eager_total"), 1.0)
+        work = dict.fromkeys(("useful_forward", "useful_total", "floor", "share_of_floor"), 1.0)
+        row = bench_attention.Row(
+            batch, heads, length, "exclusive", "spattention", **times, **work, peak_memory=1.0
+        )
+        dense = {"mask": "dense", "by": "dense cuDNN", "over_dense": 1.0}
+        return [bench_attention.replace(row, **dense), bench_attention.replace(row, over_dense=2.0)]
+
+    monkeypatch.setattr(bench_attention, "_measure_case", measured)
+    monkeypatch.setattr(bench_attention, "_measure_calls", lambda options: {"host": "fast"})
+    monkeypatch.setattr(bench_attention.Flash4, "is_installed", lambda: False)
+    options = bench_attention.Options(
+        cases=("1x8x16",), lengths=(32, 64), output=tmp_path, flash4=False
+    )
+    with pytest.raises(KeyboardInterrupt):
+        bench_attention.main(options)
+    (found,) = tmp_path.glob("attention_*.json")
+    assert [row["length"] for row in json.loads(found.read_text())["rows"]] == [16, 16, 32, 32]
+    assert "| 1, 8, 16 | exclusive |" in found.with_suffix(".md").read_text()
+    assert found.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

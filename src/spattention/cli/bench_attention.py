@@ -42,7 +42,8 @@ class Options:
         peak_tbs: Ceiling of the floor: memory, in TB/s.
         seed: Of the random inputs.
         commit: The commit to record, where git cannot tell.
-        output: Folder for the results: JSON, a table and a plot. Nothing is written without it.
+        output: Folder for the results: JSON, a table and a plot, written anew after each case.
+            Nothing is written without it.
     """
 
     cases: tuple[str, ...] = ("1x8x4096", "4x16x4096", "16x8x1024", "1x16x16384", "1x16x65536")
@@ -85,20 +86,22 @@ def main(options: Options) -> None:
     measure.needs_gpu("bench attention")
     shapes = [_shape(case) for case in options.cases]
     plotted = [(1, 16, length) for length in options.lengths]
-    rows: list[Row] = []
-    for batch, heads, length in dict.fromkeys([*shapes, *plotted]):
-        rows += _measure_case(options, batch, heads, length)
-        print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
-    extra = _measure_calls(options)
     record = measure.record(options)
     if Flash4.is_installed():
         record["environment"][Flash4.package] = version(Flash4.package)
-    record |= {"calls": extra, "rows": [asdict(row) for row in rows]}
+    record["calls"] = _measure_calls(options)
+    rows: list[Row] = []
+    for batch, heads, length in dict.fromkeys([*shapes, *plotted]):
+        rows += _measure_case(options, batch, heads, length)
+        record["rows"] = [asdict(row) for row in rows]
+        print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
+        if options.output is not None:
+            stem = _write(options.output, record, rows, plotted)
     title = "milliseconds by graph replay; useful TFLOP/s; ratios of forward + backward"
     measure.show(title, HEADINGS, map(_cells, rows))
-    print(" ".join(f"{name}: {value}." for name, value in extra.items()))
+    print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
     if options.output is not None:
-        _write(options.output, record, rows, plotted)
+        print(f"wrote {stem}.json, .md{' and .png' if plotted else ''}")
 
 
 def _shape(case: str) -> tuple[int, int, int]:
@@ -296,7 +299,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _write(
     folder: Path, record: dict[str, Any], rows: list[Row], plotted: list[tuple[int, int, int]]
-) -> None:
+) -> Path:
     stem = measure.write(
         folder,
         "attention",
@@ -310,15 +313,15 @@ def _write(
         HEADINGS,
         map(_cells, rows),
     )
-    if plotted:
-        _plot(stem.with_suffix(".png"), rows, plotted, record["environment"]["gpu"])
-    print(f"wrote {stem}.json, .md and .png")
+    shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
+    if shown:
+        _plot(stem.with_suffix(".png"), shown, record["environment"]["gpu"])
+    return stem
 
 
-def _plot(path: Path, rows: list[Row], plotted: list[tuple[int, int, int]], gpu: str) -> None:
+def _plot(path: Path, shown: list[Row], gpu: str) -> None:
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
     masks = [mask for mask in dict.fromkeys(row.mask for row in shown) if mask != "dense"]
     names = list(dict.fromkeys(row.by for row in shown))
     figure = Figure(figsize=(4 * len(masks), 4), layout="constrained")
