@@ -17,8 +17,9 @@ def test_the_operator_passes_opcheck():
     query, key, value = (torch.randn(1, 4, 40, 8, requires_grad=True) for _ in range(3))
     pattern = BandPattern.shared_local(4, 32)
     sinks = torch.randn(4, requires_grad=True)
-    for s in (None, sinks):
-        arguments = (query, key, value, s, None, None, None, None, pattern.flat, 0, 0.3)
+    turned = torch.randn(1, 4, 8, 40).mT.requires_grad_()  # no vector contiguous
+    for q, s in ((query, None), (query, sinks), (turned, None)):
+        arguments = (q, key, value, s, None, None, None, None, pattern.flat, 0, 0.3)
         torch.library.opcheck(torch.ops.spattention.blockwise.default, arguments)
 
 

@@ -147,14 +147,14 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = lse.dtype
-    query, key, value, d_out, out = (_last_dense(t) for t in (query, key, value, d_out, out))
     d_query, d_key, d_value = (torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
+    query, key, value, d_out, out = (_last_dense(t) for t in (query, key, value, d_out, out))
     d_sinks = lse.new_zeros(query.shape[1])
     if sinks is not None:
         d_sinks = _sink_gradient(sinks, d_out, d_lse, out, lse)
     given = query.dtype
     query, scale, factor = _scaled(query, scale, dtype)
-    any_d_lse = bool(d_lse.any())
+    any_d_lse = not query.is_cpu or bool(d_lse.any())  # elsewhere this would wait for the device
     # A row without keys: every weight is exp(score - inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     group = query.shape[1] // key.shape[1]
