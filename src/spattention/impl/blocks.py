@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ELEMENTS = 3 << 17  # of a view: blocks and heads are joined up to so many
+_ELEMENTS = 1 << 19  # of a view: blocks and heads are joined up to so many
 _LONGEST = 4096  # queries or keys that a block reaches at once
 _VECTOR = 16
+_LARGE = 128
 
 
 class Segment(NamedTuple):
@@ -240,8 +241,10 @@ def _blocks(
         inner += left
     else:
         outer -= left
-    ragged = [range(at, min(at + size, inner)) for at in range(start, inner, size)]
-    ragged += [range(at, min(at + size, stop)) for at in range(outer, stop, size)]
+    # Blocks at the ends are calls of their own: take larger ones.
+    large = max(size, _LARGE)
+    ragged = [range(at, min(at + large, inner)) for at in range(start, inner, large)]
+    ragged += [range(at, min(at + large, stop)) for at in range(outer, stop, large)]
     blocks = [(block, 1) for block in ragged]
     if count:
         blocks.append((range(inner, inner + size), count))
@@ -264,4 +267,4 @@ def _block_size(width: int, by_keys: bool) -> int:
     """Few enough that little falls outside the band, and enough to be computed fast."""
     if by_keys:
         return min(256, max(64, width // 4))
-    return 64
+    return 32 if width <= 256 else 64

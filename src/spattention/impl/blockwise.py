@@ -103,8 +103,9 @@ def _forward(
             q = run.query_view(query, rows).to(dtype)
             k, v = (run.key_view(tensor, rows, group).to(dtype) for tensor in (key, value))
             part, log_sum = (_fused if q.is_cpu else _plain)(q, k, v, edges(run), scale)
-            log_sum[:, :, : run.early] = -torch.inf
-            log_sum[:, :, run.queries - run.late :] = -torch.inf
+            if run.early or run.late:
+                log_sum[:, :, : run.early] = -torch.inf
+                log_sum[:, :, run.queries - run.late :] = -torch.inf
             o, whole = (run.query_view(tensor, rows) for tensor in (total, lse[..., None]))
             if run.first and sinks is None:
                 o.copy_(part)
@@ -248,10 +249,10 @@ class _Edges:
         return self._made[at]
 
     def _make(self, queries: int, keys: int, ahead: int, width: int) -> Tensor:
-        # Beyond the nearest: from that of the last query and first key down to the opposite one.
-        distance = torch.arange(ahead + queries - 1, ahead - keys, -1, device=self._device)
-        bias = torch.zeros(len(distance), dtype=self._dtype, device=self._device)
-        bias.masked_fill_((distance < 0) | (distance >= width), -torch.inf)
+        # For each distance, from that of the last query and first key down to the opposite one.
+        longest = ahead + queries - 1
+        bias = torch.full((queries + keys - 1,), -torch.inf, dtype=self._dtype, device=self._device)
+        bias[max(0, longest - width + 1) : max(0, longest + 1)] = 0.0
         return bias.unfold(0, keys, 1).flip(0)
 
 
