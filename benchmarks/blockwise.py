@@ -3,9 +3,8 @@
     python benchmarks/blockwise.py --output benchmarks/results/blockwise_cpu_DATE.json
 
 Batch 1, 8 heads, head_dim 64, float32, forward and backward, medians. Every case is checked against
-the reference (its own mask, float64) at 512 tokens before it is timed. The longest come first, so
-that the allocator holds what it was given and no length pays for fresh pages. Give it the machine
-alone.
+the reference (its own mask, float64) at 512 tokens before it is timed. The cases take turns, so
+that a slow spell of the machine meets them all. Give it the machine alone.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from spattention.testing import Case, check_case
 HEADS, HEAD_DIM, WINDOW = 8, 64, 512
 LENGTHS = (2048, 4096, 8192, 16384)
 DENSE_LENGTHS = (2048, 4096, 8192)
+DENSE = "dense (SDPA)"
 PATTERNS: dict[str, Callable[[int], BandPattern]] = {
     "exclusive": lambda n: BandPattern.exclusive(HEADS, n),
     "shared_local": lambda n: BandPattern.shared_local(HEADS, n),
@@ -36,27 +38,47 @@ PATTERNS: dict[str, Callable[[int], BandPattern]] = {
 }
 
 
-def step(attention: Callable[..., torch.Tensor], length: int) -> Callable[[], None]:
+@dataclass
+class Timed:
+    """One case, and the seconds that its calls took."""
+
+    name: str
+    length: int
+    call: Callable[[], None]
+    pairs: int
+    seconds: list[float] = field(default_factory=list)
+
+    def turn(self) -> None:
+        """One call, or as many short ones as a tenth of a second holds."""
+        end = time.perf_counter() + 0.1
+        while (start := time.perf_counter()) < end:
+            self.call()
+            self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def cases(length: int) -> list[Timed]:
     shape = (1, HEADS, length, HEAD_DIM)
     tensors = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     d_out = torch.randn(shape)
 
-    def call() -> None:
+    def step(attention: Callable[..., torch.Tensor], **options: object) -> None:
         for tensor in tensors:
             tensor.grad = None
-        attention(*tensors).backward(d_out)
+        attention(*tensors, **options).backward(d_out)
 
-    return call
-
-
-def median_seconds(call: Callable[[], None], repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    found = []
+    if length in DENSE_LENGTHS:
+        pairs = sum(BandPattern.dense(HEADS, length).pairs(length))
+        found.append(Timed(DENSE, length, partial(step, dense), pairs))
+    for name, make in PATTERNS.items():
+        pattern = make(length)
+        call = partial(step, band_attention, pattern=pattern, impl="blockwise")
+        found.append(Timed(name, length, call, sum(pattern.pairs(length))))
+    return found
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -77,38 +99,37 @@ def main() -> None:
     for make in PATTERNS.values():
         check(make(512))
 
-    rows = []
-    for length in track(LENGTHS[::-1], description="lengths"):
-        dense_seconds = None
-        if length in DENSE_LENGTHS:
-            dense_seconds = median_seconds(step(dense, length), options.repeats)
-            rows.append({"attention": "dense (SDPA)", "length": length, "seconds": dense_seconds})
-        for name, make in PATTERNS.items():
-            pattern = make(length)
+    timed = [case for length in LENGTHS for case in cases(length)]
+    for case in timed:
+        case.call()
+    for _ in track(range(options.repeats), description="rounds"):
+        for case in timed:
+            case.turn()
 
-            def attention(q, k, v, pattern=pattern):  # type: ignore[no-untyped-def]
-                return band_attention(q, k, v, pattern, impl="blockwise")
+    dense_seconds = {case.length: case.median for case in timed if case.name == DENSE}
+    rows = [
+        {
+            "attention": case.name,
+            "length": case.length,
+            "seconds": case.median,
+            "least_seconds": min(case.seconds),
+            "calls": len(case.seconds),
+            "nanoseconds_per_pair": case.median / case.pairs * 1e9,
+            "times_faster_than_dense": (
+                dense_seconds[case.length] / case.median if case.length in DENSE_LENGTHS else None
+            ),
+        }
+        for case in timed
+    ]
 
-            seconds = median_seconds(step(attention, length), options.repeats)
-            rows.append(
-                {
-                    "attention": name,
-                    "length": length,
-                    "seconds": seconds,
-                    "nanoseconds_per_pair": seconds / sum(pattern.pairs(length)) * 1e9,
-                    "times_faster_than_dense": dense_seconds and dense_seconds / seconds,
-                }
-            )
-
-    rows.sort(key=lambda row: row["length"])
     table = Table("attention", "length", "ms", "ns per pair", "x dense")
     for row in rows:
         table.add_row(
             row["attention"],
             str(row["length"]),
             f"{row['seconds'] * 1e3:.1f}",
-            f"{row['nanoseconds_per_pair']:.2f}" if "nanoseconds_per_pair" in row else "",
-            f"{row['times_faster_than_dense']:.2f}" if row.get("times_faster_than_dense") else "",
+            f"{row['nanoseconds_per_pair']:.2f}",
+            f"{row['times_faster_than_dense']:.2f}" if row["times_faster_than_dense"] else "",
         )
     Console().print(table)
     settings = {"heads": HEADS, "head_dim": HEAD_DIM, "repeats": options.repeats}
