@@ -145,12 +145,17 @@ def segments(
 
 
 def runs(
-    intervals: Sequence[int], segment: Segment, query: Tensor, key: Tensor, *, by_keys: bool
+    intervals: Sequence[int],
+    segment: Segment,
+    query: Tensor,
+    key: Tensor,
+    *others: Tensor,
+    by_keys: bool,
 ) -> Iterator[Run]:
     """Every pair of a query and a key in its head's bands, in exactly one run.
 
     A block is of few queries and all the keys that they reach; `by_keys`, of few keys and all the
-    queries that reach them.
+    queries that reach them. Views of `others` are to be had too.
     """
     heads, head_dim = query.shape[1], query.shape[3]
     offset = segment.queries.start - segment.position
@@ -168,18 +173,21 @@ def runs(
                 alike.setdefault((order, *run.shape), []).append(run)
     # Heads stand in for the rows of a batch, where there is one row and each has its own keys.
     alone = segment.rows.stop - segment.rows.start > 1 or key.shape[1] < heads
+    outer = all(t.stride(1) >= t.shape[2] * t.stride(2) for t in (query, key, *others))
     for same in sorted(alike.values(), key=lambda same: not same[0].first):
-        yield from same if alone else _joined(same, head_dim)
+        yield from same if alone else _joined(same, head_dim, outer)
 
 
-def _joined(alike: list[Run], head_dim: int) -> Iterator[Run]:
-    """Consecutive heads, each as far ahead of the one before, made one."""
+def _joined(alike: list[Run], head_dim: int, outer: bool) -> Iterator[Run]:
+    """Consecutive heads, each as far ahead of the one before, made one. Unless heads are the outer
+    axis in memory, a shift back would be a negative stride, which PyTorch does not have."""
     run, *rest = alike
     most = _most(run, head_dim)
     for other in rest:
         shifts = other.query - run.query, other.key - run.key
         n = run.heads
         follows = other.head == run.head + n and n * run.repeats < most
+        follows = follows and (outer or min(shifts) >= 0)
         if n == 1 and follows:
             run = run._replace(heads=2, query_shift=shifts[0], key_shift=shifts[1])
         elif follows and shifts == (n * run.query_shift, n * run.key_shift):

@@ -99,7 +99,7 @@ def _forward(
         rows = segment.rows
         if sinks is not None:
             lse[rows, :, segment.queries] = sinks[:, None].to(dtype)
-        for run in runs(intervals, segment, query, key, by_keys=False):
+        for run in runs(intervals, segment, query, key, value, total, by_keys=False):
             q = run.query_view(query, rows).to(dtype)
             k, v = (run.key_view(tensor, rows, group).to(dtype) for tensor in (key, value))
             part, log_sum = (_fused if q.is_cpu else _plain)(q, k, v, edges(run), scale)
@@ -162,7 +162,8 @@ def _backward(
     edges = _Edges(query.device, dtype)
     for segment in segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start):
         rows = segment.rows
-        for run in runs(intervals, segment, query, key, by_keys=True):
+        others = value, out, d_out, d_query, d_key, d_value
+        for run in runs(intervals, segment, query, key, *others, by_keys=True):
             q, d_o, o = (run.query_view(t, rows).to(dtype) for t in (query, d_out, out))
             log_sum = run.query_view(lse[..., None], rows)
             d_log_sum = run.query_view(d_lse[..., None], rows) if any_d_lse else None
