@@ -16,7 +16,7 @@ def test_every_pass_is_timed(kernels: str, capsys: pytest.CaptureFixture[str]) -
         and hopper_launches(2, 64, torch.cuda.get_device_capability()) is not None
     )
     command = ["tune", "--kernels", kernels, "--length", "256", "--heads", "2", "--head-dim", "64"]
-    assert main([*command, "--blocks", "64", "128", "--warps", "4", "--best", "9"]) == 0
+    assert main([*command, "--blocks", "64", "128", "--warps", "4", "8", "--best", "9"]) == 0
     out = capsys.readouterr().out
     for name in tune.HOPPER if hopper else tune.PORTABLE:
         table = out.split(f"{'Hopper' if hopper else 'portable'} kernels, {name}")[1]

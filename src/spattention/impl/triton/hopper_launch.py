@@ -66,7 +66,7 @@ def forward(
     slots = call.query_slots(launch.block_m)
     blocks = slots * call.batch * call.heads
     descriptors = (
-        _descriptor(query, HOPPER_BLOCK),
+        _descriptor(query, HOPPER_BLOCK if call.long else launch.block_m),
         _descriptor(key, launch.block_n),
         _descriptor(value, launch.block_n),
     )
@@ -76,7 +76,7 @@ def forward(
         "FALLING": call.scale < 0,
         **call.hopper_options(launch),
     }
-    if launch.block_m == HOPPER_BLOCK:
+    if not call.long:
         hopper_forward.forward_kernel[(blocks * max(1, call.rounds),)](
             *descriptors, *tensors, call.scale, **options
         )
