@@ -173,7 +173,7 @@ class Call:
         self.long = False
         if self.hopper is not None:
             self.rounds = rounds(self.intervals, batch, self.keys, head_dim, 2)
-            self.long = self.rounds == 0 and is_long(self.intervals, self.keys)
+            self.long = self.rounds == 0 and is_long(self.intervals, self.keys, head_dim)
         self.device = query.device
         self.constants = {
             "HEAD_DIM": head_dim,
