@@ -67,7 +67,8 @@ runs, so that it says how well the loss of this model is known, not how another 
 seed. *Time to dense's loss* is the share of dense's
 training time after which a run has dense's last validation loss, each at its median speed on one
 kind of GPU, without compiling, evaluation and saving; *?* stands for the speed of runs that shared
-their GPU with others. **With one seed the spread is unknown, and
+their GPU with others. Runs of one plan may have been made on two kinds of GPU (each entry names
+its own); speeds, and losses against time, are those of the one that the table names. **With one seed the spread is unknown, and
 small differences say nothing.** What the baselines are, and where they differ from their papers:
 [baselines](baselines.md).
 
