@@ -82,15 +82,14 @@ def load(
     t_key,
     t_value,
     p_bands,
-    queries,
-    keys,
-    values,
+    rings,
     counts,
     n_tiles,
     BLOCK_N: gl.constexpr,
     INTERVALS: gl.constexpr,
 ):
     """The loader: queries, keys and values of one block after the other."""
+    queries, keys, values = rings
     group = counts[3]
     n = 0
     n_queries = 0  # pairs of blocks of queries
@@ -123,17 +122,7 @@ def pass_over(begin, end, keys, values):
 @gluon.jit
 def read(
     reader,
-    p_out,
-    p_lse,
-    p_bands,
-    p_sinks,
-    out_strides,
-    queries,
-    keys,
-    values,
-    counts,
-    n_tiles,
-    scale,
+    work,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     INTERVALS: gl.constexpr,
@@ -141,6 +130,9 @@ def read(
     FALLING: gl.constexpr,
 ):
     """A reader: its rows of one block after the other."""
+    pointers, out_strides, rings, counts, n_tiles, scale = work
+    p_out, p_lse, p_bands, p_sinks = pointers
+    queries, keys, values = rings
     n_heads, n_queries, n_keys = counts[2], counts[5], counts[6]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
@@ -348,70 +340,16 @@ def forward_kernel(
     keys = ring(STAGES, BLOCK_N, HEAD_DIM, DTYPE, READERS)
     values = ring(STAGES, BLOCK_N, HEAD_DIM, DTYPE, READERS)
     fence_async_shared()
-    counts = (n_slots, n_batch, n_heads, group, rounds, n_queries, n_keys)
+    rings = (queries, keys, values)
+    pointers = (p_out, p_lse, p_bands, p_sinks)
     out_strides = (out_stride_b, out_stride_h, out_stride_t)
+    counts = (n_slots, n_batch, n_heads, group, rounds, n_queries, n_keys)
+    work = (pointers, out_strides, rings, counts, n_tiles, scale)
     gl.warp_specialize(
         [
-            (
-                read,
-                (
-                    0,
-                    p_out,
-                    p_lse,
-                    p_bands,
-                    p_sinks,
-                    out_strides,
-                    queries,
-                    keys,
-                    values,
-                    counts,
-                    n_tiles,
-                    scale,
-                    HEAD_DIM,
-                    BLOCK_N,
-                    INTERVALS,
-                    HAS_SINKS,
-                    FALLING,
-                ),
-            ),
-            (
-                read,
-                (
-                    1,
-                    p_out,
-                    p_lse,
-                    p_bands,
-                    p_sinks,
-                    out_strides,
-                    queries,
-                    keys,
-                    values,
-                    counts,
-                    n_tiles,
-                    scale,
-                    HEAD_DIM,
-                    BLOCK_N,
-                    INTERVALS,
-                    HAS_SINKS,
-                    FALLING,
-                ),
-            ),
-            (
-                load,
-                (
-                    t_query,
-                    t_key,
-                    t_value,
-                    p_bands,
-                    queries,
-                    keys,
-                    values,
-                    counts,
-                    n_tiles,
-                    BLOCK_N,
-                    INTERVALS,
-                ),
-            ),
+            (read, (0, work, HEAD_DIM, BLOCK_N, INTERVALS, HAS_SINKS, FALLING)),
+            (read, (1, work, HEAD_DIM, BLOCK_N, INTERVALS, HAS_SINKS, FALLING)),
+            (load, (t_query, t_key, t_value, p_bands, rings, counts, n_tiles, BLOCK_N, INTERVALS)),
         ],
         [4, 1],  # warps of the second reader, and of the loader
         [232, 40],  # their registers; the first reader gets the rest, as many as the second
