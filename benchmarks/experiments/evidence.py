@@ -68,9 +68,9 @@ seed. *Time to dense's loss* is the share of dense's
 training time after which a run has dense's last validation loss, each at its median speed on one
 kind of GPU, without compiling, evaluation and saving; *?* stands for the speed of runs that shared
 their GPU with others. Runs of one plan may have been made on two kinds of GPU (each entry names
-its own); speeds, and losses against time, are those of the one that the table names. **With one seed the spread is unknown, and
-small differences say nothing.** What the baselines are, and where they differ from their papers:
-[baselines](baselines.md).
+its own); speeds, and losses against time, are those of the one that the table names. **With one
+seed the spread is unknown, and small differences say nothing.** What the baselines are, and where
+they differ from their papers: [baselines](baselines.md).
 
 ## In short, so far
 
