@@ -230,8 +230,6 @@ def test_long_bands_are_those_where_blocks_of_128_were_faster(
     pattern = make(16, length)
     assert config.is_long(pattern.flat, length, 128) is expected
     assert not config.is_long(pattern.flat, length, 64)  # was not measured
-    mean = sum(pattern.pairs(length)) / 16 / length
-    assert (mean >= config.HOPPER_LONG) is expected
 
 
 @pytest.mark.parametrize("block", [16, 64])
@@ -248,3 +246,29 @@ def test_slots_are_enough_for_any_documents(block: int) -> None:
         ends = [*starts[1:], tiles.slots(offsets[-1] + behind, len(lengths), block)]
         for length, start, end in zip([*lengths, behind], starts, ends):
             assert end - start >= -(-length // block)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "make", "expected"),
+    [
+        (1, 8, 4096, BandPattern.shared_local, False),
+        (4, 16, 4096, BandPattern.shared_local, True),
+        (4, 16, 4096, geometric, True),
+        (16, 8, 1024, BandPattern.shared_local, True),
+        (16, 8, 1024, geometric, True),
+        (1, 16, 16384, BandPattern.shared_local, False),
+        (1, 16, 16384, geometric, False),
+        (1, 16, 65536, BandPattern.shared_local, False),
+    ],
+)
+def test_gradients_are_launched_apart_where_that_was_faster(
+    batch: int,
+    heads: int,
+    length: int,
+    make: Callable[[int, int], BandPattern],
+    expected: bool,
+) -> None:
+    """What was measured on the reference GPU with head_dim 128 (benchmarks/LOG.md)."""
+    pattern = make(heads, length)
+    assert config.is_apart(pattern.flat, batch, length) is expected
+    assert config.mean_keys(pattern.flat, length) == sum(pattern.pairs(length)) / heads / length

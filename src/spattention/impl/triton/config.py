@@ -45,6 +45,7 @@ HOPPER_COUNTS = (
     "n_queries",
     "n_keys",
     "rounds",
+    "in_turn",
     "pitch",
     "n_key_slots",
     "n_tiles",
@@ -153,7 +154,8 @@ HOPPER = {
     ),
 }
 HOPPER_LONG = 2000  # keys that a query sees on average
-HOPPER_PLACES = 3 * 132  # programs that an H100 or H200 runs at once
+HOPPER_PLACES = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
+HOPPER_APART = 400  # blocks of queries of a call, for each step that one takes
 HOPPER_BLOCK = 64
 HOPPER_CACHE = 30 << 20  # bytes, half of an H200's second level
 
@@ -249,17 +251,13 @@ def hopper_launches(
 
 
 @lru_cache(maxsize=1024)
-def is_long(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
-    """Whether queries see so many keys on average that the forward pass for long bands is the
-    faster one. Only with head_dim 128 was that measured.
+def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
+    """How many keys a query of any head sees on average.
 
     Args:
         intervals: `near, far, near, far` of each head, of which `near == far` is none.
         keys: of each row, as many as queries.
-        head_dim: D.
     """
-    if head_dim != 128:
-        return False
 
     def pairs(width: int) -> int:
         """Of distances below `width`."""
@@ -267,7 +265,25 @@ def is_long(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
         return width * keys - width * (width - 1) // 2
 
     seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
-    return 4 * seen >= HOPPER_LONG * keys * len(intervals)
+    return seen / (len(intervals) // 4 * keys)
+
+
+def is_long(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
+    """Whether queries see so many keys on average that the forward pass for long bands is the
+    faster one. Only with head_dim 128 was that measured. Arguments as in `mean_keys`.
+    """
+    return head_dim == 128 and mean_keys(intervals, keys) >= HOPPER_LONG
+
+
+def is_apart(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
+    """Whether dQ, then dK and dV are better launched by themselves: dQ then brings what dK and dV
+    need of each row, for which another kernel would read output and gradient once more. That time
+    falls with the steps of a block; the time in which the GPU runs out of work twice, with the
+    number of blocks. Arguments as in `mean_keys`, batch B.
+    """
+    blocks = batch * (len(intervals) // 4) * -(-keys // HOPPER_BLOCK)
+    steps = mean_keys(intervals, keys) / HOPPER_BLOCK
+    return blocks >= steps * HOPPER_APART
 
 
 @lru_cache(maxsize=1024)

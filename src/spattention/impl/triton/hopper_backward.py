@@ -11,140 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
-
-# Both buffers of the ring.
-EXACT_STEPS = gl.constexpr(2)
-
-
-@gluon.jit
-def rows_of(
-    p_lse,
-    p_d_lse,
-    o_row,
-    m_query,
-    BLOCK_M: gl.constexpr,
-    ROW: gl.constexpr,
-    HAS_D_LSE: gl.constexpr,
-):
-    """What the weights are computed with, and the part of delta that the log-sum-exp's gradient
-    gives, both `[M]`.
-    """
-    base = softmax.base_of(gl.load(p_lse + o_row, mask=m_query, other=0.0))
-    delta = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
-    if HAS_D_LSE:
-        delta -= gl.load(p_d_lse + o_row, mask=m_query, other=0.0)
-    return base, delta
-
-
-@gluon.jit(do_not_specialize=HOPPER_COUNTS)
-def rows_kernel(
-    t_query,
-    t_key,
-    t_value,
-    t_d_out,
-    p_out,
-    p_d_out,
-    p_lse,
-    p_d_lse,
-    p_base,
-    p_delta,
-    p_bands,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
-    d_out_stride_b,
-    d_out_stride_h,
-    d_out_stride_t,
-    n_heads,
-    group,
-    n_batch,
-    n_slots,
-    n_queries,
-    n_keys,
-    rounds,
-    pitch,
-    scale,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
-    HAS_D_LSE: gl.constexpr,
-):
-    WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = t_key.dtype
-    PAIR_BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * HEAD_DIM * 2
-    # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
-    SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
-
-    program = gl.program_id(0)
-    place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
-    batch = place % n_batch
-    bands = tiles.bands_of(p_bands, place // n_batch)
-    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
-    head = bands[0]
-    key_head = head // group
-    first = slot * BLOCK_M
-    last = min(first + BLOCK_M, n_queries) - 1
-    if tiles.is_other_round(round, rounds, last >= tiles.last_near(bands)):
-        return
-    walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
-    n_steps = tiles.steps_of(walk)
-    batch_64 = batch.to(gl.int64)
-    head_64 = head.to(gl.int64)
-    p_out += batch_64 * out_stride_b + head_64 * out_stride_h
-    p_d_out += batch_64 * d_out_stride_b + head_64 * d_out_stride_h
-    row = (batch_64 * n_heads + head_64) * n_queries
-    row_pitched = (batch_64 * n_heads + head_64) * pitch
-
-    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
-    m_query = o_query < n_queries
-    base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
-    # Rows up to the pitch are read with the last block of queries: they must hold numbers.
-    gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
-    if n_steps == 0:
-        gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
-        return
-    if n_steps > EXACT_STEPS:
-        b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
-        b_d_out = hopper.load_rows(p_d_out, first, d_out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
-        summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)
-        delta += gl.convert_layout(summed, ROW)
-        gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
-        return
-
-    # Few keys: the rounding of the output would show where gradients cancel. Sum over the keys.
-    # Such blocks are few: with two buffers instead of four, more of the others run at once.
-    s_rows = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
-    s_keys = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
-    ready = hopper.barriers(1)
-    zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
-    for step in range(n_steps):
-        first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-        barrier = hopper.expect(ready, 2 * step, PAIR_BYTES, True)
-        hopper.copy(t_query, batch, head, first, barrier, s_rows, True)
-        hopper.copy(t_key, batch, key_head, first_key, barrier, s_keys, True)
-        hopper.arrived(ready, 2 * step)
-        scores = warpgroup_mma(s_rows, s_keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [scores])
-        barrier = hopper.expect(ready, 2 * step + 1, PAIR_BYTES, True)
-        hopper.copy(t_d_out, batch, head, first, barrier, s_rows, True)
-        hopper.copy(t_value, batch, key_head, first_key, barrier, s_keys, True)
-        hopper.arrived(ready, 2 * step + 1)
-        d_weights = warpgroup_mma(
-            s_rows, s_keys.permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        d_weights = warpgroup_mma_wait(0, [d_weights])
-        o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-        m_seen = hopper.seen(o_query[:, None], o_key[None, :], near, far)
-        weights = gl.where(m_seen, softmax.weights_of(scores, base[:, None], scale), 0.0)
-        delta += gl.sum(weights * d_weights, 1)
-    gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
+from .hopper_rows import EXACT_STEPS, delta_of_keys, rows_of
 
 
 @gluon.jit
@@ -154,10 +25,16 @@ def query_gradient(
     t_key,
     t_value,
     t_d_out,
+    p_out,
+    p_lse,
+    p_d_lse,
     p_d_query,
     p_base,
     p_delta,
     p_bands,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
     d_query_stride_b,
     d_query_stride_h,
     d_query_stride_t,
@@ -167,14 +44,17 @@ def query_gradient(
     n_slots,
     n_queries,
     n_keys,
-    rounds,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     INTERVALS: gl.constexpr,
+    HAS_D_LSE: gl.constexpr,
+    WITH_ROWS: gl.constexpr,
 ):
+    """dQ of a block; `WITH_ROWS`, also `base` and `delta` of its rows, which else are there."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = t_key.dtype
     STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
@@ -186,7 +66,7 @@ def query_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
-    place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
+    place, rank, _ = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
     slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
@@ -194,8 +74,6 @@ def query_gradient(
     key_head = head // group
     first = slot * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
-    if tiles.is_other_round(round, rounds, last >= tiles.last_near(bands)):
-        return
     walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
     n_steps = tiles.steps_of(walk)
     batch_64 = batch.to(gl.int64)
@@ -204,7 +82,16 @@ def query_gradient(
     row_pitched = (batch_64 * n_heads + head_64) * pitch
 
     o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    m_pitch = o_query < pitch
+    if WITH_ROWS:
+        row = (batch_64 * n_heads + head_64) * n_queries
+        m_query = o_query < n_queries
+        base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)
+        # Rows up to the pitch are read with the last block of queries: they must hold numbers.
+        gl.store(p_base + row_pitched + o_query, base, mask=m_pitch)
     if n_steps == 0:
+        if WITH_ROWS:
+            gl.store(p_delta + row_pitched + o_query, delta, mask=m_pitch)
         hopper.store_zeros(p_d_query, first, d_query_stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
 
@@ -223,10 +110,34 @@ def query_gradient(
         hopper.copy(t_key, batch, key_head, first_key, barrier, s_keys.index(i), i < n_steps)
         hopper.copy(t_value, batch, key_head, first_key, barrier, s_values.index(i), i < n_steps)
 
-    base = gl.load(p_base + row_pitched + o_query, mask=o_query < pitch, other=0.0)  # [M]
-    delta = gl.load(p_delta + row_pitched + o_query, mask=o_query < pitch, other=0.0)  # [M]
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
+    if WITH_ROWS:
+        p_out += batch_64 * out_stride_b + head_64 * out_stride_h
+        b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    else:
+        gdc_wait()  # for the rows
+        base = gl.load(p_base + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
+        delta = gl.load(p_delta + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
     hopper.arrived(query_ready, 0)
+    if WITH_ROWS:
+        if n_steps > EXACT_STEPS:
+            b_d_out = s_d_out.load(hopper.wide_layout(HEAD_DIM, WARPS))
+            summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)
+            delta += gl.convert_layout(summed, ROW)
+        else:
+            for step in range(n_steps):
+                first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
+                hopper.arrived(key_ready, step)
+                s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
+                scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
+                d_weights = warpgroup_mma(
+                    s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
+                )
+                scores, d_weights = warpgroup_mma_wait(0, [scores, d_weights])
+                delta += delta_of_keys(
+                    scores, d_weights, o_query, first_key, near, far, base, scale, SCORES
+                )
+        gl.store(p_delta + row_pitched + o_query, delta, mask=m_pitch)
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
         first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
@@ -313,7 +224,7 @@ def key_gradient(
     n_slots,
     n_queries,
     n_keys,
-    rounds,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -334,7 +245,7 @@ def key_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
 
-    place, rank, round = tiles.turn(program, n_slots, n_batch * (n_heads // group), rounds)
+    place, rank, _ = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
     batch = place % n_batch
     row_bands = place // n_batch * group
     bands = tiles.bands_of(p_bands, row_bands)
@@ -343,8 +254,6 @@ def key_gradient(
     key_head = head // group
     first_key = slot * BLOCK_N
     last_key = min(first_key + BLOCK_N, n_keys) - 1
-    if tiles.is_other_round(round, rounds, first_key + tiles.last_near(bands) < n_queries):
-        return
     o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES))  # [N]
 
     p_d_key += batch.to(gl.int64) * d_key_stride_b + key_head.to(gl.int64) * d_key_stride_h
@@ -374,6 +283,7 @@ def key_gradient(
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, SCORES)
     nearest = bands[1]
     done = 0  # blocks of queries behind us, over all members
+    gdc_wait()  # for the rows
     for member in range(group if GROUPED else 1):
         if GROUPED:
             bands = tiles.bands_of(p_bands, row_bands + member)
@@ -471,12 +381,18 @@ def gradient_kernel(
     t_d_out,
     t_base,
     t_delta,
+    p_out,
+    p_lse,
+    p_d_lse,
     p_base,
     p_delta,
     p_d_query,
     p_d_key,
     p_d_value,
     p_bands,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
     d_query_stride_b,
     d_query_stride_h,
     d_query_stride_t,
@@ -492,7 +408,7 @@ def gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
-    rounds,
+    in_turn,
     pitch,
     n_key_slots,
     key_programs,
@@ -502,10 +418,17 @@ def gradient_kernel(
     BLOCK_N: gl.constexpr,
     INTERVALS: gl.constexpr,
     GROUPED: gl.constexpr,
+    HAS_D_LSE: gl.constexpr,
+    WITH_ROWS: gl.constexpr,
 ):
-    """dK and dV, the longer blocks, then dQ: each fills the other's tail."""
+    """dK and dV by the first `key_programs`, the longer blocks, then dQ: each fills the other's
+    tail. `WITH_ROWS`, dQ alone, with what a launch of dK and dV reads.
+    """
     program = gl.program_id(0)
-    if program < key_programs:
+    if WITH_ROWS:
+        gdc_wait()
+        gdc_launch_dependents()
+    elif program < key_programs:
         key_gradient(
             program,
             t_query,
@@ -529,7 +452,7 @@ def gradient_kernel(
             n_key_slots,
             n_queries,
             n_keys,
-            rounds,
+            in_turn,
             pitch,
             scale,
             HEAD_DIM,
@@ -545,10 +468,16 @@ def gradient_kernel(
         t_key,
         t_value,
         t_d_out,
+        p_out,
+        p_lse,
+        p_d_lse,
         p_d_query,
         p_base,
         p_delta,
         p_bands,
+        out_stride_b,
+        out_stride_h,
+        out_stride_t,
         d_query_stride_b,
         d_query_stride_h,
         d_query_stride_t,
@@ -558,11 +487,13 @@ def gradient_kernel(
         n_slots,
         n_queries,
         n_keys,
-        rounds,
+        in_turn,
         pitch,
         scale,
         HEAD_DIM,
         BLOCK_M,
         BLOCK_N,
         INTERVALS,
+        HAS_D_LSE,
+        WITH_ROWS,
     )

@@ -11,7 +11,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_backward, hopper_forward, hopper_long
+from . import hopper_backward, hopper_forward, hopper_long, hopper_rows
 from .config import HOPPER_BLOCK, LaunchConfig
 
 if TYPE_CHECKING:
@@ -105,52 +105,70 @@ def gradients(
 ) -> None:
     """Writes the gradients, `base` and `delta`."""
     slots, key_slots = call.query_slots(launch.block_m), call.key_slots(launch.block_n)
-    places = max(1, call.rounds) * call.batch
-    programs, key_programs = slots * places * call.heads, key_slots * places * call.key_heads
+    programs = slots * call.batch * call.heads
+    key_programs = key_slots * call.batch * call.key_heads
     t_query, t_d_out = _descriptor(query, launch.block_m), _descriptor(d_out, launch.block_m)
     t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
-    counts = call.hopper_counts(slots)
-    hopper_backward.rows_kernel[(programs,)](
-        t_query,
-        t_key,
-        t_value,
-        t_d_out,
-        out,
-        d_out,
-        lse,
-        d_lse,
-        base,
-        delta,
-        call.bands,
-        *out.stride()[:3],
-        *d_out.stride()[:3],
-        *counts,
-        base.shape[2],
-        call.scale,
-        HAS_D_LSE=d_lse is not None,
+    counts = call.hopper_counts(slots, most_rounds=1)
+    options = {
+        "HAS_D_LSE": d_lse is not None,
+        "launch_pdl": True,
         **call.hopper_options(launch),
-    )
-    hopper_backward.gradient_kernel[(key_programs + programs,)](
-        t_query,
-        t_key,
-        t_value,
-        t_d_out,
-        _vector_descriptor(base, launch.block_m),
-        _vector_descriptor(delta, launch.block_m),
-        base,
-        delta,
-        d_query,
-        d_key,
-        d_value,
-        call.bands,
-        *d_query.stride()[:3],
-        *d_key.stride()[:3],
-        *d_value.stride()[:3],
-        *counts,
-        base.shape[2],
-        key_slots,
-        key_programs,
-        call.scale,
-        GROUPED=call.heads != call.key_heads,
-        **call.hopper_options(launch),
-    )
+    }
+    if not call.apart:
+        hopper_rows.rows_kernel[(programs,)](
+            t_query,
+            t_key,
+            t_value,
+            t_d_out,
+            out,
+            d_out,
+            lse,
+            d_lse,
+            base,
+            delta,
+            call.bands,
+            *out.stride()[:3],
+            *d_out.stride()[:3],
+            *counts,
+            base.shape[2],
+            call.scale,
+            **options,
+        )
+
+    def run(programs: int, key_programs: int, with_rows: bool) -> None:
+        hopper_backward.gradient_kernel[(programs,)](
+            t_query,
+            t_key,
+            t_value,
+            t_d_out,
+            _vector_descriptor(base, launch.block_m),
+            _vector_descriptor(delta, launch.block_m),
+            out,
+            lse,
+            d_lse,
+            base,
+            delta,
+            d_query,
+            d_key,
+            d_value,
+            call.bands,
+            *out.stride()[:3],
+            *d_query.stride()[:3],
+            *d_key.stride()[:3],
+            *d_value.stride()[:3],
+            *counts,
+            base.shape[2],
+            key_slots,
+            key_programs,
+            call.scale,
+            GROUPED=call.heads != call.key_heads,
+            WITH_ROWS=with_rows,
+            **options,
+        )
+
+    if call.apart:
+        run(programs, 0, True)
+        run(key_programs, key_programs, False)
+    else:
+        run(key_programs + programs, key_programs, False)

@@ -17,6 +17,7 @@ from .config import (
     LaunchConfig,
     block_d,
     hopper_launches,
+    is_apart,
     is_long,
     launches,
     pitch,
@@ -170,10 +171,12 @@ class Call:
             else None
         )
         self.rounds = 0
-        self.long = False
+        self.long = self.apart = False
         if self.hopper is not None:
             self.rounds = rounds(self.intervals, batch, self.keys, head_dim, 2)
-            self.long = self.rounds == 0 and is_long(self.intervals, self.keys, head_dim)
+            if self.rounds == 0:
+                self.long = is_long(self.intervals, self.keys, head_dim)
+                self.apart = is_apart(self.intervals, batch, self.keys)
         self.device = query.device
         self.constants = {
             "HEAD_DIM": head_dim,
@@ -208,7 +211,7 @@ class Call:
             "num_stages": launch.num_stages,
         }
 
-    def hopper_counts(self, slots: int) -> tuple[int, ...]:
+    def hopper_counts(self, slots: int, most_rounds: int = 2) -> tuple[int, ...]:
         return (
             self.heads,
             self.heads // self.key_heads,
@@ -216,7 +219,7 @@ class Call:
             slots,
             self.queries,
             self.keys,
-            self.rounds,
+            min(self.rounds, most_rounds),
         )
 
     def hopper_options(self, launch: LaunchConfig) -> dict[str, Any]:
