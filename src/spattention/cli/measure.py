@@ -65,7 +65,9 @@ def needs_gpu(command: str) -> None:
 
 
 def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
-    """Median time of replays of a captured call: the GPU's own time, without the host's.
+    """Median time of replays of a captured call: the GPU's own time, without the host's. Short ones
+    are replayed several times between two events, because a single one would begin some
+    microseconds after its event, when the host has launched it.
 
     Args:
         call: what is measured; it must be capturable and is warmed up here.
@@ -81,7 +83,7 @@ def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    return _median_milliseconds(graph.replay, budget)
+    return _median_milliseconds(graph.replay, budget, together=1.0)
 
 
 def eager_milliseconds(call: Call, budget: float = 20.0) -> float:
@@ -223,19 +225,23 @@ def environment() -> dict[str, str]:
     return found
 
 
-def _median_milliseconds(call: Call, budget: float) -> float:
+def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> float:
+    """Of one call, or of as many at a time as take `together` milliseconds, at most 20."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def once() -> float:
+    def mean(calls: int) -> float:
         begin.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end) / calls
 
-    once()
-    repeats = max(9, min(60, int(budget / max(once(), 1e-3))))
-    return statistics.median(once() for _ in range(repeats))
+    mean(1)
+    once = max(mean(1), 1e-3)
+    calls = max(1, min(20, round(together / once)))
+    repeats = max(9, min(60, int(budget / once)))
+    return statistics.median(mean(calls) for _ in range(repeats))
 
 
 def _commit() -> str:
