@@ -9,6 +9,7 @@ an accelerator a tensor among them waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -151,38 +152,55 @@ def runs(
     key: Tensor,
     *others: Tensor,
     by_keys: bool,
-) -> Iterator[Run]:
+) -> tuple[Run, ...]:
     """Every pair of a query and a key in its head's bands, in exactly one run.
 
     A block is of few queries and all the keys that they reach; `by_keys`, of few keys and all the
     queries that reach them. Views of `others` are to be had too.
     """
-    heads, head_dim = query.shape[1], query.shape[3]
     offset = segment.queries.start - segment.position
     positions = range(segment.position, segment.queries.stop - offset)
     keys = range(segment.first_key, key.shape[2])
+    # Heads stand in for the rows of a batch, where there is one row and each has its own keys.
+    alone = segment.rows.stop - segment.rows.start > 1 or key.shape[1] < query.shape[1]
+    outer = all(t.stride(1) >= t.shape[2] * t.stride(2) for t in (query, key, *others))
+    shape = query.shape[3], torch.get_num_threads(), alone, outer, by_keys
+    return _runs(tuple(intervals), positions, keys, offset, *shape)
+
+
+@lru_cache(maxsize=64)
+def _runs(
+    intervals: tuple[int, ...],
+    positions: range,
+    keys: range,
+    offset: int,
+    head_dim: int,
+    threads: int,
+    alone: bool,
+    outer: bool,
+    by_keys: bool,
+) -> tuple[Run, ...]:
     alike: dict[tuple[int, ...], list[Run]] = {}
     for band in range(2):
-        for head in range(heads):
+        for head in range(len(intervals) // 4):
             near, far = intervals[4 * head + 2 * band : 4 * head + 2 * band + 2]
-            found = _band_runs(near, far, positions, keys, head_dim, by_keys)
+            found = _band_runs(near, far, positions, keys, head_dim, threads, by_keys)
             for order, run in enumerate(found):
                 run = run._replace(
                     head=head, query=run.query + offset, first=run.first and band == 0
                 )
                 alike.setdefault((order, *run.shape), []).append(run)
-    # Heads stand in for the rows of a batch, where there is one row and each has its own keys.
-    alone = segment.rows.stop - segment.rows.start > 1 or key.shape[1] < heads
-    outer = all(t.stride(1) >= t.shape[2] * t.stride(2) for t in (query, key, *others))
+    plan: list[Run] = []
     for same in sorted(alike.values(), key=lambda same: not same[0].first):
-        yield from same if alone else _joined(same, head_dim, outer)
+        plan += same if alone else _joined(same, head_dim, threads, outer)
+    return tuple(plan)
 
 
-def _joined(alike: list[Run], head_dim: int, outer: bool) -> Iterator[Run]:
+def _joined(alike: list[Run], head_dim: int, threads: int, outer: bool) -> Iterator[Run]:
     """Consecutive heads, each as far ahead of the one before, made one. Unless heads are the outer
     axis in memory, a shift back would be a negative stride, which PyTorch does not have."""
     run, *rest = alike
-    most = _most(run, head_dim)
+    most = _most(run, head_dim, threads)
     for other in rest:
         shifts = other.query - run.query, other.key - run.key
         n = run.heads
@@ -199,7 +217,7 @@ def _joined(alike: list[Run], head_dim: int, outer: bool) -> Iterator[Run]:
 
 
 def _band_runs(
-    near: int, far: int, positions: range, keys: range, head_dim: int, by_keys: bool
+    near: int, far: int, positions: range, keys: range, head_dim: int, threads: int, by_keys: bool
 ) -> Iterator[Run]:
     """The runs of one head's interval of distances; their `query` is a position."""
     width = far - near
@@ -225,7 +243,7 @@ def _band_runs(
             width,
             not by_keys and first,
         )
-        most = _most(run, head_dim)
+        most = _most(run, head_dim, threads)
         for at in range(0, repeats, most):
             yield run._replace(
                 query=run.query + at * size,
@@ -264,9 +282,8 @@ def _blocks(
             yield block, reached[at : at + length], repeats, at == 0
 
 
-def _most(run: Run, head_dim: int) -> int:
+def _most(run: Run, head_dim: int, threads: int) -> int:
     """How many blocks of this shape a batch may hold: as many for each thread."""
-    threads = torch.get_num_threads()
     most = _ELEMENTS // (max(run.queries, run.keys) * max(64, head_dim))
     return max(threads, most - most % threads)
 
