@@ -27,7 +27,7 @@ def seeds_of(label: str, done: dict[tuple[str, int], Entry]) -> list[int]:
 def speed(entry: Entry) -> float | None:
     """Tokens per second of a run: the median of all lines but the first, which compiles.
 
-    None for a run that shared its GPU with others, at least for a time.
+    None for a run that shared its GPU or host with other work, at least for a time.
     """
     if entry.get("beside"):
         return None
@@ -72,7 +72,7 @@ def _colors(rows: Sequence[str]) -> dict[str, Any]:
 
 def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
     """A bias that helps early can fade: the gap to dense against tokens, seed by seed."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colors = _colors(rows)
     for label in rows:
@@ -98,7 +98,7 @@ def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Fi
 
 
 def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colors = _colors(rows)
     for label in rows:
@@ -126,13 +126,13 @@ def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> 
 
 def _finish(axis: Any, title: str) -> None:
     axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.figure.legend(fontsize=7, frameon=False, loc="outside right upper")
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def time_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
     """What a given time on the GPU buys; the first validation lies above the picture."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colors = _colors(rows)
     highest = 0.0

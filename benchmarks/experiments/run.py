@@ -66,7 +66,8 @@ class Options:
         items: Sequences per question of recall; 0 takes neither recall nor a look at heads.
         at_once: Runs that are made at a time. Entries of several at once hold no speeds worth
             showing, and none is shown.
-        beside: How many other runs share the GPU; `--at-once` gives it to its processes.
+        beside: How many other runs share the GPU, or other work the host; `--at-once` gives it to
+            its processes.
         until: As `minutes`, in the system's monotonic seconds; given likewise.
     """
 
