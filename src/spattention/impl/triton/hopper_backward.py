@@ -428,7 +428,9 @@ def gradient_kernel(
     if WITH_ROWS:
         gdc_wait()
         gdc_launch_dependents()
-    elif program < key_programs:
+    elif program == 0:
+        gdc_wait()  # even without work: this kernel must not end before the one ahead of it
+    if not WITH_ROWS and program < key_programs:
         key_gradient(
             program,
             t_query,
