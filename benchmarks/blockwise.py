@@ -6,23 +6,17 @@ Batch 1, 8 heads, head_dim 64, float32, forward and backward, medians. Every cas
 the reference (its own mask, float64) at 512 tokens before it is timed. The cases take turns, so
 that a slow spell of the machine meets them all; the least time of a case is the one that others on
 the machine disturbed least. Give it the machine alone.
-
-PyTorch allocates in huge pages here (its option THP_MEM_ALLOC_ENABLE): in pages of 4 KiB the same
-calls take up to a third longer, by what the process has allocated before.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first allocation
 
 import torch
 from rich.console import Console
@@ -141,12 +135,7 @@ def main() -> None:
             f"{row['times_faster_than_dense']:.2f}" if row["times_faster_than_dense"] else "",
         )
     Console().print(table)
-    settings = {
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "repeats": options.repeats,
-        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"],
-    }
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "repeats": options.repeats}
     write(options.output, "blockwise on the CPU, forward + backward, float32", settings, rows)
 
 
