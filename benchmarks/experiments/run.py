@@ -38,7 +38,7 @@ from spattention.training.watch import Diverged
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
-from ledger import HERE, check_same, entry_path, finished, read_entry, write_entry
+from ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
 from plan import Plan, Run, read_plan
 from side_by_side import side_by_side
 
@@ -210,7 +210,7 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
         "data": json.loads((folder / "run.json").read_text())["data"],
         "beside": max(options.beside, (known or {}).get("beside", 0)),
         "seconds": (known or {}).get("seconds", 0.0) + time.monotonic() - began,
-        "recipe": recipe.to_dict(),
+        "recipe": {**recipe.to_dict(), **{name: run.fields[name] for name in PLACES}},
         "facts": {},
         "train": [],
         "validation": [],

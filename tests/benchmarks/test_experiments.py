@@ -106,6 +106,8 @@ def test_entries_say_what_was_run(made):
         assert entry["tokens"] == 4 * 2 * 32
         assert entry["commit"] == "abc"
         assert entry["recipe"]["steps"] == 4
+        for name in ("data", "validation"):  # as the plan names them, not where they lay
+            assert all("/" not in path for path in entry["recipe"][name])
         assert entry["facts"]["parameters"] > 0
         assert [line["step"] for line in entry["train"]] == [1, 2, 3, 4]
         assert [line["step"] for line in entry["validation"]] == [2, 4]
