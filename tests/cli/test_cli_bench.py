@@ -44,6 +44,39 @@ def test_compulsory_keys_are_counted_once_per_group() -> None:
     assert bench_decode.compulsory(pattern, 4, 2, 12) == 4 + 5 + 0 + 3 + 2
 
 
+@pytest.mark.parametrize(
+    ("cost", "together", "calls"), [(0.1, 1.0, 10), (0.01, 1.0, 20), (4.0, 1.0, 1), (0.1, 0.0, 1)]
+)
+def test_short_calls_are_timed_together(
+    cost: float, together: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call costs the GPU `cost`; between two events the launch of the first adds 0.006."""
+    clock, between = 0.0, []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.time = 0.0
+
+        def record(self) -> None:
+            self.time = clock
+
+        def elapsed_time(self, end: Event) -> float:
+            between.append(round((end.time - self.time) / cost))
+            return end.time - self.time + 0.006
+
+    def call() -> None:
+        nonlocal clock
+        clock += cost
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = measure._median_milliseconds(call, budget=20.0, together=together)
+    assert found == pytest.approx(cost + 0.006 / between[-1])
+    assert between[-1] == pytest.approx(calls, abs=1)
+    assert len(between) >= 11  # two to see how long it takes, and nine
+    assert clock < max(20.0, 11 * cost * calls) + 3 * cost * calls
+
+
 @pytest.fixture
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the clock and the machine: a call is made once and takes a millisecond."""

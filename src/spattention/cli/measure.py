@@ -71,7 +71,7 @@ def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
 
     Args:
         call: what is measured; it must be capturable and is warmed up here.
-        budget: about how long to replay, in milliseconds; at least 9 and at most 60 replays.
+        budget: about how long to replay, in milliseconds; at least 9 and at most 60 times.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -240,7 +240,7 @@ def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> fl
     mean(1)
     once = max(mean(1), 1e-3)
     calls = max(1, min(20, round(together / once)))
-    repeats = max(9, min(60, int(budget / once)))
+    repeats = max(9, min(60, int(budget / (once * calls))))
     return statistics.median(mean(calls) for _ in range(repeats))
 
 
