@@ -3,10 +3,10 @@ precision.
 
 Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py`, `backward.py`,
 `config.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`, `hopper_long.py`,
-`hopper_backward.py`, the same passes for Hopper GPUs in Gluon, used for half precision with
-head_dim 64 or 128 where queries begin at position 0 (training, first pass over a prompt); and
-`decode.py`, `decode_launch.py`, `decode_op.py`, the forward pass for few queries against many keys,
-and `store.py`, which keeps them.
+`hopper_rows.py`, `hopper_backward.py`, `hopper_launch.py`, the same passes for Hopper GPUs in
+Gluon, used for half precision with head_dim 64 or 128 where queries begin at position 0 (training,
+first pass over a prompt); and `decode.py`, `decode_launch.py`, `decode_op.py`, the forward pass for
+few queries against many keys, and `store.py`, which keeps them.
 
 Decoding is chosen for at most 16 queries, with at least 8 keys for each, where no input needs a
 gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the

@@ -279,7 +279,7 @@ def is_apart(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
     """Whether dQ, then dK and dV are better launched by themselves: dQ then brings what dK and dV
     need of each row, for which another kernel would read output and gradient once more. That time
     falls with the steps of a block; the time in which the GPU runs out of work twice, with the
-    number of blocks. Arguments as in `mean_keys`, batch B.
+    number of blocks. Measured with head_dim 128 alone. Arguments as in `mean_keys`, batch B.
     """
     blocks = batch * (len(intervals) // 4) * -(-keys // HOPPER_BLOCK)
     steps = mean_keys(intervals, keys) / HOPPER_BLOCK

@@ -109,6 +109,8 @@ def gradients(
     key_programs = key_slots * call.batch * call.key_heads
     t_query, t_d_out = _descriptor(query, launch.block_m), _descriptor(d_out, launch.block_m)
     t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
+    t_base = _vector_descriptor(base, launch.block_m)
+    t_delta = _vector_descriptor(delta, launch.block_m)
     counts = call.hopper_counts(slots, most_rounds=1)
     options = {
         "HAS_D_LSE": d_lse is not None,
@@ -142,8 +144,8 @@ def gradients(
             t_key,
             t_value,
             t_d_out,
-            _vector_descriptor(base, launch.block_m),
-            _vector_descriptor(delta, launch.block_m),
+            t_base,
+            t_delta,
             out,
             lse,
             d_lse,
