@@ -155,7 +155,7 @@ HOPPER = {
 }
 HOPPER_LONG = 2000  # keys that a query sees on average
 HOPPER_PLACES = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
-HOPPER_APART = 400  # blocks of queries of a call, for each step that one takes
+HOPPER_APART = 160  # blocks of queries of a call, for each step that one takes
 HOPPER_BLOCK = 64
 HOPPER_CACHE = 30 << 20  # bytes, half of an H200's second level
 
@@ -279,11 +279,11 @@ def is_apart(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
     """Whether dQ, then dK and dV are better launched by themselves: dQ then brings what dK and dV
     need of each row, for which another kernel would read output and gradient once more. That time
     falls with the steps of a block; the time in which the GPU runs out of work twice, with the
-    number of blocks. Measured with head_dim 128 alone. Arguments as in `mean_keys`, batch B.
+    number of blocks, which must at least fill it. Arguments as in `mean_keys`, batch B.
     """
     blocks = batch * (len(intervals) // 4) * -(-keys // HOPPER_BLOCK)
     steps = mean_keys(intervals, keys) / HOPPER_BLOCK
-    return blocks >= steps * HOPPER_APART
+    return blocks >= max(steps * HOPPER_APART, HOPPER_PLACES)
 
 
 @lru_cache(maxsize=1024)

@@ -174,9 +174,8 @@ class Call:
         self.long = self.apart = False
         if self.hopper is not None:
             self.rounds = rounds(self.intervals, batch, self.keys, head_dim, 2)
-            if self.rounds == 0:
-                self.long = is_long(self.intervals, self.keys, head_dim)
-                self.apart = is_apart(self.intervals, batch, self.keys)
+            self.long = self.rounds == 0 and is_long(self.intervals, self.keys, head_dim)
+            self.apart = is_apart(self.intervals, batch, self.keys)
         self.device = query.device
         self.constants = {
             "HEAD_DIM": head_dim,
