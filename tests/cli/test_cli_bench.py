@@ -77,6 +77,31 @@ def test_short_calls_are_timed_together(
     assert clock < max(20.0, 11 * cost * calls) + 3 * cost * calls
 
 
+def test_a_busy_gpu_is_measured_when_it_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that slows down after 300 ms of work, to half of its speed."""
+    clock = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.time = 0.0
+
+        def record(self) -> None:
+            self.time = clock
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.time - self.time
+
+    def replay() -> None:
+        nonlocal clock
+        clock += 1.0 if clock < 300.0 else 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "_captured", lambda call: replay)
+    assert measure.busy_milliseconds(lambda: None) == 2.0
+    assert clock < 1200.0
+
+
 @pytest.fixture
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the clock and the machine: a call is made once and takes a millisecond."""
@@ -138,13 +163,14 @@ def test_what_is_measured_is_written_before_the_next_case(
     def measured(options: Any, batch: int, heads: int, length: int) -> list[bench_attention.Row]:
         if length == 64:
             raise KeyboardInterrupt
-        times = dict.fromkeys(("forward", "total", "eager_forward", "eager_total"), 1.0)
+        names = ("forward", "total", "eager_forward", "eager_total", "busy_total")
+        times = dict.fromkeys(names, 1.0)
         work = dict.fromkeys(("useful_forward", "useful_total", "floor", "share_of_floor"), 1.0)
         row = bench_attention.Row(
             batch, heads, length, "exclusive", "spattention", **times, **work, peak_memory=1.0
         )
-        dense = {"mask": "dense", "by": "dense cuDNN", "over_dense": 1.0}
-        return [bench_attention.replace(row, **dense), bench_attention.replace(row, over_dense=2.0)]
+        dense = bench_attention.replace(row, mask="dense", by="dense cuDNN", total=2.0)
+        return [bench_attention._compared(each, dense, None) for each in (dense, row)]
 
     monkeypatch.setattr(bench_attention, "_measure_case", measured)
     monkeypatch.setattr(bench_attention, "_measure_calls", lambda options: {"host": "fast"})
@@ -157,4 +183,6 @@ def test_what_is_measured_is_written_before_the_next_case(
     (found,) = tmp_path.glob("attention_*.json")
     assert [row["length"] for row in json.loads(found.read_text())["rows"]] == [16, 16, 32, 32]
     assert "| 1, 8, 16 | exclusive |" in found.with_suffix(".md").read_text()
+    assert "| 1.000 (1.000) |" in found.with_suffix(".md").read_text()
+    assert "| 2.00 (1.00) |" in found.with_suffix(".md").read_text()
     assert found.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -18,6 +18,7 @@ from . import measure
 from .rivals import Attend, Flash4, Flex, Tensors, bands, dense
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
+REST = 0.25  # seconds before each measurement: a power limit looks back over a tenth or two
 RIVAL_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
 
 
@@ -26,9 +27,11 @@ class Options:
     """Time attention, forward and forward + backward, beside what one would use otherwise.
 
     Every pattern is first checked against float64; a wrong kernel is not timed. Times are medians
-    of graph replays (the GPU's own time) and of eager calls. "Useful" work counts attended pairs
-    alone: 4 D floating-point operations a pair forward and 10 D backward. The floor of a case is
-    the larger of useful work over --peak-tflops and the bytes that must move over --peak-tbs.
+    of graph replays (the GPU's own time), rested before, and of eager calls; in brackets, those of
+    a GPU that has been busy with the same call for 0.4 s: its power limit may slow its clock.
+    "Useful" work counts attended pairs alone: 4 D floating-point operations a pair forward and 10 D
+    backward. The floor of a case is the larger of useful work over --peak-tflops and the bytes that
+    must move over --peak-tbs.
 
     Args:
         cases: batch x heads x length, such as 4x16x4096.
@@ -72,6 +75,7 @@ class Row:
     total: float
     eager_forward: float
     eager_total: float
+    busy_total: float
     useful_forward: float
     useful_total: float
     floor: float
@@ -79,6 +83,8 @@ class Row:
     peak_memory: float
     over_dense: float | None = None
     over_flex: float | None = None
+    busy_over_dense: float | None = None
+    busy_over_flex: float | None = None
 
 
 def main(options: Options) -> None:
@@ -97,7 +103,7 @@ def main(options: Options) -> None:
         print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
         if options.output is not None:
             stem = _write(options.output, record, rows, plotted)
-    title = "milliseconds by graph replay; useful TFLOP/s; ratios of forward + backward"
+    title = "milliseconds by graph replay (busy GPU); useful TFLOP/s; ratios of forward + backward"
     measure.show(title, HEADINGS, map(_cells, rows))
     print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
     if options.output is not None:
@@ -129,17 +135,18 @@ def _measure_case(options: Options, batch: int, heads: int, length: int) -> Iter
     flash4 = Flash4(inputs) if options.flash4 and Flash4.is_installed() else None
     attends = dense(inputs) | ({} if flash4 is None else {flash4.name: flash4.dense})
     everything = BandPattern.dense(heads, length)
-    dense_total = 0.0
+    dense_row = None
     for name, attend in attends.items():
         row = _row(options, inputs, everything, "dense", f"dense {name}", attend)
-        dense_total = dense_total or row.total  # cuDNN's, the first
-        yield replace(row, over_dense=dense_total / row.total)
+        dense_row = dense_row or row  # cuDNN's, the first
+        yield _compared(row, dense_row, None)
+    assert dense_row is not None
     flex = Flex(inputs) if options.flex else None
     for mask, make in measure.PATTERNS.items():
         pattern = make(heads, length)
         _check(options, make, heads, min(length, CHECKED_LENGTH))
         ours = bands(inputs, pattern)
-        flex_total = None
+        flex_row = None
         for rival in (flex, flash4):
             if rival is None:
                 continue
@@ -147,15 +154,25 @@ def _measure_case(options: Options, batch: int, heads: int, length: int) -> Iter
             _check_rival(rival.name, mask, attend, ours)
             row = _row(options, inputs, pattern, mask, rival.name, attend)
             if rival is flex:
-                flex_total = row.total
-            yield _compared(row, dense_total, flex_total)
+                flex_row = row
+            yield _compared(row, dense_row, flex_row)
         row = _row(options, inputs, pattern, mask, "spattention", ours)
-        yield _compared(row, dense_total, flex_total)
+        yield _compared(row, dense_row, flex_row)
 
 
-def _compared(row: Row, dense_total: float, flex_total: float | None) -> Row:
-    over_flex = None if flex_total is None else flex_total / row.total
-    return replace(row, over_dense=dense_total / row.total, over_flex=over_flex)
+def _compared(row: Row, dense_row: Row, flex_row: Row | None) -> Row:
+    row = replace(
+        row,
+        over_dense=dense_row.total / row.total,
+        busy_over_dense=dense_row.busy_total / row.busy_total,
+    )
+    if flex_row is None:
+        return row
+    return replace(
+        row,
+        over_flex=flex_row.total / row.total,
+        busy_over_flex=flex_row.busy_total / row.busy_total,
+    )
 
 
 @torch.no_grad()
@@ -206,8 +223,7 @@ def _row(
     moved = (4 + 8) * query.numel() * query.element_size()
     floor = max(work / options.peak_tflops / 1e12, moved / options.peak_tbs / 1e12) * 1e3
     forward_time, total_time = (
-        measure.graph_milliseconds(forward),
-        measure.graph_milliseconds(total),
+        measure.graph_milliseconds(call, rest=REST) for call in (forward, total)
     )
     return Row(
         batch=batch,
@@ -219,6 +235,7 @@ def _row(
         total=total_time,
         eager_forward=measure.eager_milliseconds(forward),
         eager_total=measure.eager_milliseconds(total),
+        busy_total=measure.busy_milliseconds(total),
         useful_forward=4 * head_dim * pairs / forward_time / 1e9,
         useful_total=work / total_time / 1e9,
         floor=floor,
@@ -285,16 +302,20 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.by,
         f"{row.forward:.3f}",
         f"{row.total - row.forward:.3f}",
-        f"{row.total:.3f}",
+        f"{row.total:.3f} ({row.busy_total:.3f})",
         f"{row.eager_total:.3f}",
         f"{row.useful_forward:.0f}",
         f"{row.useful_total:.0f}",
         f"{row.floor:.3f}",
         f"{row.share_of_floor:.0%}",
         f"{row.peak_memory:.0f}",
-        "" if row.over_dense is None else f"{row.over_dense:.2f}",
-        "" if row.over_flex is None else f"{row.over_flex:.2f}",
+        _ratio(row.over_dense, row.busy_over_dense),
+        _ratio(row.over_flex, row.busy_over_flex),
     )
+
+
+def _ratio(rested: float | None, busy: float | None) -> str:
+    return "" if rested is None or busy is None else f"{rested:.2f} ({busy:.2f})"
 
 
 def _write(
@@ -307,8 +328,9 @@ def _write(
         (
             *(f"- {name}: {value}" for name, value in record["calls"].items()),
             "",
-            "Milliseconds, medians of graph replays (`eager total`: of plain calls). "
-            "TFLOP/s count attended pairs alone.",
+            "Milliseconds, medians of graph replays on a rested GPU (`eager total`: plain calls); "
+            "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "
+            "attended pairs alone.",
         ),
         HEADINGS,
         map(_cells, rows),

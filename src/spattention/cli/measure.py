@@ -64,7 +64,7 @@ def needs_gpu(command: str) -> None:
         raise ValueError(f"`spattention {command}` needs a CUDA device, and there is none")
 
 
-def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
+def graph_milliseconds(call: Call, budget: float = 20.0, rest: float = 0.0) -> float:
     """Median time of replays of a captured call: the GPU's own time, without the host's. Short ones
     are replayed several times between two events, because a single one would begin some
     microseconds after its event, when the host has launched it.
@@ -72,7 +72,40 @@ def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
     Args:
         call: what is measured; it must be capturable and is warmed up here.
         budget: about how long to replay, in milliseconds; at least 9 and at most 60 times.
+        rest: seconds to wait before, so that what ran earlier has not used up the GPU's power.
     """
+    replay = _captured(call)
+    time.sleep(rest)
+    return _median_milliseconds(replay, budget, together=1.0)
+
+
+def busy_milliseconds(call: Call, settle: float = 400.0, budget: float = 200.0) -> float:
+    """Mean time of replays of a captured call one right after the other, on a GPU that has been
+    busy with them: after some tenths of a second, its power limit may have slowed its clock.
+
+    Args:
+        call: as in `graph_milliseconds`.
+        settle: how long to replay before, in milliseconds.
+        budget: about how long to measure, in milliseconds; at least 3 replays.
+    """
+    replay = _captured(call)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def mean(replays: int) -> float:
+        begin.record()
+        for _ in range(replays):
+            replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / replays
+
+    once = max(mean(3), 1e-3)
+    mean(max(1, int(settle / once)))
+    return mean(max(3, int(budget / once)))
+
+
+def _captured(call: Call) -> Call:
+    """The replay of a call, which is warmed up first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -83,7 +116,7 @@ def graph_milliseconds(call: Call, budget: float = 20.0) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    return _median_milliseconds(graph.replay, budget, together=1.0)
+    return graph.replay
 
 
 def eager_milliseconds(call: Call, budget: float = 20.0) -> float:
