@@ -44,62 +44,57 @@ def test_compulsory_keys_are_counted_once_per_group() -> None:
     assert bench_decode.compulsory(pattern, 4, 2, 12) == 4 + 5 + 0 + 3 + 2
 
 
+class Clock:
+    """The GPU's time in milliseconds, for events; between two, the first launch adds `late`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: float = 0.0) -> None:
+        self.now, self.late = 0.0, late
+        self.between: list[float] = []
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+class Event:
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.time = clock, 0.0
+
+    def record(self) -> None:
+        self.time = self.clock.now
+
+    def elapsed_time(self, end: Event) -> float:
+        self.clock.between.append(end.time - self.time)
+        return end.time - self.time + self.clock.late
+
+
 @pytest.mark.parametrize(
     ("cost", "together", "calls"), [(0.1, 1.0, 10), (0.01, 1.0, 20), (4.0, 1.0, 1), (0.1, 0.0, 1)]
 )
 def test_short_calls_are_timed_together(
     cost: float, together: float, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each call costs the GPU `cost`; between two events the launch of the first adds 0.006."""
-    clock, between = 0.0, []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            self.time = 0.0
-
-        def record(self) -> None:
-            self.time = clock
-
-        def elapsed_time(self, end: Event) -> float:
-            between.append(round((end.time - self.time) / cost))
-            return end.time - self.time + 0.006
+    clock = Clock(monkeypatch, late=0.006)
 
     def call() -> None:
-        nonlocal clock
-        clock += cost
+        clock.now += cost
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = measure._median_milliseconds(call, budget=20.0, together=together)
-    assert found == pytest.approx(cost + 0.006 / between[-1])
+    between = [round(time / cost) for time in clock.between]
+    assert found == pytest.approx(cost + clock.late / between[-1])
     assert between[-1] == pytest.approx(calls, abs=1)
     assert len(between) >= 11  # two to see how long it takes, and nine
-    assert clock < max(20.0, 11 * cost * calls) + 3 * cost * calls
+    assert clock.now < max(20.0, 11 * cost * calls) + 3 * cost * calls
 
 
 def test_a_busy_gpu_is_measured_when_it_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that slows down after 300 ms of work, to half of its speed."""
-    clock = 0.0
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            self.time = 0.0
-
-        def record(self) -> None:
-            self.time = clock
-
-        def elapsed_time(self, end: Event) -> float:
-            return end.time - self.time
+    """The GPU slows down after 300 ms of work, to half of its speed."""
+    clock = Clock(monkeypatch)
 
     def replay() -> None:
-        nonlocal clock
-        clock += 1.0 if clock < 300.0 else 2.0
+        clock.now += 1.0 if clock.now < 300.0 else 2.0
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(measure, "_captured", lambda call: replay)
     assert measure.busy_milliseconds(lambda: None) == 2.0
-    assert clock < 1200.0
+    assert clock.now < 1200.0
 
 
 @pytest.fixture
