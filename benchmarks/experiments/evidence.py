@@ -27,6 +27,7 @@ from figures import (
 )
 from ledger import HERE, finished, read_ledger
 from plan import Plan, read_plan
+from recall_page import section as recall_section
 
 from spattention.choice import STOCK
 from spattention.training.results import write_atomically
@@ -111,8 +112,9 @@ def write(plans: Path, ledger: Path, page: Path, order: Sequence[str]) -> Path:
     parts = [INTRO]
     for name in names:
         parts.append(section(found[name], read_ledger(ledger, name), page.parent / "images"))
+    parts.append(recall_section(ledger, page.parent / "images"))
     parts.append(OUTRO)
-    write_atomically(page, "\n".join(parts))
+    write_atomically(page, "\n".join(part for part in parts if part))
     return page
 
 

@@ -12,7 +12,6 @@ mask cannot do, or learns late, is seen. Runs on a CPU; what is in the ledger is
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -38,15 +37,15 @@ from transformers import (
 from spattention.evaluation.perplexity import Mean
 from spattention.evaluation.recall import Question, pairs
 from spattention.training.layers import recipe_attention
+from spattention.training.report import machine
 from spattention.training.results import write_atomically
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from record import processor
+from ledger import HERE
 
 FORMAT = "spattention-trained-recall"
-LEDGER = Path(__file__).parent / "ledger" / "trained-recall"
+ENTRIES = "trained-recall"  # folder of the ledger
 HEADS, HEAD_DIM, WIDTH, LAYERS = 8, 32, 128, 2
 BATCH, LEARNING_RATE, WARMUP, LOG_EVERY = 64, 2e-3, 100, 25
 ITEMS, HELD_OUT = 512, 1_000_000  # sequences that a model is asked, and their seed
@@ -63,7 +62,7 @@ class Options:
         count: Keys of a sequence, which has four times as many tokens.
         steps: Steps of 64 sequences.
         jobs: Runs at a time, which share the CPU's cores.
-        ledger: Folder of the entries.
+        ledger: Folder of the entries' folder.
         commit: The commit to record.
     """
 
@@ -81,7 +80,7 @@ class Options:
     count: int = 16
     steps: int = 1000
     jobs: int = 1
-    ledger: Path = LEDGER
+    ledger: Path = HERE
 
 
 class Questions(IterableDataset[dict[str, torch.Tensor]]):
@@ -126,7 +125,7 @@ def main(options: Options) -> None:
 def entry_path(ledger: Path, attention: str, seed: int) -> Path:
     """Where the entry of a run lies."""
     name = "".join(c if c.isalnum() or c == "_" else "-" for c in attention)
-    return ledger / f"{name}-seed{seed}.json"
+    return ledger / ENTRIES / f"{name}-seed{seed}.json"
 
 
 def run(options: Options, name: str, seed: int) -> dict[str, Any]:
@@ -191,8 +190,7 @@ def run(options: Options, name: str, seed: int) -> dict[str, Any]:
         "model": {"layers": LAYERS, "heads": HEADS, "head_dim": HEAD_DIM, "width": WIDTH},
         "training": {"batch": BATCH, "learning_rate": LEARNING_RATE, "warmup": WARMUP},
         "commit": options.commit,
-        "processor": processor(),
-        "torch": torch.__version__,
+        "machine": machine(),
     }
 
 
@@ -220,12 +218,6 @@ def by_distance(right: torch.Tensor, distances: torch.Tensor) -> list[dict[str, 
             {"distance": distance, "accuracy": hits.double().mean().item(), "asked": hits.numel()}
         )
     return found
-
-
-def learned(entry: dict[str, Any]) -> int | None:
-    """The first logged step at which the loss is below half of guessing among all tokens."""
-    half = math.log(4 * entry["count"]) / 2
-    return next((line["step"] for line in entry["loss"] if line["loss"] < half), None)
 
 
 if __name__ == "__main__":
