@@ -120,6 +120,14 @@ def test_merge_wants_parts_of_one_shape():
         spa.merge([])
     with pytest.raises(ValueError, match="`parts` must share one shape"):
         spa.merge([(out, lse), (out[:1], lse[:1])])
+    for parts, got in (
+        ([out], "Tensor"),
+        ([(out, None)], r"\(Tensor, NoneType\)"),
+        ([()], r"\(\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"`parts` must be pairs .*got {got}"):
+            spa.merge(parts)
+    assert torch.equal(spa.merge(iter([(out, lse)]))[0], out)
     for sinks in (3, 2, 1):
         with pytest.raises(ValueError, match=r"`sinks` must be \[H\] = \[4\], got"):
             spa.merge([(out, lse)], sinks=torch.zeros(sinks))

@@ -84,7 +84,7 @@ Small models, 26 to 31 million tokens a run: early days of training, which favou
 - **The paper's comparison, context 1,024**: one seed. `exclusive`, the paper's equations, and
   `gapped` are plainly worse than everything else; a sink helps `exclusive` by 0.011, geometric
   widths by 0.05, and both by 0.06 of the 0.10 that it lacks. All others lie within 0.03 of dense,
-  the three widths of `shared_local` within 0.003 of each other. Longformer, at a higher cost, is
+  the three widths of `shared_local` within 0.003 of each other. Longformer, with more pairs, is
   ahead of all of them: "better than each baseline of equal or higher cost" is *not* confirmed.
 - **Recall** of random tokens is near chance for every model, dense included: nothing is known.
 """

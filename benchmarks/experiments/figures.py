@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from spattention.choice import STOCK
 
 Entry = dict[str, Any]
+COMMON = ("dense", "shared_local", "shared_local:widths=geometric", "sliding_window")
 TITLES = {
     "tokens": "loss minus dense's against tokens",
     "time": "loss against time",
@@ -66,8 +67,10 @@ def seconds_to(loss: float, points: Sequence[tuple[float, float]]) -> float | No
 
 
 def _colors(rows: Sequence[str]) -> dict[str, Any]:
+    """One colour per attention, the same in all pictures for those that several of them show."""
     palette = matplotlib.color_sequences["tab20"]
-    return {label: palette[k % 20] for k, label in enumerate(rows)}
+    order = [*COMMON, *(label for label in rows if label not in COMMON)]
+    return {label: palette[k % 20] for k, label in enumerate(order)}
 
 
 def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:

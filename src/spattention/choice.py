@@ -51,6 +51,10 @@ class StockDense:
     name: str = STOCK
 
     def apply(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        own = config._attn_implementation
+        if getattr(config, own, None) is not None:  # its section would be saved with the model
+            raise ValueError(f"`model` must have stock attention for {self.name}, got {own}")
         model.set_attn_implementation("sdpa")
 
     def pairs(self, seq_len: int) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
-def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Partial:
+def merge(parts: Iterable[Partial], *, sinks: torch.Tensor | None = None) -> Partial:
     """Attention over the union of the parts' keys, from each part's output and log-sum-exp.
 
     With `L = log(sum_i exp(lse_i) + exp(sink))`, the output is `sum_i exp(lse_i - L) * out_i`. The
@@ -27,8 +27,13 @@ def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Par
     Raises:
         ValueError: if there are no parts or their shapes do not fit.
     """
+    parts = list(parts)
     if not parts:
         raise ValueError("`parts` must hold at least one (out, lse), got none")
+    for part in parts:
+        pair = isinstance(part, tuple | list) and len(part) == 2
+        if not pair or not all(isinstance(each, torch.Tensor) for each in part):
+            raise ValueError(f"`parts` must be pairs of tensors (out, lse), got {_described(part)}")
     outs, lses = [out for out, _ in parts], [lse for _, lse in parts]
     packed = outs[0].dim() == 3
     expected = outs[0].shape[:2][::-1] if packed else outs[0].shape[:3]
@@ -52,6 +57,13 @@ def merge(parts: Sequence[Partial], *, sinks: torch.Tensor | None = None) -> Par
     )
     assert isinstance(merged, torch.Tensor)
     return merged.to(outs[0].dtype), total
+
+
+def _described(part: object) -> str:
+    """Types, not values: a tensor may be large."""
+    if isinstance(part, tuple | list):
+        return f"({', '.join(type(each).__name__ for each in part)})"
+    return type(part).__name__
 
 
 def _logsumexp(lses: torch.Tensor) -> torch.Tensor:

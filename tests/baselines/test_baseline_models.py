@@ -182,6 +182,18 @@ def test_models_that_cannot_have_a_baseline_stay_as_they_are(name):
         assert torch.equal(logits(model, ids), before)
 
 
+@each_baseline
+def test_a_model_with_a_baseline_takes_neither_bands_nor_dense(name):
+    """Its section would be saved beside the other attention's name."""
+    model, ids, kind = model_with(name), tokens(1, 9), CHOSEN[name].kind
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match=f'must have stock attention or bands, got "{kind}"'):
+        spa.hf.apply(model, spa.BandPattern.exclusive(HEADS, SPAN))
+    with pytest.raises(ValueError, match=f"must have stock attention for dense, got {kind}"):
+        attention_choice("dense", HEADS, SPAN).apply(model)
+    assert torch.equal(logits(model, ids), before)
+
+
 def test_windows_of_the_models_own_are_refused():
     config = transformers.MistralConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,

@@ -84,7 +84,8 @@ def test_a_failure_leaves_nothing_behind(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("text", "changes", "error"),
     [
-        ("one", {}, "`held_out` must be 0, for none, or at least 1 / 2 for 1 documents, got 0.005"),
+        ("one", {}, "`held_out` must be 0 for a source of 1 documents, got 0.005"),
+        ("a\fb\fc", {}, "must be 0, for none, or at least 1 / 5 for a source of 3 documents"),
         ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
         ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
     ],

@@ -19,6 +19,7 @@ from transformers import (
 from spattention import BandPattern, __version__, hf
 from spattention.choice import attention_choice
 from spattention.cli import main
+from spattention.cli.generate import model_folder
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.models import build, count_parameters, preset
@@ -185,6 +186,26 @@ SIZES = {
 }
 
 
+@pytest.mark.parametrize("before", ["exclusive with sinks", "bigbird"])
+def test_a_model_with_other_attention_goes_on_dense(before, data, tmp_path):
+    """What is saved must attend as it was trained: it names nothing but Transformers' own."""
+    sinks = before.endswith(" with sinks")
+    other = recipe(data, attention=before.removesuffix(" with sinks"), sinks=sinks, steps=2)
+    pretrain(other, tmp_path / "other")
+    changes = {
+        "model": str(tmp_path / "other" / "checkpoint-2"),
+        "layers": None,
+        "vocabulary": None,
+    }
+    tuned = recipe(data, **changes, attention="dense", steps=2)
+    assert pretrain(tuned, tmp_path / "tuned").finished
+    saved = json.loads((tmp_path / "tuned" / "checkpoint-2" / "config.json").read_text())
+    assert not {"spattention", "bigbird", "attn_implementation"} & set(saved)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "checkpoint-2")
+    assert found.config._attn_implementation == "sdpa"
+    assert not any("sinks" in name for name, _ in found.named_parameters())
+
+
 def test_another_pretrained_model_goes_on_with_bands_and_after_a_stop(data, tmp_path):
     """Not OLMoE, without experts: a Llama."""
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "llama")
@@ -242,7 +263,9 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "going on from" in shown
     assert "step 4: validation loss" in shown
-    assert "tokens/s, MFU" in shown
+    assert "tokens/s" in shown
+    assert "MFU" not in shown, "on a CPU it says nothing"
+    assert model_folder(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     found = json.loads((tmp_path / "run" / "losses.json").read_text())
     assert [e["step"] for e in found["train"]] == [1, 2, 3, 4]
     assert [e["step"] for e in found["validation"]] == [4]

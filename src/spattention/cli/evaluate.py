@@ -29,7 +29,6 @@ from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
 from ..plots import evaluation_figure
-from ..training.checkpoints import newest_good
 from ..training.report import machine
 from ..training.results import write_atomically
 from .generate import model_folder
@@ -107,7 +106,7 @@ def main(options: Options) -> None:
     for name in ("windows", "items", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}")
-    folder = checkpoint_folder(options.checkpoint)
+    folder = model_folder(options.checkpoint)
     model = _open(folder, options.dtype)
     config = model.config.get_text_config()
     longest = config.max_position_embeddings
@@ -265,16 +264,6 @@ def tables_of(
             for score in evaluation.tasks
         ]
         yield "Tasks", ("task", "shots", "metric", "score", "chance", "items", ""), rows
-
-
-def checkpoint_folder(folder: Path) -> Path:
-    """A saved model, the newest whole checkpoint of a run, or a comparison's model."""
-    if (folder / "run.json").is_file():
-        found, problems = newest_good(folder)
-        if found is None:
-            raise ValueError(f"{folder} must hold a whole checkpoint, {problems or 'it has none'}")
-        return found
-    return model_folder(folder)
 
 
 def _open(folder: Path, dtype: str) -> Any:

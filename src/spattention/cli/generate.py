@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from .. import baselines, hf
+from ..hf.config import remove_section
+from ..training.checkpoints import newest_good
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Options:
     the end. A model with bands keeps what its bands reach (`BandCache`), any other every token.
 
     Args:
-        folder: Folder of a saved model, or the output folder of `spattention compare`: its first
-            model with bands is taken.
+        folder: Folder of a saved model, of `spattention train` (its newest checkpoint that is
+            whole), or the output folder of `spattention compare`: its first model with bands is
+            taken.
         prompt: Text to continue.
         file: Text file to continue, instead of a prompt.
         max_new_tokens: Tokens to add; fewer if the model ends the text, or if its context is full.
@@ -188,14 +191,21 @@ def _show(runs: dict[str, Run], length: int, folder: Path) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder itself, or the model that a comparison in it names."""
+    """The folder itself, the newest whole checkpoint of a run in it, or the model that a comparison
+    in it names.
+    """
     if (folder / "config.json").is_file():
         return folder
+    if (folder / "run.json").is_file():
+        found, problems = newest_good(folder)
+        if found is None:
+            raise ValueError(f"{folder} must hold a whole checkpoint, {problems or 'it has none'}")
+        return found
     results = folder / "results.json"
     if not results.is_file():
         raise ValueError(
-            f"{folder} must hold a saved model (config.json) or a comparison (results.json), it "
-            "has neither"
+            f"{folder} must hold a saved model (config.json), a training run (run.json) or a "
+            "comparison (results.json), it has none of them"
         )
     named = json.loads(results.read_text(encoding="utf-8")).get("model")
     if not named or not (folder / named / "config.json").is_file():
@@ -220,10 +230,7 @@ def open_dense(folder: Path) -> Any:
     layer that has no other of its own, and no sinks that the bands had.
     """
     config = AutoConfig.from_pretrained(folder)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name in ("spattention", "attn_implementation"):
-            if hasattr(part, name):
-                delattr(part, name)
+    remove_section(config)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="sdpa")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

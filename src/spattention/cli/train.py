@@ -124,10 +124,9 @@ class TrainProgress:
                 f"step {event['step']}: validation loss {event['eval_loss']:.4f}", highlight=False
             )
         elif "loss" in event:
-            facts = (
-                f"loss {event['loss']:.4f}, {event.get('tokens_per_second', 0):,.0f} tokens/s, "
-                f"MFU {100 * event.get('mfu', 0):.1f} %"
-            )
+            facts = f"loss {event['loss']:.4f}, {event.get('tokens_per_second', 0):,.0f} tokens/s"
+            if event.get("mfu", 0) >= 0.001:  # on a CPU it says nothing
+                facts += f", MFU {100 * event['mfu']:.1f} %"
             self._progress.update(self._task, facts=facts)
             if not self._console.is_terminal:
                 self._console.print(f"step {event['step']}: {facts}", highlight=False)

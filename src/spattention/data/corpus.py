@@ -180,9 +180,9 @@ def _write(
     if not train.num_tokens:
         raise ValueError("the source must hold text, got none")
     if every and not validation.num_tokens:
+        more = f", for none, or at least 1 / {2 * count - 1}" if count > 1 else ""
         raise ValueError(
-            f"`held_out` must be 0, for none, or at least 1 / {2 * count} for {count} documents, "
-            f"got {held_out}"
+            f"`held_out` must be 0{more} for a source of {count} documents, got {held_out}"
         )
     return train, validation
 

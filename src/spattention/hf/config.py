@@ -82,6 +82,16 @@ def read_section(config: Any) -> Section | None:
     return section
 
 
+def remove_section(config: Any) -> None:
+    """Take the attention that a config names off it, with its section: a model that is loaded with
+    the config and `attn_implementation="sdpa"` is dense.
+    """
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name in (NAME, part._attn_implementation, "attn_implementation"):
+            if name is not None and hasattr(part, name):
+                delattr(part, name)
+
+
 def _patterns(data: Mapping[str, Any]) -> list[BandPattern]:
     # The version first: another version may have other entries.
     if data.get("version") != VERSION:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,10 +21,11 @@ from transformers import (
     set_seed,
 )
 
-from .. import hf
-from ..choice import AttentionChoice
+from .. import baselines, hf
+from ..choice import STOCK, AttentionChoice
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
+from ..hf.config import remove_section
 from ..models import SHAPES, build, preset
 from .callbacks import Event
 from .checkpoints import STAGING, clean, newest_good, step_of
@@ -323,8 +325,14 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
                 f"{getattr(recipe, name)}"
             )
     hf.register()
+    baselines.register()
+    options: dict[str, Any] = {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+        if recipe.attention == STOCK:  # also of a model that had other attention
+            config = AutoConfig.from_pretrained(recipe.model)
+            remove_section(config)
+            options = {"config": config, "attn_implementation": "sdpa"}
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32, **options)
     except OSError as error:
         raise ValueError(
             f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "

@@ -71,7 +71,7 @@ def farthest_keys(
     if HAS_KEY_START:
         last = LARGEST if RINGS else n_keys
         o_first = tiles.first_key_of(p_key_start, o_query, n_queries, key_start_stride, last)
-    return tl.minimum(newest - o_first, tiles.MAX_POSITION + n_queries).to(tl.int32)
+    return tl.minimum(newest - o_first, n_queries + tiles.MAX_POSITION).to(tl.int32)
 
 
 @triton.jit
