@@ -133,7 +133,7 @@ def section(plan: Plan, entries: list[Entry], images: Path) -> str:
     ]
     for label in rows:
         lines.append(_row(label, done))
-    lines += ["", *_verdicts(plan, done), *_missing(plan, entries, done), ""]
+    lines += ["", *_verdicts(plan, done), *_versions(done), *_missing(plan, entries, done), ""]
     for what, draw in DRAWN.items():
         figure = draw(rows, done)
         if figure is not None:
@@ -195,6 +195,19 @@ def _row(label: str, done: dict[tuple[str, int], Entry]) -> str:
         str(len(runs)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _versions(done: dict[tuple[str, int], Entry]) -> list[str]:
+    """Which speeds are of different code."""
+    found: dict[str, list[str]] = {}
+    for (label, _), entry in done.items():
+        labels = found.setdefault(entry["commit"], [])
+        if entry["gpu"] == reference_gpu(done) and speed(entry) and label not in labels:
+            labels.append(label)
+    parts = [f"{', '.join(labels)} ({commit})" for commit, labels in found.items() if labels]
+    if len(parts) < 2:
+        return []
+    return [f"- Speeds are of several versions, which differ in speed: {'; '.join(parts)}."]
 
 
 def _time(label: str, done: dict[tuple[str, int], Entry]) -> str:

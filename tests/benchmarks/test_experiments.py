@@ -355,3 +355,14 @@ def test_entries_hold_recall_and_heads_and_the_page_shows_them(made, tmp_path):
     entropy = np.mean(final["heads"][0]["entropy"])
     assert f"| reformer:chunk=4 | {entropy:.2f} |" in page
     assert "images/tiny-time.png" in page
+
+
+def test_speeds_of_several_versions_are_told_apart():
+    done = {
+        (label, 0): entry([1, 50, 50], [(10, 3.0)]) | {"commit": commit}
+        for label, commit in (("dense", "a"), ("exclusive", "b"), ("gapped", "a"))
+    }
+    (line,) = evidence._versions(done)
+    assert "dense, gapped (a); exclusive (b)." in line
+    done["exclusive", 0]["beside"] = 1  # not shown, so nothing to tell
+    assert evidence._versions(done) == []
