@@ -70,11 +70,12 @@ class Options:
     attention: tuple[str, ...] = (
         "dense",
         "shared_local",
-        "shared_local:widths=geometric",
-        "sliding_window:window=16",
-        "exclusive",
-        "exclusive with sinks",
+        "shared_local:widths=geometric,local=9",  # of this span, the default would be dense
         "exclusive:widths=geometric with sinks",
+        "exclusive:widths=geometric",
+        "exclusive with sinks",
+        "exclusive",
+        "sliding_window:window=16",
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     count: int = 16
