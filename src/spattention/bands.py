@@ -136,7 +136,7 @@ class BandPattern:
             widths: see `exclusive`.
             local: size of the local window in tokens, one for all heads or one per head, at least
                 0. Default: the uniform band width plus one, `W_h + 1`; for `"geometric"` widths
-                `min(span, max(128, span // 32))`.
+                `min(span, max(128, span // 32))`, which is everything for a span of up to 128.
             first: see `exclusive`.
         """
         _check_size(num_heads, span)
