@@ -7,7 +7,7 @@ import torch
 
 import spattention as spa
 from spattention import BandPattern
-from spattention.testing import Case, check_case, check_error, exact, plain, run
+from spattention.testing import VIEWS, Case, check_case, check_error, check_view, exact, plain, run
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
 HEADS = 4
@@ -185,6 +185,13 @@ def test_keys_after_the_last_query_are_never_read(impl):
     clean = run(case, impl=impl)["out"]
     out = run(Case(case.query, *poisoned, case.pattern, case.options), impl=impl)["out"]
     assert torch.equal(out, clean)
+
+
+@impls
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_memory_order_gives_the_same(view, place, impl):
+    check_view(view, place, impl)
 
 
 @impls

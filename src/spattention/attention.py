@@ -67,7 +67,8 @@ def band_attention(
             `"reference"`, the specification with its dense mask, is never chosen by itself.
 
     Returns:
-        `out [B, H, Q, Dv]` with query's dtype and order of strides, or `(out, lse)`.
+        `out [B, H, Q, Dv]` with query's dtype and order of axes in memory, but for
+        head_dim, which is innermost; or `(out, lse)`.
 
     Raises:
         ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked
@@ -145,7 +146,8 @@ def band_attention_varlen(
         impl: as in `band_attention`.
 
     Returns:
-        `out [T, H, Dv]` with query's dtype and order of strides, or `(out, lse)`.
+        `out [T, H, Dv]` with query's dtype and order of axes in memory, but for
+        head_dim, which is innermost; or `(out, lse)`.
 
     Raises:
         ValueError: if an argument breaks a rule above.

@@ -290,7 +290,8 @@ def band_attention_cached(
         return_lse: also return the log-sum-exp, `[B, H, Q]`.
 
     Returns:
-        `out [B, H, Q, Dv]` with query's dtype and order of strides, or `(out, lse)`.
+        `out [B, H, Q, Dv]` with query's dtype and order of axes in memory, but for
+        head_dim, which is innermost; or `(out, lse)`.
 
     Raises:
         ValueError: if an argument breaks a rule above. Going backward through the result raises

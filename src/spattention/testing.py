@@ -88,6 +88,50 @@ def finite_backward(
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found))
 
 
+# Memory orders that a caller may come with, as views of a dense tensor `[B, H, N, D]`.
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "channels first": lambda tensor: tensor.mT.contiguous().mT,
+    "one row for all": lambda tensor: tensor[:1].expand_as(tensor),
+    "one head for all": lambda tensor: tensor[:, :1].expand_as(tensor),
+    "one token for all": lambda tensor: tensor[:, :, :1].expand_as(tensor),
+    "every other channel": lambda tensor: tensor.repeat_interleave(2, dim=-1)[..., ::2],
+}
+
+
+def check_view(
+    view: str, place: int, impl: str, *, backward: bool = True, queries: int = 9
+) -> None:
+    """Assert that an input with strides of its own gives what its contiguous copy gives.
+
+    Args:
+        view: one of `VIEWS`.
+        place: 0 for query, 1 for key, 2 for value.
+        impl: the implementation.
+        backward: also the gradients.
+        queries: Q, the last of 16 tokens.
+    """
+    pattern = BandPattern.shared_local(4, 16)
+    results: list[list[torch.Tensor]] = []
+    for copied in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(2, 4, n, 16, generator=generator) for n in (queries, 16, 16)]
+        query, key, value = (
+            VIEWS[view](leaf.requires_grad_(backward))
+            if i == place
+            else leaf.requires_grad_(backward)
+            for i, leaf in enumerate(leaves)
+        )
+        if copied:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out = band_attention(query, key, value, pattern, impl=impl)
+        assert isinstance(out, torch.Tensor)
+        grads = torch.autograd.grad(out.square().sum(), leaves) if backward else ()
+        results.append([out.detach(), *grads])
+    for viewed, dense in zip(*results):
+        # An expanded input's gradient is a sum, whose order is that of memory.
+        torch.testing.assert_close(viewed, dense, rtol=1e-5, atol=1e-5)
+
+
 def exact(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None) -> Tensors:
     """The reference in float64."""
     return run(case.to(torch.float64), grads, impl="reference")

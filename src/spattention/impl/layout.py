@@ -8,15 +8,22 @@ import torch
 
 
 def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Uninitialised `[..., head_dim]` with query's leading shape, dtype and order of strides, dense
-    in memory."""
+    """Uninitialised `[..., head_dim]` with query's leading shape and dtype, dense in memory: its
+    leading axes in query's order of strides, those that query expands outermost, and rows of
+    head_dim contiguous, as kernels write them.
+    """
     shape = [*query.shape[:-1], head_dim]
     strides = query.stride()
     # Not `sorted`: torch.compile cannot sort by a key when strides are symbolic.
     order: list[int] = []
-    for axis in range(query.dim()):
-        wider = [i for i, other in enumerate(order) if strides[other] < strides[axis]]
-        order.insert(wider[0] if wider else len(order), axis)
+    for axis in range(query.dim() - 1):
+        inner = [
+            i
+            for i, other in enumerate(order)
+            if strides[other] != 0 and (strides[axis] == 0 or strides[other] < strides[axis])
+        ]
+        order.insert(inner[0] if inner else len(order), axis)
+    order.append(query.dim() - 1)
     packed = query.new_empty([shape[d] for d in order])
     return packed.permute([order.index(d) for d in range(query.dim())])
 

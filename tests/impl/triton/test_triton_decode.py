@@ -13,7 +13,7 @@ import spattention as spa
 from spattention.impl import triton as kernels
 from spattention.impl.triton import decode_launch, decode_op, op
 from spattention.impl.triton.config import DecodeLaunch
-from spattention.testing import Case, check_case, check_error, exact, plain
+from spattention.testing import VIEWS, Case, check_case, check_error, check_view, exact, plain
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
 P = spa.BandPattern
@@ -106,6 +106,12 @@ def test_only_keys_in_the_bands_are_read(queries: int) -> None:
     )  # fmt: skip
     check_error("out", out, rough["out"], wanted["out"])
     check_error("lse", lse, rough["lse"], wanted["lse"])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_memory_order_gives_the_same(view: str, place: int) -> None:
+    check_view(view, place, "triton", backward=False, queries=2)
 
 
 def test_strides_are_taken_as_they_are() -> None:

@@ -10,7 +10,7 @@ from small_cases import case, int32
 
 import spattention as spa
 from spattention.impl.triton import op
-from spattention.testing import Case, check_case
+from spattention.testing import VIEWS, Case, check_case, check_view
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
 P = spa.BandPattern
@@ -63,6 +63,12 @@ def test_packed_documents() -> None:
         "max_seqlen_k": max(more),
     }
     check_case(Case(*draw, P.shared_local(2, 24), options), impl="triton")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_memory_order_gives_the_same(view: str, place: int) -> None:
+    check_view(view, place, "triton")
 
 
 def test_strides_are_taken_as_they_are() -> None:

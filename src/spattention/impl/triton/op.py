@@ -120,7 +120,8 @@ def _backward(
         if sinks is not None and d_lse is not None:
             d_sinks.copy_(d_lse.sum((0, 2)))
         return d_query, d_key, d_value, d_sinks.zero_() if d_lse is None else d_sinks
-    query, key, value, d_out = unit_rows(query), unit_rows(key), unit_rows(value), unit_rows(d_out)
+    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
+    out, d_out = unit_rows(out), unit_rows(d_out)
     call = Call(
         query, key, intervals, query_start, query_starts, key_start, offsets_q, offsets_k, scale
     )
