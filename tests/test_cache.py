@@ -255,6 +255,8 @@ def test_rows_are_reordered_selected_and_repeated():
     next_token(41, [2, 0], store)
     with pytest.raises(ValueError, match=r"`rows` must be \[B\] = \[2\], got \[3\]"):
         store.reorder(torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"`rows` must be int32 or int64, got torch\.bool"):
+        store.reorder(torch.tensor([True] * store.batch_size))
     with pytest.raises(ValueError, match="`times` must be at least 1, got 0"):
         store.repeat(0)
 

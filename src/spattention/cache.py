@@ -174,6 +174,8 @@ class BandStore:
                 f"`rows` must be [B] = [{self.batch_size}], got {list(rows.shape)}: "
                 "use `select` to change the batch"
             )
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"`rows` must be int32 or int64, got {rows.dtype}")
         rows = rows.to(self.device)
         for tensor in (self.keys, self.values, self.position, self._reached):
             tensor.copy_(tensor[rows])

@@ -55,6 +55,17 @@ def test_an_error_in_the_options_is_one_line(capsys, tmp_path):
     assert "must end with one of" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text.txt").write_text("one\ftwo\fthree")
+    output = str(tmp_path / "file" / "out")
+    command = ["prepare", str(tmp_path / "text.txt"), "--vocabulary", "280", "--held-out", "0"]
+    assert main([*command, "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert "file" in error
+    assert error.count("\n") == 1
+
+
 def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["compare"]) == 2

@@ -73,6 +73,39 @@ def test_every_source_gives_the_same_documents(tmp_path):
         open_source(str(tmp_path / "nothing"))
 
 
+def test_rows_without_text_are_dropped_and_other_columns_read(tmp_path, tokenizer):
+    Dataset.from_dict({"text": ["one", None, "two"], "number": [1, 2, 3]}).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    assert list(open_source(str(tmp_path / "a.parquet")).documents) == ["one", "", "two"]
+    facts = prepare_corpus(
+        tmp_path / "out",
+        open_source(str(tmp_path / "a.parquet")),
+        tokenizer=tokenizer,
+        held_out=0.5,
+    )
+    assert facts.train_documents + facts.validation_documents == 2
+    with pytest.raises(ValueError, match="row 0: `number` must be a string, got int"):
+        list(open_source(str(tmp_path / "a.parquet"), column="number").documents)
+    lines = tmp_path / "b.jsonl"
+    lines.write_text('\ufeff{"text": "url", "content": "words"}\n', encoding="utf-8")
+    assert list(open_source(str(lines)).documents) == ["url"]
+    assert list(open_source(str(lines), column="content").documents) == ["words"]
+    with pytest.raises(ValueError, match='an object with a "body" entry'):
+        list(open_source(str(lines), column="body").documents)
+
+
+def test_a_tokenizer_that_cuts_and_pads_gives_whole_documents(tmp_path, tokenizer):
+    texts = documents(30)
+    cutting = load_tokenizer(tokenizer)
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=8)
+    cutting.save(str(tmp_path / "cutting.json"))
+    expected = tokenize(texts, load_tokenizer(tokenizer))
+    found = tokenize(texts, load_tokenizer(tmp_path / "cutting.json"))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, tokenizer):
     source = tmp_path / "text.jsonl"
     source.write_text('{"text": "one"}\n' * (BATCH + 1) + "{")

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"`spattention {name}` needs the package {package!r}, which is not installed: "
             f"pip install 'spattention[{EXTRAS[package]}]'"
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be made, a full disk
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130

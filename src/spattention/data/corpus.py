@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,7 +52,7 @@ def open_source(
             files, a folder that `datasets` saved, or else the name of a dataset on the hub.
         name: the dataset's configuration, where it has several.
         split: of the dataset.
-        column: where the dataset keeps its text.
+        column: where JSON lines or the dataset keep their text.
         streaming: read the dataset as it arrives, without a copy on disk.
 
     Raises:
@@ -59,9 +60,9 @@ def open_source(
     """
     path = Path(what)
     if path.is_file() and path.suffix != ".parquet":
-        return Source(what, iterate_documents(path))
+        return Source(what, iterate_documents(path, column))
     if path.is_dir() and not any((path / mark).exists() for mark in DATASET_MARKS):
-        return Source(what, iterate_documents(path))
+        return Source(what, iterate_documents(path, column))
     if path.is_absolute() and not path.exists():
         raise ValueError(f"{path} is neither a file nor a folder")
     import datasets
@@ -81,7 +82,18 @@ def open_source(
     if found.column_names is not None and column not in found.column_names:
         raise ValueError(f"`column` must be one of {found.column_names}, got {column!r}")
     total = None if isinstance(found, datasets.IterableDataset) else len(found)
-    return Source(what, (row[column] for row in found), total)
+    return Source(what, _texts(what, column, found), total)
+
+
+def _texts(what: str, column: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The documents of a dataset, those without text as empty ones."""
+    for number, row in enumerate(rows):
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise ValueError(
+                f"{what}, row {number}: `{column}` must be a string, got {type(text).__name__}"
+            )
+        yield text or ""
 
 
 def prepare_corpus(

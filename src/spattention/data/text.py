@@ -15,12 +15,12 @@ def read_documents(path: Path) -> list[str]:
     return list(iterate_documents(path))
 
 
-def iterate_documents(path: Path) -> Iterator[str]:
+def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
     """The documents in a text file, a JSONL file, or a folder of both, one after the other.
 
     A form feed separates documents in a `.txt` file; without one the file is one document. A line
-    of a `.jsonl` file is an object whose `text` is one document. A folder gives the documents of
-    its files in the order of their names. A `.jsonl` file is read line by line.
+    of a `.jsonl` file is an object whose entry `column` is one document. A folder gives the
+    documents of its files in the order of their names. A `.jsonl` file is read line by line.
 
     Raises:
         ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a
@@ -31,7 +31,7 @@ def iterate_documents(path: Path) -> Iterator[str]:
         if not files:
             raise ValueError(f"{path} must hold .txt or .jsonl files, got none")
         for entry in files:
-            yield from iterate_documents(entry)
+            yield from iterate_documents(entry, column)
         return
     if not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder")
@@ -41,9 +41,11 @@ def iterate_documents(path: Path) -> Iterator[str]:
         )
     found = False
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             parts = (
-                file.read().split(SEPARATOR) if path.suffix == ".txt" else _json_lines(path, file)
+                file.read().split(SEPARATOR)
+                if path.suffix == ".txt"
+                else _json_lines(path, file, column)
             )
             for part in parts:
                 if part.strip():
@@ -60,18 +62,18 @@ def sample_path() -> Path:
     return Path(str(resources.files("spattention.data") / "sample"))
 
 
-def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
+def _json_lines(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            text = json.loads(line)[column]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path}, line {number}, must be an object with a "text" entry: {error!r}'
+                f'{path}, line {number}, must be an object with a "{column}" entry: {error!r}'
             ) from error
         if not isinstance(text, str):
             raise ValueError(
-                f"{path}, line {number}: `text` must be a string, got {type(text).__name__}"
+                f"{path}, line {number}: `{column}` must be a string, got {type(text).__name__}"
             )
         yield text

@@ -36,17 +36,22 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`."""
+    """The tokenizer in a `tokenizer.json`, without the truncation and padding that it may ask for:
+    a corpus is tokenized whole.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: a tokenizer is one `tokenizer.json`")
     try:
-        return Tokenizer.from_file(str(path))
+        found = Tokenizer.from_file(str(path))
     except (
         Exception
     ) as error:  # the library raises plain `Exception` for a file that it cannot read
         raise ValueError(
             f"{path} must be a tokenizer of the `tokenizers` library: {error}"
         ) from error
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
