@@ -289,3 +289,11 @@ def test_a_tensor_parallel_rank_needs_its_part_of_the_pattern(pattern, lowered):
         spa.hf.apply(rank_of(stock, 0, lowered), pattern.heads(0, 1))
     with pytest.raises(ValueError, match=r"`pattern` has 2 heads but layer 0 of the model has 4$"):
         spa.hf.apply(stock, pattern.heads(0, 2))
+
+
+def test_a_refused_build_leaves_the_model_that_lent_its_config():
+    model, ids = banded("llama", P.exclusive(HEADS, SPAN)), tokens(1, 9)
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match=r'must be "spattention" for a model .* got "sdpa"'):
+        transformers.AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
+    assert torch.equal(logits(model, ids), before)

@@ -422,10 +422,13 @@ def _adopt(parent: torch.nn.Module, name: str, module: Any) -> None:
     section = read_section(module.config)
     if section is None:
         return
-    if module.config._attn_implementation != NAME:
+    named = module.config._attn_implementation
+    if named != NAME:
+        # The config may be a live model's, which Transformers has changed already.
+        module.config._attn_implementation_internal = NAME
         raise ValueError(
             '`attn_implementation` must be "spattention" for a model with `config.spattention`, '
-            f'got "{module.config._attn_implementation}", which would run it without its bands; '
+            f'got "{named}", which would run it without its bands; '
             "delete `config.spattention` if that is meant"
         )
     pattern = section.layer_patterns[module.layer_idx]
