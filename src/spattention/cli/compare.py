@@ -43,8 +43,10 @@ class Options:
 
     Args:
         patterns: Ways to attend: dense, shared_local, exclusive, sliding_window, gapped,
-            local_only; a pattern's options follow a colon, as in
-            shared_local:widths=geometric,local=64 or sliding_window:window=128.
+            local_only, or a baseline: longformer, bigbird, reformer, published_longformer,
+            published_bigbird, published_reformer. Options follow a colon, as in
+            shared_local:widths=geometric,local=64 or sliding_window:window=128; a sliding window is
+            else as wide as a uniform band and one.
         steps: Optimizer steps of each run.
         seeds: Seeds of weights and data order. With two or more, differences within the spread
             between seeds are marked.
