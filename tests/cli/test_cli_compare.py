@@ -195,7 +195,7 @@ def test_generate_reads_a_file(compared, text, capfd, tmp_path):
 def test_generate_says_what_is_wrong(compared, capsys, tmp_path):
     output, _ = compared
     for arguments, error in (
-        ([str(tmp_path), "hello"], "must hold a saved model (config.json) or a comparison"),
+        ([str(tmp_path), "hello"], "must hold a saved model (config.json), a training run"),
         ([str(output)], "give a prompt or --file"),
         ([str(output), ""], "at least one token, got none"),
         ([str(output), "a", "--top-k", "0"], "`--top-k` must be at least 1, got 0"),
