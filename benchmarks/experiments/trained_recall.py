@@ -37,6 +37,7 @@ from transformers import (
 from spattention.evaluation.perplexity import Mean
 from spattention.evaluation.recall import Question, pairs
 from spattention.training.layers import recipe_attention
+from spattention.training.record import source_commit
 from spattention.training.report import machine
 from spattention.training.results import write_atomically
 
@@ -63,10 +64,9 @@ class Options:
         steps: Steps of 64 sequences.
         jobs: Runs at a time, which share the CPU's cores.
         ledger: Folder of the entries' folder.
-        commit: The commit to record.
+        commit: The commit to record, where git cannot tell.
     """
 
-    commit: str
     attention: tuple[str, ...] = (
         "dense",
         "shared_local",
@@ -82,6 +82,7 @@ class Options:
     steps: int = 1000
     jobs: int = 1
     ledger: Path = HERE
+    commit: str | None = None
 
 
 class Questions(IterableDataset[dict[str, torch.Tensor]]):
@@ -190,7 +191,7 @@ def run(options: Options, name: str, seed: int) -> dict[str, Any]:
         ],
         "model": {"layers": LAYERS, "heads": HEADS, "head_dim": HEAD_DIM, "width": WIDTH},
         "training": {"batch": BATCH, "learning_rate": LEARNING_RATE, "warmup": WARMUP},
-        "commit": options.commit,
+        "commit": options.commit or source_commit(),
         "machine": machine(),
     }
 
