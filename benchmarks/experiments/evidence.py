@@ -93,8 +93,8 @@ Small models, 26 to 31 million tokens a run: early days of training, which favou
   learns later than dense attention, then finds every value at most distances and none at some, the
   same in both seeds: the bands of single heads, which learned nothing. Every band has to learn for
   itself; why these did not is not known. A sliding window of two layers does not reach. One task,
-  one size, one recipe: dense attention stays on a plateau here, and reached 0.996 in 600 steps of
-  another schedule (one trial, not kept), so nothing follows about bands being better at recall.
+  one size, one recipe, in which dense attention stays on a plateau: nothing follows about bands
+  being better at recall.
 """
 OUTRO = """\
 ## What is not answered yet
