@@ -99,7 +99,15 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def check_view(
-    view: str, place: int, impl: str, *, backward: bool = True, queries: int = 9
+    view: str,
+    place: int,
+    impl: str,
+    *,
+    backward: bool = True,
+    queries: int = 9,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> None:
     """Assert that an input with strides of its own gives what its contiguous copy gives.
 
@@ -109,17 +117,22 @@ def check_view(
         impl: the implementation.
         backward: also the gradients.
         queries: Q, the last of 16 tokens.
+        head_dim: D.
+        dtype: of the inputs.
+        device: of the inputs.
     """
     pattern = BandPattern.shared_local(4, 16)
     results: list[list[torch.Tensor]] = []
     for copied in (False, True):
         generator = torch.Generator().manual_seed(0)
-        leaves = [torch.randn(2, 4, n, 16, generator=generator) for n in (queries, 16, 16)]
+        leaves = [
+            torch.randn(2, 4, n, head_dim, generator=generator)
+            .to(device, dtype)
+            .requires_grad_(backward)
+            for n in (queries, 16, 16)
+        ]
         query, key, value = (
-            VIEWS[view](leaf.requires_grad_(backward))
-            if i == place
-            else leaf.requires_grad_(backward)
-            for i, leaf in enumerate(leaves)
+            VIEWS[view](leaf) if i == place else leaf for i, leaf in enumerate(leaves)
         )
         if copied:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -127,9 +140,12 @@ def check_view(
         assert isinstance(out, torch.Tensor)
         grads = torch.autograd.grad(out.square().sum(), leaves) if backward else ()
         results.append([out.detach(), *grads])
+    # An expanded input's gradient is a sum, whose order is that of memory; on Hopper it also has
+    # another kernel.
+    allowed = 1e-5 if dtype == torch.float32 else 1e-2
     for viewed, dense in zip(*results):
-        # An expanded input's gradient is a sum, whose order is that of memory.
-        torch.testing.assert_close(viewed, dense, rtol=1e-5, atol=1e-5)
+        error = (viewed - dense).abs().max() / dense.abs().max().clamp(min=1.0)
+        assert error <= allowed, f"error {error:.1e} of the largest value"
 
 
 def exact(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None) -> Tensors:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spattention.impl.triton import launch
-from spattention.testing import check_error, exact, plain, run
+from spattention.testing import VIEWS, check_error, check_view, exact, plain, run
 
 from .cases import VARIANTS, Variant, draw, poison_unseen
 
@@ -60,3 +60,19 @@ def check_cases(variant: Variant, count: int) -> None:
         found = run(poison_unseen(case), grads, impl="triton")
         for name in truth:
             check_error(f"seed {seed}: {name}", found[name], rough[name], truth[name])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 32)],
+    ids=str,
+)
+@pytest.mark.parametrize("queries", [9, 16])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("view", VIEWS)
+def test_memory_orders(
+    view: str, place: int, queries: int, dtype: torch.dtype, head_dim: int
+) -> None:
+    check_view(
+        view, place, "triton", queries=queries, head_dim=head_dim, dtype=dtype, device="cuda"
+    )

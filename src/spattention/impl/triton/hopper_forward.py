@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
@@ -75,6 +76,8 @@ def forward_kernel(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
+    # A backward pass that follows at once may be under way when this ends; it waits for the end.
+    gdc_launch_dependents()
     program = gl.program_id(0)
     place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
     batch = place % n_batch

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
@@ -335,6 +336,7 @@ def forward_kernel(
 ):
     gl.static_assert(BLOCK_M == READERS * ROWS)
     gl.static_assert(gl.num_warps() == 4)
+    gdc_launch_dependents()  # as in `hopper_forward.py`
     DTYPE: gl.constexpr = t_key.dtype
     queries = ring(READERS, ROWS, HEAD_DIM, DTYPE, 1)
     keys = ring(STAGES, BLOCK_N, HEAD_DIM, DTYPE, READERS)
