@@ -34,13 +34,13 @@ def test_random_cases(variant: Variant) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", [each for each in VARIANTS if each.hopper], ids=str)
 @pytest.mark.parametrize(
-    ("rounds", "long", "apart"), [(0, True, True), (0, False, False), (2, False, True)]
+    ("order", "long", "apart"), [(0, True, True), (0, False, False), (2, False, True)]
 )
 def test_random_cases_in_the_orders_of_larger_ones(
-    variant: Variant, rounds: int, long: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
+    variant: Variant, order: int, long: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the rules choose for more heads, more tokens and longer bands, on small cases."""
-    monkeypatch.setattr(launch, "rounds", lambda *shape: rounds)
+    monkeypatch.setattr(launch, "order", lambda *shape: order)
     monkeypatch.setattr(launch, "is_long", lambda *shape: long)
     monkeypatch.setattr(launch, "is_apart", lambda *shape: apart)
     check_cases(variant, CASES_OF_AN_ORDER)

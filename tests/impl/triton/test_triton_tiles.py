@@ -122,33 +122,54 @@ def test_heads_come_by_falling_work_and_members_stay_together() -> None:
     assert [row[0] for row in launch._table(pattern.flat, 4)[1]] == [1, 3, 0, 2]
 
 
-@pytest.mark.parametrize("rounds", [0, 1, 2])
-def test_every_block_of_every_place_has_its_turn(rounds: int) -> None:
+@pytest.mark.parametrize("in_turn", [0, 1])
+def test_every_block_of_every_place_has_its_turn(in_turn: int) -> None:
     slots, places = 7, 5
-    programs = range(slots * places * max(1, rounds))
-    turns = [tiles.turn.fn(program, slots, places, rounds) for program in programs]
-    blocks = [(place, rank) for place in range(places) for rank in range(slots)]
-    assert sorted(turns) == sorted((*block, i) for block in blocks for i in range(max(1, rounds)))
-    assert [rank for _, rank, _ in turns[:places]] == ([0] * 5 if rounds else [0, 1, 2, 3, 4])
-    assert [i for _, _, i in turns] == sorted(i for _, _, i in turns)
-    for long in (False, True):
-        works = [not tiles.is_other_round.fn(i, rounds, long) for i in range(max(1, rounds))]
-        assert works == ([long, not long] if rounds == 2 else [True])
+    turns = [tiles.turn.fn(program, slots, places, in_turn) for program in range(slots * places)]
+    assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
+    assert turns == sorted(turns, key=lambda turn: turn[in_turn])
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The bands that `long_blocks` reads, at address 0."""
+    rows: list[list[int]] = []
+    monkeypatch.setattr(tiles.tl, "load", lambda at: rows[at // 8][at % 8])
+    monkeypatch.setattr(tiles, "long_blocks", tiles.long_blocks.fn)
+    monkeypatch.setattr(tiles, "shared_turn", tiles.shared_turn.fn)
+    monkeypatch.setattr(tiles, "MISSING", tiles.MISSING.value)
+    return rows
+
+
+def test_pairs_share_their_turns_and_take_long_blocks_first(table: list[list[int]]) -> None:
+    rng = random.Random(3)
+    for _ in range(100):
+        slots, batch, heads, block = rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5), 4
+        near = [rng.randint(0, 45) for _ in range(heads)]
+        table[:] = [[head, 0, 1, n, n + 1, 0, 0, 0] for head, n in enumerate(near)]
+        places = batch * heads
+        turns = [
+            tiles.paired_turn.fn(program, 0, slots, batch, heads, block)
+            for program in range(slots * places)
+        ]
+        assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
+        long = [slots - min(near[place // batch] // block, slots) for place in range(places)]
+        for first in range((places + 1) // 2):
+            pair = {first, places - 1 - first}
+            come = [rank < long[place] for place, rank in turns if place in pair]
+            assert come == sorted(come, reverse=True)
 
 
 @pytest.mark.parametrize(
-    ("bands", "near"),
-    [
-        ((0, 5, 9, 12, 20), 12),
-        ((0, 5, 9, tiles.MISSING.value, tiles.MISSING.value), 5),
-        ((0, *[tiles.MISSING.value] * 4), tiles.MISSING.value),
-    ],
+    ("near", "count"),
+    [((5, 12), 5), ((5, None), 7), ((None, None), 0), ((0, 100), 0), ((0, 31), 1)],
 )
-def test_the_last_interval_of_a_head(
-    bands: tuple[int, ...], near: int, monkeypatch: pytest.MonkeyPatch
+def test_long_blocks_reach_the_last_interval(
+    near: tuple[int | None, int | None], count: int, table: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(tiles.tl, "where", lambda choice, yes, no: yes if choice else no)
-    assert tiles.last_near.fn(bands) == near
+    first, second = (tiles.MISSING if n is None else n for n in near)
+    table[:] = [[0] * 8, [0, first, first, second, second, 0, 0, 0]]
+    assert tiles.long_blocks(0, 1, 8, 4) == count
 
 
 def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
@@ -209,7 +230,7 @@ def test_heads_take_turns_where_that_was_faster(
     expected: int,
 ) -> None:
     """What was measured on the reference GPU with head_dim 128 (benchmarks/LOG.md)."""
-    assert config.rounds(make(heads, length).flat, batch, length, 128, 2) == expected
+    assert config.order(make(heads, length).flat, batch, length, 128, 2) == expected
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ HOPPER_COUNTS = (
     "n_slots",
     "n_queries",
     "n_keys",
-    "rounds",
+    "order",
     "in_turn",
     "pitch",
     "n_key_slots",
@@ -287,15 +287,15 @@ def is_apart(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def rounds(intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, itemsize: int) -> int:
+def order(intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, itemsize: int) -> int:
     """The order of the blocks of the Hopper kernels: 0 for one head after the other, 1 for heads in
-    turn, 2 for that in two rounds, the blocks that the last interval of their head reaches first.
+    turn, 2 for heads in pairs, the blocks that the last interval of their head reaches first.
 
     In turn, the shortest blocks of all heads come last, and the GPU runs out of work at once. But
     the keys and values of all heads are in use at the same time: worth it while the cache holds
-    them. Blocks that only one of two intervals reaches are short too; a second round leaves them
-    for the end. It doubles the programs, half of which leave at once: worth it where blocks are
-    few, and of about the same work in all heads.
+    them. Blocks that only one of two intervals reaches are short too; pairs leave them for the end.
+    That takes a program longer to begin: worth it in the forward pass alone, where blocks are few,
+    and of about the same work in all heads.
 
     Args:
         intervals: `near, far, near, far` of each head, of which `near == far` is none.

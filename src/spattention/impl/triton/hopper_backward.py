@@ -66,7 +66,7 @@ def query_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
-    place, rank, _ = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
     slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
@@ -245,7 +245,7 @@ def key_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
 
-    place, rank, _ = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
+    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
     batch = place % n_batch
     row_bands = place // n_batch * group
     bands = tiles.bands_of(p_bands, row_bands)

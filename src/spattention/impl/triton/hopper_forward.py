@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
@@ -56,7 +55,7 @@ def forward_kernel(
     n_slots,
     n_queries,
     n_keys,
-    rounds,
+    order,
     scale,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -76,19 +75,18 @@ def forward_kernel(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
-    # A backward pass that follows at once may be under way when this ends; it waits for the end.
-    gdc_launch_dependents()
     program = gl.program_id(0)
-    place, rank, round = tiles.turn(program, n_slots, n_batch * n_heads, rounds)
+    if order == 2:
+        place, rank = tiles.paired_turn(program, p_bands, n_slots, n_batch, n_heads, BLOCK_M)
+    else:
+        place, rank = tiles.turn(program, n_slots, n_batch * n_heads, order)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
-    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
+    slot = tiles.query_slot(rank, bands[1] * (order != 2), n_slots, BLOCK_M)
     head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
-    if tiles.is_other_round(round, rounds, last >= tiles.last_near(bands)):
-        return
     walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
     n_steps = tiles.steps_of(walk)
     p_out += batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h

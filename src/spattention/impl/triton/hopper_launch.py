@@ -77,8 +77,8 @@ def forward(
         **call.hopper_options(launch),
     }
     if not call.long:
-        hopper_forward.forward_kernel[(blocks * max(1, call.rounds),)](
-            *descriptors, *tensors, call.scale, **options
+        hopper_forward.forward_kernel[(blocks,)](
+            *descriptors, *tensors, call.order, call.scale, **options
         )
         return
     programs = min(blocks, call.multiprocessors)
@@ -111,7 +111,7 @@ def gradients(
     t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
     t_base = _vector_descriptor(base, launch.block_m)
     t_delta = _vector_descriptor(delta, launch.block_m)
-    counts = call.hopper_counts(slots, most_rounds=1)
+    counts = (*call.hopper_counts(slots), min(call.order, 1))
     options = {
         "HAS_D_LSE": d_lse is not None,
         "launch_pdl": True,

@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
@@ -38,9 +37,9 @@ READERS = gl.constexpr(2)
 @gluon.jit
 def block_of(tile, p_bands, counts, BLOCK_N: gl.constexpr, INTERVALS: gl.constexpr):
     """`(batch, bands, first, last, walk)` of a program's block of queries, the `tile`-th of all."""
-    n_slots, n_batch, n_heads, _, rounds, n_queries, n_keys = counts
+    n_slots, n_batch, n_heads, _, n_queries, n_keys = counts
     BLOCK_M: gl.constexpr = READERS * ROWS
-    place, rank, _ = tiles.turn(tile, n_slots, n_batch * n_heads, rounds)
+    place, rank = tiles.turn(tile, n_slots, n_batch * n_heads, 0)
     bands = tiles.bands_of(p_bands, place // n_batch)
     first = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M) * BLOCK_M
     last = min(first + BLOCK_M, n_queries) - 1
@@ -134,7 +133,7 @@ def read(
     pointers, out_strides, rings, counts, n_tiles, scale = work
     p_out, p_lse, p_bands, p_sinks = pointers
     queries, keys, values = rings
-    n_heads, n_queries, n_keys = counts[2], counts[5], counts[6]
+    n_heads, n_queries, n_keys = counts[2], counts[4], counts[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     done = 0  # blocks of keys before those of this block
@@ -323,7 +322,6 @@ def forward_kernel(
     n_slots,
     n_queries,
     n_keys,
-    rounds,
     n_tiles,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -336,7 +334,6 @@ def forward_kernel(
 ):
     gl.static_assert(BLOCK_M == READERS * ROWS)
     gl.static_assert(gl.num_warps() == 4)
-    gdc_launch_dependents()  # as in `hopper_forward.py`
     DTYPE: gl.constexpr = t_key.dtype
     queries = ring(READERS, ROWS, HEAD_DIM, DTYPE, 1)
     keys = ring(STAGES, BLOCK_N, HEAD_DIM, DTYPE, READERS)
@@ -345,7 +342,7 @@ def forward_kernel(
     rings = (queries, keys, values)
     pointers = (p_out, p_lse, p_bands, p_sinks)
     out_strides = (out_stride_b, out_stride_h, out_stride_t)
-    counts = (n_slots, n_batch, n_heads, group, rounds, n_queries, n_keys)
+    counts = (n_slots, n_batch, n_heads, group, n_queries, n_keys)
     work = (pointers, out_strides, rings, counts, n_tiles, scale)
     gl.warp_specialize(
         [

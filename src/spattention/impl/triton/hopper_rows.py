@@ -92,7 +92,7 @@ def rows_kernel(
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
-    place, rank, _ = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
+    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
     slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)

@@ -20,8 +20,8 @@ from .config import (
     is_apart,
     is_long,
     launches,
+    order,
     pitch,
-    rounds,
 )
 from .forward import forward_kernel
 
@@ -170,11 +170,11 @@ class Call:
             if open_ranges and rows < 1 << 31
             else None
         )
-        self.rounds = 0
+        self.order = 0
         self.long = self.apart = False
         if self.hopper is not None:
-            self.rounds = rounds(self.intervals, batch, self.keys, head_dim, 2)
-            self.long = self.rounds == 0 and is_long(self.intervals, self.keys, head_dim)
+            self.order = order(self.intervals, batch, self.keys, head_dim, 2)
+            self.long = self.order == 0 and is_long(self.intervals, self.keys, head_dim)
             self.apart = is_apart(self.intervals, batch, self.keys)
         self.device = query.device
         self.constants = {
@@ -210,7 +210,7 @@ class Call:
             "num_stages": launch.num_stages,
         }
 
-    def hopper_counts(self, slots: int, most_rounds: int = 2) -> tuple[int, ...]:
+    def hopper_counts(self, slots: int) -> tuple[int, ...]:
         return (
             self.heads,
             self.heads // self.key_heads,
@@ -218,7 +218,6 @@ class Call:
             slots,
             self.queries,
             self.keys,
-            min(self.rounds, most_rounds),
         )
 
     def hopper_options(self, launch: LaunchConfig) -> dict[str, Any]:

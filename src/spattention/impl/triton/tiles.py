@@ -173,28 +173,52 @@ def visible(o_position, o_key, near, o_reach):
 
 
 @triton.jit
-def turn(program, n_slots, n_places, rounds):
-    """`(place, rank, round)` of a program: which head of which batch it works on, counted from the
-    most work, the rank of its block there, and the round. Without `rounds`, one place after the
-    other; else in each round the first block of every place, then the second.
+def turn(program, n_slots, n_places, in_turn):
+    """`(place, rank)` of a program: which head of which batch it works on, counted from the most
+    work, and the rank of its block there. One place after the other; or `in_turn`, the first block
+    of every place, then the second.
     """
-    if rounds != 0:
-        return program % n_places, program // n_places % n_slots, program // n_places // n_slots
-    return program // n_slots, program % n_slots, 0
+    if in_turn != 0:
+        return program % n_places, program // n_places
+    return program // n_slots, program % n_slots
 
 
 @triton.jit
-def is_other_round(round, rounds, long):
-    """With two rounds, each block has a program in both, and works in one: the `long` ones, which
-    the last interval of their head reaches, in the first.
+def paired_turn(program, p_bands, n_slots, n_batch, n_heads, BLOCK):
+    """As `turn`, with places in pairs of one with much work and one with little, which share their
+    turns: those blocks of both come first which reach the last interval of their head.
     """
-    return (rounds == 2) & (long == (round != 0))
+    n_places = n_batch * n_heads
+    column, step = program % n_places, program // n_places
+    first = min(column, n_places - 1 - column)
+    second = n_places - 1 - first
+    paired = first != second
+    step += (step + (column != first)) * paired
+    long = long_blocks(p_bands, first // n_batch, n_slots, BLOCK)
+    other = long_blocks(p_bands, second // n_batch, n_slots, BLOCK) * paired
+    of_second, rank = shared_turn(step, long, other, n_slots)
+    return first + (second - first) * of_second, rank
 
 
 @triton.jit
-def last_near(bands):
-    """Where the last interval of a head begins."""
-    return tl.where(bands[3] < MISSING, bands[3], bands[1])
+def long_blocks(p_bands, row, n_slots, BLOCK):
+    """How many blocks of queries reach the last interval of their head, the last ones of all."""
+    p_row = p_bands + 8 * row
+    near_0, near_1 = tl.load(p_row + 1), tl.load(p_row + 3)
+    near = near_1 * (near_1 < MISSING) + near_0 * (near_1 >= MISSING)
+    return n_slots - min(near // BLOCK, n_slots)
+
+
+@triton.jit
+def shared_turn(step, long, other, n_slots):
+    """`(of_second, rank)` of a step of two places with `n_slots` blocks each: the long blocks of
+    the first, those of the second, then the rest of the first and of the second.
+    """
+    of_second_long = (step >= long) & (step < long + other)
+    of_first_short = (step >= long + other) & (step < n_slots + other)
+    of_second_short = step >= n_slots + other
+    rank = step - of_second_long * long - of_first_short * other - of_second_short * n_slots
+    return of_second_long | of_second_short, rank
 
 
 @triton.jit
