@@ -308,12 +308,16 @@ def test_a_faster_run_has_denses_loss_earlier():
     assert evidence._time("half", done) == ""
 
 
-def finished_run(loss, pairs, gpu="one", speed=100):
+def finished_run(loss, pairs, gpu="one", speed=100, late=0.0):
     made = entry([1, speed], [(5, loss + 1), (10, loss)])
     return made | {
         "gpu": gpu,
         "facts": {"pairs_per_token": pairs},
-        "final": {"loss": {"mean": loss, "error": 0.01}},
+        "final": {
+            "loss": {"mean": loss, "error": 0.01},
+            "edges": [1, 4, 6, 7, 8],
+            "by_position": [loss + 1, loss + 2, loss + late, loss + late],
+        },
     }
 
 
@@ -332,12 +336,13 @@ def test_differences_are_taken_seed_by_seed_and_against_each_baseline():
         ("dense", 0): finished_run(4.0, 8.0),
         ("dense", 1): finished_run(5.0, 8.0),
         ("shared_local", 0): finished_run(3.9, 4.0),
-        ("shared_local", 1): finished_run(4.8, 4.0),
+        ("shared_local", 1): finished_run(4.8, 4.0, late=0.4),
         ("longformer", 1): finished_run(4.7, 5.0),
         ("sliding_window", 0): finished_run(4.05, 3.0),
         ("sliding_window", 1): finished_run(4.7, 3.0),
     }
-    assert "| -0.1500 ± 0.0707 |" in evidence._row("shared_local", done)
+    row = evidence._row("shared_local", done)
+    assert "| -0.1500 ± 0.0707 | +0.0500 ± 0.2121 |" in row
     more, less = evidence._against_baselines("shared_local", done)
     assert "`longformer`, which costs as much or more" in more
     assert "+0.1000, ahead in 0 of 1 seed, not settled" in more
