@@ -1,6 +1,7 @@
 """The operators' meaning, on every implementation that runs on the CPU."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -359,6 +360,38 @@ def test_second_derivatives_raise():
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="spattention"):
         torch.autograd.grad(grad.sum(), query)
+
+
+def test_forward_mode_is_the_reference_alone():
+    key, value, sinks = draw(1, HEADS, 5, 16, seed=1), draw(1, HEADS, 5, 16, seed=2), draw(HEADS)
+    query = draw(1, HEADS, 5, 16)
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+
+    def padded(query, sinks, impl):
+        return spa.band_attention(query, key, value, PATTERNS["exclusive"], sinks=sinks, impl=impl)
+
+    def packed(query, sinks, impl):
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return spa.band_attention_varlen(
+            *rows, PATTERNS["exclusive"], offsets, offsets, 5, 5, sinks=sinks, impl=impl
+        )
+
+    def cached(query, sinks, impl):
+        store = spa.BandStore(PATTERNS["exclusive"], 1, HEADS, 16, dtype=key.dtype)
+        return spa.band_attention_cached(
+            query, store, PATTERNS["exclusive"], key, value, sinks=sinks
+        )
+
+    for attend in (padded, packed):
+        exact = partial(attend, impl="reference")
+        _, tangent = torch.func.jvp(exact, (query, sinks), (query, torch.zeros_like(sinks)))
+        more, less = exact(query * (1 + 1e-3), sinks), exact(query * (1 - 1e-3), sinks)
+        torch.testing.assert_close(tangent, (more - less) / 2e-3, rtol=1e-2, atol=1e-3)
+    for attend in (padded, packed, cached):
+        with pytest.raises(NotImplementedError, match="`query` has a tangent"):
+            torch.func.jvp(partial(attend, sinks=sinks, impl=None), (query,), (query,))
+        with pytest.raises(NotImplementedError, match="`sinks` has a tangent"):
+            torch.func.jvp(partial(attend, query, impl=None), (sinks,), (sinks,))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from .bands import BandPattern
-from .checks import check_attention, check_tensors, check_varlen
+from .checks import check_attention, check_no_tangents, check_tensors, check_varlen
 from .impl import blockwise, reference
 from .impl.layout import without_autocast
 
@@ -73,6 +73,7 @@ def band_attention(
     Raises:
         ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked
             too (`spattention.validate` checks them on any device).
+        NotImplementedError: in forward-mode differentiation, except by `"reference"`.
 
     Under autocast, query, key and value are cast to autocast's dtype, as
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
@@ -91,6 +92,8 @@ def band_attention(
         key_start=key_start,
     )
     implementation = _implementation(impl, query, value)
+    if implementation is not reference:
+        check_no_tangents(query=query, key=key, value=value, sinks=sinks)
     with without_autocast(query):
         out, lse = implementation.attend(
             query,
@@ -151,6 +154,7 @@ def band_attention_varlen(
 
     Raises:
         ValueError: if an argument breaks a rule above.
+        NotImplementedError: as in `band_attention`.
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = _autocast(query, key, value)
@@ -167,6 +171,8 @@ def band_attention_varlen(
         sinks=sinks,
     )
     implementation = _implementation(impl, query, value)
+    if implementation is not reference:
+        check_no_tangents(query=query, key=key, value=value, sinks=sinks)
     with without_autocast(query):
         out, lse = implementation.attend_varlen(
             query,

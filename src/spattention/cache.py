@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .attention import Result, _autocast, _scale, band_attention, kernels_for
 from .bands import BandPattern
-from .checks import check_attention, readable
+from .checks import check_attention, check_no_tangents, readable
 from .impl.layout import empty_like_query, lse_dtype, without_autocast
 from .merge import merge
 from .rings import SLACK, Rings, ring_lengths, ring_tables
@@ -298,6 +298,7 @@ def band_attention_cached(
     Raises:
         ValueError: if an argument breaks a rule above. Going backward through the result raises
             RuntimeError: a store keeps no graph.
+        NotImplementedError: in forward-mode differentiation.
     """
     if not isinstance(store, BandStore):
         raise ValueError(f"`store` must be a BandStore, got {type(store).__name__}")
@@ -308,6 +309,7 @@ def band_attention_cached(
     given = [tensor for tensor in (query, key, value) if tensor is not None]
     query, *tokens = _autocast(*given)
     _check_query(query, store, tokens, scale, sinks, key_start)
+    check_no_tangents(**dict(zip(("query", "key", "value"), given)), sinks=sinks)
     with torch.no_grad(), without_autocast(query):
         out, lse = _attend(query, store, tokens, _scale(query, scale), sinks, key_start)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):

@@ -8,6 +8,7 @@ here, because that would wait for the device; `validate` reads them on request.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from .bands import BandPattern
 
@@ -151,6 +152,20 @@ def validate(
     _check_cu_seqlens_values(
         query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     )
+
+
+def check_no_tangents(**tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError in forward-mode differentiation (`torch.func.jvp`): PyTorch would
+    run the operator without it, and take the derivative for zero.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"`{name}` has a tangent: forward-mode derivatives are those of "
+                '`band_attention(impl="reference")` alone'
+            )
 
 
 def check_tensors(**tensors: torch.Tensor) -> None:

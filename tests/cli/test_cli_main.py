@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spattention.cli import COMMANDS, EXTRAS, main
+from spattention.training.recipe import Recipe
 
 
 def test_the_overview_names_every_command_and_imports_none(capsys):
@@ -39,6 +40,17 @@ def test_each_command_explains_itself(name, capsys):
     explanation, _, arguments = options.__doc__.partition("Args:")
     assert " ".join(explanation.split())[-40:] in described
     assert arguments.split(": ")[-1].split()[0] in described
+
+
+def test_the_help_of_train_names_every_field_of_a_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Recipe):
+        assert f"- {field.name} (" in text
+    assert "- steps (required): optimizer steps." in text
+    assert "- layers (optional): decoder layers, instead of the preset's." in text
+    assert '- parallel (default "ddp"): "ddp" copies the model' in text
 
 
 def test_an_unknown_command_suggests_one(capsys):

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from spattention.cli import main
-from spattention.data.corpus import BATCH, open_source, prepare_corpus
+from spattention.data.corpus import BATCH, Source, open_source, prepare_corpus
 from spattention.data.prepare import open_facts, open_stream
 from spattention.data.text import read_documents
 from spattention.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
@@ -115,10 +115,46 @@ def test_a_failure_leaves_nothing_behind(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("share", "count", "held"),
+    [
+        (0.4, 10, [1, 3, 6, 8]),
+        (0.35, 20, [1, 4, 7, 10, 12, 15, 18]),
+        (0.5, 2, [1]),
+        (0.25, 3, [2]),
+        (0.1, 30, [5, 15, 25]),
+    ],
+)
+def test_documents_are_held_out_evenly_and_as_many_as_asked(
+    tmp_path, tokenizer, share, count, held
+):
+    (tmp_path / "a.txt").write_text("\f".join(f"number {k}" for k in range(count)))
+    source = open_source(str(tmp_path / "a.txt"))
+    prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=share)
+    used = load_tokenizer(tokenizer)
+    for name in ("train", "validation"):
+        stream = open_stream(tmp_path / "out", name)
+        texts = [used.decode(stream.take([k]).tokens.tolist()) for k in range(stream.num_documents)]
+        expected = [k for k in range(count) if (k in held) == (name == "validation")]
+        assert [int(text.split()[-1]) for text in texts] == expected
+
+
+def test_two_that_prepare_one_folder_do_not_meet(tmp_path, tokenizer):
+    def meanwhile():
+        yield "one"
+        with pytest.raises(ValueError, match="by one process at a time"):
+            prepare_corpus(tmp_path / "out", Source("other", ["two"]), tokenizer=tokenizer)
+        yield "three"
+
+    source = Source("first", meanwhile())
+    facts = prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=0.0)
+    assert facts.train_documents == 2
+
+
+@pytest.mark.parametrize(
     ("text", "changes", "error"),
     [
         ("one", {}, "`held_out` must be 0 for a source of 1 documents, got 0.005"),
-        ("a\fb\fc", {}, "must be 0, for none, or at least 1 / 5 for a source of 3 documents"),
+        ("a\fb\fc", {}, "must be 0, for none, or more than 1 / 6 for a source of 3 documents"),
         ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
         ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
     ],

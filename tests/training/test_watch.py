@@ -197,6 +197,9 @@ def test_a_model_with_other_attention_goes_on_dense(before, data, tmp_path):
         "layers": None,
         "vocabulary": None,
     }
+    if sinks:
+        with pytest.raises(ValueError, match="was trained with sinks"):
+            pretrain(recipe(data, **changes, steps=2), tmp_path / "bands")
     tuned = recipe(data, **changes, attention="dense", steps=2)
     assert pretrain(tuned, tmp_path / "tuned").finished
     saved = json.loads((tmp_path / "tuned" / "checkpoint-2" / "config.json").read_text())

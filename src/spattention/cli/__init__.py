@@ -1,7 +1,7 @@
 """The command line: `spattention COMMAND`. One module per command, imported only when it is chosen.
 
-A command module has a frozen dataclass `Options`, whose docstrings are its help, and
-`main(options)`.
+A command module has a frozen dataclass `Options`, whose docstrings are its help, unless a function
+`description()` says more, and `main(options)`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COMMANDS = {
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
+    "docstring_parser": "train",
     "liger_kernel": "gpu",
     "lm_eval": "eval",
     "matplotlib": "train",
@@ -56,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import tyro
 
         module = import_module(f"spattention.cli.{name}")
-        options = tyro.cli(module.Options, prog=f"spattention {name}", args=rest)
+        described = module.description() if hasattr(module, "description") else None
+        options = tyro.cli(
+            module.Options, prog=f"spattention {name}", description=described, args=rest
+        )
         module.main(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

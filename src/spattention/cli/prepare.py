@@ -30,8 +30,7 @@ class Options:
         tokenizer: A tokenizer.json. Without it a byte-level BPE is trained on the first documents.
         vocabulary: Entries of the tokenizer that is trained.
         end_of_text: The token that ends a document, as the tokenizer writes it.
-        held_out: Share of the documents that is kept for validation, one of every so many; 0 for
-            none.
+        held_out: Share of the documents that is kept for validation, spread evenly; 0 for none.
         name: The dataset's configuration, where it has several.
         split: Of the dataset.
         column: Where JSON lines or the dataset keep their text.

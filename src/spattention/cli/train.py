@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
 import tyro
+from docstring_parser import parse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..training.callbacks import Event
 from ..training.pretrain import pretrain
-from ..training.recipe import read_recipe
+from ..training.recipe import Recipe, read_recipe
 from ..training.watch import Diverged
 
 
 @dataclass(frozen=True)
 class Options:
-    """Pre-train or fine-tune a model by a recipe: a TOML file whose fields are those of
-    spattention.training.recipe.Recipe.
+    """Pre-train or fine-tune a model by a recipe: a TOML file whose fields are named below.
 
     Ctrl-C or a crash loses the steps since the last checkpoint; the same command goes on from it.
     On several GPUs: torchrun --nproc-per-node 8 -m spattention train RECIPE.
@@ -40,6 +42,22 @@ class Options:
     set: tuple[str, ...] = ()
     output: Path | None = None
     minutes: float | None = None
+
+
+def description() -> str:
+    """What the command does, and the fields of a recipe, from their own docstrings."""
+    about = inspect.cleandoc(Options.__doc__ or "").partition("\n\nArgs:")[0]
+    said = {each.arg_name: each.description for each in parse(Recipe.__doc__ or "").params}
+    lines = []
+    for field in fields(Recipe):
+        if field.default is MISSING:
+            default = "required"
+        else:
+            default = (
+                "optional" if field.default is None else f"default {json.dumps(field.default)}"
+            )
+        lines.append(f"- {field.name} ({default}): {' '.join((said[field.name] or '').split())}")
+    return "\n".join([about, "", "The fields of a recipe:", *lines])
 
 
 def main(options: Options) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from .tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, tokenize, tr
 
 BATCH = 512  # documents that are tokenized together, on all cores
 DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+HALF = Fraction(1, 2)
 HEADER = 128  # bytes before the tokens of a .npy file
 
 
@@ -120,7 +123,8 @@ def prepare_corpus(
         on_progress: called with documents and tokens so far, after each batch.
 
     Raises:
-        ValueError: if the folder exists, the source is empty, or a value is out of range.
+        ValueError: if the folder exists or another process prepares it, the source is empty, or a
+            value is out of range.
     """
     if folder.exists():
         raise ValueError(f"`--output` must be a new folder, {folder} exists")
@@ -135,8 +139,13 @@ def prepare_corpus(
         used = load_tokenizer(tokenizer)
     end = end_of_text_id(used, end_of_text)
     staging = folder.with_name(f".{folder.name}.preparing")
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
-    staging.mkdir(parents=True)
+    try:
+        staging.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ValueError(
+            f"`--output` must be prepared by one process at a time, got {folder}, and {staging} "
+            "exists. Where none is at work, one was killed: remove that folder"
+        ) from error
     try:
         train, validation = _write(
             staging, itertools.chain(first, documents), used, end, held_out, on_progress
@@ -174,7 +183,7 @@ def _write(
 ) -> tuple[StreamWriter, StreamWriter]:
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
     writers = [StreamWriter(folder, name, dtype) for name in ("train", "validation")]
-    every = round(1 / held_out) if held_out else 0
+    share = Fraction(str(held_out))
     count = 0
     while batch := list(itertools.islice(documents, BATCH)):
         texts = [text for text in batch if text and text.strip()]
@@ -182,8 +191,8 @@ def _write(
             continue
         stream = tokenize(texts, tokenizer, end)
         for k in range(stream.num_documents):
-            held = every and (count + k) % every == every // 2
-            writers[bool(held)].add(stream.tokens[stream.starts[k] : stream.starts[k + 1]])
+            before, after = (math.ceil(n * share - HALF) for n in (count + k, count + k + 1))
+            writers[before < after].add(stream.tokens[stream.starts[k] : stream.starts[k + 1]])
         count += stream.num_documents
         on_progress(count, sum(writer.num_tokens for writer in writers))
     for writer in writers:
@@ -191,8 +200,8 @@ def _write(
     train, validation = writers
     if not train.num_tokens:
         raise ValueError("the source must hold text, got none")
-    if every and not validation.num_tokens:
-        more = f", for none, or at least 1 / {2 * count - 1}" if count > 1 else ""
+    if held_out and not validation.num_tokens:
+        more = f", for none, or more than 1 / {2 * count}" if count > 1 else ""
         raise ValueError(
             f"`held_out` must be 0{more} for a source of {count} documents, got {held_out}"
         )

@@ -25,7 +25,7 @@ from .. import baselines, hf
 from ..choice import STOCK, AttentionChoice
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
-from ..hf.config import remove_section
+from ..hf.config import read_section, remove_section
 from ..models import SHAPES, build, preset
 from .callbacks import Event
 from .checkpoints import STAGING, clean, newest_good, step_of
@@ -302,6 +302,12 @@ def _model(
         raise ValueError(
             f"`vocabulary` must be above the largest token of the data, {data.largest}, got "
             f"{config.vocab_size}"
+        )
+    section = read_section(config)
+    if recipe.attention != STOCK and not recipe.sinks and section is not None and section.sinks:
+        raise ValueError(
+            f"`sinks` must be true: {recipe.model} was trained with sinks, which its other weights "
+            'count on (`attention = "dense"` leaves them out); got false'
         )
     attention = recipe_attention(
         recipe.attention,

@@ -38,7 +38,8 @@ class Recipe:
             model to go on from.
         layers: decoder layers, instead of the preset's.
         vocabulary: entries of the embedding, instead of the preset's.
-        attention: as `choice.attention_choice` reads it; one, or a list with one per layer.
+        attention: dense, a pattern or a baseline, as `spattention compare` names them; one, or a
+            list with one per layer.
         sinks: whether layers with a pattern have attention sinks.
         data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
         validation: the same, for the validation loss; empty for a share of `data`.
