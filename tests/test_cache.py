@@ -295,6 +295,23 @@ def test_reset_starts_another_text_in_the_same_memory():
     check(Case(query, key, value, pattern), actual)
 
 
+@pytest.mark.parametrize("change", [None, "select", "to"])
+def test_what_inference_mode_filled_goes_on_outside_it(change):
+    pattern = PATTERNS["shared_local"]
+    query, key, value = text(30)
+    with torch.inference_mode():
+        store = store_for(pattern, key, value)
+        store.append(key[:, :, :20], value[:, :, :20])
+        if change == "select":
+            store.select(torch.arange(2))
+        if change == "to":
+            store.to("cpu")
+    rest = (query[:, :, 20:], store, pattern, key[:, :, 20:], value[:, :, 20:])
+    found = spa.band_attention_cached(*rest)
+    whole = spa.band_attention(query, key, value, pattern)
+    torch.testing.assert_close(found, whole[:, :, 20:])
+
+
 def test_to_moves_everything():
     _, key, value = text(5)
     store = store_for(PATTERNS["shared_local"], key, value).to("meta")

@@ -84,11 +84,13 @@ class BandStore:
         self.slack = slack
         self._slots = sum(lengths)
         shape = (batch_size, self._slots + 1)
-        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
-        self.position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        # Highest position ever reached: what lies a ring's length before it is overwritten.
-        self._reached = torch.zeros_like(self.position)
+        # What inference mode makes cannot be written outside it, in another turn of a dialogue.
+        with torch.inference_mode(False):
+            self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+            self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+            self.position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            # Highest position ever reached: what lies a ring's length before it is overwritten.
+            self._reached = torch.zeros_like(self.position)
         # Known without waiting for the device: nothing was appended since the last reset.
         self._untouched = True
         self._make_tables()
@@ -180,6 +182,7 @@ class BandStore:
         for tensor in (self.keys, self.values, self.position, self._reached):
             tensor.copy_(tensor[rows])
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Keep these rows alone, in this order: int `[rows]` or bool `[B]`. Allocates anew."""
         rows = rows.to(self.device)
@@ -199,6 +202,7 @@ class BandStore:
         self._reached.zero_()
         self._untouched = True
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> BandStore:
         """Move everything to another device; returns the store itself."""
         self.keys, self.values = self.keys.to(device), self.values.to(device)
