@@ -98,14 +98,14 @@ early days of training, which favour short bands.
   ahead of all of them: "better than each baseline of equal or higher cost" is *not* confirmed. (The
   mask that the paper's code calls Longformer is behind `shared_local`, with more pairs than it.)
 - **Recall** of random tokens is near chance for every language model, dense included.
-- **Recall that is trained for**, two layers, 64 tokens, on the CPU, two seeds. `exclusive` with
+- **Recall that is trained for**, two layers, 64 tokens, on the CPU, three seeds. `exclusive` with
   geometric widths finds nearly all values with an eighth of the pairs; with uniform widths, where
   no head sees the token before alone, it learns nothing, and sinks help little. `shared_local`
   learns later than dense attention, then finds every value at most distances and none at some, the
-  same in both seeds: the bands of single heads, which learned nothing. Every band has to learn for
+  same in every seed: the bands of single heads, which learned nothing. Every band has to learn for
   itself; why these did not is not known. A sliding window of two layers does not reach. One task,
-  one size, one recipe, in which dense attention stays on a plateau: nothing follows about bands
-  being better at recall.
+  one size, one recipe: dense attention finds all values in one seed and stays on a plateau in two,
+  so that nothing follows about bands being better at recall.
 """
 OUTRO = """\
 ## What is not answered yet

@@ -5,8 +5,8 @@
 
 A sequence is `k1 v1 k2 v2 ...` and then the keys again in another order, each with its value, which
 is asked for: the questions of `spattention evaluate`, here fresh ones in every step. The language
-models of the plans are near chance on them; here dense attention answers nearly all, so that what a
-mask cannot do, or learns late, is seen. Runs on a CPU; what is in the ledger is not made again.
+models of the plans are near chance on them; here dense attention answers most, so that what a mask
+cannot do, or learns late, is seen. Runs on a CPU; what is in the ledger is not made again.
 """
 
 from __future__ import annotations
