@@ -50,12 +50,8 @@ def description() -> str:
     said = {each.arg_name: each.description for each in parse(Recipe.__doc__ or "").params}
     lines = []
     for field in fields(Recipe):
-        if field.default is MISSING:
-            default = "required"
-        else:
-            default = (
-                "optional" if field.default is None else f"default {json.dumps(field.default)}"
-            )
+        words = {MISSING: "required", None: "optional"}
+        default = words.get(field.default) or f"default {json.dumps(field.default)}"
         lines.append(f"- {field.name} ({default}): {' '.join((said[field.name] or '').split())}")
     return "\n".join([about, "", "The fields of a recipe:", *lines])
 
