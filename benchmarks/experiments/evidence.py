@@ -31,6 +31,7 @@ from figures import (
 from ledger import HERE, finished, read_ledger
 from plan import Plan, read_plan
 from recall_page import section as recall_section
+from tasks_page import section as tasks_section
 
 from spattention.choice import STOCK
 from spattention.training.results import write_atomically
@@ -130,15 +131,16 @@ def write(plans: Path, ledger: Path, page: Path, order: Sequence[str]) -> Path:
     names = [*(n for n in order if n in found), *(n for n in found if n not in order)]
     parts = [INTRO]
     for name in names:
-        parts.append(section(found[name], read_ledger(ledger, name), page.parent / "images"))
+        parts.append(section(found[name], ledger, page.parent / "images"))
     parts.append(recall_section(ledger, page.parent / "images"))
     parts.append(OUTRO)
     write_atomically(page, "\n".join(part for part in parts if part))
     return page
 
 
-def section(plan: Plan, entries: list[Entry], images: Path) -> str:
-    """A plan's table, plots, and what is missing."""
+def section(plan: Plan, ledger: Path, images: Path) -> str:
+    """A plan's tables, plots, and what is missing."""
+    entries = read_ledger(ledger, plan.name)
     lines = [f"## {plan.title[0].upper()}{plan.title[1:]}", "", _configuration(plan), ""]
     done = {(e["label"], e["seed"]): e for e in entries if finished(e)}
     labels = list(dict.fromkeys(run.label for run in plan.runs))
@@ -161,7 +163,7 @@ def section(plan: Plan, entries: list[Entry], images: Path) -> str:
             figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
             write_atomically(images / name, picture.getvalue())
             lines += [f"![{TITLES[what]}](images/{name})", ""]
-    return "\n".join([*lines, *_looks(rows, done)])
+    return "\n".join([*lines, *_looks(rows, done), *tasks_section(ledger, plan.name, rows)])
 
 
 def _configuration(plan: Plan) -> str:
