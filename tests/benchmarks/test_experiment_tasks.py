@@ -25,7 +25,10 @@ seeds = [0, 1]
 model = "olmoe-tiny"
 data = ["train.u16.xz"]
 validation = ["held.u16.xz"]
+context = 32
 steps = 1
+batch = 1
+learning_rate = 1e-3
 [[run]]
 attention = "dense"
 """
