@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import record
 from spattention.choice import AttentionChoice, attention_choice
 from spattention.cli.measure import environment
+from spattention.hf.config import remove_section
 from spattention.models import build, preset
 from spattention.training.pretrain import prepare_model
 from spattention.training.recipe import Recipe, recipe_from
@@ -42,7 +43,9 @@ BACKENDS = {
 
 @dataclass
 class Side:
-    """One way to attend: how it is switched on, and what its steps took, in seconds."""
+    """One way to attend: how it is switched on, and what its steps took, in seconds. Between the
+    sides the model has its stock attention.
+    """
 
     name: str
     attention: AttentionChoice
@@ -52,8 +55,12 @@ class Side:
     @contextlib.contextmanager
     def chosen(self, model: Any) -> Iterator[None]:
         self.attention.apply(model)
-        with sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext():
-            yield
+        try:
+            with sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext():
+                yield
+        finally:
+            remove_section(model.config)
+            model.set_attn_implementation("sdpa")
 
 
 def main() -> None:
