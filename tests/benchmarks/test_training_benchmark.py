@@ -17,7 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import training  # noqa: E402
 
-PATTERNS = ("shared_local:widths=geometric", "longformer", "exclusive")
+PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 
 
 def test_all_sides_are_measured_in_one_model(
@@ -51,5 +51,4 @@ def test_a_side_attends_its_own_way_and_leaves_the_model_as_it_was() -> None:
         torch.testing.assert_close(model(tokens).logits, before)
         assert model.config.to_dict() == section
     torch.testing.assert_close(seen.pop(), before)
-    for other in seen:
-        assert (other - before).abs().max() > 1e-3
+    assert [bool((other - before).abs().max() > 1e-4) for other in seen] == [True] * len(PATTERNS)
