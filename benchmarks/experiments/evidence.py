@@ -31,6 +31,7 @@ from figures import (
 from ledger import HERE, finished, read_ledger
 from plan import Plan, read_plan
 from recall_page import section as recall_section
+from speeds import read_speeds
 from tasks_page import section as tasks_section
 
 from spattention.choice import STOCK
@@ -72,10 +73,11 @@ runs, so that it says how well the loss of this model is known, not how another 
 seed; *there, last quarter* is the difference over the last quarter of the context alone.
 
 *Time to dense's loss* is the share of dense's training time after which a run has dense's last
-validation loss, each at its median speed on one kind of GPU, without compiling, evaluation and
-saving; *?* stands for the speed of runs that shared their GPU or host with other work. Runs of one
-plan may have been made on two kinds of GPU (each entry names its own); speeds, and losses against
-time, are those of the one that the table names. **With one seed the spread is unknown, and small
+validation loss, without compiling, evaluation and saving. Speeds were measured apart, in turns and
+with the faster of two dense kernels, where the table says so; else they are medians of the runs,
+and *?* stands for runs that shared their GPU or host with other work. Runs of one plan may have
+been made on two kinds of GPU (each entry names its own); speeds, and losses against time, are those
+of the one that the table names. **With one seed the spread is unknown, and small
 differences say nothing.** What the baselines are, and where they differ from their papers:
 [baselines](baselines.md).
 
@@ -157,6 +159,9 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     entries = read_ledger(ledger, plan.name)
     lines = [f"## {plan.title[0].upper()}{plan.title[1:]}", "", _configuration(plan), ""]
     done = {(e["label"], e["seed"]): e for e in entries if finished(e)}
+    speeds = read_speeds(ledger, plan)
+    if speeds is not None:
+        done = speeds.put(done)
     labels = list(dict.fromkeys(run.label for run in plan.runs))
     rows = [label for label in labels if any(key[0] == label for key in done)]
     if not rows:
@@ -168,7 +173,8 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     ]
     for label in rows:
         lines.append(_row(label, done))
-    lines += ["", *_verdicts(plan, done), *_versions(done), *_missing(plan, entries, done), ""]
+    timed = _versions(done) if speeds is None else [speeds.line()]
+    lines += ["", *_verdicts(plan, done), *timed, *_missing(plan, entries, done), ""]
     for what, draw in DRAWN.items():
         figure = draw(rows, done)
         if figure is not None:

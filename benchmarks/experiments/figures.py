@@ -26,10 +26,14 @@ def seeds_of(label: str, done: dict[tuple[str, int], Entry]) -> list[int]:
 
 
 def speed(entry: Entry) -> float | None:
-    """Tokens per second of a run: the median of all lines but the first, which compiles.
+    """Tokens per second: what was measured apart (speeds.py), or else of the run, the median of all
+    lines but the first, which compiles.
 
     None for a run that shared its GPU or host with other work, at least for a time.
     """
+    if "speed" in entry:
+        measured: float | None = entry["speed"]
+        return measured
     if entry.get("beside"):
         return None
     found = [line["tokens_per_second"] for line in entry["train"][1:]]

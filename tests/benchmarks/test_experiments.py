@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ import ledger  # noqa: E402
 import run as runner  # noqa: E402
 from plan import read_plan  # noqa: E402
 from side_by_side import side_by_side  # noqa: E402
+from speeds import read_speeds  # noqa: E402
 
 PLAN = """
 title = "tiny"
@@ -329,6 +331,47 @@ def test_speeds_of_two_kinds_of_gpu_are_never_mixed():
     assert "| ? |" in evidence._row("other", done)
     lines = figures.time_figure(["dense", "other"], done | {("other", 0): done["dense", 0]})
     assert len(lines.axes[0].lines) == 2
+
+
+def speeds_file(folder, name, rows, length=32, gpu="two"):
+    (folder / "tiny" / "speeds").mkdir(parents=True, exist_ok=True)
+    content = {
+        "settings": {"model": "olmoe-tiny", "length": length},
+        "environment": {"gpu": gpu, "commit": "abc"},
+        "rows": [{"attention": a, "tokens_per_second": s} for a, s in rows.items()],
+    }
+    (folder / "tiny" / "speeds" / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_speeds_that_were_measured_apart_replace_those_of_the_runs(made, tmp_path):
+    (tmp_path / "tiny.toml").write_text(PLAN)
+    plan = read_plan(tmp_path / "tiny.toml")
+    assert read_speeds(tmp_path, plan) is None
+    speeds_file(tmp_path, "cudnn", {"dense cuDNN": 300.0, "reformer:chunk=4": 200.0})
+    speeds_file(tmp_path, "flash", {"dense FlashAttention": 250.0})
+    found = read_speeds(tmp_path, plan)
+    assert found.rates == {"dense": 300.0, "reformer:chunk=4": 200.0}
+    assert "dense attention is that of cuDNN" in found.line()
+
+    done = found.put({("dense", 0): finished_run(4.0, 8.0), ("gapped", 0): finished_run(4.0, 8.0)})
+    assert figures.curve(done["dense", 0]) == [(5 * 10 / 300, 5.0), (10 * 10 / 300, 4.0)]
+    assert figures.curve(done["gapped", 0]) == []  # not measured, and never mixed
+
+    copied = tmp_path / "ledger"
+    shutil.copytree(made.ledger, copied)
+    speeds_file(copied, "cudnn", {"dense cuDNN": 300.0, "reformer:chunk=4": 200.0})
+    page = evidence.write(tmp_path, copied, tmp_path / "evidence.md", []).read_text()
+    assert "tokens/s, two" in page
+    assert re.search(r"\| dense \|.* 300 \|", page)
+    assert re.search(r"\| exclusive with sinks \|.* \? \|", page)
+    assert found.line() in page
+
+    speeds_file(tmp_path, "flash", {"dense FlashAttention": 250.0}, gpu="one")
+    with pytest.raises(ValueError, match="must be of one GPU"):
+        read_speeds(tmp_path, plan)
+    speeds_file(tmp_path, "flash", {"dense FlashAttention": 250.0}, length=64)
+    with pytest.raises(ValueError, match=r"must be of .*olmoe-tiny.* 32"):
+        read_speeds(tmp_path, plan)
 
 
 def test_differences_are_taken_seed_by_seed_and_against_each_baseline():

@@ -1,0 +1,88 @@
+"""How fast the models of a plan train, measured apart from its runs: all in turns in one model on a
+GPU alone, dense attention with the faster of PyTorch's kernels. Files of `benchmarks/training.py`,
+one per kernel of dense attention, lie in ledger/<plan>/speeds.
+
+    python benchmarks/training.py --model small-512 --layers 8 --length 2048 --tokens 32768 \
+        --passes 1 --repeats 15 --loss chunked --dense cudnn --patterns sliding_window \
+        --output benchmarks/experiments/ledger/finalists-2048/speeds/cudnn.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spattention.choice import STOCK
+
+if __package__ is None:
+    sys.path.insert(0, str(Path(__file__).parent))
+from plan import Plan
+
+SPEEDS = "speeds"  # below the folder of the plan
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured.
+
+    Attributes:
+        gpu: its name.
+        dense: which kernel was the fastest one.
+        commits: of the code.
+        rates: tokens per second by attention, that of dense attention with its fastest kernel.
+    """
+
+    gpu: str
+    dense: str
+    commits: tuple[str, ...]
+    rates: dict[str, float]
+
+    def put(self, done: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], Any]:
+        """The entries with these speeds in place of those of their runs."""
+        return {
+            (label, seed): entry | {"gpu": self.gpu, "speed": self.rates.get(label)}
+            for (label, seed), entry in done.items()
+        }
+
+    def line(self) -> str:
+        """For readers."""
+        return (
+            "- Speeds are of full training steps, in turns on one GPU "
+            f"({', '.join(self.commits)}); dense attention is that of {self.dense}."
+        )
+
+
+def read_speeds(ledger: Path, plan: Plan) -> Speeds | None:
+    """What was measured for a plan; None if nothing was.
+
+    Raises:
+        ValueError: if files are of another model or length, of two GPUs, or without dense
+            attention.
+    """
+    parts = [
+        json.loads(p.read_text()) for p in sorted((ledger / plan.name / SPEEDS).glob("*.json"))
+    ]
+    if not parts:
+        return None
+    fields = plan.runs[0].fields
+    wanted = (fields["model"], fields["context"])
+    kinds = {(part["settings"]["model"], part["settings"]["length"]) for part in parts}
+    if kinds != {wanted}:
+        raise ValueError(f"speeds of {plan.name} must be of {wanted}, got {sorted(kinds)}")
+    gpus = {part["environment"]["gpu"] for part in parts}
+    if len(gpus) != 1:
+        raise ValueError(f"speeds of {plan.name} must be of one GPU, got {sorted(gpus)}")
+    rates: dict[str, float] = {}
+    dense = []
+    for row in (row for part in parts for row in part["rows"]):
+        kernel = row["attention"].removeprefix(f"{STOCK} ")
+        if kernel != row["attention"]:
+            dense.append((row["tokens_per_second"], kernel))
+        else:
+            rates[kernel] = row["tokens_per_second"]
+    rates[STOCK], kernel = max(dense)
+    commits = tuple(dict.fromkeys(part["environment"]["commit"] for part in parts))
+    return Speeds(gpus.pop(), kernel, commits, rates)
