@@ -44,7 +44,7 @@ def other_process() -> Iterator[None]:
 @pytest.mark.usefixtures("other_process")
 @pytest.mark.parametrize(
     ("batch", "heads", "length", "head_dim"),
-    [(16, 8, 2048, 64), (4, 8, 2048, 128), (1, 8, 4096, 64)],
+    [(16, 8, 2048, 64), (4, 8, 2048, 128), (1, 8, 4096, 64), (1, 8, 16384, 128)],
 )
 @pytest.mark.parametrize("widths", ["uniform", "geometric"])
 def test_same_bits_beside_another_process(
