@@ -139,10 +139,14 @@ def test_documents_are_held_out_evenly_and_as_many_as_asked(
 
 
 def test_two_that_prepare_one_folder_do_not_meet(tmp_path, tokenizer):
+    def unread():
+        raise AssertionError("refused before a tokenizer is trained")
+        yield
+
     def meanwhile():
         yield "one"
         with pytest.raises(ValueError, match="by one process at a time"):
-            prepare_corpus(tmp_path / "out", Source("other", ["two"]), tokenizer=tokenizer)
+            prepare_corpus(tmp_path / "out", Source("other", unread()))
         yield "three"
 
     source = Source("first", meanwhile())

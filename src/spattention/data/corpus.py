@@ -130,14 +130,6 @@ def prepare_corpus(
         raise ValueError(f"`--output` must be a new folder, {folder} exists")
     if not 0 <= held_out <= 0.5:
         raise ValueError(f"`held_out` must lie between 0 and 0.5, got {held_out}")
-    documents = iter(source.documents)
-    first: list[str] = []
-    if tokenizer is None:
-        first = [text for text in itertools.islice(documents, sample) if text.strip()]
-        used = train_tokenizer(first, vocabulary)
-    else:
-        used = load_tokenizer(tokenizer)
-    end = end_of_text_id(used, end_of_text)
     staging = folder.with_name(f".{folder.name}.preparing")
     try:
         staging.mkdir(parents=True)
@@ -147,6 +139,14 @@ def prepare_corpus(
             "exists. Where none is at work, one was killed: remove that folder"
         ) from error
     try:
+        documents = iter(source.documents)
+        first: list[str] = []
+        if tokenizer is None:
+            first = [text for text in itertools.islice(documents, sample) if text.strip()]
+            used = train_tokenizer(first, vocabulary)
+        else:
+            used = load_tokenizer(tokenizer)
+        end = end_of_text_id(used, end_of_text)
         train, validation = _write(
             staging, itertools.chain(first, documents), used, end, held_out, on_progress
         )
