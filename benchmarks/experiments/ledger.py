@@ -22,13 +22,13 @@ def entry_path(ledger: Path, plan: str, run: str) -> Path:
     return ledger / plan / f"{run}.json"
 
 
-def read_entry(path: Path) -> dict[str, Any] | None:
-    """An entry; None if there is none yet. Raises `ValueError` for another kind of file."""
+def read_entry(path: Path, kind: str = FORMAT) -> dict[str, Any] | None:
+    """An entry; None if there is none yet. Raises `ValueError` for a file of another kind."""
     if not path.exists():
         return None
     entry = json.loads(path.read_text(encoding="utf-8"))
-    if entry.get("format") != FORMAT or entry.get("version") != 1:
-        raise ValueError(f"{path} must be of format {FORMAT}, version 1")
+    if entry.get("format") != kind or entry.get("version") != 1:
+        raise ValueError(f"{path} must be of format {kind}, version 1")
     return entry
 
 

@@ -27,7 +27,7 @@ from spattention.training.results import write_atomically
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
-from ledger import HERE
+from ledger import HERE, read_entry
 from plan import Plan, Run, read_plan
 
 ENTRIES = "tasks"  # below the folder of the plan
@@ -87,7 +87,7 @@ def main(options: Options) -> bool:
 def make(plan: Plan, run: Run, folder: Path, options: Options) -> None:
     """Every task that the entry of a run lacks, saved one by one."""
     path = options.ledger / plan.name / ENTRIES / f"{run.name}.json"
-    entry = read_tasks(path) or {
+    entry = read_entry(path, FORMAT) or {
         "format": FORMAT,
         "version": 1,
         "plan": plan.name,
@@ -120,16 +120,6 @@ def make(plan: Plan, run: Run, folder: Path, options: Options) -> None:
         write_atomically(path, json.dumps(entry, indent=1) + "\n")
         shown = ", ".join(f"{s.metric} {s.value.mean:.4g}" for s in scores if s.task == task)
         print(f"{plan.name}/{run.name}: {task}, {shots} shots: {shown}", flush=True)
-
-
-def read_tasks(path: Path) -> dict[str, Any] | None:
-    """An entry; None if there is none yet. Raises `ValueError` for another kind of file."""
-    if not path.exists():
-        return None
-    entry = json.loads(path.read_text(encoding="utf-8"))
-    if entry.get("format") != FORMAT or entry.get("version") != 1:
-        raise ValueError(f"{path} must be of format {FORMAT}, version 1")
-    return entry
 
 
 def _open(folder: Path, tokenizer: Path) -> tuple[Any, Any]:

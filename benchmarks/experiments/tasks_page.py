@@ -10,7 +10,8 @@ from typing import Any
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
-from tasks import ENTRIES, read_tasks
+from ledger import read_entry
+from tasks import ENTRIES, FORMAT
 
 Entry = dict[str, Any]
 Score = dict[str, Any]
@@ -30,7 +31,8 @@ SHOWN = {
 
 def section(ledger: Path, plan: str, rows: Sequence[str]) -> list[str]:
     """The table of a plan's runs, in the order of `rows`; empty if no tasks were run."""
-    entries = [read_tasks(path) for path in sorted((ledger / plan / ENTRIES).glob("*.json"))]
+    files = sorted((ledger / plan / ENTRIES).glob("*.json"))
+    entries = [read_entry(file, FORMAT) for file in files]
     by_label: dict[str, list[Entry]] = {label: [] for label in rows}
     for entry in entries:
         assert entry is not None

@@ -17,6 +17,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import tasks  # noqa: E402
 import tasks_page  # noqa: E402
+from ledger import read_entry  # noqa: E402
 
 PLAN = """
 title = "tiny"
@@ -69,7 +70,7 @@ def test_scores_are_entered_and_only_what_is_missing_is_made(options, monkeypatc
     assert not tasks.main(options)
     assert "tiny/dense-seed1" in capsys.readouterr().out
     path = options.ledger / "tiny" / "tasks" / "dense-seed0.json"
-    first = tasks.read_tasks(path)
+    first = read_entry(path, tasks.FORMAT)
     assert [(s["task"], s["shots"], s["value"]["items"]) for s in first["scores"]] == [
         ("copa", 0, 3)
     ]
@@ -87,7 +88,7 @@ def test_scores_are_entered_and_only_what_is_missing_is_made(options, monkeypatc
     more = replace(options, tasks=("copa", "lambada_openai"), only=("dense-seed0",))
     assert tasks.main(more)
     assert made == ["lambada_openai"]
-    both = tasks.read_tasks(path)
+    both = read_entry(path, tasks.FORMAT)
     assert both["scores"][:1] == first["scores"]
     assert {(s["task"], s["metric"]) for s in both["scores"][1:]} == {
         ("lambada_openai", "acc"),
