@@ -1,6 +1,8 @@
 """The folder of a comparison, its summary and its report, without training anything."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -66,12 +68,13 @@ def test_a_folder_is_bound_to_its_settings_once_it_holds_runs(tmp_path):
 
 def test_prepared_data_replaces_the_old_only_when_it_is_claimed(tmp_path):
     path = tmp_path / "new" / "out"
-    with ResultsFolder(path).preparing() as prepared:
+    folder = ResultsFolder(path)
+    with folder.held(), folder.preparing() as prepared:
         (prepared / "tokens").write_text("1 2 3")
     assert not path.parent.exists()
     for content in ("old", "new"):
         folder = ResultsFolder(path)
-        with folder.preparing() as prepared:
+        with folder.held(), folder.preparing() as prepared:
             (prepared / content).write_text(content)
             folder.claim(SETTINGS)
         assert [file.name for file in folder.data.iterdir()] == [content]
@@ -83,6 +86,24 @@ def test_what_a_killed_process_prepared_is_in_nobodys_way(tmp_path):
     (tmp_path / ".preparing" / "tokens").write_text("1 2")
     with ResultsFolder(tmp_path).preparing() as prepared:
         assert list(prepared.iterdir()) == []
+
+
+def test_two_processes_do_not_meet_in_one_folder(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    other = (
+        "import sys; from pathlib import Path; "
+        "from spattention.training.results import ResultsFolder\n"
+        "with ResultsFolder(Path(sys.argv[1])).held(): print('in')"
+    )
+    command = [sys.executable, "-c", other, str(tmp_path)]
+    with folder.held(), folder.preparing() as prepared:
+        (prepared / "tokens").write_text("1 2")
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refused.returncode != 0
+        assert "`--output` must be used by one process at a time" in refused.stderr
+        assert (prepared / "tokens").read_text() == "1 2"
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "in\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):

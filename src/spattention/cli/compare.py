@@ -101,6 +101,11 @@ def main(options: Options) -> None:
     console = Console()
     _check(options)
     folder = ResultsFolder(options.output)
+    with folder.held():
+        _compare(options, folder, console)
+
+
+def _compare(options: Options, folder: ResultsFolder, console: Console) -> None:
     with folder.preparing() as prepared:
         facts = prepare(
             prepared,

@@ -7,10 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .settings import Settings
 from .variant import Job, Result
@@ -49,29 +51,53 @@ class ResultsFolder:
         self.data = path / "data"
         self.staging = path / ".preparing"
         self._mark = path / "comparison.json"
+        self._lock = path / ".lock"
         if path.exists() and not path.is_dir():
             raise ValueError(f"`--output` must be a folder, {path} is a file")
         others = path.iterdir() if path.exists() and not self._mark.exists() else ()
-        if any(entry != self.staging for entry in others):
+        if any(entry not in (self.staging, self._lock) for entry in others):
             raise ValueError(
                 "`--output` must be a new or empty folder, or hold an earlier comparison; "
                 f"{path} holds other files"
             )
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder for this process alone; one that stays empty is removed at the end.
+
+        Raises:
+            ValueError: if another process has it.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock)  # the system lets go of it, however the process ends
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"`--output` must be used by one process at a time, another one is at work in "
+                f"{self.path}"
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # where an open file cannot be removed, it may stay
+                self._lock.unlink()
+            lock.release()
+            for folder in made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+    @contextmanager
     def preparing(self) -> Iterator[Path]:
         """A fresh folder for data that `claim` moves into place; what is not moved is removed."""
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         shutil.rmtree(self.staging, ignore_errors=True)  # of a process that was killed
         self.staging.mkdir(parents=True)
         try:
             yield self.staging
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
-            for folder in made:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
 
     def claim(self, settings: Settings, *, restart: bool = False) -> None:
         """Hold runs with these settings from now on, on the data in `staging` if there is any.
