@@ -26,7 +26,7 @@ BASELINES: dict[str, tuple[str, dict[str, str]]] = {
     "published_bigbird": ("PublishedMask", {"mask": "bigbird"}),
     "published_reformer": ("PublishedMask", {"mask": "reformer"}),
 }
-WIDTHS = ("uniform", "geometric", "equal_work")  # edges are for Python only
+WIDTHS = ("uniform", "geometric", "equal_work")
 
 
 class AttentionChoice(Protocol):
@@ -107,8 +107,10 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
 
     Args:
         text: `dense` (stock attention), a pattern of `BandPattern` with its options, as in
-            `exclusive`, `shared_local:widths=geometric,local=64` or `sliding_window:window=128`, or
-            a baseline with its options, as in `bigbird:random=2` or `published_longformer`.
+            `exclusive`, `shared_local:widths=geometric,local=64`, `exclusive:widths=0/64/512` (the
+            edges of two heads), `shared_local:local=64/512` (a window for each head) or
+            `sliding_window:window=128`, or a baseline with its options, as in `bigbird:random=2` or
+            `published_longformer`.
         num_heads: query heads of the model.
         span: context length of the model, in tokens.
 
@@ -167,11 +169,18 @@ def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any
     return options
 
 
-def _value(name: str, key: str, text: str) -> int | str:
-    """An option's value as its constructor takes it: `widths` is a name, all others integers."""
+def _value(name: str, key: str, text: str) -> int | str | tuple[int, ...]:
+    """An option's value as its constructor takes it: `widths` is a name or edges, `local` one
+    integer or one per head, all others integers.
+    """
+    if key in ("widths", "local") and re.fullmatch("-?[0-9]+(/-?[0-9]+)+", text):
+        return tuple(int(part) for part in text.split("/"))
     if key == "widths":
         if text not in WIDTHS:
-            raise ValueError(f"option `widths` of `{name}` must be one of {WIDTHS}, got {text!r}")
+            raise ValueError(
+                f"option `{key}` of `{name}` must be one of {WIDTHS}, or edges as in 0/64/512, "
+                f"got {text!r}"
+            )
         return text
     if not re.fullmatch("-?[0-9]+", text):
         raise ValueError(f"option `{key}` of `{name}` must be an integer, got {text!r}")

@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
+from spattention import BandPattern
 from spattention.choice import attention_choice
 from spattention.data.packed import write_packed
 from spattention.data.prepare import open_facts, open_stream, prepare
@@ -129,6 +130,8 @@ def test_peak_memory_counts_what_was_freed_again():
 def test_choices_name_patterns_and_their_options():
     bands = attention_choice("shared_local:widths=geometric,local=4", 8, 64)
     assert bands.pattern.recipe["local"] == 4
+    edges = attention_choice("shared_local:widths=0/8/64,local=4/64", 2, 64)
+    assert edges.pattern == BandPattern.shared_local(2, 64, widths=[0, 8, 64], local=[4, 64])
     assert attention_choice("sliding_window", 8, 64).pairs(64) == 8 * (9 * 10 // 2 + 55 * 9)
     model = build(preset("olmoe-tiny", vocab_size=64, context=64, num_layers=1), pattern=None)
     bands.apply(model)
@@ -146,7 +149,10 @@ def test_choices_name_patterns_and_their_options():
         ("sliding_window:window=65", "`window` must be between 1 and `span` = 64, got 65"),
         ("dense:window=3", "NAME=VALUE with a name of"),
         ("exclusive:", "NAME=VALUE with a name of .* got ''"),
-        ("exclusive:widths=0", r"option `widths` of `exclusive` must be one of \(.*\), got '0'"),
+        (
+            "exclusive:widths=0",
+            r"option `widths` of `exclusive` must be one of \(.*\), .*, got '0'",
+        ),
         (
             "shared_local:local=1.5",
             "option `local` of `shared_local` must be an integer, got '1.5'",
@@ -154,6 +160,10 @@ def test_choices_name_patterns_and_their_options():
         ("exclusive:widths=geometric,first=²", "option `first` .* must be an integer, got '²'"),
         ("shared_local:local=1,local=2", "option `local` of `shared_local` must be given once"),
         ("shared_local:local=-1", "`local` must not be negative, got -1"),
+        ("shared_local:local=1/2", r"`local` must be one size or one per head \(8\), got 2"),
+        ("exclusive:widths=0/64", "`widths` must hold .*= 9 edges, got 2"),
+        ("exclusive:widths=0//64", r"`widths` .* must be one of .*, got '0//64'"),
+        ("sliding_window:window=1/2", "option `window` .* must be an integer, got '1/2'"),
     ],
 )
 def test_choices_refuse(text, error):
