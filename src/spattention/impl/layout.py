@@ -13,6 +13,10 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     head_dim contiguous, as kernels write them.
     """
     shape = [*query.shape[:-1], head_dim]
+    if query.is_contiguous():  # this and heads inside tokens are nearly all calls
+        return query.new_empty(shape)
+    if query.dim() == 4 and query.transpose(1, 2).is_contiguous():
+        return query.new_empty([shape[0], shape[2], shape[1], head_dim]).transpose(1, 2)
     strides = query.stride()
     # Not `sorted`: torch.compile cannot sort by a key when strides are symbolic.
     order: list[int] = []
