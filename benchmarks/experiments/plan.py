@@ -103,3 +103,20 @@ def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
         # What is wrong is known before the first run begins.
         recipe_from(run.fields)
     return plan
+
+
+def chosen(plans: Sequence[Plan], only: Sequence[str]) -> list[tuple[Plan, Run]]:
+    """The runs of plans, in order; with `only`, those whose label or name it holds.
+
+    Raises:
+        ValueError: if `only` names what no plan has.
+    """
+    labels = {label for plan in plans for run in plan.runs for label in (run.label, run.name)}
+    if unknown := sorted(set(only) - labels):
+        raise ValueError(f"`--only` must name runs of the plans, {sorted(labels)}, got {unknown}")
+    return [
+        (plan, run)
+        for plan in plans
+        for run in plan.runs
+        if not only or {run.label, run.name} & set(only)
+    ]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -34,12 +33,13 @@ from spattention.evaluation.recall import questions, recall
 from spattention.training.checkpoints import newest_good
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
+from spattention.training.record import source_commit
 from spattention.training.watch import Diverged
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
 from ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
-from plan import Plan, Run, read_plan
+from plan import Plan, Run, chosen, read_plan
 from side_by_side import side_by_side
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
@@ -91,19 +91,11 @@ def main(options: Options) -> bool:
     until = options.until
     if until is None and options.minutes is not None:
         until = time.monotonic() + 60 * options.minutes
-    commit = options.commit or _commit()
+    commit = options.commit or source_commit() or "unknown"
     plans = [read_plan(path, options.set) for path in options.plans]
-    labels = {label for plan in plans for run in plan.runs for label in (run.label, run.name)}
-    if unknown := sorted(set(options.only) - labels):
-        raise ValueError(f"`--only` must name runs of the plans, {sorted(labels)}, got {unknown}")
+    jobs = chosen(plans, options.only)
     if options.at_once < 1:
         raise ValueError(f"`--at-once` must be at least 1, got {options.at_once}")
-    jobs = [
-        (plan, run)
-        for plan in plans
-        for run in plan.runs
-        if not options.only or {run.label, run.name} & set(options.only)
-    ]
     for plan, run in jobs:
         path = entry_path(options.ledger, plan.name, run.name)
         known = read_entry(path)
@@ -310,11 +302,6 @@ def _say(name: str) -> Say:
 
 def _left(seconds: float | None) -> str:
     return "no limit of time" if seconds is None else f"{seconds / 60:.1f} minutes left"
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

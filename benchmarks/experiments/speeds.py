@@ -83,6 +83,8 @@ def read_speeds(ledger: Path, plan: Plan) -> Speeds | None:
             dense.append((row["tokens_per_second"], kernel))
         else:
             rates[kernel] = row["tokens_per_second"]
+    if not dense:
+        raise ValueError(f"speeds of {plan.name} must be of dense attention too, got {list(rates)}")
     rates[STOCK], kernel = max(dense)
     commits = tuple(dict.fromkeys(part["environment"]["commit"] for part in parts))
     return Speeds(gpus.pop(), kernel, commits, rates)

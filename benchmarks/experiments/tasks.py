@@ -10,9 +10,11 @@ the same command goes on after an interruption.
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,19 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spattention import baselines, hf
 from spattention.evaluation.tasks import LOCAL, MMLU, run_tasks
+from spattention.training.record import source_commit
 from spattention.training.report import machine
 from spattention.training.results import write_atomically
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))
 from ledger import HERE, read_entry
-from plan import Plan, Run, read_plan
+from plan import Plan, Run, chosen, read_plan
 
 ENTRIES = "tasks"  # below the folder of the plan
 FORMAT = "spattention-tasks"
 END_OF_TEXT = "<|endoftext|>"
+LIBRARIES = ("torch", "transformers", "lm_eval", "datasets")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Options:
         only: Labels or names (`LABEL-seedN`) of the runs; all without it.
         batch: Sequences at a time.
         limit: Only so many items per task (per subject of mmlu), for a first look.
-        commit: The commit to record.
+        commit: The commit to record, where git cannot tell.
     """
 
     plans: tyro.conf.Positional[tuple[Path, ...]]
@@ -63,22 +67,18 @@ class Options:
     only: tuple[str, ...] = ()
     batch: int = 64
     limit: int | None = None
-    commit: str = "unknown"
+    commit: str | None = None
 
 
 def main(options: Options) -> bool:
     """Whether every run that was asked for had a model."""
     absent = []
-    for path in options.plans:
-        plan = read_plan(path)
-        for run in plan.runs:
-            if options.only and not {run.label, run.name} & set(options.only):
-                continue
-            folder = options.work / plan.name / run.name / "model"
-            if folder.is_dir():
-                make(plan, run, folder, options)
-            else:
-                absent.append(f"{plan.name}/{run.name}")
+    for plan, run in chosen([read_plan(path) for path in options.plans], options.only):
+        folder = options.work / plan.name / run.name / "model"
+        if folder.is_dir():
+            make(plan, run, folder, options)
+        else:
+            absent.append(f"{plan.name}/{run.name}")
     if absent:
         print(f"without a model in {options.work}: {', '.join(absent)}")
     return not absent
@@ -87,20 +87,10 @@ def main(options: Options) -> bool:
 def make(plan: Plan, run: Run, folder: Path, options: Options) -> None:
     """Every task that the entry of a run lacks, saved one by one."""
     path = options.ledger / plan.name / ENTRIES / f"{run.name}.json"
-    entry = read_entry(path, FORMAT) or {
-        "format": FORMAT,
-        "version": 1,
-        "plan": plan.name,
-        "label": run.label,
-        "seed": run.seed,
-        "commit": options.commit,
-        "limit": options.limit,
-        "machine": machine(),
-        "scores": [],
-    }
-    if entry["limit"] != options.limit:
+    entry = read_entry(path, FORMAT)
+    if entry is not None and entry["limit"] != options.limit:
         raise ValueError(f"`limit` must be that of {path}, {entry['limit']}, got {options.limit}")
-    known = {(score["task"], score["shots"]) for score in entry["scores"]}
+    known = {(score["task"], score["shots"]) for score in entry["scores"]} if entry else set()
     wanted = [
         (task, shots)
         for task in options.tasks
@@ -110,6 +100,23 @@ def make(plan: Plan, run: Run, folder: Path, options: Options) -> None:
     if not wanted:
         return
     model, tokenizer = _open(folder, options.tokenizer)
+    entry = entry or {
+        "format": FORMAT,
+        "version": 1,
+        "plan": plan.name,
+        "label": run.label,
+        "seed": run.seed,
+        "commit": options.commit or source_commit() or "unknown",
+        "limit": options.limit,
+        "batch": options.batch,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "machine": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in LIBRARIES},
+        },
+        "scores": [],
+    }
     for task, shots in wanted:
         with tempfile.TemporaryDirectory() as work:
             scores = run_tasks(

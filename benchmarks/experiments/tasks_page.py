@@ -32,19 +32,18 @@ SHOWN = {
 def section(ledger: Path, plan: str, rows: Sequence[str]) -> list[str]:
     """The table of a plan's runs, in the order of `rows`; empty if no tasks were run."""
     files = sorted((ledger / plan / ENTRIES).glob("*.json"))
-    entries = [read_entry(file, FORMAT) for file in files]
+    entries = [entry for file in files if (entry := read_entry(file, FORMAT))]
     by_label: dict[str, list[Entry]] = {label: [] for label in rows}
     for entry in entries:
-        assert entry is not None
         if entry["limit"] is not None:
             raise ValueError(f"tasks of {plan} must be of all items, got limit {entry['limit']}")
         by_label.setdefault(entry["label"], []).append(entry)
     if not entries:
         return []
     lines = [
-        "Accuracy on tasks in per cent, means over seeds, with the standard error over the items",
-        "of one model, and behind the comma the standard deviation over seeds; *~*: near chance,",
-        "no model is above it by two standard errors.",
+        "Accuracy on tasks in per cent (`tasks.py`), means over seeds, with the standard error",
+        "over the items of one model, and behind the comma the standard deviation over seeds; *~*:",
+        "near chance, no model is above it by two standard errors.",
         "",
         f"| attention | {' | '.join(SHOWN)} | seeds |",
         f"|---|{'---:|' * (len(SHOWN) + 1)}",
@@ -57,17 +56,16 @@ def section(ledger: Path, plan: str, rows: Sequence[str]) -> list[str]:
     return [*lines, f"| *chance* | {' | '.join(chances)} | |", ""]
 
 
-def _scores(entries: Sequence[Entry | None], task: str, metric: str, shots: int) -> list[Score]:
+def _scores(entries: Sequence[Entry], task: str, metric: str, shots: int) -> list[Score]:
     return [
         score
         for entry in entries
-        if entry is not None
         for score in entry["scores"]
         if (score["task"], score["metric"], score["shots"]) == (task, metric, shots)
     ]
 
 
-def _cell(entries: Sequence[Entry | None], task: str, metric: str, shots: int) -> str:
+def _cell(entries: Sequence[Entry], task: str, metric: str, shots: int) -> str:
     scores = _scores(entries, task, metric, shots)
     if not scores:
         return ""
@@ -78,6 +76,6 @@ def _cell(entries: Sequence[Entry | None], task: str, metric: str, shots: int) -
     return f"{near}{mean(values):.1f} ± {error:.1f}{spread}"
 
 
-def _chance(entries: Sequence[Entry | None], task: str, metric: str, shots: int) -> str:
+def _chance(entries: Sequence[Entry], task: str, metric: str, shots: int) -> str:
     scores = _scores(entries, task, metric, shots)
     return f"{100 * scores[0]['chance']:.1f}" if scores else ""

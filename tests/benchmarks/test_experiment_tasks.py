@@ -96,6 +96,9 @@ def test_scores_are_entered_and_only_what_is_missing_is_made(options, monkeypatc
     }
     assert tasks.main(more)
     assert made == ["lambada_openai"]
+    assert set(both["versions"]) == {"python", "torch", "transformers", "lm_eval", "datasets"}
+    with pytest.raises(ValueError, match="`--only` must name runs of the plans"):
+        tasks.main(replace(more, only=("dense-seed7",)))
     with pytest.raises(ValueError, match=r"`limit` must be that of .*None, got 1"):
         tasks.main(replace(more, limit=1))
 

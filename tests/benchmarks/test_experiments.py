@@ -372,6 +372,9 @@ def test_speeds_that_were_measured_apart_replace_those_of_the_runs(made, tmp_pat
     speeds_file(tmp_path, "flash", {"dense FlashAttention": 250.0}, length=64)
     with pytest.raises(ValueError, match=r"must be of .*olmoe-tiny.* 32"):
         read_speeds(tmp_path, plan)
+    speeds_file(tmp_path / "bands", "cudnn", {"gapped": 300.0})
+    with pytest.raises(ValueError, match=r"must be of dense attention too, got \['gapped'\]"):
+        read_speeds(tmp_path / "bands", plan)
 
 
 def test_differences_are_taken_seed_by_seed_and_against_each_baseline():
