@@ -17,26 +17,8 @@ from .config import HOPPER_BLOCK, LaunchConfig
 if TYPE_CHECKING:
     from .launch import Call
 
+VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-class _Layout(gl.NVMMASharedLayout):
-    """Its text is asked for in every call, and is always the same."""
-
-    text: str
-
-    @classmethod
-    def of(cls, layout: gl.NVMMASharedLayout) -> _Layout:
-        """The same layout."""
-        made = cls(**vars(layout))
-        object.__setattr__(made, "text", repr(layout))
-        return made
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-VECTOR_LAYOUT = _Layout.of(gl.NVMMASharedLayout(0, 32, 1))
 
 
 class _Descriptor(TensorDescriptor):
@@ -62,7 +44,7 @@ def _block_layout(
     rows: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[list[int], gl.NVMMASharedLayout]:
     block = [1, 1, rows, head_dim]
-    return block, _Layout.of(gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype]))
+    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
 
 
 def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
