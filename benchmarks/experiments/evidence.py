@@ -104,8 +104,8 @@ early days of training, which favour short bands.
   "better than each baseline of equal or higher cost" is *not* confirmed. (The mask that the paper's
   code calls Longformer is behind `shared_local`, with more pairs than it.)
 - **What makes the best pattern, context 2,048**: one seed, so differences of 0.01 say little.
-  Everything is below dense attention: so few tokens favour short bands. Of the widths, geometric
-  ones are ahead. Smaller local windows are better than the rule's in both widths, and cost less:
+  Everything is below dense attention, as early days would have it. Of the widths, geometric ones
+  are ahead. Smaller local windows than the default are better with both widths, and cost less:
   geometric widths with a window of 64 end lowest of all, 0.028 below sliding windows and 0.038
   below the paper's form, with fewer pairs than either. Sinks change nothing that stands out; nor
   does a dense layer at the end, or each fourth one; a dense first layer costs half of the lead.
