@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import spattention as spa
+from spattention.impl.triton import hopper_backward, hopper_forward, hopper_long, hopper_rows
 
 REPEATS = 1000
 INPUTS = 3
@@ -84,3 +85,26 @@ def test_same_bits_beside_another_process(
             differences += torch.stack([(wanted != found).any() for wanted, found in pairs])
         found = differences.tolist()
     assert found == [0, 0, 0, 0], "repeats with other bits of out, dQ, dK, dV"
+
+
+def test_no_kernel_leaves_a_barrier_behind() -> None:
+    """Memory of a barrier that was not ended must not hold anything else."""
+    shapes = [(16, 2048, 64), (1, 4096, 64), (16, 2048, 128), (1, 16384, 128)]
+    for batch, length, head_dim in shapes:
+        pattern = spa.BandPattern.shared_local(8, length)
+        inputs = torch.randn(
+            3, batch, 8, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
+        spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
+    kernels = (
+        hopper_forward.forward_kernel,
+        hopper_long.forward_kernel,
+        hopper_rows.rows_kernel,
+        hopper_backward.gradient_kernel,
+    )
+    for kernel in kernels:
+        compiled = kernel.device_caches[torch.cuda.current_device()][0].values()
+        assert compiled
+        for variant in compiled:
+            ptx = variant.asm["ptx"]
+            assert ptx.count("mbarrier.init") == ptx.count("mbarrier.inval") > 0, variant.name

@@ -63,6 +63,19 @@ def release(s_barriers, n):
 
 
 @gluon.jit
+def retire(s_barriers):
+    """The end of barriers, at the end of a kernel: up to here nothing else lies in their memory.
+
+    Without it they end at their last wait for Triton, which then puts other values there; PTX
+    forbids that before `mbarrier.inval`, and values were lost where another process had the GPU in
+    between (tests/gpu/test_gpu_shared.py).
+    """
+    COUNT: gl.constexpr = s_barriers.shape[0]
+    for i in gl.static_range(COUNT):
+        mbarrier.invalidate(s_barriers.index(i))
+
+
+@gluon.jit
 def copy(t_rows, batch, head, start, barrier, s_rows, wanted):
     """Rows from `start` on of a `[B, H, tokens, D]` tensor, on their way into shared memory; zeros
     outside the tensor.

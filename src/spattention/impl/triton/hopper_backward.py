@@ -169,6 +169,8 @@ def query_gradient(
 
     b_d_query = warpgroup_mma_wait(0, [b_d_query]) * softmax.natural(scale)
     hopper.store_rows(p_d_query, b_d_query, first, d_query_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    hopper.retire(query_ready)
+    hopper.retire(key_ready)
 
 
 @gluon.jit
@@ -368,6 +370,8 @@ def key_gradient(
     b_d_key = gl.where(m_key[:, None], b_d_key * softmax.natural(scale), 0.0)
     hopper.store_rows(p_d_key, b_d_key, first_key, d_key_stride_t, n_keys, BLOCK_N, HEAD_DIM)
     hopper.store_rows(p_d_value, b_d_value, first_key, d_value_stride_t, n_keys, BLOCK_N, HEAD_DIM)
+    hopper.retire(key_ready)
+    hopper.retire(query_ready)
 
 
 @gluon.jit(do_not_specialize=HOPPER_COUNTS)

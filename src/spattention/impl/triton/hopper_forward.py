@@ -169,3 +169,6 @@ def forward_kernel(
     gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
     b_out = b_out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
     hopper.store_rows(p_out, b_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    hopper.retire(query_ready)
+    hopper.retire(key_ready)
+    hopper.retire(value_ready)

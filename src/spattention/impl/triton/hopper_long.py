@@ -353,3 +353,6 @@ def forward_kernel(
         [4, 1],  # warps of the second reader, and of the loader
         [232, 40],  # their registers; the first reader gets the rest, as many as the second
     )
+    for i in gl.static_range(3):
+        hopper.retire(rings[i][1])
+        hopper.retire(rings[i][2])

@@ -149,3 +149,4 @@ def rows_kernel(
             scores, d_weights, o_query, first_key, near, far, base, scale, SCORES
         )
     gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
+    hopper.retire(ready)
