@@ -25,7 +25,8 @@ def test_parameter_counts(name, total, active):
     config, pattern = models.preset(name)
     assert models.count_parameters(config) == (total, active)
     assert pattern.span == config.max_position_embeddings
-    assert pattern == spa.BandPattern.shared_local(config.num_attention_heads, pattern.span)
+    heads = config.num_attention_heads
+    assert pattern == spa.BandPattern.shared_local(heads, pattern.span, widths="geometric")
 
 
 def test_sizes_can_be_chosen():
@@ -99,8 +100,8 @@ def test_the_page_says_how_large_a_cache_of_each_preset_is():
     for (name, context), sizes in found.items():
         config, pattern = models.preset(name, context=context)
         heads = config.num_attention_heads
-        geometric = spa.BandPattern.shared_local(heads, context, widths="geometric")
+        uniform = spa.BandPattern.shared_local(heads, context)
         token = config.num_hidden_layers * 2 * (config.hidden_size // heads) * 2
         slots = [heads * context]
-        slots += [sum(ring_lengths(bands, heads)) + 1 for bands in (pattern, geometric)]
+        slots += [sum(ring_lengths(bands, heads)) + 1 for bands in (uniform, pattern)]
         assert sizes == [f"{n * token / 2**20:,.1f}" for n in slots], name

@@ -72,36 +72,48 @@ def seconds_to(loss: float, points: Sequence[tuple[float, float]]) -> float | No
 
 def _colors(rows: Sequence[str]) -> dict[str, Any]:
     """One colour per attention, the same in all pictures for those that several of them show."""
-    palette = matplotlib.color_sequences["tab20"]
+    pairs = matplotlib.color_sequences["tab20"]
+    palette = [*pairs[::2], *pairs[1::2]]  # strong colours first, their pale companions last
     order = [*COMMON, *(label for label in rows if label not in COMMON)]
     return {label: palette[k % 20] for k, label in enumerate(order)}
 
 
 def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
-    """A bias that helps early can fade: the gap to dense against tokens, seed by seed."""
+    """A bias that helps early can fade: the gap to dense against tokens, the mean over seeds with
+    each of them behind it.
+    """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colors = _colors(rows)
     for label in rows:
-        for seed in seeds_of(label, done):
-            dense = done.get((STOCK, seed))
-            if label == STOCK or dense is None:
-                continue
-            base = {line["step"]: line["eval_loss"] for line in dense["validation"]}
-            per_step = done[label, seed]["tokens"] / done[label, seed]["step"]
-            points = [
-                (line["step"] * per_step / 1e6, line["eval_loss"] - base[line["step"]])
-                for line in done[label, seed]["validation"]
-                if line["step"] in base
-            ]
-            name = label if seed == seeds_of(label, done)[0] else None
-            axis.plot(*zip(*points), "o-", markersize=3, color=colors[label], label=name)
+        shared = [s for s in seeds_of(label, done) if (STOCK, s) in done]
+        if label == STOCK or not shared:
+            continue
+        gaps = [_gaps(done[label, s], done[STOCK, s]) for s in shared]
+        color = colors[label]
+        if len(gaps) > 1:
+            for gap in gaps:
+                axis.plot(*zip(*gap.items()), color=color, linewidth=0.8, alpha=0.45)
+        tokens = [at for at in gaps[0] if all(at in gap for gap in gaps)]
+        means = [mean(gap[at] for gap in gaps) for at in tokens]
+        axis.plot(tokens, means, "o-", markersize=3, color=color, label=label)
     if not axis.lines:
         return None
     axis.axhline(0.0, color="#333333", linewidth=1)
     axis.set(xlabel="million tokens", ylabel="validation loss minus dense's (nats)")
     _finish(axis, TITLES["tokens"])
     return figure
+
+
+def _gaps(run: Entry, dense: Entry) -> dict[float, float]:
+    """Loss minus dense's, by millions of tokens."""
+    base = {line["step"]: line["eval_loss"] for line in dense["validation"]}
+    per_step = run["tokens"] / run["step"]
+    return {
+        line["step"] * per_step / 1e6: line["eval_loss"] - base[line["step"]]
+        for line in run["validation"]
+        if line["step"] in base
+    }
 
 
 def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
