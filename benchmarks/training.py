@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each side")
     parser.add_argument("--checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--loss", default="liger", choices=("plain", "chunked", "liger"))
-    parser.add_argument("--patterns", nargs="+", default=["shared_local"])
+    parser.add_argument("--patterns", nargs="*", default=["shared_local"], help="none: dense alone")
     parser.add_argument("--dense", default="cudnn", choices=list(BACKENDS))
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--vocabulary", type=int, help="instead of the preset's")

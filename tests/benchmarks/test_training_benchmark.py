@@ -20,18 +20,19 @@ import training  # noqa: E402
 PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 
 
+@pytest.mark.parametrize("patterns", [PATTERNS, ()], ids=["all", "dense alone"])
 def test_all_sides_are_measured_in_one_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patterns: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "found.json"
     command = (
         "training.py --model olmoe-tiny --layers 1 --vocabulary 64 --length 32 --tokens 64 "
         "--passes 1 --repeats 2 --no-compile --dense math --loss chunked --patterns"
     )
-    monkeypatch.setattr(sys, "argv", [*command.split(), *PATTERNS, "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", [*command.split(), *patterns, "--output", str(output)])
     training.main()
     rows = json.loads(output.read_text())["rows"]
-    assert [row["attention"] for row in rows] == ["dense, PyTorch's own products", *PATTERNS]
+    assert [row["attention"] for row in rows] == ["dense, PyTorch's own products", *patterns]
     assert all(len(row["all_seconds"]) == 2 and row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["over_dense"] == 1
 
