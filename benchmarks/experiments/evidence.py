@@ -109,8 +109,10 @@ early days of training, which favour short bands.
   below dense attention with 0.18 of the pairs; the default window takes 0.23 of them and is 0.0015
   behind, in every seed, which is little. Against sliding windows of as many pairs both are ahead in
   two of three seeds, by 0.007 and 0.005 on average: *not* settled. Uniform widths, the paper's
-  form, are behind sliding windows in every seed, with more pairs. Entropy over heads and positions:
-  4.52 nats with dense attention, 3.08 to 3.73 with bands.
+  form, are behind sliding windows in every seed, with more pairs. Hence the geometric widths of the
+  presets and of README's first example; a smaller window is an argument away and not worth a
+  constructor of its own. Entropy over heads and positions: 4.52 nats with dense attention, 3.08 to
+  3.73 with bands.
 - **What makes the best pattern, context 2,048**: one seed, so differences of 0.01 say little.
   Everything is below dense attention, as early days would have it. Of the widths, geometric ones
   are ahead. Smaller local windows than the default are better with both widths, and cost less:
