@@ -104,15 +104,14 @@ early days of training, which favour short bands.
   "better than each baseline of equal or higher cost" is *not* confirmed. (The mask that the paper's
   code calls Longformer is behind `shared_local`, with more pairs than it.)
 - **Finalists, context 2,048, 98 million tokens**: three seeds. All four end below dense attention
-  in every seed, but half or more of the lead of 33 million tokens is gone, and it was shrinking to
-  the end. Geometric widths with a local window of 64 end lowest, 0.029
-  below dense attention with 0.18 of the pairs; the default window takes 0.23 of them and is 0.0015
-  behind, in every seed, which is little. Against sliding windows of as many pairs both are ahead in
-  two of three seeds, by 0.007 and 0.005 on average: *not* settled. Uniform widths, the paper's
-  form, are behind sliding windows in every seed, with more pairs. Hence the geometric widths of the
-  presets and of README's first example; a smaller window is an argument away and not worth a
-  constructor of its own. Entropy over heads and positions: 4.52 nats with dense attention, 3.08 to
-  3.73 with bands.
+  in every seed, but about half of the lead of 33 million tokens is gone, and it was shrinking to
+  the end. Geometric widths with a local window of 64 end lowest, 0.029 below dense attention with
+  0.18 of the pairs; with the default window, 0.23 of them, 0.0015 behind that, in every seed, which
+  is little. Against sliding windows, 0.24 of the pairs, both are ahead in two of three seeds, by
+  0.007 and 0.005 on average: *not* settled. Uniform widths, the paper's form, are behind sliding
+  windows in every seed, with more pairs. Hence the geometric widths of the presets and of README's
+  first example; a smaller window is an argument away, and not worth a constructor of its own.
+  Entropy over heads and positions: 4.52 nats with dense attention, 3.08 to 3.73 with bands.
 - **What makes the best pattern, context 2,048**: one seed, so differences of 0.01 say little.
   Everything is below dense attention, as early days would have it. Of the widths, geometric ones
   are ahead. Smaller local windows than the default are better with both widths, and cost less:
