@@ -121,6 +121,7 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     specs = list(tasks) if folder is None else local_tasks(tasks, folder, work, shots)
     model.eval()
@@ -131,7 +132,13 @@ def run_tasks(
         max_length=model.config.get_text_config().max_position_embeddings,
     )
     found = simple_evaluate(
-        model=language, tasks=specs, num_fewshot=shots, limit=limit, bootstrap_iters=0
+        model=language,
+        tasks=specs,
+        num_fewshot=shots,
+        limit=limit,
+        bootstrap_iters=0,
+        # Reading the harness's own thousands of configurations takes seconds.
+        task_manager=TaskManager(include_defaults=folder is None),
     )
     assert found is not None  # it is None on ranks above the first alone
     samples: dict[str, list[Sample]] = found["samples"]
