@@ -75,9 +75,10 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         model = build(chosen, pattern=None, dtype=dtype).eval()
+    pattern = spa.BandPattern.shared_local(chosen.pattern.num_heads, options.context)
     rows: list[dict[str, Any]] = []
     for way in options.ways:
-        apply(model, way, chosen.pattern)
+        apply(model, way, pattern)
         rows.append({"attention": way})
         for part in options.parts:
             rows[-1] |= PARTS[part](model, way, options)
