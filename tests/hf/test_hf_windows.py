@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
 import transformers
-from tiny import EXACT, FIRST, HEADS, SECOND, STOCK, VOCABULARY, Masked, build, logits, tokens
+from tiny import (
+    COMMON,
+    EXACT,
+    FIRST,
+    GROUPED,
+    HEADS,
+    SECOND,
+    STOCK,
+    VOCABULARY,
+    Masked,
+    build,
+    logits,
+    tokens,
+)
 
 import spattention as spa
+from spattention.hf.windows import what_else
 
 close = torch.testing.assert_close
 WINDOW = 4
@@ -213,3 +228,49 @@ def test_only_the_text_decoder_of_a_vision_language_model_changes(tmp_path):
 
 def _attention(model):
     return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+
+
+ELSEWHERE = {
+    "Cohere2": ({}, "sliding_window"),
+    "Exaone4": ({"head_dim": 8}, "is_sliding, sliding_window"),
+    "Afmoe": (
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 1,
+            "num_dense_layers": 2,
+            "moe_intermediate_size": 16,
+        },
+        "is_local_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ELSEWHERE)
+def test_a_window_that_more_depends_on_is_not_replaced(family):
+    """These rotate positions in layers with a window alone."""
+    changes, names = ELSEWHERE[family]
+    config = getattr(transformers, f"{family}Config")(
+        **COMMON, **GROUPED, **changes, sliding_window=WINDOW, layer_types=MIXED["layer_types"]
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = tokens(2, 17)
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match=rf"more depends on it than the mask \({names}\)"):
+        spa.hf.apply(model, (FIRST, SECOND))
+    close(logits(model, ids), before)
+    spa.hf.apply(model, FIRST)  # keeps the window and what goes with it
+    assert model.config.layer_types == MIXED["layer_types"]
+
+
+def test_most_models_use_their_window_for_the_mask_alone():
+    for family in ("qwen2", "qwen3", "olmo3", "gemma2", "gemma3", "mistral", "gpt_oss", "phi3"):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        (kind,) = [
+            found
+            for name, found in vars(module).items()
+            if name.endswith("Attention") and found.__module__ == module.__name__
+        ]
+        assert what_else(kind) == (), family

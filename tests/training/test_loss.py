@@ -80,6 +80,20 @@ def test_a_head_with_bias_is_refused(model):
         defer_loss(model, "chunked")
 
 
+@pytest.mark.parametrize(
+    "name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
+)
+def test_a_model_that_caps_its_logits_is_refused(model, name):
+    """Made of hidden states, its cap would not be that of the logits."""
+    setattr(model.config, name, 30.0)
+    defer_loss(model, "plain")
+    with pytest.raises(
+        ValueError, match=rf'"plain" for a model that caps its logits \({name} = 30'
+    ):
+        defer_loss(model, "chunked")
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_the_balance_loss_by_its_formula():
     logits = torch.randn(40, 8)
     chosen = logits.topk(2).indices

@@ -23,16 +23,15 @@ from .decoder import (
     check_heads,
     check_model,
     check_sinks,
-    check_windows,
     has_sinks,
     is_attention,
     own_implementation,
     patterns_by_layer,
     plan_of,
-    replace_windows,
     text_configs,
 )
 from .mask import Rows, add_restarts, decode, dense_mask, is_packed, rows_mask
+from .windows import check_windows, replace_windows
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
@@ -133,7 +132,7 @@ def apply(
                 check_sinks(modules[index])
     own = own_implementation(text_config, modules, chosen)
     configs = text_configs(model, text_config, modules)
-    check_windows(text_config, chosen)
+    check_windows(text_config, modules, chosen)
     section = section_of(chosen, sinks)
 
     # Nothing was changed so far, and nothing fails from here on.

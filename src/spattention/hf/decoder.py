@@ -1,4 +1,4 @@
-"""What there is to know about a model before it gets bands: attention layers, configs, windows."""
+"""What there is to know about a model before it gets bands: attention layers and configs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..bands import BandPattern
 from .config import NAME
+from .windows import keeps_window
 
 OWN_IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -129,7 +130,7 @@ def patterns_by_layer(
     if isinstance(pattern, BandPattern):
         where = sorted(modules) if named is None else named
         for index in where:
-            if named is not None or not _keeps_window(config, index, pattern):
+            if named is not None or not keeps_window(config, index, pattern):
                 chosen[index] = pattern
     else:
         where = list(range(count)) if named is None else named
@@ -216,74 +217,3 @@ def own_implementation(
             )
         return "sdpa"
     return own
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """A layer's own sliding window in tokens, None if it attends everything."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] == "full_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
-    """Whether a layer stays as it is when nobody named it."""
-    window = _window(config, layer)
-    if window is None:
-        return False
-    # Where all layers share one window (Mistral's default is 4096), a span within it takes nothing
-    # away from them.
-    return getattr(config, "layer_types", None) is not None or window < pattern.span
-
-
-def _replaced(config: Any, chosen: Sequence[BandPattern | None]) -> list[int]:
-    """Layers that trade a sliding window for a pattern."""
-    return [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
-
-
-def check_windows(config: Any, chosen: Sequence[BandPattern | None]) -> None:
-    """Whether `replace_windows` can do it; raises `ValueError`."""
-    replaced = _replaced(config, chosen)
-    if not replaced:
-        return
-    types = getattr(config, "layer_types", None)
-    if types is None and len(replaced) != len(chosen):
-        raise ValueError(
-            "`pattern` must be given to all layers or none of a model whose one sliding window is "
-            f"that of every layer, got {len(replaced)} of {len(chosen)}"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(rope.get(kind), dict) for kind in set(types or ())):
-        raise ValueError(
-            "`pattern` must not replace a sliding window in a model whose positions are encoded "
-            f"differently there, got layers {replaced}"
-        )
-
-
-def replace_windows(
-    model: Any,
-    configs: Sequence[Any],
-    modules: dict[int, Any],
-    chosen: Sequence[BandPattern | None],
-) -> None:
-    """Layers that trade a sliding window for a pattern count as full attention elsewhere."""
-    replaced = _replaced(configs[0], chosen)
-    if not replaced:
-        return
-    if getattr(configs[0], "layer_types", None) is None:
-        for entry in configs:
-            entry.sliding_window = None
-        return
-    for entry in configs:
-        entry.layer_types = [
-            "full_attention" if i in replaced else kind for i, kind in enumerate(entry.layer_types)
-        ]
-    for parent in model.modules():
-        for child in parent.children():
-            if any(child is modules[i] for i in replaced):
-                for holder, name in ((parent, "attention_type"), (child, "layer_type")):
-                    if hasattr(holder, name):
-                        setattr(holder, name, "full_attention")
-    for index in replaced:
-        if hasattr(modules[index], "sliding_window"):
-            modules[index].sliding_window = None

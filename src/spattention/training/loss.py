@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ..data.tokens import IGNORED
 
 ROWS = 4096  # logits of so many tokens exist at a time
+# What models of Transformers call the bound of their logits, which is no linear function of them.
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 Summed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,7 +41,8 @@ def defer_loss(model: Any, kind: str, *, compiled: bool = False) -> None:
 
     Raises:
         ModuleNotFoundError: if Liger is asked for and not installed.
-        ValueError: if the output layer is not a plain linear layer without bias.
+        ValueError: if the output layer is not a plain linear layer without bias, or the model caps
+            its logits.
     """
     if kind == "plain":
         return
@@ -47,6 +50,13 @@ def defer_loss(model: Any, kind: str, *, compiled: bool = False) -> None:
     old = model.get_output_embeddings()
     if type(old) is not torch.nn.Linear or old.bias is not None:
         raise ValueError(f'`loss` must be "plain" for {type(old).__name__} with bias, got "{kind}"')
+    for name in LOGIT_CAPS:
+        cap = getattr(model.config.get_text_config(), name, None)
+        if cap is not None:
+            raise ValueError(
+                f'`loss` must be "plain" for a model that caps its logits ({name} = {cap}), got '
+                f'"{kind}"'
+            )
     head = DeferredHead(old.in_features, old.out_features, bias=False, device="meta")
     head.weight = old.weight
     model.set_output_embeddings(head)
