@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+)
 
 import spattention as spa
 from spattention import baselines
@@ -106,3 +113,35 @@ def test_other_implementations_are_refused():
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(ValueError, match="must have stock attention, bands or a baseline"):
         look_at_heads(model, tokens(1, 9))
+
+
+def test_a_window_beside_bands_is_refused():
+    """The weights are computed again without it."""
+    config = Qwen2Config(
+        vocab_size=31, hidden_size=32, intermediate_size=16, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=2, use_sliding_window=True,
+        sliding_window=5, max_window_layers=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    spa.hf.apply(model, [P.exclusive(HEADS, SPAN), None])
+    with pytest.raises(ValueError, match="layers must not have windows of their own, got 5"):
+        look_at_heads(model, tokens(1, 20))
+
+
+@pytest.mark.parametrize("pattern", [P.dense(HEADS, SPAN), P.shared_local(HEADS, SPAN)])
+def test_sinks_that_the_model_has_count(pattern):
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=31, hidden_size=32, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=2,
+        num_experts_per_tok=1, layer_types=["full_attention"],
+    )  # fmt: skip
+    model = GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    spa.hf.apply(model, pattern)
+    attention = model.model.layers[0].self_attn
+    found = []
+    for height in (-30.0, 30.0):
+        attention.sinks.data.fill_(height)
+        found.append(look_at_heads(model, tokens(1, 20))[0].entropy)
+    assert min(found[0]) > 1.0
+    assert max(found[1]) < 1e-6, "all weight goes to the sink"

@@ -79,10 +79,10 @@ def _watched(name: str, found: list[LayerHeads]) -> Iterator[None]:
     def watched(
         module: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **more: Any
     ) -> Any:
-        window = more.get("sliding_window")
-        if window is not None and plan_of(module) is None:
+        window, plan = more.get("sliding_window"), plan_of(module)
+        if window is not None and (plan is None or plan.pattern is None):
             raise ValueError(f"layers must not have windows of their own, got {window}")
-        found.append(_measure(module, query, key, more.get("scaling")))
+        found.append(_measure(module, query, key, more.get("scaling"), more.get("s_aux")))
         return attend(module, query, key, *rest, **more)
 
     ALL_ATTENTION_FUNCTIONS[name] = watched
@@ -93,7 +93,11 @@ def _watched(name: str, found: list[LayerHeads]) -> Iterator[None]:
 
 
 def _measure(
-    module: Any, query: torch.Tensor, key: torch.Tensor, scale: float | None
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None,
+    own_sinks: torch.Tensor | None,
 ) -> LayerHeads:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     length, heads = query.shape[2], query.shape[1]
@@ -101,7 +105,7 @@ def _measure(
     divergence = torch.zeros(2, dtype=torch.float64, device=query.device)
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
-        weights = _weights(module, query, key, scale, start, stop)  # [B, H, rows, N + 1]
+        weights = _weights(module, query, key, scale, own_sinks, start, stop)  # [B, H, rows, N + 1]
         there = weights.sum(dim=-1) > 0.5  # rows without keys and sinks are zero
         entropy = _entropy(weights)
         distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
@@ -126,7 +130,13 @@ def _measure(
 
 
 def _weights(
-    module: Any, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    own_sinks: torch.Tensor | None,
+    start: int,
+    stop: int,
 ) -> torch.Tensor:
     """Weights of queries `start` to `stop`, the sink's last: float32 `[B, H, rows, N + 1]`."""
     baseline = getattr(module, PLAN, None)
@@ -137,7 +147,7 @@ def _weights(
     key = key.repeat_interleave(heads // key.shape[1], dim=1).float()
     scores = (query[:, :, start:stop].float() @ key.mT) * scale
     plan = plan_of(module) if module.config._attn_implementation == BANDS else None
-    sinks = scores.new_full((heads,), -torch.inf)
+    sinks = scores.new_full((heads,), -torch.inf) if own_sinks is None else own_sinks.float()
     if plan is None or plan.pattern is None:
         position = torch.arange(length, device=query.device)
         mask = (position <= position[start:stop, None])[None]
