@@ -90,6 +90,21 @@ def test_reformer_shares_queries_and_keys(family):
         assert "self_attn" not in name or parameter.grad.abs().sum() > 0, name
 
 
+def test_lora_on_the_queries_of_reformer_is_on_its_keys_too():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(model_with("reformer", "llama"), settings)
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - adapted).abs().max() > 1e-3
+    model(ids, labels=ids).loss.backward()
+    trained = [p for name, p in model.named_parameters() if "lora" in name]
+    assert trained
+    assert all(p.grad.abs().sum() > 0 for p in trained)
+
+
 @each_family
 @each_baseline
 def test_cached_generation_gives_what_recomputation_gives(name, family):

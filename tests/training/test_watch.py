@@ -23,10 +23,12 @@ from spattention.cli.generate import model_folder
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.models import build, count_parameters, preset
+from spattention.training import pretrain as pretraining
 from spattention.training import watch
 from spattention.training.checkpoints import checkpoints
 from spattention.training.layers import recipe_attention
 from spattention.training.pretrain import pretrain
+from spattention.training.setup import make_trainer
 from spattention.training.watch import Diverged, Guard, Metrics, Speed, read_metrics
 from spattention.training.work import active_parameters, work_per_token
 
@@ -186,8 +188,9 @@ SIZES = {
 }
 
 
+@pytest.mark.parametrize("dense", ["dense", ("dense",)], ids=["one for all", "one per layer"])
 @pytest.mark.parametrize("before", ["exclusive with sinks", "bigbird"])
-def test_a_model_with_other_attention_goes_on_dense(before, data, tmp_path):
+def test_a_model_with_other_attention_goes_on_dense(before, dense, data, tmp_path):
     """What is saved must attend as it was trained: it names nothing but Transformers' own."""
     sinks = before.endswith(" with sinks")
     other = recipe(data, attention=before.removesuffix(" with sinks"), sinks=sinks, steps=2)
@@ -200,7 +203,11 @@ def test_a_model_with_other_attention_goes_on_dense(before, data, tmp_path):
     if sinks:
         with pytest.raises(ValueError, match="was trained with sinks"):
             pretrain(recipe(data, **changes, steps=2), tmp_path / "bands")
-    tuned = recipe(data, **changes, attention="dense", steps=2)
+    else:
+        listed = recipe(data, **changes, attention=("shared_local",), steps=2)
+        with pytest.raises(ValueError, match='stock attention or bands, got "bigbird"'):
+            pretrain(listed, tmp_path / "bands")
+    tuned = recipe(data, **changes, attention=dense, steps=2)
     assert pretrain(tuned, tmp_path / "tuned").finished
     saved = json.loads((tmp_path / "tuned" / "checkpoint-2" / "config.json").read_text())
     assert not {"spattention", "bigbird", "attn_implementation"} & set(saved)
@@ -248,7 +255,45 @@ def test_a_vocabulary_that_the_data_exceeds_is_refused_before_training(data, tmp
         ValueError, match="`vocabulary` must be above the largest token of the data"
     ):
         pretrain(recipe(data, vocabulary=64), tmp_path / "run")
+    larger = tmp_path / "larger.u16.xz"
+    document = np.append(np.full(79, 899), 7).astype(np.uint16)
+    write_packed(larger, TokenStream.from_documents([document]), 7)
+    with pytest.raises(ValueError, match="largest token of the data, 899, got 320"):
+        pretrain(recipe(data, validation=str(larger)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_name_no_end_of_text_leave_the_models_own(data, tmp_path):
+    unnamed = tmp_path / "a.u16.xz"
+    document = np.arange(8, 200, dtype=np.uint16)
+    write_packed(unnamed, TokenStream.from_documents([document] * 4), 199)
+    described = tmp_path / "a.json"
+    facts = json.loads(described.read_text())
+    del facts["end_of_text"]
+    described.write_text(json.dumps(facts))
+    LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=9)).save_pretrained(tmp_path / "llama")
+    changes = {"model": str(tmp_path / "llama"), "layers": None, "vocabulary": None, "steps": 2}
+    for name, path, expected in (("kept", unnamed, 9), ("given", data, 7)):
+        judged = None if path == data else str(unnamed)  # documents are not known either
+        pretrain(recipe(path, **changes, validation=judged), tmp_path / name)
+        saved = tmp_path / name / "checkpoint-2"
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((saved / file).read_text())["eos_token_id"] == expected
+
+
+def test_only_matrices_decay_with_every_precision(data, tmp_path, monkeypatch):
+    made = []
+
+    def spy(*arguments, **keywords):
+        made.append(make_trainer(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(pretraining, "make_trainer", spy)
+    pretrain(recipe(data, sinks=True, steps=2), tmp_path / "run")
+    groups = made[0].optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0]["params"])
+    assert all(p.dim() < 2 for p in groups[1]["params"])
 
 
 def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):

@@ -80,7 +80,7 @@ class Reformer(Baseline):
         """Keys come from the projection (and the norm) of the queries; their own are removed."""
         for own, shared in (("k_proj", "q_proj"), ("k_norm", "q_norm")):
             if hasattr(module, own):
-                setattr(module, own, Shared(getattr(module, shared)))
+                setattr(module, own, Shared(module, shared))
         if not isinstance(getattr(module, "k_proj", None), Shared):
             raise ValueError(
                 "`model` must have separate projections q_proj and k_proj for reformer, which "
@@ -89,14 +89,17 @@ class Reformer(Baseline):
 
 
 class Shared(torch.nn.Module):
-    """Calls another module, whose parameters are not its own."""
+    """Calls another module of its owner, whose parameters are not its own: the one that is there
+    when it is called, which an adapter (LoRA) may have put in place of the first.
+    """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, owner: torch.nn.Module, name: str) -> None:
         super().__init__()
-        self._module = (module,)  # in a tuple, so that it is no child
+        self._owner = (owner,)  # in a tuple, so that it is no child
+        self._name = name
 
     def forward(self, *arguments: Any) -> Any:
-        return self._module[0](*arguments)
+        return getattr(self._owner[0], self._name)(*arguments)
 
 
 class HashedAttention:

@@ -81,7 +81,8 @@ def open_training(
             judged.append(held)
         else:
             trained.append(stream)
-    judged += [_open(Path(path), end_of_text, "validation") for path in validation]
+    others = [_open(Path(path), end_of_text, "validation") for path in validation]
+    judged += others
     train = [Windows(s, context, across_documents=across_documents) for s in trained]
     each = None if limit is None else max(1, limit // max(1, len(judged)))
     tests = [Windows(s, context, each, across_documents=across_documents) for s in judged]
@@ -100,7 +101,10 @@ def open_training(
         validation=ConcatDataset(tests) if tests else None,
         tokens=sum(map(len, trained)),
         digest=found.hexdigest()[:16],
-        largest=max(_largest(Path(path), stream) for path, stream in zip(data, opened)),
+        largest=max(
+            _largest(Path(path), stream)
+            for path, stream in zip((*data, *validation), (*opened, *others))
+        ),
         end_of_text=next(iter(ends), None),
         tokenizer=folders[0] / "tokenizer.json" if folders else None,
     )
@@ -128,5 +132,11 @@ def _end_of_text(path: Path, of_streams: int | None) -> int | None:
 
 
 def _largest(path: Path, stream: TokenStream) -> int:
-    """The largest token; of a prepared folder the largest that its tokenizer has."""
-    return open_facts(path).vocabulary - 1 if path.is_dir() else int(stream.tokens.max())
+    """The largest token; of a prepared folder the largest that its tokenizer has (the vocabulary
+    in its facts is rounded up).
+    """
+    if not path.is_dir():
+        return int(stream.tokens.max())
+    from .tokenizer import load_tokenizer
+
+    return max(load_tokenizer(path / "tokenizer.json").get_vocab().values())

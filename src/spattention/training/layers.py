@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..bands import BandPattern
-from ..choice import STOCK, AttentionChoice, attention_choice, named_pattern
+from ..choice import STOCK, AttentionChoice, StockDense, attention_choice, named_pattern
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,21 @@ class Layered:
     num_heads: int
 
     def apply(self, model: PreTrainedModel) -> None:
-        model.set_attn_implementation("sdpa")
         if any(self.patterns):
             hf.apply(model, self.patterns, sinks=self.sinks)
+        else:
+            StockDense(self.num_heads).apply(model)
 
     def pairs(self, seq_len: int) -> int:
         """The mean over layers."""
         dense = self.num_heads * seq_len * (seq_len + 1) // 2
         total = sum(dense if p is None else sum(p.pairs(seq_len)) for p in self.patterns)
         return round(total / len(self.patterns))
+
+
+def is_stock(named: str | Sequence[str]) -> bool:
+    """Whether a recipe's attention is dense in every layer."""
+    return {STOCK} == ({named} if isinstance(named, str) else set(named))
 
 
 def recipe_attention(

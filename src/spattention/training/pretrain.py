@@ -22,14 +22,14 @@ from transformers import (
 )
 
 from .. import baselines, hf
-from ..choice import STOCK, AttentionChoice
+from ..choice import AttentionChoice
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
 from ..hf.config import read_section, remove_section
 from ..models import SHAPES, build, preset
 from .callbacks import Event
 from .checkpoints import STAGING, clean, newest_good, step_of
-from .layers import recipe_attention
+from .layers import is_stock, recipe_attention
 from .loss import defer_loss
 from .precision import sharded_precision, to_bfloat16
 from .recipe import Recipe
@@ -304,7 +304,7 @@ def _model(
             f"{config.vocab_size}"
         )
     section = read_section(config)
-    if recipe.attention != STOCK and not recipe.sinks and section is not None and section.sinks:
+    if section is not None and section.sinks and not recipe.sinks:
         raise ValueError(
             f"`sinks` must be true: {recipe.model} was trained with sinks, which its other weights "
             'count on (`attention = "dense"` leaves them out); got false'
@@ -317,9 +317,10 @@ def _model(
         sinks=recipe.sinks,
     )
     attention.apply(model)
-    model.config.eos_token_id = data.end_of_text
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = data.end_of_text
+    if data.end_of_text is not None:
+        model.config.eos_token_id = data.end_of_text
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = data.end_of_text
     return model, attention
 
 
@@ -334,7 +335,7 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
     baselines.register()
     options: dict[str, Any] = {}
     try:
-        if recipe.attention == STOCK:  # also of a model that had other attention
+        if is_stock(recipe.attention):  # also of a model that had other attention
             config = AutoConfig.from_pretrained(recipe.model)
             remove_section(config)
             options = {"config": config, "attn_implementation": "sdpa"}

@@ -11,7 +11,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-# What may change when a run goes on: none of it changes what is computed, but for rounding.
+# What may change when a run goes on: none of it changes what is computed, but for rounding; and,
+# with `micro_batch`, for the balance loss, which is taken per pass.
 FREE = frozenset(
     {
         *("data", "validation", "micro_batch", "compile", "checkpointing", "loss", "workers"),
@@ -59,7 +60,7 @@ class Recipe:
         beta2: AdamW's average of their squares.
         epsilon: AdamW's.
         clip: largest norm of the gradients.
-        balance_loss: weight of the router's balance loss.
+        balance_loss: weight of the router's balance loss, over the windows of a pass.
         z_loss: weight of the router's z-loss.
         seed: of weights and of the order of the windows.
         precision: of the products: "bfloat16" keeps float32 weights, gradients and optimizer state

@@ -99,11 +99,17 @@ def make_trainer(
         optimizers=(optimizer, None),
         processing_class=tokenizer,
     )
+    # Only tensors of two and more dimensions decay, as in `precision.groups`: sinks do not.
+    trainer.get_decay_parameter_names = _decaying
     trainer.remove_callback(PrinterCallback)  # the callbacks given show what there is to see
     # The Trainer turns the cache off in the config, from where it would get into what is saved;
     # `_collate` turns it off for training alone.
     model.config.use_cache = True
     return trainer
+
+
+def _decaying(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
 
 def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
