@@ -1,5 +1,6 @@
 """Losses by position against a loop over windows and tokens."""
 
+import copy
 import math
 
 import pytest
@@ -51,6 +52,32 @@ def test_losses_are_those_of_a_loop(model):
     for part, (near, far) in zip(found.parts, ((1, 2), (2, 7), (7, 20))):
         values = [sum(row[near - 1 : far - 1]) / (far - near) for row in wanted]
         assert part.mean == pytest.approx(sum(values) / 5, abs=1e-5)
+
+
+def test_documents_that_are_kept_apart_and_labels_that_do_not_count(model):
+    """As each document by itself, whose first token nobody predicts."""
+    generator = torch.Generator().manual_seed(2)
+    documents = [torch.randint(0, 31, (n,), generator=generator) for n in (9, 4, 7)]
+    documents += [torch.randint(0, 31, (n,), generator=generator) for n in (1, 18, 1)]
+    data = []
+    for parts in (documents[:3], documents[3:]):
+        ids = torch.cat(parts)
+        positions = torch.cat([torch.arange(len(part)) for part in parts])
+        labels = ids.where(positions > 0, -100)
+        data.append({"input_ids": ids, "position_ids": positions, "labels": labels})
+    found = validation_loss(model, data, batch=2, edges=(1, 2, 20))
+    alone = [token_losses(model, part[None])[0] for part in documents if len(part) > 1]
+    wanted = torch.cat(alone)
+    assert found.loss.mean == pytest.approx(float(wanted.double().mean()), abs=1e-5)
+    assert found.loss.items == 2
+    assert found.parts[0].mean == pytest.approx(float(alone[0][0]), abs=1e-5)
+    assert found.parts[0].items == 1, "the second window's second token begins a document"
+
+
+def test_a_loss_that_is_no_number_is_seen(model):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3] = torch.nan
+    assert math.isnan(validation_loss(broken, windows(2, 8)).loss.mean)
 
 
 def test_the_batch_does_not_matter(model):

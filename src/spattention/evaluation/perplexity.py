@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..data.tokens import IGNORED
+
 ROWS = 4096  # tokens whose float32 logits exist at a time
 
 
@@ -70,7 +72,8 @@ def validation_loss(
 
     Args:
         model: of Transformers; its mode is set to evaluation, and gradients are off.
-        windows: `data.tokens.Windows`, or another sequence of `{"input_ids": int64 [N]}`.
+        windows: `data.tokens.Windows`, or another sequence of `{"input_ids": int64 [N]}`. With
+            `position_ids`, documents are kept apart; tokens whose `labels` are -100 do not count.
         batch: windows at a time.
         edges: as in `LossByPosition`; default `position_edges(N)`.
         on_window: called with the number of windows done.
@@ -84,34 +87,49 @@ def validation_loss(
     edges = position_edges(context) if edges is None else tuple(edges)
     if edges[0] != 1 or edges[-1] != context or sorted(set(edges)) != list(edges):
         raise ValueError(f"`edges` must increase from 1 to {context}, got {list(edges)}")
-    losses = []
+    losses, counted = [], []
     for start in range(0, len(windows), batch):
         chosen = range(start, min(start + batch, len(windows)))
-        ids = torch.stack([windows[k]["input_ids"] for k in chosen])
-        losses.append(token_losses(model, ids).cpu())
+        items = [windows[k] for k in chosen]
+        ids = torch.stack([item["input_ids"] for item in items])
+        apart = "position_ids" in items[0]
+        positions = torch.stack([item["position_ids"] for item in items]) if apart else None
+        losses.append(token_losses(model, ids, positions).cpu())
+        labels = torch.stack([item.get("labels", item["input_ids"]) for item in items])
+        counted.append(labels[:, 1:] != IGNORED)
         on_window(chosen.stop)
-    all_losses = torch.cat(losses).double()  # [windows, N - 1]; column p is position p + 1
-    parts = tuple(
-        Mean.of(all_losses[:, near - 1 : far - 1].mean(dim=1))
-        for near, far in zip(edges, edges[1:])
-    )
-    return LossByPosition(Mean.of(all_losses.mean(dim=1)), tuple(edges), parts, context)
+    counts = torch.cat(counted)  # [windows, N - 1]; column p is position p + 1
+    all_losses = torch.cat(losses).double().where(counts, 0.0)
+
+    def over(near: int, far: int) -> Mean:
+        """Of all tokens at these positions; the error is that of the windows' means."""
+        total = all_losses[:, near - 1 : far - 1].sum(dim=1)
+        tokens = counts[:, near - 1 : far - 1].sum(dim=1)
+        by_window = Mean.of((total / tokens)[tokens > 0])
+        return Mean(float(total.sum() / tokens.sum()), by_window.error, by_window.items)
+
+    parts = tuple(over(near, far) for near, far in zip(edges, edges[1:]))
+    return LossByPosition(over(1, context), tuple(edges), parts, context)
 
 
 @torch.no_grad()
-def token_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    model: Any, ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Negative log-likelihood of every token but the first, in nats.
 
     Args:
         model: a causal language model of Transformers.
         ids: int64 `[B, N]`, on any device.
+        positions: int64 `[B, N]`, counted from 0 in each document; None for one document per row.
 
     Returns:
         float32 `[B, N - 1]`, on the model's device.
     """
     model.eval()
     ids = ids.to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    more = {} if positions is None else {"position_ids": positions.to(model.device)}
+    logits = model(input_ids=ids, use_cache=False, **more).logits[:, :-1]
     targets = ids[:, 1:].flatten()
     found = [
         F.cross_entropy(rows.float(), wanted, reduction="none")
