@@ -1,5 +1,6 @@
 """Killed at any moment, a run goes on with the losses that it would have had."""
 
+import json
 import multiprocessing
 import shutil
 import sys
@@ -150,6 +151,18 @@ def test_a_time_limit_saves_and_the_same_call_goes_on(data, whole, tmp_path):
     assert checkpoints(folder)[0].name == "checkpoint-1"
     assert pretrain(recipe(data), folder).finished
     assert losses(folder) == losses(whole)
+
+
+def test_a_finished_run_stays_as_it_was(data, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    outcome = pretrain(recipe(data), folder, command="another")
+    assert (outcome.finished, outcome.step) == (True, STEPS)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "losses.json").unlink()  # killed before it was written
+    assert pretrain(recipe(data), folder).finished
+    assert json.loads((folder / "losses.json").read_text())["step"] == STEPS
 
 
 def _flip(path):

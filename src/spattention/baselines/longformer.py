@@ -33,8 +33,8 @@ class Longformer(Baseline):
         dilated_heads: how many heads, the last ones, are dilated in the upper half of the layers;
             default 2 as in the paper, at most half of the heads.
         largest_step: distance between the tokens that a dilated head of the highest layer sees;
-            the upper half of the layers rises from 2 to it. Dilated windows hold as many tokens
-            as the others. 1: no dilation.
+            the upper half of the layers rises from 2 to it in even parts (fewer layers than that
+            takes stay below it). Dilated windows hold as many tokens as the others. 1: no dilation.
         global_tokens: first tokens that every later one sees; default `span / 32`, 1 to 16.
     """
 

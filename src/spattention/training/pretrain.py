@@ -33,7 +33,7 @@ from .layers import is_stock, recipe_attention
 from .loss import defer_loss
 from .precision import sharded_precision, to_bfloat16
 from .recipe import Recipe
-from .record import Record
+from .record import Record, recorded_step
 from .results import write_atomically
 from .router import balance_routers
 from .setup import make_arguments, make_trainer
@@ -120,6 +120,10 @@ def pretrain(
         "attention": attention.name,
         "devices": arguments.world_size,
     }
+    if first:
+        send(facts)
+    if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
+        return Outcome(folder, recipe.steps, recipe.steps)
     watchers = _watchers(recipe, folder, model, attention, arguments.world_size, send)
     watchers.append(Record(recipe.to_dict(), folder, facts, command))
     if minutes is not None:
@@ -134,8 +138,6 @@ def pretrain(
         optimizer=optimizer,
         tokenizer=_tokenizer(data, recipe),
     )
-    if first:
-        send(facts)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     step = trainer.state.global_step
     if first:

@@ -70,6 +70,12 @@ class Record(TrainerCallback):
     on_evaluate = on_save = on_train_end = _write
 
 
+def recorded_step(folder: Path) -> int | None:
+    """How far the run that left its file in a folder had come; None without one."""
+    path = folder / LOSSES
+    return int(json.loads(path.read_text("utf-8"))["step"]) if path.exists() else None
+
+
 def source_commit() -> str | None:
     """The git commit of the checkout that this package runs from; None where it is installed."""
     here = Path(__file__)
