@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
@@ -114,6 +115,7 @@ def query_gradient(
         p_out += batch_64 * out_stride_b + head_64 * out_stride_h
         b_out = hopper.load_rows(p_out, first, out_stride_t, n_queries, BLOCK_M, HEAD_DIM)
     else:
+        gdc_wait()  # for the rows
         base = gl.load(p_base + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
         delta = gl.load(p_delta + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
     hopper.arrived(query_ready, 0)
@@ -283,6 +285,7 @@ def key_gradient(
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, SCORES)
     nearest = bands[1]
     done = 0  # blocks of queries behind us, over all members
+    gdc_wait()  # for the rows
     for member in range(group if GROUPED else 1):
         if GROUPED:
             bands = tiles.bands_of(p_bands, row_bands + member)
@@ -426,6 +429,11 @@ def gradient_kernel(
     tail. `WITH_ROWS`, dQ alone, with what a launch of dK and dV reads.
     """
     program = gl.program_id(0)
+    if WITH_ROWS:
+        gdc_wait()
+        gdc_launch_dependents()
+    elif program == 0:
+        gdc_wait()  # even without work: this kernel must not end before the one ahead of it
     if not WITH_ROWS and program < key_programs:
         key_gradient(
             program,

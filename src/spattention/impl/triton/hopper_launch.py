@@ -114,6 +114,7 @@ def gradients(
     counts = (*call.hopper_counts(slots), min(call.order, 1))
     options = {
         "HAS_D_LSE": d_lse is not None,
+        "launch_pdl": True,
         **call.hopper_options(launch),
     }
     if not call.apart:

@@ -6,6 +6,7 @@ weights and its `delta`, which the gradients of its scores are counted from.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import hopper, softmax, tiles
 from .config import HOPPER_COUNTS
@@ -110,6 +111,10 @@ def rows_kernel(
 
     o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
     m_query = o_query < n_queries
+    # The kernel of the gradients may begin, as soon as all blocks are under way here: it comes to
+    # its own wait with the first keys and values in hand.
+    gdc_wait()
+    gdc_launch_dependents()
     base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
     # Rows up to the pitch are read with the last block of queries: they must hold numbers.
     gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
