@@ -87,7 +87,10 @@ def main() -> None:
     if options.merge:
         merge(options.merge, options.output)
         return
-    found = measure(options)
+    # Each side has its own graphs; beyond the limit a step would run uncompiled, and be timed so.
+    limit = 8 * (1 + len(options.patterns))
+    with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        found = measure(options)
     print(table(found["rows"]))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -33,12 +33,14 @@ class Speeds:
         dense: which kernel was the fastest one.
         commits: of the code.
         rates: tokens per second by attention, that of dense attention with its fastest kernel.
+        spread: the largest range of one attention's steps, over their median.
     """
 
     gpu: str
     dense: str
     commits: tuple[str, ...]
     rates: dict[str, float]
+    spread: float
 
     def put(self, done: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], Any]:
         """The entries with these speeds in place of those of their runs."""
@@ -51,7 +53,8 @@ class Speeds:
         """For readers."""
         return (
             "- Speeds are of full training steps, in turns on one GPU "
-            f"({', '.join(self.commits)}); dense attention is that of {self.dense}."
+            f"({', '.join(commit[:7] for commit in self.commits)}); dense attention is that of "
+            f"{self.dense}. The steps of one attention differed by up to {100 * self.spread:.0f} %."
         )
 
 
@@ -77,7 +80,8 @@ def read_speeds(ledger: Path, plan: Plan) -> Speeds | None:
         raise ValueError(f"speeds of {plan.name} must be of one GPU, got {sorted(gpus)}")
     rates: dict[str, float] = {}
     dense = []
-    for row in (row for part in parts for row in part["rows"]):
+    rows = [row for part in parts for row in part["rows"]]
+    for row in rows:
         kernel = row["attention"].removeprefix(f"{STOCK} ")
         if kernel != row["attention"]:
             dense.append((row["tokens_per_second"], kernel))
@@ -87,4 +91,5 @@ def read_speeds(ledger: Path, plan: Plan) -> Speeds | None:
         raise ValueError(f"speeds of {plan.name} must be of dense attention too, got {list(rates)}")
     rates[STOCK], kernel = max(dense)
     commits = tuple(dict.fromkeys(part["environment"]["commit"] for part in parts))
-    return Speeds(gpus.pop(), kernel, commits, rates)
+    spread = max(row["spread"] for row in rows)
+    return Speeds(gpus.pop(), kernel, commits, rates, spread)

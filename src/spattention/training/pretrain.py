@@ -41,6 +41,7 @@ from .watch import Guard, Keeper, Metrics, Speed, TimeLimit
 from .work import active_parameters, work_per_token
 
 MARK = "run.json"
+GRAPHS_PER_LAYER = 8  # PyTorch's limit for one function; training and evaluation need two to four
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,18 @@ def _needs_masters(recipe: Recipe, devices: int) -> bool:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer by itself: all layers share one compiled graph.
+    """Compile each decoder layer by itself: layers of the same bands share a compiled graph.
 
     The forward function is compiled, not the module: FSDP2's and checkpointing's hooks run around
-    it.
+    it. PyTorch runs a layer uncompiled beyond a limit of graphs, which is raised here where the
+    model may need more.
     """
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError(f"`compile` needs decoder layers, {type(model).__name__} names none")
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_LAYER * len(layers))
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
 
