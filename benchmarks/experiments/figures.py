@@ -70,12 +70,18 @@ def seconds_to(loss: float, points: Sequence[tuple[float, float]]) -> float | No
     return None
 
 
-def _colors(rows: Sequence[str]) -> dict[str, Any]:
-    """One colour per attention, the same in all pictures for those that several of them show."""
+def _styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """One colour per attention, the same in all pictures for those that several of them show; where
+    colours run out, they come again with another line.
+    """
     pairs = matplotlib.color_sequences["tab20"]
     palette = [*pairs[::2], *pairs[1::2]]  # strong colours first, their pale companions last
     order = [*COMMON, *(label for label in rows if label not in COMMON)]
-    return {label: palette[k % 20] for k, label in enumerate(order)}
+    lines = ("-", "--", ":")
+    return {
+        label: {"color": palette[k % 20], "linestyle": lines[k // 20 % len(lines)]}
+        for k, label in enumerate(order)
+    }
 
 
 def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
@@ -84,19 +90,19 @@ def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Fi
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
-    colors = _colors(rows)
+    styles = _styles(rows)
     for label in rows:
         shared = [s for s in seeds_of(label, done) if (STOCK, s) in done]
         if label == STOCK or not shared:
             continue
         gaps = [_gaps(done[label, s], done[STOCK, s]) for s in shared]
-        color = colors[label]
+        style = styles[label]
         if len(gaps) > 1:
             for gap in gaps:
-                axis.plot(*zip(*gap.items()), color=color, linewidth=0.8, alpha=0.45)
+                axis.plot(*zip(*gap.items()), linewidth=0.8, alpha=0.45, **style)
         tokens = [at for at in gaps[0] if all(at in gap for gap in gaps)]
         means = [mean(gap[at] for gap in gaps) for at in tokens]
-        axis.plot(tokens, means, "o-", markersize=3, color=color, label=label)
+        axis.plot(tokens, means, marker="o", markersize=3, label=label, **style)
     if not axis.lines:
         return None
     axis.axhline(0.0, color="#333333", linewidth=1)
@@ -119,7 +125,7 @@ def _gaps(run: Entry, dense: Entry) -> dict[float, float]:
 def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
-    colors = _colors(rows)
+    styles = _styles(rows)
     for label in rows:
         shared = [s for s in seeds_of(label, done) if (STOCK, s) in done]
         if label == STOCK or not shared:
@@ -133,7 +139,7 @@ def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> 
             )
             for k in range(len(edges) - 1)
         ]
-        axis.stairs(gaps, edges, color=colors[label], label=label, baseline=None)
+        axis.stairs(gaps, edges, label=label, baseline=None, **styles[label])
     if not axis.patches:
         return None
     axis.axhline(0.0, color="#333333", linewidth=1)
@@ -153,7 +159,7 @@ def time_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figu
     """What a given time on the GPU buys; the first validation lies above the picture."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
-    colors = _colors(rows)
+    styles = _styles(rows)
     highest = 0.0
     for label in rows:
         name: str | None = label
@@ -161,7 +167,7 @@ def time_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figu
             points = curve(done[label, seed])
             if len(points) < 2 or done[label, seed]["gpu"] != reference_gpu(done):
                 continue
-            axis.plot(*zip(*points), "o-", markersize=3, color=colors[label], label=name)
+            axis.plot(*zip(*points), marker="o", markersize=3, label=name, **styles[label])
             name = None
             highest = max(highest, points[1][1])
     if len(axis.lines) < 2:

@@ -333,6 +333,13 @@ def test_speeds_of_two_kinds_of_gpu_are_never_mixed():
     assert len(lines.axes[0].lines) == 2
 
 
+def test_no_two_lines_of_a_picture_look_the_same():
+    rows = [*figures.COMMON, *(f"attention {k}" for k in range(40))]
+    styles = figures._styles(rows)
+    assert len({tuple(style.values()) for style in styles.values()}) == len(rows)
+    assert styles[rows[5]]["linestyle"] == "-"
+
+
 def speeds_file(folder, name, rows, length=32, gpu="two"):
     (folder / "tiny" / "speeds").mkdir(parents=True, exist_ok=True)
     content = {
