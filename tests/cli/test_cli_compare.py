@@ -204,6 +204,14 @@ def test_generate_says_what_is_wrong(compared, capsys, tmp_path):
         assert error in capsys.readouterr().err
 
 
+def test_generate_without_a_tokenizer_says_so(compared, capsys, tmp_path):
+    output, _ = compared
+    model = model_folder(output)
+    copied = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
+    assert main(["generate", str(copied), "hello"]) == 2
+    assert "must hold a tokenizer, one of tokenizer.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_generate_stops_at_the_end_of_the_text(compared, told, tmp_path, capfd):
     model, tokenizer = open_model(compared[0] / "models" / "shared_local-seed0")

@@ -3,9 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from spattention.cli import main
+from spattention.data.packed import write_packed
+from spattention.data.tokens import TokenStream
 
 SMALL = ["--steps", "3", "--context", "64", "--layers", "1", "--vocabulary", "300"]
 
@@ -68,6 +71,23 @@ def test_what_is_wrong_is_said(compared, tmp_path, arguments, error, capsys):
     assert evaluate(compared, tmp_path, *arguments) == 2
     assert error in capsys.readouterr().err
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_tokens_that_the_model_does_not_know(compared, tmp_path, capsys):
+    stream = TokenStream.from_documents([np.full(300, 60_000, np.uint16)])
+    write_packed(tmp_path / "a.u16.xz", stream, 7)
+    assert evaluate(compared, tmp_path, "--data", str(tmp_path / "a.u16.xz")) == 2
+    assert "entries, got token 60000" in capsys.readouterr().err
+
+
+def test_one_item_has_no_error_in_json(compared, tmp_path):
+    assert evaluate(compared, tmp_path, "--windows", "1", "--parts", "loss") == 0
+    text = (tmp_path / "evaluation.json").read_text()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    assert json.loads(text, parse_constant=refuse)["loss"]["loss"]["error"] is None
 
 
 def test_a_model_alone_needs_data(compared, tmp_path, capsys):

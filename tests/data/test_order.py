@@ -86,6 +86,25 @@ def test_streams_and_folders_together(tmp_path, packed):
     assert open_training(names[:1], names[:1], context=16).digest == other.digest
 
 
+def test_tokens_of_two_tokenizers_are_not_mixed(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(
+            "\f".join(f"{name} {k} of words " * 9 for k in range(40))
+        )
+        source = open_source(str(tmp_path / f"{name}.txt"))
+        prepare_corpus(tmp_path / name, source, vocabulary=280, held_out=0.1)
+    names = [str(tmp_path / name) for name in ("one", "two")]
+    for data, validation in ((names, []), (names[:1], names[1:])):
+        with pytest.raises(ValueError, match="must be made with one tokenizer"):
+            open_training(data, validation, context=16)
+
+
+def test_as_many_windows_are_judged_as_asked(tmp_path, packed):
+    for limit, streams, expected in ((1, 1, 1), (5, 3, 5), (2, 3, 3)):
+        data = open_training([str(packed)], [str(packed)] * streams, context=16, limit=limit)
+        assert len(data.validation) == expected
+
+
 def _shorten(path):
     path.write_bytes(path.read_bytes()[:-10])
 

@@ -8,7 +8,7 @@ import pytest
 from spattention.data.packed import write_packed
 from spattention.data.prepare import open_stream, prepare
 from spattention.data.text import read_documents, sample_path
-from spattention.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from spattention.data.tokenizer import entries_of, load_tokenizer, tokenize, train_tokenizer
 from spattention.data.tokens import TokenStream
 
 WORDS = "the quick brown fox jumps over the lazy dog and the dog sleeps on, naïve as ever\n"
@@ -42,6 +42,7 @@ def test_text_json_lines_and_folders(text, tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"tex', r"a\.jsonl, line 2, must be an object"),
         ("a.jsonl", b'{"text": 3}', r"line 1: `text` must be a string, got int"),
         ("a.jsonl", b"[1]", r"line 1, must be an object"),
+        ("a.jsonl", b'{"text": "\\ud800 x"}', r"line 1 must hold Unicode text"),
         ("a.txt", b" \n ", "must hold text, got none"),
         ("a.txt", b"\xff\xfe\xfa", r"must be UTF-8 text"),
         ("a.pdf", b"x", r"must be text \(\.txt\), JSON lines"),
@@ -130,3 +131,21 @@ def test_options_that_do_not_go_with_the_data(text, tmp_path):
         prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1, end_of_text=3)
     with pytest.raises(ValueError, match="must be a tokenizer of the `tokenizers` library"):
         prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1, tokenizer=text)
+
+
+def test_a_tokenizer_whose_ids_have_gaps(text, tmp_path):
+    trained = json.loads(train_tokenizer(["words of a text"], 300).to_str())
+    trained["model"]["vocab"]["words"] = 70_000
+    trained["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(trained))
+    gaps = load_tokenizer(tmp_path / "tokenizer.json")
+    assert entries_of(gaps) == 70_001 > gaps.get_vocab_size()
+    facts = prepare(
+        tmp_path / "out",
+        text,
+        vocabulary=300,
+        held_out=0.2,
+        tokenizer=tmp_path / "tokenizer.json",
+    )
+    assert facts.vocabulary >= 70_001
+    assert open_stream(tmp_path / "out", "train").tokens.dtype == np.uint32

@@ -24,13 +24,15 @@ data = "{data}"
 context = 32
 steps = 6
 batch = 4
+micro_batch = 2
 learning_rate = 1e-2
 warmup = 2
 precision = "float32"
 threads = 1
 log_every = 1
 evaluate_every = 3
-validation_windows = 4
+validation_windows = 7  # no multiple of what the processes take at once
+held_out = 0.2
 save_every = 3
 tensorboard = false
 """

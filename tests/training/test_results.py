@@ -9,7 +9,7 @@ import pytest
 
 from spattention.data.prepare import CorpusFacts
 from spattention.training.report import HEADER, Report
-from spattention.training.results import ResultsFolder, write_atomically
+from spattention.training.results import ResultsFolder, held, write_atomically
 from spattention.training.settings import Settings
 from spattention.training.summary import check_equal_order, summarize
 from spattention.training.variant import Job, Result
@@ -69,12 +69,12 @@ def test_a_folder_is_bound_to_its_settings_once_it_holds_runs(tmp_path):
 def test_prepared_data_replaces_the_old_only_when_it_is_claimed(tmp_path):
     path = tmp_path / "new" / "out"
     folder = ResultsFolder(path)
-    with folder.held(), folder.preparing() as prepared:
+    with held(folder.path), folder.preparing() as prepared:
         (prepared / "tokens").write_text("1 2 3")
     assert not path.parent.exists()
     for content in ("old", "new"):
         folder = ResultsFolder(path)
-        with folder.held(), folder.preparing() as prepared:
+        with held(folder.path), folder.preparing() as prepared:
             (prepared / content).write_text(content)
             folder.claim(SETTINGS)
         assert [file.name for file in folder.data.iterdir()] == [content]
@@ -92,11 +92,11 @@ def test_two_processes_do_not_meet_in_one_folder(tmp_path):
     folder = ResultsFolder(tmp_path)
     other = (
         "import sys; from pathlib import Path; "
-        "from spattention.training.results import ResultsFolder\n"
-        "with ResultsFolder(Path(sys.argv[1])).held(): print('in')"
+        "from spattention.training.results import held\n"
+        "with held(Path(sys.argv[1])): print('in')"
     )
     command = [sys.executable, "-c", other, str(tmp_path)]
-    with folder.held(), folder.preparing() as prepared:
+    with held(folder.path), folder.preparing() as prepared:
         (prepared / "tokens").write_text("1 2")
         refused = subprocess.run(command, capture_output=True, text=True, check=False)
         assert refused.returncode != 0

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.training.checkpoints import checkpoints, newest_good
 from spattention.training.pretrain import pretrain
+from spattention.training.results import held
+from spattention.training.watch import METRICS, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import STEPS, killed, losses, recipe
@@ -141,6 +144,59 @@ def test_another_recipe_or_other_data_does_not_go_on(data, whole, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="must be a new or empty folder"):
         pretrain(recipe(data), tmp_path / "full")
+
+
+def test_what_is_held_out_is_not_trained_on_when_a_run_goes_on(tmp_path):
+    """The same streams, but one of them on the other side; and tokens in the middle of one."""
+    paths = []
+    for seed in range(3):
+        paths.append(tmp_path / f"{seed}.u16.xz")
+        tokens = np.random.default_rng(seed).integers(8, 320, 12_000).astype(np.uint16)
+        write_packed(paths[-1], TokenStream.from_documents([np.append(tokens, np.uint16(7))]), 7)
+    a, b, c = map(str, paths)
+
+    def go(trained, judged):
+        made = replace(recipe(paths[0], validation=judged, held_out=0.0), data=tuple(trained))
+        return pretrain(made, tmp_path / "run", minutes=0)
+
+    go([a, b], [c])
+    with pytest.raises(ValueError, match="the data is another"):
+        go([a], [b, c])
+    tokens[5000:6000] = 8
+    write_packed(paths[2], TokenStream.from_documents([np.append(tokens, np.uint16(7))]), 7)
+    with pytest.raises(ValueError, match="the data is another"):
+        go([a, b], [c])
+
+
+def test_intervals_are_those_of_the_recipe_that_goes_on(data, tmp_path):
+    folder = tmp_path / "run"
+    pretrain(recipe(data, save_every=2, log_every=1, evaluate_every=4), folder, minutes=0)
+    changes = {"save_every": 5, "log_every": 4, "evaluate_every": 3, "keep": 10}
+    assert pretrain(recipe(data, **changes), folder).finished
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint-8", "checkpoint-5", "checkpoint-1"]
+    judged = [e["step"] for e in read_metrics(folder / METRICS) if "eval_loss" in e]
+    assert judged == [3, 6, 8]
+
+
+def test_two_processes_do_not_train_in_one_folder(data, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(ValueError, match="another one is at work in"):
+        pretrain(recipe(data), tmp_path / "run")
+    assert pretrain(recipe(data, steps=1), tmp_path / "run").finished
+
+
+def test_damage_at_the_same_step_again(data, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-mine").mkdir()
+    for _ in range(2):
+        weights = folder / f"checkpoint-{STEPS}" / "model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+        assert pretrain(recipe(data), folder).finished
+        assert losses(folder) == losses(whole)
+    aside = sorted(p.name for p in folder.glob("damaged-*"))
+    assert aside == [f"damaged-checkpoint-{STEPS}", f"damaged-checkpoint-{STEPS}-2"]
+    assert (folder / "checkpoint-mine").is_dir()
 
 
 def test_a_time_limit_saves_and_the_same_call_goes_on(data, whole, tmp_path):

@@ -11,6 +11,7 @@ from spattention.data.packed import write_packed
 from spattention.data.prepare import open_facts, open_stream, prepare
 from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
+from spattention.training import variant
 from spattention.training.memory import peak_resident_bytes, resident_bytes
 from spattention.training.process import RunFailed, run_apart
 from spattention.training.settings import Settings
@@ -54,6 +55,20 @@ def test_variants_see_equal_data_and_seeds_different_data(data, tmp_path):
     assert runs["dense", 0].validation_loss != runs["exclusive", 0].validation_loss
     assert runs["exclusive", 0].pairs == 32 * 33 // 2
     assert runs["dense", 0].pairs == 8 * 32 * 33 // 2
+
+
+def test_a_step_has_as_many_windows_as_it_says(data, tmp_path, monkeypatch):
+    """Also where the data have fewer: every step has as many windows, epoch after epoch."""
+    seen = []
+
+    class Spy(variant.InOrder):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(variant, "InOrder", Spy)
+    run(job(data, tmp_path, batch=256, steps=2), lambda event: None)
+    assert sorted(seen) == list(range(512))
 
 
 def test_a_run_reports_as_it_goes_and_ends_with_a_validation_loss(data, tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -125,6 +126,15 @@ def test_work_is_six_active_parameters_and_the_attended_pairs():
     pairs = 4 * sum(BandPattern.shared_local(8, 64).pairs(64))
     expected = 6 * active_parameters(model) + 14 * 16 * pairs / 64
     assert work_per_token(model, bands, 64) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_experts_are_counted_under_each_of_their_names(name):
+    model = torch.nn.ModuleDict({"experts": torch.nn.Linear(4, 8, bias=False)})
+    outer = torch.nn.ModuleDict({"layer": model, "head": torch.nn.Linear(4, 2, bias=False)})
+    text = SimpleNamespace(**{name: 8, "num_experts_per_tok": 2})
+    outer.config = SimpleNamespace(get_text_config=lambda: text)
+    assert active_parameters(outer) == 8 + 32 * 2 // 8
 
 
 def test_an_attention_for_each_layer(data, tmp_path):

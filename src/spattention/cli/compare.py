@@ -22,7 +22,7 @@ from ..models import preset
 from ..training.callbacks import Event
 from ..training.process import run_apart
 from ..training.report import HEADER, Report
-from ..training.results import ResultsFolder
+from ..training.results import ResultsFolder, held
 from ..training.settings import Settings
 from ..training.summary import check_equal_order
 from ..training.variant import Job, Result
@@ -101,7 +101,7 @@ def main(options: Options) -> None:
     console = Console()
     _check(options)
     folder = ResultsFolder(options.output)
-    with folder.held():
+    with held(folder.path):
         _compare(options, folder, console)
 
 

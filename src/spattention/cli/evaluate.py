@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, logging
 
 from .. import baselines, hf
 from ..data.packed import SUFFIX, read_packed
@@ -31,7 +32,7 @@ from ..evaluation.tasks import TaskScore, run_tasks
 from ..plots import evaluation_figure
 from ..training.report import machine
 from ..training.results import write_atomically
-from .generate import model_folder
+from .generate import model_folder, open_tokenizer
 
 Part = Literal["loss", "recall", "heads", "tasks"]
 HEAD_ROWS = 4  # windows whose heads are looked at
@@ -108,6 +109,8 @@ def main(options: Options) -> None:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}")
     folder = model_folder(options.checkpoint)
     model = _open(folder, options.dtype)
+    if options.tasks:
+        open_tokenizer(folder)  # refused before the work, not after it
     config = model.config.get_text_config()
     longest = config.max_position_embeddings
     context = longest if options.context is None else options.context
@@ -116,6 +119,12 @@ def main(options: Options) -> None:
     texts = None
     if parts != ("tasks",):
         texts = Windows(_text(options), context, options.windows)
+        largest = max(int(texts[k]["input_ids"].max()) for k in range(len(texts)))
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"`--data` must hold tokens of the model's {config.vocab_size} entries, got token "
+                f"{largest}"
+            )
     console = Console()
     with _progress(console) as say:
         evaluation = evaluate(model, folder, parts, texts, options, say)
@@ -161,7 +170,7 @@ def evaluate(
         say("heads", 1.0)
     if "tasks" in parts:
         tasks = []
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = open_tokenizer(folder)
         for number, shots in enumerate(options.shots):
             with tempfile.TemporaryDirectory() as work:
                 tasks += run_tasks(
@@ -188,7 +197,8 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
         "machine": machine(),
         **asdict(evaluation),
     }
-    write_atomically(options.output / "evaluation.json", json.dumps(content, indent=1) + "\n")
+    text = json.dumps(_numbers(content), indent=1, allow_nan=False)
+    write_atomically(options.output / "evaluation.json", text + "\n")
     tables = list(tables_of(evaluation))
     lines = [f"# Evaluation of {folder.name}", "", f"`{content['command']}`", ""]
     for title, header, rows in tables:
@@ -210,6 +220,15 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
         lines += ["![loss by position, recall, entropy of heads](evaluation.png)", ""]
     write_atomically(options.output / "evaluation.md", "\n".join(lines))
     console.print(f"written to {options.output}", highlight=False)
+
+
+def _numbers(content: Any) -> Any:
+    """With null for what JSON has no number for: the error of a single item."""
+    if isinstance(content, dict):
+        return {name: _numbers(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_numbers(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def tables_of(

@@ -28,6 +28,11 @@ from .. import baselines, hf
 from ..hf.config import remove_section
 from ..training.checkpoints import newest_good
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    "spiece.model",
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -217,12 +222,20 @@ def open_model(folder: Path) -> tuple[Any, Any]:
     """The model, ready to generate, and its tokenizer."""
     hf.register()
     baselines.register()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
+    tokenizer = open_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), tokenizer
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        # Transformers would make an empty one of the model's family.
+        raise ValueError(f"{folder} must hold a tokenizer, one of {', '.join(TOKENIZER_FILES)}")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
 
 
 def open_dense(folder: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..training.callbacks import Event
+from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
 from ..training.recipe import Recipe, read_recipe
 from ..training.watch import Diverged
@@ -58,6 +60,8 @@ def description() -> str:
 
 def main(options: Options) -> None:
     """Read, train, show."""
+    if options.minutes is not None and not 0 <= options.minutes < math.inf:
+        raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
     recipe = read_recipe(options.recipe, options.set)
     output = options.output or Path("runs") / options.recipe.stem
     first = int(os.environ.get("RANK", "0")) == 0  # torchrun's
@@ -73,9 +77,12 @@ def main(options: Options) -> None:
                 send=progress.update,
             )
     except Diverged as error:
+        kept = f"The last checkpoint in {output} is from before"
+        if not checkpoints(output):
+            kept = f"There is no checkpoint in {output} yet"
         raise ValueError(
-            f"stopped: {error}. The last checkpoint in {output} is from before; metrics.jsonl "
-            "tells how it came. A lower learning_rate, a longer warmup or another seed may help."
+            f"stopped: {error}. {kept}; metrics.jsonl tells how it came. A lower learning_rate, a "
+            "longer warmup or another seed may help."
         ) from error
     if outcome.finished:
         console.print(f"Finished: {output}/checkpoint-{outcome.step}", highlight=False)

@@ -22,8 +22,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .prepare import CorpusFacts, open_stream
-from .text import iterate_documents
-from .tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, tokenize, train_tokenizer
+from .text import check_text, iterate_documents
+from .tokenizer import (
+    END_OF_TEXT,
+    end_of_text_id,
+    entries_of,
+    load_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
 
 BATCH = 512  # documents that are tokenized together, on all cores
 DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -96,6 +103,7 @@ def _texts(what: str, column: str, rows: Iterable[dict[str, Any]]) -> Iterator[s
             raise ValueError(
                 f"{what}, row {number}: `{column}` must be a string, got {type(text).__name__}"
             )
+        check_text(text or "", f"{what}, row {number}")
         yield text or ""
 
 
@@ -157,7 +165,7 @@ def prepare_corpus(
         facts = CorpusFacts(
             source=source.name,
             tokenizer=str(tokenizer) if tokenizer else "byte-level BPE",
-            vocabulary=-(-used.get_vocab_size() // 64) * 64,
+            vocabulary=-(-entries_of(used) // 64) * 64,
             train_documents=train.num_documents,
             train_tokens=train.num_tokens,
             validation_documents=validation.num_documents,
@@ -181,7 +189,7 @@ def _write(
     held_out: float,
     on_progress: Callable[[int, int], None],
 ) -> tuple[StreamWriter, StreamWriter]:
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if entries_of(tokenizer) <= 2**16 else np.uint32)
     writers = [StreamWriter(folder, name, dtype) for name in ("train", "validation")]
     share = Fraction(str(held_out))
     count = 0

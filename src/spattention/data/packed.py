@@ -82,6 +82,8 @@ def _description(path: Path) -> dict[str, Any]:
         isinstance(facts.get(k), int) for k in ("docs", "tokens")
     ):
         raise ValueError(f"{path} must give the integers `docs` and `tokens`")
+    if facts["docs"] < 1:
+        raise ValueError(f"{path}: `docs` must be at least 1, got {facts['docs']}")
     return facts
 
 

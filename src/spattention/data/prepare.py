@@ -10,7 +10,7 @@ import numpy as np
 
 from .packed import SUFFIX, described_end_of_text, read_packed
 from .text import read_documents, sample_path
-from .tokenizer import end_of_text_id, load_tokenizer, tokenize, train_tokenizer
+from .tokenizer import end_of_text_id, entries_of, load_tokenizer, tokenize, train_tokenizer
 from .tokens import TokenStream
 
 
@@ -55,13 +55,15 @@ def prepare(
     Raises:
         ValueError: if the data cannot be read, or an option does not go with it.
     """
+    if not 0 < held_out < 1:
+        raise ValueError(f"`held_out` must lie between 0 and 1, got {held_out}")
     used = load_tokenizer(tokenizer) if tokenizer else None
     if data is not None and data.name.endswith(SUFFIX):
         train, validation = read_packed(data, end_of_text).hold_out(held_out)
         if end_of_text is None:
             end_of_text = described_end_of_text(data)
         largest = int(max(train.tokens.max(), validation.tokens.max()))
-        entries = used.get_vocab_size() if used else largest + 1
+        entries = entries_of(used) if used else largest + 1
         if largest >= entries:
             raise ValueError(
                 f"{data} must hold tokens of the tokenizer's {entries} entries, got token {largest}"
@@ -74,7 +76,7 @@ def prepare(
         # The tokenizer must not know the text that it is judged on.
         used = used or train_tokenizer(kept, vocabulary)
         train, validation = tokenize(kept, used), tokenize(held, used)
-        entries = used.get_vocab_size()
+        entries = entries_of(used)
         end_of_text = end_of_text_id(used)
 
     folder.mkdir(parents=True, exist_ok=True)

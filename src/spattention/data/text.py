@@ -76,4 +76,13 @@ def _json_lines(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
             raise ValueError(
                 f"{path}, line {number}: `{column}` must be a string, got {type(text).__name__}"
             )
+        check_text(text, f"{path}, line {number}")
         yield text
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises ValueError for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} must hold Unicode text: {error}") from error

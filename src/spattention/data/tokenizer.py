@@ -54,6 +54,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return found
 
 
+def entries_of(tokenizer: Tokenizer) -> int:
+    """Entries that an embedding needs: one more than the largest token, as ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
     """The id of the token that ends each document, by default `<|endoftext|>`."""
     found = tokenizer.token_to_id(token)
@@ -67,7 +72,7 @@ def tokenize(
 ) -> TokenStream:
     """The stream of these documents, each followed by the end of text; by default its own."""
     end = end_of_text_id(tokenizer) if end_of_text is None else end_of_text
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    dtype = np.uint16 if entries_of(tokenizer) <= 2**16 else np.uint32
     encoded = tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
     return TokenStream.from_documents([np.array([*e.ids, end], dtype) for e in encoded])
 

@@ -14,6 +14,8 @@ from .packed import SUFFIX, described_end_of_text, read_packed
 from .prepare import open_facts, open_stream
 from .tokens import TokenStream, Windows
 
+BLOCK, BLOCKS = 4096, 64  # tokens of a block, and blocks of a stream, that `contents` is made of
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -23,7 +25,9 @@ class TrainingData:
         train: windows of all training streams.
         validation: windows of the validation streams; None without any.
         tokens: training tokens.
-        digest: of paths, sizes and settings: equal ones mean equal data.
+        digest: of sizes, settings, and both ends of each stream: names the data in results.
+        contents: of what is trained on and what is judged on, each for itself, looked at in places
+            all over the streams: where it is equal, a run may go on.
         largest: the largest token of any stream.
         end_of_text: the token that ends a document, if it is known.
         tokenizer: the `tokenizer.json` that the data was made with, if it is known.
@@ -33,6 +37,7 @@ class TrainingData:
     validation: Dataset[Any] | None
     tokens: int
     digest: str
+    contents: str
     largest: int
     end_of_text: int | None
     tokenizer: Path | None
@@ -84,14 +89,17 @@ def open_training(
     others = [_open(Path(path), end_of_text, "validation") for path in validation]
     judged += others
     train = [Windows(s, context, across_documents=across_documents) for s in trained]
-    each = None if limit is None else max(1, limit // max(1, len(judged)))
-    tests = [Windows(s, context, each, across_documents=across_documents) for s in judged]
+    tests = [
+        Windows(s, context, each, across_documents=across_documents)
+        for s, each in zip(judged, _shares(limit, len(judged)))
+    ]
     found = hashlib.sha256(repr((context, across_documents)).encode())
     for stream in (*trained, *judged):
         # Not the tokens themselves: a corpus may be larger than memory.
         found.update(repr((len(stream), stream.num_documents)).encode())
         found.update(stream.tokens[:4096].tobytes() + stream.tokens[-4096:].tobytes())
     folders = [Path(path) for path in data if Path(path).is_dir()]
+    _check_tokenizers([*folders, *(Path(path) for path in validation if Path(path).is_dir())])
     known = [_end_of_text(Path(path), end_of_text) for path in data]
     ends = {end for end in known if end is not None}
     if len(ends) > 1:
@@ -101,6 +109,7 @@ def open_training(
         validation=ConcatDataset(tests) if tests else None,
         tokens=sum(map(len, trained)),
         digest=found.hexdigest()[:16],
+        contents=_contents(train, tests),
         largest=max(
             _largest(Path(path), stream)
             for path, stream in zip((*data, *validation), (*opened, *others))
@@ -110,13 +119,49 @@ def open_training(
     )
 
 
+def _shares(limit: int | None, streams: int) -> list[int | None]:
+    """How many windows of each stream are judged: `limit` in all, at least one of each."""
+    if limit is None:
+        return [None] * streams
+    edges = [k * limit // streams for k in range(streams + 1)] if streams else [0]
+    return [max(1, end - begin) for begin, end in zip(edges, edges[1:])]
+
+
+def _contents(train: Sequence[Windows], tests: Sequence[Windows]) -> str:
+    """A digest of blocks of tokens all over the streams; a corpus may be larger than memory."""
+    found = hashlib.sha256()
+    for windows in (train, tests):
+        found.update(b"streams" + len(windows).to_bytes(8, "little"))
+        for part in windows:
+            stream = part.stream
+            count, last = len(stream), max(0, len(stream) - BLOCK)
+            found.update(repr((count, stream.num_documents, len(part))).encode())
+            for start in sorted({last * k // (BLOCKS - 1) for k in range(BLOCKS)}):
+                block = stream.tokens[start : start + BLOCK]
+                found.update(block.astype("<u4").tobytes())
+    return found.hexdigest()[:16]
+
+
+def _check_tokenizers(folders: Sequence[Path]) -> None:
+    """Raises ValueError if the folders' tokens do not mean the same."""
+    from .tokenizer import load_tokenizer
+
+    known = [load_tokenizer(folder / "tokenizer.json").get_vocab() for folder in folders]
+    for folder, tokens in zip(folders, known):
+        if tokens != known[0]:
+            raise ValueError(
+                "`data` and `validation` must be made with one tokenizer, those of "
+                f"{folders[0]} and {folder} are not the same"
+            )
+
+
 def _open(path: Path, end_of_text: int | None, name: str = "train") -> TokenStream:
     if path.name.endswith(SUFFIX):
         return read_packed(path, end_of_text)
     if not path.is_dir():
         raise ValueError(
-            f"`data` must be folders that `spattention prepare` wrote or packed streams ({SUFFIX}),"
-            f" got {path}"
+            f"`{'data' if name == 'train' else name}` must be folders that `spattention prepare` "
+            f"wrote or packed streams ({SUFFIX}), got {path}"
         )
     facts, stream = open_facts(path), open_stream(path, name)
     expected = facts.train_tokens if name == "train" else facts.validation_tokens
@@ -137,6 +182,6 @@ def _largest(path: Path, stream: TokenStream) -> int:
     """
     if not path.is_dir():
         return int(stream.tokens.max())
-    from .tokenizer import load_tokenizer
+    from .tokenizer import entries_of, load_tokenizer
 
-    return max(load_tokenizer(path / "tokenizer.json").get_vocab().values())
+    return entries_of(load_tokenizer(path / "tokenizer.json")) - 1

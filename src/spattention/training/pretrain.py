@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -28,16 +31,16 @@ from ..data.training import TrainingData, open_training
 from ..hf.config import read_section, remove_section
 from ..models import SHAPES, build, preset
 from .callbacks import Event
-from .checkpoints import STAGING, clean, newest_good, step_of
+from .checkpoints import STAGING, checkpoints, clean, newest_good, step_of
 from .layers import is_stock, recipe_attention
 from .loss import defer_loss
 from .precision import sharded_precision, to_bfloat16
 from .recipe import Recipe
 from .record import Record, recorded_step
-from .results import write_atomically
+from .results import LOCK, held, write_atomically
 from .router import balance_routers
 from .setup import make_arguments, make_trainer
-from .watch import Guard, Keeper, Metrics, Speed, TimeLimit
+from .watch import Guard, Intervals, Keeper, Metrics, Speed, TimeLimit
 from .work import active_parameters, work_per_token
 
 MARK = "run.json"
@@ -98,14 +101,32 @@ def pretrain(
     first = arguments.process_index == 0
     _check_folder(recipe, folder, data)
     arguments.gradient_accumulation_steps = passes
+    with held(folder) if first else nullcontext():
+        return _train(recipe, folder, arguments, data, minutes, command, send)
 
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    arguments: TrainingArguments,
+    data: TrainingData,
+    minutes: float | None,
+    command: str | None,
+    send: Callable[[Event], None],
+) -> Outcome:
+    """What is left of `pretrain`, once everything is checked and the folder is this run's alone."""
+    first = arguments.process_index == 0
+    passes = arguments.gradient_accumulation_steps
     set_seed(recipe.seed)
     model, attention = _model(recipe, data, arguments.device)
     resume, notes = _from_first_rank(lambda: _claim(recipe, folder, data), first)
     for note in notes if first else ():
         send({"kind": "note", "text": note})
     # What a pretrained model loses by new attention is seen before its first step.
-    arguments.eval_on_start = resume is None and recipe.model not in SHAPES
+    judged = data.validation is not None
+    arguments.eval_on_start = judged and resume is None and recipe.model not in SHAPES
+    if not judged:
+        arguments.eval_strategy = IntervalStrategy.NO
     if resume is not None and recipe.parallel == "ddp":
         _load_weights(model, resume)
 
@@ -381,7 +402,7 @@ def _tokenizer(data: TrainingData, recipe: Recipe) -> PreTrainedTokenizerBase | 
 def _check_folder(recipe: Recipe, folder: Path, data: TrainingData) -> None:
     mark = folder / MARK
     if not mark.exists():
-        if folder.exists() and any(p.name != STAGING for p in folder.iterdir()):
+        if folder.exists() and any(p.name not in (STAGING, LOCK) for p in folder.iterdir()):
             raise ValueError(
                 f"`--output` must be a new or empty folder, or an earlier run's; {folder} holds "
                 "other files"
@@ -389,7 +410,8 @@ def _check_folder(recipe: Recipe, folder: Path, data: TrainingData) -> None:
         return
     found = json.loads(mark.read_text(encoding="utf-8"))
     different = recipe.differences(found["recipe"])
-    if found["data"] != data.digest:
+    # Runs that began before `contents` was written have the digest alone.
+    if found["data"] != data.digest or found.get("contents", data.contents) != data.contents:
         different.append("the data is another")
     if different:
         raise ValueError(
@@ -402,18 +424,32 @@ def _claim(recipe: Recipe, folder: Path, data: TrainingData) -> tuple[Path | Non
     """Mark the folder and find where to go on; what is damaged is named and put aside."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    content = {"version": 1, "recipe": recipe.to_dict(), "data": data.digest}
+    content = {
+        "version": 1,
+        "recipe": recipe.to_dict(),
+        "data": data.digest,
+        "contents": data.contents,
+    }
     write_atomically(folder / MARK, json.dumps(content, indent=2) + "\n")
     resume, problems = newest_good(folder)
     notes = [f"damaged checkpoint: {problem}" for problem in problems]
-    for path in folder.glob("checkpoint-*") if problems else ():
+    for path in checkpoints(folder) if problems else ():
         if resume is None or step_of(path) > step_of(resume):
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            path.rename(_free(path.with_name(f"damaged-{path.name}")))
     if resume is not None:
         notes.append(f"going on from {resume}")
     elif problems:
         notes.append("no checkpoint is whole: beginning anew")
     return resume, notes
+
+
+def _free(path: Path) -> Path:
+    """The path, or that with the first number behind it that is not taken."""
+    taken = itertools.count(2)
+    found = path
+    while found.exists():
+        found = path.with_name(f"{path.name}-{next(taken)}")
+    return found
 
 
 def _from_first_rank(
@@ -436,6 +472,7 @@ def _watchers(
     send: Callable[[Event], None],
 ) -> list[TrainerCallback]:
     watchers: list[TrainerCallback] = [
+        Intervals(),
         Guard(recipe.divergence),
         Speed(
             recipe.batch * recipe.context,

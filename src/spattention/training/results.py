@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from .settings import Settings
 from .variant import Job, Result
 
+LOCK = ".lock"
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that is either the old one or the whole new one, never a part."""
@@ -31,6 +33,37 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; made if need be, and removed at the end if it stays empty.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    lock = FileLock(file)  # the system lets go of it, however the process ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"`--output` must be used by one process at a time, another one is at work in {folder}"
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed, it may stay
+            file.unlink()
+        lock.release()
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
 
 
 class ResultsFolder:
@@ -51,7 +84,7 @@ class ResultsFolder:
         self.data = path / "data"
         self.staging = path / ".preparing"
         self._mark = path / "comparison.json"
-        self._lock = path / ".lock"
+        self._lock = path / LOCK
         if path.exists() and not path.is_dir():
             raise ValueError(f"`--output` must be a folder, {path} is a file")
         others = path.iterdir() if path.exists() and not self._mark.exists() else ()
@@ -60,34 +93,6 @@ class ResultsFolder:
                 "`--output` must be a new or empty folder, or hold an earlier comparison; "
                 f"{path} holds other files"
             )
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The folder for this process alone; one that stays empty is removed at the end.
-
-        Raises:
-            ValueError: if another process has it.
-        """
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._lock)  # the system lets go of it, however the process ends
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"`--output` must be used by one process at a time, another one is at work in "
-                f"{self.path}"
-            ) from error
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # where an open file cannot be removed, it may stay
-                self._lock.unlink()
-            lock.release()
-            for folder in made:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
 
     @contextmanager
     def preparing(self) -> Iterator[Path]:

@@ -18,6 +18,8 @@ from transformers import (
     default_data_collator,
 )
 
+from ..data.tokens import IGNORED
+
 
 def make_arguments(
     folder: Path,
@@ -89,12 +91,12 @@ def make_trainer(
         optimizer: to be used instead of the one that `arguments` describe.
         tokenizer: saved beside the model.
     """
-    trainer = Trainer(
+    trainer = _PerToken(
         model=model,
         args=arguments,
         data_collator=_collate,
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=None if validation is None else _Whole(validation, _at_once(arguments)),
         callbacks=list(callbacks),
         optimizers=(optimizer, None),
         processing_class=tokenizer,
@@ -106,6 +108,58 @@ def make_trainer(
     # `_collate` turns it off for training alone.
     model.config.use_cache = True
     return trainer
+
+
+class _PerToken(Trainer):
+    """Its validation loss is the mean over all tokens that are predicted. The Trainer's own is a
+    mean of the batches' means, which depends on how windows fall into batches, and on how often
+    windows are repeated to fill the last ones of several devices.
+    """
+
+    _summed: torch.Tensor  # losses, and how many
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs).loss.detach()  # the mean of this device's tokens
+        count = (inputs["labels"][:, 1:] != IGNORED).sum().cpu().double()
+        self._summed += torch.stack([loss.cpu().double() * count if count else count, count])
+        return loss, None, None
+
+    def evaluation_loop(self, *rest: Any, metric_key_prefix: str = "eval", **more: Any) -> Any:
+        self._summed = torch.zeros(2, dtype=torch.float64)
+        found = super().evaluation_loop(*rest, metric_key_prefix=metric_key_prefix, **more)
+        summed = self._summed.to(self.args.device) if self.args.world_size > 1 else self._summed
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(summed)
+        found.metrics[f"{metric_key_prefix}_loss"] = float(summed[0] / summed[1])
+        return found
+
+
+class _Whole(Dataset[Any]):
+    """Windows, and so many without a token that counts that the last batch is full on every device:
+    instead of theirs, Accelerate would repeat windows that do.
+    """
+
+    def __init__(self, windows: Dataset[Any], multiple: int) -> None:
+        self.windows = windows
+        self.count = len(windows)  # type: ignore[arg-type]
+        self.length = -(-self.count // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if index < self.count:
+            return self.windows[index]
+        first = self.windows[0]
+        return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
+
+
+def _at_once(arguments: TrainingArguments) -> int:
+    """Windows that all devices evaluate at once; one device takes the last ones as they are."""
+    devices = arguments.world_size
+    return arguments.per_device_eval_batch_size * devices if devices > 1 else 1
 
 
 def _decaying(model: torch.nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments, logging, set_seed
 from ..choice import attention_choice
 from ..data.prepare import open_facts, open_stream
 from ..data.tokenizer import for_transformers, load_tokenizer
-from ..data.tokens import TokenStream, Windows
+from ..data.tokens import InOrder, TokenStream, Windows
 from ..models import build, preset
 from .callbacks import Event, OrderDigest, Watch
 from .memory import peak_resident_bytes, resident_bytes
@@ -97,7 +97,8 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
     model = build(chosen, pattern=None)
     attention.apply(model)
 
-    train = Windows(open_stream(job.data, "train"), settings.context)
+    windows = Windows(open_stream(job.data, "train"), settings.context)
+    train = InOrder(windows, settings.steps * settings.batch, job.seed)
     held_out = open_stream(job.data, "validation")
     validation = Windows(held_out, settings.context, settings.validation_windows)
     watch = Watch(settings.batch * settings.context, send)
@@ -146,6 +147,7 @@ def _arguments(job: Job) -> TrainingArguments:
         learning_rate=settings.learning_rate,
         warmup=max(1, settings.steps // 10),
         seed=job.seed,
+        train_sampling_strategy="sequential",  # `InOrder` has the order
         adam_beta2=0.98,  # short runs: the average over 1 / (1 - 0.98) = 50 steps
         logging_steps=max(1, settings.steps // 60),
         eval_strategy="steps",

@@ -76,6 +76,17 @@ class Speed(TrainerCallback):
         self._restart()
 
 
+class Intervals(TrainerCallback):
+    """Logs, evaluates and saves as the recipe says now: the Trainer goes on with the intervals of
+    the checkpoint.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class Metrics(TrainerCallback):
     """Appends what is logged to `metrics.jsonl`, one object a line, and sends it on.
 

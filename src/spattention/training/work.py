@@ -10,6 +10,9 @@ from typing import Any
 
 from ..choice import AttentionChoice
 
+# What configurations call the number of experts that a token chooses from.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def active_parameters(model: Any) -> int:
     """Parameters that one token uses: all, but for the experts that it does not visit."""
@@ -18,7 +21,8 @@ def active_parameters(model: Any) -> int:
     config = model.config.get_text_config()
     if not experts:
         return total
-    return total - experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
+    count = next(found for name in EXPERTS if (found := getattr(config, name, None)))
+    return total - experts * (count - config.num_experts_per_tok) // count
 
 
 def work_per_token(model: Any, attention: AttentionChoice, context: int) -> float:
