@@ -186,6 +186,7 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     for label in rows:
         lines.append(_row(label, done))
     timed = _versions(done) if speeds is None else [speeds.line()]
+    timed += [""] if timed else []  # what follows is no item of the list
     lines += ["", *_verdicts(plan, done), *timed, *_missing(plan, entries, done), ""]
     for what, draw in DRAWN.items():
         figure = draw(rows, done)

@@ -124,7 +124,7 @@ def comparison_figure(
         curves.plot(steps, losses, "o-", color=color, markersize=4, linewidth=1.6, label=label)
     curves.axhline(unigram_entropy, color=INK, linestyle=":", linewidth=1)
     curves.annotate(
-        "unigram entropy of the validation text",
+        "unigram entropy of the evaluated windows",
         (0.98, unigram_entropy),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),

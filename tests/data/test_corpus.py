@@ -154,6 +154,14 @@ def test_two_that_prepare_one_folder_do_not_meet(tmp_path, tokenizer):
     assert facts.train_documents == 2
 
 
+def test_options_of_datasets_are_not_ignored_for_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for changes in ({"name": "en"}, {"split": "test"}, {"streaming": True}):
+        for source in (tmp_path / "a.txt", tmp_path):
+            with pytest.raises(ValueError, match=r"are for datasets, .* holds text"):
+                open_source(str(source), **changes)
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "error"),
     [

@@ -185,7 +185,7 @@ def test_json_and_markdown(tmp_path):
     assert "| exclusive | 4.200 | +0.200 ? |" in page
     assert "Unigram entropy of the evaluated windows: 5.000 nats" in page
     assert "Not finished: gapped-seed0." in page
-    assert "Alice was**not here**" in page
+    assert "Alice was **not here**" in page
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 

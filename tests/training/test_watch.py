@@ -137,6 +137,15 @@ def test_experts_are_counted_under_each_of_their_names(name):
     assert active_parameters(outer) == 8 + 32 * 2 // 8
 
 
+def test_what_cannot_go_together_is_refused_before_training(data, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="must be true with bigbird, which knows no documents"):
+        pretrain(recipe(data, attention="bigbird", across_documents=False), tmp_path / "run")
+    monkeypatch.setattr(pretraining, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="where the package wandb is missing"):
+        pretrain(recipe(data, wandb=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_attention_for_each_layer(data, tmp_path):
     names = ("dense", "exclusive", "shared_local:local=4")
     found = recipe_attention(names, 3, 8, 32, sinks=True)
@@ -334,8 +343,11 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     done = subprocess.run(head, capture_output=True, text=True, check=False)
     assert found["commit"] == (done.stdout.strip() or None)
     assert found["versions"]["spattention"] == __version__
-    assert main([*command, "--set", "batch=3"]) == 2
-    assert "holds a run of another recipe" in capsys.readouterr().err
+    for changes in (["batch=3"], ["batch=3", "threads=1"], ["batch=3", "--set", "threads=1"]):
+        assert main([*command, "--set", *changes]) == 2
+        assert "holds a run of another recipe" in capsys.readouterr().err
+    assert main([*command, "--minutes", "nan"]) == 2
+    assert "`--minutes` must be a number from 0 on, got nan" in capsys.readouterr().err
 
 
 def test_checkpointed_layers_and_a_chunked_loss_give_the_same_losses(data, tmp_path):

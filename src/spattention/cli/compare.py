@@ -196,13 +196,16 @@ def show(report: Report, output: Path, console: Console) -> None:
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    # Broken where they are here, the longest names and numbers fit into 80 columns.
+    # Numbers are never broken but where they are here; names give way to them.
     for column, name in enumerate(HEADER):
-        table.add_column(
-            name.replace(" ", "\n"), justify="right" if column else "left", no_wrap=True
-        )
+        heading = name.replace(" ", "\n")
+        if column:
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
     for name, *cells in report.cells():
-        table.add_row(name.replace(":", ":\n"), *(cell.replace(" (", "\n(") for cell in cells))
+        broken = name.replace(":", ":\n").replace(",", ",\n")
+        table.add_row(broken, *(cell.replace(" (", "\n(") for cell in cells))
     console.print(table)
     console.print()
     for note in report.notes():

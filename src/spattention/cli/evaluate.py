@@ -112,9 +112,11 @@ def main(options: Options) -> None:
     if options.tasks:
         open_tokenizer(folder)  # refused before the work, not after it
     config = model.config.get_text_config()
-    longest = config.max_position_embeddings
+    longest = getattr(config, "max_position_embeddings", None)  # some know none
     context = longest if options.context is None else options.context
-    if not 2 <= context <= longest:
+    if context is None:
+        raise ValueError("`--context` must be given, the model names no longest text")
+    if not 2 <= context <= (longest or context):
         raise ValueError(f"`--context` must be from 2 to the model's {longest}, got {context}")
     texts = None
     if parts != ("tasks",):

@@ -142,8 +142,8 @@ def _generate(
         sampling |= {"temperature": options.temperature, "top_k": options.top_k}
     if getattr(model.config.get_text_config(), "spattention", None) is not None:
         sampling["past_key_values"] = hf.BandCache(model.config)
-    print(prompt, end="", flush=True)
     set_seed(options.seed)
+    print(prompt, end="", flush=True)
     streamer = _Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = model.generate(
         **inputs,

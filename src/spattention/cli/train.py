@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -35,13 +36,13 @@ class Options:
 
     Args:
         recipe: The recipe's file.
-        set: Changes to the recipe, as in --set steps=100 attention=dense data=["a","b"].
+        set: Changes to the recipe, as in --set steps=100 attention=dense 'data=["a","b"]'.
         output: Folder for checkpoints and metrics; runs/NAME-OF-THE-RECIPE without it.
         minutes: Save and stop after so many minutes; the same command goes on.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     output: Path | None = None
     minutes: float | None = None
 
@@ -62,7 +63,7 @@ def main(options: Options) -> None:
     """Read, train, show."""
     if options.minutes is not None and not 0 <= options.minutes < math.inf:
         raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
-    recipe = read_recipe(options.recipe, options.set)
+    recipe = read_recipe(options.recipe, list(itertools.chain.from_iterable(options.set)))
     output = options.output or Path("runs") / options.recipe.stem
     first = int(os.environ.get("RANK", "0")) == 0  # torchrun's
     console = Console(quiet=not first)

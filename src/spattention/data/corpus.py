@@ -69,9 +69,13 @@ def open_source(
         ValueError: if there is neither such a file nor such a dataset, or it has no such column.
     """
     path = Path(what)
-    if path.is_file() and path.suffix != ".parquet":
-        return Source(what, iterate_documents(path, column))
-    if path.is_dir() and not any((path / mark).exists() for mark in DATASET_MARKS):
+    marked = any((path / mark).exists() for mark in DATASET_MARKS)
+    if (path.is_file() and path.suffix != ".parquet") or (path.is_dir() and not marked):
+        if name is not None or split != "train" or streaming:
+            raise ValueError(
+                f"`name`, `split` and `streaming` are for datasets, {what} holds text; got {name}, "
+                f"{split}, {streaming}"
+            )
         return Source(what, iterate_documents(path, column))
     if path.is_absolute() and not path.exists():
         raise ValueError(f"{path} is neither a file nor a folder")

@@ -35,6 +35,8 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
         return
     if not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder")
+    if path.name.endswith(".u16.xz"):
+        raise ValueError(f"{path} holds tokens already, which need no preparing: name it as data")
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
             f"{path} must be text (.txt), JSON lines (.jsonl) or packed tokens (.u16.xz)"

@@ -26,7 +26,7 @@ class BandCache(Cache):
     Args:
         config: of the model, after `spattention.hf.apply`.
         slack: tokens that can be taken back (`crop`): at least as many as assisted generation
-            drafts at once, plus one.
+            drafts at once.
 
     Raises:
         ValueError: if the config names no bands.

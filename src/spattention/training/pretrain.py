@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from .. import baselines, hf
-from ..choice import AttentionChoice
+from ..choice import AttentionChoice, Other
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
 from ..hf.config import read_section, remove_section
@@ -86,6 +87,8 @@ def pretrain(
     logging.disable_progress_bar()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    if recipe.wandb and find_spec("wandb") is None:
+        raise ValueError("`wandb` must be false where the package wandb is missing, got true")
     arguments = _arguments(recipe, folder)  # also joins the other processes
     passes = recipe.passes(arguments.world_size)
     _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
@@ -343,6 +346,11 @@ def _model(
         recipe.context,
         sinks=recipe.sinks,
     )
+    if not recipe.across_documents and isinstance(attention, Other):
+        raise ValueError(
+            f"`across_documents` must be true with {attention.name}, which knows no documents, "
+            "got false"
+        )
     attention.apply(model)
     if data.end_of_text is not None:
         model.config.eos_token_id = data.end_of_text
@@ -374,8 +382,9 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         ) from error
     if any(".experts." in name for name, _ in model.named_parameters()):
         model.set_experts_implementation("grouped_mm")
-    length = model.config.get_text_config().max_position_embeddings
-    if recipe.context > length:
+    # Some know no longest text.
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is not None and recipe.context > length:
         raise ValueError(f"`context` must be at most the model's {length}, got {recipe.context}")
     return model
 

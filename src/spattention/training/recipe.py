@@ -43,8 +43,9 @@ class Recipe:
             list with one per layer.
         sinks: whether layers with a pattern have attention sinks.
         data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
-        validation: the same, for the validation loss; empty for a share of `data`.
-        held_out: that share, by documents.
+        validation: the same, for the validation loss; empty for what the folders of `data` hold
+            out, or else a share of its streams.
+        held_out: that share, by documents; 0 for none.
         end_of_text: the token between documents of packed streams whose JSON does not name it.
         across_documents: whether tokens attend earlier documents in their window.
         context: tokens per window, and the span of the patterns.

@@ -70,7 +70,7 @@ class Report:
             f"context {settings.context}, {settings.threads or 'all'} thread(s), equal weights at "
             "the start, equal data in equal order.",
             "Attended pairs: (query, key) pairs per layer and window, all heads together; in "
-            "brackets how many times fewer than dense.",
+            "brackets how many times fewer or more than dense.",
         ]
         if self.results:
             notes.append(
@@ -94,7 +94,9 @@ class Report:
 
     @property
     def shown(self) -> Result | None:
-        """The run whose text is shown and whose model `generate` opens: the first with bands."""
+        """The run whose text is shown and whose model `generate` opens: the first that is not
+        dense.
+        """
         banded = [run for run in self.results if run.attention != STOCK]
         return next(iter(banded or self.results), None)
 
@@ -121,7 +123,9 @@ class Report:
         lines += [f"| {' | '.join(cells)} |" for cells in self.cells()]
         lines += ["", *(f"- {note}" for note in self.notes()), "", "![loss and work](results.png)"]
         if self.shown and self.shown.continuation:
-            text = f"{self.shown.prompt}**{self.shown.continuation.strip()}**"
+            words = self.shown.continuation.strip()
+            space = " " if self.shown.continuation[:1].isspace() else ""
+            text = f"{self.shown.prompt}{space}**{words}**"
             quoted = "> " + " ".join(text.split())
             lines += ["", f"## A text that {self.shown.attention} continued (in bold)", "", quoted]
         return "\n".join(lines) + "\n"
@@ -153,7 +157,8 @@ def _cells(row: Row, dense_pairs: int | None, entropy: float) -> tuple[str, ...]
     difference = "" if row.difference is None or is_dense else f"{row.difference:+.3f}{mark}"
     pairs = f"{row.pairs:,}"
     if dense_pairs and not is_dense:
-        pairs += f" ({dense_pairs / row.pairs:.1f}x less)"
+        ratio = dense_pairs / row.pairs
+        pairs += f" ({ratio:.1f}x less)" if ratio >= 1 else f" ({1 / ratio:.1f}x more)"
     memory = "" if row.memory_peak is None else f"{row.memory_peak / 2**20:.0f} MiB"
     if row.memory_growth is not None and memory:
         memory += f" (+{row.memory_growth / 2**20:.0f})"

@@ -121,6 +121,7 @@ class Metrics(TrainerCallback):
         if not state.is_world_process_zero or logs is None:
             return
         entry = {"step": state.global_step, **logs}
+        entry.pop("epoch", None)  # the Trainer's: of all items of `InOrder`, not of the data
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         self.send({"kind": "log", **entry})
