@@ -106,6 +106,8 @@ def test_what_is_missing_is_named(folder, tmp_path):
         local_tasks(["boolq"], folder, tmp_path)
     with pytest.raises(ValueError, match=r"piqa_val\.jsonl is missing"):
         local_tasks(["piqa"], tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"`shots` must be at most the 5 examples .*, got 9"):
+        local_tasks(["mmlu"], folder, tmp_path, shots=9)
     with pytest.raises(ValueError, match="`shots` must be 0 for the local task piqa, got 5"):
         local_tasks(["piqa"], folder, tmp_path, shots=5)
 

@@ -140,6 +140,9 @@ def test_experts_are_counted_under_each_of_their_names(name):
 def test_what_cannot_go_together_is_refused_before_training(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be true with bigbird, which knows no documents"):
         pretrain(recipe(data, attention="bigbird", across_documents=False), tmp_path / "run")
+    for changes in ({"attention": "longformer", "sinks": True}, {"attention": ["longformer"]}):
+        with pytest.raises(ValueError, match="longformer is a baseline, for a whole model"):
+            pretrain(recipe(data, **changes), tmp_path / "run")
     monkeypatch.setattr(pretraining, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="where the package wandb is missing"):
         pretrain(recipe(data, wandb=True), tmp_path / "run")

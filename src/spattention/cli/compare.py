@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -204,7 +205,7 @@ def show(report: Report, output: Path, console: Console) -> None:
         else:
             table.add_column(heading, overflow="fold")
     for name, *cells in report.cells():
-        broken = name.replace(":", ":\n").replace(",", ",\n")
+        broken = re.sub(r"(:|_(?=longformer|reformer))|(?=,)", r"\1\n", name)
         table.add_row(broken, *(cell.replace(" (", "\n(") for cell in cells))
     console.print(table)
     console.print()

@@ -107,6 +107,10 @@ def main(options: Options) -> None:
     for name in ("windows", "items", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"`--limit` must be at least 1, got {options.limit}")
+    if any(shots < 0 for shots in options.shots) or not options.shots:
+        raise ValueError(f"`--shots` must be integers from 0 on, got {list(options.shots)}")
     folder = model_folder(options.checkpoint)
     model = _open(folder, options.dtype)
     if options.tasks:

@@ -158,7 +158,7 @@ def local_tasks(tasks: Sequence[str], folder: Path, work: Path, shots: int = 0) 
         if shots and task != MMLU:
             raise ValueError(f"`shots` must be 0 for the local task {task}, got {shots}")
         if task == MMLU:
-            written += _mmlu(harness, folder, work)
+            written += _mmlu(harness, folder, work, shots)
             continue
         local = LOCAL[task]
         file = _existing(folder / local.file)
@@ -206,7 +206,7 @@ def scores_of(name: str, items: Sequence[Sample], shots: int) -> list[TaskScore]
     return scores
 
 
-def _mmlu(harness: Path, folder: Path, work: Path) -> list[str]:
+def _mmlu(harness: Path, folder: Path, work: Path, shots: int) -> list[str]:
     by_subject: dict[str, dict[str, list[str]]] = {}
     for split, file in MMLU_FILES.items():
         # Not `splitlines`, which also ends lines at separators that may stand inside a text.
@@ -215,6 +215,11 @@ def _mmlu(harness: Path, folder: Path, work: Path) -> list[str]:
             by_subject.setdefault(subject, {}).setdefault(split, []).append(line)
     written = []
     for subject, splits in sorted(by_subject.items()):
+        given = len(splits.get("dev", ()))
+        if shots > given:
+            raise ValueError(
+                f"`shots` must be at most the {given} examples of {MMLU}'s {subject}, got {shots}"
+            )
         files = {}
         for split, lines in splits.items():
             files[split] = work / f"{MMLU}_{subject}_{split}.jsonl"

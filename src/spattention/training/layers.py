@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..bands import BandPattern
-from ..choice import STOCK, AttentionChoice, StockDense, attention_choice, named_pattern
+from ..choice import (
+    BASELINES,
+    STOCK,
+    AttentionChoice,
+    StockDense,
+    attention_choice,
+    named_pattern,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,12 @@ def recipe_attention(
             f"`attention` must name one for all or one for each of {num_layers} layers, got "
             f"{len(names)}"
         )
+    for name in names:
+        if name.partition(":")[0] in BASELINES:
+            raise ValueError(
+                f"`attention` must be dense or a pattern for single layers or sinks, and {name} is "
+                "a baseline, for a whole model without them"
+            )
     patterns = tuple(None if n == STOCK else named_pattern(n, num_heads, span) for n in names)
     if sinks and not any(patterns):
         raise ValueError("`sinks` must be false where every layer is dense, got true")
