@@ -1,5 +1,8 @@
 """Runs of a comparison: equal data, memory of their own, failures that reach the parent."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -12,7 +15,7 @@ from spattention.data.prepare import open_facts, open_stream, prepare
 from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
 from spattention.training import variant
-from spattention.training.memory import peak_resident_bytes, resident_bytes
+from spattention.training.memory import resident_bytes
 from spattention.training.process import RunFailed, run_apart
 from spattention.training.settings import Settings
 from spattention.training.variant import Job, run
@@ -134,12 +137,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 
 
 def test_peak_memory_counts_what_was_freed_again():
-    before = resident_bytes()
-    if before is None:
+    """In a process of its own: of a large one the system may take pages away meanwhile."""
+    if resident_bytes() is None:
         pytest.skip("this system does not tell the resident set")
-    block = np.ones(2**26, np.uint8)
-    del block
-    assert peak_resident_bytes() >= before + 2**25
+    code = (
+        "import numpy as np\n"
+        "from spattention.training.memory import peak_resident_bytes, resident_bytes\n"
+        "before = resident_bytes()\n"
+        "block = np.ones(2**26, np.uint8)\n"
+        "del block\n"
+        "assert peak_resident_bytes() >= before + 2**25\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_choices_name_patterns_and_their_options():
