@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from spattention.data.prepare import CorpusFacts
+from spattention.training import results
 from spattention.training.report import HEADER, Report
 from spattention.training.results import ResultsFolder, held, write_atomically
 from spattention.training.settings import Settings
@@ -104,6 +105,15 @@ def test_two_processes_do_not_meet_in_one_folder(tmp_path):
         assert (prepared / "tokens").read_text() == "1 2"
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "in\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def acquire(self, timeout):
+        raise NotImplementedError
+
+    monkeypatch.setattr(results.FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match="on a file system without locks"), held(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -52,8 +53,11 @@ def held(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"`--output` must be used by one process at a time, another one is at work in {folder}"
         ) from error
-    except NotImplementedError:  # a file system without locks
-        pass
+    except NotImplementedError:
+        warnings.warn(
+            f"{folder} is on a file system without locks: nothing keeps another process out of it",
+            stacklevel=3,
+        )
     try:
         yield
     finally:
