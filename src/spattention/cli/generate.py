@@ -28,11 +28,6 @@ from .. import baselines, hf
 from ..hf.config import remove_section
 from ..training.checkpoints import newest_good
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    "spiece.model",
-)
-
 
 @dataclass(frozen=True)
 class Options:
@@ -229,13 +224,14 @@ def open_model(folder: Path) -> tuple[Any, Any]:
 
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a model."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        # Transformers would make an empty one of the model's family.
-        raise ValueError(f"{folder} must hold a tokenizer, one of {', '.join(TOKENIZER_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
+    if len(found) <= len(found.all_special_tokens):
+        # Without files Transformers makes an empty one of the model's family.
+        raise ValueError(f"{folder} must hold a tokenizer, got none with words")
+    return found
 
 
 def open_dense(folder: Path) -> Any:
