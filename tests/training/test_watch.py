@@ -135,6 +135,9 @@ def test_experts_are_counted_under_each_of_their_names(name):
     text = SimpleNamespace(**{name: 8, "num_experts_per_tok": 2})
     outer.config = SimpleNamespace(get_text_config=lambda: text)
     assert active_parameters(outer) == 8 + 32 * 2 // 8
+    delattr(text, name)
+    with pytest.raises(ValueError, match="must name its experts, one of num_experts, "):
+        active_parameters(outer)
 
 
 def test_what_cannot_go_together_is_refused_before_training(data, tmp_path, monkeypatch):

@@ -21,7 +21,9 @@ def active_parameters(model: Any) -> int:
     config = model.config.get_text_config()
     if not experts:
         return total
-    count = next(found for name in EXPERTS if (found := getattr(config, name, None)))
+    count = next((found for name in EXPERTS if (found := getattr(config, name, None))), None)
+    if count is None:
+        raise ValueError(f"the model's config must name its experts, one of {', '.join(EXPERTS)}")
     return total - experts * (count - config.num_experts_per_tok) // count
 
 
