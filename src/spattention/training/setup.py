@@ -129,8 +129,9 @@ class _PerToken(Trainer):
     def evaluation_loop(self, *rest: Any, metric_key_prefix: str = "eval", **more: Any) -> Any:
         self._summed = torch.zeros(2, dtype=torch.float64)
         found = super().evaluation_loop(*rest, metric_key_prefix=metric_key_prefix, **more)
-        summed = self._summed.to(self.args.device) if self.args.world_size > 1 else self._summed
+        summed = self._summed
         if self.args.world_size > 1:
+            summed = summed.to(self.args.device)
             torch.distributed.all_reduce(summed)
         found.metrics[f"{metric_key_prefix}_loss"] = float(summed[0] / summed[1])
         return found
