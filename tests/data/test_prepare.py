@@ -45,6 +45,7 @@ def test_text_json_lines_and_folders(text, tmp_path):
         ("a.jsonl", b'{"text": "\\ud800 x"}', r"line 1 must hold Unicode text"),
         ("a.txt", b" \n ", "must hold text, got none"),
         ("a.txt", b"\xff\xfe\xfa", r"must be UTF-8 text"),
+        ("a.u16.xz", b"x", "holds tokens already, which need no preparing"),
         ("a.pdf", b"x", r"must be text \(\.txt\), JSON lines"),
     ],
 )

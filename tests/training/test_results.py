@@ -1,12 +1,15 @@
 """The folder of a comparison, its summary and its report, without training anything."""
 
+import io
 import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
+from spattention.cli.compare import show
 from spattention.data.prepare import CorpusFacts
 from spattention.training import results
 from spattention.training.report import HEADER, Report
@@ -177,6 +180,20 @@ def test_the_table():
     assert table[0] == ("dense", "4.000", "", "1.000", "1,234", "2,080", "150 MiB (+50)")
     assert table[1][2:6] == ("+0.200 ?", "0.800", "1,234", "520 (4.0x less)")
     assert table[2][:2] == ("unigram entropy", "5.000")
+    costly = report(result(), result("reformer", pairs=3952)).cells()
+    assert costly[1][5] == "3,952 (1.9x more)"
+
+
+def test_no_number_of_the_table_is_cut_in_a_narrow_terminal(tmp_path):
+    long = result("shared_local:widths=0/16/32/64/64/128/128/256/256", loss=4.2, pairs=87_296)
+    made = report(result(), long, result("published_longformer", pairs=116_296))
+    console = Console(width=80, file=io.StringIO())
+    show(made, tmp_path, console)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    for cells in made.cells():
+        for cell in cells[1:]:
+            assert all(part in shown for part in cell.replace(" (", "\n(").split("\n"))
 
 
 def test_json_and_markdown(tmp_path):
