@@ -84,8 +84,6 @@ def rows_kernel(
 ):
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = t_key.dtype
-    PAIR_BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * HEAD_DIM * 2
-    # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
@@ -95,7 +93,8 @@ def rows_kernel(
     place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
-    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
+    # Blocks of few keys are the longest here: first, from where the band begins on.
+    slot = (rank + min(bands[1] // BLOCK_M, n_slots)) % n_slots
     head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M
@@ -129,29 +128,32 @@ def rows_kernel(
         gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
         return
 
-    # Such blocks are few: with two buffers instead of four, more of the others run at once.
-    s_rows = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
-    s_keys = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
-    ready = hopper.barriers(1)
+    s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+    s_d_out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
+    s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    s_value = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    query_ready = hopper.barriers(1)
+    key_ready = hopper.barriers(1)
+    barrier = hopper.expect(query_ready, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
+    hopper.copy(t_query, batch, head, first, barrier, s_query, True)
+    hopper.copy(t_d_out, batch, head, first, barrier, s_d_out, True)
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     for step in range(n_steps):
         first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-        barrier = hopper.expect(ready, 2 * step, PAIR_BYTES, True)
-        hopper.copy(t_query, batch, head, first, barrier, s_rows, True)
-        hopper.copy(t_key, batch, key_head, first_key, barrier, s_keys, True)
-        hopper.arrived(ready, 2 * step)
-        scores = warpgroup_mma(s_rows, s_keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [scores])
-        barrier = hopper.expect(ready, 2 * step + 1, PAIR_BYTES, True)
-        hopper.copy(t_d_out, batch, head, first, barrier, s_rows, True)
-        hopper.copy(t_value, batch, key_head, first_key, barrier, s_keys, True)
-        hopper.arrived(ready, 2 * step + 1)
+        barrier = hopper.expect(key_ready, step, 2 * BLOCK_N * HEAD_DIM * 2, True)
+        hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
+        hopper.copy(t_value, batch, key_head, first_key, barrier, s_value, True)
+        if step == 0:
+            hopper.arrived(query_ready, 0)
+        hopper.arrived(key_ready, step)
+        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_weights = warpgroup_mma(
-            s_rows, s_keys.permute((1, 0)), zeros, use_acc=False, is_async=True
+            s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
-        d_weights = warpgroup_mma_wait(0, [d_weights])
+        scores, d_weights = warpgroup_mma_wait(0, [scores, d_weights])
         delta += delta_of_keys(
             scores, d_weights, o_query, first_key, near, far, base, scale, SCORES
         )
     gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
-    hopper.retire(ready)
+    hopper.retire(query_ready)
+    hopper.retire(key_ready)
