@@ -31,6 +31,7 @@ def query_gradient(
     p_d_query,
     p_base,
     p_delta,
+    p_turns,
     p_bands,
     out_stride_b,
     out_stride_h,
@@ -44,7 +45,7 @@ def query_gradient(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    order,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -66,6 +67,11 @@ def query_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
+    in_turn = order
+    if order == 2:
+        gdc_wait()  # for the turns
+        program = gl.load(p_turns + program)
+        in_turn = 0
     place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
@@ -226,7 +232,7 @@ def key_gradient(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    order,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -247,7 +253,7 @@ def key_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
 
-    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
+    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), order)
     batch = place % n_batch
     row_bands = place // n_batch * group
     bands = tiles.bands_of(p_bands, row_bands)
@@ -390,6 +396,7 @@ def gradient_kernel(
     p_d_lse,
     p_base,
     p_delta,
+    p_turns,
     p_d_query,
     p_d_key,
     p_d_value,
@@ -412,7 +419,7 @@ def gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
-    in_turn,
+    order,
     pitch,
     n_key_slots,
     key_programs,
@@ -458,7 +465,7 @@ def gradient_kernel(
             n_key_slots,
             n_queries,
             n_keys,
-            in_turn,
+            order,
             pitch,
             scale,
             HEAD_DIM,
@@ -480,6 +487,7 @@ def gradient_kernel(
         p_d_query,
         p_base,
         p_delta,
+        p_turns,
         p_bands,
         out_stride_b,
         out_stride_h,
@@ -493,7 +501,7 @@ def gradient_kernel(
         n_slots,
         n_queries,
         n_keys,
-        in_turn,
+        order,
         pitch,
         scale,
         HEAD_DIM,

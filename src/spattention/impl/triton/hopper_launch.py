@@ -111,7 +111,11 @@ def gradients(
     t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
     t_base = _vector_descriptor(base, launch.block_m)
     t_delta = _vector_descriptor(delta, launch.block_m)
-    counts = (*call.hopper_counts(slots), min(call.order, 1))
+    order = min(call.order, 1) if call.apart else call.order
+    counts = (*call.hopper_counts(slots), order)
+    turns = call.bands  # something of its type, where there are none
+    if order == 2:
+        turns = torch.empty(programs, dtype=torch.int32, device=query.device)
     options = {
         "HAS_D_LSE": d_lse is not None,
         "launch_pdl": True,
@@ -129,6 +133,7 @@ def gradients(
             d_lse,
             base,
             delta,
+            turns,
             call.bands,
             *out.stride()[:3],
             *d_out.stride()[:3],
@@ -151,6 +156,7 @@ def gradients(
             d_lse,
             base,
             delta,
+            turns,
             d_query,
             d_key,
             d_value,
