@@ -34,8 +34,7 @@ def test_random_cases(variant: Variant) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", [each for each in VARIANTS if each.hopper], ids=str)
 @pytest.mark.parametrize(
-    ("order", "long", "apart"),
-    [(0, True, True), (0, False, False), (2, False, True), (2, False, False)],
+    ("order", "long", "apart"), [(0, True, True), (0, False, False), (2, False, True)]
 )
 def test_random_cases_in_the_orders_of_larger_ones(
     variant: Variant, order: int, long: bool, apart: bool, monkeypatch: pytest.MonkeyPatch

@@ -45,6 +45,7 @@ HOPPER_COUNTS = (
     "n_queries",
     "n_keys",
     "order",
+    "in_turn",
     "pitch",
     "n_key_slots",
     "n_tiles",

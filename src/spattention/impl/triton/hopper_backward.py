@@ -31,7 +31,6 @@ def query_gradient(
     p_d_query,
     p_base,
     p_delta,
-    p_turns,
     p_bands,
     out_stride_b,
     out_stride_h,
@@ -45,7 +44,7 @@ def query_gradient(
     n_slots,
     n_queries,
     n_keys,
-    order,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -67,11 +66,6 @@ def query_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
-    in_turn = order
-    if order == 2:
-        gdc_wait()  # for the turns
-        program = gl.load(p_turns + program)
-        in_turn = 0
     place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
@@ -232,7 +226,7 @@ def key_gradient(
     n_slots,
     n_queries,
     n_keys,
-    order,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -253,7 +247,7 @@ def key_gradient(
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
 
-    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), order)
+    place, rank = tiles.turn(program, n_slots, n_batch * (n_heads // group), in_turn)
     batch = place % n_batch
     row_bands = place // n_batch * group
     bands = tiles.bands_of(p_bands, row_bands)
@@ -396,7 +390,6 @@ def gradient_kernel(
     p_d_lse,
     p_base,
     p_delta,
-    p_turns,
     p_d_query,
     p_d_key,
     p_d_value,
@@ -419,7 +412,7 @@ def gradient_kernel(
     n_slots,
     n_queries,
     n_keys,
-    order,
+    in_turn,
     pitch,
     n_key_slots,
     key_programs,
@@ -465,7 +458,7 @@ def gradient_kernel(
             n_key_slots,
             n_queries,
             n_keys,
-            order,
+            in_turn,
             pitch,
             scale,
             HEAD_DIM,
@@ -487,7 +480,6 @@ def gradient_kernel(
         p_d_query,
         p_base,
         p_delta,
-        p_turns,
         p_bands,
         out_stride_b,
         out_stride_h,
@@ -501,7 +493,7 @@ def gradient_kernel(
         n_slots,
         n_queries,
         n_keys,
-        order,
+        in_turn,
         pitch,
         scale,
         HEAD_DIM,

@@ -111,11 +111,7 @@ def gradients(
     t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
     t_base = _vector_descriptor(base, launch.block_m)
     t_delta = _vector_descriptor(delta, launch.block_m)
-    order = min(call.order, 1) if call.apart else call.order
-    counts = (*call.hopper_counts(slots), order)
-    turns = call.bands  # something of its type, where there are none
-    if order == 2:
-        turns = torch.empty(programs, dtype=torch.int32, device=query.device)
+    counts = (*call.hopper_counts(slots), min(call.order, 1))
     options = {
         "HAS_D_LSE": d_lse is not None,
         "launch_pdl": True,
@@ -133,7 +129,6 @@ def gradients(
             d_lse,
             base,
             delta,
-            turns,
             call.bands,
             *out.stride()[:3],
             *d_out.stride()[:3],
@@ -156,7 +151,6 @@ def gradients(
             d_lse,
             base,
             delta,
-            turns,
             d_query,
             d_key,
             d_value,

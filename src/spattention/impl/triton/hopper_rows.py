@@ -13,7 +13,6 @@ from .config import HOPPER_COUNTS
 
 # Blocks of keys up to which delta is their sum: both buffers of the ring of `query_gradient`.
 EXACT_STEPS = gl.constexpr(2)
-COUNTED = gl.constexpr(1024)  # blocks that `before` looks at together
 
 
 @gluon.jit
@@ -49,39 +48,6 @@ def delta_of_keys(
     return gl.sum(weights * d_weights, 1)
 
 
-@gluon.jit
-def before(
-    program,
-    n_steps,
-    p_bands,
-    n_programs,
-    n_places,
-    n_batch,
-    n_slots,
-    n_queries,
-    n_keys,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
-):
-    """How many blocks of queries take more steps than that of a program, or as many and come before
-    it here.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    counts = gl.full([COUNTED], 0, gl.int32, LAYOUT)
-    for start in range(0, n_programs, COUNTED):
-        o_program = start + gl.arange(0, COUNTED, LAYOUT)
-        place, rank = tiles.turn(o_program, n_slots, n_places, 1)
-        bands = tiles.bands_of(p_bands, place // n_batch)
-        first = tiles.query_slot(n_slots - 1 - rank, bands[1], n_slots, BLOCK_M) * BLOCK_M
-        last = min(first + BLOCK_M, n_queries) - 1
-        walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
-        steps = tiles.steps_of(walk)
-        m_before = (steps > n_steps) | ((steps == n_steps) & (o_program < program))
-        counts += (m_before & (o_program < n_programs)).to(gl.int32)
-    return gl.sum(counts, 0)
-
-
 @gluon.jit(do_not_specialize=HOPPER_COUNTS)
 def rows_kernel(
     t_query,
@@ -94,7 +60,6 @@ def rows_kernel(
     p_d_lse,
     p_base,
     p_delta,
-    p_turns,
     p_bands,
     out_stride_b,
     out_stride_h,
@@ -108,7 +73,7 @@ def rows_kernel(
     n_slots,
     n_queries,
     n_keys,
-    order,
+    in_turn,
     pitch,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -125,12 +90,11 @@ def rows_kernel(
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
 
     program = gl.program_id(0)
-    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, order)
-    # Blocks of few keys take longest here: they come first, those without keys last.
-    rank = n_slots - 1 - rank
+    place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
-    slot = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M)
+    # Blocks of few keys are the longest here: first, from where the band begins on.
+    slot = (rank + min(bands[1] // BLOCK_M, n_slots)) % n_slots
     head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M
@@ -146,30 +110,11 @@ def rows_kernel(
 
     o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
     m_query = o_query < n_queries
-    position = 0
-    if order == 2:
-        n_places = n_batch * n_heads
-        position = before(
-            program,
-            n_steps,
-            p_bands,
-            n_slots * n_places,
-            n_places,
-            n_batch,
-            n_slots,
-            n_queries,
-            n_keys,
-            BLOCK_M,
-            BLOCK_N,
-            INTERVALS,
-        )
     # The kernel of the gradients may begin, as soon as all blocks are under way here: it comes to
     # its own wait with the first keys and values in hand.
     gdc_wait()
     gdc_launch_dependents()
     base, delta = rows_of(p_lse, p_d_lse, row + o_query, m_query, BLOCK_M, ROW, HAS_D_LSE)  # [M]
-    if order == 2:
-        gl.store(p_turns + position, place * n_slots + rank)
     # Rows up to the pitch are read with the last block of queries: they must hold numbers.
     gl.store(p_base + row_pitched + o_query, base, mask=o_query < pitch)
     if n_steps == 0:
