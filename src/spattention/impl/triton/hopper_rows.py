@@ -130,30 +130,33 @@ def rows_kernel(
 
     s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
     s_d_out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
-    s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
-    s_value = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
+    # One for keys and values: with 48 KiB, four programs share a multiprocessor.
+    s_rows = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
     query_ready = hopper.barriers(1)
-    key_ready = hopper.barriers(1)
+    ready = hopper.barriers(1)
     barrier = hopper.expect(query_ready, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
     hopper.copy(t_query, batch, head, first, barrier, s_query, True)
     hopper.copy(t_d_out, batch, head, first, barrier, s_d_out, True)
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     for step in range(n_steps):
         first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-        barrier = hopper.expect(key_ready, step, 2 * BLOCK_N * HEAD_DIM * 2, True)
-        hopper.copy(t_key, batch, key_head, first_key, barrier, s_key, True)
-        hopper.copy(t_value, batch, key_head, first_key, barrier, s_value, True)
+        barrier = hopper.expect(ready, 2 * step, BLOCK_N * HEAD_DIM * 2, True)
+        hopper.copy(t_key, batch, key_head, first_key, barrier, s_rows, True)
         if step == 0:
             hopper.arrived(query_ready, 0)
-        hopper.arrived(key_ready, step)
-        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        hopper.arrived(ready, 2 * step)
+        scores = warpgroup_mma(s_query, s_rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        barrier = hopper.expect(ready, 2 * step + 1, BLOCK_N * HEAD_DIM * 2, True)
+        hopper.copy(t_value, batch, key_head, first_key, barrier, s_rows, True)
+        hopper.arrived(ready, 2 * step + 1)
         d_weights = warpgroup_mma(
-            s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
+            s_d_out, s_rows.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
-        scores, d_weights = warpgroup_mma_wait(0, [scores, d_weights])
+        d_weights = warpgroup_mma_wait(0, [d_weights])
         delta += delta_of_keys(
             scores, d_weights, o_query, first_key, near, far, base, scale, SCORES
         )
     gl.store(p_delta + row_pitched + o_query, delta, mask=o_query < pitch)
     hopper.retire(query_ready)
-    hopper.retire(key_ready)
+    hopper.retire(ready)
