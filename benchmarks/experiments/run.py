@@ -1,6 +1,6 @@
 """Make the runs of plans, in pieces: what is finished is in the ledger, what is not goes on.
 
-    python benchmarks/experiments/run.py benchmarks/experiments/plans/screen-1024.toml \
+    python benchmarks/experiments/run.py benchmarks/experiments/plans/paper.toml \
         --data streams --minutes 8
 
 Checkpoints lie in the work folder; the same command goes on from them. The work folder may be

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from spattention.choice import STOCK
@@ -33,7 +35,8 @@ class Speeds:
         dense: which kernel was the fastest one.
         commits: of the code.
         rates: tokens per second by attention, that of dense attention with its fastest kernel.
-        spread: the largest range of one attention's steps, over their median.
+        spread: how far the quartiles of one attention's steps lie apart, over their median, at
+            most. A host stops for a moment now and then, which tells nothing of the attention.
     """
 
     gpu: str
@@ -54,7 +57,8 @@ class Speeds:
         return (
             "- Speeds are of full training steps, in turns on one GPU "
             f"({', '.join(commit[:7] for commit in self.commits)}); dense attention is that of "
-            f"{self.dense}. The steps of one attention differed by up to {100 * self.spread:.0f} %."
+            f"{self.dense}. The middle half of one attention's steps spans up to "
+            f"{100 * self.spread:.0f} % of their median."
         )
 
 
@@ -91,5 +95,10 @@ def read_speeds(ledger: Path, plan: Plan) -> Speeds | None:
         raise ValueError(f"speeds of {plan.name} must be of dense attention too, got {list(rates)}")
     rates[STOCK], kernel = max(dense)
     commits = tuple(dict.fromkeys(part["environment"]["commit"] for part in parts))
-    spread = max(row["spread"] for row in rows)
+    spread = max(_quartiles_apart(row["all_seconds"]) for row in rows)
     return Speeds(gpus.pop(), kernel, commits, rates, spread)
+
+
+def _quartiles_apart(seconds: Sequence[float]) -> float:
+    first, median, third = quantiles(seconds, n=4)
+    return (third - first) / median

@@ -93,8 +93,8 @@ def rows_kernel(
     place, rank = tiles.turn(program, n_slots, n_batch * n_heads, in_turn)
     batch = place % n_batch
     bands = tiles.bands_of(p_bands, place // n_batch)
-    # Blocks of few keys are the longest here: first, from where the band begins on.
-    slot = (rank + min(bands[1] // BLOCK_M, n_slots)) % n_slots
+    # The other way round: blocks of few keys take longest here, those without keys come last.
+    slot = tiles.query_slot(n_slots - 1 - rank, bands[1], n_slots, BLOCK_M)
     head = bands[0]
     key_head = head // group
     first = slot * BLOCK_M
