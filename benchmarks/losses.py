@@ -32,6 +32,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Read, check, draw, print."""
+    if not options.files:
+        raise SystemExit("`files` must name at least one losses.json, got none")
     runs = [read(path) for path in options.files]
     different = {json.dumps(run["recipe"] | {"attention": None}) for run in runs}
     if len(different) > 1:

@@ -27,6 +27,12 @@ def test_runs_of_different_recipes_are_not_drawn_together(tmp_path):
     assert not (tmp_path / "losses.png").exists()
 
 
+def test_nothing_is_drawn_of_no_runs(tmp_path):
+    with pytest.raises(SystemExit, match="must name at least one"):
+        losses["main"](losses["Options"]((), tmp_path / "losses.png"))
+    assert not (tmp_path / "losses.png").exists()
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.losses.json")), ids=lambda path: path.name)
 def test_a_record_names_what_made_it(path):
     found = losses["read"](path)

@@ -176,7 +176,7 @@ class _Clock(TextStreamer):
 
 
 def _show(runs: dict[str, Run], length: int, folder: Path) -> None:
-    table = Table(title=f"{length} tokens of prompt ({folder})")
+    table = Table(title=f"{length} tokens of prompt, {folder.name or folder}")
     table.add_column("")
     for name in runs:
         table.add_column(name, justify="right")

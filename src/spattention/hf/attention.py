@@ -290,7 +290,7 @@ def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str,
     if dropout > 0:
         raise ValueError(
             f"attention dropout must be 0 for spattention, got {dropout}: set "
-            "`config.attention_dropout` to 0"
+            "`attention_dropout` of the model's config to 0 (`attn_pdrop` in GPT-2 and its kin)"
         )
     if keywords.get("output_attentions"):
         raise ValueError(
