@@ -73,10 +73,10 @@ seed; *there, last quarter* is the difference over the last quarter of the conte
 
 *Time to dense's loss* is the share of dense's training time after which a run has dense's last
 validation loss, without compiling, evaluation and saving. Speeds were measured apart, in turns and
-with the faster of two dense kernels, where the table says so; else they are medians of the runs,
-and *?* stands for runs that shared their GPU or host with other work. Runs of one plan may have
-been made on two kinds of GPU (each entry names its own); speeds, and losses against time, are those
-of the one that the table names. **With one seed the spread is unknown, and small
+with the faster of two dense kernels, where the table says so, and *?* stands for attention that was
+not among them; else they are medians of the runs, and *?* stands for runs that shared their GPU or
+host with other work. Runs of one plan may have been made on two kinds of GPU (each entry names its
+own); speeds, and losses against time, are those of the one that the table names. **With one seed the spread is unknown, and small
 differences say nothing.** What the baselines are, and where they differ from their papers:
 [baselines](baselines.md).
 
@@ -121,8 +121,9 @@ early days of training, which favour short bands.
   8,192 in 0.62, 0.66 and 0.74. At 2,048 speeds differ by less than they scatter, and what is won is
   the lower loss. At 1,024, in a model as small as the paper's, steps with bands are 5 to 7 %
   *slower* than with dense attention, though the kernels by themselves take less time: the host's
-  share of a call is larger (0.7 ms for 0.16, forward and backward), and such steps wait for it. In
-  OLMoE 0.25B-1.75B at 1,024 steps are 1 % faster.
+  share of a call is larger (0.72 ms for 0.16, forward and backward, in
+  `benchmarks/results/attention_rows_h200_2026-11-25.md`), which such short steps are likely to wait
+  for; that was not taken apart. In OLMoE 0.25B-1.75B at 1,024 steps are 1 % faster.
 - **What makes the best pattern, context 2,048**: one seed, so differences of 0.01 say little.
   Everything is below dense attention, as early days would have it. Of the widths, geometric ones
   are ahead. Smaller local windows are better with both widths, and cost less: geometric widths with
