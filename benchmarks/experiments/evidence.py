@@ -76,9 +76,9 @@ validation loss, without compiling, evaluation and saving. Speeds were measured 
 with the faster of two dense kernels, where the table says so, and *?* stands for attention that was
 not among them; else they are medians of the runs, and *?* stands for runs that shared their GPU or
 host with other work. Runs of one plan may have been made on two kinds of GPU (each entry names its
-own); speeds, and losses against time, are those of the one that the table names. **With one seed the spread is unknown, and small
-differences say nothing.** What the baselines are, and where they differ from their papers:
-[baselines](baselines.md).
+own); speeds, and losses against time, are those of the one that the table names. **With one seed
+the spread is unknown, and small differences say nothing.** What the baselines are, and where they
+differ from their papers: [baselines](baselines.md).
 
 ## In short, so far
 
