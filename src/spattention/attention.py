@@ -48,8 +48,9 @@ def band_attention(
         scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
         sinks: `[H]` learned logits, unscaled, query's dtype or float32; each joins its head's
             denominator without a value.
-        query_start: position of the first query: an int, or an int32 tensor `[]` or `[B]` on
-            query's device. Default `K - Q`: the queries are the last positions.
+        query_start: position of the first query: an int (in kernels up to 2**29), or an int32
+            tensor `[]` or `[B]` on query's device. Default `K - Q`: the queries are the last
+            positions.
         key_start: int32 `[B]` (left padding) or `[B, Q]`, never decreasing along Q (documents
             packed inside a row), on query's device: the first key that may be seen. Clamped to
             `[0, K]`.

@@ -66,7 +66,7 @@ def fill_new_memory_with_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _draw(variant: Variant, seed: int) -> Case:
+def draw(variant: Variant, seed: int) -> Case:
     rng = random.Random(f"{variant}{seed}")
     generator = torch.Generator("cuda").manual_seed(rng.getrandbits(40))
     queries, batch = variant.queries, rng.choice((1, 2, 5))
@@ -129,14 +129,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_random_cases(variant: Variant, decoded: list[torch.Size]) -> None:
     for seed in range(25):
-        case = _draw(variant, seed)
+        case = draw(variant, seed)
         _check(case, run(poison_unseen(case), impl="triton"), f"seed {seed}: ")
     assert len(decoded) == 25
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:9], ids=str)
 def test_same_bits_on_every_run(variant: Variant) -> None:
-    case = _draw(variant, 3)
+    case = draw(variant, 3)
     first = run(case, impl="triton")
     for _ in range(5):
         again = run(case, impl="triton")

@@ -15,9 +15,12 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     shape = [*query.shape[:-1], head_dim]
     if query.is_contiguous():  # this and heads inside tokens are nearly all calls
         return query.new_empty(shape)
-    if query.dim() == 4 and query.transpose(1, 2).is_contiguous():
-        return query.new_empty([shape[0], shape[2], shape[1], head_dim]).transpose(1, 2)
     strides = query.stride()
+    if query.dim() == 4:
+        heads, tokens, width = query.shape[1:]
+        if strides == (tokens * heads * width, width, heads * width, 1):
+            inside = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
+            return query.new_empty_strided(shape, inside)
     # Not `sorted`: torch.compile cannot sort by a key when strides are symbolic.
     order: list[int] = []
     for axis in range(query.dim() - 1):

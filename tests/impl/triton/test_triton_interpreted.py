@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from small_cases import case, int32
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spattention as spa
 from spattention.impl.triton import op
@@ -109,6 +111,22 @@ def test_refusals_name_the_reason() -> None:
         spa.band_attention(case.query, case.key, case.value[..., :8], case.pattern, impl="triton")
 
 
+@pytest.mark.parametrize("queries", [1, 12])
+@pytest.mark.parametrize("start", [0, 1 << 29, (1 << 29) + 1, 1 << 31, 1 << 40])
+def test_starts_that_need_more_than_32_bits_are_refused(start: int, queries: int) -> None:
+    inputs = [torch.randn(1, 2, tokens, 16) for tokens in (queries, 12, 12)]
+    pattern, limit = P.dense(2, 12), 1 << 29
+    if start > limit:
+        with pytest.raises(ValueError, match=f"`query_start` must be at most {limit}.*got {start}"):
+            spa.band_attention(*inputs, pattern, query_start=start, impl="triton")
+        return
+    found, expected = (
+        spa.band_attention(*inputs, pattern, query_start=start, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_second_derivatives_are_refused() -> None:
     case = _case(P.dense(1, 4), 4, 4, batch=1)
     query = case.query.requires_grad_()
@@ -116,3 +134,33 @@ def test_second_derivatives_are_refused() -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        SEEN.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+class Dispatches(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        SEEN.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+SEEN: list[str] = []
+
+
+@pytest.mark.parametrize("mode", [Functions, Dispatches])
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_see_the_operators_once(mode: Any, training: bool) -> None:
+    """Selective checkpointing and tracers look on from there."""
+    inputs = [torch.randn(1, 2, 9, 16, requires_grad=training) for _ in range(3)]
+    SEEN.clear()
+    with mode():
+        out = spa.band_attention(*inputs, P.exclusive(2, 9), impl="triton")
+        if training:
+            out.backward(torch.ones_like(out))
+    assert SEEN.count("spattention.triton_forward.default") == 1
+    if mode is Dispatches:  # no mode of functions looks into a backward pass
+        assert SEEN.count("spattention.triton_backward.default") == training

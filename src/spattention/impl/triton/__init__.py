@@ -2,11 +2,12 @@
 precision.
 
 Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py`, `backward.py`,
-`config.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`, `hopper_long.py`,
-`hopper_rows.py`, `hopper_backward.py`, `hopper_launch.py`, the same passes for Hopper GPUs in
-Gluon, used for half precision with head_dim 64 or 128 where queries begin at position 0 (training,
-first pass over a prompt); and `decode.py`, `decode_launch.py`, `decode_op.py`, the forward pass for
-few queries against many keys, and `store.py`, which keeps them.
+`config.py`, `kernel.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`,
+`hopper_long.py`, `hopper_rows.py`, `hopper_backward.py`, `hopper_launch.py`, the same passes for
+Hopper GPUs in Gluon, used for half precision with head_dim 64 or 128 where queries begin at
+position 0 (training, first pass over a prompt); and `decode.py`, `decode_launch.py`,
+`decode_op.py`, the forward pass for few queries against many keys, and `store.py`, which keeps
+them.
 
 Decoding is chosen for at most 16 queries, with at least 8 keys for each, where no input needs a
 gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the
@@ -46,7 +47,7 @@ def attend(
     _check(query, value)
     on_device = isinstance(query_start, torch.Tensor)
     decoding = _is_decoding(query, key, value, sinks)
-    return (decode_op.decode if decoding else op.forward)(
+    return (decode_op.decode if decoding else op.attend)(
         query,
         key,
         value,
@@ -138,7 +139,7 @@ def attend_varlen(
     """
     _check(query, value)
     rows = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    out, lse = op.forward(
+    out, lse = op.attend(
         *rows, pattern.flat, scale, 0, None, None, sinks, cu_seqlens_q, cu_seqlens_k
     )
     return out[0].transpose(0, 1), lse[0]

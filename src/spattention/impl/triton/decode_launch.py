@@ -11,10 +11,14 @@ import torch
 from . import tiles
 from .config import BLOCK_P, DecodeLaunch, block_d, decode_launch
 from .decode import chunk_kernel, join_kernel
-from .launch import constant, on_device, scaled, start_strides
+from .kernel import Kernel, kinds
+from .launch import check_start, compute_capability, constant, on_device, scaled, start_strides
 
 LONGEST = tiles.MAX_POSITION.value
 Union = list[tuple[int, int]]
+
+_chunk = Kernel(chunk_kernel)
+_join = Kernel(join_kernel)
 
 
 class Plan(NamedTuple):
@@ -57,11 +61,10 @@ def plan(
     key = (tuple(intervals), key_heads, queries, batch, itemsize, head_dim, device)
     found = _plans.get(key)
     if found is None:
-        on_gpu = device.type == "cuda"
-        capability = torch.cuda.get_device_capability(device) if on_gpu else None
-        multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-        )
+        multiprocessors = 1
+        if device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        capability = compute_capability(device)
         heads = len(intervals) // 4
         launch = decode_launch(itemsize, head_dim, heads // key_heads * queries, capability)
         found = make_plan(launch, key[0], key_heads, queries, batch, multiprocessors, device)
@@ -145,6 +148,7 @@ def launch_decode(
     lengths: torch.Tensor | None,
 ) -> None:
     """Writes `out` and `lse`; arguments as in `decode_op`."""
+    check_start(query_start)
     batch, heads, queries, head_dim = query.shape
     key_heads = made.ranges.shape[0] - 1
     group = heads // key_heads
@@ -159,7 +163,16 @@ def launch_decode(
     blocks = -(-rows // launch.block_m)
     with on_device(query.device):
         if made.n_chunks:
-            chunk_kernel[(made.n_chunks * blocks * batch,)](
+            starts = start_strides(query_starts, key_start)
+            _chunk(
+                made.n_chunks * blocks * batch,
+                (
+                    query.device,
+                    kinds(query, key, value, query_starts, key_start, offsets, lengths),
+                    query.stride(),
+                    strides,
+                    starts,
+                ),
                 query,
                 key,
                 value,
@@ -173,7 +186,7 @@ def launch_decode(
                 lengths,
                 *query.stride()[:3],
                 *strides,
-                *start_strides(query_starts, key_start),
+                *starts,
                 made.n_chunks,
                 blocks,
                 group,
@@ -194,7 +207,9 @@ def launch_decode(
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-        join_kernel[(batch * heads * queries,)](
+        _join(
+            batch * heads * queries,
+            (query.device, kinds(out, lse, sinks), out.stride()),
             part,
             part_lse,
             out,

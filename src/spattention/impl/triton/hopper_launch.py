@@ -13,12 +13,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_backward, hopper_forward, hopper_long, hopper_rows
 from .config import HOPPER_BLOCK, LaunchConfig
+from .kernel import Kernel, kinds
 
 if TYPE_CHECKING:
     from .launch import Call
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+_forward = Kernel(hopper_forward.forward_kernel)
+_long = Kernel(hopper_long.forward_kernel)
+_rows = Kernel(hopper_rows.rows_kernel)
+_gradient = Kernel(hopper_backward.gradient_kernel)
 
 
 class _Descriptor(TensorDescriptor):
@@ -76,15 +82,13 @@ def forward(
         "FALLING": call.scale < 0,
         **call.hopper_options(launch),
     }
+    depends = (call.device, query.dtype, kinds(out, lse, sinks), out.stride())
     if not call.long:
-        hopper_forward.forward_kernel[(blocks,)](
-            *descriptors, *tensors, call.order, call.scale, **options
-        )
+        _forward(blocks, depends, *descriptors, *tensors, call.order, call.scale, **options)
         return
     programs = min(blocks, call.multiprocessors)
-    hopper_long.forward_kernel[(programs,)](
-        *descriptors, *tensors, blocks, call.scale, STAGES=launch.num_stages, **options
-    )
+    stages = launch.num_stages
+    _long(programs, depends, *descriptors, *tensors, blocks, call.scale, STAGES=stages, **options)
 
 
 def gradients(
@@ -117,8 +121,20 @@ def gradients(
         "launch_pdl": True,
         **call.hopper_options(launch),
     }
+    depends = (
+        call.device,
+        query.dtype,
+        kinds(out, d_out, lse, d_lse, base, delta, d_query, d_key, d_value),
+        out.stride(),
+        d_out.stride(),
+        d_query.stride(),
+        d_key.stride(),
+        d_value.stride(),
+    )
     if not call.apart:
-        hopper_rows.rows_kernel[(programs,)](
+        _rows(
+            programs,
+            depends,
             t_query,
             t_key,
             t_value,
@@ -139,7 +155,9 @@ def gradients(
         )
 
     def run(programs: int, key_programs: int, with_rows: bool) -> None:
-        hopper_backward.gradient_kernel[(programs,)](
+        _gradient(
+            programs,
+            depends,
             t_query,
             t_key,
             t_value,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +25,13 @@ from .config import (
     pitch,
 )
 from .forward import forward_kernel
+from .kernel import Kernel, kinds
 
 LOG2_E = math.log2(math.e)
 MISSING, LONGEST = tiles.MISSING.value, tiles.MAX_POSITION.value
+_forward = Kernel(forward_kernel)
+_query_gradient = Kernel(query_gradient_kernel)
+_key_gradient = Kernel(key_gradient_kernel)
 # The one cache of the library: pure constants of a pattern, on their device.
 _tables: dict[tuple[tuple[int, ...], int, torch.device], torch.Tensor] = {}
 
@@ -106,7 +111,22 @@ def _describable(*tensors: torch.Tensor) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """As the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """None for the CPU, where Triton's interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def check_start(query_start: int) -> None:
+    """Raises ValueError for a position that the kernels, which count in 32 bits, do not know."""
+    if query_start > LONGEST:
+        raise ValueError(f"`query_start` must be at most {LONGEST} in kernels, got {query_start}")
 
 
 def start_strides(
@@ -143,6 +163,7 @@ class Call:
         offsets_k: torch.Tensor | None,
         scale: float,
     ) -> None:
+        check_start(query_start)
         batch, heads, queries, head_dim = query.shape
         self.packed = offsets_q is not None
         self.documents = 0 if offsets_q is None else offsets_q.shape[0] - 1
@@ -156,7 +177,7 @@ class Call:
         self.query_start = query_start
         precise = query.dtype == torch.float32
         self.scale = scaled(scale, precise)
-        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+        capability = compute_capability(query.device)
         self.launches = launches(query.element_size(), head_dim, capability)
         # The copy engine reads whole blocks, which may begin before a range. With queries from
         # position 0 and no first keys, some query sees every key there; otherwise they might hold
@@ -186,6 +207,16 @@ class Call:
             "HAS_KEY_START": key_start is not None,
             "PRECISE": precise,
         }
+
+    def depends(self, *tensors: torch.Tensor | None) -> Hashable:
+        """What a launch with these tensors depends on, as `Kernel` asks."""
+        strides = tuple([None if tensor is None else tensor.stride() for tensor in tensors])
+        return (
+            self.device,
+            kinds(*tensors, *self.positions),
+            strides,
+            self.start_strides,
+        )
 
     def counts(self, slots: int) -> tuple[int | float, ...]:
         return (
@@ -270,7 +301,9 @@ def launch_forward(
     launch = call.launches.forward
     slots = call.query_slots(launch.block_m)
     with on_device(call.device):
-        forward_kernel[(slots * call.batch * call.heads,)](
+        _forward(
+            slots * call.batch * call.heads,
+            call.depends(query, key, value, out, lse, sinks),
             query,
             key,
             value,
@@ -350,7 +383,9 @@ def launch_query_gradient(
     launch = call.launches.query_gradient
     slots = call.query_slots(launch.block_m)
     with on_device(call.device):
-        query_gradient_kernel[(slots * call.batch * call.heads,)](
+        _query_gradient(
+            slots * call.batch * call.heads,
+            call.depends(query, key, value, out, d_out, d_query, lse, d_lse, base, delta),
             query,
             key,
             value,
@@ -391,7 +426,9 @@ def launch_key_gradient(
     launch = call.launches.key_gradient
     slots = call.key_slots(launch.block_n)
     with on_device(call.device):
-        key_gradient_kernel[(slots * call.batch * call.key_heads,)](
+        _key_gradient(
+            slots * call.batch * call.key_heads,
+            call.depends(query, key, value, d_out, d_key, d_value, base, delta),
             query,
             key,
             value,

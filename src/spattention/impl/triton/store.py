@@ -15,6 +15,7 @@ import triton.language as tl
 
 from . import memory
 from .config import block_d
+from .kernel import Kernel, kinds
 from .launch import on_device, unit_rows
 from .op import register
 
@@ -58,6 +59,9 @@ def store_kernel(
         tl.store(p_to, b_token, mask=m_token)
 
 
+_store = Kernel(store_kernel)
+
+
 def _write(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -78,17 +82,13 @@ def _write(
     with on_device(key.device):
         for rows, rings in ((key, keys), (value, values)):
             rows, head_dim = unit_rows(rows), rows.shape[-1]
-            store_kernel[(batch * heads * blocks,)](
-                rows,
-                rings,
-                position,
-                offsets,
-                lengths,
-                *rows.stride()[:3],
-                *rings.stride()[:2],
-                heads,
-                tokens,
-                blocks,
+            numbers = (*rows.stride()[:3], *rings.stride()[:2], heads, tokens, blocks)
+            pointers = (rows, rings, position, offsets, lengths)
+            _store(
+                batch * heads * blocks,
+                (key.device, kinds(*pointers), numbers),
+                *pointers,
+                *numbers,
                 HEAD_DIM=head_dim,
                 BLOCK_D=block_d(head_dim),
                 BLOCK_N=block,
