@@ -118,12 +118,14 @@ early days of training, which favour short bands.
   bands (one seed) as with dense attention (two).
 - **Equal time**, the fastest kernels of both sides. At 16,384 tokens geometric widths come to dense
   attention's last loss in 0.51 of its time, sliding windows in 0.57 and uniform widths in 0.63; at
-  8,192 in 0.62, 0.66 and 0.74. At 2,048 speeds differ by less than they scatter, and what is won is
-  the lower loss. At 1,024, in a model as small as the paper's, steps with bands are 5 to 7 %
-  *slower* than with dense attention, though the kernels by themselves take less time: the host's
-  share of a call is larger (0.72 ms for 0.16, forward and backward, in
-  `benchmarks/results/attention_rows_h200_2026-11-25.md`), which such short steps are likely to wait
-  for; that was not taken apart. In OLMoE 0.25B-1.75B at 1,024 steps are 1 % faster.
+  8,192 in 0.64, 0.68 and 0.75. At 2,048 speeds differ by less than they scatter, and what is won is
+  the lower loss. At 1,024, in a model as small as the paper's, steps with bands are 2 to 7 %
+  *slower* than with dense attention, though the kernels by themselves take less time: such short
+  steps wait for the host, and its share of a call is larger (0.44 ms for 0.13, forward and
+  backward, in `benchmarks/results/attention_kept_h200_2026-11-26.md`). Before that share was cut
+  by a quarter to a third they were 10 to 11 % slower on one machine, and 2 to 8 % with it cut
+  (`hopper_host_h200_2026-11-26.json`), though steps scatter by as much. In OLMoE 0.25B-1.75B at
+  1,024 steps are 1 % faster.
 - **What makes the best pattern, context 2,048**: one seed, so differences of 0.01 say little.
   Everything is below dense attention, as early days would have it. Of the widths, geometric ones
   are ahead. Smaller local windows are better with both widths, and cost less: geometric widths with

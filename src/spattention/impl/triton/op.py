@@ -250,8 +250,8 @@ def _differentiable(
 
 
 def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """What `operator` does, without the dispatcher's way to its autograd key, which calls Python
-    too: a tenth of a small call. What looks on above autograd gets the operator itself.
+    """What `operator` does, without the dispatcher's way to its autograd key, which costs the host
+    another call of Python. Whatever looks on from above that key gets the operator itself.
     """
 
     def call(*inputs: Any) -> Any:
