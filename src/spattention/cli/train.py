@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import shlex
 import sys
 from dataclasses import MISSING, dataclass, fields
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Annotated
 
 import tyro
+from accelerate.utils import get_int_from_env
 from docstring_parser import parse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
     recipe = read_recipe(options.recipe, list(itertools.chain.from_iterable(options.set)))
     output = options.output or Path("runs") / options.recipe.stem
-    first = int(os.environ.get("RANK", "0")) == 0  # torchrun's
+    first = get_int_from_env(["RANK"], 0) == 0  # torchrun's
     console = Console(quiet=not first)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:

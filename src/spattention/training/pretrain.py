@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_int_from_env
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -239,7 +239,8 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     more: dict[str, Any] = {}
-    launched = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    by_torchrun = get_int_from_env(["WORLD_SIZE"], 0)  # processes; 0 without it
+    launched = max(by_torchrun, 1)
     if launched > 1 and not torch.cuda.is_available():
         # Without it Accelerate does not join the processes, and each trains alone.
         more["use_cpu"] = True
@@ -247,7 +248,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         if not torch.cuda.is_available():
             # Accelerate would copy the model instead, without a word.
             raise ValueError('`parallel` must be "ddp" on the CPU, got "fsdp2"')
-        if "WORLD_SIZE" not in os.environ:
+        if not by_torchrun:
             raise ValueError(
                 '`parallel` = "fsdp2" needs `torchrun -m spattention train ...`, also for one '
                 "process"
