@@ -13,7 +13,7 @@ import spattention as spa
 from spattention.impl.triton.kernel import Kernel
 from spattention.testing import Case, run
 
-from . import test_gpu_decode as decoding
+from . import decode_cases as decoding
 from .cases import VARIANTS, Variant, draw
 
 CASES_OF_A_VARIANT = 12
