@@ -1,4 +1,4 @@
-"""What the interpreter cannot tell: that the kernels compile, and fit a GPU."""
+"""What the interpreter cannot tell: that the kernels compile, fit a GPU, and are told apart."""
 
 from __future__ import annotations
 
@@ -7,18 +7,48 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[3]
 
-def test_the_decoding_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("compile_decode.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+
+def compiled(script: str, cache: Path) -> list[list[str]]:
+    """What a script beside this file prints, by lines and words, where nothing is interpreted."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script))],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_the_decoding_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    lines = compiled("compile_decode.py", tmp_path)
+    found = [[int(number) for number in line] for line in lines]
     assert len(found) == 14
     assert all(shared <= limit for shared, limit in found), found
+
+
+def test_calls_that_share_a_kept_kernel_share_one_to_triton(tmp_path: Path) -> None:
+    """A key that left something out would launch a kernel made for other strides or alignments."""
+    repeated = {name: int(forms) for name, forms in compiled("compare_kept.py", tmp_path)}
+    assert set(repeated) == {
+        "forward.forward_kernel",
+        "backward.query_gradient_kernel",
+        "backward.key_gradient_kernel",
+        "hopper_forward.forward_kernel",
+        "hopper_long.forward_kernel",
+        "hopper_rows.rows_kernel",
+        "hopper_backward.gradient_kernel",
+        "decode.chunk_kernel",
+        "decode.join_kernel",
+        "store.store_kernel",
+    }
+    assert min(repeated.values()) > 3, repeated
