@@ -31,14 +31,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("variant", [cases.VARIANTS[i] for i in (0, 6, 12)], ids=str)
+@pytest.mark.parametrize("variant", [cases.VARIANTS[i] for i in (0, 6)], ids=str)
 def test_training(variant: cases.Variant, asked: list[Any]) -> None:
     for seed in range(3):
         placements.train(cases.draw(variant, seed))
     assert len(asked) > len(set(asked)) > 3
 
 
-@pytest.mark.parametrize("variant", [decode_cases.VARIANTS[i] for i in (2, 9)], ids=str)
+@pytest.mark.parametrize("variant", [decode_cases.VARIANTS[2]], ids=str)
 def test_decoding(variant: decode_cases.Variant, asked: list[Any]) -> None:
     for seed in range(3):
         placements.decode(decode_cases.draw(variant, seed))

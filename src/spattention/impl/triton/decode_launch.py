@@ -8,13 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import tiles
 from .config import BLOCK_P, DecodeLaunch, block_d, decode_launch
 from .decode import chunk_kernel, join_kernel
 from .kernel import Kernel, kinds
-from .launch import check_start, compute_capability, constant, on_device, scaled, start_strides
+from .launch import (
+    LONGEST,
+    check_start,
+    compute_capability,
+    constant,
+    on_device,
+    scaled,
+    start_strides,
+)
 
-LONGEST = tiles.MAX_POSITION.value
 Union = list[tuple[int, int]]
 
 _chunk = Kernel(chunk_kernel)

@@ -32,7 +32,7 @@ MISSING, LONGEST = tiles.MISSING.value, tiles.MAX_POSITION.value
 _forward = Kernel(forward_kernel)
 _query_gradient = Kernel(query_gradient_kernel)
 _key_gradient = Kernel(key_gradient_kernel)
-# The one cache of the library: pure constants of a pattern, on their device.
+# Pure constants of a pattern, on their device.
 _tables: dict[tuple[tuple[int, ...], int, torch.device], torch.Tensor] = {}
 
 
