@@ -11,8 +11,9 @@ from importlib.util import find_spec
 if find_spec("transformers") is None:
     raise ImportError("`spattention.hf` needs Transformers: install `spattention[hf]`")
 
-from .attention import apply, register
+from .apply import apply
 from .cache import BandCache
 from .config import NAME
+from .registration import register
 
 __all__ = ["NAME", "BandCache", "apply", "register"]
