@@ -223,9 +223,9 @@ def test_memory_that_a_system_does_not_tell():
 
 @pytest.mark.parametrize("name", ["context", "batch", "steps", "evaluations"])
 def test_settings_refuse(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"`{name}` must be in \[\d, [\d,]+\], got 0"):
         replace(SETTINGS, **{name: 0})
-    with pytest.raises(ValueError, match="`learning_rate` must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match=r"`learning_rate` must be in \(0, 10\], got 0"):
         replace(SETTINGS, learning_rate=0)
-    with pytest.raises(ValueError, match="`learning_rate` must be positive and finite, got inf"):
+    with pytest.raises(ValueError, match=r"`learning_rate` must be in \(0, 10\], got inf"):
         replace(SETTINGS, learning_rate=float("inf"))
