@@ -49,8 +49,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def is_unfinished(path: Path) -> bool:
+    """True for a file that `write_atomically` left when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(UNFINISHED)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what `write_atomically` left in a folder when its process was killed."""
+    if not folder.is_dir():
+        return
     for path in folder.glob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 

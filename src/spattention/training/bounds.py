@@ -1,6 +1,6 @@
 """Smallest and largest values of the numbers that decide a run.
 
-A number beyond them is a slip or an attack: it would end in a crash, or in a machine without memory.
+A number beyond them is a slip or an attack: it would crash the process or fill the memory.
 """
 
 from __future__ import annotations
