@@ -35,7 +35,7 @@ from speeds import read_speeds
 from tasks_page import section as tasks_section
 
 from spattention.choice import STOCK
-from spattention.training.results import write_atomically
+from spattention.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 PLANS = Path(__file__).parent / "plans"

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spattention.training.results import write_atomically
+from spattention.files import write_atomically
 
 FORMAT = "spattention-experiment"
 HERE = Path(__file__).parent / "ledger"

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from spattention.training.results import write_atomically
+from spattention.files import write_atomically
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))

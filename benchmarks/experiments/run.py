@@ -30,11 +30,11 @@ from spattention.data.training import open_training
 from spattention.evaluation.heads import look_at_heads
 from spattention.evaluation.perplexity import LossByPosition, validation_loss
 from spattention.evaluation.recall import questions, recall
+from spattention.provenance import source_commit
+from spattention.training.callbacks import Diverged
 from spattention.training.checkpoints import newest_good
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
-from spattention.training.record import source_commit
-from spattention.training.watch import Diverged
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))

@@ -24,9 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spattention import baselines, hf
 from spattention.evaluation.tasks import LOCAL, MMLU, run_tasks
-from spattention.training.record import source_commit
-from spattention.training.report import machine
-from spattention.training.results import write_atomically
+from spattention.files import write_atomically
+from spattention.provenance import machine, source_commit
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))

@@ -36,10 +36,9 @@ from transformers import (
 
 from spattention.evaluation.perplexity import Mean
 from spattention.evaluation.recall import Question, pairs
+from spattention.files import write_atomically
+from spattention.provenance import machine, source_commit
 from spattention.training.layers import recipe_attention
-from spattention.training.record import source_commit
-from spattention.training.report import machine
-from spattention.training.results import write_atomically
 
 if __package__ is None:
     sys.path.insert(0, str(Path(__file__).parent))

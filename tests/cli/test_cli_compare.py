@@ -265,7 +265,7 @@ def test_the_size_of_the_cache(compared):
     [
         (["--patterns", "spiral"], "a pattern must be one of"),
         (["--patterns", "dense", "dense"], "`--patterns` must name each only once"),
-        (["--steps", "0", "--context", "64"], "`steps` must be at least 1, got 0"),
+        (["--steps", "0", "--context", "64"], "`steps` must be in [1, 1,000,000,000], got 0"),
         (["--data", "nowhere.txt"], "neither a file nor a folder"),
         (["--model", "gpt"], "`name` must be one of"),
         (["--context", "500000"], "`context` must be at most the"),

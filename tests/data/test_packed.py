@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -69,8 +70,16 @@ def test_a_file_with_half_a_token(packed):
 @pytest.mark.parametrize(
     ("facts", "text"),
     [
-        ({"tokens": 7}, r"`tokens` must be 7, got 160"),
+        ({"tokens": 7}, r"`tokens` must be 7, got more"),
+        ({"tokens": 161}, r"`tokens` must be 161, got 160"),
         ({"max": 50279}, r"`max` must be 50279, got 9"),
+        ({"max": -1}, r"`max` must be an integer from 0 to 65535, got -1"),
+        ({"max": True}, r"`max` must be an integer from 0 to 65535, got True"),
+        ({"eos": "40"}, r"`eos` must be an integer from 0 to \d+, got '40'"),
+        ({"end_of_text": 70_000}, r"`end_of_text` must be an integer from 0 to 65535, got 70000"),
+        ({"docs": 0}, r"`docs` must be an integer from 1 to"),
+        ({"tokens": 10**40}, r"`tokens` must be an integer from 1 to"),
+        ({"tokens": 10**9}, r"`tokens` must be at most 67108864 for a file of \d+ bytes"),
         ({"eos": 39}, r"must hold 39 tokens 9 \(end of text\), got 40"),
         ({"docs": "many"}, r"must give the integers `docs` and `tokens`"),
     ],
@@ -78,6 +87,36 @@ def test_a_file_with_half_a_token(packed):
 def test_a_description_that_does_not_agree(packed, facts, text):
     change(packed, **facts)
     with pytest.raises(ValueError, match=text):
+        read_packed(packed)
+
+
+def test_what_unpacks_to_more_is_read_no_further(tmp_path):
+    """A file of 500 KB that unpacks to 2 GB is refused without unpacking it."""
+    (tmp_path / "b.u16.xz").write_bytes(lzma.compress(b"\0" * 2**22) * 512)
+    (tmp_path / "b.json").write_text('{"docs": 1, "tokens": 10}')
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="`tokens` must be 10, got more"):
+            read_packed(tmp_path / "b.u16.xz")
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+
+
+def test_streams_that_follow_each_other_are_one(packed):
+    """Xz files may be joined, with zeros between them."""
+    raw = lzma.decompress(packed.read_bytes())
+    parts = [lzma.compress(raw[:100]), bytes(8), lzma.compress(raw[100:])]
+    whole = read_packed(packed)
+    packed.write_bytes(b"".join(parts))
+    change(packed, bytes=packed.stat().st_size)
+    np.testing.assert_array_equal(read_packed(packed).tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "\xff", '{"docs": 1}'])
+def test_foreign_descriptions(packed, content):
+    packed.with_name("text.00.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"text\.00\.json must (hold a JSON object|give the)"):
         read_packed(packed)
 
 

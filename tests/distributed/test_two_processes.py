@@ -11,9 +11,9 @@ import torch
 
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
+from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import prepare_model, pretrain
 from spattention.training.recipe import read_recipe
-from spattention.training.watch import METRICS, read_metrics
 
 HERE = Path(__file__).parent
 RECIPE = """

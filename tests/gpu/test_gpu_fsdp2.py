@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import spattention as spa
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
-from spattention.training.watch import METRICS, read_metrics
+from spattention.training.metrics import METRICS, read_metrics
 
 RECIPE = """
 model = "olmoe-tiny"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from spattention.training import checkpoints, pretrain, watch
+from spattention.training import callbacks, checkpoints, metrics, pretrain
 from spattention.training.recipe import Recipe, recipe_from
 
 STEPS = 8
@@ -41,7 +41,7 @@ def recipe(data: Path, **changes: object) -> Recipe:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of a run, and its validation losses after them."""
-    entries = watch.read_metrics(folder / watch.METRICS)
+    entries = metrics.read_metrics(folder / metrics.METRICS)
     found = [(e["step"], e[name]) for name in ("loss", "eval_loss") for e in entries if name in e]
     return found
 
@@ -70,13 +70,13 @@ def killed(data: Path, folder: Path, where: str, changes: dict[str, object]) -> 
     if where == "while the weights are written":
         torch.save = at_second(torch.save, before=True)
     elif where == "before the checkpoint is listed":
-        watch.commit = at_second(watch.commit, before=True)
+        callbacks.commit = at_second(callbacks.commit, before=True)
     elif where == "before it is renamed":
         Path.rename = at_second(Path.rename, before=True)  # type: ignore[method-assign]
     elif where == "before old ones are removed":
-        watch.rotate = at_second(watch.rotate, before=True)
+        callbacks.rotate = at_second(callbacks.rotate, before=True)
     elif where == "between two steps":
-        watch.Metrics.on_step_end = lambda self, a, state, c, **k: (  # type: ignore[method-assign]
+        callbacks.MetricsCallback.on_step_end = lambda self, a, state, c, **k: (  # type: ignore[method-assign]
             die() if state.global_step == 5 else None
         )
     pretrain.pretrain(recipe(data, **changes), folder)

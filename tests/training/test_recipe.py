@@ -1,9 +1,11 @@
 """Recipes: what a file says, what changes it, and what is refused by name."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from spattention.training.bounds import BOUNDS
 from spattention.training.recipe import Recipe, read_recipe, recipe_from
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -41,17 +43,27 @@ def test_changes_are_toml_or_bare_text(tmp_path):
     ("change", "error"),
     [
         ({"stepz": 1}, r"a recipe has the fields .*, got \['stepz'\]"),
-        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"steps": 0}, r"`steps` must be in \[1, 1,000,000,000\], got 0"),
+        ({"steps": int("9" * 40)}, r"`steps` must be in \[1, 1,000,000,000\], got 9999"),
         ({"steps": 1.5}, "`steps` must be int, got 1.5"),
         ({"steps": True}, "`steps` must be int, got True"),
+        ({"layers": 1_000_000}, r"`layers` must be in \[1, 1,024\], got 1000000"),
+        ({"vocabulary": 10**9}, r"`vocabulary` must be in \[1, 1,048,576\], got 1000000000"),
+        ({"context": 1}, r"`context` must be in \[2, 16,777,216\], got 1"),
+        ({"threads": 1_000_000}, r"`threads` must be in \[0, 1,024\], got 1000000"),
+        ({"workers": 100_000}, r"`workers` must be in \[0, 128\], got 100000"),
         ({"learning_rate": "high"}, "`learning_rate` must be float, got 'high'"),
-        ({"learning_rate": float("inf")}, "`learning_rate` must be positive and finite, got inf"),
+        ({"learning_rate": float("inf")}, r"`learning_rate` must be in \(0, 10\], got inf"),
+        ({"learning_rate": float("nan")}, r"`learning_rate` must be in \(0, 10\], got nan"),
+        ({"learning_rate": 10**400}, r"`learning_rate` must be in \(0, 10\], got 1000"),
         ({"beta1": 1.0}, r"`beta1` must be in \[0, 1\), got 1.0"),
-        ({"z_loss": -1.0}, "`z_loss` must be finite and not negative, got -1.0"),
+        ({"z_loss": -1.0}, r"`z_loss` must be in \[0, 1,000\], got -1.0"),
+        ({"divergence": float("nan")}, r"`divergence` must be in \[0, 1,000\], got nan"),
+        ({"data": [[]] * 10_000}, r"`data` must be .*, got .{70,90}$"),
         ({"precision": "float16"}, "`precision` must be .*, got 'float16'"),
         ({"data": [1]}, r"`data` must be .*, got \[1\]"),
         ({"micro_batch": 3}, "`micro_batch` must divide the batch of 4, got 3"),
-        ({"seed": 2**32}, r"`seed` must be below 2\*\*32, got 4294967296"),
+        ({"seed": 2**32}, r"`seed` must be in \[0, 4,294,967,295\], got 4294967296"),
     ],
 )
 def test_what_is_refused(change, error):
@@ -70,6 +82,49 @@ def test_missing_fields_and_unreadable_files(tmp_path):
     (tmp_path / "empty.toml").write_text("")
     with pytest.raises(ValueError, match="`--set` takes NAME=VALUE, got 'steps'"):
         read_recipe(tmp_path / "empty.toml", ["steps"])
+
+
+def test_every_number_of_a_recipe_has_bounds():
+    """And the page on training has their table."""
+    page = (RECIPES.parent / "docs" / "training.md").read_text()
+    for field in fields(Recipe):
+        if field.type in ("int", "int | None", "float"):
+            assert f"| `{field.name}` | {BOUNDS[field.name]} |" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"a = " + b"[" * 100_000, "must be a recipe in TOML"),
+        (b"a = " + b"[" * 100_000 + b"]" * 100_000, "must be a recipe in TOML"),
+        (b"steps = " + b"9" * 5000, "must be a recipe in TOML"),
+        (b"\xff\xfe", "must be a recipe in TOML"),
+        (b"PK\x03\x04", "must be a recipe in TOML"),
+        (b"#" * (2**20 + 1), "must be a recipe of at most 1048576 bytes, got 1048577"),
+        (b"[model]\nname = 'x'", r"must have the fields \['data', 'context'"),
+    ],
+)
+def test_foreign_files_are_no_recipes(tmp_path, content, error):
+    (tmp_path / "r.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=error):
+        read_recipe(tmp_path / "r.toml")
+
+
+def test_recipes_that_cannot_be_read(open_folder, unprivileged):
+    with pytest.raises(ValueError, match="must be a recipe in TOML: it is no file"):
+        read_recipe(open_folder)
+    (open_folder / "r.toml").write_text("steps = 1")
+    (open_folder / "r.toml").chmod(0)
+    with unprivileged(), pytest.raises(ValueError, match=r"r\.toml .* Permission denied"):
+        read_recipe(open_folder / "r.toml")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000, "1\nseed = 2"])
+def test_changes_of_any_form_are_refused_by_field(tmp_path, value):
+    """Deep, long, or with a second entry behind a line's end, which was left out in silence."""
+    (tmp_path / "r.toml").write_text("".join(f"{k} = {v!r}\n" for k, v in LEAST.items()))
+    with pytest.raises(ValueError, match=r"`steps` must be int, got .{,90}$"):
+        read_recipe(tmp_path / "r.toml", [f"steps={value}"])
 
 
 def test_passes_need_a_multiple():

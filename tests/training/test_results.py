@@ -11,7 +11,7 @@ from rich.console import Console
 
 from spattention.cli.compare import show
 from spattention.data.prepare import CorpusFacts
-from spattention.training import results
+from spattention.training import lock
 from spattention.training.report import HEADER, Report
 from spattention.training.results import ResultsFolder, held, write_atomically
 from spattention.training.settings import Settings
@@ -96,7 +96,7 @@ def test_two_processes_do_not_meet_in_one_folder(tmp_path):
     folder = ResultsFolder(tmp_path)
     other = (
         "import sys; from pathlib import Path; "
-        "from spattention.training.results import held\n"
+        "from spattention.training.lock import held\n"
         "with held(Path(sys.argv[1])): print('in')"
     )
     command = [sys.executable, "-c", other, str(tmp_path)]
@@ -114,7 +114,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def acquire(self, timeout):
         raise NotImplementedError
 
-    monkeypatch.setattr(results.FileLock, "acquire", acquire)
+    monkeypatch.setattr(lock.FileLock, "acquire", acquire)
     with pytest.warns(UserWarning, match="on a file system without locks"), held(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 
@@ -223,9 +223,9 @@ def test_memory_that_a_system_does_not_tell():
 
 @pytest.mark.parametrize("name", ["context", "batch", "steps", "evaluations"])
 def test_settings_refuse(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"`{name}` must be in \[\d, [\d,]+\], got 0"):
         replace(SETTINGS, **{name: 0})
-    with pytest.raises(ValueError, match="`learning_rate` must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match=r"`learning_rate` must be in \(0, 10\], got 0"):
         replace(SETTINGS, learning_rate=0)
-    with pytest.raises(ValueError, match="`learning_rate` must be positive and finite, got inf"):
+    with pytest.raises(ValueError, match=r"`learning_rate` must be in \(0, 10\], got inf"):
         replace(SETTINGS, learning_rate=float("inf"))

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from spattention.data.packed import read_packed, write_packed
 from spattention.data.tokens import TokenStream, Windows
 from spattention.evaluation.perplexity import validation_loss
+from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import pretrain
-from spattention.training.watch import METRICS, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import recipe

@@ -131,9 +131,15 @@ def test_a_failure_in_the_process_reaches_the_parent(data, tmp_path):
         run_apart(job(data, tmp_path, context=2**20), lambda event: None)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    with pytest.raises(FloatingPointError, match="loss became"):
-        run(job(data, tmp_path, learning_rate=1e30), lambda event: None)
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
+    def poisoned(*arguments, **keywords):
+        model = build(*arguments, **keywords)
+        next(model.parameters()).data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(variant, "build", poisoned)
+    with pytest.raises(FloatingPointError, match="loss became nan"):
+        run(job(data, tmp_path), lambda event: None)
 
 
 def test_peak_memory_counts_what_was_freed_again():

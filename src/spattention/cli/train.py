@@ -20,11 +20,10 @@ from docstring_parser import parse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..training.callbacks import Event
+from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
 from ..training.recipe import Recipe, read_recipe
-from ..training.watch import Diverged
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from .prepare import CorpusFacts, open_stream
+from ..files import naming, sync, sync_tree
+from .arrays import save_array
+from .prepare import CorpusFacts, stored_stream, write_facts
 from .text import check_text, iterate_documents
 from .tokenizer import (
     END_OF_TEXT,
+    DocumentEncoder,
+    check_vocabulary,
     end_of_text_id,
     entries_of,
     load_tokenizer,
-    tokenize,
+    save_tokenizer,
     train_tokenizer,
 )
 
@@ -89,7 +91,7 @@ def open_source(
             found = datasets.load_dataset("parquet", data_files=what, split="train")
         else:
             found = datasets.load_dataset(what, name, split=split, streaming=streaming)
-    except (FileNotFoundError, KeyError, ConnectionError) as error:
+    except Exception as error:  # `datasets` and Arrow raise many types for a damaged file
         raise ValueError(f"{what} is neither a file nor a dataset that can be read: {error}") from (
             error
         )
@@ -101,8 +103,14 @@ def open_source(
 
 def _texts(what: str, column: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """The documents of a dataset, those without text as empty ones."""
-    for number, row in enumerate(rows):
-        text = row[column]
+    entries = iter(rows)
+    for number in itertools.count():
+        try:
+            text = next(entries)[column]
+        except StopIteration:
+            return
+        except Exception as error:  # as in `open_source`
+            raise ValueError(f"{what}, row {number}, cannot be read: {error}") from error
         if not isinstance(text, str | None):
             raise ValueError(
                 f"{what}, row {number}: `{column}` must be a string, got {type(text).__name__}"
@@ -142,6 +150,10 @@ def prepare_corpus(
         raise ValueError(f"`--output` must be a new folder, {folder} exists")
     if not 0 <= held_out <= 0.5:
         raise ValueError(f"`held_out` must lie between 0 and 0.5, got {held_out}")
+    if sample < 1:
+        raise ValueError(f"`sample` must be at least 1 document, got {sample}")
+    if tokenizer is None:
+        check_vocabulary(vocabulary)  # the trainer aborts the process for one that is too large
     staging = folder.with_name(f".{folder.name}.preparing")
     try:
         staging.mkdir(parents=True)
@@ -158,14 +170,14 @@ def prepare_corpus(
             used = train_tokenizer(first, vocabulary)
         else:
             used = load_tokenizer(tokenizer)
-        end = end_of_text_id(used, end_of_text)
+        encoder = DocumentEncoder(used, end_of_text_id(used, end_of_text))
         train, validation = _write(
-            staging, itertools.chain(first, documents), used, end, held_out, on_progress
+            staging, itertools.chain(first, documents), encoder, held_out, on_progress
         )
-        used.save(str(staging / "tokenizer.json"))
+        save_tokenizer(used, staging / "tokenizer.json")
         entropy = 0.0
         if validation.num_tokens:
-            entropy = open_stream(staging, "validation").unigram_entropy()
+            entropy = stored_stream(staging, "validation").unigram_entropy()
         facts = CorpusFacts(
             source=source.name,
             tokenizer=str(tokenizer) if tokenizer else "byte-level BPE",
@@ -176,10 +188,12 @@ def prepare_corpus(
             validation_tokens=validation.num_tokens,
             unigram_entropy=entropy,
             digest=f"{train.digest[:16]}-{validation.digest[:16]}",
-            end_of_text=end,
+            end_of_text=encoder.end_of_text,
         )
-        (staging / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
+        write_facts(staging, facts)
+        sync_tree(staging)
         staging.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return facts
@@ -188,20 +202,18 @@ def prepare_corpus(
 def _write(
     folder: Path,
     documents: Iterator[str],
-    tokenizer: Tokenizer,
-    end: int,
+    encoder: DocumentEncoder,
     held_out: float,
     on_progress: Callable[[int, int], None],
 ) -> tuple[StreamWriter, StreamWriter]:
-    dtype = np.dtype(np.uint16 if entries_of(tokenizer) <= 2**16 else np.uint32)
-    writers = [StreamWriter(folder, name, dtype) for name in ("train", "validation")]
+    writers = [StreamWriter(folder, name, encoder.dtype) for name in ("train", "validation")]
     share = Fraction(str(held_out))
     count = 0
     while batch := list(itertools.islice(documents, BATCH)):
         texts = [text for text in batch if text and text.strip()]
         if not texts:
             continue
-        stream = tokenize(texts, tokenizer, end)
+        stream = encoder.encode(texts)
         for k in range(stream.num_documents):
             # So many of the first n are held out, in exact arithmetic: any share, evenly.
             before, after = (math.ceil(n * share - HALF) for n in (count + k, count + k + 1))
@@ -235,8 +247,9 @@ class StreamWriter:
         self.num_tokens = 0
         self.digest = ""
         self._starts = [0]
-        self._path = folder / f"{name}.starts.npy"
-        self._file = (folder / f"{name}.tokens.npy").open("wb")
+        self._path = folder / f"{name}.tokens.npy"
+        self._starts_path = folder / f"{name}.starts.npy"
+        self._file = self._path.open("wb")
         self._file.write(b"\0" * HEADER)  # the number of tokens is known at the end
         self._found = hashlib.sha256()
 
@@ -246,23 +259,24 @@ class StreamWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """One document of at least one token."""
-        self._file.write(tokens.astype(self.dtype).tobytes())
+        with naming(self._path):
+            self._file.write(tokens.astype(self.dtype).tobytes())
         self._found.update(tokens.astype("<u4").tobytes())
         self.num_tokens += len(tokens)
         self._starts.append(self.num_tokens)
 
     def close(self) -> None:
         """Complete the files; `digest` is then that of `TokenStream.digest`."""
-        self._file.seek(0)
         description = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
             "shape": (self.num_tokens,),
         }
-        np.lib.format.write_array_header_1_0(self._file, description)
-        assert self._file.tell() == HEADER
-        self._file.close()
+        with naming(self._path), self._file:
+            self._file.seek(0)
+            np.lib.format.write_array_header_1_0(self._file, description)
+            assert self._file.tell() == HEADER
         starts = np.array(self._starts, np.int64)
         self._found.update(starts.astype("<i8").tobytes())
         self.digest = self._found.hexdigest()
-        np.save(self._path, starts)
+        save_array(self._starts_path, starts)

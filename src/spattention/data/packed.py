@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from ..files import read_json, shown, write_atomically
 from .tokens import TokenStream
 
 SUFFIX = ".u16.xz"
 MAGIC = b"\xfd7zXZ\x00"
+OPTIONAL = ("bytes", "eos", "max", "end_of_text")  # integers of a description
+CHUNK = 2**20  # bytes that are read at a time
+MEMORY = 2**30  # bytes that the decompressor may take; xz -9 needs 2**26
+# A stream is unpacked into memory, so a file may not claim any size. Text compresses 2 to 4 times.
+ALWAYS, RATIO = 2**26, 50  # tokens that any file may hold, and tokens per byte of a larger one
 
 
 def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
@@ -27,17 +33,17 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
 
     Raises:
         ValueError: if a file is missing, truncated, not of this form, or does not agree with its
-            description.
+            description. A file that unpacks to more than described is read no further than that.
     """
     described = _beside(path)
     facts = _description(described)
     tokens = _tokens(path, facts)
-    for name, found in (("tokens", len(tokens)), ("max", int(tokens.max(initial=0)))):
-        if name in facts and facts[name] != found:
-            raise ValueError(
-                f"{path} does not agree with {described.name}: `{name}` must be {facts[name]}, got "
-                f"{found}"
-            )
+    largest = int(tokens.max())
+    if facts.get("max", largest) != largest:
+        raise ValueError(
+            f"{path} does not agree with {described.name}: `max` must be {facts['max']}, got "
+            f"{largest}"
+        )
     if end_of_text is None:
         end_of_text = facts.get("end_of_text")
     return TokenStream(tokens, _starts(path, tokens, facts, end_of_text))
@@ -54,7 +60,7 @@ def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
         raise ValueError(f"`path` must end with {SUFFIX}, got {path.name}")
     if len(stream) and int(stream.tokens.max()) > np.iinfo(np.uint16).max:
         raise ValueError(f"`stream` must hold tokens below 65536, got {int(stream.tokens.max())}")
-    path.write_bytes(lzma.compress(stream.tokens.astype("<u2").tobytes()))
+    write_atomically(path, lzma.compress(stream.tokens.astype("<u2").tobytes()))
     facts = {
         "file": path.name,
         "docs": stream.num_documents,
@@ -64,7 +70,7 @@ def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
         "max": int(stream.tokens.max(initial=0)),
         "end_of_text": end_of_text,
     }
-    _beside(path).write_text(json.dumps(facts) + "\n")
+    write_atomically(_beside(path), json.dumps(facts) + "\n")
 
 
 def _beside(path: Path) -> Path:
@@ -72,39 +78,83 @@ def _beside(path: Path) -> Path:
 
 
 def _description(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"packed tokens need their description beside them, {path} is missing")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON: {error}") from error
-    if not isinstance(facts, dict) or not all(
-        isinstance(facts.get(k), int) for k in ("docs", "tokens")
-    ):
+    facts = {name: value for name, value in read_json(path).items() if value is not None}
+    if not all(type(facts.get(name)) is int for name in ("docs", "tokens")):
         raise ValueError(f"{path} must give the integers `docs` and `tokens`")
-    if facts["docs"] < 1:
-        raise ValueError(f"{path}: `docs` must be at least 1, got {facts['docs']}")
+    highest = {"max": 2**16 - 1, "end_of_text": 2**16 - 1}
+    for name, lowest in (("tokens", 1), ("docs", 1), *((n, 0) for n in OPTIONAL)):
+        value, most = facts.get(name, lowest), highest.get(name, 2**48)
+        if type(value) is not int or not lowest <= value <= most:
+            raise ValueError(
+                f"{path}: `{name}` must be an integer from {lowest} to {most}, got {shown(value)}"
+            )
     return facts
 
 
 def _tokens(path: Path, facts: dict[str, Any]) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    packed = path.read_bytes()
-    if not packed.startswith(MAGIC):
-        raise ValueError(f"{path} must be compressed with xz, got a file of another kind")
-    if "bytes" in facts and facts["bytes"] != len(packed):
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError(f"{path} must be compressed with xz, got a file of another kind")
+    size, count = path.stat().st_size, facts["tokens"]
+    if "bytes" in facts and facts["bytes"] != size:
         raise ValueError(
             f"{path} is truncated or not the file described: it must have {facts['bytes']} bytes, "
-            f"got {len(packed)}"
+            f"got {size}"
         )
+    if count > max(ALWAYS, RATIO * size):
+        raise ValueError(
+            f"{path}: `tokens` must be at most {max(ALWAYS, RATIO * size)} for a file of {size} "
+            f"bytes, got {count}"
+        )
+    raw = bytearray(2 * count)
+    found = _unpack(path, memoryview(raw))
+    if found > len(raw):
+        raise ValueError(
+            f"{path} does not agree with {_beside(path).name}: `tokens` must be {count}, got more"
+        )
+    if found % 2:
+        raise ValueError(f"{path} must hold uint16 tokens, got an odd number of bytes ({found})")
+    if found < len(raw):
+        raise ValueError(
+            f"{path} does not agree with {_beside(path).name}: `tokens` must be {count}, got "
+            f"{found // 2}"
+        )
+    return np.frombuffer(raw, "<u2").astype(np.uint16, copy=False)
+
+
+def _unpack(path: Path, into: memoryview) -> int:
+    """Decompress until the file or the buffer ends; returns the bytes found, one more at most."""
+    decompressor, found = _decompressor(), 0
     try:
-        raw = lzma.decompress(packed)
+        with path.open("rb") as file:
+            packed = file.read(CHUNK)
+            while found <= len(into):
+                if decompressor.eof:  # several streams may follow each other
+                    packed = decompressor.unused_data.lstrip(b"\0") or file.read(CHUNK).lstrip(
+                        b"\0"
+                    )
+                    if not packed:
+                        return found
+                    decompressor = _decompressor()
+                elif decompressor.needs_input and not packed:
+                    packed = file.read(CHUNK)
+                    if not packed:
+                        raise EOFError("the end of the compressed stream is missing")
+                part = decompressor.decompress(packed, min(CHUNK, len(into) - found + 1))
+                packed = b""
+                into[found : found + len(part)] = part[: len(into) - found]
+                found += len(part)
     except (lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if len(raw) % 2:
-        raise ValueError(f"{path} must hold uint16 tokens, got an odd number of bytes ({len(raw)})")
-    return np.frombuffer(raw, "<u2").astype(np.uint16, copy=False)
+    return found
+
+
+def _decompressor() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MEMORY)
 
 
 def _starts(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from ..files import read_json, shown, sync_tree, write_atomically
+from .arrays import open_array, save_array
 from .packed import SUFFIX, described_end_of_text, read_packed
 from .text import read_documents, sample_path
-from .tokenizer import end_of_text_id, entries_of, load_tokenizer, tokenize, train_tokenizer
+from .tokenizer import (
+    end_of_text_id,
+    entries_of,
+    load_tokenizer,
+    save_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
 from .tokens import TokenStream
 
 
@@ -81,10 +91,10 @@ def prepare(
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, stream in (("train", train), ("validation", validation)):
-        np.save(folder / f"{name}.tokens.npy", stream.tokens)
-        np.save(folder / f"{name}.starts.npy", stream.starts)
+        save_array(folder / f"{name}.tokens.npy", stream.tokens)
+        save_array(folder / f"{name}.starts.npy", stream.starts)
     if used:
-        used.save(str(folder / "tokenizer.json"))
+        save_tokenizer(used, folder / "tokenizer.json")
     facts = CorpusFacts(
         source="the sample of the package" if data is None else str(data),
         tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else "unknown"),
@@ -98,31 +108,92 @@ def prepare(
         digest=f"{train.digest()[:16]}-{validation.digest()[:16]}",
         end_of_text=end_of_text,
     )
-    (folder / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
+    write_facts(folder, facts)
+    sync_tree(folder)
     return facts
+
+
+def write_facts(folder: Path, facts: CorpusFacts) -> None:
+    """Write what `open_facts` reads."""
+    write_atomically(folder / "facts.json", json.dumps(asdict(facts), indent=2) + "\n")
 
 
 def open_facts(folder: Path) -> CorpusFacts:
     """The facts that `prepare` wrote; raises `ValueError` if the folder holds no such thing."""
+    path = folder / "facts.json"
     try:
-        return CorpusFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{folder} must be a folder that `prepare` wrote: {error}") from error
+    names = {field.name for field in fields(CorpusFacts)}
+    if not names - {"end_of_text"} <= found.keys() <= names:
+        raise ValueError(
+            f"{folder} must be a folder that `prepare` wrote: {path.name} must have the entries "
+            f"{sorted(names)}, got {shown(sorted(found))}"
+        )
+    for name, value in found.items():
+        if name in ("source", "tokenizer", "digest"):
+            good, rule = isinstance(value, str), "a string"
+        elif name == "unigram_entropy":
+            good, rule = type(value) in (int, float) and 0 <= value < math.inf, "a finite number"
+        else:
+            good, rule = type(value) is int and 0 <= value < 2**63, "an integer from 0 on"
+            good = good or (name == "end_of_text" and value is None)
+        if not good:
+            raise ValueError(f"{path}: `{name}` must be {rule}, got {shown(value)}")
+    return CorpusFacts(**found)
 
 
-def open_stream(folder: Path, name: str) -> TokenStream:
-    """The stream "train" or "validation" that `prepare` wrote, mapped into memory, not read.
+def open_stream(folder: Path, name: str, *, check: bool = True) -> TokenStream:
+    """The stream "train" or "validation" that `prepare` wrote, mapped into memory.
+
+    Args:
+        folder: what `prepare` wrote.
+        name: of the stream.
+        check: compare the stream with its digest and with the tokenizer, which reads it once:
+            about 1 s per GB.
 
     Raises:
-        ValueError: if a file is missing, truncated or foreign.
+        ValueError: if a file is missing, truncated, foreign, or not as it was written.
     """
-    try:
-        tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
-        return TokenStream(tokens, np.load(folder / f"{name}.starts.npy"))
-    except (OSError, ValueError, EOFError) as error:
+    facts = open_facts(folder)
+    stream = stored_stream(folder, name)
+    expected: tuple[int, int]
+    if name == "train":
+        expected, place = (facts.train_tokens, facts.train_documents), 0
+    else:
+        expected, place = (facts.validation_tokens, facts.validation_documents), -1
+    if (len(stream), stream.num_documents) != expected:
         raise ValueError(
-            f"{folder} must hold the stream {name!r} as `prepare` wrote it: {error}"
-        ) from error
+            f"{folder} must hold {expected[0]} {name} tokens in {expected[1]} documents, got "
+            f"{len(stream)} in {stream.num_documents}"
+        )
+    if check:
+        digest, largest = stream.scan()
+        wanted = facts.digest.split("-")[place]
+        if not wanted or not digest.startswith(wanted):
+            raise ValueError(
+                f"{folder / name}.tokens.npy and its starts must have the digest {wanted}, got "
+                f"{digest[:16]}: they are not as they were written"
+            )
+        tokenizer = folder / "tokenizer.json"
+        entries = entries_of(load_tokenizer(tokenizer)) if tokenizer.exists() else facts.vocabulary
+        if largest >= entries:
+            raise ValueError(
+                f"{folder / name}.tokens.npy must hold tokens below {entries}, the entries of its "
+                f"tokenizer, got {largest}"
+            )
+    return stream
+
+
+def stored_stream(folder: Path, name: str) -> TokenStream:
+    """The stream in a folder, mapped into memory, without a look at facts.json."""
+    tokens = open_array(folder / f"{name}.tokens.npy", (np.uint16, np.uint32))
+    starts = open_array(folder / f"{name}.starts.npy", (np.int64,))
+    try:
+        return TokenStream(tokens, np.array(starts))
+    except ValueError as error:
+        raise ValueError(f"{folder} must hold the stream {name!r}: {error}") from error
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:

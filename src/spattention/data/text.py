@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import TextIO
 
 SEPARATOR = "\f"
+LONGEST_LINE = 2**26  # characters of a JSON line
+LONGEST_DOCUMENT = 2**30  # characters between two separators of a text file
+CHUNK = 2**20
 
 
 def read_documents(path: Path) -> list[str]:
@@ -20,11 +25,12 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
 
     A form feed separates documents in a `.txt` file; without one the file is one document. A line
     of a `.jsonl` file is an object whose entry `column` is one document. A folder gives the
-    documents of its files in the order of their names. A `.jsonl` file is read line by line.
+    documents of its files in the order of their names. Files are read document by document.
 
     Raises:
         ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a
-            bad line is named.
+            bad line is named. A JSON line may have 2**26 characters, a document of a `.txt` file
+            2**30.
     """
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
@@ -44,11 +50,8 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
     found = False
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            parts = (
-                file.read().split(SEPARATOR)
-                if path.suffix == ".txt"
-                else _json_lines(path, file, column)
-            )
+            separated = path.suffix == ".txt"
+            parts = _separated(path, file) if separated else _json_lines(path, file, column)
             for part in parts:
                 if part.strip():
                     found = True
@@ -64,13 +67,39 @@ def sample_path() -> Path:
     return Path(str(resources.files("spattention.data") / "sample"))
 
 
-def _json_lines(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
+def _separated(path: Path, file: TextIO) -> Iterator[str]:
+    held: list[str] = []
+    length = 0
+    while chunk := file.read(CHUNK):
+        first, *rest = chunk.split(SEPARATOR)
+        held.append(first)
+        length += len(first)
+        if length > LONGEST_DOCUMENT:
+            raise ValueError(
+                f"{path} must have a form feed at least every {LONGEST_DOCUMENT} characters, where "
+                f"a document ends; got {length} without one"
+            )
+        if rest:
+            yield "".join(held)
+            yield from rest[:-1]
+            held, length = [rest[-1]], len(rest[-1])
+    yield "".join(held)
+
+
+def _json_lines(path: Path, file: TextIO, column: str) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = file.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"{path}, line {number}, must have at most {LONGEST_LINE} characters, got more"
+            )
         if not line.strip():
             continue
         try:
             text = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f'{path}, line {number}, must be an object with a "{column}" entry: {error!r}'
             ) from error

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..files import shown, write_atomically
 from .tokens import TokenStream
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST_VOCABULARY = 2**20  # four times the largest that language models have
+TOKENIZER_BYTES = 2**28
+UNREACHABLE = "\U0010ffff"  # a noncharacter: text does not hold it
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE of `vocabulary` entries, the bytes and the end of text among them."""
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-    if vocabulary < smallest:
-        raise ValueError(
-            f"`vocabulary` must be at least {smallest} (the bytes and the end of text), got "
-            f"{vocabulary}"
-        )
+    check_vocabulary(vocabulary)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,12 +36,34 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def check_vocabulary(vocabulary: int) -> None:
+    """Raise ValueError unless `train_tokenizer` can train so many entries."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if not smallest <= vocabulary <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"`vocabulary` must be at least {smallest} (the bytes and the end of text) and at most "
+            f"{LARGEST_VOCABULARY}, got {vocabulary}"
+        )
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a `tokenizer.json`."""
+    write_atomically(path, tokenizer.to_str(pretty=True))
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a `tokenizer.json`, without the truncation and padding that it may ask for:
     a corpus is tokenized whole.
+
+    Raises:
+        ValueError: if there is no such file, it is larger than 2**28 bytes, or it holds no
+            tokenizer whose tokens are below `LARGEST_VOCABULARY`.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: a tokenizer is one `tokenizer.json`")
+    size = path.stat().st_size
+    if size > TOKENIZER_BYTES:
+        raise ValueError(f"{path} must have at most {TOKENIZER_BYTES} bytes, got {size}")
     try:
         found = Tokenizer.from_file(str(path))
     except (
@@ -49,6 +72,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(
             f"{path} must be a tokenizer of the `tokenizers` library: {error}"
         ) from error
+    entries = entries_of(found)
+    if not 1 <= entries <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"{path} must number its tokens below {LARGEST_VOCABULARY}, and have some: its largest "
+            f"is {entries - 1}"
+        )
     found.no_truncation()
     found.no_padding()
     return found
@@ -67,14 +96,101 @@ def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
     return found
 
 
+class DocumentEncoder:
+    """Turns documents into tokens; what they spell stays text.
+
+    A tokenizer turns `<|endoftext|>` and its other added tokens, wherever a text spells them, into
+    single tokens. In a document they are text like any other: it was written by somebody else, and
+    would end in the middle. Added tokens of whitespace alone are kept, because they are how
+    GPT-NeoX and OLMo write indentation. Dropout of BPE merges is off: a corpus is the same twice.
+
+    Args:
+        tokenizer: what turns text into tokens; it stays as it is.
+        end_of_text: the token that ends each document.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_of_text: int) -> None:
+        self.end_of_text = end_of_text
+        self.dtype = np.dtype(np.uint16 if entries_of(tokenizer) <= 2**16 else np.uint32)
+        description = json.loads(tokenizer.to_str())
+        added = {token["content"] for token in description["added_tokens"]}
+        end = tokenizer.id_to_token(end_of_text)
+        if end is None:
+            raise ValueError(f"`end_of_text` must be a token of the tokenizer, got {end_of_text}")
+        reserved = {token for token in added if token.strip()} | {end}
+        reserved.discard(_unknown(description["model"]))  # which text may become
+        ids = tokenizer.get_vocab()
+        self._reserved = {ids[token]: token for token in reserved}
+        self._encoder = Tokenizer.from_str(json.dumps(_without(description, reserved)))
+        self._encoder.encode_special_tokens = True  # as text, that is
+
+    def encode(self, documents: Sequence[str]) -> TokenStream:
+        """The stream of these documents, each followed by the end of text.
+
+        Raises:
+            ValueError: if the tokenizer cannot take a document, or turns text into a reserved token
+                all the same.
+        """
+        try:
+            encoded = self._encoder.encode_batch_fast(list(documents), add_special_tokens=False)
+        except Exception as error:  # the library raises plain `Exception`
+            raise ValueError(f"the tokenizer cannot take this text: {error}") from error
+        for text, found in zip(documents, encoded):
+            hit = self._reserved.keys() & set(found.ids)
+            if hit:
+                raise ValueError(
+                    f"the tokenizer must keep {self._reserved[min(hit)]!r} out of text, but a "
+                    f"document that spells it gets the token: {shown(text)}"
+                )
+        return TokenStream.from_documents(
+            [np.array([*each.ids, self.end_of_text], self.dtype) for each in encoded]
+        )
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The token of a model for what it does not know, if it has one."""
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _without(description: dict[str, Any], reserved: set[str]) -> dict[str, Any]:
+    """The description of a tokenizer, in place, that does not look for reserved tokens in text.
+
+    Models that look up whole words find them in their vocabulary too, where they get a name that no
+    text holds. The ids of all other tokens stay.
+    """
+    model = description["model"]
+    hidden: set[str] = set()
+    if model["type"] == "Unigram":
+        hidden = reserved & {piece for piece, _ in model["vocab"]}
+        model["vocab"] = [
+            [UNREACHABLE + piece if piece in hidden else piece, score]
+            for piece, score in model["vocab"]
+        ]
+    elif model["type"] == "BPE":
+        model["dropout"] = None
+    else:
+        hidden = reserved & model["vocab"].keys()
+        model["vocab"] = {
+            UNREACHABLE + word if word in hidden else word: number
+            for word, number in model["vocab"].items()
+        }
+    description["added_tokens"] = [
+        {**token, "special": token["content"] in reserved}
+        for token in description["added_tokens"]
+        if token["content"] not in hidden
+    ]
+    description["post_processor"] = None  # may ask for tokens that are gone; it is not applied
+    return description
+
+
 def tokenize(
     documents: Sequence[str], tokenizer: Tokenizer, end_of_text: int | None = None
 ) -> TokenStream:
     """The stream of these documents, each followed by the end of text; by default its own."""
     end = end_of_text_id(tokenizer) if end_of_text is None else end_of_text
-    dtype = np.uint16 if entries_of(tokenizer) <= 2**16 else np.uint32
-    encoded = tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
-    return TokenStream.from_documents([np.array([*e.ids, end], dtype) for e in encoded])
+    return DocumentEncoder(tokenizer, end).encode(documents)
 
 
 def for_transformers(

@@ -14,9 +14,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .results import write_atomically
+from ..files import read_json, sync, sync_tree, write_atomically
 
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 2**26
 PREFIX = "checkpoint-"
 STAGING = ".saving"
 # Pickles of Python objects that nothing here reads; what is read is loaded with `weights_only`.
@@ -33,20 +34,19 @@ def commit(staged: Path, run: Path) -> Path:
         (staged / name).unlink(missing_ok=True)
     files = {name: {"bytes": size, "sha256": found} for name, size, found in _digests(staged)}
     write_atomically(staged / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1) + "\n")
-    for path in (*(staged / name for name in files), staged / MANIFEST, staged):
-        _sync(path)
+    sync_tree(staged)
     final = run / staged.name
     if final.exists():  # of a run that went back behind it
         shutil.rmtree(final)
     staged.rename(final)
-    _sync(run)
+    sync(run)
     return final
 
 
 def check(checkpoint: Path) -> None:
-    """Whether every file is as it was written; raises `DamagedCheckpoint`."""
+    """Raise `DamagedCheckpoint` unless every file is as it was written."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(checkpoint / MANIFEST, MANIFEST_BYTES)["files"]
         wanted = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
@@ -109,12 +109,3 @@ def _digests(folder: Path) -> list[tuple[str, int, str]]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(digest, paths))
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, outlast a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,45 +12,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_int_from_env
+from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     IntervalStrategy,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     logging,
     set_seed,
 )
 
-from .. import baselines, hf
-from ..choice import AttentionChoice, Other
+from ..choice import AttentionChoice
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
-from ..hf.config import read_section, remove_section
-from ..models import SHAPES, build, preset
-from .callbacks import Event
-from .checkpoints import STAGING, checkpoints, clean, newest_good, step_of
-from .layers import is_stock, recipe_attention
+from ..models import SHAPES
+from .callbacks import (
+    CheckpointCallback,
+    DivergenceCallback,
+    Event,
+    IntervalCallback,
+    MetricsCallback,
+    ThroughputCallback,
+    TimeLimitCallback,
+)
+from .checkpoints import STAGING, clean, step_of
+from .load import check_memory, load_model, load_saved_tokenizer, load_weights
+from .lock import held
 from .loss import defer_loss
-from .precision import sharded_precision, to_bfloat16
+from .precision import to_bfloat16
 from .recipe import Recipe
-from .record import Record, recorded_step
-from .results import LOCK, held, write_atomically
+from .record import RecordCallback, recorded_step
 from .router import balance_routers
-from .setup import make_arguments, make_trainer
-from .watch import Guard, Intervals, Keeper, Metrics, Speed, TimeLimit
+from .run_folder import check_folder, claim
+from .trainer import make_trainer
+from .trainer_arguments import recipe_arguments
 from .work import active_parameters, work_per_token
 
-MARK = "run.json"
 GRAPHS_PER_LAYER = 8  # PyTorch's limit for one function; training and evaluation need two to four
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run stands: `step` of `steps`, and its folder."""
+    """The folder of a run and how far it has come: `step` of `steps`."""
 
     folder: Path
     step: int
@@ -69,29 +73,34 @@ def pretrain(
     command: str | None = None,
     send: Callable[[Event], None] = lambda event: None,
 ) -> Outcome:
-    """Train, or go on where an earlier call with this folder stopped or was killed.
+    """Train, or continue where an earlier call with this folder stopped or was killed.
 
     Args:
-        recipe: what to do.
+        recipe: model, data and settings of the run.
         folder: checkpoints, metrics and results; new, or of an earlier call.
-        minutes: save and stop after so long; None goes on to the end.
-        command: to record; the command line, if there was one.
+        minutes: save and stop after this time; None trains to the end.
+        command: command line to record, if there was one.
         send: called on the first rank with what happens: `{"kind": "begin" | "note" | "step" |
             "log", ...}`.
 
     Raises:
-        ValueError: before training starts, if recipe, data and folder do not go together.
+        ValueError: before training starts, if recipe, data and folder do not go together, or a file
+            is damaged.
+        OSError: if a file cannot be written; the message names it.
         Diverged: if the loss is no number any more or rises and stays there.
     """
+    if minutes is not None and not 0 <= minutes < math.inf:
+        raise ValueError(f"`minutes` must be finite and not negative, got {minutes}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if recipe.wandb and find_spec("wandb") is None:
         raise ValueError("`wandb` must be false where the package wandb is missing, got true")
-    arguments = _arguments(recipe, folder)  # also joins the other processes
+    arguments = recipe_arguments(recipe, folder / STAGING)  # also joins the other processes
     passes = recipe.passes(arguments.world_size)
     _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
+    check_memory(recipe, arguments.device, arguments.world_size)
     data = open_training(
         recipe.data,
         recipe.validation,
@@ -100,9 +109,10 @@ def pretrain(
         across_documents=recipe.across_documents,
         held_out=recipe.held_out,
         limit=recipe.validation_windows or None,
+        check=arguments.local_process_index == 0,  # one process per node reads all tokens
     )
     first = arguments.process_index == 0
-    _check_folder(recipe, folder, data)
+    check_folder(recipe, folder, data)
     arguments.gradient_accumulation_steps = passes
     with held(folder) if first else nullcontext():
         return _train(recipe, folder, arguments, data, minutes, command, send)
@@ -117,12 +127,15 @@ def _train(
     command: str | None,
     send: Callable[[Event], None],
 ) -> Outcome:
-    """What is left of `pretrain`, once everything is checked and the folder is this run's alone."""
+    """Build the model, continue from a checkpoint if there is one, and train.
+
+    Called with the folder locked, after all checks.
+    """
     first = arguments.process_index == 0
     passes = arguments.gradient_accumulation_steps
     set_seed(recipe.seed)
-    model, attention = _model(recipe, data, arguments.device)
-    resume, notes = _from_first_rank(lambda: _claim(recipe, folder, data), first)
+    model, attention = load_model(recipe, data, arguments.device)
+    resume, notes = _from_first_rank(lambda: claim(recipe, folder, data), first)
     for note in notes if first else ():
         send({"kind": "note", "text": note})
     # What a pretrained model loses by new attention is seen before its first step.
@@ -131,7 +144,7 @@ def _train(
     if not judged:
         arguments.eval_strategy = IntervalStrategy.NO
     if resume is not None and recipe.parallel == "ddp":
-        _load_weights(model, resume)
+        load_weights(model, resume)
 
     facts = {
         "kind": "begin",
@@ -149,25 +162,39 @@ def _train(
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
         return Outcome(folder, recipe.steps, recipe.steps)
-    watchers = _watchers(recipe, folder, model, attention, arguments.world_size, send)
-    watchers.append(Record(recipe.to_dict(), folder, facts, command))
+    callbacks = _callbacks(recipe, folder, model, attention, facts, command, send)
     if minutes is not None:
-        watchers.append(TimeLimit(minutes))
+        callbacks.append(TimeLimitCallback(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)
     trainer = make_trainer(
         model,
         arguments,
         InOrder(data.train, recipe.steps * recipe.batch, recipe.seed),
         data.validation,
-        watchers,
+        callbacks,
         optimizer=optimizer,
-        tokenizer=_tokenizer(data, recipe),
+        tokenizer=load_saved_tokenizer(data, recipe.context),
     )
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _run(trainer, folder, resume)
     step = trainer.state.global_step
     if first:
         clean(folder)
     return Outcome(folder, step, recipe.steps)
+
+
+def _run(trainer: Trainer, folder: Path, resume: Path | None) -> None:
+    """Train; what fails while a checkpoint is written says so, and leaves nothing half written."""
+    staging = folder / STAGING
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not staging.is_dir() or not any(staging.iterdir()):
+            raise
+        free = shutil.disk_usage(folder).free
+        if trainer.is_world_process_zero():
+            clean(folder)
+        name = folder / f"checkpoint-{trainer.state.global_step}"
+        raise OSError(f"{name} cannot be written, with {free:,} bytes free: {error}") from error
 
 
 def prepare_model(
@@ -209,7 +236,7 @@ def prepare_model(
 
 
 def _needs_masters(recipe: Recipe, devices: int) -> bool:
-    """Whether float32 weights are kept beside the model's; FSDP2 keeps its own."""
+    """True if float32 weights are kept next to the model's; FSDP2 keeps its own."""
     if recipe.precision == "float32" or recipe.parallel == "fsdp2":
         return False
     if devices > 1:
@@ -237,235 +264,10 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
-def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    more: dict[str, Any] = {}
-    by_torchrun = get_int_from_env(["WORLD_SIZE"], 0)  # processes; 0 without it
-    launched = max(by_torchrun, 1)
-    if launched > 1 and not torch.cuda.is_available():
-        # Without it Accelerate does not join the processes, and each trains alone.
-        more["use_cpu"] = True
-    if recipe.parallel == "fsdp2":
-        if not torch.cuda.is_available():
-            # Accelerate would copy the model instead, without a word.
-            raise ValueError('`parallel` must be "ddp" on the CPU, got "fsdp2"')
-        if not by_torchrun:
-            raise ValueError(
-                '`parallel` = "fsdp2" needs `torchrun -m spattention train ...`, also for one '
-                "process"
-            )
-        more["bf16"] = recipe.precision == "bfloat16"
-        more["fsdp"] = True
-        more["fsdp_config"] = {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "reshard_after_forward": True,
-            "activation_checkpointing": recipe.checkpointing,
-            "state_dict_type": "FULL_STATE_DICT",  # what `from_pretrained` opens
-        }
-    if recipe.shard_size:
-        more["parallelism_config"] = _groups(recipe, launched)
-    arguments = make_arguments(
-        folder / STAGING,
-        steps=recipe.steps,
-        batch=recipe.micro_batch,
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup,
-        seed=recipe.seed,
-        lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate},
-        weight_decay=recipe.weight_decay,
-        adam_beta1=recipe.beta1,
-        adam_beta2=recipe.beta2,
-        adam_epsilon=recipe.epsilon,
-        max_grad_norm=recipe.clip,
-        train_sampling_strategy="sequential",  # `InOrder` has the order
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=recipe.log_every,
-        eval_strategy="steps",
-        eval_steps=recipe.evaluate_every,
-        save_strategy="steps",
-        save_steps=recipe.save_every,
-        ddp_find_unused_parameters=False,
-        **more,
-    )
-    if arguments.fsdp_plugin_args is not None:  # Accelerate's; the Trainer has no word for this one
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = sharded_precision(recipe.precision)
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"several GPUs need one process each: `torchrun --nproc-per-node {arguments.n_gpu} -m "
-            "spattention train ...`, or CUDA_VISIBLE_DEVICES to use one"
-        )
-    if arguments.world_size != launched:
-        raise RuntimeError(f"{launched} processes were launched, {arguments.world_size} joined")
-    return arguments
-
-
-def _groups(recipe: Recipe, devices: int) -> Any:
-    """Accelerate's words for: sharded within groups of devices, copied between them."""
-    from accelerate import ParallelismConfig
-
-    if recipe.parallel != "fsdp2" or devices % recipe.shard_size:
-        raise ValueError(
-            '`shard_size` must divide the number of devices under `parallel` = "fsdp2", got '
-            f'{recipe.shard_size} on {devices} devices under "{recipe.parallel}"'
-        )
-    return ParallelismConfig(
-        dp_replicate_size=devices // recipe.shard_size, dp_shard_size=recipe.shard_size
-    )
-
-
-def _model(
-    recipe: Recipe, data: TrainingData, device: torch.device
-) -> tuple[PreTrainedModel, AttentionChoice]:
-    if recipe.model in SHAPES:
-        chosen = preset(
-            recipe.model,
-            vocab_size=recipe.vocabulary,
-            context=recipe.context,
-            num_layers=recipe.layers,
-        )
-        with device:  # weights are made where they are used
-            model = build(chosen, pattern=None)
-    else:
-        model = _pretrained(recipe)
-    config = model.config.get_text_config()
-    if data.largest >= config.vocab_size:
-        raise ValueError(
-            f"`vocabulary` must be above the largest token of the data, {data.largest}, got "
-            f"{config.vocab_size}"
-        )
-    section = read_section(config)
-    if section is not None and section.sinks and not recipe.sinks:
-        raise ValueError(
-            f"`sinks` must be true: {recipe.model} was trained with sinks, which its other weights "
-            'count on (`attention = "dense"` leaves them out); got false'
-        )
-    attention = recipe_attention(
-        recipe.attention,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        recipe.context,
-        sinks=recipe.sinks,
-    )
-    if not recipe.across_documents and isinstance(attention, Other):
-        raise ValueError(
-            f"`across_documents` must be true with {attention.name}, which knows no documents, "
-            "got false"
-        )
-    attention.apply(model)
-    if data.end_of_text is not None:
-        model.config.eos_token_id = data.end_of_text
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = data.end_of_text
-    return model, attention
-
-
-def _pretrained(recipe: Recipe) -> PreTrainedModel:
-    for name in ("layers", "vocabulary"):
-        if getattr(recipe, name) is not None:
-            raise ValueError(
-                f"`{name}` is for presets {list(SHAPES)}, {recipe.model} has its own, got "
-                f"{getattr(recipe, name)}"
-            )
-    hf.register()
-    baselines.register()
-    options: dict[str, Any] = {}
-    try:
-        if is_stock(recipe.attention):  # also of a model that had other attention
-            config = AutoConfig.from_pretrained(recipe.model)
-            remove_section(config)
-            options = {"config": config, "attn_implementation": "sdpa"}
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32, **options)
-    except OSError as error:
-        raise ValueError(
-            f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "
-            f"{error}"
-        ) from error
-    if any(".experts." in name for name, _ in model.named_parameters()):
-        model.set_experts_implementation("grouped_mm")
-    # Some know no longest text.
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if length is not None and recipe.context > length:
-        raise ValueError(f"`context` must be at most the model's {length}, got {recipe.context}")
-    return model
-
-
-def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Give a model the weights of a checkpoint, all of them.
-
-    The Trainer's own loading is not strict, and passes over experts: they are saved one by one, as
-    on the hub, and only `from_pretrained` joins them again.
-    """
-    hf.register()
-    found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.load_state_dict(found.state_dict())
-
-
-def _tokenizer(data: TrainingData, recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    if data.tokenizer is None:
-        return None
-    from ..data.tokenizer import for_transformers, load_tokenizer
-
-    return for_transformers(load_tokenizer(data.tokenizer), recipe.context, data.end_of_text)
-
-
-def _check_folder(recipe: Recipe, folder: Path, data: TrainingData) -> None:
-    mark = folder / MARK
-    if not mark.exists():
-        if folder.exists() and any(p.name not in (STAGING, LOCK) for p in folder.iterdir()):
-            raise ValueError(
-                f"`--output` must be a new or empty folder, or an earlier run's; {folder} holds "
-                "other files"
-            )
-        return
-    found = json.loads(mark.read_text(encoding="utf-8"))
-    different = recipe.differences(found["recipe"])
-    # Runs that began before `contents` was written have the digest alone.
-    if found["data"] != data.digest or found.get("contents", data.contents) != data.contents:
-        different.append("the data is another")
-    if different:
-        raise ValueError(
-            f"`--output` {folder} holds a run of another recipe ({'; '.join(different)}): name "
-            "another folder"
-        )
-
-
-def _claim(recipe: Recipe, folder: Path, data: TrainingData) -> tuple[Path | None, list[str]]:
-    """Mark the folder and find where to go on; what is damaged is named and put aside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    content = {
-        "version": 1,
-        "recipe": recipe.to_dict(),
-        "data": data.digest,
-        "contents": data.contents,
-    }
-    write_atomically(folder / MARK, json.dumps(content, indent=2) + "\n")
-    resume, problems = newest_good(folder)
-    notes = [f"damaged checkpoint: {problem}" for problem in problems]
-    for path in checkpoints(folder) if problems else ():
-        if resume is None or step_of(path) > step_of(resume):
-            path.rename(_free(path.with_name(f"damaged-{path.name}")))
-    if resume is not None:
-        notes.append(f"going on from {resume}")
-    elif problems:
-        notes.append("no checkpoint is whole: beginning anew")
-    return resume, notes
-
-
-def _free(path: Path) -> Path:
-    """The path, or that with the first number behind it that is not taken."""
-    taken = itertools.count(2)
-    found = path
-    while found.exists():
-        found = path.with_name(f"{path.name}-{next(taken)}")
-    return found
-
-
 def _from_first_rank(
     find: Callable[[], tuple[Path | None, list[str]]], first: bool
 ) -> tuple[Path | None, list[str]]:
-    """What `find` gives on the first rank, on every rank: they must go on from the same step."""
+    """Call `find` on the first rank and give all ranks its result: they continue from one step."""
     found = [find() if first else None]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
@@ -473,32 +275,36 @@ def _from_first_rank(
     return found[0]
 
 
-def _watchers(
+def _callbacks(
     recipe: Recipe,
     folder: Path,
     model: PreTrainedModel,
     attention: AttentionChoice,
-    devices: int,
+    facts: Event,
+    command: str | None,
     send: Callable[[Event], None],
 ) -> list[TrainerCallback]:
-    watchers: list[TrainerCallback] = [
-        Intervals(),
-        Guard(recipe.divergence),
-        Speed(
+    """The callbacks of a run, in the order in which they are called."""
+    metrics = MetricsCallback(folder, send)
+    found: list[TrainerCallback] = [
+        IntervalCallback(),
+        DivergenceCallback(recipe.divergence),
+        ThroughputCallback(
             recipe.batch * recipe.context,
             work_per_token(model, attention, recipe.context),
-            recipe.peak_tflops * 1e12 * devices,
+            recipe.peak_tflops * 1e12 * facts["devices"],
         ),
-        Metrics(folder, send),
-        Keeper(folder / STAGING, folder, recipe.keep),
+        metrics,
+        CheckpointCallback(folder / STAGING, folder, recipe.keep),
     ]
     if recipe.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
-        watchers.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+        found.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
     if recipe.wandb:
         from transformers.integrations import WandbCallback
 
-        watchers.append(WandbCallback())
-    return watchers
+        found.append(WandbCallback())
+    found.append(RecordCallback(recipe.to_dict(), folder, metrics, facts, command))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 import types
 import typing
@@ -10,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from ..files import shown
+from .bounds import BOUNDS, check_bounds
 
 # What may change when a run goes on: none of it changes what is computed, but for rounding; and,
 # with `micro_batch`, for the balance loss, which is taken per pass.
@@ -20,19 +22,12 @@ FREE = frozenset(
         *("divergence", "peak_tflops", "shard_size"),
     }
 )
-POSITIVE = (
-    *("context", "steps", "batch", "micro_batch"),
-    *("log_every", "evaluate_every", "save_every", "keep"),
-)
-NOT_NEGATIVE = (
-    *("final_learning_rate", "warmup", "weight_decay", "balance_loss", "z_loss", "seed"),
-    *("workers", "threads", "validation_windows", "divergence", "shard_size"),
-)
+RECIPE_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run of `spattention train`.
+    """A run of `spattention train`. `bounds.BOUNDS` has the range of every number.
 
     Args:
         model: a preset of `spattention.models`; or a folder or a name on the hub of a pretrained
@@ -130,22 +125,7 @@ class Recipe:
     peak_tflops: float = 700.0
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be finite and not negative, got {value}")
-        for name in ("learning_rate", "epsilon", "clip", "peak_tflops"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {value}")
-        for name in ("beta1", "beta2", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise ValueError(f"`seed` must be below 2**32, got {self.seed}")
+        check_bounds(self, (f.name for f in fields(self) if f.name in BOUNDS))
         if self.batch % self.micro_batch:
             raise ValueError(
                 f"`micro_batch` must divide the batch of {self.batch}, got {self.micro_batch}"
@@ -189,14 +169,19 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: if the file cannot be read, or a field is unknown, missing or out of range.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} must be a recipe in TOML: it is no file")
+    size = path.stat().st_size
+    if size > RECIPE_BYTES:
+        raise ValueError(f"{path} must be a recipe of at most {RECIPE_BYTES} bytes, got {size}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a recipe in TOML: {error}") from error
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"`--set` takes NAME=VALUE, got {change!r}")
+            raise ValueError(f"`--set` takes NAME=VALUE, got {shown(change)}")
         values[name.strip()] = _value(text.strip())
     return recipe_from(values)
 
@@ -206,7 +191,7 @@ def recipe_from(values: dict[str, Any]) -> Recipe:
     hints = typing.get_type_hints(Recipe)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
-        raise ValueError(f"a recipe has the fields {sorted(hints)}, got {unknown}")
+        raise ValueError(f"a recipe has the fields {sorted(hints)}, got {shown(unknown)}")
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"a recipe must have the fields {missing}, they are missing")
@@ -215,9 +200,10 @@ def recipe_from(values: dict[str, Any]) -> Recipe:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return found["value"] if len(found) == 1 else text  # a line's end may begin another entry
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -231,8 +217,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
                 return tuple(items)
         elif kind is float and type(value) is int:
-            return float(value)
+            return (
+                float(value) if abs(value) < 2**53 else value
+            )  # what no float holds, no bounds do
         elif type(value) is kind:
             return value
     wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
-    raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+    raise ValueError(f"`{name}` must be {wanted}, got {shown(value)}")

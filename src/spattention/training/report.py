@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..choice import STOCK
 from ..data.prepare import CorpusFacts
+from ..files import write_atomically
 from ..plots import comparison_figure
-from .results import write_atomically
+from ..provenance import machine, versions
 from .settings import Settings
 from .summary import Row, summarize
 from .variant import Result
 
-LIBRARIES = ("spattention", "torch", "transformers", "accelerate", "tokenizers", "numpy")
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 HEADER = (
     "attention",
     "validation loss",
@@ -109,7 +105,7 @@ class Report:
             "settings": asdict(self.settings),
             "data": asdict(self.facts),
             "machine": machine(),
-            "versions": {"python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
+            "versions": versions(LIBRARIES),
             "table": [{**asdict(row), "verdict": row.verdict} for row in self.rows],
             "runs": [asdict(result) for result in self.results],
             "missing": self.missing,
@@ -139,16 +135,6 @@ class Report:
             picture = io.BytesIO()
             figure.savefig(picture, dpi=150, format="png")
             write_atomically(folder / "results.png", picture.getvalue())
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "processor": platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def _cells(row: Row, dense_pairs: int | None, entropy: float) -> tuple[str, ...]:

@@ -3,71 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-import warnings
+import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from ..files import is_unfinished, read_json, remove_unfinished, shown, sync, write_atomically
+from .lock import LOCK, held
 from .settings import Settings
 from .variant import Job, Result
 
-LOCK = ".lock"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that is either the old one or the whole new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)  # mkstemp's own mode would hide it from other users
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; made if need be, and removed at the end if it stays empty.
-
-    Raises:
-        ValueError: if another process has it.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / LOCK
-    lock = FileLock(file)  # the system lets go of it, however the process ends
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"`--output` must be used by one process at a time, another one is at work in {folder}"
-        ) from error
-    except NotImplementedError:
-        warnings.warn(
-            f"{folder} is on a file system without locks: nothing keeps another process out of it",
-            stacklevel=3,
-        )
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # where an open file cannot be removed, it may stay
-            file.unlink()
-        lock.release()
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+RESULT_BYTES = 2**26
+__all__ = ["ResultsFolder", "held", "result_from", "write_atomically"]
 
 
 class ResultsFolder:
@@ -92,7 +42,8 @@ class ResultsFolder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"`--output` must be a folder, {path} is a file")
         others = path.iterdir() if path.exists() and not self._mark.exists() else ()
-        if any(entry not in (self.staging, self._lock) for entry in others):
+        ours = (self.staging, self._lock)
+        if any(entry not in ours and not is_unfinished(entry) for entry in others):
             raise ValueError(
                 "`--output` must be a new or empty folder, or hold an earlier comparison; "
                 f"{path} holds other files"
@@ -130,12 +81,17 @@ class ResultsFolder:
             if self.data.exists():
                 shutil.rmtree(self.data)
             self.staging.rename(self.data)
+            sync(self.path)
+        for folder in (self.path, self.runs):
+            remove_unfinished(folder)
 
     def _check(self, settings: Settings) -> None:
         if not self._mark.exists() or not self.runs.exists():
             return
         wanted = asdict(settings)
-        found = json.loads(self._mark.read_text(encoding="utf-8"))["settings"] or {}
+        found = read_json(self._mark).get("settings")
+        if not isinstance(found, dict):
+            raise ValueError(f"{self._mark} must hold `settings`, an object, got {shown(found)}")
         different = [
             f"{name} was {found.get(name)}, now {wanted[name]}"
             for name in wanted
@@ -150,7 +106,15 @@ class ResultsFolder:
     def find(self, job: Job) -> Result | None:
         """The result of this job, if it is finished."""
         file = self.runs / f"{job.name}.json"
-        return result_from(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            return result_from(read_json(file, RESULT_BYTES))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} must hold a finished run, and does not ({error!r}): remove it to train "
+                "this run again"
+            ) from error
 
     def add(self, job: Job, result: Result) -> None:
         """Keep a finished run."""
@@ -166,6 +130,10 @@ class ResultsFolder:
 def result_from(data: dict[str, Any]) -> Result:
     """The result that `add` wrote."""
     values = dict(data)
+    for name, hint in typing.get_type_hints(Result).items():
+        plain: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+        if hint in plain and not isinstance(values[name], plain[hint]):
+            raise TypeError(f"{name} is {shown(values[name])}")
     for name in ("train_losses", "validation_losses"):
         values[name] = [tuple(point) for point in values[name]]  # JSON has no tuples
     return Result(**values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from .bounds import BOUNDS, check_bounds
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,4 @@ class Settings:
     data: str
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "steps", "evaluations", "validation_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if self.threads < 0:
-            raise ValueError(f"`threads` must not be negative, got {self.threads}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(
-                f"`learning_rate` must be positive and finite, got {self.learning_rate}"
-            )
+        check_bounds(self, (f.name for f in fields(self) if f.name in BOUNDS))

@@ -15,10 +15,11 @@ from ..data.prepare import open_facts, open_stream
 from ..data.tokenizer import for_transformers, load_tokenizer
 from ..data.tokens import InOrder, TokenStream, Windows
 from ..models import build, preset
-from .callbacks import Event, OrderDigest, Watch
+from .callbacks import Event, LossRecorder, OrderDigest
 from .memory import peak_resident_bytes, resident_bytes
 from .settings import Settings
-from .setup import make_arguments, make_trainer
+from .trainer import make_trainer
+from .trainer_arguments import make_arguments
 
 PROMPT_TOKENS = 40
 CONTINUATION_TOKENS = 100
@@ -101,11 +102,11 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
     train = InOrder(windows, settings.steps * settings.batch, job.seed)
     held_out = open_stream(job.data, "validation")
     validation = Windows(held_out, settings.context, settings.validation_windows)
-    watch = Watch(settings.batch * settings.context, send)
+    losses = LossRecorder(settings.batch * settings.context, send)
     order = OrderDigest(model)
-    trainer = make_trainer(model, _arguments(job), train, validation, [watch])
+    trainer = make_trainer(model, _arguments(job), train, validation, [losses])
     trainer.train()
-    if not watch.validation_losses or watch.validation_losses[-1][0] != settings.steps:
+    if not losses.validation_losses or losses.validation_losses[-1][0] != settings.steps:
         trainer.evaluate()
     peak = peak_resident_bytes()
     kind = "resident set of the run's own process"
@@ -121,10 +122,10 @@ def run(job: Job, send: Callable[[Event], None]) -> Result:
         seed=job.seed,
         context=settings.context,
         parameters=model.num_parameters(),
-        validation_loss=watch.validation_losses[-1][1],
-        train_losses=watch.train_losses,
-        validation_losses=watch.validation_losses,
-        tokens_per_second=watch.tokens_per_second,
+        validation_loss=losses.validation_losses[-1][1],
+        train_losses=losses.train_losses,
+        validation_losses=losses.validation_losses,
+        tokens_per_second=losses.tokens_per_second,
         seconds=time.perf_counter() - began,
         pairs=attention.pairs(settings.context),
         memory_before=before,

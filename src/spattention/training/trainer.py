@@ -1,9 +1,8 @@
-"""Transformers' Trainer, set up for packed windows of tokens: what `compare` and `train` share."""
+"""Transformers' Trainer over packed windows of tokens, shared by `compare` and `train`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,55 +18,6 @@ from transformers import (
 )
 
 from ..data.tokens import IGNORED
-
-
-def make_arguments(
-    folder: Path,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    warmup: int,
-    seed: int,
-    **more: Any,
-) -> TrainingArguments:
-    """AdamW with a warm-up and a cosine, and nothing that the Trainer prints or saves by itself.
-
-    Args:
-        folder: where the Trainer may write.
-        steps: optimizer steps.
-        batch: windows per device and pass.
-        learning_rate: its peak; it falls to a tenth.
-        warmup: steps in which it rises.
-        seed: of the Trainer's random numbers.
-        more: other arguments of `TrainingArguments`, or other values for those set here.
-    """
-    values: dict[str, Any] = {
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "optim": "adamw_torch_fused",
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "logging_strategy": "steps",
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "prediction_loss_only": True,
-        "data_seed": seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
-    }
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        seed=seed,
-        **(values | more),
-    )
 
 
 def make_trainer(

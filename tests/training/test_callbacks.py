@@ -1,4 +1,4 @@
-"""What watches a run: bad losses stop it, metrics survive, speed and MFU by their formula."""
+"""Callbacks of a run: bad losses stop it, metrics survive, speed and MFU by their formula."""
 
 import json
 import subprocess
@@ -24,13 +24,19 @@ from spattention.cli.generate import model_folder
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.models import build, count_parameters, preset
+from spattention.training import callbacks
 from spattention.training import pretrain as pretraining
-from spattention.training import watch
+from spattention.training.callbacks import (
+    Diverged,
+    DivergenceCallback,
+    MetricsCallback,
+    ThroughputCallback,
+)
 from spattention.training.checkpoints import checkpoints
 from spattention.training.layers import recipe_attention
+from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import pretrain
-from spattention.training.setup import make_trainer
-from spattention.training.watch import Diverged, Guard, Metrics, Speed, read_metrics
+from spattention.training.trainer import make_trainer
 from spattention.training.work import active_parameters, work_per_token
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,7 +66,7 @@ def test_a_loss_that_is_no_number_stops_a_run_and_keeps_the_checkpoint_before(
         if state.global_step == 4:
             next(model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(Speed, "on_step_begin", poison, raising=False)
+    monkeypatch.setattr(ThroughputCallback, "on_step_begin", poison, raising=False)
     with pytest.raises(Diverged, match="`loss` became nan at step 5"):
         pretrain(recipe(data), tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]
@@ -72,26 +78,26 @@ def test_a_loss_that_is_no_number_stops_a_run_and_keeps_the_checkpoint_before(
 @pytest.mark.parametrize("log", [{"loss": float("inf")}, {"loss": 1.0, "grad_norm": float("nan")}])
 def test_infinite_losses_and_gradients_stop_a_run(log):
     with pytest.raises(Diverged, match=r"became (inf|nan) at step 3"):
-        Guard(0).on_log(None, state(), None, logs=log)
+        DivergenceCallback(0).on_log(None, state(), None, logs=log)
 
 
 def test_a_loss_that_stays_above_its_best_stops_a_run():
-    guard, low = Guard(1.0), [6.0, 5.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    guard, low = DivergenceCallback(1.0), [6.0, 5.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.0]
     spike = [*low, 9.0, 3.0, 3.0, 3.0, 3.0]  # its mean of five is 4.2
     with pytest.raises(Diverged, match=r"the loss rose to 4\.200 .* above its best, 3\.000"):
         guard.on_log(None, state(*spike), None, logs={"loss": 3.0})
     guard.on_log(None, state(*low, 7.0), None, logs={"loss": 7.0})  # once, and not by much
-    Guard(0).on_log(None, state(*spike), None, logs={"loss": 3.0})
+    DivergenceCallback(0).on_log(None, state(*spike), None, logs={"loss": 3.0})
     guard.on_log(None, state(9.0, 8.0), None, logs={"loss": 8.0})  # too early to tell
 
 
 def test_metrics_drop_what_a_killed_run_will_write_again(tmp_path):
-    path = tmp_path / watch.METRICS
+    path = tmp_path / METRICS
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while it wrote
     assert [e["step"] for e in read_metrics(path)] == [1, 2, 3, 4]
     sent = []
-    metrics = Metrics(tmp_path, sent.append)
+    metrics = MetricsCallback(tmp_path, sent.append)
     metrics.on_train_begin(None, state(step=2), None)
     metrics.on_log(None, state(step=3), None, logs={"loss": 2.0})
     assert read_metrics(path)[1:] == [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
@@ -100,8 +106,8 @@ def test_metrics_drop_what_a_killed_run_will_write_again(tmp_path):
 
 def test_speed_counts_steps_and_leaves_out_evaluation(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
-    speed = Speed(tokens=50, work=2e6, peak=1e9)
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    speed = ThroughputCallback(tokens=50, work=2e6, peak=1e9)
     speed.on_train_begin()
     for seconds in (1.0, 3.0):
         now[0] += seconds

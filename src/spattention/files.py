@@ -1,0 +1,107 @@
+"""Files on disk: written whole or not at all, and read within limits.
+
+A reader of what somebody else wrote decides first how much it is ready to take: a file's size, an
+array's header and the depth of its JSON are checked before memory is spent on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = ".unfinished"
+JSON_BYTES = 2**20  # of a description; no such file here comes near it
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of the system that do not, such as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{path} cannot be read or written: {error}") from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is either the old one or the whole new one, also after a loss of power."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED
+    )
+    try:
+        with naming(path), os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's own mode would hide it from other users
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def is_unfinished(path: Path) -> bool:
+    """True for a file that `write_atomically` left when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(UNFINISHED)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder when its process was killed."""
+    if not folder.is_dir():
+        return
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and needs no such call
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises:
+        ValueError: if there is no such file, or it holds anything else; the message names it.
+    """
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "missing"
+        raise ValueError(f"{path} must be a file with a JSON object, it is {kind}")
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"{path} must have at most {limit} bytes, got {size}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shown(found)}")
+    return found
+
+
+def shown(value: object) -> str:
+    """`repr` of a value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,51 @@
+"""Where numbers come from: the commit of this package, the versions of libraries, the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+
+
+def source_commit() -> str | None:
+    """The git commit of the checkout that this package runs from; None where it is installed."""
+    here = Path(__file__)
+
+    def git(*command: str) -> str | None:
+        try:
+            found = subprocess.run(
+                ["git", "-C", str(here.parent), *command],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError:  # no git
+            return None
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    # An environment inside somebody's checkout is not this project's.
+    return git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", here.name) else None
+
+
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Versions of Python, this package and the libraries named."""
+    found = {"python": platform.python_version(), "spattention": __version__}
+    return found | {name: version(name) for name in libraries}
+
+
+def machine() -> dict[str, Any]:
+    """The machine that a measurement is made on."""
+    return {
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

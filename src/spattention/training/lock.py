@@ -1,0 +1,46 @@
+"""A folder that belongs to one process at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; made if need be, and removed at the end if it stays empty.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    lock = FileLock(file)  # the system lets go of it, however the process ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"`--output` must be used by one process at a time, another one is at work in {folder}"
+        ) from error
+    except NotImplementedError:
+        warnings.warn(
+            f"{folder} is on a file system without locks: nothing keeps another process out of it",
+            stacklevel=3,
+        )
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed, it may stay
+            file.unlink()
+        lock.release()
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
