@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_comparison(compared, tmp_path):
         (["--data", "nowhere"], "`--data` must be packed tokens (.u16.xz) or a folder"),
         (["--windows", "0"], "`--windows` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
-        (["--shots", "0", "-1"], "`--shots` must be integers from 0 on, got [0, -1]"),
+        (["--shots", "0", "-1"], "`--shots` must be integers from 0 to 1000, got [0, -1]"),
     ],
 )
 def test_what_is_wrong_is_said(compared, tmp_path, arguments, error, capsys):

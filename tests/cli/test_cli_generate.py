@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spattention as spa
 from spattention.cli import main
-from spattention.cli.generate import open_dense, open_model
 from spattention.data.tokenizer import for_transformers, train_tokenizer
+from spattention.loading import open_model, open_tokenizer
 from spattention.rings import ring_lengths
 
 PROMPT = "It was a dark and stormy night, and the captain said to the crew"
@@ -55,7 +55,7 @@ def test_the_cache_keeps_what_the_bands_reach(
     found = capfd.readouterr()
     slots = sum(ring_lengths(PATTERN, 2)) + 1
     assert _mebibytes(found.err) == pytest.approx(2 * 2 * slots * 8 * 4 / 2**20, abs=0.005)
-    model, tokenizer = open_model(saved)
+    model, tokenizer = open_model(saved), open_tokenizer(saved)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     wanted = model.generate(ids, max_new_tokens=120, do_sample=False, use_cache=False)
     assert found.out.strip() == tokenizer.decode(wanted[0]).strip()
@@ -80,7 +80,11 @@ def test_compare_dense_shows_both(
 
 
 def test_dense_means_the_same_weights_and_stock_attention(saved: Path) -> None:
-    dense, (banded, tokenizer) = open_dense(saved), open_model(saved)
+    dense, banded, tokenizer = (
+        open_model(saved, dense=True),
+        open_model(saved),
+        open_tokenizer(saved),
+    )
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     assert dense.config._attn_implementation == "sdpa"
     assert not any("sinks" in name for name in dense.state_dict())

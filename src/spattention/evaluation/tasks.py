@@ -86,10 +86,13 @@ class TaskScore:
 
     @property
     def near_chance(self) -> bool:
-        """Whether guessing would do as well, within two standard errors."""
-        if self.chance is None:
-            return False
-        return self.value.mean - self.chance < 2 * self.value.error or not self.value.mean
+        """True if the score is not above guessing by two standard errors."""
+        return self.chance is not None and not self.value.is_above(self.chance)
+
+    @property
+    def below_chance(self) -> bool:
+        """True if the score is below guessing by more than two standard errors."""
+        return self.chance is not None and self.value.is_below(self.chance)
 
 
 def run_tasks(
