@@ -143,6 +143,7 @@ def open_weights(folder: Path) -> Weights:
 
 def model_digest(folder: Path) -> str:
     """SHA-256 of a model's config and weights, in hexadecimal: it tells saved models apart."""
+    open_config(folder)
     found = hashlib.sha256()
     for path in (folder / CONFIG, *open_weights(folder).files):
         with path.open("rb") as file:
@@ -295,7 +296,7 @@ def _check_attention(file: Path, content: Mapping[str, Any]) -> None:
 def _check_sizes(file: Path, text: Any) -> None:
     """Check the numbers of a text config that memory and text lengths depend on."""
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        value = getattr(text, name, None)
+        value = getattr(text, name, 1)  # models without attention have no heads
         if type(value) is not int or value < 1:
             raise ValueError(f"{file}: `{name}` must be a positive integer, got {value!r}")
     longest = getattr(text, "max_position_embeddings", None)

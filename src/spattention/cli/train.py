@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import json
@@ -20,6 +21,8 @@ from docstring_parser import parse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..loading import open_config, open_weights
+from ..models import SHAPES
 from ..training.callbacks import Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
@@ -64,7 +67,10 @@ def main(options: Options) -> None:
     if options.minutes is not None and not 0 <= options.minutes < math.inf:
         raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
     recipe = read_recipe(options.recipe, list(itertools.chain.from_iterable(options.set)))
+    _check_model(recipe.model)
     output = options.output or Path("runs") / options.recipe.stem
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`--output` must be a folder, {output} is a file")
     first = get_int_from_env(["RANK"], 0) == 0  # torchrun's
     console = Console(quiet=not first)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -100,6 +106,29 @@ def main(options: Options) -> None:
         console.print(
             f"Stopped at step {outcome.step} of {outcome.steps}; the same command goes on.",
             highlight=False,
+        )
+
+
+def _check_model(name: str) -> None:
+    """Check the folder of a pretrained model, and that a local path is not looked up on the hub."""
+    path = Path(name)
+    if name in SHAPES:
+        return
+    if path.is_dir():
+        open_config(path)
+        open_weights(path)
+        return
+    close = difflib.get_close_matches(name, SHAPES, n=1)
+    looks_local = (
+        path.exists()
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or ("/" in name and path.parent.is_dir())
+    )
+    if looks_local or close:
+        raise ValueError(
+            f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the "
+            f"hub, got {name!r}{f', did you mean {close[0]!r}?' if close else ''}"
         )
 
 
