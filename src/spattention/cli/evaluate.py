@@ -289,7 +289,7 @@ def tables_of(
                 _mean(score.accuracy, 3),
                 f"{score.chance:.3g}",
                 _mean(score.loss, 3),
-                _beside_chance(score),
+                beside_chance(score),
             )
             for score in evaluation.recall
         ]
@@ -316,7 +316,7 @@ def tables_of(
                 _mean(score.value, 3),
                 "" if score.chance is None else f"{score.chance:.3f}",
                 str(score.value.items),
-                _beside_chance(score),
+                beside_chance(score),
             )
             for score in evaluation.tasks
         ]
@@ -430,7 +430,8 @@ def _question(score: Score) -> str:
     return f"needle at {100 * score.setting:.0f} % of the context"
 
 
-def _beside_chance(score: Score | TaskScore) -> str:
+def beside_chance(score: Score | TaskScore) -> str:
+    """The remark on a score that is not above guessing."""
     if score.below_chance:
         return "below chance"
     return "near chance" if score.near_chance else ""
