@@ -1,9 +1,11 @@
-"""What commands know of a way to attend: its name, how to put it in a model, and its work."""
+"""Attention that commands name on the command line: its name, how to apply it, and its work."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,15 +28,16 @@ BASELINES: dict[str, tuple[str, dict[str, str]]] = {
     "published_bigbird": ("PublishedMask", {"mask": "bigbird"}),
     "published_reformer": ("PublishedMask", {"mask": "reformer"}),
 }
+LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
 WIDTHS = ("uniform", "geometric", "equal_work")
 
 
 class AttentionChoice(Protocol):
-    """A way to attend. Baselines bring their own."""
+    """Attention of one kind for all layers of a model."""
 
     @property
     def name(self) -> str:
-        """Short and unique: the row in a table, the folder of a run."""
+        """A short and unique name, for the row in a table and the folder of a run."""
 
     def apply(self, model: PreTrainedModel) -> None:
         """Put it in every attention layer of a model, in place."""
@@ -79,10 +82,10 @@ class Bands:
 
 @dataclass
 class Other:
-    """A baseline: somebody else's sparse attention.
+    """A baseline: another sparse attention.
 
     Attributes:
-        num_layers: of the model that it was last applied to; its layers may differ in work.
+        num_layers: layers of the model that it was last applied to, whose work may differ.
     """
 
     name: str
@@ -96,14 +99,14 @@ class Other:
         self.num_layers = model.config.num_hidden_layers
 
     def pairs(self, seq_len: int) -> int:
-        """The mean over the layers of the model that it was applied to; raises before that."""
+        """The mean over the layers of the model that it was applied to; raises before `apply`."""
         if self.num_layers is None:
             raise ValueError(f"`pairs` of {self.name} are known once it was applied to a model")
         return self.baseline.pairs(seq_len, self.num_layers)
 
 
 def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
-    """The choice that a user names on the command line.
+    """Read the name of an attention choice, with its options.
 
     Args:
         text: `dense` (stock attention), a pattern of `BandPattern` with its options, as in
@@ -124,15 +127,18 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
         return Other(text, _baseline(text, num_heads, span))
     if name not in (STOCK, *PATTERNS):
         known = (STOCK, *PATTERNS, *BASELINES)
-        raise ValueError(f"a pattern must be one of {known}, got {name!r}")
+        raise ValueError(f"a pattern must be one of {known}, got {name!r}{_near(name, known)}")
     return Bands(text, named_pattern(text, num_heads, span))
 
 
 def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
-    """The pattern that a user names as in `attention_choice`; `dense` attends everything."""
+    """Read the name of a pattern, as in `attention_choice`; `dense` attends everything."""
     name, colon, rest = text.partition(":")
-    if name not in (STOCK, *PATTERNS):
-        raise ValueError(f"a pattern must be one of {(STOCK, *PATTERNS)}, got {name!r}")
+    known_names = (STOCK, *PATTERNS)
+    if name not in known_names:
+        raise ValueError(
+            f"a pattern must be one of {known_names}, got {name!r}{_near(name, known_names)}"
+        )
     constructor = getattr(BandPattern, name)
     known = [p for p in inspect.signature(constructor).parameters if p not in ("num_heads", "span")]
     options = _options(name, rest if colon else None, known)
@@ -142,8 +148,36 @@ def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
     return constructor(num_heads, span, **options)
 
 
+def is_dense(pattern: BandPattern) -> bool:
+    """True if every head attends all distances of the span."""
+    return all(head == ((0, pattern.span),) for head in pattern.intervals)
+
+
+def pattern_remarks(pattern: BandPattern) -> list[str]:
+    """Remarks on a pattern that is valid and hardly meant: dense, or with equal or empty heads."""
+    name = pattern.recipe["name"] if pattern.recipe else "the pattern"
+    heads = pattern.num_heads
+    if is_dense(pattern) and name != STOCK:
+        return [f"every head of {name} attends all distances: this is dense attention"]
+    remarks = []
+    if empty := sum(not head for head in pattern.intervals):
+        remarks.append(f"{empty} of {heads} heads of {name} attend nothing")
+    most, count = Counter(pattern.intervals).most_common(1)[0]
+    if name in ("shared_local", "exclusive", "gapped") and most and count > 1:
+        bands = " ".join(f"[{near}, {far})" for near, far in most)
+        remarks.append(f"{count} of {heads} heads of {name} attend the same distances {bands}")
+        if name == "shared_local":
+            remarks[-1] += ": their own bands lie within the local window; a smaller `local` helps"
+    return remarks
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
 def _baseline(text: str, num_heads: int, span: int) -> Baseline:
-    """The baseline that a user names as in `attention_choice`."""
+    """Read the name of a baseline, as in `attention_choice`."""
     from . import baselines
 
     name, colon, rest = text.partition(":")
@@ -155,13 +189,14 @@ def _baseline(text: str, num_heads: int, span: int) -> Baseline:
 
 
 def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any]:
-    """What stands behind the colon, None for no colon: NAME=VALUE, separated by commas."""
+    """Read the options behind the colon, NAME=VALUE separated by commas; None without a colon."""
     options: dict[str, Any] = {}
     for item in () if text is None else text.split(","):
         key, equals, value = item.partition("=")
         if key not in known or not equals:
             raise ValueError(
                 f"options of `{name}` are NAME=VALUE with a name of {list(known)}, got {item!r}"
+                f"{_near(key, known) if key not in known else ''}"
             )
         if key in options:
             raise ValueError(f"option `{key}` of `{name}` must be given once, got {name}:{text}")
@@ -170,9 +205,14 @@ def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any
 
 
 def _value(name: str, key: str, text: str) -> int | str | tuple[int, ...]:
-    """An option's value as its constructor takes it: `widths` is a name or edges, `local` one
-    integer or one per head, all others integers.
+    """Read an option's value: `widths` is a name or edges, `local` one integer or one per head,
+    all others are integers.
     """
+    if len(text) > LONGEST_VALUE:
+        raise ValueError(
+            f"option `{key}` of `{name}` must have at most {LONGEST_VALUE} characters, got "
+            f"{len(text)}"
+        )
     if key in ("widths", "local") and re.fullmatch("-?[0-9]+(/-?[0-9]+)+", text):
         return tuple(int(part) for part in text.split("/"))
     if key == "widths":

@@ -1,7 +1,8 @@
-"""Pictures: which distances each head attends, and how a comparison went."""
+"""Pictures of patterns, comparisons and evaluations."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ INK = "#333333"
 
 
 def head_colors(num_heads: int) -> list[tuple[float, float, float]]:
-    """One colour per head, from near to far, told apart also in print and by the colour-blind."""
+    """One colour per head, from near to far, distinct also in print and to the colour-blind."""
     if num_heads == 1:
         return [to_rgb("#3b6fb6")]
     shades = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, num_heads))
@@ -39,10 +40,11 @@ def mask_image(pattern: BandPattern, head: int, length: int, cells: int = 1024) 
 
     Args:
         pattern: the bands.
-        head: which head.
-        length: queries and keys.
-        cells: most rows of the picture. Up to this length a pixel is one pair; beyond it a pixel is
-            a block of pairs, attended where any of them is, so that no band is too narrow to see.
+        head: index of the head.
+        length: number of queries and of keys.
+        cells: upper bound on the rows of the picture. Up to this length a pixel is one pair; beyond
+            it a pixel is a block of pairs, attended where any of them is, so that every band is
+            visible.
 
     Returns:
         `[rows, rows, 3]` in 0..1, rows = `ceil(length / block)`.
@@ -63,12 +65,12 @@ def mask_image(pattern: BandPattern, head: int, length: int, cells: int = 1024) 
 
 
 def pattern_figure(pattern: BandPattern, length: int | None = None, title: str = "") -> Figure:
-    """The mask of every head, and below them which head covers which distance.
+    """The mask of every head, and below them the distances that each head covers.
 
     Args:
         pattern: the bands.
-        length: queries and keys that the masks show; default the pattern's span.
-        title: text above.
+        length: number of queries and keys that the masks show; default the pattern's span.
+        title: text above; the share of dense attention's pairs follows it.
     """
     length = pattern.span if length is None else length
     if length < 1:
@@ -76,27 +78,29 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
     heads = pattern.num_heads
     columns = min(4, heads) if heads <= 16 else 8
     rows = -(-heads // columns)
-    cell = 2.6 if columns <= 4 else 1.6
+    narrow = columns > 4
+    cell = 1.6 if narrow else 2.6
     cover = min(4.5, max(1.6, 0.24 * heads + 0.9))
     width = max(cell * columns + 0.9, 6.0)
     figure = Figure(figsize=(width, rows * (cell + 0.3) + cover + 1.0), layout="constrained")
     heights = [rows * (cell + 0.3) + 0.6, cover]
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    above.suptitle(title or repr(pattern), color=INK, fontsize=11)
-    axes = above.subplots(rows, columns, squeeze=False)
     pairs = pattern.pairs(length)
     causal = length * (length + 1) // 2
+    total = f"{100 * sum(pairs) / (causal * heads):.1f} % of dense attention's pairs"
+    above.suptitle(f"{title or repr(pattern)}: {total}", color=INK, fontsize=11)
+    axes = above.subplots(rows, columns, squeeze=False)
     for head, axis in enumerate(axes.flat):
         if head >= heads:
             axis.set_axis_off()
             continue
         _draw_mask(axis, pattern, head, length)
-        axis.set_title(
-            f"head {head}: {_bands_text(pattern, head)}\n{100 * pairs[head] / causal:.1f} % of the "
-            "pairs",
-            fontsize=8,
-            color=INK,
-        )
+        bands, share = _bands_text(pattern, head), f"{100 * pairs[head] / causal:.1f} %"
+        if narrow:  # a band to a line, as wide titles would run into each other
+            text = f"head {head}, {share}\n{bands.replace(') ', ')' + chr(10))}"
+        else:
+            text = f"head {head}: {bands}\n{share} of the pairs"
+        axis.set_title(text, fontsize=7 if narrow else 8, color=INK)
         if head % columns == 0:
             axis.set_ylabel("query position", fontsize=8, color=INK)
         if head + columns >= heads:
@@ -143,20 +147,34 @@ def comparison_figure(
 
 
 def evaluation_figure(
-    loss: LossByPosition | None, scores: Sequence[Score] | None, heads: Sequence[LayerHeads] | None
+    loss: LossByPosition | None,
+    scores: Sequence[Score] | None,
+    heads: Sequence[LayerHeads] | None,
+    title: str = "",
 ) -> Figure:
-    """Loss by position, accuracy of recall, and the entropy of every head; those that there are."""
+    """Loss by position, accuracy of recall, and the entropy of every head; None leaves one out."""
     parts = [part for part in (loss, scores, heads) if part]
     if not parts:
         raise ValueError("an evaluation must have a part to be drawn, got none")
-    figure = Figure(figsize=(5 * len(parts), 4.2), layout="constrained")
+    figure = Figure(figsize=(5 * len(parts), 4.4), layout="constrained")
+    if title:
+        figure.suptitle(textwrap.fill(title, 60 * len(parts)), fontsize=11, color=INK)
     axes = iter(figure.subplots(1, len(parts), squeeze=False)[0])
     if loss:
         axis = next(axes)
         low, high = ([p.mean + sign * p.error for p in loss.parts] for sign in (-1, 1))
         axis.stairs([p.mean for p in loss.parts], loss.edges, baseline=None, color="#3b6fb6")
         if all(np.isfinite(high)):
-            axis.stairs(high, loss.edges, baseline=low, fill=True, color="#3b6fb6", alpha=0.25)
+            axis.stairs(
+                high,
+                loss.edges,
+                baseline=low,
+                fill=True,
+                color="#3b6fb6",
+                alpha=0.25,
+                label="± one standard error, over windows",
+            )
+            axis.legend(fontsize=8, frameon=False)
         axis.set_xscale("log", base=2)
         axis.set(xlabel="position in the context (tokens)", ylabel="loss (nats per token)")
         axis.set_title(f"validation loss, {loss.loss.mean:.3f} in all", fontsize=10)

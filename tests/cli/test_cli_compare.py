@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from spattention.cli import main
-from spattention.cli.generate import Options, cache_bytes, model_folder, open_model, special_tokens
+from spattention.cli.generate import Options, cache_bytes, special_tokens
+from spattention.loading import model_folder, open_model, open_tokenizer
 
 SMALL = [
     "--steps",
@@ -214,7 +215,8 @@ def test_generate_without_a_tokenizer_says_so(compared, capsys, tmp_path):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_generate_stops_at_the_end_of_the_text(compared, told, tmp_path, capfd):
-    model, tokenizer = open_model(compared[0] / "models" / "shared_local-seed0")
+    folder = compared[0] / "models" / "shared_local-seed0"
+    model, tokenizer = open_model(folder), open_tokenizer(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
     if not told:  # a model that was saved without it: the tokenizer's holds
         model.generation_config.eos_token_id = model.config.eos_token_id = None
@@ -253,7 +255,8 @@ def test_the_help_says_which_model_is_taken(compared, tmp_path):
 
 def test_the_size_of_the_cache(compared):
     output, _ = compared
-    model, tokenizer = open_model(output / "models" / "dense-seed0")
+    folder = output / "models" / "dense-seed0"
+    model, tokenizer = open_model(folder), open_tokenizer(folder)
     inputs = tokenizer("It was", return_tensors="pt", return_token_type_ids=False)
     cache = model(**inputs, use_cache=True).past_key_values
     length = inputs["input_ids"].shape[1]

@@ -2,13 +2,17 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 
 from spattention.cli import main
+from spattention.cli.evaluate import beside_chance
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
+from spattention.evaluation.perplexity import Mean
+from spattention.evaluation.tasks import TaskScore
 
 SMALL = ["--steps", "3", "--context", "64", "--layers", "1", "--vocabulary", "300"]
 
@@ -66,7 +70,7 @@ def test_the_loss_is_that_of_the_comparison(compared, tmp_path):
         (["--data", "nowhere"], "`--data` must be packed tokens (.u16.xz) or a folder"),
         (["--windows", "0"], "`--windows` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
-        (["--shots", "0", "-1"], "`--shots` must be integers from 0 on, got [0, -1]"),
+        (["--shots", "0", "-1"], "`--shots` must be integers from 0 to 1000, got [0, -1]"),
     ],
 )
 def test_what_is_wrong_is_said(compared, tmp_path, arguments, error, capsys):
@@ -95,3 +99,114 @@ def test_one_item_has_no_error_in_json(compared, tmp_path):
 def test_a_model_alone_needs_data(compared, tmp_path, capsys):
     assert evaluate(compared / "models" / "exclusive-seed0", tmp_path) == 2
     assert "`--data` must name held-out text" in capsys.readouterr().err
+
+
+LOSS = ("--windows", "2", "--parts", "loss")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_results_of_another_model_are_kept(compared, tmp_path, capsys):
+    """Another model, in whatever folder of the same name, is refused before any work."""
+    data = ["--data", str(compared / "data"), *LOSS]
+    models = [tmp_path / run / "checkpoint-200" for run in ("a", "b")]
+    for model, name in zip(models, ("exclusive", "longformer")):
+        shutil.copytree(compared / "models" / f"{name}-seed0", model)
+    output = tmp_path / "out"
+    assert evaluate(models[0], output, *data) == 0
+    before = contents(output)
+    assert evaluate(models[1], output, *data) == 2
+    told = capsys.readouterr().err
+    assert f"holds the evaluation of another model, {models[0]}, got {models[1]}" in told
+    assert "name another folder, or give --replace" in told
+    assert contents(output) == before
+    assert evaluate(models[0], output, *data) == 0  # the same again
+    # The same weights with another config are another model.
+    config = json.loads((models[0] / "config.json").read_text())
+    (models[0] / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert evaluate(models[0], output, *data) == 2
+    assert evaluate(models[1], output, *data, "--replace") == 0
+    assert "b/checkpoint-200" in (output / "evaluation.md").read_text()
+
+
+def test_titles_tell_checkpoints_apart(compared, tmp_path, capsys):
+    data = ["--data", str(compared / "data"), *LOSS]
+    for run in ("a", "b"):
+        model = shutil.copytree(
+            compared / "models" / "exclusive-seed0", tmp_path / run / "checkpoint-200"
+        )
+        assert evaluate(model, tmp_path / f"{run}-out", *data) == 0
+        title = f"Evaluation of {tmp_path.name}/{run}/checkpoint-200"
+        assert title in capsys.readouterr().out
+        text = (tmp_path / f"{run}-out" / "evaluation.md").read_text()
+        assert text.startswith(f"# {title}\n")
+        assert f"Model `{model}`, digest " in text
+
+
+def test_parts_that_are_not_evaluated_again_are_kept(compared, tmp_path, capsys):
+    assert evaluate(compared, tmp_path, "--windows", "2", "--parts", "loss", "heads") == 0
+    before = contents(tmp_path)
+    assert evaluate(compared, tmp_path, *LOSS) == 2
+    assert "holds results of the parts ['heads'], which are not in" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert evaluate(compared, tmp_path, *LOSS, "--replace") == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["heads"] is None
+
+
+@pytest.mark.parametrize("content", ["[]", "x", '{"format": "other"}'])
+def test_foreign_results_are_kept(compared, tmp_path, content, capsys):
+    (tmp_path / "evaluation.json").write_text(content)
+    assert evaluate(compared, tmp_path, *LOSS) == 2
+    assert f"{tmp_path / 'evaluation.json'}" in capsys.readouterr().err
+    assert contents(tmp_path) == {"evaluation.json": content.encode()}
+
+
+def test_an_interruption_leaves_nothing_half_written(compared, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spattention.cli.evaluate.evaluation_figure", interrupted)
+    assert evaluate(compared, tmp_path / "out", *LOSS) == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_brings_its_own_data(compared, tmp_path, capsys):
+    """A checkpoint of a run on one prepared folder needs no --data."""
+    run = tmp_path / "run"
+    checkpoint = shutil.copytree(compared / "models" / "exclusive-seed0", run / "checkpoint-3")
+    mark = {"recipe": {"data": [str(compared / "data")], "validation": []}}
+    (run / "run.json").write_text(json.dumps(mark))
+    assert evaluate(checkpoint, tmp_path / "out", *LOSS) == 0
+    for recipe, error in (
+        ({"data": ["gone"]}, "nor of a run on one prepared folder"),
+        ({"data": [str(compared / "data")] * 2}, "nor of a run on one prepared folder"),
+        ({"data": 3}, "run.json must hold the recipe of a run with its `data`"),
+        ([], "run.json must hold the recipe of a run with its `data`"),
+    ):
+        (run / "run.json").write_text(json.dumps({"recipe": recipe}))
+        capsys.readouterr()
+        assert evaluate(checkpoint, tmp_path / "other", *LOSS) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_perplexity_stands_beside_the_loss(compared, tmp_path):
+    assert evaluate(compared, tmp_path, *LOSS) == 0
+    loss = json.loads((tmp_path / "evaluation.json").read_text())["loss"]["loss"]["mean"]
+    (row,) = [r for r in (tmp_path / "evaluation.md").read_text().splitlines() if "| all |" in r]
+    assert row.split("|")[3].strip() == f"{math.exp(loss):.2f}"
+
+
+def test_chance_is_told_on_both_sides():
+    def score(mean, error, chance=0.5):
+        return TaskScore("copa", "acc", 0, Mean(mean, error, 100), chance)
+
+    assert beside_chance(score(0.7, 0.05)) == ""
+    assert beside_chance(score(0.55, 0.05)) == "near chance"
+    assert beside_chance(score(0.45, 0.05)) == "near chance"
+    assert beside_chance(score(0.3, 0.05)) == "below chance"
+    # No hit among few items is what guessing gives, too.
+    assert beside_chance(score(0.0, 0.0, chance=0.01)) == "near chance"
+    assert beside_chance(score(0.0, 0.0, chance=0.25)) == "below chance"
+    assert beside_chance(score(3.0, 0.1, chance=None)) == ""

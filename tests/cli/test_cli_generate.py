@@ -8,38 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from saved_model import PATTERN, PROMPT, save
 
 import spattention as spa
 from spattention.cli import main
-from spattention.cli.generate import open_dense, open_model
-from spattention.data.tokenizer import for_transformers, train_tokenizer
+from spattention.loading import open_model, open_tokenizer
 from spattention.rings import ring_lengths
-
-PROMPT = "It was a dark and stormy night, and the captain said to the crew"
-SPAN = 40
-PATTERN = spa.BandPattern.exclusive(4, SPAN)
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def _save(folder: Path, sinks: bool = False, bands: bool = True) -> Path:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([PROMPT], 270)
-    config = LlamaConfig(vocab_size=270, max_position_embeddings=600, **SIZES, **HEADS)
-    config.initializer_range = 0.3
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    if bands:
-        spa.hf.apply(model, PATTERN, sinks=sinks)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    for_transformers(tokenizer, 600, None).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(tmp_path_factory.mktemp("banded"), sinks=True)
+    return save(tmp_path_factory.mktemp("banded"), sinks=True)
 
 
 def _mebibytes(text: str) -> float:
@@ -55,7 +34,7 @@ def test_the_cache_keeps_what_the_bands_reach(
     found = capfd.readouterr()
     slots = sum(ring_lengths(PATTERN, 2)) + 1
     assert _mebibytes(found.err) == pytest.approx(2 * 2 * slots * 8 * 4 / 2**20, abs=0.005)
-    model, tokenizer = open_model(saved)
+    model, tokenizer = open_model(saved), open_tokenizer(saved)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     wanted = model.generate(ids, max_new_tokens=120, do_sample=False, use_cache=False)
     assert found.out.strip() == tokenizer.decode(wanted[0]).strip()
@@ -80,7 +59,11 @@ def test_compare_dense_shows_both(
 
 
 def test_dense_means_the_same_weights_and_stock_attention(saved: Path) -> None:
-    dense, (banded, tokenizer) = open_dense(saved), open_model(saved)
+    dense, banded, tokenizer = (
+        open_model(saved, dense=True),
+        open_model(saved),
+        open_tokenizer(saved),
+    )
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     assert dense.config._attn_implementation == "sdpa"
     assert not any("sinks" in name for name in dense.state_dict())
@@ -96,7 +79,7 @@ def test_dense_means_the_same_weights_and_stock_attention(saved: Path) -> None:
 def test_a_dense_model_generates_and_has_nothing_to_compare(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = _save(tmp_path, bands=False)
+    folder = save(tmp_path, bands=False)
     command = ["generate", str(folder), PROMPT, "--max-new-tokens", "3"]
     assert main(command) == 0
     assert "3 tokens after a prompt of" in capfd.readouterr().err

@@ -108,7 +108,7 @@ def test_options_of_a_pattern_never_end_in_a_traceback(pattern, capsys):
 
 def test_draw_without_heads(capsys):
     assert main(["draw", "sliding_window", "--heads", "0"]) == 2
-    assert "`num_heads` must be at least 1, got 0" in capsys.readouterr().err
+    assert "`--heads` must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_triton_is_found_missing_only_while_a_command_runs(capsys, monkeypatch):
@@ -123,13 +123,53 @@ def test_triton_is_found_missing_only_while_a_command_runs(capsys, monkeypatch):
     assert "pip install 'spattention[gpu]'" in error
 
 
-def test_a_missing_package_that_no_extra_brings_is_a_bug(monkeypatch):
-    def needs_nonsense(options):
-        import no_such_package  # noqa: F401
+def raising(monkeypatch, error):
+    def fails(options):
+        raise error
 
-    monkeypatch.setattr(importlib.import_module("spattention.cli.tune"), "main", needs_nonsense)
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
-        main(["tune"])
+    monkeypatch.setattr(importlib.import_module("spattention.cli.tune"), "main", fails)
+
+
+def test_a_missing_package_of_no_extra_is_a_bug(monkeypatch, capsys):
+    raising(monkeypatch, ModuleNotFoundError("No module named 'odd'", name="odd"))
+    assert main(["tune"]) == 1
+    assert "failed unexpectedly, with ModuleNotFoundError: No module" in capsys.readouterr().err
+
+
+class Panic(BaseException):
+    """Like the exception that a panic in Rust becomes."""
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), Panic("a\nb"), RecursionError(), MemoryError()])
+def test_an_unexpected_exception_is_one_line(monkeypatch, capsys, error):
+    """The line names the exception and how to see its traceback, which `--traceback` shows."""
+    raising(monkeypatch, error)
+    assert main(["tune"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"`spattention tune` failed unexpectedly, with {type(error).__name__}: " in told
+    assert "`spattention --traceback tune ...` shows where it happened" in told
+    with pytest.raises(type(error)):
+        main(["--traceback", "tune"])
+
+
+def test_a_message_of_several_lines_is_told_in_one(monkeypatch, capsys):
+    raising(monkeypatch, ValueError("a rule\n  and its value"))
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().err == "error: a rule and its value\n"
+
+
+def test_of_a_traceback_in_a_message_the_end_is_told(monkeypatch, capsys):
+    inner = "Traceback (most recent call last):\n  File x, line 3\nOSError: no room"
+    raising(monkeypatch, RuntimeError(f"dense-seed0 failed:\n{inner}"))
+    assert main(["tune"]) == 1
+    assert "RuntimeError: dense-seed0 failed: OSError: no room;" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_told(monkeypatch, capsys):
+    raising(monkeypatch, KeyboardInterrupt())
+    assert main(["tune"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_extras_bring_what_they_are_named_for():

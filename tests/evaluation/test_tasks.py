@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spattention.evaluation.items import FIELDS, read_items
 from spattention.evaluation.perplexity import Mean
 from spattention.evaluation.tasks import LOCAL, TaskScore, local_tasks, run_tasks, scores_of
 
@@ -110,6 +111,69 @@ def test_what_is_missing_is_named(folder, tmp_path):
         local_tasks(["mmlu"], folder, tmp_path, shots=9)
     with pytest.raises(ValueError, match="`shots` must be 0 for the local task piqa, got 5"):
         local_tasks(["piqa"], folder, tmp_path, shots=5)
+
+
+BAD = [
+    ("copa", "label", 2, "`label` must be one of [0, 1], got 2"),
+    ("copa", "label", "0", "`label` must be one of [0, 1], got '0'"),
+    ("copa", "question", "why", "`question` must be one of ['cause', 'effect'], got 'why'"),
+    ("copa", "choice1", "", "`choice1` must be a string that is not blank, got ''"),
+    ("hellaswag", "label", "4", "`label` must be an index into `endings`, got '4'"),
+    ("hellaswag", "endings", ["one"], "`endings` must be a list of at least 2 strings"),
+    ("winogrande", "answer", 1, "`answer` must be one of ['1', '2'], got 1"),
+    ("winogrande", "sentence", "no gap", "`sentence` must be a string with a `_`"),
+    ("piqa", "goal", None, "`goal` must be a string that is not blank, got None"),
+    ("arc_easy", "gold", -1, "`gold` must be an index into `choices`, got -1"),
+    ("arc_easy", "gold", True, "`gold` must be an index into `choices`, got True"),
+    ("lambada_openai", "answers_text", "door", "`answers_text` must be a list of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("task", "field", "value", "error"), BAD)
+def test_a_bad_item_is_named_by_line_and_field(task, field, value, error, tmp_path):
+    """Such items would end in the harness's KeyError, or be scored wrongly without a word."""
+    path = tmp_path / LOCAL[task].file
+    lines = [json.dumps(ITEMS[task]), "", json.dumps({**ITEMS[task], field: value})]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="line 3") as caught:
+        list(read_items(path, task))
+    assert f"{path}, line 3: {error}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "must hold items of the task piqa, got none"),
+        ("[1]", "line 1 must be a JSON object, got list"),
+        ("{", "line 1 must be a JSON object"),
+        ("[" * 100_000, "line 1 must be a JSON object"),
+        ('{"goal": "a"}', r"\['sol1', 'sol2', 'label'\] are missing"),
+        (b"\xff", "must be UTF-8 text"),
+    ],
+)
+def test_a_file_without_items_is_refused(content, error, tmp_path):
+    path = tmp_path / "piqa_val.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=error):
+        list(read_items(path, "piqa"))
+
+
+def test_every_local_task_has_its_fields():
+    assert set(FIELDS) == {*LOCAL, "mmlu"}
+    for task, item in {**ITEMS, "mmlu": {"subject": "astronomy", **MMLU}}.items():
+        assert set(FIELDS[task]) <= set(item)
+
+
+@pytest.mark.parametrize("subject", ["../../evil", "no_such_subject", "Astronomy"])
+def test_a_subject_outside_mmlu_is_refused(subject, folder, tmp_path):
+    """A subject names a file, so that a foreign one must not choose where it is written."""
+    pytest.importorskip("lm_eval", reason="the harness is an extra, spattention[eval]")
+    for file in ("mmlu_test.jsonl", "mmlu_dev.jsonl"):
+        (tmp_path / file).write_text(json.dumps({"subject": subject, **MMLU}))
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ValueError, match="`subject` must be one of MMLU's, got"):
+        local_tasks(["mmlu"], tmp_path, tmp_path / "work")
+    assert not any((tmp_path / "work").iterdir())
 
 
 def test_scores_and_chance():

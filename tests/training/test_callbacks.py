@@ -20,9 +20,9 @@ from transformers import (
 from spattention import BandPattern, __version__, hf
 from spattention.choice import attention_choice
 from spattention.cli import main
-from spattention.cli.generate import model_folder
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
+from spattention.loading import model_folder
 from spattention.models import build, count_parameters, preset
 from spattention.training import callbacks
 from spattention.training import pretrain as pretraining

@@ -1,7 +1,8 @@
 """The command line: `spattention COMMAND`. One module per command, imported only when it is chosen.
 
 A command module has a frozen dataclass `Options`, whose docstrings are its help, unless a function
-`description()` says more, and `main(options)`.
+`description()` says more, and `main(options)`. A user's error is a ValueError or an OSError, whose
+message becomes the one line that is shown. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ COMMANDS = {
     "train": "pre-train or fine-tune a model by a recipe",
     "tune": "find the fastest launches of the kernels on this GPU",
 }
+TRACEBACK = "--traceback"
+LONGEST = 500  # characters of an unexpected exception's message
 # package -> the extra that installs it, whichever command misses it
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
     "docstring_parser": "train",
+    "filelock": "train",
     "liger_kernel": "gpu",
     "lm_eval": "eval",
     "matplotlib": "train",
@@ -40,8 +44,33 @@ EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 2 for wrong options, 130 for Ctrl-C."""
+    """Run a command and return the exit status.
+
+    It is 2 for a user's error, 1 for any other exception, and 130 for Ctrl-C. Before the command,
+    `--traceback` raises exceptions instead of telling them in one line.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] == TRACEBACK:
+        return _run(arguments[1:])
+    try:
+        return _run(arguments)
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be made, a full disk
+        return _fail(" ".join(str(error).split()) or type(error).__name__)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit:  # tyro's, for --help and for options that it cannot read
+        raise
+    except BaseException as error:  # a panic in a library's Rust code is no `Exception`
+        name = " ".join(arguments[:1])
+        _fail(
+            f"`spattention {name}` failed unexpectedly, with {type(error).__name__}: {_line(error)}"
+            f"; `spattention {TRACEBACK} {name} ...` shows where it happened"
+        )
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -70,10 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"`spattention {name}` needs the package {package!r}, which is not installed: "
             f"pip install 'spattention[{EXTRAS[package]}]'"
         )
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be made, a full disk
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -81,7 +106,7 @@ def overview() -> str:
     """The text of `spattention --help`."""
     width = max(map(len, COMMANDS))
     lines = [
-        "usage: spattention COMMAND [OPTIONS]",
+        f"usage: spattention [{TRACEBACK}] COMMAND [OPTIONS]",
         "",
         "Sparse Patterned Attention: every head of a causal transformer attends its own band of "
         "distances.",
@@ -90,8 +115,18 @@ def overview() -> str:
         *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
         "",
         "`spattention COMMAND --help` explains a command. To begin: `spattention compare`.",
+        f"`{TRACEBACK}` shows where an error happened, instead of one line.",
     ]
     return "\n".join(lines)
+
+
+def _line(error: BaseException) -> str:
+    """An exception's message in one line; of a traceback in the message the last line."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        first, *_, last = filter(None, map(str.strip, text.splitlines()))
+        text = f"{first} {last}"
+    return " ".join(text.split())[:LONGEST]
 
 
 def _nearest(name: str) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..choice import attention_choice
+from ..choice import Bands, attention_choice, is_dense
 from ..data.prepare import CorpusFacts, open_stream, prepare
 from ..data.tokens import Windows
 from ..models import preset
@@ -37,17 +37,17 @@ class Options:
 
     Without options: four public-domain books, dense attention against four patterns of bands at a
     context of 1,024 tokens, on the CPU, in about three minutes on two cores. It ends with a table,
-    a plot, and a text that the trained model continues. Everything is written to the output folder;
-    the trained models lie in its `models` folder, where `spattention generate` opens them.
+    a plot, and a text that the trained model continues. Everything is written to the output folder.
+    `spattention generate` opens the trained models in its `models` folder.
 
-    Ctrl-C keeps the runs that are finished; the same command goes on with those that are missing.
+    Ctrl-C keeps the runs that are finished; the same command continues with those that are missing.
 
     Args:
-        patterns: Ways to attend: dense, shared_local, exclusive, sliding_window, gapped,
+        patterns: Attention of each run: dense, shared_local, exclusive, sliding_window, gapped,
             local_only, or a baseline: longformer, bigbird, reformer, published_longformer,
             published_bigbird, published_reformer. Options follow a colon, as in
-            shared_local:widths=geometric,local=64 or sliding_window:window=128; a sliding window is
-            else as wide as a uniform band and one.
+            shared_local:widths=geometric,local=64 or sliding_window:window=128. By default a
+            sliding window is one token wider than a uniform band.
         steps: Optimizer steps of each run.
         seeds: Seeds of weights and data order. With two or more, differences within the spread
             between seeds are marked.
@@ -60,16 +60,16 @@ class Options:
             entry), a folder of these, or packed tokens (.u16.xz with its .json beside it). Without
             it, the sample that comes with the package.
         held_out: Share of the documents that is kept from training, for the validation loss.
-        validation_windows: At most so many windows of the held-out text are used.
+        validation_windows: Upper bound on the number of windows of held-out text.
         vocabulary: Entries of the tokenizer that is trained on the text; not for packed tokens.
-        tokenizer: A tokenizer.json to use instead; for packed tokens the one that made them,
-            without which no text can be shown.
+        tokenizer: A tokenizer.json to use instead. For packed tokens it is the one that made them;
+            without it no text can be shown.
         end_of_text: The token between the documents of packed tokens, where their .json does not
-            say.
+            name it.
         threads: Threads of each run; 0 for one per core. The default model is so small that a
-            second thread gains little, and costs much on a machine that has other things to do.
+            second thread gains little, and costs much on a busy machine.
         output: Folder for results.json, results.md, results.png, and the trained models.
-        restart: Forget the runs that the output folder holds.
+        restart: Remove the runs that the output folder holds.
     """
 
     patterns: tuple[str, ...] = (
@@ -100,13 +100,15 @@ class Options:
 def main(options: Options) -> None:
     """Run what is missing, then report."""
     console = Console()
-    _check(options)
+    remarks = _check(options)
     folder = ResultsFolder(options.output)
     with held(folder.path):
-        _compare(options, folder, console)
+        _compare(options, folder, console, remarks)
 
 
-def _compare(options: Options, folder: ResultsFolder, console: Console) -> None:
+def _compare(
+    options: Options, folder: ResultsFolder, console: Console, remarks: Sequence[str]
+) -> None:
     with folder.preparing() as prepared:
         facts = prepare(
             prepared,
@@ -120,6 +122,8 @@ def _compare(options: Options, folder: ResultsFolder, console: Console) -> None:
         facts = evaluated_facts(options, prepared, facts)
         # Nothing is refused after this: what the folder held is replaced here at the earliest.
         folder.claim(settings, restart=options.restart)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     jobs = plan(options, settings, folder)
     console.print(
         f"Runs: {len(jobs)}, each of {settings.steps} steps on {facts.train_tokens:,} tokens "
@@ -141,7 +145,7 @@ def _compare(options: Options, folder: ResultsFolder, console: Console) -> None:
 
 
 def evaluated_facts(options: Options, folder: Path, facts: CorpusFacts) -> CorpusFacts:
-    """The facts, with entropy and size of the windows that are evaluated."""
+    """The facts with entropy and size of the evaluated windows."""
     # Both raise here if the text is too short, before any run does.
     Windows(open_stream(folder, "train"), options.context)
     held_out = open_stream(folder, "validation")
@@ -150,11 +154,15 @@ def evaluated_facts(options: Options, folder: Path, facts: CorpusFacts) -> Corpu
 
 
 def settings_from(options: Options, facts: CorpusFacts) -> Settings:
-    """What all runs share."""
+    """The settings that all runs share."""
+    return _settings(options, facts.vocabulary, facts.digest)
+
+
+def _settings(options: Options, vocabulary: int, data: str) -> Settings:
     return Settings(
         model=options.model,
         layers=options.layers,
-        vocabulary=facts.vocabulary,
+        vocabulary=vocabulary,
         context=options.context,
         batch=options.batch,
         steps=options.steps,
@@ -162,7 +170,7 @@ def settings_from(options: Options, facts: CorpusFacts) -> Settings:
         evaluations=3,
         validation_windows=options.validation_windows,
         threads=options.threads,
-        data=facts.digest,
+        data=data,
     )
 
 
@@ -222,8 +230,8 @@ def show(report: Report, output: Path, console: Console) -> None:
         console.print(f"{what}: {output / f'results.{name}'}", highlight=False)
 
 
-def _check(options: Options) -> None:
-    """Every error in the options that can be known before the work begins."""
+def _check(options: Options) -> list[str]:
+    """Check the options before any work; returns remarks on patterns that are hardly meant."""
     if not options.patterns or not options.seeds:
         raise ValueError("`--patterns` and `--seeds` must name at least one each")
     for name in ("patterns", "seeds"):
@@ -235,9 +243,17 @@ def _check(options: Options) -> None:
     for seed in options.seeds:
         if not 0 <= seed < 2**32:
             raise ValueError(f"`--seeds` must be between 0 and 2**32 - 1, got {seed}")
+    _settings(options, options.vocabulary, "")  # raises for a value out of range
     chosen = preset(options.model, context=options.context, num_layers=options.layers)
-    for attention in options.patterns:
+    choices = [
         attention_choice(attention, chosen.pattern.num_heads, options.context)
+        for attention in options.patterns
+    ]
+    return [
+        f"every head of {choice.name} attends all distances: this is dense attention"
+        for choice in choices
+        if isinstance(choice, Bands) and is_dense(choice.pattern)
+    ]
 
 
 def _run_missing(

@@ -1,16 +1,22 @@
-"""`spattention draw`: which distances each head attends, as a picture."""
+"""`spattention draw`: a picture of the distances that each head attends."""
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..choice import named_pattern
+from ..choice import named_pattern, pattern_remarks
 from ..plots import pattern_figure
+from ..training.results import write_atomically
+from .bounds import LARGEST, check_range
 
+MOST_HEADS = 128
+MOST_PIXELS = 2**28  # of a .png, 1 GiB in memory
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -18,16 +24,16 @@ SUFFIXES = (".png", ".svg", ".pdf")
 class Options:
     """Draw an attention pattern: the mask of every head, and which head covers which distance.
 
-    In a mask a row is a query and a column a key; what a head attends has the head's colour, the
-    rest of the past is grey, and the future is white.
+    In a mask a row is a query and a column a key. Attended pairs have the head's colour, the rest
+    of the past is grey, and the future is white.
 
     Args:
         pattern: dense, shared_local, exclusive, sliding_window, gapped or local_only; options
             follow a colon, as in shared_local:widths=geometric,local=64.
-        heads: Number of heads.
+        heads: Number of heads, at most 128.
         span: Context length that the pattern is made for, in tokens.
         length: Tokens that the masks show; default the span.
-        output: Where the picture goes; .png, .svg or .pdf.
+        output: File of the picture; .png, .svg or .pdf.
         dots_per_inch: Resolution of a .png.
     """
 
@@ -41,13 +47,30 @@ class Options:
 
 def main(options: Options) -> None:
     """Draw and write."""
-    if options.output.suffix not in SUFFIXES:
+    suffix = options.output.suffix
+    if suffix not in SUFFIXES:
         raise ValueError(f"`--output` must end with one of {SUFFIXES}, got {options.output.name}")
-    if options.dots_per_inch < 1:
-        raise ValueError(f"`--dots-per-inch` must be at least 1, got {options.dots_per_inch}")
+    if options.output.is_dir():
+        raise ValueError(f"`--output` must be a file, {options.output} is a folder")
+    check_range(
+        options,
+        heads=(1, MOST_HEADS),
+        span=(1, LARGEST),
+        length=(1, LARGEST),
+        dots_per_inch=(1, LARGEST),
+    )
     pattern = named_pattern(options.pattern, options.heads, options.span)
+    for remark in pattern_remarks(pattern):
+        print(f"warning: {remark}", file=sys.stderr)
     title = f"{options.pattern}, {options.heads} heads, span {options.span}"
     figure = pattern_figure(pattern, options.length, title)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output, dpi=options.dots_per_inch)
+    width, height = (round(side * options.dots_per_inch) for side in figure.get_size_inches())
+    if suffix == ".png" and (max(width, height) >= 2**16 or width * height > MOST_PIXELS):
+        raise ValueError(
+            "`--dots-per-inch` must give less than 65,536 pixels a side and at most "
+            f"{MOST_PIXELS:,} in all, got {width:,} x {height:,} with {options.dots_per_inch}"
+        )
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=options.dots_per_inch, format=suffix[1:])
+    write_atomically(options.output, picture.getvalue())
     print(f"wrote {options.output}")

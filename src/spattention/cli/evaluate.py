@@ -1,4 +1,4 @@
-"""`spattention evaluate`: what a trained model can do, as a table, as JSON and as a plot."""
+"""`spattention evaluate`: measure a trained model; results as tables, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, logging
+from transformers import logging
 
-from .. import baselines, hf
 from ..data.packed import SUFFIX, read_packed
 from ..data.prepare import open_stream
-from ..data.tokens import Windows
+from ..data.tokens import TokenStream, Windows
 from ..evaluation.heads import LayerHeads, look_at_heads
 from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
 from ..files import write_atomically
+from ..loading import model_digest, model_folder, open_model, open_tokenizer, read_json
 from ..plots import evaluation_figure
 from ..provenance import machine
-from .generate import model_folder, open_tokenizer
+from ..training.lock import held
+from .bounds import LARGEST, LARGEST_SEED, check_range
 
 Part = Literal["loss", "recall", "heads", "tasks"]
+PARTS: tuple[Part, ...] = ("loss", "recall", "heads", "tasks")
+FORMAT = "spattention-evaluation"
 HEAD_ROWS = 4  # windows whose heads are looked at
-NEAR = "near chance"
+MOST_SHOTS = 1000
+MOST_TOKENS = 2**26  # of the sequences of one question of recall; they are held in memory
 
 
 @dataclass(frozen=True)
@@ -46,27 +50,28 @@ class Options:
     Four parts: the validation loss, overall and by position in the context; recall (copying, pairs
     of keys and values, a needle at each depth of the context); the entropy, the distance and the
     divergence of the heads; and tasks of the lm-evaluation-harness, with --tasks, which needs
-    spattention[eval]. Scores come with standard errors, and those that guessing would reach are
-    called near chance.
+    spattention[eval]. Scores come with standard errors; a score within two of them of guessing is
+    called near chance, a lower one below chance. Code that comes with a model is never run.
 
     Args:
         checkpoint: Folder of a saved model, of `spattention train` (its newest checkpoint that is
             whole), or of `spattention compare` (its first model with bands).
         data: Held-out text: packed tokens (.u16.xz), or a folder that `spattention prepare` wrote,
-            of which the validation tokens are taken. Without it, the data of `compare`.
-        parts: Which parts; default all that need no --tasks, and tasks if they are given.
+            of which the validation tokens are taken. Without it, those of the model's own run.
+        parts: The parts to evaluate; default all that need no --tasks, and tasks if they are given.
         context: Tokens per window; default the model's longest input.
-        windows: At most so many windows, spread over the text.
+        windows: Upper bound on the number of windows, which are spread over the text.
         items: Sequences per question of recall.
         batch: Windows at a time.
-        dtype: Of the weights.
+        dtype: The dtype of the weights.
         tasks: hellaswag, winogrande, copa, piqa, arc_easy, arc_challenge, lambada_openai, mmlu;
             from the hub any of the harness.
         task_data: Folder of JSON lines to take the items from; without it, the hub.
         shots: Numbers of examples in the prompt, such as 0 5; local files have them for mmlu alone.
-        limit: Only so many items per task, for a first look.
-        seed: Of the random tokens of recall.
+        limit: Upper bound on the number of items per task, for a first look.
+        seed: RNG seed of the random tokens of recall.
         output: Folder for evaluation.json, evaluation.md and evaluation.png.
+        replace: Replace what the output folder holds of another model or of other parts.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -83,13 +88,21 @@ class Options:
     limit: int | None = None
     seed: int = 0
     output: Path = Path("spattention-evaluate")
+    replace: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found; None for parts that were not asked for."""
+    """Results of the parts; None for a part that was not evaluated.
+
+    Attributes:
+        model: its folder.
+        digest: of its config and weights.
+        attention: its attention implementation.
+    """
 
     model: str
+    digest: str
     attention: str
     loss: LossByPosition | None
     recall: list[Score] | None
@@ -98,33 +111,40 @@ class Evaluation:
 
 
 def main(options: Options) -> None:
-    """Open, evaluate, write, show."""
+    """Open the model, evaluate, write and print."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parts = options.parts or ("loss", "recall", "heads", *(("tasks",) if options.tasks else ()))
-    if ("tasks" in parts) != bool(options.tasks):
-        raise ValueError('`--parts` must name "tasks" if and only if there are `--tasks`')
-    for name in ("windows", "items", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}")
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"`--limit` must be at least 1, got {options.limit}")
-    if any(shots < 0 for shots in options.shots) or not options.shots:
-        raise ValueError(f"`--shots` must be integers from 0 on, got {list(options.shots)}")
+    _check(options, parts)
     folder = model_folder(options.checkpoint)
-    model = _open(folder, options.dtype)
-    if options.tasks:
-        open_tokenizer(folder)  # refused before the work, not after it
+    with held(options.output):
+        digest = model_digest(folder)
+        if not options.replace:
+            _check_output(options.output, folder, digest, parts)
+        _evaluate(options, parts, folder, digest)
+
+
+def _evaluate(options: Options, parts: tuple[Part, ...], folder: Path, digest: str) -> None:
+    # Refused before the model is opened, not after the work.
+    data = _data(options, folder) if parts != ("tasks",) else None
+    if "tasks" in parts:
+        open_tokenizer(folder)
+    model = open_model(folder, dtype=getattr(torch, options.dtype))
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)  # some know none
+    longest = getattr(config, "max_position_embeddings", None)  # some models have none
     context = longest if options.context is None else options.context
     if context is None:
         raise ValueError("`--context` must be given, the model names no longest text")
-    if not 2 <= context <= (longest or context):
+    if not 2 <= context <= (longest or LARGEST):
         raise ValueError(f"`--context` must be from 2 to the model's {longest}, got {context}")
+    if options.items * context > MOST_TOKENS:
+        raise ValueError(
+            f"`--items` times `--context` must be at most {MOST_TOKENS:,} tokens, got "
+            f"{options.items} x {context}"
+        )
     texts = None
-    if parts != ("tasks",):
-        texts = Windows(_text(options), context, options.windows)
+    if data is not None:
+        texts = Windows(_text(data), context, options.windows)
         largest = max(int(texts[k]["input_ids"].max()) for k in range(len(texts)))
         if largest >= config.vocab_size:
             raise ValueError(
@@ -133,19 +153,20 @@ def main(options: Options) -> None:
             )
     console = Console()
     with _progress(console) as say:
-        evaluation = evaluate(model, folder, parts, texts, options, say)
+        evaluation = evaluate(model, folder, digest, parts, texts, options, say)
     report(evaluation, options, folder, console)
 
 
 def evaluate(
     model: Any,
     folder: Path,
+    digest: str,
     parts: tuple[Part, ...],
     texts: Windows | None,
     options: Options,
     say: Any,
 ) -> Evaluation:
-    """Every part that was asked for."""
+    """Evaluate the given parts."""
     config = model.config.get_text_config()
     loss, scores, heads, tasks = None, None, None, None
     if "loss" in parts:
@@ -190,13 +211,15 @@ def evaluate(
                     limit=options.limit,
                 )
             say("tasks", (number + 1) / len(options.shots))
-    return Evaluation(str(folder), config._attn_implementation, loss, scores, heads, tasks)
+    attention = config._attn_implementation
+    return Evaluation(str(folder), digest, attention, loss, scores, heads, tasks)
 
 
 def report(evaluation: Evaluation, options: Options, folder: Path, console: Console) -> None:
     """Write JSON, Markdown and plot, and print the tables."""
+    title = f"Evaluation of {model_title(folder)}"
     content = {
-        "format": "spattention-evaluation",
+        "format": FORMAT,
         "version": 1,
         "command": shlex.join(["spattention", *sys.argv[1:]]),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
@@ -204,32 +227,41 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
         **asdict(evaluation),
     }
     text = json.dumps(_numbers(content), indent=1, allow_nan=False)
-    write_atomically(options.output / "evaluation.json", text + "\n")
-    tables = list(tables_of(evaluation))
-    lines = [f"# Evaluation of {folder.name}", "", f"`{content['command']}`", ""]
-    for title, header, rows in tables:
-        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines = [f"# {title}", "", f"`{content['command']}`", ""]
+    lines += [f"Model `{folder}`, digest {evaluation.digest[:16]}.", ""]
+    console.print(title, highlight=False, markup=False)
+    for name, header, rows in tables_of(evaluation):
+        lines += [f"## {name}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         lines.append("")
-        shown = Table(title=title, title_justify="left")
-        for name in header:
-            shown.add_column(name, justify="left" if name == header[0] else "right")
+        shown = Table(title=name, title_justify="left")
+        for column in header:
+            shown.add_column(column, justify="left" if column == header[0] else "right")
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
+    picture = io.BytesIO()
     if evaluation.loss or evaluation.recall or evaluation.heads:
-        picture = io.BytesIO()
-        evaluation_figure(evaluation.loss, evaluation.recall, evaluation.heads).savefig(
-            picture, dpi=150, format="png"
-        )
-        write_atomically(options.output / "evaluation.png", picture.getvalue())
+        figure = evaluation_figure(evaluation.loss, evaluation.recall, evaluation.heads, title)
+        figure.savefig(picture, dpi=150, format="png")
         lines += ["![loss by position, recall, entropy of heads](evaluation.png)", ""]
+    # All three are complete before the first is written.
+    write_atomically(options.output / "evaluation.json", text + "\n")
     write_atomically(options.output / "evaluation.md", "\n".join(lines))
+    if picture.getvalue():
+        write_atomically(options.output / "evaluation.png", picture.getvalue())
+    else:  # tasks alone; an older picture would be of other results
+        (options.output / "evaluation.png").unlink(missing_ok=True)
     console.print(f"written to {options.output}", highlight=False)
 
 
+def model_title(folder: Path) -> str:
+    """A model's name that tells apart checkpoints of equal names: the end of its full path."""
+    return "/".join(folder.resolve().parts[-3:]).replace("//", "/")
+
+
 def _numbers(content: Any) -> Any:
-    """With null for what JSON has no number for: the error of a single item."""
+    """The content with null in place of NaN and infinity, which JSON does not have."""
     if isinstance(content, dict):
         return {name: _numbers(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -244,12 +276,13 @@ def tables_of(
     rows: list[tuple[str, ...]]
     if evaluation.loss is not None:
         found = evaluation.loss
-        rows = [("all", _mean(found.loss, 4))]
-        rows += [
-            (f"{near:,} to {far - 1:,}", _mean(part, 4))
+        parts = [("all", found.loss)]
+        parts += [
+            (f"{near:,} to {far - 1:,}", part)
             for near, far, part in zip(found.edges, found.edges[1:], found.parts)
         ]
-        yield "Validation loss, nats per token", ("position", "loss"), rows
+        rows = [(name, _mean(part, 4), _perplexity(part)) for name, part in parts]
+        yield "Validation loss, nats per token", ("position", "loss", "perplexity"), rows
     if evaluation.recall is not None:
         rows = [
             (
@@ -257,7 +290,7 @@ def tables_of(
                 _mean(score.accuracy, 3),
                 f"{score.chance:.3g}",
                 _mean(score.loss, 3),
-                NEAR if score.near_chance else "",
+                beside_chance(score),
             )
             for score in evaluation.recall
         ]
@@ -284,38 +317,97 @@ def tables_of(
                 _mean(score.value, 3),
                 "" if score.chance is None else f"{score.chance:.3f}",
                 str(score.value.items),
-                NEAR if score.near_chance else "",
+                beside_chance(score),
             )
             for score in evaluation.tasks
         ]
         yield "Tasks", ("task", "shots", "metric", "score", "chance", "items", ""), rows
 
 
-def _open(folder: Path, dtype: str) -> Any:
-    hf.register()
-    baselines.register()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model.to(device).eval()
-
-
-def _text(options: Options) -> Any:
-    """The held-out tokens."""
-    path = options.data
-    if path is None:
-        path = options.checkpoint / "data"
-        if not (path / "facts.json").is_file():
-            raise ValueError(
-                f"`--data` must name held-out text: {options.checkpoint} is no comparison with data"
-            )
-    if path.name.endswith(SUFFIX):
-        return read_packed(path)
-    if not (path / "facts.json").is_file():
+def _check(options: Options, parts: tuple[Part, ...]) -> None:
+    """Check the options that need no model."""
+    if ("tasks" in parts) != bool(options.tasks):
+        raise ValueError('`--parts` must name "tasks" if and only if there are `--tasks`')
+    check_range(
+        options,
+        windows=(1, LARGEST),
+        items=(1, LARGEST),
+        batch=(1, LARGEST),
+        limit=(1, LARGEST),
+        seed=(0, LARGEST_SEED),
+    )
+    if not options.shots or not all(0 <= shots <= MOST_SHOTS for shots in options.shots):
         raise ValueError(
-            f"`--data` must be packed tokens ({SUFFIX}) or a folder that `spattention prepare` "
-            f"wrote, got {path}"
+            f"`--shots` must be integers from 0 to {MOST_SHOTS}, got {list(options.shots)}"
         )
-    return open_stream(path, "validation")
+    if options.task_data is not None and not options.task_data.is_dir():
+        raise ValueError(f"`--task-data` must be a folder, got {options.task_data}")
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"`--output` must be a folder, {options.output} is a file")
+
+
+def _check_output(output: Path, folder: Path, digest: str, parts: tuple[Part, ...]) -> None:
+    """Check that nothing is lost which the output folder holds."""
+    file = output / "evaluation.json"
+    if not file.exists():
+        return
+    found = read_json(file)
+    advice = "name another folder, or give --replace"
+    if found.get("format") != FORMAT:
+        raise ValueError(f"`--output` holds {file}, which is no evaluation: {advice}")
+    # Evaluations without a digest were written by earlier versions.
+    same = found["digest"] == digest if "digest" in found else found.get("model") == str(folder)
+    if not same:
+        raise ValueError(
+            f"`--output` {output} holds the evaluation of another model, {found.get('model')}, got "
+            f"{folder}: {advice}"
+        )
+    lost = [part for part in PARTS if part not in parts and found.get(part) is not None]
+    if lost:
+        raise ValueError(
+            f"`--output` {output} holds results of the parts {lost}, which are not in `--parts` "
+            f"{list(parts)}: {advice}"
+        )
+
+
+def _data(options: Options, folder: Path) -> Path:
+    """The held-out text: what `--data` names, or the validation data of the run itself."""
+    path = options.data
+    if path is None and _is_prepared(options.checkpoint / "data"):  # of a comparison
+        return options.checkpoint / "data"
+    if path is None:
+        named = _data_of_run(folder.parent)
+        if len(named) != 1 or not _is_prepared(named[0]):
+            raise ValueError(
+                f"`--data` must name held-out text: {options.checkpoint} is neither a comparison "
+                "with data nor of a run on one prepared folder that is still there"
+            )
+        return named[0]
+    if path.name.endswith(SUFFIX) or _is_prepared(path):
+        return path
+    raise ValueError(
+        f"`--data` must be packed tokens ({SUFFIX}) or a folder that `spattention prepare` "
+        f"wrote, got {path}"
+    )
+
+
+def _data_of_run(run: Path) -> list[Path]:
+    """The data that a training run takes its validation loss over; empty if there is no run."""
+    if not (run / "run.json").is_file():
+        return []
+    recipe = read_json(run / "run.json").get("recipe")
+    named = (recipe.get("validation") or recipe.get("data")) if isinstance(recipe, dict) else None
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{run / 'run.json'} must hold the recipe of a run with its `data`")
+    return [Path(name) for name in named]
+
+
+def _is_prepared(path: Path) -> bool:
+    return (path / "facts.json").is_file()
+
+
+def _text(path: Path) -> TokenStream:
+    return read_packed(path) if path.name.endswith(SUFFIX) else open_stream(path, "validation")
 
 
 @contextmanager
@@ -339,7 +431,22 @@ def _question(score: Score) -> str:
     return f"needle at {100 * score.setting:.0f} % of the context"
 
 
+def beside_chance(score: Score | TaskScore) -> str:
+    """The remark on a score that is not above guessing."""
+    if score.below_chance:
+        return "below chance"
+    return "near chance" if score.near_chance else ""
+
+
 def _mean(value: Mean, digits: int) -> str:
+    return f"{value.mean:{_style(value.mean, digits)}} ± {value.error:{_style(value.mean, digits)}}"
+
+
+def _perplexity(loss: Mean) -> str:
+    value = math.exp(min(loss.mean, 700.0))  # no overflow
+    return f"{value:{_style(value, 2)}}"
+
+
+def _style(value: float, digits: int) -> str:
     # The perplexity of an untrained model runs to millions.
-    style = f".{digits}f" if abs(value.mean) < 1e4 else ".3g"
-    return f"{value.mean:{style}} ± {value.error:{style}}"
+    return f".{digits}f" if abs(value) < 1e4 else ".3g"

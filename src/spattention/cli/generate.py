@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 import sys
 import time
@@ -15,18 +15,15 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TextStreamer,
-    logging,
-    set_seed,
-)
+from transformers import TextStreamer, logging, set_seed
 
-from .. import baselines, hf
-from ..hf.config import remove_section
-from ..training.checkpoints import newest_good
+from .. import hf
+from ..data.text import check_text
+from ..loading import model_folder, named_errors, open_model, open_tokenizer
+from .bounds import LARGEST, LARGEST_SEED, check_range
+
+COOLEST, HOTTEST = 0.01, 100.0  # beyond them logits leave the range of bfloat16 or all are alike
+LARGEST_PROMPT = 2**26  # bytes of a text file
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Options:
 
     The text is shown as it comes; the speed and the size of the cache of keys and values follow at
     the end. A model with bands keeps what its bands reach (`BandCache`), any other every token.
+    Code that comes with a model is never run.
 
     Args:
         folder: Folder of a saved model, of `spattention train` (its newest checkpoint that is
@@ -43,9 +41,9 @@ class Options:
         prompt: Text to continue.
         file: Text file to continue, instead of a prompt.
         max_new_tokens: Tokens to add; fewer if the model ends the text, or if its context is full.
-        temperature: How freely tokens are drawn; 0 always takes the likeliest.
-        top_k: Draw among so many of the likeliest tokens.
-        seed: Of the draws.
+        temperature: How freely tokens are drawn, from 0.01 to 100; 0 always takes the likeliest.
+        top_k: Draw among this number of the likeliest tokens.
+        seed: RNG seed of the draws.
         compare: dense continues the text a second time, with the same weights, PyTorch's dense
             attention and a cache of every token, and shows both speeds and sizes.
         compile: Compile decoding on a GPU: a minute at first, and faster tokens from then on.
@@ -64,10 +62,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """What one generation took.
+    """Measurements of one generation.
 
     Attributes:
-        tokens: that were added.
+        tokens: the number of tokens added.
         prefill: seconds to the first of them.
         speed: tokens per second after it, by the median time of a token.
         cache: bytes of keys and values at the end.
@@ -80,18 +78,14 @@ class Run:
 
 
 def main(options: Options) -> None:
-    """Open, generate, and say how fast."""
+    """Open the model, generate, and print the speed."""
+    _check(options)
     prompt = _prompt(options)
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(
-                f"`--{name.replace('_', '-')}` must be at least {least}, got "
-                f"{getattr(options, name)}"
-            )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = model_folder(options.folder)
-    model, tokenizer = open_model(folder)
+    tokenizer = open_tokenizer(folder)
+    model = open_model(folder)
     has_bands = getattr(model.config.get_text_config(), "spattention", None) is not None
     if options.compare and not has_bands:
         raise ValueError(f"`--compare dense` needs a model with bands, {folder} has none")
@@ -99,16 +93,21 @@ def main(options: Options) -> None:
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("the prompt must hold at least one token, got none")
-    room = model.config.get_text_config().max_position_embeddings - length
+    config = model.config.get_text_config()
+    if inputs["input_ids"].max() >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} must be the model's, which has {config.vocab_size} "
+            f"entries, got token {inputs['input_ids'].max()}"
+        )
+    longest = getattr(config, "max_position_embeddings", None)  # some models have none
+    room = math.inf if longest is None else longest - length
     if room < 1:
         raise ValueError(
-            f"the prompt must be shorter than the model's context of {room + length} tokens, got "
-            f"{length}"
+            f"the prompt must be shorter than the model's context of {longest} tokens, got {length}"
         )
+    new = int(min(options.max_new_tokens, room))
     if options.compare is None:
-        run = _generate(
-            options, model, tokenizer, prompt, inputs, min(options.max_new_tokens, room)
-        )
+        run = _generate(options, model, tokenizer, prompt, inputs, new)
         print(
             f"\n{run.tokens} tokens after a prompt of {length}, {run.speed:.1f} tokens/s, "
             f"cache {run.cache / 2**20:.2f} MiB ({folder})",
@@ -119,11 +118,9 @@ def main(options: Options) -> None:
     for name in ("bands", options.compare):
         if name == "dense":
             del model  # one copy of the weights at a time
-            model = open_dense(folder)
+            model = open_model(folder, dense=True)
         print(f"--- {name} ---", flush=True)
-        runs[name] = _generate(
-            options, model, tokenizer, prompt, inputs, min(options.max_new_tokens, room)
-        )
+        runs[name] = _generate(options, model, tokenizer, prompt, inputs, new)
         print()
     _show(runs, length, folder)
 
@@ -159,14 +156,14 @@ def _generate(
 
 
 class _Clock(TextStreamer):
-    """Prints text as it comes, and notes when."""
+    """A streamer that prints text as it comes, and records the times."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, then every token."""
+        """Take the prompt, then every token."""
         self.times.append(time.perf_counter())
         super().put(value)
 
@@ -190,63 +187,11 @@ def _show(runs: dict[str, Run], length: int, folder: Path) -> None:
     Console(stderr=True).print(table)
 
 
-def model_folder(folder: Path) -> Path:
-    """The folder itself, the newest whole checkpoint of a run in it, or the model that a comparison
-    in it names.
-    """
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "run.json").is_file():
-        found, problems = newest_good(folder)
-        if found is None:
-            raise ValueError(f"{folder} must hold a whole checkpoint, {problems or 'it has none'}")
-        return found
-    results = folder / "results.json"
-    if not results.is_file():
-        raise ValueError(
-            f"{folder} must hold a saved model (config.json), a training run (run.json) or a "
-            "comparison (results.json), it has none of them"
-        )
-    named = json.loads(results.read_text(encoding="utf-8")).get("model")
-    if not named or not (folder / named / "config.json").is_file():
-        raise ValueError(f"{results} must name a saved model, got {named!r}")
-    return folder / named
-
-
-def open_model(folder: Path) -> tuple[Any, Any]:
-    """The model, ready to generate, and its tokenizer."""
-    hf.register()
-    baselines.register()
-    tokenizer = open_tokenizer(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), tokenizer
-
-
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a model."""
-    try:
-        found = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} must hold a tokenizer: {error}") from error
-    if len(found) <= len(found.all_special_tokens):
-        # Without files Transformers makes an empty one of the model's family.
-        raise ValueError(f"{folder} must hold a tokenizer, got none with words")
-    return found
-
-
-def open_dense(folder: Path) -> Any:
-    """The model with the same weights and without its bands: PyTorch's dense attention in every
-    layer that has no other of its own, and no sinks that the bands had.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    remove_section(config)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="sdpa")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
 def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Where generation stops, and what would fill a row that has stopped: the model's own tokens,
-    or else the tokenizer's. A token may be 0."""
+    """Tokens that end a text and that pad one: the model's own, or else the tokenizer's.
+
+    A token may be 0.
+    """
     found = {}
     for name in ("eos_token_id", "pad_token_id"):
         own = getattr(model.generation_config, name)
@@ -268,12 +213,32 @@ def _tensors(layer: Any) -> Iterable[torch.Tensor]:
     return found.values()
 
 
+def _check(options: Options) -> None:
+    check_range(
+        options,
+        max_new_tokens=(1, LARGEST),
+        top_k=(1, LARGEST),
+        seed=(0, LARGEST_SEED),
+        temperature=(0, HOTTEST),
+    )
+    if 0 < options.temperature < COOLEST:
+        raise ValueError(
+            f"`--temperature` must be 0 or at least {COOLEST}, got {options.temperature}"
+        )
+
+
 def _prompt(options: Options) -> str:
     if (options.prompt is None) == (options.file is None):
         raise ValueError("give a prompt or --file, one of them")
     if options.prompt is not None:
+        check_text(options.prompt, "the prompt")
         return options.prompt
     assert options.file is not None
     if not options.file.is_file():
         raise ValueError(f"`--file` must be a text file, {options.file} is none")
-    return options.file.read_text(encoding="utf-8")
+    if (size := options.file.stat().st_size) > LARGEST_PROMPT:
+        raise ValueError(
+            f"`--file` must have at most {LARGEST_PROMPT:,} bytes, {options.file} has {size:,}"
+        )
+    with named_errors(options.file, "must be UTF-8 text"):
+        return options.file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost."""
+"""A handler of Ctrl-C that loses no interrupt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class Interrupts:
-    """Raises KeyboardInterrupt as Python does, and remembers it.
+    """Raise KeyboardInterrupt as Python does, and remember it.
 
-    Python swallows an exception that is raised while a finalizer happens to run, and the work would
-    go on for hours: `check`, called now and then, raises it again. Outside the main thread, where
-    signals do not arrive, and where Ctrl-C is handled by somebody else, it does nothing.
+    Python swallows an exception that is raised in a finalizer, and the work would continue for
+    hours. `check`, called now and then, raises it again. Outside the main thread, which alone
+    receives signals, and where another handler of Ctrl-C is installed, this does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""`spattention prepare`: text becomes packed tokens that a recipe trains on."""
+"""`spattention prepare`: turn text into packed tokens for `spattention train`."""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +14,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..data.corpus import open_source, prepare_corpus
 from ..data.tokenizer import END_OF_TEXT
 
+# No dataset on the hub has a name that ends like this.
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".xz", ".gz", ".zst")
+
 
 @dataclass(frozen=True)
 class Options:
     """Tokenize text, on all cores, into a folder that `data` of a recipe can name.
 
-    The text is never held in memory as a whole (but for a single .txt file), and the folder appears
-    when it is complete. It holds training and validation tokens that are mapped into memory, the
-    starts of their documents, the tokenizer, and what a reader should know (facts.json).
+    The text is read document by document, and the folder appears when it is complete. It holds
+    training and validation tokens that are mapped into memory, the starts of their documents, the
+    tokenizer, and a description (facts.json).
 
     Args:
         source: Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text"
@@ -32,9 +36,9 @@ class Options:
         end_of_text: The token that ends a document, as the tokenizer writes it.
         held_out: Share of the documents that is kept for validation, spread evenly; 0 for none.
         name: The dataset's configuration, where it has several.
-        split: Of the dataset.
-        column: Where JSON lines or the dataset keep their text.
-        streaming: Read the dataset as it arrives, without a copy on disk.
+        split: The dataset's split.
+        column: The entry of JSON lines or column of the dataset that holds the text.
+        streaming: Read the dataset while it is downloaded, without a copy on disk.
     """
 
     source: Annotated[str, tyro.conf.Positional]
@@ -50,8 +54,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Tokenize and say what was found."""
+    """Tokenize and print the number of tokens."""
     console = Console()
+    _check_source(options.source)
     source = open_source(
         options.source,
         name=options.name,
@@ -85,3 +90,20 @@ def main(options: Options) -> None:
         f"{facts.end_of_text}.",
         highlight=False,
     )
+
+
+def _check_source(source: str) -> None:
+    """Refuse a path that does not exist, before it is looked up as a dataset on the hub."""
+    path = Path(source)
+    looks_local = (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or ("/" in source and path.parent.is_dir())
+        or path.suffix in SUFFIXES
+    )
+    if path.exists() or not looks_local:
+        return
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    hint = f", did you mean {path.parent / close[0]}?" if close else ""
+    raise ValueError(f"{source} is neither a file nor a folder{hint}")

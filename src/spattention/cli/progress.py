@@ -1,4 +1,4 @@
-"""What is seen while a comparison runs: which variant, step, loss, speed, time left."""
+"""The progress of a comparison: run, step, loss, speed and time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..training.variant import Job, Result
 
 
 class RunProgress:
-    """A bar for this run and one for all of them; of a finished run a line remains."""
+    """A bar for the current run and one for all runs; a finished run leaves a line."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self._console = console
@@ -48,7 +48,7 @@ class RunProgress:
         self._progress.stop()
 
     def begin(self, job: Job) -> None:
-        """A run starts."""
+        """Show that a run starts."""
         self._loss = ""
         self._progress.reset(
             self._run,
@@ -59,7 +59,7 @@ class RunProgress:
         )
 
     def update(self, event: Event) -> None:
-        """An event of `training.callbacks.Watch`."""
+        """Show an event of `training.callbacks.Watch`."""
         step = event["step"]
         if event["kind"] == "step":
             facts = f"{self._loss}{event['speed']:,.0f} tokens/s,"
@@ -69,7 +69,7 @@ class RunProgress:
             self._loss = f"loss {event['loss']:.3f}, "
 
     def finish(self, result: Result) -> None:
-        """A run is finished."""
+        """Show that a run is finished."""
         self._before += int(self._progress.tasks[self._run].total or 0)
         self._progress.update(self._run, visible=False)
         self._console.print(

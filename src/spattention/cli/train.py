@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import json
@@ -20,6 +21,8 @@ from docstring_parser import parse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..loading import open_config, open_weights
+from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
@@ -30,14 +33,14 @@ from ..training.recipe import Recipe, read_recipe
 class Options:
     """Pre-train or fine-tune a model by a recipe: a TOML file whose fields are named below.
 
-    Ctrl-C or a crash loses the steps since the last checkpoint; the same command goes on from it.
+    Ctrl-C or a crash loses the steps since the last checkpoint; the same command resumes from it.
     On several GPUs: torchrun --nproc-per-node 8 -m spattention train RECIPE.
 
     Args:
         recipe: The recipe's file.
         set: Changes to the recipe, as in --set steps=100 attention=dense 'data=["a","b"]'.
         output: Folder for checkpoints and metrics; runs/NAME-OF-THE-RECIPE without it.
-        minutes: Save and stop after so many minutes; the same command goes on.
+        minutes: Minutes after which to save and stop; the same command resumes.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
@@ -47,7 +50,7 @@ class Options:
 
 
 def description() -> str:
-    """What the command does, and the fields of a recipe, from their own docstrings."""
+    """The text of `--help`: the command, and the fields of a recipe from their docstrings."""
     about = inspect.cleandoc(Options.__doc__ or "").partition("\n\nArgs:")[0]
     said = {each.arg_name: each.description for each in parse(Recipe.__doc__ or "").params}
     lines = []
@@ -59,11 +62,14 @@ def description() -> str:
 
 
 def main(options: Options) -> None:
-    """Read, train, show."""
+    """Read the recipe, train, and show progress."""
     if options.minutes is not None and not 0 <= options.minutes < math.inf:
         raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
     recipe = read_recipe(options.recipe, list(itertools.chain.from_iterable(options.set)))
+    _check_model(recipe.model)
     output = options.output or Path("runs") / options.recipe.stem
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`--output` must be a folder, {output} is a file")
     first = get_int_from_env(["RANK"], 0) == 0  # torchrun's
     console = Console(quiet=not first)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -76,13 +82,22 @@ def main(options: Options) -> None:
                 command=shlex.join(["spattention", *sys.argv[1:]]),
                 send=progress.update,
             )
+    except KeyboardInterrupt:
+        saved = checkpoints(output)
+        console.print(
+            f"Interrupted; the same command resumes from {saved[0]}."
+            if saved
+            else f"Interrupted before the first checkpoint in {output}.",
+            highlight=False,
+        )
+        raise
     except Diverged as error:
         kept = f"The last checkpoint in {output} is from before"
         if not checkpoints(output):
             kept = f"There is no checkpoint in {output} yet"
         raise ValueError(
-            f"stopped: {error}. {kept}; metrics.jsonl tells how it came. A lower learning_rate, a "
-            "longer warmup or another seed may help."
+            f"stopped: {error}. {kept}; metrics.jsonl has the losses before it. A lower "
+            "learning_rate, a longer warmup or another seed may help."
         ) from error
     if outcome.finished:
         console.print(f"Finished: {output}/checkpoint-{outcome.step}", highlight=False)
@@ -93,8 +108,31 @@ def main(options: Options) -> None:
         )
 
 
+def _check_model(name: str) -> None:
+    """Check the folder of a pretrained model, and that a local path is not looked up on the hub."""
+    path = Path(name)
+    if name in SHAPES:
+        return
+    if path.is_dir():
+        open_config(path)
+        open_weights(path)
+        return
+    close = difflib.get_close_matches(name, SHAPES, n=1)
+    looks_local = (
+        path.exists()
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or ("/" in name and path.parent.is_dir())
+    )
+    if looks_local or close:
+        raise ValueError(
+            f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the "
+            f"hub, got {name!r}{f', did you mean {close[0]!r}?' if close else ''}"
+        )
+
+
 class TrainProgress:
-    """A bar with loss, speed, MFU and time left; where there is no terminal, a line per log."""
+    """A bar with loss, speed, MFU and time left; without a terminal, a line per log entry."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -123,7 +161,7 @@ class TrainProgress:
         self._progress.stop()
 
     def update(self, event: Event) -> None:
-        """An event of `pretrain`."""
+        """Show an event of `pretrain`."""
         kind = event["kind"]
         if kind == "note":
             self._console.print(event["text"], highlight=False)
@@ -146,7 +184,7 @@ class TrainProgress:
             )
         elif "loss" in event:
             facts = f"loss {event['loss']:.4f}, {event.get('tokens_per_second', 0):,.0f} tokens/s"
-            if event.get("mfu", 0) >= 0.001:  # on a CPU it says nothing
+            if event.get("mfu", 0) >= 0.001:  # on a CPU it is near 0
                 facts += f", MFU {100 * event['mfu']:.1f} %"
             self._progress.update(self._task, facts=facts)
             if not self._console.is_terminal:

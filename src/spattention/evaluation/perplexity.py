@@ -30,6 +30,18 @@ class Mean:
         error = math.inf if count < 2 else float(values.double().std()) / math.sqrt(count)
         return cls(float(values.double().mean()), error, count)
 
+    def is_above(self, chance: float) -> bool:
+        """Whether the mean is above 0, and above guessing by at least two standard errors."""
+        return self.mean > 0 and self.mean - chance >= 2 * self.error
+
+    def is_below(self, chance: float) -> bool:
+        """Whether the mean is below guessing by more than two standard errors.
+
+        The error is at least that of guessing: a few items without a hit have an error of 0.
+        """
+        of_guessing = math.sqrt(chance * (1 - chance) / self.items)
+        return chance - self.mean > 2 * max(self.error, of_guessing)
+
 
 @dataclass(frozen=True)
 class LossByPosition:

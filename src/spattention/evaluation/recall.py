@@ -56,8 +56,13 @@ class Score:
 
     @property
     def near_chance(self) -> bool:
-        """Whether guessing would do as well."""
-        return self.accuracy.mean - self.chance < 2 * self.accuracy.error or not self.accuracy.mean
+        """True if the accuracy is not above guessing by two standard errors."""
+        return not self.accuracy.is_above(self.chance)
+
+    @property
+    def below_chance(self) -> bool:
+        """True if the accuracy is below guessing by more than two standard errors."""
+        return self.accuracy.is_below(self.chance)
 
 
 def copying(vocabulary: int, distance: int, items: int, seed: int = 0) -> Question:

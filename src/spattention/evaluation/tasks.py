@@ -1,13 +1,15 @@
 """Tasks of the lm-evaluation-harness, from the hub or from local files (extra `spattention[eval]`).
 
-The prompts and the scores are the harness's own: for a local file, its configuration of the task is
-included and only told where the data lie.
+The prompts and the scores are the harness's own. For a local file, its configuration of the task is
+included, and only the place of the data is changed.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .items import read_items
 from .perplexity import Mean
 
 Sample = Mapping[str, Any]
@@ -23,13 +26,14 @@ METRICS = ("acc", "acc_norm", "perplexity")
 
 @dataclass(frozen=True)
 class Local:
-    """Where a task of the harness finds its items in a folder of JSON lines.
+    """The items of a task in a folder of JSON lines.
 
     Args:
-        config: the harness's own, below its folder of tasks.
-        file: the items.
-        split: what the configuration calls them.
-        changes: entries that name the file's fields, where they differ from the hub's.
+        config: the harness's configuration, below its folder of tasks.
+        file: the file of the items.
+        split: the split that the configuration reads.
+        changes: entries of the configuration that read the file's fields, where they differ from
+            the hub's.
     """
 
     config: str
@@ -68,7 +72,7 @@ MMLU_FILES = {"test": "mmlu_test.jsonl", "dev": "mmlu_dev.jsonl"}
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One number of one task.
+    """A score of a task.
 
     Attributes:
         task: its name; for MMLU the group, such as `mmlu_stem`, or `mmlu` for all of it.
@@ -86,10 +90,13 @@ class TaskScore:
 
     @property
     def near_chance(self) -> bool:
-        """Whether guessing would do as well, within two standard errors."""
-        if self.chance is None:
-            return False
-        return self.value.mean - self.chance < 2 * self.value.error or not self.value.mean
+        """True if the score is not above guessing by two standard errors."""
+        return self.chance is not None and not self.value.is_above(self.chance)
+
+    @property
+    def below_chance(self) -> bool:
+        """True if the score is below guessing by more than two standard errors."""
+        return self.chance is not None and self.value.is_below(self.chance)
 
 
 def run_tasks(
@@ -123,13 +130,18 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    # Reading the harness's own thousands of configurations takes seconds.
+    manager = TaskManager(include_defaults=folder is None)
+    if folder is None:
+        _check_names(tasks, manager.all_tasks)
     specs = list(tasks) if folder is None else local_tasks(tasks, folder, work, shots)
     model.eval()
     language = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch,
-        max_length=model.config.get_text_config().max_position_embeddings,
+        max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        trust_remote_code=False,
     )
     found = simple_evaluate(
         model=language,
@@ -137,8 +149,7 @@ def run_tasks(
         num_fewshot=shots,
         limit=limit,
         bootstrap_iters=0,
-        # Reading the harness's own thousands of configurations takes seconds.
-        task_manager=TaskManager(include_defaults=folder is None),
+        task_manager=manager,
     )
     assert found is not None  # it is None on ranks above the first alone
     samples: dict[str, list[Sample]] = found["samples"]
@@ -149,19 +160,24 @@ def run_tasks(
 
 
 def local_tasks(tasks: Sequence[str], folder: Path, work: Path, shots: int = 0) -> list[str]:
-    """Write a configuration per task (per subject for MMLU) and return their paths."""
+    """Check the items, write a configuration per task (per subject for MMLU), return the paths."""
     harness = Path(_harness()) / "tasks"
     written: list[str] = []
     for task in tasks:
         if task not in (*LOCAL, MMLU):
-            raise ValueError(f"a local task must be one of {[*LOCAL, MMLU]}, got {task!r}")
+            raise ValueError(
+                f"a local task must be one of {[*LOCAL, MMLU]}, got {task!r}"
+                f"{_near(task, [*LOCAL, MMLU])}"
+            )
         if shots and task != MMLU:
             raise ValueError(f"`shots` must be 0 for the local task {task}, got {shots}")
         if task == MMLU:
             written += _mmlu(harness, folder, work, shots)
             continue
         local = LOCAL[task]
-        file = _existing(folder / local.file)
+        file = folder / local.file
+        for _ in read_items(file, task):
+            pass
         content = {
             "include": str(harness / local.config),
             "task": task,
@@ -209,9 +225,13 @@ def scores_of(name: str, items: Sequence[Sample], shots: int) -> list[TaskScore]
 def _mmlu(harness: Path, folder: Path, work: Path, shots: int) -> list[str]:
     by_subject: dict[str, dict[str, list[str]]] = {}
     for split, file in MMLU_FILES.items():
-        # Not `splitlines`, which also ends lines at separators that may stand inside a text.
-        for line in filter(None, _existing(folder / file).read_text(encoding="utf-8").split("\n")):
-            subject = json.loads(line)["subject"]
+        for line, item in read_items(folder / file, MMLU):
+            subject = item["subject"]
+            config = harness / MMLU / "default" / f"{MMLU}_{subject}.yaml"
+            if not re.fullmatch("[a-z_]+", subject) or not config.is_file():
+                raise ValueError(
+                    f"{folder / file}: `subject` must be one of MMLU's, got {subject[:80]!r}"
+                )
             by_subject.setdefault(subject, {}).setdefault(split, []).append(line)
     written = []
     for subject, splits in sorted(by_subject.items()):
@@ -259,10 +279,18 @@ def _harness() -> str:
     return str(Path(lm_eval.__file__).parent)
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: it holds the items of a local task")
-    return path
+def _check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            raise ValueError(
+                f"`--tasks` must name tasks of the lm-evaluation-harness, got {task!r}"
+                f"{_near(task, known)}"
+            )
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> str:

@@ -1,0 +1,407 @@
+"""Open the folder of a saved model: find it, check its files, load config, weights and tokenizer.
+
+A folder may come from a stranger. None of its code is run, nothing is looked up on the hub, and
+sizes are compared with the files before memory is taken. Libraries raise exceptions of many types
+for a damaged file; here each becomes a `ValueError` that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from . import baselines, hf
+from .hf.config import NAME as BANDS
+from .hf.config import read_section, remove_section
+from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, newest_good
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the order in which Transformers looks
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LARGEST_JSON = 2**28  # bytes; the largest tokenizers have some 30 MB
+LONGEST_REASON = 300  # characters of a library's message
+LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a saved model, without their values.
+
+    Attributes:
+        files: what holds them.
+        tensors: the number of tensors.
+        elements: the number of values of all tensors.
+    """
+
+    files: tuple[Path, ...]
+    tensors: int
+    elements: int
+
+
+def model_folder(path: Path, say: Callable[[str], None] | None = None) -> Path:
+    """Find the folder of a saved model.
+
+    Args:
+        path: that folder; the folder of a training run, for its newest whole checkpoint; or the
+            folder of a comparison, for the model that it names.
+        say: called with one line for each newer checkpoint that is damaged; by default the line is
+            printed on standard error.
+
+    Raises:
+        ValueError: if there is no such model, or a checkpoint differs from its manifest.
+    """
+    say = _to_stderr if say is None else say
+    if not path.is_dir():
+        raise ValueError(f"{path} must be the folder of a saved model, there is no such folder")
+    if (path / CONFIG).is_file():
+        if (path / MANIFEST).is_file():
+            _check_manifest(path)
+        return path
+    if (path / "run.json").is_file():
+        found, problems = newest_good(path)
+        if found is None:
+            told = "; ".join(problems) or "it has none"
+            raise ValueError(f"{path} must hold a whole checkpoint: {told}")
+        for problem in problems:
+            say(f"damaged checkpoint: {problem}; {found} is taken instead")
+        return found
+    if (path / "results.json").is_file():
+        return _of_comparison(path)
+    if (path / ADAPTER).is_file():
+        raise ValueError(_adapter(path))
+    raise ValueError(
+        f"{path} must hold a saved model ({CONFIG}), a training run (run.json) or a comparison "
+        "(results.json), it has none of them"
+    )
+
+
+def open_config(folder: Path) -> Any:
+    """The config of a saved model, with its values checked."""
+    hf.register()
+    baselines.register()
+    file = folder / CONFIG
+    content = read_json(file)
+    if (folder / GENERATION).exists():  # Transformers passes over a damaged one in silence
+        read_json(folder / GENERATION)
+    if (folder / ADAPTER).exists():
+        raise ValueError(_adapter(folder))
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        own = " and `auto_map`; a folder's own code is never run" if "auto_map" in content else ""
+        raise ValueError(
+            f"{file} must have a `model_type` that Transformers knows, got {kind!r}{own}"
+        )
+    _check_attention(file, content)
+    with named_errors(file, "must be a config of Transformers"):
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        text = config.get_text_config()
+        read_section(text)
+    _check_sizes(file, text)
+    return config
+
+
+def open_weights(folder: Path) -> Weights:
+    """Read which tensors a saved model has; raises ValueError for a file that is not whole."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            files: tuple[Path, ...] = (folder / name,)
+            break
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = _indexed(index)
+            break
+    else:
+        raise ValueError(f"{folder} must hold weights ({' or '.join(WEIGHTS)}), it has none")
+    sizes = [size for path in files for size in _tensor_sizes(path)]
+    return Weights(files, len(sizes), sum(sizes))
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of a model's config and weights, in hexadecimal: it tells saved models apart."""
+    open_config(folder)
+    found = hashlib.sha256()
+    for path in (folder / CONFIG, *open_weights(folder).files):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def open_model(folder: Path, *, dtype: torch.dtype | None = None, dense: bool = False) -> Any:
+    """Load a saved causal language model for evaluation, on the GPU if there is one.
+
+    Args:
+        folder: as `model_folder` returned it.
+        dtype: of the weights; None for the dtype that the config names.
+        dense: load it without its bands and their sinks, with PyTorch's dense attention in every
+            layer that has no other attention of its own.
+
+    Raises:
+        ValueError: if a file is damaged or missing, or config and weights do not match.
+    """
+    config, weights = open_config(folder), open_weights(folder)
+    file = folder / CONFIG
+    if dense:
+        remove_section(config)
+    options: dict[str, Any] = {"attn_implementation": "sdpa"} if dense else {}
+    _check_built(file, config, weights)
+    if dtype is not None:
+        options["dtype"] = dtype
+    rule = f"must hold the weights of the model that {file} describes"
+    with named_errors(weights.files[0], rule):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **LOCAL,
+            **options,
+        )
+    _check_loaded(weights.files[0], rule, model, found, dense)
+    _only_tokens(model, file)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer that is saved with a model."""
+    open_config(folder)  # which the tokenizer's class may depend on
+    present = {name: read_json(folder / name) for name in TOKENIZER if (folder / name).exists()}
+    own = [folder / name for name, content in present.items() if "auto_map" in content]
+    file, rule = folder / next(iter(present), ""), "must hold a tokenizer"
+    if own:
+        file, rule = own[0], "must name a tokenizer of Transformers; a folder's code is never run"
+    with named_errors(file, rule):
+        found = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        words = len(found) - len(found.all_special_tokens)
+    if words <= 0:
+        # Without files Transformers makes an empty one of the model's family.
+        raise ValueError(f"{folder} must hold a tokenizer, got none with words")
+    return found
+
+
+def read_json(path: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; raises a ValueError that names it."""
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "missing"
+        raise ValueError(f"{path} must be a file with a JSON object, it is {kind}")
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
+    with named_errors(path, "must hold a JSON object"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+@contextmanager
+def named_errors(file: Path, rule: str) -> Iterator[None]:
+    """Turn any exception inside into a ValueError of one line that names a file and its rule."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in the libraries' Rust code is no `Exception`
+        raise ValueError(f"{file} {rule}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message in one line of bounded length, with its type where it says little."""
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
+    if isinstance(error, ValueError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _to_stderr(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def _adapter(folder: Path) -> str:
+    return (
+        f"{folder} must hold a whole model, got an adapter ({ADAPTER}): merge it into its base "
+        "with PEFT's `merge_and_unload`, and save the result"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_manifest(folder: Path) -> None:
+    """Compare a checkpoint with its manifest; damage that can be described better comes first."""
+    try:
+        check(folder)
+    except DamagedCheckpoint as error:
+        open_config(folder)
+        open_weights(folder)
+        raise ValueError(
+            f"{error}; if it was changed on purpose, remove {folder / MANIFEST}"
+        ) from error
+
+
+def _of_comparison(folder: Path) -> Path:
+    file = folder / "results.json"
+    named = read_json(file).get("model")
+    inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
+    if not named or not inside or not (folder / named / CONFIG).is_file():
+        raise ValueError(
+            f"{file} must name the folder of a saved model in {folder} as `model`, got {named!r}"
+        )
+    return folder / named
+
+
+def _check_attention(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse attention that a config would fetch from the hub, and bands that it does not have."""
+    if content.get("attn_implementation") == BANDS and content.get(BANDS) is None:
+        raise ValueError(
+            f"{file} must have the section `{BANDS}` with its patterns, as `attn_implementation` "
+            f"is {BANDS!r}; got none"
+        )
+    for name in ("attn_implementation", "_attn_implementation"):
+        value = content.get(name)
+        for each in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(each, str) and "/" in each:
+                raise ValueError(
+                    f"{file} must name attention that is installed as `{name}`, got {each!r}: code "
+                    "from the hub is never run"
+                )
+
+
+def _check_sizes(file: Path, text: Any) -> None:
+    """Check the numbers of a text config that memory and text lengths depend on."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        value = getattr(text, name, 1)  # models without attention have no heads
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{file}: `{name}` must be a positive integer, got {value!r}")
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is None:  # some models have no longest text
+        return
+    if type(longest) is not int or longest < 1:
+        raise ValueError(
+            f"{file}: `max_position_embeddings` must be a positive integer, got {longest!r}"
+        )
+    section = read_section(text)
+    for pattern in () if section is None else section.layer_patterns:
+        if pattern is not None and pattern.span > longest:
+            raise ValueError(
+                f"{file}: every `span` of `spattention` must be at most `max_position_embeddings` "
+                f"= {longest}, got {pattern.span}"
+            )
+
+
+def _check_built(file: Path, config: Any, weights: Weights) -> None:
+    """Build the model without memory, and compare its size with the weights' files."""
+    layers = config.get_text_config().num_hidden_layers
+    if layers > weights.tensors:  # before the modules of every layer are made
+        raise ValueError(
+            f"{file}: `num_hidden_layers` must be at most the {weights.tensors} tensors of "
+            f"{weights.files[0]}, got {layers}"
+        )
+    with named_errors(file, "must describe a causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    quantized = getattr(config, "quantization_config", None) is not None  # several values in one
+    if count > weights.elements and not quantized:
+        raise ValueError(
+            f"{file} must describe the model in {weights.files[0]}, which has {weights.elements:,} "
+            f"parameters, got one of {count:,}"
+        )
+
+
+def _check_loaded(
+    weights: Path, rule: str, model: Any, found: Mapping[str, Any], dense: bool
+) -> None:
+    """Check that every weight came from the files; Transformers would only warn, and draw it."""
+    if mismatched := found["mismatched_keys"]:
+        name, saved, wanted = min(mismatched)
+        raise ValueError(
+            f"{weights} {rule}: {name} must have the shape {list(wanted)}, got {list(saved)}"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{weights} {rule}: {len(missing)} are missing, {_some(missing)}")
+    unused = sorted(found["unexpected_keys"])
+    if dense:
+        unused = [name for name in unused if not name.endswith(".sinks")]
+    if unused:
+        _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not all(
+            bound.isfinite() for bound in parameter.aminmax()
+        ):
+            raise ValueError(f"{weights.parent} must hold finite weights, {name} has NaN or inf")
+
+
+def _only_tokens(model: Any, file: Path) -> None:
+    """Keep of a folder's generation config the special tokens alone: options say the rest."""
+    kept = {}
+    entries = model.config.get_text_config().vocab_size
+    for name in TOKENS:
+        value = getattr(model.generation_config, name, None)
+        several = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        for each in several if value is not None else ():
+            if type(each) is not int or not -1 <= each < entries:
+                raise ValueError(
+                    f"`{name}` in {file.with_name(GENERATION)} or {file} must be a token below the "
+                    f"{entries} of the model, got {each!r}"
+                )
+        kept[name] = value
+    model.generation_config = GenerationConfig(**kept)
+
+
+def _indexed(index: Path) -> tuple[Path, ...]:
+    """The files that an index of weights names, all of them in its folder."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{index} must have a `weight_map`, got {type(named).__name__}")
+    files = []
+    for name in sorted({str(value) for value in named.values()}):
+        path = index.parent / name
+        if Path(name).name != name or not path.is_file():
+            raise ValueError(f"{index} must name files in its folder, got {name!r}")
+        files.append(path)
+    return tuple(files)
+
+
+def _tensor_sizes(path: Path) -> list[int]:
+    """The number of values of each tensor in a file, which are not read."""
+    if path.suffix == ".safetensors":
+        with (
+            named_errors(path, "must be a whole file of safetensors"),
+            safe_open(path, "pt") as file,
+        ):
+            names = file.keys()
+            return [math.prod(file.get_slice(name).get_shape()) for name in names]
+    try:
+        # Nothing but tensors is unpickled, and on the meta device they take no memory.
+        found = torch.load(path, map_location="meta", weights_only=True)
+        return [tensor.numel() for tensor in found.values()]
+    except Exception as error:  # PyTorch's message advises to unpickle whatever is there
+        raise ValueError(
+            f"{path} must hold tensors by name, as `torch.save` writes them, and nothing else"
+        ) from error
