@@ -146,7 +146,7 @@ def test_commands_name_bands_per_key_value_head():
     assert named_pattern("gapped:kv_heads=2", 8, 64) == BandPattern.gapped(8, 64, kv_heads=2)
     with pytest.raises(ValueError, match="divide `num_heads` = 8, got 3"):
         named_pattern("exclusive:kv_heads=3", 8, 64)
-    with pytest.raises(ValueError, match="options of `sliding_window` .*got 'kv_heads=4'"):
+    with pytest.raises(ValueError, match=r"options of `sliding_window` .*got 'kv_heads=4'"):
         named_pattern("sliding_window:kv_heads=4", 8, 64)
 
 
