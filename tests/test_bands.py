@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spattention import BandPattern
+from spattention.choice import named_pattern
 
 sizes = st.tuples(st.integers(1, 64), st.integers(1, 5000))
 small = st.tuples(st.integers(1, 20), st.integers(1, 80))
@@ -27,7 +28,22 @@ def every_pattern(num_heads: int, span: int) -> list[BandPattern]:
     for rule in ("uniform", "geometric", "equal_work"):
         named.append(BandPattern.exclusive(num_heads, span, widths=rule))
         named.append(BandPattern.shared_local(num_heads, span, widths=rule))
+    for groups in (g for g in range(1, num_heads + 1) if num_heads % g == 0):
+        named += grouped(num_heads, span, groups)
     return named
+
+
+def grouped(num_heads: int, span: int, groups: int) -> list[BandPattern]:
+    """Every pattern that takes `kv_heads`."""
+    return [
+        BandPattern.exclusive(num_heads, span, kv_heads=groups),
+        BandPattern.exclusive(num_heads, span, widths="geometric", kv_heads=groups),
+        BandPattern.shared_local(num_heads, span, kv_heads=groups),
+        BandPattern.shared_local(num_heads, span, widths="geometric", kv_heads=groups),
+        BandPattern.shared_local(num_heads, span, widths="equal_work", kv_heads=groups),
+        BandPattern.gapped(num_heads, span, kv_heads=groups),
+        BandPattern.local_only(num_heads, span, kv_heads=groups),
+    ]
 
 
 def distances(head) -> list[int]:
@@ -106,6 +122,39 @@ def test_geometric_edges_with_more_heads_than_tokens():
 def test_one_geometric_head_is_dense():
     pattern = BandPattern.exclusive(1, 100, widths="geometric")
     assert pattern == BandPattern.dense(1, 100)
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 400))
+@settings(max_examples=30, deadline=None)
+def test_query_heads_of_a_group_share_its_band(groups, repeats, span):
+    """A pattern with `kv_heads=G` is the pattern of G heads, each band repeated H // G times."""
+    bands = grouped(groups, span, groups)
+    for shared, few in zip(grouped(groups * repeats, span, groups), bands):
+        expected = [few.intervals[h // repeats] for h in range(groups * repeats)]
+        assert list(shared.intervals) == expected
+
+
+def test_a_band_per_key_value_head_saves_their_number():
+    dense = BandPattern.dense(8, 1024).pairs(1024)
+    grouped_bands = BandPattern.exclusive(8, 1024, kv_heads=4).pairs(1024)
+    assert sum(dense) == 4 * sum(grouped_bands)
+
+
+def test_commands_name_bands_per_key_value_head():
+    named = named_pattern("shared_local:widths=geometric,kv_heads=4", 8, 4096)
+    assert named == BandPattern.shared_local(8, 4096, widths="geometric", kv_heads=4)
+    assert named_pattern("gapped:kv_heads=2", 8, 64) == BandPattern.gapped(8, 64, kv_heads=2)
+    with pytest.raises(ValueError, match="divide `num_heads` = 8, got 3"):
+        named_pattern("exclusive:kv_heads=3", 8, 64)
+    with pytest.raises(ValueError, match=r"options of `sliding_window` .*got 'kv_heads=4'"):
+        named_pattern("sliding_window:kv_heads=4", 8, 64)
+
+
+def test_explicit_edges_and_windows_are_per_band():
+    pattern = BandPattern.shared_local(4, 16, widths=[0, 4, 16], local=[1, 2], kv_heads=2)
+    assert pattern.intervals == (((0, 4),), ((0, 4),), ((0, 2), (4, 16)), ((0, 2), (4, 16)))
+    assert pattern.to_dict()["recipe"]["kv_heads"] == 2
+    assert repr(pattern).endswith("local=[1, 2], kv_heads=2)")
 
 
 @pytest.mark.parametrize(
@@ -240,13 +289,33 @@ P = BandPattern
             "`local` must be a sequence of integers, got '1'",
         ),
         (lambda: P.dense(2, 8).mask(2, 2, query_start=0.5), "`query_start` must be an integer"),
-        (lambda: P.exclusive(2, 8, widths=[0, 8]), r"`widths` must hold .*= 3 edges, got 2"),
+        (
+            lambda: P.exclusive(2, 8, widths=[0, 8]),
+            r"`widths` must hold one edge more than bands = 3 .*got 2",
+        ),
         (lambda: P.exclusive(2, 8, widths=[0, 9, 8]), "must run from 0 to `span` = 8 and never"),
         (lambda: P.exclusive(2, 8, widths=[1, 4, 8]), "must run from 0 to `span` = 8 and never"),
         (lambda: P.exclusive(2, 8, first=2), '`first` is only for `widths="geometric"`'),
         (
             lambda: P.exclusive(2, 8, widths="geometric", first=9),
             "`first` must be between 1 and `span` = 8, got 9",
+        ),
+        (
+            lambda: P.exclusive(9, 64, kv_heads=2),
+            "`kv_heads` must be at least 1 and divide `num_heads` = 9, got 2",
+        ),
+        (lambda: P.shared_local(4, 64, kv_heads=8), "divide `num_heads` = 4, got 8"),
+        (lambda: P.gapped(4, 64, kv_heads=0), "`kv_heads` must be at least 1 .*got 0"),
+        (lambda: P.local_only(4, 64, kv_heads=-2), "`kv_heads` must be at least 1 .*got -2"),
+        (lambda: P.gapped(4, 64, kv_heads=2.0), r"`kv_heads` must be an integer, got 2\.0"),
+        (lambda: P.exclusive(4, 64, kv_heads=True), "`kv_heads` must be an integer, got True"),
+        (
+            lambda: P.exclusive(4, 8, widths=[0, 1, 2, 4, 8], kv_heads=2),
+            "`widths` must hold one edge more than bands = 3 edges, got 5",
+        ),
+        (
+            lambda: P.shared_local(4, 8, local=[1, 2, 3, 4], kv_heads=2),
+            r"`local` must be one size or one per band \(2\), got 4",
         ),
         (lambda: P.shared_local(2, 8, local=-1), "`local` must not be negative, got -1"),
         (lambda: P.shared_local(2, 8, local=[1]), r"`local` must be .*one per head \(2\), got 1"),

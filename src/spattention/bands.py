@@ -93,7 +93,13 @@ class BandPattern:
 
     @classmethod
     def exclusive(
-        cls, num_heads: int, span: int, *, widths: Widths = "uniform", first: int | None = None
+        cls,
+        num_heads: int,
+        span: int,
+        *,
+        widths: Widths = "uniform",
+        first: int | None = None,
+        kv_heads: int | None = None,
     ) -> BandPattern:
         """Head h attends only its own band `[S_h, S_h + W_h)`: Eqs. 2-4 of Zhao et al.,
         arXiv:2511.09596.
@@ -109,13 +115,23 @@ class BandPattern:
                 edges from 0 to `span` that never decrease.
             first: width of the first geometric band, in tokens; default `max(1, span // 128)`. Only
                 for `"geometric"`.
+            kv_heads: number of bands G, which divides H; default H. Query head h has band
+                `h // (H // G)`, as it reads the key/value head of that number in grouped-query
+                attention. "Heads" above then means bands: G + 1 edges.
         """
-        _check_size(num_heads, span)
+        groups = _check_size(num_heads, span, kv_heads)
         widths = widths if isinstance(widths, str) else _integers("widths", widths)
-        edges = band_edges(num_heads, span, widths, first)
-        bands = tuple(_merged([band], span) for band in zip(edges, edges[1:]))
-        recipe = _recipe("exclusive", num_heads=num_heads, span=span, widths=widths, first=first)
-        return cls(bands, span, recipe)
+        edges = band_edges(groups, span, widths, first)
+        bands = [_merged([band], span) for band in zip(edges, edges[1:])]
+        recipe = _recipe(
+            "exclusive",
+            num_heads=num_heads,
+            span=span,
+            widths=widths,
+            first=first,
+            kv_heads=kv_heads,
+        )
+        return cls(_grouped(bands, num_heads), span, recipe)
 
     @classmethod
     def shared_local(
@@ -126,6 +142,7 @@ class BandPattern:
         widths: Widths = "uniform",
         local: int | Sequence[int] | None = None,
         first: int | None = None,
+        kv_heads: int | None = None,
     ) -> BandPattern:
         """Head h attends a local window `[0, local_h)` and its own band: the form that the paper's
         code runs.
@@ -138,40 +155,48 @@ class BandPattern:
                 0. Default: the uniform band width plus one, `W_h + 1`; for `"geometric"` widths
                 `min(span, max(128, span // 32))`, which is everything for a span of up to 128.
             first: see `exclusive`.
+            kv_heads: see `exclusive`; `local` is then one size or one per band.
         """
-        _check_size(num_heads, span)
+        groups = _check_size(num_heads, span, kv_heads)
         widths = widths if isinstance(widths, str) else _integers("widths", widths)
         local = _integers("local", local) if isinstance(local, Iterable) else local
-        edges = band_edges(num_heads, span, widths, first)
-        windows = _local_windows(num_heads, span, widths, local)
-        heads = tuple(
+        edges = band_edges(groups, span, widths, first)
+        windows = _local_windows(groups, span, widths, local, per="band" if kv_heads else "head")
+        bands = [
             _merged([(0, window), band], span)
             for window, band in zip(windows, zip(edges, edges[1:]))
-        )
+        ]
         recipe = _recipe(
-            "shared_local", num_heads=num_heads, span=span, widths=widths, local=local, first=first
+            "shared_local",
+            num_heads=num_heads,
+            span=span,
+            widths=widths,
+            local=local,
+            first=first,
+            kv_heads=kv_heads,
         )
-        return cls(heads, span, recipe)
+        return cls(_grouped(bands, num_heads), span, recipe)
 
     @classmethod
-    def gapped(cls, num_heads: int, span: int) -> BandPattern:
+    def gapped(cls, num_heads: int, span: int, *, kv_heads: int | None = None) -> BandPattern:
         """Head h attends the nearer half of its uniform band, `[S_h, S_h + W_h // 2)`: the ablation
-        GBHALF."""
-        _check_size(num_heads, span)
-        edges = band_edges(num_heads, span, "uniform", None)
-        heads = tuple(
+        GBHALF. For `kv_heads` see `exclusive`."""
+        edges = band_edges(_check_size(num_heads, span, kv_heads), span, "uniform", None)
+        bands = [
             _merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
-        )
-        return cls(heads, span, _recipe("gapped", num_heads=num_heads, span=span))
+        ]
+        recipe = _recipe("gapped", num_heads=num_heads, span=span, kv_heads=kv_heads)
+        return cls(_grouped(bands, num_heads), span, recipe)
 
     @classmethod
-    def local_only(cls, num_heads: int, span: int) -> BandPattern:
+    def local_only(cls, num_heads: int, span: int, *, kv_heads: int | None = None) -> BandPattern:
         """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding
-        window"."""
-        _check_size(num_heads, span)
-        windows = _local_windows(num_heads, span, "uniform", None)
-        heads = tuple(_merged([(0, window)], span) for window in windows)
-        return cls(heads, span, _recipe("local_only", num_heads=num_heads, span=span))
+        window". For `kv_heads` see `exclusive`."""
+        groups = _check_size(num_heads, span, kv_heads)
+        windows = _local_windows(groups, span, "uniform", None)
+        bands = [_merged([(0, window)], span) for window in windows]
+        recipe = _recipe("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
+        return cls(_grouped(bands, num_heads), span, recipe)
 
     @property
     def num_heads(self) -> int:
@@ -331,7 +356,7 @@ def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> 
     edges = _integers("widths", widths)
     if len(edges) != num_heads + 1:
         raise ValueError(
-            f"`widths` must hold num_heads + 1 = {num_heads + 1} edges, got {len(edges)}"
+            f"`widths` must hold one edge more than bands = {num_heads + 1} edges, got {len(edges)}"
         )
     if edges[0] != 0 or edges[-1] != span or any(a > b for a, b in zip(edges, edges[1:])):
         raise ValueError(
@@ -349,7 +374,11 @@ def _geometric_edges(num_heads: int, span: int, first: int) -> tuple[int, ...]:
 
 
 def _local_windows(
-    num_heads: int, span: int, widths: Widths, local: int | Sequence[int] | None
+    num_heads: int,
+    span: int,
+    widths: Widths,
+    local: int | Sequence[int] | None,
+    per: str = "head",
 ) -> tuple[int, ...]:
     if local is None:
         if isinstance(widths, str) and widths == "geometric":
@@ -360,7 +389,7 @@ def _local_windows(
         windows = _integers("local", local)
         if len(windows) != num_heads:
             raise ValueError(
-                f"`local` must be one size or one per head ({num_heads}), got {len(windows)}"
+                f"`local` must be one size or one per {per} ({num_heads}), got {len(windows)}"
             )
     else:
         windows = (_integer("local", local),) * num_heads
@@ -401,11 +430,23 @@ def _check_head(head: int, intervals: tuple[Interval, ...], span: int) -> None:
             )
 
 
-def _check_size(num_heads: int, span: int) -> None:
+def _grouped(bands: Sequence[tuple[Interval, ...]], num_heads: int) -> Intervals:
+    """One band per query head: equal numbers of neighbouring heads share one."""
+    return tuple(band for band in bands for _ in range(num_heads // len(bands)))
+
+
+def _check_size(num_heads: int, span: int, kv_heads: int | None = None) -> int:
+    """The number of bands: `kv_heads`, or one per head."""
     if _integer("num_heads", num_heads) < 1:
         raise ValueError(f"`num_heads` must be at least 1, got {num_heads}")
     if _integer("span", span) < 1:
         raise ValueError(f"`span` must be at least 1, got {span}")
+    groups = num_heads if kv_heads is None else _integer("kv_heads", kv_heads)
+    if groups < 1 or num_heads % groups:
+        raise ValueError(
+            f"`kv_heads` must be at least 1 and divide `num_heads` = {num_heads}, got {kv_heads}"
+        )
+    return groups
 
 
 def _heads(intervals: Any) -> Intervals:
