@@ -115,14 +115,36 @@ def test_that_an_attention_mask_was_given_shows_in_the_rows():
 
 
 def test_rows_are_never_queries_times_keys():
-    mask = torch.ones(2, 4096, dtype=torch.bool)
-    mask[1, :7] = False
-    assert rows_mask(2, 4096, 4096, attention_mask=mask).tolist() == [[[[0]]], [[[7]]]]
-    static = rows_mask(2, 1, 9000, q_offset=torch.tensor(4095), attention_mask=mask)
-    assert static.tolist() == [[[[0, 4095, 0]]], [[[7, 4095, 0]]]]
+    ones = torch.ones(2, 4096, dtype=torch.bool)
+    assert rows_mask(2, 4096, 4096, attention_mask=ones).tolist() == [[[[0]]], [[[0]]]]
     assert rows_mask(1, 6, 9, q_offset=0).tolist() == [[[[0, 0]]]]
+    mask = ones.clone()
+    mask[1, :7] = False
+    assert rows_mask(2, 4096, 4096, attention_mask=mask).shape == (2, 2, 4096, 1)
+    static = rows_mask(2, 1, 9000, q_offset=torch.tensor(4095), attention_mask=mask)
+    assert static.tolist() == [[[[0, 4095, 4095]]], [[[7, 4095, 4088]]]]
     windowed = rows_mask(2, 1, 4, q_offset=8, kv_offset=5, attention_mask=mask[:, :9])
     assert windowed.tolist() == [[[[0]]], [[[2]]]]
+    mask[0, 9] = False
+    assert rows_mask(2, 4096, 4096, attention_mask=mask).shape == (2, 3, 4096, 1)
+
+
+def test_rows_say_where_padding_lies():
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    rows = decode(rows_mask(3, 2, 5, q_offset=3, attention_mask=mask))
+    assert rows.key_start.tolist() == [2, 1, 5]  # once padding has moved
+    assert rows.source.tolist() == [[0, 3, 1, 2, 4], [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert rows.valid_queries(2).tolist() == [[False, True], [True, False], [False, False]]
+    assert rows.query_start is None
+    static = decode(rows_mask(3, 2, 8, q_offset=torch.tensor(3), attention_mask=mask))
+    assert static.source[:, 5:].tolist() == [[5, 6, 7]] * 3  # not filled yet
+    assert static.source[:, :5].tolist() == rows.source.tolist()
+    assert static.valid_queries(2).tolist() == rows.valid_queries(2).tolist()
+    assert static.before.tolist() == [2, 3, 0]
+    # Only at the ends of rows: where keys lie, they stay.
+    ends = decode(rows_mask(3, 5, 5, attention_mask=mask | torch.tensor([[0, 0, 0, 1, 0]]).bool()))
+    assert ends.source is None
+    assert ends.key_start.tolist() == [1, 0, 3]
 
 
 def test_restarts_begin_documents():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
+from ..padding import padding_first, reorder, restore
 from .cache import BandHandle
 from .decoder import has_sinks, plan_of
 from .mask import Rows, decode, dense_mask
@@ -90,19 +92,65 @@ def attention_forward(
     elif packed:
         out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
     else:
-        result = band_attention(
-            query,
-            key,
-            value,
-            plan.pattern,
-            scale=scaling,
-            sinks=sinks,
-            query_start=rows.query_start,
-            key_start=rows.key_start,
-        )
-        assert isinstance(result, torch.Tensor)  # no log-sum-exp was asked for
-        out = result
+        out = _by_rows(query, key, value, plan.pattern, rows, scaling, sinks)
     return out.transpose(1, 2), None
+
+
+def _by_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    rows: Rows,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention `[B, H, Q, Dv]` to keys at hand: one text per row, or packed documents that each
+    query's first key keeps apart."""
+    if rows.source is not None:
+        return _between_padding(query, key, value, pattern, rows, scaling, sinks)
+    out = band_attention(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scaling,
+        sinks=sinks,
+        query_start=rows.query_start,
+        key_start=rows.key_start,
+    )
+    assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
+    return out
+
+
+def _between_padding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    rows: Rows,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same where padding lies between tokens: it moves to the left end of its row, so that
+    distances count tokens alone, and its own rows of the result are 0."""
+    source, valid = rows.source, rows.valid_queries(query.shape[2])
+    assert source is not None
+    assert valid is not None
+    if source.shape[1] != key.shape[2]:
+        raise ValueError(
+            f"`attention_mask` must be of the {key.shape[2]} keys at hand, got one of "
+            f"{source.shape[1]}"
+        )
+    padding = ~valid[:, None, :, None]
+    order = padding_first(valid)
+    # Zeros, because padding may ask for a key of the row that it precedes now, and must not hand a
+    # NaN of its own to that key's gradient.
+    query = reorder(query.masked_fill(padding, 0.0), order)
+    key, value = reorder(key, source), reorder(value, source)
+    moved = replace(rows, valid=None, source=None)
+    out = _by_rows(query, key, value, pattern, moved, scaling, sinks)
+    return restore(out, order).masked_fill(padding, 0.0)
 
 
 def _packed(
