@@ -35,8 +35,10 @@ MASKS = {
 
 
 def small_mask(pattern: BandPattern) -> np.ndarray:
-    """All heads in one mask `[N, N, 3]`: the colour of the head that attends a pair, dark grey where
-    every head does."""
+    """The masks of all heads as one picture `[N, N, 3]`.
+
+    A pair has the colour of the head that attends it, and dark grey where every head does.
+    """
     distance = np.arange(SPAN)[:, None] - np.arange(SPAN)
     image = np.empty((SPAN, SPAN, 3))
     image[:] = UNSEEN
