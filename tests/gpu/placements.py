@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import spattention as spa
-from spattention.impl.triton import store
+from spattention.impl.triton.decode import append as store
 from spattention.testing import Case
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spattention.impl.triton.kernel import Kernel
+from spattention.impl.triton.compiled import Kernel
 
 from . import cases, decode_cases, placements
 

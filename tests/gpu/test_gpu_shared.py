@@ -16,7 +16,10 @@ import pytest
 import torch
 
 import spattention as spa
-from spattention.impl.triton import hopper_backward, hopper_forward, hopper_long, hopper_rows
+from spattention.impl.triton.hopper import backward as hopper_backward
+from spattention.impl.triton.hopper import backward_preprocess as hopper_rows
+from spattention.impl.triton.hopper import forward as hopper_forward
+from spattention.impl.triton.hopper import forward_persistent as hopper_long
 
 REPEATS = 1000
 INPUTS = 3

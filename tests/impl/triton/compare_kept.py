@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from spattention.impl.triton import config, decode_launch, launch, op
-from spattention.impl.triton.kernel import Kernel
+from spattention.impl.triton import config, launch, op
+from spattention.impl.triton.compiled import Kernel
+from spattention.impl.triton.decode import launch as decode_launch
 from tests.gpu import cases, decode_cases, placements
 
 SEEDS = 4
@@ -34,7 +35,7 @@ def examine(self: Kernel, programs: int, depends: Any, *arguments: Any, **consta
     if self not in BINDERS:
         BINDERS[self] = create_function_from_signature(function.signature, function.params, BACKEND)
     _, specialization, options = BINDERS[self](*arguments, **constants)
-    module = function.__module__.rpartition(".")[2]
+    module = function.__module__.removeprefix("spattention.impl.triton.")
     form = f"{module}.{function.__name__} {specialization} {options}"
     known = FORMS.setdefault((self, depends, *constants.values()), form)
     assert known == form, f"one key, two forms:\n{known}\n{form}"

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spattention.impl.triton import decode
 from spattention.impl.triton.config import BLOCK_P, DECODE_COUNTS, block_d, decode_launch
+from spattention.impl.triton.decode import kernels as decode
 
 TYPES = {"p_start": "*i64", "p_offsets": "*i64", "p_lengths": "*i64", "p_sinks": "*fp32"}
 INTEGERS = ("p_chunks", "p_bands", "p_key_start", "p_ranges")

@@ -28,7 +28,7 @@ import triton
 
 import spattention as spa
 from spattention.impl import triton as kernels
-from spattention.impl.triton import store
+from spattention.impl.triton.decode import append as store
 from tests.impl.triton.without_gpu import hopper, plans
 
 ROOT = Path(__file__).parents[3]

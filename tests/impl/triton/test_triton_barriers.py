@@ -9,7 +9,7 @@ import pytest
 
 import spattention
 
-SOURCES = sorted((Path(spattention.__file__).parent / "impl" / "triton").glob("hopper_*.py"))
+SOURCES = sorted((Path(spattention.__file__).parent / "impl" / "triton" / "hopper").glob("*.py"))
 MAKERS = ("barriers", "ring")
 
 
@@ -33,10 +33,10 @@ def _kernels() -> list[tuple[str, ast.FunctionDef]]:
 
 def test_there_are_kernels_with_barriers() -> None:
     assert {name for name, _ in _kernels()} == {
-        "hopper_backward",
-        "hopper_forward",
-        "hopper_long",
-        "hopper_rows",
+        "backward",
+        "forward",
+        "forward_persistent",
+        "backward_preprocess",
     }
 
 
@@ -47,7 +47,7 @@ def test_barriers_are_ended_last(module: str, kernel: ast.FunctionDef) -> None:
     """
     made = _calls(kernel, *MAKERS)
     ended = _calls(kernel, "retire")
-    if module == "hopper_long":  # in a loop over its rings, both barriers of each
+    if module == "forward_persistent":  # in a loop over its rings, both barriers of each
         assert (len(made), len(ended)) == (3, 2)
     else:
         names = {

@@ -40,15 +40,15 @@ def test_calls_that_share_a_kept_kernel_share_one_to_triton(tmp_path: Path) -> N
     """A key that left something out would launch a kernel made for other strides or alignments."""
     repeated = {name: int(forms) for name, forms in compiled("compare_kept.py", tmp_path)}
     assert set(repeated) == {
-        "forward.forward_kernel",
-        "backward.query_gradient_kernel",
-        "backward.key_gradient_kernel",
-        "hopper_forward.forward_kernel",
-        "hopper_long.forward_kernel",
-        "hopper_rows.rows_kernel",
-        "hopper_backward.gradient_kernel",
-        "decode.chunk_kernel",
-        "decode.join_kernel",
-        "store.store_kernel",
+        "portable.forward.forward_kernel",
+        "portable.backward.query_gradient_kernel",
+        "portable.backward.key_gradient_kernel",
+        "hopper.forward.forward_kernel",
+        "hopper.forward_persistent.forward_kernel",
+        "hopper.backward_preprocess.rows_kernel",
+        "hopper.backward.gradient_kernel",
+        "decode.kernels.chunk_kernel",
+        "decode.kernels.join_kernel",
+        "decode.append.store_kernel",
     }
     assert min(repeated.values()) > 3, repeated

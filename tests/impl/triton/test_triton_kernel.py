@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from spattention.impl.triton import kernel
-from spattention.impl.triton.kernel import Kernel, kinds
+from spattention.impl.triton import compiled as kernel
+from spattention.impl.triton.compiled import Kernel, kinds
 
 
 class Function:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import spattention as spa
-from spattention.impl.triton import store as triton_store
 from spattention.impl.triton import write_rings
+from spattention.impl.triton.decode import append as triton_store
 
 P = spa.BandPattern
 PATTERN = P(intervals=(((0, 8),), (), ((0, 4), (9, 30)), ((5, 6),)), span=40)

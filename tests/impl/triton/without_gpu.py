@@ -17,8 +17,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from spattention.impl.triton import config, decode_launch, launch, op
-from spattention.impl.triton.kernel import Kernel
+from spattention.impl.triton import config, launch, op
+from spattention.impl.triton.compiled import Kernel
+from spattention.impl.triton.decode import launch as decode_launch
 
 TARGET = GPUTarget("cuda", 90, 32)
 DRIVER = SimpleNamespace(

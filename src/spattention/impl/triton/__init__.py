@@ -22,8 +22,10 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
-from . import decode_op, op, store
-from .decode_op import MAX_QUERIES
+from . import op
+from .decode import append as store
+from .decode import op as decode_op
+from .decode.op import MAX_QUERIES
 from .op import refusal
 
 __all__ = ["MAX_QUERIES", "attend", "attend_rings", "attend_varlen", "refusal", "write_rings"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import tiles
-from .backward import key_gradient_kernel, query_gradient_kernel
+from .compiled import Kernel, kinds
 from .config import (
     HopperLaunches,
     LaunchConfig,
@@ -24,8 +24,8 @@ from .config import (
     order,
     pitch,
 )
-from .forward import forward_kernel
-from .kernel import Kernel, kinds
+from .portable.backward import key_gradient_kernel, query_gradient_kernel
+from .portable.forward import forward_kernel
 
 LOG2_E = math.log2(math.e)
 MISSING, LONGEST = tiles.MISSING.value, tiles.MAX_POSITION.value
@@ -292,7 +292,7 @@ def launch_forward(
     """Writes `out` and `lse`."""
     hopper = call.hopper_for(query, key, value)
     if hopper is not None:
-        from .hopper_launch import forward
+        from .hopper.launch import forward
 
         with on_device(call.device):
             launch = hopper.long if call.long else hopper.forward
@@ -345,7 +345,7 @@ def launch_gradients(
         launch_query_gradient(call, query, key, value, out, d_out, d_query, lse, d_lse, base, delta)
         launch_key_gradient(call, query, key, value, d_out, d_key, d_value, base, delta)
         return
-    from .hopper_launch import gradients
+    from .hopper.launch import gradients
 
     with on_device(call.device):
         gradients(

@@ -16,8 +16,8 @@ Scores are computed anew in both: seven products instead of five.
 import triton
 import triton.language as tl
 
-from . import memory, softmax, tiles
-from .config import COUNTS
+from .. import memory, softmax, tiles
+from ..config import COUNTS
 
 # Steps up to which a block of queries has few keys.
 EXACT_STEPS = tl.constexpr(2)

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import BLOCK_P, DecodeLaunch, block_d, decode_launch
-from .decode import chunk_kernel, join_kernel
-from .kernel import Kernel, kinds
-from .launch import (
+from ..compiled import Kernel, kinds
+from ..config import BLOCK_P, DecodeLaunch, block_d, decode_launch
+from ..launch import (
     LONGEST,
     check_start,
     compute_capability,
@@ -20,6 +19,7 @@ from .launch import (
     scaled,
     start_strides,
 )
+from .kernels import chunk_kernel, join_kernel
 
 Union = list[tuple[int, int]]
 

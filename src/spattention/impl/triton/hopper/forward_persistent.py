@@ -26,9 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import hopper, softmax, tiles
-from .config import HOPPER_COUNTS
-from .hopper_forward import masked
+from .. import softmax, tiles
+from ..config import HOPPER_COUNTS
+from . import pipeline as hopper
+from .forward import masked
 
 ROWS = gl.constexpr(64)
 READERS = gl.constexpr(2)

@@ -24,8 +24,8 @@ Keys lie in one of two ways:
 import triton
 import triton.language as tl
 
-from . import memory, softmax, tiles
-from .config import DECODE_COUNTS
+from .. import memory, softmax, tiles
+from ..config import DECODE_COUNTS
 
 LARGEST = tl.constexpr((1 << 31) - 1)
 

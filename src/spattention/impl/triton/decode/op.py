@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import empty_like_query
-from .decode_launch import launch_decode, plan
-from .launch import unit_rows
-from .op import register
+from ...layout import empty_like_query
+from ..launch import unit_rows
+from ..op import register
+from .launch import launch_decode, plan
 
 MAX_QUERIES = 16
 

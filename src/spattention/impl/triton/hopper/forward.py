@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import hopper, softmax, tiles
-from .config import HOPPER_COUNTS
+from .. import softmax, tiles
+from ..config import HOPPER_COUNTS
+from . import pipeline as hopper
 
 
 @gluon.jit

@@ -11,12 +11,15 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_backward, hopper_forward, hopper_long, hopper_rows
-from .config import HOPPER_BLOCK, LaunchConfig
-from .kernel import Kernel, kinds
+from ..compiled import Kernel, kinds
+from ..config import HOPPER_BLOCK, LaunchConfig
+from . import backward as hopper_backward
+from . import backward_preprocess as hopper_rows
+from . import forward as hopper_forward
+from . import forward_persistent as hopper_long
 
 if TYPE_CHECKING:
-    from .launch import Call
+    from ..launch import Call
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}

@@ -13,9 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import hopper, softmax, tiles
-from .config import HOPPER_COUNTS
-from .hopper_rows import EXACT_STEPS, delta_of_keys, rows_of
+from .. import softmax, tiles
+from ..config import HOPPER_COUNTS
+from . import pipeline as hopper
+from .backward_preprocess import EXACT_STEPS, delta_of_keys, rows_of
 
 
 @gluon.jit

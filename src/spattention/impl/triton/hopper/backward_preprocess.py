@@ -8,8 +8,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import hopper, softmax, tiles
-from .config import HOPPER_COUNTS
+from .. import softmax, tiles
+from ..config import HOPPER_COUNTS
+from . import pipeline as hopper
 
 # Blocks of keys up to which delta is their sum: both buffers of the ring of `query_gradient`.
 EXACT_STEPS = gl.constexpr(2)

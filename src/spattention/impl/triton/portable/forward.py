@@ -13,8 +13,8 @@ from there.
 import triton
 import triton.language as tl
 
-from . import memory, softmax, tiles
-from .config import COUNTS
+from .. import memory, softmax, tiles
+from ..config import COUNTS
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import memory
-from .config import block_d
-from .kernel import Kernel, kinds
-from .launch import on_device, unit_rows
-from .op import register
+from .. import memory
+from ..compiled import Kernel, kinds
+from ..config import block_d
+from ..launch import on_device, unit_rows
+from ..op import register
 
 BLOCK_N = 32  # tokens
 
