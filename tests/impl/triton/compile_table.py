@@ -28,8 +28,10 @@ import triton
 
 import spattention as spa
 from spattention.impl import triton as kernels
-from spattention.impl.triton.decode import append as store
-from tests.impl.triton.without_gpu import hopper, plans
+from spattention.impl.triton.decode import append
+from spattention.impl.triton.hopper import TileOrder
+from tests.gpu.plans import changed_plans
+from tests.impl.triton.without_gpu import launches_to
 
 ROOT = Path(__file__).parents[3]
 TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
@@ -98,7 +100,7 @@ def decode(dtype: torch.dtype, head_dim: int, queries: int, key_heads: int, **op
 def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
     kept = spa.BandStore(TWO, 1, key_heads, head_dim, dtype=dtype, slack=16)
     key, value = torch.zeros(2, 1, key_heads, queries, head_dim, dtype=dtype)
-    store.write(key, value, kept.keys, kept.values, kept.position, kept.offsets, kept.lengths)
+    append.write(key, value, kept.keys, kept.values, kept.position, kept.offsets, kept.lengths)
     kernels.attend_rings(
         torch.zeros(1, 8, queries, head_dim, dtype=dtype),
         kept.keys,
@@ -123,13 +125,15 @@ def forms() -> Iterator[tuple[str, Any]]:
             "grouped, sinks": {"pattern": TWO, **grouped},
         }
         for variant, options in variants.items():
-            for plan in ((1, False, False), (0, True, True)):
-                shape = ", persistent, split" if plan[1] else ""
+            for persistent in (False, True):
+                order = TileOrder.HEAD_MAJOR if persistent else TileOrder.ROUND_ROBIN
+                plan = {"order": order, "persistent": persistent, "split_backward": persistent}
 
                 def call(options: Any = options, head_dim: int = head_dim, plan: Any = plan):
-                    with plans(*plan):
+                    with changed_plans(**plan):
                         train(head_dim=head_dim, **options)
 
+                shape = ", persistent, split" if persistent else ""
                 yield f"hopper D{head_dim}, {variant}{shape}", call
     start = torch.zeros(1, 256, dtype=torch.int32)
     first = torch.zeros(1, dtype=torch.int32)
@@ -211,7 +215,7 @@ def compile_form(name: str, call: Any, codes: bool) -> list[Compiled]:
             )
         )
 
-    with hopper(launched):
+    with launches_to(launched):
         call()
     return found
 

@@ -17,9 +17,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from spattention.impl.triton import config, launch, op
-from spattention.impl.triton.compiled import Kernel
+from spattention.impl.triton import call, op
+from spattention.impl.triton.compiled import CompiledKernelCache
+from spattention.impl.triton.constants import ConstantCache
 from spattention.impl.triton.decode import launch as decode_launch
+from spattention.impl.triton.hopper import planning
 
 TARGET = GPUTarget("cuda", 90, 32)
 DRIVER = SimpleNamespace(
@@ -31,37 +33,29 @@ Launch = Callable[..., None]
 
 
 @contextmanager
-def hopper(launched: Launch) -> Iterator[None]:
-    """Call `launched(kernel, programs, depends, *arguments, **constants)` for every launch."""
+def launches_to(launched: Launch, compute_capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Call `launched(kernel, programs, specialization_key, *arguments, **constants)` for every
+    launch; the rules choose what a GPU of this capability would get.
+    """
     triton.runtime.driver.set_active(DRIVER)
 
     def capability(device: torch.device) -> tuple[int, int]:
-        return (9, 0)
+        return compute_capability
 
     def properties(device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(multi_processor_count=132)
 
-    def call(self: Kernel, *arguments: Any, **constants: Any) -> None:
+    def launch(self: CompiledKernelCache, *arguments: Any, **constants: Any) -> None:
         launched(self, *arguments, **constants)
 
     with (
-        mock.patch.object(Kernel, "__call__", call),
+        mock.patch.object(CompiledKernelCache, "__call__", launch),
         mock.patch.object(op, "INTERPRETED", True),  # so that tensors of the CPU are taken
-        mock.patch.object(config, "HOPPER_TRITON", triton.__version__),
-        mock.patch.object(launch, "compute_capability", capability),
+        mock.patch.object(planning, "TRITON_VERSIONS", (triton.__version__,)),
+        mock.patch.object(call, "compute_capability", capability),
         mock.patch.object(decode_launch, "compute_capability", capability),
+        mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
-    ):
-        yield
-
-
-@contextmanager
-def plans(order: int, persistent: bool, split_backward: bool) -> Iterator[None]:
-    """What the rules choose for larger calls, for every call."""
-    with (
-        mock.patch.object(launch, "order", return_value=order),
-        mock.patch.object(launch, "is_long", return_value=persistent),
-        mock.patch.object(launch, "is_apart", return_value=split_backward),
     ):
         yield

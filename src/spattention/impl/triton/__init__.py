@@ -23,7 +23,7 @@ import torch
 
 from ...bands import BandPattern
 from . import op
-from .decode import append as store
+from .decode import append
 from .decode import op as decode_op
 from .decode.op import MAX_QUERIES
 from .op import refusal
@@ -117,7 +117,7 @@ def write_rings(
 ) -> None:
     """The next tokens of a `BandStore`, `[B, Hkv, n, D]`, in place. The rest are the store's, as
     before these tokens."""
-    store.write(key, value, keys, values, position, offsets, lengths)
+    append.write(key, value, keys, values, position, offsets, lengths)
 
 
 def attend_varlen(

@@ -1,4 +1,4 @@
-"""Launching a kernel that has been compiled before, without Triton's search for it."""
+"""Launching a kernel that was compiled before, without Triton's lookup."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ from typing import Any
 
 import torch
 
-MAX_KEPT = 1024  # compiled forms of a kernel; after so many, all are looked up anew
+MAX_COMPILED = 1024  # compiled forms of a kernel; beyond that, all are looked up again
 
 
-class Kernel:
-    """A kernel of Triton's, whose compiled forms are kept by what the caller says they depend on.
+class CompiledKernelCache:
+    """A Triton kernel with the compiled forms of earlier calls.
 
-    Triton finds the compiled form by examining every argument of every call, which for thirty
-    arguments takes longer than the launch. A call with the same `depends` and the same constants
-    runs what the first one ran.
+    Triton finds a compiled form by examining every argument of every call, which takes longer than
+    the launch. A call with the same specialization key and the same constants launches what the
+    first one launched.
 
     Args:
-        function: the function that `triton.jit` or `gluon.jit` gave.
+        function: the function that `triton.jit` or `gluon.jit` returned.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self.kept: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        self.compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
-    def __call__(self, programs: int, depends: Hashable, *arguments: Any, **constants: Any) -> None:
+    def __call__(
+        self, programs: int, specialization_key: Hashable, *arguments: Any, **constants: Any
+    ) -> None:
         """Launch on the current device and stream.
 
         Args:
-            programs: how many.
-            depends: of the arguments, all that may choose a compiled form: the device, `kinds` of
-                the tensors, and every int that is not among the kernel's `do_not_specialize`.
-            arguments: in the kernel's order.
+            programs: number of programs.
+            specialization_key: everything about the arguments that may select a compiled form: the
+                device, `specialization` of the tensors, and every int that is not among the
+                kernel's `do_not_specialize`.
+            arguments: the kernel's arguments, in order.
             constants: its compile-time arguments, and Triton's options.
         """
-        key = (depends, *constants.values())
-        found = self.kept.get(key)
+        key = (specialization_key, *constants.values())
+        found = self.compiled.get(key)
         if found is not None:
-            compiled, rest = found
-            compiled[(programs, 1, 1)](*arguments, *rest)
+            kernel, rest = found
+            kernel[(programs, 1, 1)](*arguments, *rest)
             return
-        compiled = self.function[(programs,)](*arguments, **constants)
-        if compiled is None:  # Triton's interpreter
+        kernel = self.function[(programs,)](*arguments, **constants)
+        if kernel is None:  # Triton's interpreter
             return
-        if len(self.kept) >= MAX_KEPT:
-            self.kept.clear()
+        if len(self.compiled) >= MAX_COMPILED:
+            self.compiled.clear()
         names = self.function.arg_names[len(arguments) :]
-        self.kept[key] = compiled, tuple(constants[name] for name in names)
+        self.compiled[key] = kernel, tuple(constants[name] for name in names)
 
 
-def kinds(*tensors: torch.Tensor | None) -> tuple[Hashable, ...]:
-    """What a compiled form depends on: per tensor its dtype and alignment."""
+def specialization(*tensors: torch.Tensor | None) -> tuple[Hashable, ...]:
+    """What a compiled form depends on: dtype and alignment of each tensor."""
     return tuple(
         None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors
     )

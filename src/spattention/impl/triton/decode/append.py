@@ -1,65 +1,80 @@
 # mypy: allow-untyped-defs
-"""The newest tokens into the rings of a `BandStore`, in one launch: `spattention::triton_store`.
+"""Write new tokens into the rings of a `BandStore`, in one launch: `spattention::triton_store`.
 
-An operator of its own, because a compiler that functionalises indexed writes may copy the store to
-do so.
+It is an operator because a compiler that functionalises indexed writes may copy the store.
 
-B  rows        C  key/value heads        n  tokens        N  tokens of a block        D  head_dim
+B  batch        C  key/value heads        n  tokens        N  tokens of a block        D  head_dim
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import memory
-from ..compiled import Kernel, kinds
+from ..arguments import Form, heads
+from ..call import ensure_inner_contiguous, on_device
+from ..compiled import CompiledKernelCache, specialization
 from ..config import block_d
-from ..launch import on_device, unit_rows
-from ..op import register
+from ..library import register
 
 BLOCK_N = 32  # tokens
 
 
+class Rings(NamedTuple):
+    """A store's buffer `[B, slots, D]`, the next position of each batch entry `[B]`, and first slot
+    and length of each head's ring `[C]`.
+    """
+
+    buffer: Any
+    stride_b: Any
+    stride_t: Any
+    position: Any
+    offsets: Any
+    lengths: Any
+
+
+class AppendCounts(NamedTuple):
+    """Sizes of a call."""
+
+    n_heads: Any
+    n_tokens: Any
+    n_blocks: Any
+
+
 @triton.jit
-def store_kernel(
-    p_token,  # [B, C, n, D]
-    p_rings,  # [B, slots, D]
-    p_position,  # [B], of the first token
-    p_offset,  # [C]
-    p_length,  # [C]
-    token_row_stride,
-    token_head_stride,
-    token_stride,
-    ring_row_stride,
-    ring_stride,
-    heads,
-    tokens,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def append_kernel(
+    tokens,  # Heads, [B, C, n, D]
+    rings,
+    counts,
+    FORM: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = FORM.BLOCK_N
     program = tl.program_id(0).to(tl.int64)
-    head = program // blocks % heads
-    row = program // blocks // heads
-    length = tl.load(p_length + head)
-    # The last tokens that the ring holds: of two for one slot only the later is written.
-    first = tl.maximum(tokens - length, 0)
-    o_token = first + program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    if first + program % blocks * BLOCK_N < tokens:
-        o_slot = (tl.load(p_position + row) + o_token) % length + tl.load(p_offset + head)
-        p_from = p_token + row * token_row_stride + head * token_head_stride
-        m_token = o_token < tokens
-        b_token = memory.gather_rows(p_from, o_token, m_token, token_stride, HEAD_DIM, BLOCK_D)
-        o_dim = tl.arange(0, BLOCK_D)
-        m_token = m_token[:, None] & (o_dim < HEAD_DIM)[None, :]
-        p_to = p_rings + row * ring_row_stride + o_slot[:, None] * ring_stride + o_dim[None, :]
-        tl.store(p_to, b_token, mask=m_token)
+    n_tokens, n_blocks = counts.n_tokens, counts.n_blocks
+    head = program // n_blocks % counts.n_heads
+    batch = program // n_blocks // counts.n_heads
+    length = tl.load(rings.lengths + head)
+    # The last tokens that fit the ring: of two for one slot only the later is written.
+    first = tl.maximum(n_tokens - length, 0)
+    o_token = first + program % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    if first + program % n_blocks * BLOCK_N < n_tokens:
+        offset = tl.load(rings.offsets + head)
+        o_slot = (tl.load(rings.position + batch) + o_token) % length + offset
+        p_tokens = tokens.pointer + batch * tokens.stride_b + head * tokens.stride_h
+        m_token = o_token < n_tokens
+        b_token = memory.gather_tokens(p_tokens, o_token, m_token, tokens.stride_t, FORM)
+        o_dim = tl.arange(0, FORM.BLOCK_D)
+        m_token = m_token[:, None] & (o_dim < FORM.HEAD_DIM)[None, :]
+        p_buffer = rings.buffer + batch * rings.stride_b
+        p_slots = p_buffer + o_slot[:, None] * rings.stride_t + o_dim[None, :]
+        tl.store(p_slots, b_token, mask=m_token)
 
 
-_store = Kernel(store_kernel)
+_append = CompiledKernelCache(append_kernel)
 
 
 def _write(
@@ -71,46 +86,44 @@ def _write(
     offsets: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """Tokens `[B, Hkv, n, D]` at positions from `position` on; the rest as in `BandStore`, whose
-    buffers have contiguous rows.
+    """Write tokens `[B, Hkv, n, D]` at positions from `position` on; the rest as in `BandStore`,
+    whose buffers are contiguous in D.
     """
-    batch, heads, tokens = key.shape[:3]
-    if batch * heads * tokens == 0:
+    batch, n_heads, n_tokens = key.shape[:3]
+    if batch * n_heads * n_tokens == 0:
         return
-    block = min(BLOCK_N, triton.next_power_of_2(tokens))
-    blocks = triton.cdiv(tokens, block)
+    block = min(BLOCK_N, triton.next_power_of_2(n_tokens))
+    counts = AppendCounts(n_heads, n_tokens, triton.cdiv(n_tokens, block))
     with on_device(key.device):
-        for rows, rings in ((key, keys), (value, values)):
-            rows, head_dim = unit_rows(rows), rows.shape[-1]
-            numbers = (*rows.stride()[:3], *rings.stride()[:2], heads, tokens, blocks)
-            pointers = (rows, rings, position, offsets, lengths)
-            _store(
-                batch * heads * blocks,
-                (key.device, kinds(*pointers), numbers),
-                *pointers,
-                *numbers,
-                HEAD_DIM=head_dim,
-                BLOCK_D=block_d(head_dim),
-                BLOCK_N=block,
+        for tokens, buffer in ((key, keys), (value, values)):
+            tokens, head_dim = ensure_inner_contiguous(tokens), tokens.shape[-1]
+            token_heads = heads(tokens)
+            stride_b, stride_t, _ = buffer.stride()
+            rings = Rings(buffer, stride_b, stride_t, position, offsets, lengths)
+            _append(
+                batch * n_heads * counts.n_blocks,
+                (
+                    key.device,
+                    specialization(tokens, buffer, position, offsets, lengths),
+                    token_heads[1:],
+                    rings[1:3],
+                    counts,
+                ),
+                token_heads,
+                rings,
+                counts,
+                FORM=Form(head_dim, block_d(head_dim), BLOCK_N=block),
                 num_warps=1 if block == 1 else 4,
             )
 
 
-def _fake_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    offsets: torch.Tensor,
-    lengths: torch.Tensor,
-) -> None:
+def _fake_write(*inputs: Any) -> None:
     return None
 
 
 write = register(
     "triton_store",
-    "Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+    "(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
     "Tensor offsets, Tensor lengths) -> ()",
     _write,
     _fake_write,

@@ -1,4 +1,4 @@
-"""From tensors to the two launches of decoding: chunks of the bands, strides and grids."""
+"""The two launches of decoding, and the chunks that a pattern's bands are cut into."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..compiled import Kernel, kinds
-from ..config import BLOCK_P, DecodeLaunch, block_d, decode_launch
-from ..launch import (
-    LONGEST,
-    check_start,
+from ..arguments import Form, Heads, heads
+from ..call import (
+    MAX_POSITION,
+    check_query_start,
     compute_capability,
-    constant,
     on_device,
-    scaled,
+    softmax_scale,
     start_strides,
 )
-from .kernels import chunk_kernel, join_kernel
+from ..compiled import CompiledKernelCache, specialization
+from ..config import block_d
+from ..constants import ConstantCache, int32_table
+from .config import BLOCK_P, DecodeLaunch, decode_launch
+from .kernels import DecodeCounts, DecodePositions, chunk_kernel, combine_kernel
 
 Union = list[tuple[int, int]]
 
-_chunk = Kernel(chunk_kernel)
-_join = Kernel(join_kernel)
+_chunk = CompiledKernelCache(chunk_kernel)
+_combine = CompiledKernelCache(combine_kernel)
 
 
-class Plan(NamedTuple):
+class DecodePlan(NamedTuple):
     """What is the same in every call with a pattern, a batch size and a number of queries.
 
     Args:
         launch: of the chunks.
         bands: int32 `[H, 4]` on the device, near, far, near, far; a missing interval is empty.
         chunks: int32 `[chunks, 4]` on the device, `key head, near, far, 0`, in distances from the
-            newest query; those of a key/value head stand together.
-        ranges: int32 `[Hkv + 1]` on the device, where those of each key/value head begin.
-        n_chunks: all of them.
-        two_bands: whether some head has two intervals.
+            newest query; those of a key/value head are consecutive.
+        ranges: int32 `[Hkv + 1]` on the device, the first chunks of each key/value head.
+        n_chunks: number of chunks.
+        n_intervals: intervals of the fullest head, 1 or 2.
     """
 
     launch: DecodeLaunch
@@ -45,37 +47,45 @@ class Plan(NamedTuple):
     chunks: torch.Tensor
     ranges: torch.Tensor
     n_chunks: int
-    two_bands: bool
+    n_intervals: int
 
 
-# Pure constants, as the table in launch.py is.
-_plans: dict[tuple[Any, ...], Plan] = {}
+class DecodeTensors(NamedTuple):
+    """Tensors of a call; it writes `out`, and `lse` `[B, H, Q]`.
 
-
-def plan(
-    intervals: Sequence[int],
-    key_heads: int,
-    queries: int,
-    batch: int,
-    itemsize: int,
-    head_dim: int,
-    device: torch.device,
-) -> Plan:
-    """Made once per combination. Raises RuntimeError if that would be inside the capture of a CUDA
-    graph, where the copy to the device is not allowed.
+    `key` and `value` are `[B, Hkv, K, D]`, or the `[B, slots, D]` buffers of a store.
     """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    sinks: torch.Tensor | None
+
+
+_plans = ConstantCache[DecodePlan](max_entries=1024)
+
+
+def plan(query: torch.Tensor, intervals: Sequence[int], key_heads: int) -> DecodePlan:
+    """The plan for queries `[B, H, Q, D]`, made once per combination.
+
+    Raises RuntimeError for a first call inside the capture of a CUDA graph, where the copy to the
+    device is not allowed.
+    """
+    batch, n_heads, queries, head_dim = query.shape
+    itemsize, device = query.element_size(), query.device
     key = (tuple(intervals), key_heads, queries, batch, itemsize, head_dim, device)
-    found = _plans.get(key)
-    if found is None:
+
+    def make() -> DecodePlan:
         multiprocessors = 1
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         capability = compute_capability(device)
-        heads = len(intervals) // 4
-        launch = decode_launch(itemsize, head_dim, heads // key_heads * queries, capability)
-        found = make_plan(launch, key[0], key_heads, queries, batch, multiprocessors, device)
-        _plans[key] = found
-    return found
+        launch = decode_launch(itemsize, head_dim, n_heads // key_heads * queries, capability)
+        return make_plan(launch, key[0], key_heads, queries, batch, multiprocessors, device)
+
+    return _plans.get(key, device, make)
 
 
 def make_plan(
@@ -86,9 +96,9 @@ def make_plan(
     batch: int,
     multiprocessors: int,
     device: torch.device,
-) -> Plan:
+) -> DecodePlan:
     """A plan for any launch."""
-    unions = reached(intervals, key_heads, queries)
+    unions = visible_distances(intervals, key_heads, queries)
     keys = sum(far - near for union in unions for near, far in union)
     longest = launch.chunk(keys * batch, multiprocessors)
     chunks, ranges = [], [0]
@@ -96,23 +106,23 @@ def make_plan(
         chunks += [[key_head, *part, 0] for near, far in union for part in cut(near, far, longest)]
         ranges.append(len(chunks))
 
-    def table(rows: list[Any], width: int) -> torch.Tensor:
-        return constant(rows, device).view(-1, width)
+    def table(entries: list[Any], width: int) -> torch.Tensor:
+        return int32_table(entries, device).view(-1, width)
 
-    bands = [min(edge, LONGEST) for edge in intervals]
-    return Plan(
+    bands = [min(edge, MAX_POSITION) for edge in intervals]
+    return DecodePlan(
         launch,
         table(bands, 4),
         table(chunks, 4),
         table(ranges, 1),
         len(chunks),
-        two_bands=any(intervals[3::4]),
+        n_intervals=2 if any(intervals[3::4]) else 1,
     )
 
 
-def reached(intervals: tuple[int, ...], key_heads: int, queries: int) -> list[Union]:
-    """Per key/value head the distances from the newest query at which some query of its group sees
-    a key: sorted intervals that are apart.
+def visible_distances(intervals: tuple[int, ...], key_heads: int, queries: int) -> list[Union]:
+    """Per key/value head, the distances from the newest query at which some query of its group sees
+    a key: sorted, disjoint intervals.
     """
     group = len(intervals) // 4 // key_heads
     unions = []
@@ -122,7 +132,7 @@ def reached(intervals: tuple[int, ...], key_heads: int, queries: int) -> list[Un
         for near, far in sorted(zip(edges[::2], edges[1::2])):
             if near >= far:
                 continue
-            end = min(far, LONGEST) + queries - 1
+            end = min(far, MAX_POSITION) + queries - 1
             if union and near <= union[-1][1]:
                 union[-1] = (union[-1][0], max(union[-1][1], end))
             else:
@@ -139,98 +149,95 @@ def cut(near: int, far: int, longest: int) -> Union:
 
 
 def launch_decode(
-    made: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    made: DecodePlan,
+    tensors: DecodeTensors,
+    positions: DecodePositions,
     scale: float,
     query_start: int,
-    query_starts: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    lengths: torch.Tensor | None,
 ) -> None:
-    """Writes `out` and `lse`; arguments as in `decode_op`."""
-    check_start(query_start)
-    batch, heads, queries, head_dim = query.shape
-    key_heads = made.ranges.shape[0] - 1
-    group = heads // key_heads
+    """Launch both kernels; fills `out` and `lse`. Positions and scale as in `op.py`."""
+    check_query_start(query_start)
+    query, key, value, out, lse, sinks = tensors
+    batch, n_heads, queries, head_dim = query.shape
+    group = n_heads // (made.ranges.shape[0] - 1)
     rows, launch = group * queries, made.launch
     precise = query.dtype == torch.float32
     part = lse.new_empty((batch, made.n_chunks, rows, head_dim))
     part_lse = lse.new_empty((batch, made.n_chunks, rows))
-    if offsets is None:
-        strides = (*key.stride()[:3], *value.stride()[:3])
-    else:
-        strides = (key.stride(0), 0, key.stride(1), value.stride(0), 0, value.stride(1))
     blocks = -(-rows // launch.block_m)
+    counts = DecodeCounts(
+        *start_strides(positions.query_start, positions.key_start),
+        made.n_chunks,
+        blocks,
+        n_heads,
+        group,
+        queries,
+        key.shape[-2],
+        query_start,
+    )
     with on_device(query.device):
         if made.n_chunks:
-            starts = start_strides(query_starts, key_start)
             _chunk(
                 made.n_chunks * blocks * batch,
                 (
                     query.device,
-                    kinds(query, key, value, query_starts, key_start, offsets, lengths),
+                    specialization(query, key, value, *positions),
                     query.stride(),
-                    strides,
-                    starts,
+                    key.stride(),
+                    value.stride(),
+                    counts[:3],
                 ),
-                query,
-                key,
-                value,
+                heads(query),
+                _key_heads(key),
+                _key_heads(value),
                 part,
                 part_lse,
                 made.chunks,
                 made.bands,
-                query_starts,
-                key_start,
-                offsets,
-                lengths,
-                *query.stride()[:3],
-                *strides,
-                *starts,
-                made.n_chunks,
-                blocks,
-                group,
-                queries,
-                key.shape[-2],
-                query_start,
-                scaled(scale, precise),
-                HEAD_DIM=head_dim,
-                BLOCK_D=block_d(head_dim),
-                BLOCK_M=launch.block_m,
-                BLOCK_N=launch.block_n,
-                STAGES=launch.num_stages,
-                INTERVALS=2 if made.two_bands else 1,
-                RINGS=offsets is not None,
-                START_ON_DEVICE=query_starts is not None,
-                HAS_KEY_START=key_start is not None,
-                PRECISE=precise,
+                positions,
+                *counts,
+                softmax_scale(scale, precise),
+                FORM=Form(
+                    HEAD_DIM=head_dim,
+                    BLOCK_D=block_d(head_dim),
+                    BLOCK_M=launch.block_m,
+                    BLOCK_N=launch.block_n,
+                    STAGES=launch.num_stages,
+                    INTERVALS=made.n_intervals,
+                    RINGS=positions.ring_offsets is not None,
+                    START_ON_DEVICE=positions.query_start is not None,
+                    HAS_KEY_START=positions.key_start is not None,
+                    PRECISE=precise,
+                ),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-        _join(
-            batch * heads * queries,
-            (query.device, kinds(out, lse, sinks), out.stride()),
+        _combine(
+            batch * n_heads * queries,
+            (query.device, specialization(out, lse, sinks), out.stride()),
             part,
             part_lse,
-            out,
+            heads(out),
             lse,
             sinks,
             made.ranges,
-            *out.stride()[:3],
             made.n_chunks,
-            heads,
+            n_heads,
             group,
             queries,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d(head_dim),
-            BLOCK_P=BLOCK_P,
-            HAS_SINKS=sinks is not None,
-            PRECISE=precise,
+            FORM=Form(
+                HEAD_DIM=head_dim,
+                BLOCK_D=block_d(head_dim),
+                BLOCK_N=BLOCK_P,
+                HAS_SINKS=sinks is not None,
+                PRECISE=precise,
+            ),
             num_warps=4,
         )
+
+
+def _key_heads(tensor: torch.Tensor) -> Heads:
+    """The kernel argument of keys or values, dense or in rings."""
+    if tensor.dim() == 4:
+        return heads(tensor)
+    return Heads(tensor, tensor.stride(0), 0, tensor.stride(1))

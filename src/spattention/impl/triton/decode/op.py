@@ -6,13 +6,15 @@ It has no gradient: training runs `spattention::triton_forward`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ...layout import empty_like_query
-from ..launch import unit_rows
-from ..op import register
-from .launch import launch_decode, plan
+from ..call import ensure_inner_contiguous
+from ..library import register
+from .kernels import DecodePositions
+from .launch import DecodeTensors, launch_decode, plan
 
 MAX_QUERIES = 16
 
@@ -24,7 +26,7 @@ def _decode(
     intervals: Sequence[int],
     scale: float,
     query_start: int,
-    query_starts: torch.Tensor | None,
+    query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
     offsets: torch.Tensor | None,
@@ -37,65 +39,35 @@ def _decode(
         key, value: `[B, Hkv, K, D]`; of a store `[B, slots, D]`, with `offsets` and `lengths`.
         intervals: the bands, `BandPattern.flat`.
         scale: factor of the scores.
-        query_start: position of the first query; used when `query_starts` is None.
-        query_starts: the same as int32 `[]` or `[B]`, read on the device. Of a store int64 `[B]`,
-            its tokens, the queries among them.
+        query_start: position of the first query; used when `query_start_tensor` is None.
+        query_start_tensor: the same as int32 `[]` or `[B]`, read on the device. Of a store int64
+            `[B]`, its number of tokens, the queries among them.
         key_start: int32 `[B]` or `[B, Q]`.
         sinks: `[H]`.
         offsets, lengths: int64 `[Hkv]`, first slot and slots of the ring of each key/value head,
             with `far + Q - 1` slots or more, far the farthest distance of its group.
     """
-    out, lse = _results(query)
+    out, lse = _fake_decode(query)
     if out.numel() == 0:
         return out, lse
-    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
-    batch, _, queries, head_dim = query.shape
-    key_heads = key.shape[1] if offsets is None else offsets.shape[0]
-    made = plan(intervals, key_heads, queries, batch, query.element_size(), head_dim, query.device)
-    launch_decode(
-        made,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        scale,
-        query_start,
-        query_starts,
-        key_start,
-        sinks,
-        offsets,
-        lengths,
-    )
+    query, key, value = (ensure_inner_contiguous(tensor) for tensor in (query, key, value))
+    made = plan(query, intervals, key.shape[1] if offsets is None else offsets.shape[0])
+    tensors = DecodeTensors(query, key, value, out, lse, sinks)
+    positions = DecodePositions(query_start_tensor, key_start, offsets, lengths)
+    launch_decode(made, tensors, positions, scale, query_start)
     return out, lse
 
 
-def _fake_decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    intervals: Sequence[int],
-    scale: float,
-    query_start: int,
-    query_starts: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _results(query)
-
-
-def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_decode(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     return empty_like_query(query, query.shape[3]), lse
 
 
 decode = register(
     "triton_decode",
-    "Tensor query, Tensor key, Tensor value, int[] intervals, float scale, SymInt query_start, "
-    "Tensor? query_starts, Tensor? key_start, Tensor? sinks, Tensor? offsets, Tensor? lengths) -> "
-    "(Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, int[] intervals, float scale, SymInt query_start, "
+    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, Tensor? offsets, "
+    "Tensor? lengths) -> (Tensor, Tensor)",
     _decode,
     _fake_decode,
 )

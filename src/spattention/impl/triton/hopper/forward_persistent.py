@@ -1,21 +1,21 @@
 # mypy: allow-untyped-defs
-"""Forward pass on Hopper where queries see thousands of keys: `hopper_forward.py` with blocks of
-128 queries.
+"""Persistent forward pass on Hopper for queries that see thousands of keys: `forward.py` with
+blocks of 128 queries and specialised warps.
 
-Half as many programs read every key and value: with blocks of 64, bringing them from the cache is
-what bounds long bands. The warps of a program have parts of their own. One warp, the loader, brings
-blocks of keys and values into rings; two warpgroups, the readers, own 64 queries each and share
-what it brings. Barriers say when a buffer of a ring is full (the copy is done) and when it is free
-again (the readers are done). A program stays on its multiprocessor and takes one block of queries
-after the other, so that the loader is already ahead in the next one while the readers write their
-results.
+With blocks of 64, fetching keys and values from the L2 cache is what bounds long bands; here half
+as many programs read each of them. One producer warp copies blocks of keys and values into rings.
+Two consumer warpgroups own 64 queries each and share these blocks. A program stays on its
+multiprocessor and takes one block of queries after the other. The producer is therefore already in
+the next block of queries while the consumers store their results.
 
-    M = 64 queries of a reader   N = BLOCK_N keys of a block   D head_dim
+    M = 64 queries of a consumer   N = BLOCK_N keys of a block   D head_dim
     n  counts the blocks of keys that a program went through, in all its blocks of queries
 
-Each reader works on the keys that its own queries see, a part of those that the block sees
-(`own_steps`), and passes over the others.
+Each consumer works on the blocks of keys that its own queries see (`own_steps`), a part of those
+that the program's queries see, and skips the others.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,334 +26,314 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .. import softmax, tiles
-from ..config import HOPPER_COUNTS
-from . import pipeline as hopper
-from .forward import masked
+from .. import scheduler, softmax, tiles
+from . import arguments, memory, pipeline
+from .forward import init_softmax, mask_scores
 
 ROWS = gl.constexpr(64)
-READERS = gl.constexpr(2)
+CONSUMERS = gl.constexpr(2)
 
 
-@gluon.jit
-def block_of(tile, p_bands, counts, BLOCK_N: gl.constexpr, INTERVALS: gl.constexpr):
-    """`(batch, bands, first, last, walk)` of a program's block of queries, the `tile`-th of all."""
-    n_slots, n_batch, n_heads, _, n_queries, n_keys = counts
-    BLOCK_M: gl.constexpr = READERS * ROWS
-    place, rank = tiles.turn(tile, n_slots, n_batch * n_heads, 0)
-    bands = tiles.bands_of(p_bands, place // n_batch)
-    first = tiles.query_slot(rank, bands[1], n_slots, BLOCK_M) * BLOCK_M
-    last = min(first + BLOCK_M, n_queries) - 1
-    walk = tiles.key_walk(bands, first, last, 0, n_keys, BLOCK_N, INTERVALS)
-    return place % n_batch, bands, first, last, walk
+class Work(NamedTuple):
+    """What the consumers share: results and tables, rings, sizes."""
+
+    out: Any
+    p_lse: Any
+    p_bands: Any
+    p_sinks: Any
+    query_ring: Any
+    key_ring: Any
+    value_ring: Any
+    counts: Any
+    n_tiles: Any
+    scale: Any
 
 
-@gluon.jit
-def own_steps(walk, bands, first, last, n_keys, BLOCK_N: gl.constexpr, INTERVALS: gl.constexpr):
-    """A reader's steps among those of `walk`: `(front, count_0, gap, count_1)`. Its step s is the
-    walk's step `s + front` if `s < count_0`, else `s + gap`.
+class OwnSteps(NamedTuple):
+    """A consumer's steps among those of its program: its step s is the program's step `s + before`
+    if `s < count_0`, else `s + gap`.
     """
-    begin_0, _, steps_0, begin_1, _, _ = walk
-    _, near_0, far_0, near_1, far_1 = bands
-    low, high = tiles.key_range(first, last, near_0, far_0, 0, n_keys)
+
+    before: Any
+    count_0: Any
+    gap: Any
+    count_1: Any
+
+
+class Progress(NamedTuple):
+    """How far a consumer is: blocks of keys before this block of queries, the blocks of keys of
+    this one, and its place in the ring of queries.
+    """
+
+    done: Any
+    n_steps: Any
+    n_query: Any
+
+
+@gluon.jit
+def tile_at(n, p_bands, counts, FORM: gl.constexpr):
+    """The n-th `QueryTile` of all heads."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    n_batch, n_blocks = counts.n_batch, counts.n_query_blocks
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
+    head_batch, rank = scheduler.work_tile(
+        n, n_blocks, n_batch * counts.n_heads, scheduler.HEAD_MAJOR
+    )
+    bands = tiles.load_bands(p_bands, head_batch // n_batch)
+    block = scheduler.query_block(rank, bands.near_0, n_blocks, BLOCK_M)
+    return arguments.query_tile(
+        head_batch % n_batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS
+    )
+
+
+@gluon.jit
+def own_steps(keys, bands, first, last, n_keys, FORM: gl.constexpr):
+    """The `OwnSteps` of the queries at `first .. last` in the `BlockRange` of a program."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    low, high = tiles.key_range(first, last, bands.near_0, bands.far_0, 0, n_keys)
     high = gl.where(first <= last, high, low)
-    front, count_0 = tiles.steps_within(begin_0, low, high, BLOCK_N)
-    front_1, count_1 = 0, 0
-    if INTERVALS == 2:
-        low, high = tiles.key_range(first, last, near_1, far_1, 0, n_keys)
+    before, count_0 = tiles.blocks_within(keys.start_0, low, high, BLOCK_N)
+    before_1, count_1 = 0, 0
+    if FORM.INTERVALS == 2:
+        low, high = tiles.key_range(first, last, bands.near_1, bands.far_1, 0, n_keys)
         high = gl.where(first <= last, high, low)
-        front_1, count_1 = tiles.steps_within(begin_1, low, high, BLOCK_N)
-    return front, count_0, steps_0 + front_1 - count_0, count_1
+        before_1, count_1 = tiles.blocks_within(keys.start_1, low, high, BLOCK_N)
+    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1)
 
 
 @gluon.jit
-def fill(t_rows, batch, head, start, ring, n):
-    """Block `n` on its way into its buffer, as soon as that is free."""
-    s_blocks, full, free = ring
-    SLOTS: gl.constexpr = s_blocks.shape[0]
-    hopper.freed(free, n)
-    barrier = full.index(n % SLOTS)
-    mbarrier.expect(barrier, s_blocks.shape[1] * s_blocks.shape[2] * 2)
-    hopper.copy(t_rows, batch, head, start, barrier, s_blocks.index(n % SLOTS), True)
+def fill(t_tensor, batch, head, start, ring, n):
+    """Start to copy block `n` into its buffer as soon as that is free."""
+    STAGES: gl.constexpr = ring.buffers.shape[0]
+    pipeline.producer_acquire(ring.empty, n)
+    barrier = ring.full.index(n % STAGES)
+    mbarrier.expect(barrier, ring.buffers.shape[1] * ring.buffers.shape[2] * 2)
+    s_buffer = ring.buffers.index(n % STAGES)
+    pipeline.copy_tokens(t_tensor, batch, head, start, barrier, s_buffer, True)
 
 
 @gluon.jit
-def load(
-    t_query,
-    t_key,
-    t_value,
-    p_bands,
-    rings,
-    counts,
-    n_tiles,
-    BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
-):
-    """The loader: queries, keys and values of one block after the other."""
-    queries, keys, values = rings
-    group = counts[3]
+def produce(t_query, t_key, t_value, work, FORM: gl.constexpr):
+    """The producer warp: queries, keys and values of one block of queries after the other."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    counts = work.counts
     n = 0
-    n_queries = 0  # pairs of blocks of queries
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        batch, bands, first, _, walk = block_of(tile, p_bands, counts, BLOCK_N, INTERVALS)
-        head = bands[0]
-        n_steps = tiles.steps_of(walk)
+    n_tile = 0  # tiles whose queries were copied
+    for index in range(gl.program_id(0), work.n_tiles, gl.num_programs(0)):
+        tile = tile_at(index, work.p_bands, counts, FORM)
+        head = tile.bands.head
+        n_steps = tiles.total_blocks(tile.keys)
         if n_steps > 0:
-            for reader in gl.static_range(READERS):
-                start = first + reader * ROWS
-                fill(t_query, batch, head, start, queries, n_queries * READERS + reader)
-            n_queries += 1
+            for consumer in gl.static_range(CONSUMERS):
+                start = tile.first + consumer * ROWS
+                n_query = n_tile * CONSUMERS + consumer
+                fill(t_query, tile.batch, head, start, work.query_ring, n_query)
+            n_tile += 1
         for step in range(n_steps):
-            start, _, _, _ = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-            fill(t_key, batch, head // group, start, keys, n)
-            fill(t_value, batch, head // group, start, values, n)
+            start = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS).start
+            fill(t_key, tile.batch, head // counts.group, start, work.key_ring, n)
+            fill(t_value, tile.batch, head // counts.group, start, work.value_ring, n)
             n += 1
 
 
 @gluon.jit
-def pass_over(begin, end, keys, values):
-    """Blocks of keys that the other reader needs."""
+def skip(begin, end, keys, values):
+    """Release blocks of keys that only the other consumer needs."""
     for n in range(begin, end):
-        hopper.arrived(keys[1], n)
-        hopper.release(keys[2], n)
-        hopper.arrived(values[1], n)
-        hopper.release(values[2], n)
+        pipeline.consumer_wait(keys.full, n)
+        pipeline.consumer_release(keys.empty, n)
+        pipeline.consumer_wait(values.full, n)
+        pipeline.consumer_release(values.empty, n)
 
 
 @gluon.jit
-def read(
-    reader,
+def consume(
+    consumer,
     work,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
-    FALLING: gl.constexpr,
+    FORM: gl.constexpr,
 ):
-    """A reader: its rows of one block after the other."""
-    pointers, out_strides, rings, counts, n_tiles, scale = work
-    p_out, p_lse, p_bands, p_sinks = pointers
-    queries, keys, values = rings
-    n_heads, n_queries, n_keys = counts[2], counts[4], counts[5]
+    """A consumer warpgroup: its 64 rows of one block of queries after the other."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    out, counts, queries = work.out, work.counts, work.query_ring
+    n_heads, n_queries = counts.n_heads, counts.n_queries
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    done = 0  # blocks of keys before those of this block
-    n_block = 0  # blocks of queries that the loader brought
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        batch, bands, first, last, walk = block_of(tile, p_bands, counts, BLOCK_N, INTERVALS)
-        first += reader * ROWS
-        last = min(first + ROWS - 1, last)
-        own = own_steps(walk, bands, first, last, n_keys, BLOCK_N, INTERVALS)
-        batch_64 = batch.to(gl.int64)
-        p_rows = p_out + batch_64 * out_strides[0] + bands[0].to(gl.int64) * out_strides[1]
-        p_row_lse = p_lse + (batch_64 * n_heads + bands[0]) * n_queries
+    done = 0  # blocks of keys before those of this tile
+    n_tile = 0  # tiles whose queries were copied
+    for index in range(gl.program_id(0), work.n_tiles, gl.num_programs(0)):
+        tile = tile_at(index, work.p_bands, counts, FORM)
+        bands, keys = tile.bands, tile.keys
+        first = tile.first + consumer * ROWS
+        last = min(first + ROWS - 1, tile.last)
+        own = own_steps(keys, bands, first, last, counts.n_keys, FORM)
+        tile = arguments.QueryTile(tile.batch, bands, first, last, keys)
+        batch, head = tile.batch.to(gl.int64), bands.head
+        p_out = out.pointer + batch * out.stride_b + head.to(gl.int64) * out.stride_h
+        p_lse = work.p_lse + (batch * n_heads + head) * n_queries
         o_query = first + gl.arange(0, ROWS, ROW)  # [M]
-        highest = gl.full([ROWS], float("-inf"), gl.float32, ROW)
-        total = gl.full([ROWS], 0.0, gl.float32, ROW)
-        if HAS_SINKS:
-            sink = gl.load(p_sinks + bands[0]).to(gl.float32) * softmax.LOG2_E
-            highest = gl.full([ROWS], 0.0, gl.float32, ROW) + sink
-            total += gl.where(sink == float("-inf"), 0.0, 1.0)
-        n_steps = tiles.steps_of(walk)
-        n_query = n_block * READERS + reader
-        if own[1] + own[3] == 0:
+        row_max, row_sum = init_softmax(work.p_sinks, head, ROWS, ROW, FORM.HAS_SINKS)
+        n_steps = tiles.total_blocks(keys)
+        n_query = n_tile * CONSUMERS + consumer
+        if own.count_0 + own.count_1 == 0:
             if n_steps > 0:
-                hopper.arrived(queries[1], n_query)
-                hopper.release(queries[2], n_query)
-                pass_over(done, done + n_steps, keys, values)
-            gl.store(
-                p_row_lse + o_query, softmax.finish(highest, total)[0], mask=o_query < n_queries
-            )
-            hopper.store_zeros(p_rows, first, out_strides[2], n_queries, ROWS, HEAD_DIM)
+                pipeline.consumer_wait(queries.full, n_query)
+                pipeline.consumer_release(queries.empty, n_query)
+                skip(done, done + n_steps, work.key_ring, work.value_ring)
+            lse = softmax.finalize(row_max, row_sum)[0]
+            gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+            memory.store_zeros(p_out, first, out.stride_t, n_queries, ROWS, HEAD_DIM)
         else:
-            attend(
-                p_rows,
-                p_row_lse,
-                out_strides[2],
-                highest,
-                total,
-                o_query,
-                first,
-                last,
-                n_queries,
-                walk,
-                bands,
+            progress = Progress(done, n_steps, n_query)
+            b_out, lse = attend(
+                work,
+                tile,
                 own,
-                done,
-                n_query,
-                queries,
-                keys,
-                values,
-                scale,
-                HEAD_DIM,
-                BLOCK_N,
-                INTERVALS,
-                FALLING,
+                progress,
+                row_max,
+                row_sum,
+                o_query,
+                FORM,
             )
+            gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+            memory.store_tokens(p_out, b_out, first, out.stride_t, n_queries, ROWS, HEAD_DIM)
         if n_steps > 0:
-            n_block += 1
+            n_tile += 1
         done += n_steps
 
 
 @gluon.jit
 def attend(
-    p_rows,
-    p_lse,
-    out_stride_t,
-    highest,
-    total,
-    o_query,
-    first,
-    last,
-    n_queries,
-    walk,
-    bands,
+    work,
+    tile,
     own,
-    done,
-    n_query,
-    queries,
-    keys,
-    values,
-    scale,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
-    FALLING: gl.constexpr,
+    progress,
+    row_max,
+    row_sum,
+    o_query,
+    FORM: gl.constexpr,
 ):
-    """The rows of a reader, which see at least one key."""
-    s_keys, key_full, key_free = keys
-    s_values, value_full, value_free = values
-    DTYPE: gl.constexpr = s_keys.dtype
-    RING: gl.constexpr = s_keys.shape[0]
+    """Output `[M, D]` and log-sum-exp `[M]` of a consumer's rows, which see at least one key."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    queries, keys, values = work.query_ring, work.key_ring, work.value_ring
+    done, n_query = progress.done, progress.n_query
+    DTYPE: gl.constexpr = keys.buffers.dtype
+    STAGES: gl.constexpr = keys.buffers.shape[0]
     # [M, N] scores, [M, D] output, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    front, count_0, gap, count_1 = own
-    s_query = queries[0].index(n_query % READERS)
+    s_query = queries.buffers.index(n_query % CONSUMERS)
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
 
-    step = gl.where(count_0 > 0, front, gap)
+    step = gl.where(own.count_0 > 0, own.before, own.gap)
     n = done + step
-    pass_over(done, n, keys, values)
-    first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-    hopper.arrived(queries[1], n_query)
-    hopper.arrived(key_full, n)
+    skip(done, n, keys, values)
+    key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS)
+    pipeline.consumer_wait(queries.full, n_query)
+    pipeline.consumer_wait(keys.full, n)
     # [M, N] = [M, D] @ [D, N]
-    s_key = s_keys.index(n % RING).permute((1, 0))
+    s_key = keys.buffers.index(n % STAGES).permute((1, 0))
     scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
-    hopper.release(key_free, n)
-    scores = masked(scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING)
-    weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
-    b_weights = gl.convert_layout(weights.to(DTYPE), OPERAND)
+    pipeline.consumer_release(keys.empty, n)
+    scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+    p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, work.scale, FORM.FALLING)
+    b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
-    for s in range(1, count_0 + count_1):
+    for s in range(1, own.count_0 + own.count_1):
         # All products of the step before are done.
-        before = n
-        step = s + gl.where(s < count_0, front, gap)
+        previous = n
+        step = s + gl.where(s < own.count_0, own.before, own.gap)
         n = done + step
-        pass_over(before + 1, n, keys, values)
-        first_key, _, near, far = tiles.step_at(step, walk, bands, BLOCK_N, INTERVALS)
-        hopper.arrived(key_full, n)
+        skip(previous + 1, n, keys, values)
+        key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS)
+        pipeline.consumer_wait(keys.full, n)
         # [M, N] = [M, D] @ [D, N]
-        s_key = s_keys.index(n % RING).permute((1, 0))
+        s_key = keys.buffers.index(n % STAGES).permute((1, 0))
         scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
-        hopper.arrived(value_full, before)
+        pipeline.consumer_wait(values.full, previous)
         # [M, D] += [M, N] @ [N, D]
-        b_out = warpgroup_mma(b_weights, s_values.index(before % RING), b_out, is_async=True)
+        s_value = values.buffers.index(previous % STAGES)
+        b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
-        hopper.release(key_free, n)
-        scores = masked(
-            scores, first, last, o_query, first_key, near, far, BLOCK_N, SCORES, FALLING
+        pipeline.consumer_release(keys.empty, n)
+        scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+        p, row_max, row_sum, factor = softmax.update(
+            scores, row_max, row_sum, work.scale, FORM.FALLING
         )
-        weights, highest, total, factor = softmax.extend(scores, highest, total, scale, FALLING)
-        b_next = gl.convert_layout(weights.to(DTYPE), OPERAND)
-        # This has arrived before, but waiting is a loop, beyond which the assembler moves nothing:
-        # without it, the softmax would begin after the product's end.
-        hopper.arrived(value_full, before)
+        b_next = gl.convert_layout(p.to(DTYPE), OPERAND)
+        # Redundant wait, as a scheduling barrier: ptxas moves nothing across the wait loop. Without
+        # it the softmax would start after the end of the product.
+        pipeline.consumer_wait(values.full, previous)
         b_out = warpgroup_mma_wait(0, [b_out])
-        hopper.release(value_free, before)
+        pipeline.consumer_release(values.empty, previous)
         b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-        b_weights = b_next
+        b_p = b_next
 
-    hopper.release(queries[2], n_query)
-    hopper.arrived(value_full, n)
-    b_out = warpgroup_mma(b_weights, s_values.index(n % RING), b_out, is_async=True)
+    pipeline.consumer_release(queries.empty, n_query)
+    pipeline.consumer_wait(values.full, n)
+    b_out = warpgroup_mma(b_p, values.buffers.index(n % STAGES), b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, [b_out])
-    hopper.release(value_free, n)
-    pass_over(n + 1, done + tiles.steps_of(walk), keys, values)
+    pipeline.consumer_release(values.empty, n)
+    skip(n + 1, done + progress.n_steps, keys, values)
 
-    lse, total = softmax.finish(highest, total)
-    gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
-    b_out = b_out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
-    hopper.store_rows(p_rows, b_out, first, out_stride_t, n_queries, ROWS, HEAD_DIM)
-
-
-@gluon.jit
-def ring(
-    SLOTS: gl.constexpr,
-    TOKENS: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    DTYPE: gl.constexpr,
-    USERS: gl.constexpr,
-):
-    """Buffers, and their barriers: full, and free."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, HEAD_DIM], DTYPE)
-    s_blocks = gl.allocate_shared_memory(DTYPE, [SLOTS, TOKENS, HEAD_DIM], LAYOUT)
-    return s_blocks, hopper.barriers(SLOTS), hopper.barriers(SLOTS, USERS)
+    lse, row_sum = softmax.finalize(row_max, row_sum)
+    b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
+    return b_out, lse
 
 
-@gluon.jit(do_not_specialize=HOPPER_COUNTS)
+@gluon.jit(do_not_specialize=[*arguments.ForwardCounts._fields, "n_tiles"])
 def forward_kernel(
     t_query,
     t_key,
     t_value,
-    p_out,
+    out,
     p_lse,
     p_bands,
     p_sinks,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
     n_heads,
     group,
     n_batch,
-    n_slots,
+    n_query_blocks,
     n_queries,
     n_keys,
+    order,
     n_tiles,
     scale,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    INTERVALS: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
-    FALLING: gl.constexpr,
+    FORM: gl.constexpr,
 ):
-    gl.static_assert(BLOCK_M == READERS * ROWS)
+    counts = arguments.ForwardCounts(
+        n_heads,
+        group,
+        n_batch,
+        n_query_blocks,
+        n_queries,
+        n_keys,
+        order,
+    )
+    BLOCK_M: gl.constexpr = FORM.BLOCK_M
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    gl.static_assert(BLOCK_M == CONSUMERS * ROWS)
     gl.static_assert(gl.num_warps() == 4)
     DTYPE: gl.constexpr = t_key.dtype
-    queries = ring(READERS, ROWS, HEAD_DIM, DTYPE, 1)
-    keys = ring(STAGES, BLOCK_N, HEAD_DIM, DTYPE, READERS)
-    values = ring(STAGES, BLOCK_N, HEAD_DIM, DTYPE, READERS)
+    queries = pipeline.allocate_ring(CONSUMERS, ROWS, HEAD_DIM, DTYPE, 1)
+    keys = pipeline.allocate_ring(FORM.STAGES, BLOCK_N, HEAD_DIM, DTYPE, CONSUMERS)
+    values = pipeline.allocate_ring(FORM.STAGES, BLOCK_N, HEAD_DIM, DTYPE, CONSUMERS)
     fence_async_shared()
-    rings = (queries, keys, values)
-    pointers = (p_out, p_lse, p_bands, p_sinks)
-    out_strides = (out_stride_b, out_stride_h, out_stride_t)
-    counts = (n_slots, n_batch, n_heads, group, n_queries, n_keys)
-    work = (pointers, out_strides, rings, counts, n_tiles, scale)
+    work = Work(out, p_lse, p_bands, p_sinks, queries, keys, values, counts, n_tiles, scale)
     gl.warp_specialize(
         [
-            (read, (0, work, HEAD_DIM, BLOCK_N, INTERVALS, HAS_SINKS, FALLING)),
-            (read, (1, work, HEAD_DIM, BLOCK_N, INTERVALS, HAS_SINKS, FALLING)),
-            (load, (t_query, t_key, t_value, p_bands, rings, counts, n_tiles, BLOCK_N, INTERVALS)),
+            (consume, (0, work, FORM)),
+            (consume, (1, work, FORM)),
+            (produce, (t_query, t_key, t_value, work, FORM)),
         ],
-        [4, 1],  # warps of the second reader, and of the loader
-        [232, 40],  # their registers; the first reader gets the rest, as many as the second
+        [4, 1],  # warps of the second consumer, and of the producer
+        [232, 40],  # their registers; the first consumer gets the rest, as many as the second
     )
-    for i in gl.static_range(3):
-        hopper.retire(rings[i][1])
-        hopper.retire(rings[i][2])
+    pipeline.invalidate_ring(queries)
+    pipeline.invalidate_ring(keys)
+    pipeline.invalidate_ring(values)

@@ -1,197 +1,231 @@
-"""The launches of the Hopper kernels. Imported only where `config.hopper_launches` chose them:
-Gluon is experimental, and another Triton may lack a part of it.
+"""The launches of the Hopper kernels. Imported only where `hopper.plan` made a plan: Gluon is
+experimental, and another Triton may lack a part of it.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..compiled import Kernel, kinds
-from ..config import HOPPER_BLOCK, LaunchConfig
-from . import backward as hopper_backward
-from . import backward_preprocess as hopper_rows
-from . import forward as hopper_forward
-from . import forward_persistent as hopper_long
-
-if TYPE_CHECKING:
-    from ..launch import Call
+from .. import varlen
+from ..arguments import Form, RowStats, heads
+from ..call import BackwardTensors, Call, ForwardTensors, on_device
+from ..compiled import CompiledKernelCache, specialization
+from ..config import LaunchConfig
+from . import backward as backward_pass
+from . import backward_preprocess, forward_persistent
+from . import forward as forward_pass
+from .arguments import BackwardCounts, ForwardCounts
+from .planning import BLOCK, HopperPlan, TileOrder, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
-_forward = Kernel(hopper_forward.forward_kernel)
-_long = Kernel(hopper_long.forward_kernel)
-_rows = Kernel(hopper_rows.rows_kernel)
-_gradient = Kernel(hopper_backward.gradient_kernel)
+_forward = CompiledKernelCache(forward_pass.forward_kernel)
+_forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
+_preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
+_backward = CompiledKernelCache(backward_pass.backward_kernel)
 
 
 class _Descriptor(TensorDescriptor):
-    """What `_describable` has checked is not checked again: several are made in every call."""
+    """A tensor descriptor without the checks of its constructor, because several are made in every
+    call. They are those of rank, block shape, alignment and inner stride; `planning.readable` has
+    checked alignment, and the rest follows from how `_descriptor` makes it.
+    """
 
     def __post_init__(self) -> None:
         pass
 
 
-def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of blocks of `rows` tokens of a `[B, H, tokens, D]` tensor; what lies outside reads as 0."""
+def _descriptor(tensor: torch.Tensor, tokens: int) -> TensorDescriptor:
+    """The descriptor of blocks of `tokens` tokens of a `[B, H, tokens, D]` tensor; what is outside
+    reads as 0.
+    """
     head_dim = tensor.shape[3]
     strides = list(tensor.stride())
     for axis in range(3):
         if tensor.shape[axis] == 1:  # never used, but must be valid
             strides[axis] = head_dim
-    block, layout = _block_layout(rows, head_dim, tensor.dtype)
+    block, layout = _block_layout(tokens, head_dim, tensor.dtype)
     return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
 
 
 @lru_cache(maxsize=64)
 def _block_layout(
-    rows: int, head_dim: int, dtype: torch.dtype
+    tokens: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[list[int], gl.NVMMASharedLayout]:
-    block = [1, 1, rows, head_dim]
+    block = [1, 1, tokens, head_dim]
     return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
 
 
-def _vector_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of `rows` consecutive elements of a contiguous float32 tensor."""
-    return _Descriptor(tensor, [tensor.numel()], [1], [rows], VECTOR_LAYOUT)
+def _vector_descriptor(tensor: torch.Tensor, length: int) -> TensorDescriptor:
+    """The descriptor of `length` consecutive elements of a contiguous float32 tensor."""
+    return _Descriptor(tensor, [tensor.numel()], [1], [length], VECTOR_LAYOUT)
 
 
-def forward(
-    call: Call,
-    launch: LaunchConfig,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sinks: torch.Tensor | None,
-) -> None:
-    """Writes `out` and `lse`."""
-    slots = call.query_slots(launch.block_m)
-    blocks = slots * call.batch * call.heads
-    descriptors = (
-        _descriptor(query, HOPPER_BLOCK if call.long else launch.block_m),
+def _ensure_cuda_context() -> None:
+    """Make the CUDA context that a new thread does not have yet: descriptors are encoded before the
+    launch, and need it. Any harmless question to the driver makes one.
+    """
+    torch.cuda.is_current_stream_capturing()
+
+
+def _form(call: Call, launch: LaunchConfig, stages: int = 0, **facts: bool) -> Form:
+    return Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=call.head_dim,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=stages,
+        INTERVALS=call.n_intervals,
+        **facts,
+    )
+
+
+def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
+    """Launch the forward kernel of a plan; fills `out` and `lse`."""
+    query, key, value, out, lse, sinks = tensors
+    launches = plan.launches
+    launch = launches.forward_persistent if plan.persistent else launches.forward
+    n_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
+    programs = n_blocks * call.batch * call.heads
+    _ensure_cuda_context()
+    arguments = (
+        _descriptor(query, BLOCK if plan.persistent else launch.block_m),
         _descriptor(key, launch.block_n),
         _descriptor(value, launch.block_n),
+        heads(out),
+        lse,
+        call.bands[0],
+        sinks,
+        *ForwardCounts(
+            call.heads,
+            call.group,
+            call.batch,
+            n_blocks,
+            call.queries,
+            call.keys,
+            plan.order.value,
+        ),
     )
-    tensors = (out, lse, call.bands[0], sinks, *out.stride()[:3], *call.hopper_counts(slots))
-    options = {
-        "HAS_SINKS": sinks is not None,
-        "FALLING": call.scale < 0,
-        **call.hopper_options(launch),
-    }
-    depends = (call.device, query.dtype, kinds(out, lse, sinks), out.stride())
-    if not call.long:
-        _forward(blocks, depends, *descriptors, *tensors, call.order, call.scale, **options)
-        return
-    programs = min(blocks, call.multiprocessors)
-    stages = launch.num_stages
-    _long(programs, depends, *descriptors, *tensors, blocks, call.scale, STAGES=stages, **options)
+    form = _form(
+        call,
+        launch,
+        stages=launch.num_stages if plan.persistent else 0,
+        HAS_SINKS=sinks is not None,
+        FALLING=call.scale < 0,
+    )
+    key_of_form = (call.device, call.dtype, specialization(out, lse, sinks), out.stride())
+    with on_device(call.device):
+        if not plan.persistent:
+            _forward(
+                programs,
+                key_of_form,
+                *arguments,
+                call.scale,
+                FORM=form,
+                num_warps=launch.num_warps,
+            )
+            return
+        properties = torch.cuda.get_device_properties(call.device)
+        _forward_persistent(
+            min(programs, properties.multi_processor_count),
+            key_of_form,
+            *arguments,
+            programs,
+            call.scale,
+            FORM=form,
+            num_warps=launch.num_warps,
+        )
 
 
-def gradients(
-    call: Call,
-    launch: LaunchConfig,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    d_out: torch.Tensor,
-    d_query: torch.Tensor,
-    d_key: torch.Tensor,
-    d_value: torch.Tensor,
-    lse: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    base: torch.Tensor,
-    delta: torch.Tensor,
-) -> None:
-    """Writes the gradients, `base` and `delta`."""
-    slots, key_slots = call.query_slots(launch.block_m), call.key_slots(launch.block_n)
-    programs = slots * call.batch * call.heads
-    key_programs = key_slots * call.batch * call.key_heads
-    t_query, t_d_out = _descriptor(query, launch.block_m), _descriptor(d_out, launch.block_m)
-    t_key, t_value = _descriptor(key, launch.block_n), _descriptor(value, launch.block_n)
-    t_base = _vector_descriptor(base, launch.block_m)
-    t_delta = _vector_descriptor(delta, launch.block_m)
-    counts = (*call.hopper_counts(slots), min(call.order, 1))
-    options = {
-        "HAS_D_LSE": d_lse is not None,
-        "launch_pdl": True,
-        **call.hopper_options(launch),
-    }
-    depends = (
+def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
+    query, key, value, out, d_out, d_query, d_key, d_value = tensors
+    launch = plan.launches.backward
+    n_query_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
+    n_key_blocks = varlen.num_slots(call.keys, 0, launch.block_n)
+    programs = n_query_blocks * call.batch * call.heads
+    key_programs = n_key_blocks * call.batch * call.key_heads
+    _ensure_cuda_context()
+    inputs = (
+        _descriptor(query, launch.block_m),
+        _descriptor(key, launch.block_n),
+        _descriptor(value, launch.block_n),
+        _descriptor(d_out, launch.block_m),
+    )
+    counts = BackwardCounts(
+        call.heads,
+        call.group,
+        call.batch,
+        n_query_blocks,
+        call.queries,
+        call.keys,
+        min(plan.order, TileOrder.ROUND_ROBIN).value,
+        pitch(call.queries),
+        n_key_blocks,
+        key_programs,
+    )
+    key_of_form = (
         call.device,
-        query.dtype,
-        kinds(out, d_out, lse, d_lse, base, delta, d_query, d_key, d_value),
+        call.dtype,
+        specialization(out, d_out, *stats, d_query, d_key, d_value),
         out.stride(),
         d_out.stride(),
         d_query.stride(),
         d_key.stride(),
         d_value.stride(),
     )
-    if not call.apart:
-        _rows(
+    arguments = (
+        *inputs,
+        _vector_descriptor(stats.lse_log2, launch.block_m),
+        _vector_descriptor(stats.delta, launch.block_m),
+        heads(out),
+        heads(d_query),
+        heads(d_key),
+        heads(d_value),
+        stats,
+        call.bands,
+    )
+
+    def run(programs: int, counts: BackwardCounts, compute_delta: bool) -> None:
+        _backward(
             programs,
-            depends,
-            t_query,
-            t_key,
-            t_value,
-            t_d_out,
-            out,
-            d_out,
-            lse,
-            d_lse,
-            base,
-            delta,
-            call.bands,
-            *out.stride()[:3],
-            *d_out.stride()[:3],
+            key_of_form,
+            *arguments,
             *counts,
-            base.shape[2],
             call.scale,
-            **options,
+            FORM=_form(
+                call,
+                launch,
+                GROUPED=call.group > 1,
+                HAS_D_LSE=stats.d_lse is not None,
+                COMPUTE_DELTA=compute_delta,
+            ),
+            num_warps=launch.num_warps,
+            launch_pdl=True,
         )
 
-    def run(programs: int, key_programs: int, with_rows: bool) -> None:
-        _gradient(
+    with on_device(call.device):
+        if plan.split_backward:
+            run(programs, counts._replace(key_programs=0), True)
+            run(key_programs, counts, False)
+            return
+        _preprocess(
             programs,
-            depends,
-            t_query,
-            t_key,
-            t_value,
-            t_d_out,
-            t_base,
-            t_delta,
-            out,
-            lse,
-            d_lse,
-            base,
-            delta,
-            d_query,
-            d_key,
-            d_value,
+            key_of_form,
+            *inputs,
+            heads(out),
+            heads(d_out),
+            stats,
             call.bands,
-            *out.stride()[:3],
-            *d_query.stride()[:3],
-            *d_key.stride()[:3],
-            *d_value.stride()[:3],
             *counts,
-            base.shape[2],
-            key_slots,
-            key_programs,
             call.scale,
-            GROUPED=call.heads != call.key_heads,
-            WITH_ROWS=with_rows,
-            **options,
+            FORM=_form(call, launch, HAS_D_LSE=stats.d_lse is not None),
+            num_warps=launch.num_warps,
+            launch_pdl=True,
         )
-
-    if call.apart:
-        run(programs, 0, True)
-        run(key_programs, key_programs, False)
-    else:
-        run(key_programs + programs, key_programs, False)
+        run(key_programs + programs, counts, False)

@@ -1,32 +1,40 @@
 # mypy: allow-untyped-defs
-"""What the Hopper kernels share, in Gluon: layouts, the copies into shared memory, the mask, the
-way out.
+"""Barriers and TMA copies of the Hopper kernels, in Gluon.
 
-On Hopper (compute capability 9.0) a copy engine brings blocks into shared memory and warpgroups
-multiply from there, both beside the program. Triton schedules that by itself, but waits for each
-product before it goes on; these kernels say when to wait, so that the softmax of one block runs
-during the products of another. They cover the calls of training and of a first pass over a prompt:
-half precision, head_dim 64 or 128, queries from position 0, no `key_start`, no packing.
+On Hopper, TMA copies blocks into shared memory and warpgroups multiply from there, both
+asynchronously. Triton schedules that by itself, but waits for each product before it continues.
+These kernels say when to wait, so that the softmax of one block runs during the products of
+another.
 
     M = BLOCK_M queries of a block   N = BLOCK_N keys of a block   D head_dim
     p_ pointer   t_ tensor descriptor   s_ block in shared memory   b_ block in registers
     o_ offset   m_ mask
 
 One warpgroup (4 warps) owns 64 rows. Two or three such programs share a multiprocessor: one
-multiplies while another exponentiates. A ring of one or two buffers takes the blocks in turn; `n`
+multiplies while another computes exponentials. Blocks go through a ring of one or more buffers; `n`
 counts the blocks that went through it.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .. import tiles
+
+class Ring(NamedTuple):
+    """Buffers of a ring and two barriers for each: `full` when a copy is complete, `empty` when all
+    consumers have released it.
+    """
+
+    buffers: Any
+    full: Any
+    empty: Any
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
-    """Barriers `[COUNT, 1]`, ready for use, that a copy completes, or so many arrivals."""
+def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """`[COUNT, 1]` initialised barriers, each completed by a copy or by `ARRIVALS` arrivals."""
     s_barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(s_barriers.index(i), count=ARRIVALS)
@@ -35,40 +43,56 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
 
 
 @gluon.jit
-def expect(s_barriers, n, BYTES: gl.constexpr, wanted):
-    """Announces the copies of block `n`; the barrier on which they complete."""
-    barrier = s_barriers.index(n % s_barriers.shape[0])
-    mbarrier.expect(barrier, BYTES, pred=wanted)
+def allocate_ring(
+    STAGES: gl.constexpr,
+    TOKENS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    DTYPE: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):
+    """A `Ring` of `STAGES` buffers `[TOKENS, HEAD_DIM]`."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, HEAD_DIM], DTYPE)
+    s_buffers = gl.allocate_shared_memory(DTYPE, [STAGES, TOKENS, HEAD_DIM], LAYOUT)
+    return Ring(s_buffers, allocate_barriers(STAGES), allocate_barriers(STAGES, CONSUMERS))
+
+
+@gluon.jit
+def expect_tx(s_full, n, BYTES: gl.constexpr, pred):
+    """Announce the copies of block `n`, `BYTES` in all, and return the barrier that they complete.
+    Nothing happens unless `pred`.
+    """
+    barrier = s_full.index(n % s_full.shape[0])
+    mbarrier.expect(barrier, BYTES, pred=pred)
     return barrier
 
 
 @gluon.jit
-def arrived(s_barriers, n):
-    """Waits until block `n` is in its buffer."""
-    RING: gl.constexpr = s_barriers.shape[0]
-    mbarrier.wait(s_barriers.index(n % RING), (n // RING) & 1)
+def consumer_wait(s_full, n):
+    """Wait until block `n` is in its buffer."""
+    STAGES: gl.constexpr = s_full.shape[0]
+    mbarrier.wait(s_full.index(n % STAGES), (n // STAGES) & 1)
 
 
 @gluon.jit
-def freed(s_barriers, n):
-    """Waits until the buffer of block `n` is free: until the block before it was released."""
-    RING: gl.constexpr = s_barriers.shape[0]
-    mbarrier.wait(s_barriers.index(n % RING), (n // RING + 1) & 1)
+def producer_acquire(s_empty, n):
+    """Wait until the buffer of block `n` is free: until the block before it was released."""
+    STAGES: gl.constexpr = s_empty.shape[0]
+    mbarrier.wait(s_empty.index(n % STAGES), (n // STAGES + 1) & 1)
 
 
 @gluon.jit
-def release(s_barriers, n):
-    """Says that this reader is done with block `n`."""
-    mbarrier.arrive(s_barriers.index(n % s_barriers.shape[0]))
+def consumer_release(s_empty, n):
+    """Release block `n`: this consumer reads it no more."""
+    mbarrier.arrive(s_empty.index(n % s_empty.shape[0]))
 
 
 @gluon.jit
-def retire(s_barriers):
-    """The end of barriers, at the end of a kernel: up to here nothing else lies in their memory.
+def invalidate(s_barriers):
+    """Invalidate barriers at the end of a kernel, so that nothing else uses their memory before.
 
-    Without it they end at their last wait for Triton, which then puts other values there; PTX
-    forbids that before `mbarrier.inval`, and values were lost where another process had the GPU in
-    between (tests/gpu/test_gpu_shared.py).
+    For Triton a barrier's lifetime ends at its last wait, and other values may then use its memory.
+    PTX forbids that before `mbarrier.inval`, and values were lost when another process interrupted
+    the kernel there (tests/gpu/test_gpu_shared.py).
     """
     COUNT: gl.constexpr = s_barriers.shape[0]
     for i in gl.static_range(COUNT):
@@ -76,59 +100,21 @@ def retire(s_barriers):
 
 
 @gluon.jit
-def copy(t_rows, batch, head, start, barrier, s_rows, wanted):
-    """Rows from `start` on of a `[B, H, tokens, D]` tensor, on their way into shared memory; zeros
-    outside the tensor.
+def invalidate_ring(ring):
+    """Invalidate both barriers of a ring's buffers, as `invalidate` does."""
+    invalidate(ring.full)
+    invalidate(ring.empty)
+
+
+@gluon.jit
+def copy_tokens(t_tensor, batch, head, start, barrier, s_tokens, pred):
+    """Start to copy tokens from `start` on of a `[B, H, tokens, D]` tensor into shared memory;
+    zeros outside the tensor.
     """
-    tma.async_copy_global_to_shared(t_rows, [batch, head, start, 0], barrier, s_rows, pred=wanted)
+    tma.async_copy_global_to_shared(t_tensor, [batch, head, start, 0], barrier, s_tokens, pred=pred)
 
 
 @gluon.jit
-def copy_vector(t_elements, start, barrier, s_elements, wanted):
-    """Consecutive elements from `start` on, a multiple of 16 bytes."""
-    tma.async_copy_global_to_shared(t_elements, [start], barrier, s_elements, pred=wanted)
-
-
-@gluon.jit
-def seen(o_query, o_key, near, far):
-    """The mask of a tile; `o_query` and `o_key` broadcast against each other."""
-    o_reach = tiles.reach(o_query, near, far, 0)
-    return tiles.visible(o_query, o_key, near, o_reach)
-
-
-@gluon.constexpr_function
-def wide_layout(head_dim, warps):
-    """Rows spread so that a thread holds 16 bytes of half precision."""
-    return gl.BlockedLayout([1, 8], [32 // (head_dim // 8), head_dim // 8], [warps, 1], [1, 0])
-
-
-@gluon.jit
-def store_rows(p_rows, b_rows, first, stride, n_rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """`b_rows` `[ROWS, D]` into the rows from `first` on, those before `n_rows`."""
-    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
-    b_wide = gl.convert_layout(b_rows.to(p_rows.dtype.element_ty), WIDE)
-    o_row = first + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
-    p_block = p_rows + o_row.to(gl.int64)[:, None] * stride + o_dim[None, :]
-    gl.store(p_block, b_wide, mask=(o_row < n_rows)[:, None])
-
-
-@gluon.jit
-def store_zeros(p_rows, first, stride, n_rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Zeros into the rows from `first` on, those before `n_rows`."""
-    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
-    o_row = first + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
-    b_zeros = gl.full([ROWS, HEAD_DIM], 0.0, p_rows.dtype.element_ty, WIDE)
-    p_block = p_rows + o_row.to(gl.int64)[:, None] * stride + o_dim[None, :]
-    gl.store(p_block, b_zeros, mask=(o_row < n_rows)[:, None])
-
-
-@gluon.jit
-def load_rows(p_rows, first, stride, n_rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """`[ROWS, D]` from the rows from `first` on, zeros from row `n_rows` on."""
-    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
-    o_row = first + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
-    p_block = p_rows + o_row.to(gl.int64)[:, None] * stride + o_dim[None, :]
-    return gl.load(p_block, mask=(o_row < n_rows)[:, None], other=0.0)
+def copy_vector(t_vector, start, barrier, s_vector, pred):
+    """Start to copy consecutive elements from `start` on, a multiple of 16 bytes."""
+    tma.async_copy_global_to_shared(t_vector, [start], barrier, s_vector, pred=pred)
