@@ -14,10 +14,10 @@ import torch
 import triton
 
 from ..layout import empty_like_query
+from ..library import library, register
 from . import launch
 from .arguments import Positions
 from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
-from .library import library, register
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256

@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ...library import register
 from .. import memory
 from ..arguments import Form, heads
 from ..call import ensure_inner_contiguous, on_device
 from ..compiled import CompiledKernelCache, specialization
 from ..config import block_d
-from ..library import register
 
 BLOCK_N = 32  # tokens
 

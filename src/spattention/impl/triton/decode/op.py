@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ...layout import empty_like_query
+from ...library import register
 from ..call import ensure_inner_contiguous
-from ..library import register
 from .kernels import DecodePositions
 from .launch import DecodeTensors, launch_decode, plan
 
