@@ -85,9 +85,7 @@ class Call:
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether queries start at position 0 and see all keys before them: neither packing nor
-        padding.
-        """
+        """True if queries start at position 0 without packing or padding."""
         return self.query_start == 0 and all(each is None for each in self.positions)
 
 

@@ -54,7 +54,7 @@ class CompiledKernelCache:
 
 
 def specialization(*tensors: torch.Tensor | None) -> tuple[Hashable, ...]:
-    """What a compiled form depends on: dtype and alignment of each tensor."""
+    """Dtype and alignment of each tensor, which select a compiled form."""
     return tuple(
         None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors
     )

@@ -29,8 +29,9 @@ def work_tile(program, n_blocks, n_head_batches, round_robin):
 
 @triton.jit
 def paired_work_tile(program, p_bands, n_blocks, n_batch, n_heads, BLOCK):
-    """As `work_tile` in round-robin order, with heads paired: one with much work and one with
-    little. A pair shares its turns. Blocks that reach the last interval of their head come first.
+    """Map a program ID to `(head_batch, rank)` in round-robin order over pairs of heads, one with
+    much work and one with little. A pair shares its turns. Blocks that reach the last interval of
+    their head come first.
     """
     n_head_batches = n_batch * n_heads
     column, turn = program % n_head_batches, program // n_head_batches
@@ -78,7 +79,7 @@ def query_block(rank, near, n_blocks, BLOCK):
 
 @triton.jit
 def key_block(rank, near, n_blocks, n_queries, BLOCK):
-    """Index of the block of keys with this rank, as in `query_block`: early blocks are seen by the
+    """Index of the block of keys with this rank, like `query_block`: early blocks are seen by the
     most queries.
     """
     seen = (max(n_queries - near, 0) + BLOCK - 1) // BLOCK

@@ -168,7 +168,7 @@ def block_at(n, blocks, bands, BLOCK, INTERVALS: tl.constexpr):
 
 @triton.jit
 def blocks_within(start, low, high, BLOCK):
-    """Of consecutive blocks from `start` on: how many are before `[low, high)`, and how many
+    """Count consecutive blocks from `start` on: how many are before `[low, high)`, and how many
     overlap it.
     """
     some = low < high
@@ -178,7 +178,7 @@ def blocks_within(start, low, high, BLOCK):
 
 @triton.jit
 def is_inside(first, last, first_key, last_key, near, far, key_start):
-    """Whether all queries at `first .. last` see all keys in `first_key .. last_key`.
+    """True if all queries at `first .. last` see all keys in `first_key .. last_key`.
 
     `key_start` is the highest first key of these queries.
     """

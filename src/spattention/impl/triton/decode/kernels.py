@@ -220,8 +220,8 @@ def attend_row(
     scale,
     FORM: tl.constexpr,
 ):
-    """As `attend_rows` for one row (M = 1) with sums in registers, where all but one row of a
-    matrix product would be empty.
+    """Attend distances `[begin, end)` for one row (M = 1) with sums in registers. All other rows of
+    a matrix product would be empty.
 
     Every key of a block has a separate softmax until the end, so that only the scores' sum over D
     passes between threads.

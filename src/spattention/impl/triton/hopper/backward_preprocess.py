@@ -32,8 +32,8 @@ def init_stats(
 
 @gluon.jit
 def delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, LAYOUT: gl.constexpr):
-    """What a block of keys adds to delta, `[M]`: the products of their probabilities and the
-    gradients of these. Where a row has few keys, delta from the output would show its rounding.
+    """Contribution of a block of keys to delta, `[M]`: the products of their probabilities and the
+    gradients of these. In a row with few keys, delta from the output would show its rounding.
     """
     o_key = key_block.start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
     m_seen = arguments.visible(o_query[:, None], o_key[None, :], key_block.near, key_block.far)

@@ -38,7 +38,7 @@ def mask_scores(
 
 @gluon.jit
 def init_softmax(p_sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HAS_SINKS: gl.constexpr):
-    """As `softmax.init`, in a layout."""
+    """`softmax.init` with a layout."""
     row_max = gl.full([ROWS], float("-inf"), gl.float32, LAYOUT)
     row_sum = gl.full([ROWS], 0.0, gl.float32, LAYOUT)
     if HAS_SINKS:

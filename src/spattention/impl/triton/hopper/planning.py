@@ -90,7 +90,7 @@ def refusal(call: Call) -> str | None:
 
 
 def triton_is_tested() -> bool:
-    """Whether the kernels were tested with this Triton."""
+    """True if the kernels were tested with this Triton."""
     return triton.__version__.startswith(TRITON_VERSIONS)
 
 
@@ -102,7 +102,7 @@ def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
 
 
 def readable(*tensors: torch.Tensor) -> bool:
-    """Whether TMA can read all tensors: starts and strides aligned to 16 bytes, no expanded
+    """True if TMA can read all tensors: starts and strides aligned to 16 bytes, no expanded
     dimension.
     """
     rest = 16 // tensors[0].element_size() - 1
@@ -152,14 +152,14 @@ def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
 
 
 def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
-    """Whether queries see so many keys on average that the persistent forward pass is faster. That
+    """True if queries see enough keys on average for the persistent forward pass to be faster. That
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
     return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
 
 
 def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
-    """Whether to launch dQ and dK/dV separately instead of in one grid.
+    """True if dQ and dK/dV should be launched separately instead of in one grid.
 
     Launched separately, dQ computes `delta` itself and the preprocess kernel is not needed, but the
     GPU drains twice. Worth it for many short blocks, at least enough to fill the GPU. Arguments as
