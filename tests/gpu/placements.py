@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import spattention as spa
-from spattention.impl.triton import store
+from spattention.impl.triton.decode import append
 from spattention.testing import Case
 
 
@@ -68,11 +68,11 @@ def write(device: str) -> None:
     """Tokens into stores, in every place."""
     pattern = spa.BandPattern.shared_local(4, 64)
     for key_heads in (1, 2):
-        kept = spa.BandStore(
+        store = spa.BandStore(
             pattern, 2, key_heads, 64, device=device, dtype=torch.bfloat16, slack=40
         )
-        rest = (kept.keys, kept.values, kept.position, kept.offsets, kept.lengths)
+        rest = (store.keys, store.values, store.position, store.offsets, store.lengths)
         for tokens in (1, 2, 3, 16, 40):
             key = torch.randn(2, key_heads, tokens, 64, device=device, dtype=torch.bfloat16)
             for place in PLACES:
-                store.write(key, place(key), *rest)
+                append.write(key, place(key), *rest)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import spattention as spa
-from spattention.impl.triton import decode_op
+from spattention.impl.triton.decode import op as decode_op
 from spattention.testing import Case, check_error, exact, plain, run
 
 from .cases import BRAIN, poison_unseen

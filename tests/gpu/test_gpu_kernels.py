@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from spattention.impl.triton import launch
+from spattention.impl.triton.hopper import TileOrder
 from spattention.testing import VIEWS, check_error, check_view, exact, plain, run
 
 from .cases import VARIANTS, Variant, draw, poison_unseen
+from .plans import changed_plans
 
 CASES_OF_A_VARIANT = 106
-CASES_OF_AN_ORDER = 40
+CASES_OF_A_PLAN = 40
 
 
 @pytest.fixture(autouse=True)
@@ -34,16 +35,19 @@ def test_random_cases(variant: Variant) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", [each for each in VARIANTS if each.hopper], ids=str)
 @pytest.mark.parametrize(
-    ("order", "long", "apart"), [(0, True, True), (0, False, False), (2, False, True)]
+    ("order", "persistent", "split_backward"),
+    [
+        (TileOrder.HEAD_MAJOR, True, True),
+        (TileOrder.HEAD_MAJOR, False, False),
+        (TileOrder.PAIRED, False, True),
+    ],
 )
-def test_random_cases_in_the_orders_of_larger_ones(
-    variant: Variant, order: int, long: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
+def test_random_cases_of_larger_plans(
+    variant: Variant, order: TileOrder, persistent: bool, split_backward: bool
 ) -> None:
     """What the rules choose for more heads, more tokens and longer bands, on small cases."""
-    monkeypatch.setattr(launch, "order", lambda *shape: order)
-    monkeypatch.setattr(launch, "is_long", lambda *shape: long)
-    monkeypatch.setattr(launch, "is_apart", lambda *shape: apart)
-    check_cases(variant, CASES_OF_AN_ORDER)
+    with changed_plans(order=order, persistent=persistent, split_backward=split_backward):
+        check_cases(variant, CASES_OF_A_PLAN)
 
 
 def check_cases(variant: Variant, count: int) -> None:

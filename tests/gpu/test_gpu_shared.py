@@ -16,7 +16,12 @@ import pytest
 import torch
 
 import spattention as spa
-from spattention.impl.triton import hopper_backward, hopper_forward, hopper_long, hopper_rows
+from spattention.impl.triton.hopper import (
+    backward,
+    backward_preprocess,
+    forward,
+    forward_persistent,
+)
 
 REPEATS = 1000
 INPUTS = 3
@@ -97,10 +102,10 @@ def test_no_kernel_leaves_a_barrier_behind() -> None:
         )
         spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
     kernels = (
-        hopper_forward.forward_kernel,
-        hopper_long.forward_kernel,
-        hopper_rows.rows_kernel,
-        hopper_backward.gradient_kernel,
+        forward.forward_kernel,
+        forward_persistent.forward_kernel,
+        backward_preprocess.preprocess_kernel,
+        backward.backward_kernel,
     )
     for kernel in kernels:
         compiled = kernel.device_caches[torch.cuda.current_device()][0].values()

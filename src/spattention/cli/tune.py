@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
@@ -25,11 +25,11 @@ from . import measure
 if TYPE_CHECKING:
     from ..impl.triton.config import LaunchConfig
 
-Pass = Literal["forward", "long", "query_gradient", "key_gradient", "gradient"]
-# The portable kernels have a launch for each gradient, those for Hopper one for all, and another
-# forward pass for long bands.
+Pass = Literal["forward", "forward_persistent", "query_gradient", "key_gradient", "backward"]
+# The portable kernels have a launch for each gradient. Those for Hopper have one for all gradients,
+# and a persistent forward pass for long bands.
 PORTABLE: tuple[Pass, ...] = ("forward", "query_gradient", "key_gradient")
-HOPPER: tuple[Pass, ...] = ("forward", "long", "gradient")
+HOPPER: tuple[Pass, ...] = ("forward", "forward_persistent", "backward")
 DEVICE = "cuda"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,8 +46,8 @@ class Options:
         kernels: Which to time: those that this GPU would run, the portable ones, or those for
             Hopper.
         passes: Which passes, none for all. The portable kernels have forward, query_gradient and
-            key_gradient; those for Hopper forward, long (the forward pass of long bands) and
-            gradient.
+            key_gradient; those for Hopper forward, forward_persistent (for long bands) and
+            backward.
         head_dim: D.
         dtype: Of query, key and value.
         batch: Batch size of the timed case.
@@ -112,11 +112,12 @@ def candidates(options: Options, name: str, hopper: bool) -> list[LaunchConfig]:
     found = []
     for m, n, warps in blocks:
         # A warpgroup of the Hopper kernels owns 64 rows of the block that stays: of queries, and of
-        # keys too where one launch has all gradients. For long bands there is a second one.
-        stays = (m, n) if name == "gradient" else (m // 2,) if name == "long" else (m,)
+        # keys too where one launch has all gradients. The persistent pass has two warpgroups.
+        persistent = name == "forward_persistent"
+        stays = (m, n) if name == "backward" else (m // 2,) if persistent else (m,)
         if hopper and (any(rows != 16 * warps for rows in stays) or min(m, n) < 32):
             continue
-        stages = options.stages if not hopper or name == "long" else (2,)
+        stages = options.stages if not hopper or persistent else (2,)
         found += [LaunchConfig(m, n, warps, s) for s in stages]
     return found
 
@@ -164,8 +165,11 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
     """A function that runs one pass with one launch; None where the Hopper kernels do not cover the
     case.
     """
-    from ..impl.triton import launch as launching
-    from ..impl.triton.config import pitch
+    from ..impl.triton import hopper as hopper_kernels
+    from ..impl.triton.arguments import Positions, RowStats
+    from ..impl.triton.call import BackwardTensors, Call, ForwardTensors
+    from ..impl.triton.hopper.planning import pitch
+    from ..impl.triton.portable import launch as portable
 
     shape = (options.batch, options.heads, options.length, options.head_dim)
     query, key, value, d_out = (
@@ -173,37 +177,35 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
     )
     bands = BandPattern.shared_local(options.heads, options.length).flat
     scale = options.head_dim**-0.5
-    call = launching.Call(query, key, bands, 0, None, None, None, None, scale)
-    if hopper and call.hopper is None:
+    call = Call(query, key, bands, scale, 0, Positions(None, None, None, None))
+    plan = hopper_kernels.plan(call, query, key, value, d_out) if hopper else None
+    if hopper and plan is None:
         return None
-    portable, special = call.launches, call.hopper
     out, d_query, d_key, d_value = (torch.empty_like(query) for _ in range(4))
     lse = query.new_empty(shape[:3], dtype=torch.float32)
-    base, delta = (lse.new_empty((*shape[:2], pitch(shape[2]))) for _ in range(2))
-    call.hopper = special if hopper else None
-    launching.launch_forward(call, query, key, value, out, lse, None)
+    pitched = (*shape[:2], pitch(shape[2]))
+    stats = RowStats(lse, None, lse.new_empty(pitched), lse.new_empty(pitched))
+    forward = ForwardTensors(query, key, value, out, lse, None)
+    backward = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
+    portable.forward(call, portable.launches_for(call).forward, forward)
 
-    def run(name: str, launch: Any) -> None:
-        change = dict[str, Any]({name: launch})
-        if special is not None and hopper:
-            call.hopper = replace(special, **change)
-        else:
-            call.launches = replace(portable, **change)
-        call.long = name == "long"
-        if name in ("forward", "long"):
-            launching.launch_forward(call, query, key, value, out, lse, None)
-        elif name == "gradient":
-            launching.launch_gradients(
-                *(call, query, key, value, out, d_out, d_query, d_key, d_value, lse, None),
-                *(base, delta, call.hopper),
-            )
+    def run_portable(name: str, launch: LaunchConfig) -> None:
+        if name == "forward":
+            portable.forward(call, launch, forward)
         elif name == "query_gradient":
-            launching.launch_query_gradient(
-                call, query, key, value, out, d_out, d_query, lse, None, base, delta
-            )
+            portable.query_gradient(call, launch, backward, stats)
         else:
-            launching.launch_key_gradient(
-                call, query, key, value, d_out, d_key, d_value, base, delta
-            )
+            portable.key_gradient(call, launch, backward, stats)
 
-    return run
+    def run_hopper(name: str, launch: LaunchConfig) -> None:
+        from ..impl.triton.hopper import launch as launching
+
+        assert plan is not None
+        launches = replace(plan.launches, **{name: launch})
+        changed = replace(plan, launches=launches, persistent=name == "forward_persistent")
+        if name == "backward":
+            launching.backward(call, changed, backward, stats)
+        else:
+            launching.forward(call, changed, forward)
+
+    return run_portable if plan is None else run_hopper

@@ -9,8 +9,8 @@ import pytest
 
 import spattention
 
-SOURCES = sorted((Path(spattention.__file__).parent / "impl" / "triton").glob("hopper_*.py"))
-MAKERS = ("barriers", "ring")
+SOURCES = sorted((Path(spattention.__file__).parent / "impl" / "triton" / "hopper").glob("*.py"))
+MAKERS = ("allocate_barriers", "allocate_ring")
 
 
 def _calls(function: ast.FunctionDef, *names: str) -> list[ast.Call]:
@@ -22,21 +22,21 @@ def _calls(function: ast.FunctionDef, *names: str) -> list[ast.Call]:
 
 
 def _kernels() -> list[tuple[str, ast.FunctionDef]]:
-    """Functions that make barriers and keep them."""
+    """Functions that allocate barriers, except those that return them."""
     return [
         (path.stem, node)
         for path in SOURCES
         for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name != "ring" and _calls(node, *MAKERS)
+        if isinstance(node, ast.FunctionDef) and node.name not in MAKERS and _calls(node, *MAKERS)
     ]
 
 
-def test_there_are_kernels_with_barriers() -> None:
+def test_kernels_with_barriers_are_found() -> None:
     assert {name for name, _ in _kernels()} == {
-        "hopper_backward",
-        "hopper_forward",
-        "hopper_long",
-        "hopper_rows",
+        "backward",
+        "forward",
+        "forward_persistent",
+        "backward_preprocess",
     }
 
 
@@ -46,17 +46,14 @@ def test_barriers_are_ended_last(module: str, kernel: ast.FunctionDef) -> None:
     after the last access.
     """
     made = _calls(kernel, *MAKERS)
-    ended = _calls(kernel, "retire")
-    if module == "hopper_long":  # in a loop over its rings, both barriers of each
-        assert (len(made), len(ended)) == (3, 2)
-    else:
-        names = {
-            ast.unparse(node.targets[0])
-            for node in ast.walk(kernel)
-            if isinstance(node, ast.Assign) and node.value in made
-        }
-        assert len(names) == len(made)
-        assert {ast.unparse(call.args[0]) for call in ended} == names
-    used = _calls(kernel, "arrived", "copy", "store_rows", "warp_specialize")
+    ended = _calls(kernel, "invalidate", "invalidate_ring")
+    names = {
+        ast.unparse(node.targets[0])
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Assign) and node.value in made
+    }
+    assert len(names) == len(made)
+    assert {ast.unparse(call.args[0]) for call in ended} == names
+    used = _calls(kernel, "consumer_wait", "copy_tokens", "store_tokens", "warp_specialize")
     last = max(call.lineno for call in used)
     assert all(call.lineno > last for call in ended)

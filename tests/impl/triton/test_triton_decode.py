@@ -11,8 +11,10 @@ from small_cases import case, int32
 
 import spattention as spa
 from spattention.impl import triton as kernels
-from spattention.impl.triton import decode_launch, decode_op, op
-from spattention.impl.triton.config import DecodeLaunch
+from spattention.impl.triton import op
+from spattention.impl.triton.decode import launch as decode_launch
+from spattention.impl.triton.decode import op as decode_op
+from spattention.impl.triton.decode.config import DecodeLaunch
 from spattention.testing import VIEWS, Case, check_case, check_error, check_view, exact, plain
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")

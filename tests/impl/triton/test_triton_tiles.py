@@ -12,7 +12,8 @@ import torch
 
 from spattention import BandPattern
 from spattention.bands import in_bands
-from spattention.impl.triton import config, launch, tiles
+from spattention.impl.triton import call, scheduler, tiles, varlen
+from spattention.impl.triton.hopper import TileOrder, planning
 
 SHAPES = 2000
 
@@ -60,7 +61,7 @@ def test_ranges_are_what_the_mask_says() -> None:
                 low, high = tiles.key_range.fn(start + first, start + end - 1, near, far, 0, keys)
                 needed = mask[first:end].any(dim=0).nonzero().flatten().tolist()
                 assert list(range(low, high)) == needed
-                assert tiles.steps.fn(low, high, block) == -(-len(needed) // block)
+                assert tiles.num_blocks.fn(low, high, block) == -(-len(needed) // block)
                 for begin, stop in _blocks(low, high, block):
                     full = bool(mask[first:end, begin:stop].all())
                     inside = tiles.is_inside.fn(
@@ -86,11 +87,11 @@ def test_the_steps_of_a_part_of_a_block() -> None:
         far = near + rng.randint(1, 40)
         first = rng.randrange(0, 90, 2 * rows)
         low, high = tiles.key_range.fn(first, first + 2 * rows - 1, near, far, 0, keys)
-        steps = tiles.steps.fn(low, high, size)
+        steps = tiles.num_blocks.fn(low, high, size)
         begin = high - steps * size
         for half in (first, first + rows):
             own_low, own_high = tiles.key_range.fn(half, half + rows - 1, near, far, 0, keys)
-            front, count = tiles.steps_within.fn(begin, own_low, own_high, size)
+            front, count = tiles.blocks_within.fn(begin, own_low, own_high, size)
             seen = range(max(own_low, 0), own_high)
             needed = [
                 step
@@ -105,38 +106,41 @@ def test_the_steps_of_a_part_of_a_block() -> None:
 
 
 def test_a_missing_interval_reaches_nothing() -> None:
-    bands = launch._table(BandPattern(((), ((0, 4),)), 8).flat, 2)[0]
+    bands = call.sorted_bands(BandPattern(((), ((0, 4),)), 8).flat, 2)[0]
     empty = next(row for row in bands if row[0] == 0)
     for near, far in (empty[1:3], empty[3:5]):
         low, high = tiles.key_range.fn(0, 1_000_000, near, far, 0, 1_000_000)
-        assert tiles.steps.fn(low, high, 64) == 0
+        assert tiles.num_blocks.fn(low, high, 64) == 0
         low, high = tiles.query_range.fn(0, 1_000_000, near, far, 0, 1_000_000)
-        assert tiles.steps.fn(low, high, 64) == 0
+        assert tiles.num_blocks.fn(low, high, 64) == 0
 
 
 def test_heads_come_by_falling_work_and_members_stay_together() -> None:
     pattern = BandPattern((((0, 1),), ((0, 8),), ((2, 3),), ((0, 4),)), 8)
-    by_head, by_key_head = launch._table(pattern.flat, 2)
+    by_head, by_key_head = call.sorted_bands(pattern.flat, 2)
     assert [row[0] for row in by_head] == [1, 3, 0, 2]
     assert [row[0] for row in by_key_head] == [0, 1, 2, 3]
-    assert [row[0] for row in launch._table(pattern.flat, 4)[1]] == [1, 3, 0, 2]
+    assert [row[0] for row in call.sorted_bands(pattern.flat, 4)[1]] == [1, 3, 0, 2]
 
 
-@pytest.mark.parametrize("in_turn", [0, 1])
-def test_every_block_of_every_place_has_its_turn(in_turn: int) -> None:
+@pytest.mark.parametrize("round_robin", [0, 1])
+def test_every_block_of_every_place_has_its_turn(round_robin: int) -> None:
     slots, places = 7, 5
-    turns = [tiles.turn.fn(program, slots, places, in_turn) for program in range(slots * places)]
+    turns = [
+        scheduler.work_tile.fn(program, slots, places, round_robin)
+        for program in range(slots * places)
+    ]
     assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
-    assert turns == sorted(turns, key=lambda turn: turn[in_turn])
+    assert turns == sorted(turns, key=lambda turn: turn[round_robin])
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The bands that `long_blocks` reads, at address 0."""
+    """The bands that `num_long_blocks` reads, at address 0."""
     rows: list[list[int]] = []
-    monkeypatch.setattr(tiles.tl, "load", lambda at: rows[at // 8][at % 8])
-    monkeypatch.setattr(tiles, "long_blocks", tiles.long_blocks.fn)
-    monkeypatch.setattr(tiles, "shared_turn", tiles.shared_turn.fn)
+    monkeypatch.setattr(scheduler.tl, "load", lambda at: rows[at // 8][at % 8])
+    monkeypatch.setattr(scheduler, "num_long_blocks", scheduler.num_long_blocks.fn)
+    monkeypatch.setattr(scheduler, "block_of_pair", scheduler.block_of_pair.fn)
     monkeypatch.setattr(tiles, "MISSING", tiles.MISSING.value)
     return rows
 
@@ -149,7 +153,7 @@ def test_pairs_share_their_turns_and_take_long_blocks_first(table: list[list[int
         table[:] = [[head, 0, 1, n, n + 1, 0, 0, 0] for head, n in enumerate(near)]
         places = batch * heads
         turns = [
-            tiles.paired_turn.fn(program, 0, slots, batch, heads, block)
+            scheduler.paired_work_tile.fn(program, 0, slots, batch, heads, block)
             for program in range(slots * places)
         ]
         assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
@@ -169,7 +173,7 @@ def test_long_blocks_reach_the_last_interval(
 ) -> None:
     first, second = (tiles.MISSING if n is None else n for n in near)
     table[:] = [[0] * 8, [0, first, first, second, second, 0, 0, 0]]
-    assert tiles.long_blocks(0, 1, 8, 4) == count
+    assert scheduler.num_long_blocks(0, 1, 8, 4) == count
 
 
 def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
@@ -180,7 +184,7 @@ def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
         near = rng.choice((0, rng.randint(0, 250), tiles.MISSING.value))
         far = near + rng.randint(1, 100)
         slots = -(-queries // block)
-        order = [tiles.query_slot.fn(rank, near, slots, block) for rank in range(slots)]
+        order = [scheduler.query_block.fn(rank, near, slots, block) for rank in range(slots)]
         assert sorted(order) == list(range(slots))
         work = []
         for slot in order:
@@ -190,7 +194,7 @@ def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
         _assert_falling(order, work)
 
         slots = -(-keys // block)
-        order = [tiles.key_slot.fn(rank, near, slots, queries, block) for rank in range(slots)]
+        order = [scheduler.key_block.fn(rank, near, slots, queries, block) for rank in range(slots)]
         assert sorted(order) == list(range(slots))
         work = []
         for slot in order:
@@ -211,15 +215,15 @@ def _assert_falling(order: list[int], work: list[int]) -> None:
 @pytest.mark.parametrize(
     ("batch", "heads", "length", "make", "expected"),
     [
-        (1, 8, 4096, BandPattern.shared_local, 2),
-        (1, 8, 4096, geometric, 1),
-        (4, 16, 4096, BandPattern.exclusive, 1),
-        (4, 16, 4096, BandPattern.shared_local, 0),
-        (16, 8, 1024, BandPattern.exclusive, 1),
-        (16, 8, 1024, BandPattern.shared_local, 0),
-        (1, 16, 16384, BandPattern.exclusive, 1),
-        (1, 16, 16384, BandPattern.shared_local, 0),
-        (1, 16, 65536, BandPattern.exclusive, 0),
+        (1, 8, 4096, BandPattern.shared_local, TileOrder.PAIRED),
+        (1, 8, 4096, geometric, TileOrder.ROUND_ROBIN),
+        (4, 16, 4096, BandPattern.exclusive, TileOrder.ROUND_ROBIN),
+        (4, 16, 4096, BandPattern.shared_local, TileOrder.HEAD_MAJOR),
+        (16, 8, 1024, BandPattern.exclusive, TileOrder.ROUND_ROBIN),
+        (16, 8, 1024, BandPattern.shared_local, TileOrder.HEAD_MAJOR),
+        (1, 16, 16384, BandPattern.exclusive, TileOrder.ROUND_ROBIN),
+        (1, 16, 16384, BandPattern.shared_local, TileOrder.HEAD_MAJOR),
+        (1, 16, 65536, BandPattern.exclusive, TileOrder.HEAD_MAJOR),
     ],
 )
 def test_heads_take_turns_where_that_was_faster(
@@ -227,10 +231,10 @@ def test_heads_take_turns_where_that_was_faster(
     heads: int,
     length: int,
     make: Callable[[int, int], BandPattern],
-    expected: int,
+    expected: TileOrder,
 ) -> None:
     """What was measured on the reference GPU with head_dim 128 (benchmarks/LOG.md)."""
-    assert config.order(make(heads, length).flat, batch, length, 128, 2) == expected
+    assert planning.tile_order(make(heads, length).flat, batch, length, 128) == expected
 
 
 @pytest.mark.parametrize(
@@ -249,8 +253,8 @@ def test_long_bands_are_those_where_blocks_of_128_were_faster(
 ) -> None:
     """What was measured on the reference GPU with 16 heads, head_dim 128 (benchmarks/LOG.md)."""
     pattern = make(16, length)
-    assert config.is_long(pattern.flat, length, 128) is expected
-    assert not config.is_long(pattern.flat, length, 64)  # was not measured
+    assert planning.use_persistent(pattern.flat, length, 128) is expected
+    assert not planning.use_persistent(pattern.flat, length, 64)  # was not measured
 
 
 @pytest.mark.parametrize("block", [16, 64])
@@ -264,7 +268,7 @@ def test_slots_are_enough_for_any_documents(block: int) -> None:
         offsets = [sum(lengths[:d]) for d in range(len(lengths) + 1)]
         behind = rng.randint(0, 40)
         starts = [offset // block + d for d, offset in enumerate(offsets)]
-        ends = [*starts[1:], tiles.slots(offsets[-1] + behind, len(lengths), block)]
+        ends = [*starts[1:], varlen.num_slots(offsets[-1] + behind, len(lengths), block)]
         for length, start, end in zip([*lengths, behind], starts, ends):
             assert end - start >= -(-length // block)
 
@@ -297,5 +301,5 @@ def test_gradients_are_launched_apart_where_blocks_are_many_and_short(
     (benchmarks/results/hopper_apart_*).
     """
     pattern = make(heads, length)
-    assert config.is_apart(pattern.flat, batch, length) is expected
-    assert config.mean_keys(pattern.flat, length) == sum(pattern.pairs(length)) / heads / length
+    assert planning.split_backward(pattern.flat, batch, length) is expected
+    assert planning.mean_keys(pattern.flat, length) == sum(pattern.pairs(length)) / heads / length

@@ -9,7 +9,8 @@ import pytest
 from triton.runtime.errors import OutOfResources
 
 from spattention.cli import main, measure, tune
-from spattention.impl.triton import launch as launching
+from spattention.impl.triton.config import LaunchConfig
+from spattention.impl.triton.portable import launch as portable
 
 COMMAND = [
     *("tune", "--heads", "2", "--length", "32", "--head-dim", "16", "--dtype", "float32"),
@@ -51,13 +52,13 @@ def test_each_launch_is_shown_before_the_next_is_tried(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = []
-    launch = launching.launch_key_gradient
+    launch = portable.key_gradient
 
     def watched(*arguments: Any) -> None:
         shown.append(capsys.readouterr().out.count("key_gradient: "))
         launch(*arguments)
 
-    monkeypatch.setattr(launching, "launch_key_gradient", watched)
+    monkeypatch.setattr(portable, "key_gradient", watched)
     assert main([*COMMAND, "--passes", "key_gradient"]) == 0
     assert shown == [0, 1, 1, 1]
 
@@ -76,14 +77,14 @@ def test_a_launch_that_cannot_run_is_said_and_left_out(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    launch = launching.launch_query_gradient
+    launch = portable.query_gradient
 
-    def narrow(call: launching.Call, *arguments: Any) -> None:
-        if call.launches.query_gradient.block_m == 32:
+    def narrow(call: Any, config: LaunchConfig, *arguments: Any) -> None:
+        if config.block_m == 32:
             raise error
-        launch(call, *arguments)
+        launch(call, config, *arguments)
 
-    monkeypatch.setattr(launching, "launch_query_gradient", narrow)
+    monkeypatch.setattr(portable, "query_gradient", narrow)
     assert main([*COMMAND, "--passes", "query_gradient"]) == 0
     lines, table = capsys.readouterr().out.split("portable kernels")
     assert lines.count(reason) == 2
@@ -96,7 +97,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(launching, "launch_query_gradient", broken)
+    monkeypatch.setattr(portable, "query_gradient", broken)
     with pytest.raises(RuntimeError, match="illegal"):
         tune.main(tune.Options(head_dim=16, length=32, passes=("query_gradient",)))
 
@@ -121,7 +122,7 @@ def test_the_default_grid_is_short() -> None:
     assert all(launch.block_m == 32 * launch.num_warps for launch in hopper[1])
 
 
-@pytest.mark.parametrize(("hopper", "name"), [(True, "key_gradient"), (False, "gradient")])
+@pytest.mark.parametrize(("hopper", "name"), [(True, "key_gradient"), (False, "backward")])
 def test_a_pass_that_the_kernels_do_not_have_is_refused(hopper: bool, name: tune.Pass) -> None:
     with pytest.raises(ValueError, match=rf"`--passes` of the \w+ kernels .*got {name}"):
         tune.passes(tune.Options(passes=(name,)), hopper)

@@ -1,17 +1,19 @@
 """Triton kernels for CUDA GPUs: forward and backward for every `BandPattern`, in half and single
 precision.
 
-Reading order: `tiles.py` (which blocks a band needs), `softmax.py`, `forward.py`, `backward.py`,
-`config.py`, `kernel.py`, `launch.py`, `op.py`; then `hopper.py`, `hopper_forward.py`,
-`hopper_long.py`, `hopper_rows.py`, `hopper_backward.py`, `hopper_launch.py`, the same passes for
-Hopper GPUs in Gluon, used for half precision with head_dim 64 or 128 where queries begin at
-position 0 (training, first pass over a prompt); and `decode.py`, `decode_launch.py`,
-`decode_op.py`, the forward pass for few queries against many keys, and `store.py`, which keeps
-them.
+Three suites of kernels stand on a shared ground (`tiles.py`, `scheduler.py`, `varlen.py`,
+`arguments.py`, `softmax.py`, `memory.py`, `config.py`, `compiled.py`, `call.py`):
+
+    portable/  every call, on every GPU
+    hopper/    training and the first pass over a prompt on Hopper GPUs, in Gluon
+    decode/    few queries against many keys, and writing into a `BandStore`
+
+`launch.py` chooses between the first two, and `op.py` registers their operators. Start with
+`tiles.py`, `softmax.py` and `portable/forward.py`.
 
 Decoding is chosen for at most 16 queries, with at least 8 keys for each, where no input needs a
 gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the
-device, so that call cannot be inside the capture of a CUDA graph: call once to warm up.
+device. That call cannot be inside the capture of a CUDA graph: call once to warm up.
 
 float32 is computed in IEEE float32, not TensorFloat32. Both values of `deterministic` run the same
 kernels, which give the same bits on every run.
@@ -22,13 +24,15 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
-from . import decode_op, op, store
-from .decode_op import MAX_QUERIES
+from . import op
+from .decode import append
+from .decode import op as decode_op
+from .decode.op import MAX_QUERIES
 from .op import refusal
 
 __all__ = ["MAX_QUERIES", "attend", "attend_rings", "attend_varlen", "refusal", "write_rings"]
 
-DECODE_KEYS = 8  # keys for each query, from which on decoding is worth its second kernel
+DECODE_KEYS = 8  # keys per query from which on decoding is worth its second kernel
 
 
 def attend(
@@ -75,11 +79,12 @@ def attend_rings(
     sinks: torch.Tensor | None,
     key_start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of the last tokens of a `BandStore`, at most `MAX_QUERIES` and no more than its
-    slack and one; results as in `spattention.band_attention`, without a gradient.
+    """Attention of the last tokens of a `BandStore`; results as in `spattention.band_attention`,
+    without a gradient.
 
     Args:
-        query: `[B, H, Q, D]`.
+        query: `[B, H, Q, D]`, at most `MAX_QUERIES` tokens and at most one more than the store's
+            slack.
         keys, values, offsets, lengths, position: the store's.
         pattern: the store's.
         scale: factor of the scores.
@@ -113,9 +118,10 @@ def write_rings(
     offsets: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """The next tokens of a `BandStore`, `[B, Hkv, n, D]`, in place. The rest are the store's, as
-    before these tokens."""
-    store.write(key, value, keys, values, position, offsets, lengths)
+    """Write the next tokens `[B, Hkv, n, D]` into a `BandStore`, in place. The other arguments are
+    the store's, as they are before these tokens.
+    """
+    append.write(key, value, keys, values, position, offsets, lengths)
 
 
 def attend_varlen(
@@ -135,12 +141,12 @@ def attend_varlen(
     """`[T, H, D]` packed documents; arguments and results as in
     `spattention.band_attention_varlen`.
 
-    The longest lengths are not needed: the kernels find their documents from the offsets alone.
+    The maximal lengths are not needed: the kernels find their documents from the offsets alone.
     """
     _check(query, value)
-    rows = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    tensors = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     out, lse = op.attend(
-        *rows, pattern.flat, scale, 0, None, None, sinks, cu_seqlens_q, cu_seqlens_k
+        *tensors, pattern.flat, scale, 0, None, None, sinks, cu_seqlens_q, cu_seqlens_k
     )
     return out[0].transpose(0, 1), lse[0]
 

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
-"""Blocks of rows, in and out of memory. What lies outside a row's range or beyond head_dim is never
-touched.
+"""Blocks of tokens, in and out of memory. Tokens outside the given range and elements after
+head_dim are never touched.
 
-R  rows of a block        D  BLOCK_D >= HEAD_DIM
+T  tokens of a block        D  FORM.BLOCK_D
 """
 
 import triton
@@ -10,31 +10,29 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(p_rows, o_row, stride, low, high, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[R, D]` from rows `o_row` of a matrix; zeros outside rows `low .. high - 1`."""
-    m_row = (o_row >= low) & (o_row < high)
-    return gather_rows(p_rows, o_row, m_row, stride, HEAD_DIM, BLOCK_D)
+def load_tokens(p_head, o_token, stride, low, high, FORM: tl.constexpr):
+    """`[T, D]` from tokens `o_token` of a head; zeros outside tokens `low .. high - 1`."""
+    m_token = (o_token >= low) & (o_token < high)
+    return gather_tokens(p_head, o_token, m_token, stride, FORM)
 
 
 @triton.jit
-def gather_rows(p_rows, o_row, m_row, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[R, D]` from rows `o_row` of a matrix; zeros where `m_row` `[R]` is false."""
-    o_dim = tl.arange(0, BLOCK_D)
-    m_row = m_row[:, None]
-    if HEAD_DIM < BLOCK_D:
-        m_row = m_row & (o_dim < HEAD_DIM)[None, :]
-    p_block = p_rows + o_row.to(tl.int64)[:, None] * stride + o_dim[None, :]
-    return tl.load(p_block, mask=m_row, other=0.0)
+def gather_tokens(p_head, o_token, m_token, stride, FORM: tl.constexpr):
+    """`[T, D]` from tokens `o_token` of a head; zeros where `m_token` `[T]` is false."""
+    o_dim = tl.arange(0, FORM.BLOCK_D)
+    m_token = m_token[:, None]
+    if FORM.HEAD_DIM < FORM.BLOCK_D:
+        m_token = m_token & (o_dim < FORM.HEAD_DIM)[None, :]
+    p_block = p_head + o_token.to(tl.int64)[:, None] * stride + o_dim[None, :]
+    return tl.load(p_block, mask=m_token, other=0.0)
 
 
 @triton.jit
-def store_rows(
-    p_rows, b_rows, o_row, stride, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """`b_rows` `[R, D]` into rows `o_row` of a matrix, those before `n_rows`."""
-    o_dim = tl.arange(0, BLOCK_D)
-    m_row = (o_row < n_rows)[:, None]
-    if HEAD_DIM < BLOCK_D:
-        m_row = m_row & (o_dim < HEAD_DIM)[None, :]
-    p_block = p_rows + o_row.to(tl.int64)[:, None] * stride + o_dim[None, :]
-    tl.store(p_block, b_rows.to(p_rows.dtype.element_ty), mask=m_row)
+def store_tokens(p_head, b_tokens, o_token, stride, n_tokens, FORM: tl.constexpr):
+    """Store `b_tokens` `[T, D]` as tokens `o_token` of a head, except those from `n_tokens` on."""
+    o_dim = tl.arange(0, FORM.BLOCK_D)
+    m_token = (o_token < n_tokens)[:, None]
+    if FORM.HEAD_DIM < FORM.BLOCK_D:
+        m_token = m_token & (o_dim < FORM.HEAD_DIM)[None, :]
+    p_block = p_head + o_token.to(tl.int64)[:, None] * stride + o_dim[None, :]
+    tl.store(p_block, b_tokens.to(p_head.dtype.element_ty), mask=m_token)

@@ -2,7 +2,7 @@
 `spattention::triton_backward`.
 
 They take the bands as a flat `int[]`, near, far, near, far per head, because schemas take no Python
-objects. Packed calls (`offsets_q` given) come as `[1, H, T, D]` views.
+objects. Packed calls (`cu_seqlens_q` given) come as `[1, H, T, D]` views.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 import triton
 
 from ..layout import empty_like_query
-from .config import pitch
-from .launch import Call, launch_forward, launch_gradients, unit_rows
+from ..library import library, register
+from . import launch
+from .arguments import Positions
+from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -42,33 +44,32 @@ def _forward(
     intervals: Sequence[int],
     scale: float,
     query_start: int,
-    query_starts: torch.Tensor | None,
+    query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    offsets_q: torch.Tensor | None,
-    offsets_k: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out [B, H, Q, D]` and the log-sum-exp, float32 `[B, H, Q]`.
 
     Args:
         query, key, value: `[B, H, Q, D]`, `[B, Hkv, K, D]` twice; packed calls have B = 1 and
-            `offsets_q`, `offsets_k`.
+            `cu_seqlens_q`, `cu_seqlens_k`.
         intervals: the bands, `BandPattern.flat`.
         scale: factor of the scores.
-        query_start: position of the first query; used when `query_starts` is None.
-        query_starts: the same as int32 `[]` or `[B]`, read on the device.
+        query_start: position of the first query; used when `query_start_tensor` is None.
+        query_start_tensor: the same as int32 `[]` or `[B]`, read on the device.
         key_start: int32 `[B]` or `[B, Q]`.
         sinks: `[H]`.
-        offsets_q, offsets_k: int32 `[documents + 1]`.
+        cu_seqlens_q, cu_seqlens_k: int32 `[documents + 1]`.
     """
     out, lse = _forward_results(query)
     if out.numel() == 0:
         return out, lse
-    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
-    call = Call(
-        query, key, intervals, query_start, query_starts, key_start, offsets_q, offsets_k, scale
-    )
-    launch_forward(call, query, key, value, out, lse, sinks)
+    query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
+    positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
+    call = Call(query, key, intervals, scale, query_start, positions)
+    launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
 
@@ -79,11 +80,11 @@ def _fake_forward(
     intervals: Sequence[int],
     scale: float,
     query_start: int,
-    query_starts: torch.Tensor | None,
+    query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    offsets_q: torch.Tensor | None,
-    offsets_k: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _forward_results(query)
 
@@ -104,11 +105,11 @@ def _backward(
     intervals: Sequence[int],
     scale: float,
     query_start: int,
-    query_starts: torch.Tensor | None,
+    query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    offsets_q: torch.Tensor | None,
-    offsets_k: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and sinks (`[0]` without sinks), from those of `out` and (or
     None) of `lse`.
@@ -120,38 +121,16 @@ def _backward(
         if sinks is not None and d_lse is not None:
             d_sinks.copy_(d_lse.sum((0, 2)))
         return d_query, d_key, d_value, d_sinks.zero_() if d_lse is None else d_sinks
-    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
-    out, d_out = unit_rows(out), unit_rows(d_out)
-    call = Call(
-        query, key, intervals, query_start, query_starts, key_start, offsets_q, offsets_k, scale
-    )
-    # Per row: the log-sum-exp in powers of two, and the sum of dO * O less the log-sum-exp's
-    # gradient.
-    hopper = call.hopper_for(query, key, value, d_out)
-    rows = (*lse.shape[:2], lse.shape[2] if hopper is None else pitch(lse.shape[2]))
-    base, delta = lse.new_empty(rows), lse.new_empty(rows)
-    d_lse = None if d_lse is None else d_lse.contiguous()
-    launch_gradients(
-        call,
-        query,
-        key,
-        value,
-        out,
-        d_out,
-        d_query,
-        d_key,
-        d_value,
-        lse,
-        d_lse,
-        base,
-        delta,
-        hopper,
-    )
+    query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
+    out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
+    positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
+    call = Call(query, key, intervals, scale, query_start, positions)
+    tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
+    delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
         d_query.zero_()
         d_key.zero_()
     if sinks is not None:
-        delta = delta[:, :, : lse.shape[2]]
         # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a
         # row without keys.
         weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(
@@ -172,11 +151,11 @@ def _fake_backward(
     intervals: Sequence[int],
     scale: float,
     query_start: int,
-    query_starts: torch.Tensor | None,
+    query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    offsets_q: torch.Tensor | None,
-    offsets_k: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _backward_results(query, key, value, sinks)
 
@@ -250,8 +229,9 @@ def _differentiable(
 
 
 def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """What `operator` does, without the dispatcher's way to its autograd key, which costs the host
-    another call of Python. Whatever looks on from above that key gets the operator itself.
+    """Eager fast path: run autograd directly instead of through the dispatcher, which saves one
+    Python call per launch. Under torch.compile, functorch transforms or `__torch_function__` modes,
+    call the registered operator, so that they can see it.
     """
 
     def call(*inputs: Any) -> Any:
@@ -266,40 +246,26 @@ def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callab
     return call
 
 
-_library = torch.library.Library("spattention", "FRAGMENT")
-
-
-def register(
-    name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """`torch.library.custom_op`, less what it does around every call."""
-    _library.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
-        _library.impl(name, compute, device)
-    torch.library.register_fake(f"spattention::{name}", fake, lib=_library)
-    return getattr(torch.ops.spattention, name).default
-
-
 _COMMON = (
-    "int[] intervals, float scale, SymInt query_start, Tensor? query_starts, Tensor? key_start, "
-    "Tensor? sinks, Tensor? offsets_q, Tensor? offsets_k"
+    "int[] intervals, float scale, SymInt query_start, Tensor? query_start_tensor, "
+    "Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 forward = register(
     "triton_forward",
-    f"Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
+    f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 backward = register(
     "triton_backward",
-    "Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_COMMON}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 _record_forward = _differentiable(_Attend, forward)
 _record_backward = _differentiable(_Differentiate, backward)
-_library.impl("triton_forward", _record_forward, "Autograd")
-_library.impl("triton_backward", _record_backward, "Autograd")
+library.impl("triton_forward", _record_forward, "Autograd")
+library.impl("triton_backward", _record_backward, "Autograd")
 attend = _eager(_record_forward, forward)
 differentiate = _eager(_record_backward, backward)

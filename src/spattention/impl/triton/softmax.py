@@ -1,11 +1,10 @@
 # mypy: allow-untyped-defs
-"""The softmax, once for all passes: its running form, its end, and its recomputation for the
-gradients.
+"""The softmax of all passes: its online form, its end, and its recomputation in the backward pass.
 
-In half precision exponentials are powers of two, the instruction that there is: scores are scaled
-by `scale * log2(e)`, and `highest` and `base` are in that unit. In float32 (`PRECISE`) they are
-powers of e: the changes of unit would cost more than the last bit, and so would the instruction.
-The log-sum-exp that leaves a kernel is natural.
+In half precision exponentials are powers of two, which is the instruction that GPUs have. Scores
+are scaled by `scale * log2(e)`, and `row_max` and `lse_log2` are in that unit. In float32
+(`PRECISE`) they are powers of e: changing the unit would cost more than the last bit, and so would
+the instruction. The log-sum-exp that a kernel returns is natural.
 
     M  queries of a block        N  keys of a block        m_  mask
 """
@@ -20,7 +19,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def power(x, PRECISE: tl.constexpr):
+def exponential(x, PRECISE: tl.constexpr):
     """2 to the x; e to the x if `PRECISE`."""
     if PRECISE and INTERPRETED:
         return tl.exp(x)
@@ -32,7 +31,7 @@ def power(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def logarithm(x, PRECISE: tl.constexpr):
-    """The inverse of `power`."""
+    """The inverse of `exponential`."""
     if PRECISE and INTERPRETED:
         return tl.log(x)
     elif PRECISE:
@@ -43,8 +42,8 @@ def logarithm(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def scaled(scores, scale, PRECISE: tl.constexpr):
-    """`scores * scale`, rounded if `PRECISE`: fused into the subtraction that follows, it would
-    give the only key of a row a weight that is not 1.
+    """`scores * scale`, rounded if `PRECISE`. Fused into the subtraction that follows, it would
+    give the only key of a row a probability that is not 1.
     """
     if PRECISE and not INTERPRETED:
         return libdevice.mul_rn(scores, scale)
@@ -53,68 +52,65 @@ def scaled(scores, scale, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def begin(
+def init(
     p_sinks, head, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISE: tl.constexpr = False
 ):
-    """Running maximum and sum `[M]` before the first key: of nothing, or of the head's sink, which
-    carries no value.
+    """`row_max` and `row_sum` `[M]` before the first key: those of the head's sink, which carries
+    no value, or of nothing.
     """
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
         sink = tl.load(p_sinks + head).to(tl.float32) * (1.0 if PRECISE else LOG2_E)
-        highest = tl.full([BLOCK_M], 0.0, tl.float32) + sink
-        total += tl.where(sink == float("-inf"), 0.0, 1.0)
-    return highest, total
+        row_max = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    return row_max, row_sum
 
 
 @triton.jit
-def extend(scores, highest, total, scale, FALLING: tl.constexpr, PRECISE: tl.constexpr = False):
-    """One block of raw scores `[M, N]` joins: weights `[M, N]`, new maximum and sum `[M]`, factor
-    of what was summed.
+def update(scores, row_max, row_sum, scale, FALLING: tl.constexpr, PRECISE: tl.constexpr = False):
+    """Add one block of raw scores `[M, N]`.
 
-    Masked scores are -inf (+inf where `FALLING`, that is `scale < 0`).
+    Returns the probabilities `[M, N]` (not normalised), the new `row_max` and `row_sum` `[M]`, and
+    the factor `[M]` that rescales the output so far. Masked scores are -inf (+inf where `FALLING`,
+    that is `scale < 0`).
     """
-    block_highest = (tl.min(scores, 1) if FALLING else tl.max(scores, 1)) * scale
-    new = tl.maximum(highest, block_highest)
-    # A row that has seen nothing yet keeps -inf; 0 in its place keeps -inf - -inf out of the
+    block_max = (tl.min(scores, 1) if FALLING else tl.max(scores, 1)) * scale
+    new_max = tl.maximum(row_max, block_max)
+    # A row that has seen no key yet keeps -inf. Subtracting 0 instead keeps -inf - -inf out of the
     # exponent.
-    base = tl.where(new == float("-inf"), 0.0, new)
-    weights = power(scaled(scores, scale, PRECISE) - base[:, None], PRECISE)
-    factor = power(highest - base, PRECISE)
-    return weights, new, total * factor + tl.sum(weights, 1), factor
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = exponential(scaled(scores, scale, PRECISE) - shift[:, None], PRECISE)
+    factor = exponential(row_max - shift, PRECISE)
+    return p, new_max, row_sum * factor + tl.sum(p, 1), factor
 
 
 @triton.jit
-def finish(highest, total, PRECISE: tl.constexpr = False):
-    """Natural log-sum-exp `[M]`, and the sum `[M]` that normalises the output; a row without keys
-    gives -inf and 1.
+def finalize(row_max, row_sum, PRECISE: tl.constexpr = False):
+    """Natural log-sum-exp `[M]`, and the sum `[M]` that normalises the output; -inf and 1 for a row
+    without keys.
     """
-    empty = total == 0.0
-    safe = tl.where(empty, 1.0, total)
-    lse = (highest + logarithm(safe, PRECISE)) * (1.0 if PRECISE else LN_2)
+    empty = row_sum == 0.0
+    safe = tl.where(empty, 1.0, row_sum)
+    lse = (row_max + logarithm(safe, PRECISE)) * (1.0 if PRECISE else LN_2)
     return tl.where(empty, float("-inf"), lse), safe
 
 
 @triton.jit
-def base_of(lse, PRECISE: tl.constexpr = False):
-    """What `weights_of` subtracts, for rows `[M]` of a natural log-sum-exp; a row without keys is
-    always masked.
+def to_lse_log2(lse, PRECISE: tl.constexpr = False):
+    """The natural log-sum-exp `[M]` in the unit of `exponential`: what `recompute` subtracts. A row
+    without keys is always masked.
     """
     return tl.where(lse == float("-inf"), 0.0, lse * (1.0 if PRECISE else LOG2_E))
 
 
 @triton.jit
 def natural(scale, PRECISE: tl.constexpr = False):
-    """The factor of the scores as the caller gave it, which the gradients of query and key
-    carry.
-    """
+    """The factor of the scores as the caller gave it, which dQ and dK carry."""
     return scale * (1.0 if PRECISE else LN_2)
 
 
 @triton.jit
-def weights_of(scores, base, scale, PRECISE: tl.constexpr = False):
-    """The weights of raw scores; `base` is `base_of` the log-sum-exp, shaped to broadcast along the
-    keys.
-    """
-    return power(scaled(scores, scale, PRECISE) - base, PRECISE)
+def recompute(scores, lse_log2, scale, PRECISE: tl.constexpr = False):
+    """Probabilities of raw scores, from `lse_log2` shaped to broadcast along the keys."""
+    return exponential(scaled(scores, scale, PRECISE) - lse_log2, PRECISE)

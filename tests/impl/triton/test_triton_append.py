@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import spattention as spa
-from spattention.impl.triton import store as triton_store
 from spattention.impl.triton import write_rings
+from spattention.impl.triton.decode import append
 
 P = spa.BandPattern
 PATTERN = P(intervals=(((0, 8),), (), ((0, 4), (9, 30)), ((5, 6),)), span=40)
@@ -43,4 +43,4 @@ def test_opcheck() -> None:
     store = spa.BandStore(PATTERN, 2, 4, 16, slack=3)
     key, value = torch.randn(2, 2, 4, 3, 16)
     rings = (store.keys, store.values, store.position, store.offsets, store.lengths)
-    torch.library.opcheck(triton_store.write, (key, value, *rings))
+    torch.library.opcheck(append.write, (key, value, *rings))

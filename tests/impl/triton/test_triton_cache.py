@@ -1,4 +1,4 @@
-"""Kept kernels: the first call of a form goes through Triton, later ones launch what it gave."""
+"""Cached kernels: the first call of a form goes through Triton, later ones launch its result."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from spattention.impl.triton import kernel
-from spattention.impl.triton.kernel import Kernel, kinds
+from spattention.impl.triton import compiled
+from spattention.impl.triton.compiled import CompiledKernelCache, specialization
 
 
 class Function:
@@ -40,9 +40,9 @@ class Compiled:
 CONSTANTS: dict[str, Any] = {"num_warps": 4, "WIDE": True, "BLOCK": 64}
 
 
-def test_later_calls_launch_what_the_first_gave() -> None:
+def test_later_calls_launch_the_first_form() -> None:
     function = Function()
-    run = Kernel(function)
+    run = CompiledKernelCache(function)
     run(7, "form", "out", 3, **CONSTANTS)
     assert function.calls == [((7,), ("out", 3), CONSTANTS)]
     assert function.launches == []
@@ -55,7 +55,7 @@ def test_later_calls_launch_what_the_first_gave() -> None:
 @pytest.mark.parametrize("change", [{"num_warps": 8}, {"WIDE": False}, {"BLOCK": 32}])
 def test_other_constants_are_another_form(change: dict[str, Any]) -> None:
     function = Function()
-    run = Kernel(function)
+    run = CompiledKernelCache(function)
     run(1, "form", "out", 3, **CONSTANTS)
     run(1, "form", "out", 3, **CONSTANTS | change)
     run(1, "another", "out", 3, **CONSTANTS)
@@ -64,26 +64,37 @@ def test_other_constants_are_another_form(change: dict[str, Any]) -> None:
     assert [block for block, *_ in function.launches] == [change.get("BLOCK", 64)]
 
 
-def test_nothing_is_kept_of_the_interpreter() -> None:
+def test_interpreted_kernels_are_not_cached() -> None:
     function = Function(interpreted=True)
-    run = Kernel(function)
+    run = CompiledKernelCache(function)
     for _ in range(2):
         run(1, "form", "out", 3, **CONSTANTS)
     assert len(function.calls) == 2
 
 
-def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "MAX_KEPT", 4)
+def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MAX_COMPILED", 4)
     function = Function()
-    run = Kernel(function)
+    run = CompiledKernelCache(function)
     for form in range(20):
         run(1, form, "out", 3, **CONSTANTS)
         run(1, form, "out", 3, **CONSTANTS)
-        assert len(run.kept) <= 4
+        assert len(run.compiled) <= 4
     assert len(function.calls) == len(function.launches) == 20
 
 
-def test_kinds_tell_dtypes_and_alignments_apart() -> None:
+def test_specialization_has_dtype_and_alignment() -> None:
     row = torch.zeros(9, dtype=torch.bfloat16)
-    assert kinds(row) == kinds(torch.ones(3, 5, dtype=torch.bfloat16))
-    assert len({kinds(row), kinds(row[1:]), kinds(row.half()), kinds(None), kinds(row, row)}) == 5
+    assert specialization(row) == specialization(torch.ones(3, 5, dtype=torch.bfloat16))
+    assert (
+        len(
+            {
+                specialization(row),
+                specialization(row[1:]),
+                specialization(row.half()),
+                specialization(None),
+                specialization(row, row),
+            }
+        )
+        == 5
+    )

@@ -1,5 +1,5 @@
-"""A kept kernel is the one that Triton finds: some calls on a GPU, after the many that
-`tests/impl/triton/compare_kept.py` binds without one.
+"""A cached kernel is the one that Triton finds: some calls on a GPU, after the many that
+`tests/impl/triton/compare_cached.py` binds without one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spattention.impl.triton.kernel import Kernel
+from spattention.impl.triton.compiled import CompiledKernelCache
 
 from . import cases, decode_cases, placements
 
@@ -17,17 +17,17 @@ from . import cases, decode_cases, placements
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The kernels that were launched; each is compared with what Triton finds for its call."""
     found: list[Any] = []
-    launch = Kernel.__call__
+    launch = CompiledKernelCache.__call__
 
     def checked(
-        self: Kernel, programs: int, depends: Any, *arguments: Any, **constants: Any
+        self: CompiledKernelCache, programs: int, key: Any, *arguments: Any, **constants: Any
     ) -> None:
-        launch(self, programs, depends, *arguments, **constants)
-        kept, _ = self.kept[depends, *constants.values()]
-        assert kept is self.function[(programs,)](*arguments, **constants)
-        found.append(kept)
+        launch(self, programs, key, *arguments, **constants)
+        cached, _ = self.compiled[key, *constants.values()]
+        assert cached is self.function[(programs,)](*arguments, **constants)
+        found.append(cached)
 
-    monkeypatch.setattr(Kernel, "__call__", checked)
+    monkeypatch.setattr(CompiledKernelCache, "__call__", checked)
     return found
 
 

@@ -1,0 +1,229 @@
+"""Time the kernels of several source trees or Triton versions in turns on one GPU.
+
+A side is a name and the PYTHONPATH of its processes: a `src` folder, and perhaps a folder with
+another Triton. Every turn runs each side once, in a process of its own, in an order that changes
+from turn to turn. Times of the attention table's fifteen cases are medians of graph replays; host
+times are medians of 1,000 calls, taken in turns with `scaled_dot_product_attention`. The result is
+the median over the turns. A side that is given twice shows the scatter of a side against itself.
+
+    python benchmarks/kernels_in_turns.py --side old=old/src --side new=src --side again=old/src
+    python benchmarks/kernels_in_turns.py --side 3.6=src --side 3.9=src:triton390
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPES = ((1, 8, 4096), (4, 16, 4096), (16, 8, 1024), (1, 16, 16384), (1, 16, 65536))
+HOST_SHAPE = (1, 8, 256)
+HEAD_DIM = 128
+HOST_CALLS = 1000
+REST = 0.25  # seconds before a measurement: a power limit looks back over a tenth or two
+BUDGET = 30.0  # milliseconds of replays of a case
+
+
+def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+    """All times of this process: milliseconds of the cases, microseconds of the host."""
+    import torch
+    import triton
+
+    import spattention as spa
+
+    def patterns(heads: int, length: int) -> dict[str, spa.BandPattern]:
+        return {
+            "exclusive": spa.BandPattern.exclusive(heads, length),
+            "shared_local": spa.BandPattern.shared_local(heads, length),
+            "shared_local geometric": spa.BandPattern.shared_local(
+                heads, length, widths="geometric"
+            ),
+        }
+
+    def inputs(batch: int, heads: int, length: int) -> list[torch.Tensor]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        shape = (batch, heads, length, HEAD_DIM)
+        like = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+        return [torch.randn(shape, **like).requires_grad_(i < 3) for i in range(4)]
+
+    times: dict[str, float] = {}
+    for shape in shapes:
+        tensors = inputs(*shape)
+        for name, pattern in patterns(*shape[1:]).items():
+            case = f"{'x'.join(map(str, shape))} {name}"
+            forward, total = calls(torch, spa, tensors, pattern)
+            times[f"{case}, forward"] = replayed(torch, forward)
+            times[f"{case}, forward + backward"] = replayed(torch, total)
+    times |= host_times(torch, spa, inputs(*HOST_SHAPE))
+    return {
+        "source": str(Path(spa.__file__).parent),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "times": times,
+    }
+
+
+def calls(torch: Any, spa: Any, tensors: list[Any], pattern: Any) -> list[Callable[[], None]]:
+    """The forward pass of a case, and both passes."""
+    query, key, value, d_out = tensors
+
+    def forward() -> None:
+        with torch.no_grad():
+            spa.band_attention(query, key, value, pattern, impl="triton")
+
+    def total() -> None:
+        out = spa.band_attention(query, key, value, pattern, impl="triton")
+        torch.autograd.grad(out, (query, key, value), d_out)
+
+    return [forward, total]
+
+
+def replayed(torch: Any, call: Callable[[], None]) -> float:
+    """Median milliseconds of a captured call; short ones are replayed several times between two
+    events, because a single replay would start some microseconds after its event.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    time.sleep(REST)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(replays: int) -> float:
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / replays
+
+    once = max(run(3), 1e-3)
+    together = max(1, round(1.0 / once))
+    samples = min(60, max(9, round(BUDGET / (once * together))))
+    return statistics.median(run(together) for _ in range(samples))
+
+
+def host_times(torch: Any, spa: Any, tensors: list[Any]) -> dict[str, float]:
+    """Median microseconds that a call keeps the host busy, with and without bands in turns."""
+    query, key, value, d_out = tensors
+    pattern = spa.BandPattern.shared_local(HOST_SHAPE[1], HOST_SHAPE[2])
+    attend = {
+        "host, bands": lambda: spa.band_attention(query, key, value, pattern, impl="triton"),
+        "host, dense": lambda: torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True
+        ),
+    }
+    samples: dict[str, list[float]] = {}
+    for index in range(HOST_CALLS + 20):
+        for name, call in attend.items():
+            begin = time.perf_counter()
+            out = call()
+            middle = time.perf_counter()
+            torch.autograd.grad(out, (query, key, value), d_out)
+            end = time.perf_counter()
+            if index >= 20:
+                samples.setdefault(f"{name}, forward", []).append(middle - begin)
+                samples.setdefault(f"{name}, backward", []).append(end - middle)
+        if index % 50 == 0:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    return {name: statistics.median(each) * 1e6 for name, each in samples.items()}
+
+
+def run_side(path: str, shapes: str) -> dict[str, Any]:
+    """One process of a side; raises RuntimeError where it fails or imports another tree."""
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, __file__, "--worker", "--shapes", shapes]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd="/"
+    )
+    if done.returncode:
+        raise RuntimeError(f"the process with PYTHONPATH={path} failed:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    first = Path(path.split(os.pathsep)[0]).resolve()
+    if not Path(found["source"]).resolve().is_relative_to(first):
+        raise RuntimeError(f"PYTHONPATH={path} imported spattention from {found['source']}")
+    return found
+
+
+def summary(sides: dict[str, list[dict[str, float]]]) -> list[tuple[str, list[float]]]:
+    """Name and medians of every measurement, one per side."""
+    names = next(iter(sides.values()))[0]
+    return [
+        (name, [statistics.median(turn[name] for turn in turns) for turns in sides.values()])
+        for name in names
+    ]
+
+
+def show(sides: dict[str, list[dict[str, float]]]) -> None:
+    """Print the medians, and their ratios to the first side's."""
+    print(f"{'':45}" + "".join(f"{name:>12}" for name in sides) + "   over the first")
+    for name, medians in summary(sides):
+        ratios = "".join(f"{each / medians[0]:8.3f}" for each in medians[1:])
+        print(f"{name:45}" + "".join(f"{each:12.4f}" for each in medians) + "  " + ratios)
+
+
+def main() -> int:
+    """Run the turns; write results after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", action="append", default=[], metavar="NAME=PYTHONPATH")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--shapes", default=",".join("x".join(map(str, each)) for each in SHAPES))
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        shapes = tuple(
+            tuple(int(part) for part in each.split("x")) for each in options.shapes.split(",")
+        )
+        print(json.dumps(worker(shapes)))
+        return 0
+    paths = {}
+    for side in options.side:
+        name, separator, path = side.partition("=")
+        if not separator or name in paths:
+            parser.error(f"`--side` must be NAME=PYTHONPATH with different names, got {side!r}")
+        paths[name] = os.pathsep.join(str(Path(each).resolve()) for each in path.split(os.pathsep))
+    if len(paths) < 2:
+        parser.error("`--side` must be given at least twice")
+    sides: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
+    facts: dict[str, dict[str, str]] = {}
+    for turn in range(options.turns):
+        order = list(paths)
+        shift = turn % len(order)
+        for name in order[shift:] + order[:shift]:
+            found = run_side(paths[name], options.shapes)
+            sides[name].append(found.pop("times"))
+            facts[name] = found
+            print(f"turn {turn + 1} of {options.turns}: {name} {found}", flush=True)
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            result = {
+                "what": "milliseconds of cases and microseconds of the host, in turns",
+                "command": "python " + " ".join(sys.argv),
+                "sides": facts,
+                "medians": {name: dict(zip(paths, medians)) for name, medians in summary(sides)},
+                "turns": sides,
+            }
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
+    show(sides)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

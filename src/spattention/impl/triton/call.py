@@ -1,0 +1,172 @@
+"""Facts of one call that its launches share, for every suite of kernels: sizes, table of bands,
+positions. Nothing here knows a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from . import tiles
+from .arguments import Positions
+from .constants import ConstantCache, int32_table
+
+LOG2_E = math.log2(math.e)
+MISSING, MAX_POSITION = tiles.MISSING.value, tiles.MAX_POSITION.value
+_band_tables = ConstantCache[torch.Tensor](max_entries=1024)
+
+
+class ForwardTensors(NamedTuple):
+    """Tensors of a forward pass, `[B, H, tokens, D]`; it writes `out`, and `lse` `[B, H, Q]`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    sinks: torch.Tensor | None
+
+
+class BackwardTensors(NamedTuple):
+    """Tensors of a backward pass, `[B, H, tokens, D]`; it writes the last three."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    d_out: torch.Tensor
+    d_query: torch.Tensor
+    d_key: torch.Tensor
+    d_value: torch.Tensor
+
+
+class Call:
+    """Facts of one call.
+
+    Args:
+        query, key: `[B, H, Q, D]`, `[B, Hkv, K, D]`.
+        intervals: the bands, `BandPattern.flat`.
+        scale: factor of the scores.
+        query_start: position of the first query, unless `positions` has it as a tensor.
+        positions: `query_start` int32 `[]` or `[B]`, `key_start` int32 `[B]` or `[B, Q]`,
+            `cu_seqlens_q` and `cu_seqlens_k` int32 `[documents + 1]`, each or None.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        intervals: Sequence[int],
+        scale: float,
+        query_start: int,
+        positions: Positions,
+    ) -> None:
+        check_query_start(query_start)
+        self.batch, self.heads, self.queries, self.head_dim = query.shape
+        self.key_heads, self.keys = key.shape[1:3]
+        self.group = self.heads // self.key_heads
+        self.dtype, self.itemsize, self.device = query.dtype, query.element_size(), query.device
+        self.capability = compute_capability(query.device)
+        self.intervals = tuple(intervals)
+        self.n_intervals = 2 if any(intervals[3::4]) else 1
+        self.bands = band_table(self.intervals, self.key_heads, query.device)
+        offsets = positions.cu_seqlens_q
+        self.n_documents = 0 if offsets is None else offsets.shape[0] - 1
+        self.positions = positions
+        self.start_strides = start_strides(positions.query_start, positions.key_start)
+        self.query_start = query_start
+        self.precise = query.dtype == torch.float32
+        self.scale = softmax_scale(scale, self.precise)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """True if queries start at position 0 without packing or padding."""
+        return self.query_start == 0 and all(each is None for each in self.positions)
+
+
+def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:
+    """int32 `[2, H, 8]` on the device: entries `head, near, far, near, far, 0, 0, 0`, those with
+    the most work first.
+
+    `table[0]` is in the order of the query heads' work, `table[1]` in that of the key heads, whose
+    query heads are consecutive. Raises RuntimeError for a first call inside the capture of a CUDA
+    graph.
+    """
+    return _band_tables.get(
+        (intervals, key_heads, device),
+        device,
+        lambda: int32_table(sorted_bands(intervals, key_heads), device),
+    )
+
+
+def sorted_bands(intervals: tuple[int, ...], key_heads: int) -> list[list[list[int]]]:
+    """The entries of `band_table`."""
+    entries, work = [], []
+    for head in range(len(intervals) // 4):
+        entry = [head]
+        edges = intervals[4 * head : 4 * head + 4]
+        for near, far in (edges[:2], edges[2:]):
+            if near < far:
+                entry += [min(near, MISSING), min(far, MAX_POSITION)]
+            else:
+                entry += [MISSING, MISSING]
+        entries.append([*entry, 0, 0, 0])
+        work.append(edges[1] - edges[0] + edges[3] - edges[2])
+    group = len(entries) // key_heads
+    by_head = sorted(entries, key=lambda entry: -work[entry[0]])
+    members = [range(first, first + group) for first in range(0, len(entries), group)]
+    members.sort(key=lambda heads: -sum(work[head] for head in heads))
+    return [by_head, [entries[head] for heads in members for head in heads]]
+
+
+def ensure_inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied only if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which the device is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for the CPU, where Triton's interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def check_query_start(query_start: int) -> None:
+    """Raise ValueError for a position that does not fit the kernels' 32-bit arithmetic.
+
+    The operators check it themselves: a compiled graph may call them with a new start.
+    """
+    if query_start > MAX_POSITION:
+        raise ValueError(
+            f"`query_start` must be at most {MAX_POSITION} in kernels, got {query_start}"
+        )
+
+
+def start_strides(
+    query_start: torch.Tensor | None, key_start: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """Stride of `query_start` `[]` or `[B]` along B, and of `key_start` `[B]` or `[B, Q]` along
+    both; 0 where all batch entries or queries share one.
+    """
+    entry = 0 if query_start is None or query_start.dim() == 0 else query_start.stride(0)
+    if key_start is None:
+        return entry, 0, 0
+    return entry, key_start.stride(0), key_start.stride(1) if key_start.dim() == 2 else 0
+
+
+def softmax_scale(scale: float, precise: bool) -> float:
+    """The factor of the scores in powers of two, or of e if `precise`. A scale of 0 becomes too
+    small to matter, because -inf * 0 would be NaN.
+    """
+    return scale * (1.0 if precise else LOG2_E) if scale else 1e-30

@@ -1,0 +1,62 @@
+"""Tables of integers on the device that depend on nothing but a pattern and a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Value = TypeVar("Value")
+
+
+class ConstantCache(Generic[Value]):
+    """Constants on a device, made once per key and dropped when there are too many.
+
+    A CUDA graph reads the constants that it captured at every replay: they are retained for good.
+
+    Args:
+        max_entries: number of entries, captured ones aside, at which all others are dropped.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        self.max_entries = max_entries
+        self.entries: dict[Hashable, Value] = {}
+        self.captured: dict[Hashable, Value] = {}
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
+        """The entry of a key, made by `make()` if there is none.
+
+        Raises RuntimeError if it would have to be made inside the capture of a CUDA graph, where
+        the copy to the device is not allowed.
+        """
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = self.entries.get(key)
+        if found is None:
+            found = self.captured.get(key)
+        if found is None:
+            if capturing:
+                raise RuntimeError(
+                    "the first call with a pattern must come before the capture of a CUDA graph: "
+                    "call once to warm up"
+                )
+            if len(self.entries) >= self.max_entries:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # kernels may still be reading them
+                self.entries.clear()
+            found = self.entries[key] = make()
+        if capturing:
+            self.captured[key] = found
+        return found
+
+
+def int32_table(rows: list[Any], device: torch.device) -> torch.Tensor:
+    """An int32 tensor on the device.
+
+    Compiled code warms up inside the memory pool of the CUDA graph that it is about to capture, and
+    later takes that memory back. The tensor is therefore made by a separate thread, which does not
+    allocate from that pool.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(torch.tensor, rows, dtype=torch.int32, device=device).result()

@@ -1,0 +1,339 @@
+# mypy: allow-untyped-defs
+"""Persistent forward pass on Hopper for queries that see thousands of keys: `forward.py` with
+blocks of 128 queries and specialised warps.
+
+With blocks of 64, fetching keys and values from the L2 cache is what bounds long bands; here half
+as many programs read each of them. One producer warp copies blocks of keys and values into rings.
+Two consumer warpgroups own 64 queries each and share these blocks. A program stays on its
+multiprocessor and takes one block of queries after the other. The producer is therefore already in
+the next block of queries while the consumers store their results.
+
+    M = 64 queries of a consumer   N = BLOCK_N keys of a block   D head_dim
+    n  counts the blocks of keys that a program went through, in all its blocks of queries
+
+Each consumer works on the blocks of keys that its own queries see (`own_steps`), a part of those
+that the program's queries see, and skips the others.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .. import scheduler, softmax, tiles
+from . import arguments, memory, pipeline
+from .forward import init_softmax, mask_scores
+
+ROWS = gl.constexpr(64)
+CONSUMERS = gl.constexpr(2)
+
+
+class Work(NamedTuple):
+    """What the consumers share: results and tables, rings, sizes."""
+
+    out: Any
+    p_lse: Any
+    p_bands: Any
+    p_sinks: Any
+    query_ring: Any
+    key_ring: Any
+    value_ring: Any
+    counts: Any
+    n_tiles: Any
+    scale: Any
+
+
+class OwnSteps(NamedTuple):
+    """A consumer's steps among those of its program: its step s is the program's step `s + before`
+    if `s < count_0`, else `s + gap`.
+    """
+
+    before: Any
+    count_0: Any
+    gap: Any
+    count_1: Any
+
+
+class Progress(NamedTuple):
+    """How far a consumer is: blocks of keys before this block of queries, the blocks of keys of
+    this one, and its place in the ring of queries.
+    """
+
+    done: Any
+    n_steps: Any
+    n_query: Any
+
+
+@gluon.jit
+def tile_at(n, p_bands, counts, FORM: gl.constexpr):
+    """The n-th `QueryTile` of all heads."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    n_batch, n_blocks = counts.n_batch, counts.n_query_blocks
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
+    head_batch, rank = scheduler.work_tile(
+        n, n_blocks, n_batch * counts.n_heads, scheduler.HEAD_MAJOR
+    )
+    bands = tiles.load_bands(p_bands, head_batch // n_batch)
+    block = scheduler.query_block(rank, bands.near_0, n_blocks, BLOCK_M)
+    return arguments.query_tile(
+        head_batch % n_batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS
+    )
+
+
+@gluon.jit
+def own_steps(keys, bands, first, last, n_keys, FORM: gl.constexpr):
+    """The `OwnSteps` of the queries at `first .. last` in the `BlockRange` of a program."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    low, high = tiles.key_range(first, last, bands.near_0, bands.far_0, 0, n_keys)
+    high = gl.where(first <= last, high, low)
+    before, count_0 = tiles.blocks_within(keys.start_0, low, high, BLOCK_N)
+    before_1, count_1 = 0, 0
+    if FORM.INTERVALS == 2:
+        low, high = tiles.key_range(first, last, bands.near_1, bands.far_1, 0, n_keys)
+        high = gl.where(first <= last, high, low)
+        before_1, count_1 = tiles.blocks_within(keys.start_1, low, high, BLOCK_N)
+    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1)
+
+
+@gluon.jit
+def fill(t_tensor, batch, head, start, ring, n):
+    """Start to copy block `n` into its buffer as soon as that is free."""
+    STAGES: gl.constexpr = ring.buffers.shape[0]
+    pipeline.producer_acquire(ring.empty, n)
+    barrier = ring.full.index(n % STAGES)
+    mbarrier.expect(barrier, ring.buffers.shape[1] * ring.buffers.shape[2] * 2)
+    s_buffer = ring.buffers.index(n % STAGES)
+    pipeline.copy_tokens(t_tensor, batch, head, start, barrier, s_buffer, True)
+
+
+@gluon.jit
+def produce(t_query, t_key, t_value, work, FORM: gl.constexpr):
+    """The producer warp: queries, keys and values of one block of queries after the other."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    counts = work.counts
+    n = 0
+    n_tile = 0  # tiles whose queries were copied
+    for index in range(gl.program_id(0), work.n_tiles, gl.num_programs(0)):
+        tile = tile_at(index, work.p_bands, counts, FORM)
+        head = tile.bands.head
+        n_steps = tiles.total_blocks(tile.keys)
+        if n_steps > 0:
+            for consumer in gl.static_range(CONSUMERS):
+                start = tile.first + consumer * ROWS
+                n_query = n_tile * CONSUMERS + consumer
+                fill(t_query, tile.batch, head, start, work.query_ring, n_query)
+            n_tile += 1
+        for step in range(n_steps):
+            start = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS).start
+            fill(t_key, tile.batch, head // counts.group, start, work.key_ring, n)
+            fill(t_value, tile.batch, head // counts.group, start, work.value_ring, n)
+            n += 1
+
+
+@gluon.jit
+def skip(begin, end, keys, values):
+    """Release blocks of keys that only the other consumer needs."""
+    for n in range(begin, end):
+        pipeline.consumer_wait(keys.full, n)
+        pipeline.consumer_release(keys.empty, n)
+        pipeline.consumer_wait(values.full, n)
+        pipeline.consumer_release(values.empty, n)
+
+
+@gluon.jit
+def consume(
+    consumer,
+    work,
+    FORM: gl.constexpr,
+):
+    """A consumer warpgroup: its 64 rows of one block of queries after the other."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    out, counts, queries = work.out, work.counts, work.query_ring
+    n_heads, n_queries = counts.n_heads, counts.n_queries
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    done = 0  # blocks of keys before those of this tile
+    n_tile = 0  # tiles whose queries were copied
+    for index in range(gl.program_id(0), work.n_tiles, gl.num_programs(0)):
+        tile = tile_at(index, work.p_bands, counts, FORM)
+        bands, keys = tile.bands, tile.keys
+        first = tile.first + consumer * ROWS
+        last = min(first + ROWS - 1, tile.last)
+        own = own_steps(keys, bands, first, last, counts.n_keys, FORM)
+        tile = arguments.QueryTile(tile.batch, bands, first, last, keys)
+        batch, head = tile.batch.to(gl.int64), bands.head
+        p_out = out.pointer + batch * out.stride_b + head.to(gl.int64) * out.stride_h
+        p_lse = work.p_lse + (batch * n_heads + head) * n_queries
+        o_query = first + gl.arange(0, ROWS, ROW)  # [M]
+        row_max, row_sum = init_softmax(work.p_sinks, head, ROWS, ROW, FORM.HAS_SINKS)
+        n_steps = tiles.total_blocks(keys)
+        n_query = n_tile * CONSUMERS + consumer
+        if own.count_0 + own.count_1 == 0:
+            if n_steps > 0:
+                pipeline.consumer_wait(queries.full, n_query)
+                pipeline.consumer_release(queries.empty, n_query)
+                skip(done, done + n_steps, work.key_ring, work.value_ring)
+            lse = softmax.finalize(row_max, row_sum)[0]
+            gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+            memory.store_zeros(p_out, first, out.stride_t, n_queries, ROWS, HEAD_DIM)
+        else:
+            progress = Progress(done, n_steps, n_query)
+            b_out, lse = attend(
+                work,
+                tile,
+                own,
+                progress,
+                row_max,
+                row_sum,
+                o_query,
+                FORM,
+            )
+            gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+            memory.store_tokens(p_out, b_out, first, out.stride_t, n_queries, ROWS, HEAD_DIM)
+        if n_steps > 0:
+            n_tile += 1
+        done += n_steps
+
+
+@gluon.jit
+def attend(
+    work,
+    tile,
+    own,
+    progress,
+    row_max,
+    row_sum,
+    o_query,
+    FORM: gl.constexpr,
+):
+    """Output `[M, D]` and log-sum-exp `[M]` of a consumer's rows, which see at least one key."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    queries, keys, values = work.query_ring, work.key_ring, work.value_ring
+    done, n_query = progress.done, progress.n_query
+    DTYPE: gl.constexpr = keys.buffers.dtype
+    STAGES: gl.constexpr = keys.buffers.shape[0]
+    # [M, N] scores, [M, D] output, and the former as the left operand of a product
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    s_query = queries.buffers.index(n_query % CONSUMERS)
+    zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
+    b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
+
+    step = gl.where(own.count_0 > 0, own.before, own.gap)
+    n = done + step
+    skip(done, n, keys, values)
+    key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS)
+    pipeline.consumer_wait(queries.full, n_query)
+    pipeline.consumer_wait(keys.full, n)
+    # [M, N] = [M, D] @ [D, N]
+    s_key = keys.buffers.index(n % STAGES).permute((1, 0))
+    scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    pipeline.consumer_release(keys.empty, n)
+    scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+    p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, work.scale, FORM.FALLING)
+    b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
+
+    for s in range(1, own.count_0 + own.count_1):
+        # All products of the step before are done.
+        previous = n
+        step = s + gl.where(s < own.count_0, own.before, own.gap)
+        n = done + step
+        skip(previous + 1, n, keys, values)
+        key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS)
+        pipeline.consumer_wait(keys.full, n)
+        # [M, N] = [M, D] @ [D, N]
+        s_key = keys.buffers.index(n % STAGES).permute((1, 0))
+        scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
+        pipeline.consumer_wait(values.full, previous)
+        # [M, D] += [M, N] @ [N, D]
+        s_value = values.buffers.index(previous % STAGES)
+        b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        pipeline.consumer_release(keys.empty, n)
+        scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+        p, row_max, row_sum, factor = softmax.update(
+            scores, row_max, row_sum, work.scale, FORM.FALLING
+        )
+        b_next = gl.convert_layout(p.to(DTYPE), OPERAND)
+        # Redundant wait, as a scheduling barrier: ptxas moves nothing across the wait loop. Without
+        # it the softmax would start after the end of the product.
+        pipeline.consumer_wait(values.full, previous)
+        b_out = warpgroup_mma_wait(0, [b_out])
+        pipeline.consumer_release(values.empty, previous)
+        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        b_p = b_next
+
+    pipeline.consumer_release(queries.empty, n_query)
+    pipeline.consumer_wait(values.full, n)
+    b_out = warpgroup_mma(b_p, values.buffers.index(n % STAGES), b_out, is_async=True)
+    b_out = warpgroup_mma_wait(0, [b_out])
+    pipeline.consumer_release(values.empty, n)
+    skip(n + 1, done + progress.n_steps, keys, values)
+
+    lse, row_sum = softmax.finalize(row_max, row_sum)
+    b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
+    return b_out, lse
+
+
+@gluon.jit(do_not_specialize=[*arguments.ForwardCounts._fields, "n_tiles"])
+def forward_kernel(
+    t_query,
+    t_key,
+    t_value,
+    out,
+    p_lse,
+    p_bands,
+    p_sinks,
+    n_heads,
+    group,
+    n_batch,
+    n_query_blocks,
+    n_queries,
+    n_keys,
+    order,
+    n_tiles,
+    scale,
+    FORM: gl.constexpr,
+):
+    counts = arguments.ForwardCounts(
+        n_heads,
+        group,
+        n_batch,
+        n_query_blocks,
+        n_queries,
+        n_keys,
+        order,
+    )
+    BLOCK_M: gl.constexpr = FORM.BLOCK_M
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    gl.static_assert(BLOCK_M == CONSUMERS * ROWS)
+    gl.static_assert(gl.num_warps() == 4)
+    DTYPE: gl.constexpr = t_key.dtype
+    queries = pipeline.allocate_ring(CONSUMERS, ROWS, HEAD_DIM, DTYPE, 1)
+    keys = pipeline.allocate_ring(FORM.STAGES, BLOCK_N, HEAD_DIM, DTYPE, CONSUMERS)
+    values = pipeline.allocate_ring(FORM.STAGES, BLOCK_N, HEAD_DIM, DTYPE, CONSUMERS)
+    fence_async_shared()
+    work = Work(out, p_lse, p_bands, p_sinks, queries, keys, values, counts, n_tiles, scale)
+    gl.warp_specialize(
+        [
+            (consume, (0, work, FORM)),
+            (consume, (1, work, FORM)),
+            (produce, (t_query, t_key, t_value, work, FORM)),
+        ],
+        [4, 1],  # warps of the second consumer, and of the producer
+        [232, 40],  # their registers; the first consumer gets the rest, as many as the second
+    )
+    pipeline.invalidate_ring(queries)
+    pipeline.invalidate_ring(keys)
+    pipeline.invalidate_ring(values)

@@ -1,0 +1,231 @@
+"""The launches of the Hopper kernels. Imported only where `hopper.plan` made a plan: Gluon is
+experimental, and another Triton may lack a part of it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .. import varlen
+from ..arguments import Form, RowStats, heads
+from ..call import BackwardTensors, Call, ForwardTensors, on_device
+from ..compiled import CompiledKernelCache, specialization
+from ..config import LaunchConfig
+from . import backward as backward_pass
+from . import backward_preprocess, forward_persistent
+from . import forward as forward_pass
+from .arguments import BackwardCounts, ForwardCounts
+from .planning import BLOCK, HopperPlan, TileOrder, pitch
+
+VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+_forward = CompiledKernelCache(forward_pass.forward_kernel)
+_forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
+_preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
+_backward = CompiledKernelCache(backward_pass.backward_kernel)
+
+
+class _Descriptor(TensorDescriptor):
+    """A tensor descriptor without the checks of its constructor, because several are made in every
+    call. They are those of rank, block shape, alignment and inner stride; `planning.readable` has
+    checked alignment, and the rest follows from how `_descriptor` makes it.
+    """
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _descriptor(tensor: torch.Tensor, tokens: int) -> TensorDescriptor:
+    """The descriptor of blocks of `tokens` tokens of a `[B, H, tokens, D]` tensor; what is outside
+    reads as 0.
+    """
+    head_dim = tensor.shape[3]
+    strides = list(tensor.stride())
+    for axis in range(3):
+        if tensor.shape[axis] == 1:  # never used, but must be valid
+            strides[axis] = head_dim
+    block, layout = _block_layout(tokens, head_dim, tensor.dtype)
+    return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
+
+
+@lru_cache(maxsize=64)
+def _block_layout(
+    tokens: int, head_dim: int, dtype: torch.dtype
+) -> tuple[list[int], gl.NVMMASharedLayout]:
+    block = [1, 1, tokens, head_dim]
+    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+
+
+def _vector_descriptor(tensor: torch.Tensor, length: int) -> TensorDescriptor:
+    """The descriptor of `length` consecutive elements of a contiguous float32 tensor."""
+    return _Descriptor(tensor, [tensor.numel()], [1], [length], VECTOR_LAYOUT)
+
+
+def _ensure_cuda_context() -> None:
+    """Make the CUDA context that a new thread does not have yet: descriptors are encoded before the
+    launch, and need it. Any harmless question to the driver makes one.
+    """
+    torch.cuda.is_current_stream_capturing()
+
+
+def _form(call: Call, launch: LaunchConfig, stages: int = 0, **facts: bool) -> Form:
+    return Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=call.head_dim,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=stages,
+        INTERVALS=call.n_intervals,
+        **facts,
+    )
+
+
+def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
+    """Launch the forward kernel of a plan; fills `out` and `lse`."""
+    query, key, value, out, lse, sinks = tensors
+    launches = plan.launches
+    launch = launches.forward_persistent if plan.persistent else launches.forward
+    n_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
+    programs = n_blocks * call.batch * call.heads
+    _ensure_cuda_context()
+    arguments = (
+        _descriptor(query, BLOCK if plan.persistent else launch.block_m),
+        _descriptor(key, launch.block_n),
+        _descriptor(value, launch.block_n),
+        heads(out),
+        lse,
+        call.bands[0],
+        sinks,
+        *ForwardCounts(
+            call.heads,
+            call.group,
+            call.batch,
+            n_blocks,
+            call.queries,
+            call.keys,
+            plan.order.value,
+        ),
+    )
+    form = _form(
+        call,
+        launch,
+        stages=launch.num_stages if plan.persistent else 0,
+        HAS_SINKS=sinks is not None,
+        FALLING=call.scale < 0,
+    )
+    key_of_form = (call.device, call.dtype, specialization(out, lse, sinks), out.stride())
+    with on_device(call.device):
+        if not plan.persistent:
+            _forward(
+                programs,
+                key_of_form,
+                *arguments,
+                call.scale,
+                FORM=form,
+                num_warps=launch.num_warps,
+            )
+            return
+        properties = torch.cuda.get_device_properties(call.device)
+        _forward_persistent(
+            min(programs, properties.multi_processor_count),
+            key_of_form,
+            *arguments,
+            programs,
+            call.scale,
+            FORM=form,
+            num_warps=launch.num_warps,
+        )
+
+
+def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
+    query, key, value, out, d_out, d_query, d_key, d_value = tensors
+    launch = plan.launches.backward
+    n_query_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
+    n_key_blocks = varlen.num_slots(call.keys, 0, launch.block_n)
+    programs = n_query_blocks * call.batch * call.heads
+    key_programs = n_key_blocks * call.batch * call.key_heads
+    _ensure_cuda_context()
+    inputs = (
+        _descriptor(query, launch.block_m),
+        _descriptor(key, launch.block_n),
+        _descriptor(value, launch.block_n),
+        _descriptor(d_out, launch.block_m),
+    )
+    counts = BackwardCounts(
+        call.heads,
+        call.group,
+        call.batch,
+        n_query_blocks,
+        call.queries,
+        call.keys,
+        min(plan.order, TileOrder.ROUND_ROBIN).value,
+        pitch(call.queries),
+        n_key_blocks,
+        key_programs,
+    )
+    key_of_form = (
+        call.device,
+        call.dtype,
+        specialization(out, d_out, *stats, d_query, d_key, d_value),
+        out.stride(),
+        d_out.stride(),
+        d_query.stride(),
+        d_key.stride(),
+        d_value.stride(),
+    )
+    arguments = (
+        *inputs,
+        _vector_descriptor(stats.lse_log2, launch.block_m),
+        _vector_descriptor(stats.delta, launch.block_m),
+        heads(out),
+        heads(d_query),
+        heads(d_key),
+        heads(d_value),
+        stats,
+        call.bands,
+    )
+
+    def run(programs: int, counts: BackwardCounts, compute_delta: bool) -> None:
+        _backward(
+            programs,
+            key_of_form,
+            *arguments,
+            *counts,
+            call.scale,
+            FORM=_form(
+                call,
+                launch,
+                GROUPED=call.group > 1,
+                HAS_D_LSE=stats.d_lse is not None,
+                COMPUTE_DELTA=compute_delta,
+            ),
+            num_warps=launch.num_warps,
+            launch_pdl=True,
+        )
+
+    with on_device(call.device):
+        if plan.split_backward:
+            run(programs, counts._replace(key_programs=0), True)
+            run(key_programs, counts, False)
+            return
+        _preprocess(
+            programs,
+            key_of_form,
+            *inputs,
+            heads(out),
+            heads(d_out),
+            stats,
+            call.bands,
+            *counts,
+            call.scale,
+            FORM=_form(call, launch, HAS_D_LSE=stats.d_lse is not None),
+            num_warps=launch.num_warps,
+            launch_pdl=True,
+        )
+        run(key_programs + programs, counts, False)

@@ -1,0 +1,45 @@
+# mypy: allow-untyped-defs
+"""Blocks of tokens between registers and global memory, without TMA."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def wide_layout(head_dim, warps):
+    """A layout in which a thread holds 16 bytes of half precision."""
+    return gl.BlockedLayout([1, 8], [32 // (head_dim // 8), head_dim // 8], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def load_tokens(p_head, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """`[TOKENS, D]` from token `first` on; zeros from token `n_tokens` on."""
+    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
+    o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
+    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
+    p_block = p_head + o_token.to(gl.int64)[:, None] * stride + o_dim[None, :]
+    return gl.load(p_block, mask=(o_token < n_tokens)[:, None], other=0.0)
+
+
+@gluon.jit
+def store_tokens(
+    p_head, b_tokens, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr
+):
+    """Store `b_tokens` `[TOKENS, D]` from token `first` on, except those from `n_tokens` on."""
+    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
+    b_wide = gl.convert_layout(b_tokens.to(p_head.dtype.element_ty), WIDE)
+    o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
+    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
+    p_block = p_head + o_token.to(gl.int64)[:, None] * stride + o_dim[None, :]
+    gl.store(p_block, b_wide, mask=(o_token < n_tokens)[:, None])
+
+
+@gluon.jit
+def store_zeros(p_head, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Store zeros from token `first` on, except from `n_tokens` on."""
+    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
+    o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
+    o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
+    b_zeros = gl.full([TOKENS, HEAD_DIM], 0.0, p_head.dtype.element_ty, WIDE)
+    p_block = p_head + o_token.to(gl.int64)[:, None] * stride + o_dim[None, :]
+    gl.store(p_block, b_zeros, mask=(o_token < n_tokens)[:, None])

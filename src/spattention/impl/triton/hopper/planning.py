@@ -1,0 +1,202 @@
+"""The rules of the Hopper kernels: which calls they cover, and in what form they run.
+
+Gluon, the language of these kernels, is imported only where a plan was made: it is experimental,
+and another Triton may lack a part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import torch
+import triton
+
+from ..call import Call
+from ..config import LaunchConfig
+
+
+class TileOrder(IntEnum):
+    """The order of the blocks of all heads."""
+
+    HEAD_MAJOR = 0
+    ROUND_ROBIN = 1  # one block of every head in turn
+    PAIRED = 2  # as ROUND_ROBIN, with a long and a short head sharing their turns
+
+
+@dataclass(frozen=True)
+class HopperLaunches:
+    """The launches of the Hopper kernels; all gradients have one."""
+
+    forward: LaunchConfig
+    forward_persistent: LaunchConfig
+    backward: LaunchConfig
+
+
+@dataclass(frozen=True)
+class HopperPlan:
+    """How the Hopper kernels run a call.
+
+    Args:
+        launches: block sizes and warps.
+        order: order of the blocks.
+        persistent: whether the forward pass is the persistent kernel, for long bands.
+        split_backward: whether dQ and dK/dV are launched separately.
+    """
+
+    launches: HopperLaunches
+    order: TileOrder
+    persistent: bool
+    split_backward: bool
+
+
+TRITON_VERSIONS = ("3.6.",)
+# By head_dim: one warpgroup, two or three programs on a multiprocessor.
+LAUNCHES = {
+    64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)),
+    128: HopperLaunches(
+        LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)
+    ),
+}
+BLOCK = 64  # queries or keys
+MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
+MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
+PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
+CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
+
+
+def refusal(call: Call) -> str | None:
+    """Why the Hopper kernels do not cover a call, or None if they do."""
+    if torch.version.hip is not None:
+        # ROCm reports capability 9 for MI200 and MI300.
+        return "need an NVIDIA GPU, this is an AMD GPU"
+    if call.capability is None or call.capability[0] != 9:
+        return "need a GPU of compute capability 9.0 (Hopper)"
+    if not triton_is_tested():
+        return f"are not tested with Triton {triton.__version__}"
+    if call.itemsize != 2:
+        return f"compute float16 and bfloat16, got {call.dtype}"
+    if call.head_dim not in LAUNCHES:
+        return f"compute head_dim 64 and 128, got {call.head_dim}"
+    # TMA reads whole blocks, which may start before a range. With queries from position 0 and no
+    # first keys, some query sees every key there. Otherwise they might hold anything, NaN included,
+    # and must not be read.
+    if not call.starts_at_zero:
+        return "need queries from position 0, without packed documents or `key_start`"
+    if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
+        return "need fewer than 2**31 query rows"
+    return None
+
+
+def triton_is_tested() -> bool:
+    """True if the kernels were tested with this Triton."""
+    return triton.__version__.startswith(TRITON_VERSIONS)
+
+
+def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
+    """The plan of a call on these tensors, or None if the Hopper kernels do not cover it."""
+    if refusal(call) is not None or not readable(*tensors):
+        return None
+    return _plan(call.intervals, call.batch, call.keys, call.head_dim)
+
+
+def readable(*tensors: torch.Tensor) -> bool:
+    """True if TMA can read all tensors: starts and strides aligned to 16 bytes, no expanded
+    dimension.
+    """
+    rest = 16 // tensors[0].element_size() - 1
+    for tensor in tensors:
+        if tensor.data_ptr() & 15:
+            return False
+        for length, stride in zip(tensor.shape[:3], tensor.stride()):
+            if length > 1 and (stride == 0 or stride & rest):
+                return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _plan(intervals: tuple[int, ...], batch: int, keys: int, head_dim: int) -> HopperPlan:
+    order = tile_order(intervals, batch, keys, head_dim)
+    return HopperPlan(
+        launches=LAUNCHES[head_dim],
+        order=order,
+        persistent=order == TileOrder.HEAD_MAJOR and use_persistent(intervals, keys, head_dim),
+        split_backward=split_backward(intervals, batch, keys),
+    )
+
+
+def pitch(queries: int) -> int:
+    """Rows of `lse_log2` and `delta` per head: a multiple of four, so that the rows of each head
+    start at a multiple of 16 bytes.
+    """
+    return -(-queries // 4) * 4
+
+
+@lru_cache(maxsize=1024)
+def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
+    """Number of keys that a query of any head sees on average.
+
+    Args:
+        intervals: `near, far, near, far` of each head; `near == far` is an empty interval.
+        keys: keys of each batch entry, and also its queries.
+    """
+
+    def pairs(width: int) -> int:
+        """Pairs at distances below `width`."""
+        width = min(width, keys)
+        return width * keys - width * (width - 1) // 2
+
+    seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
+    return seen / (len(intervals) // 4 * keys)
+
+
+def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
+    """True if queries see enough keys on average for the persistent forward pass to be faster. That
+    was measured with head_dim 128 only. Arguments as in `mean_keys`.
+    """
+    return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
+
+
+def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
+    """True if dQ and dK/dV should be launched separately instead of in one grid.
+
+    Launched separately, dQ computes `delta` itself and the preprocess kernel is not needed, but the
+    GPU drains twice. Worth it for many short blocks, at least enough to fill the GPU. Arguments as
+    in `mean_keys`, batch B.
+    """
+    blocks = batch * (len(intervals) // 4) * -(-keys // BLOCK)
+    steps = mean_keys(intervals, keys) / BLOCK
+    return blocks >= max(steps * MIN_BLOCKS_PER_STEP_SPLIT, PROGRAMS)
+
+
+def tile_order(intervals: tuple[int, ...], batch: int, keys: int, head_dim: int) -> TileOrder:
+    """The order of the blocks, in half precision.
+
+    In round-robin order the shortest blocks of all heads come last, and the GPU runs out of work at
+    once. But the keys and values of all heads are in use at the same time: worth it while they fit
+    the L2 cache. Blocks that only one of two intervals reaches are short too, and pairs leave them
+    for the end. Finding a pair's tile takes a program longer: worth it only in the forward pass,
+    with few blocks, and about the same work in all heads.
+
+    Args:
+        intervals: `near, far, near, far` of each head; `near == far` is an empty interval.
+        batch: B.
+        keys: keys of each batch entry.
+        head_dim: D.
+    """
+    head_batches = batch * (len(intervals) // 4)
+    in_flight = -(-PROGRAMS // head_batches) * BLOCK  # queries of a head that run at the same time
+    used = 0
+    widths = []
+    for first in range(0, len(intervals), 4):
+        edges = [min(edge, keys) for edge in intervals[first : first + 4]]
+        both = (edges[1] - edges[0], edges[3] - edges[2])
+        used += min(sum(width + in_flight for width in both if width), keys)
+        widths.append(sum(both))
+    bytes_per_token = 2 * head_dim * 2  # a key and a value
+    if batch * used * bytes_per_token > CACHE_BYTES:
+        return TileOrder.HEAD_MAJOR
+    few = head_batches * -(-keys // BLOCK) <= 2 * PROGRAMS
+    even = max(widths) * len(widths) < 2 * sum(widths)
+    return TileOrder.PAIRED if few and even and any(intervals[3::4]) else TileOrder.ROUND_ROBIN

@@ -1,0 +1,118 @@
+# mypy: allow-untyped-defs
+"""Forward pass: output and log-sum-exp.
+
+One program computes one block of queries of one head. It loops over the blocks of keys that the
+head's bands reach from there.
+
+    B batch   H query heads   Q queries   K keys   D head_dim
+    M = BLOCK_M queries of a block   N = BLOCK_N keys of a block
+    inside the kernel D is BLOCK_D, zero-filled
+    p_ pointer   b_ block   o_ offset   m_ mask
+"""
+
+import triton
+import triton.language as tl
+
+from .. import arguments, memory, softmax, tiles
+from ..arguments import Counts
+
+
+@triton.jit(do_not_specialize=Counts._fields)
+def forward_kernel(
+    query,
+    key,
+    value,
+    out,
+    p_lse,
+    p_bands,
+    p_sinks,
+    positions,
+    query_start_stride,
+    key_start_stride_b,
+    key_start_stride_t,
+    n_heads,
+    group,
+    n_batch,
+    n_documents,
+    n_slots,
+    n_queries,
+    n_keys,
+    query_start,
+    scale,
+    FORM: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = FORM.BLOCK_M
+    BLOCK_N: tl.constexpr = FORM.BLOCK_N
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    counts = Counts(
+        query_start_stride,
+        key_start_stride_b,
+        key_start_stride_t,
+        n_heads,
+        group,
+        n_batch,
+        n_documents,
+        n_slots,
+        n_queries,
+        n_keys,
+        query_start,
+    )
+    block = arguments.query_block(p_bands, positions, counts, FORM)
+    if block.first_query >= block.n_queries:
+        return
+    bands, first, last = block.bands, block.first, block.last
+    o_query = block.first_query + tl.arange(0, BLOCK_M)  # [M]
+    o_position = block.start + o_query  # [M]
+    starts = arguments.key_starts(block, o_query, positions, counts, FORM)
+    keys = tiles.key_blocks(
+        bands, first, last, starts.lowest, block.n_keys, BLOCK_N, FORM.INTERVALS
+    )
+    n_steps = tiles.total_blocks(keys)
+
+    batch, head = block.batch.to(tl.int64), bands.head.to(tl.int64)
+    key_head = (bands.head // counts.group).to(tl.int64)
+    offset_q = tl.zeros([], tl.int64) + block.offset_q
+    offset_k = tl.zeros([], tl.int64) + block.offset_k
+    p_query = arguments.head_pointer(query, batch, head, offset_q)
+    p_key = arguments.head_pointer(key, batch, key_head, offset_k)
+    p_value = arguments.head_pointer(value, batch, key_head, offset_k)
+    p_out = arguments.head_pointer(out, batch, head, offset_q)
+    p_lse += (batch * counts.n_heads + head) * counts.n_queries + offset_q
+
+    # A block that sees no key reads nothing.
+    end_query = tl.where(n_steps > 0, block.n_queries, 0)
+    b_query = memory.load_tokens(p_query, o_query, query.stride_t, 0, end_query, FORM)
+    row_max, row_sum = softmax.init(
+        p_sinks, bands.head, BLOCK_M, FORM.HAS_SINKS, FORM.PRECISE
+    )  # [M], [M]
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    for step in range(n_steps):
+        first_key, low, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+        o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
+        b_key = memory.load_tokens(p_key, o_key, key.stride_t, low, block.n_keys, FORM)
+        b_value = memory.load_tokens(p_value, o_key, value.stride_t, low, block.n_keys, FORM)
+
+        # [M, N] = [M, D] @ [D, N]
+        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        last_key = first_key + BLOCK_N - 1
+        if not tiles.is_inside(first, last, first_key, last_key, near, far, starts.highest):
+            o_count = tiles.visible_count(o_position, near, far, starts.each)  # [M]
+            m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_count[:, None])
+            scores = tl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
+
+        p, row_max, row_sum, factor = softmax.update(
+            scores, row_max, row_sum, scale, FORM.FALLING, FORM.PRECISE
+        )
+        # [M, D] += [M, N] @ [N, D]
+        b_out = tl.dot(
+            p.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
+        )
+
+    lse, row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)
+    if FORM.PRECISE:
+        b_out = tl.div_rn(b_out, row_sum[:, None])
+    else:
+        b_out *= (1.0 / row_sum)[:, None]
+    memory.store_tokens(p_out, b_out, o_query, out.stride_t, block.n_queries, FORM)
+    tl.store(p_lse + o_query, lse, mask=o_query < block.n_queries)

@@ -1,0 +1,129 @@
+# mypy: allow-untyped-defs
+"""Where the sequence of a program starts: packed documents, positions and first keys.
+
+Everything read from tensors is clamped, so that no value can make a kernel read or write out of
+bounds.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+
+class Sequence(NamedTuple):
+    """The sequence (batch entry or document) of a program, and its block there.
+
+    `offset_q` and `offset_k` are its first tokens in query and key. `start` is the position of its
+    first query.
+    """
+
+    block: Any
+    offset_q: Any
+    n_queries: Any
+    offset_k: Any
+    n_keys: Any
+    start: Any
+
+
+@triton.jit
+def offset_at(p_cu_seqlens, document, n_documents, n_tokens):
+    """First token of a document, clamped to `[0, n_tokens]`; the end of all tokens for document
+    `n_documents + 1`.
+    """
+    inside = document <= n_documents
+    offset = tl.load(p_cu_seqlens + document, mask=inside, other=n_tokens)
+    return tl.minimum(tl.maximum(offset, 0), n_tokens)
+
+
+@triton.jit
+def document_at(p_cu_seqlens, slot, n_documents, n_tokens, BLOCK):
+    """`(document, block)` of a slot.
+
+    Document d owns the slots from `offset_d // BLOCK + d` on. These are at least as many as its
+    blocks, so that no sum over documents is needed. Tokens after the last offset count as document
+    `n_documents`.
+    """
+    low = 0
+    high = n_documents
+    while low < high:
+        middle = (low + high + 1) // 2
+        first = offset_at(p_cu_seqlens, middle, n_documents, n_tokens) // BLOCK + middle
+        if first <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    first = offset_at(p_cu_seqlens, low, n_documents, n_tokens) // BLOCK + low
+    return low, slot - first
+
+
+def num_slots(n_tokens: int, n_documents: int, block: int) -> int:
+    """Number of slots that `document_at` maps to blocks; without packing (`n_documents` 0), the
+    blocks of one sequence.
+    """
+    return n_tokens // block + n_documents + 1 if n_documents else -(-n_tokens // block)
+
+
+@triton.jit
+def sequence_at(
+    positions,
+    counts,
+    slot,
+    batch,
+    BLOCK: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """The `Sequence` of a slot, with its block of keys if `OF_KEYS`, else of queries."""
+    n_documents, n_queries, n_keys = counts.n_documents, counts.n_queries, counts.n_keys
+    if FORM.PACKED:
+        p_offsets_q, p_offsets_k = positions.cu_seqlens_q, positions.cu_seqlens_k
+        if OF_KEYS:
+            document, block = document_at(p_offsets_k, slot, n_documents, n_keys, BLOCK)
+        else:
+            document, block = document_at(p_offsets_q, slot, n_documents, n_queries, BLOCK)
+        offset_q = offset_at(p_offsets_q, document, n_documents, n_queries)
+        offset_k = offset_at(p_offsets_k, document, n_documents, n_keys)
+        queries = offset_at(p_offsets_q, document + 1, n_documents, n_queries) - offset_q
+        keys = offset_at(p_offsets_k, document + 1, n_documents, n_keys) - offset_k
+        # Tokens after the last offset belong to no document and see nothing.
+        behind = document == n_documents
+        if OF_KEYS:
+            queries = tl.where(behind, 0, queries)
+        else:
+            keys = tl.where(behind, 0, keys)
+        start = keys - queries
+    else:
+        block, offset_q, offset_k, queries, keys = slot, 0, 0, n_queries, n_keys
+        start = counts.query_start
+        if FORM.START_ON_DEVICE:
+            start = tl.load(positions.query_start + batch.to(tl.int64) * counts.query_start_stride)
+        start = tl.minimum(tl.maximum(start, 0), tiles.MAX_POSITION)
+    return Sequence(block, offset_q, queries, offset_k, keys, start)
+
+
+@triton.jit
+def first_keys(p_key_start, o_query, n_queries, stride, n_keys):
+    """First keys that queries (a block of indices, or one) may see, clamped to `[0, n_keys]`; 0
+    after the last query.
+    """
+    o_first = tl.load(
+        p_key_start + o_query.to(tl.int64) * stride, mask=o_query < n_queries, other=0
+    )
+    return tl.minimum(tl.maximum(o_first, 0), n_keys)
+
+
+@triton.jit
+def first_query_after(p_key_start, stride, n_queries, key):
+    """First query whose first key is after `key`, or `n_queries`; first keys never decrease."""
+    low = n_queries * 0  # a tensor, as the loop needs it
+    high = n_queries
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(p_key_start + middle.to(tl.int64) * stride) > key:
+            high = middle
+        else:
+            low = middle + 1
+    return low

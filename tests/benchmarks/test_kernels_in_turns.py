@@ -1,0 +1,62 @@
+"""Sides take turns, each in the process of its own source tree."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "kernels_in_turns.py"
+
+
+@pytest.fixture
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_medians_are_compared_with_the_first_side(
+    script: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {
+        "old": [{"case": 1.0}, {"case": 2.0}, {"case": 9.0}],
+        "new": [{"case": 1.0}, {"case": 1.0}, {"case": 5.0}],
+    }
+    assert script["summary"](sides) == [("case", [2.0, 1.0])]
+    script["show"](sides)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["case", "2.0000", "1.0000", "0.500"]
+
+
+def test_sides_run_in_turns_and_results_are_written(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run_side(path: str, shapes: str) -> dict[str, Any]:
+        ran.append(Path(path).name)
+        return {"times": {"case": float(len(ran))}, "triton": "3.6.0"}
+
+    arguments = ["--turns", "2", "--output", str(tmp_path / "new" / "times.json")]
+    sides = ["--side", f"a={tmp_path / 'one'}", "--side", f"b={tmp_path / 'two'}"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *sides, *arguments])
+    main = script["main"]
+    monkeypatch.setitem(main.__globals__, "run_side", run_side)
+    assert main() == 0
+    assert ran == ["one", "two", "two", "one"]
+    written = json.loads((tmp_path / "new" / "times.json").read_text())
+    assert written["medians"] == {"case": {"a": 2.5, "b": 2.5}}
+
+
+def test_another_source_tree_is_refused(script: dict[str, Any], tmp_path: Path) -> None:
+    """The process of a side says which tree it imported."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "sitecustomize.py").write_text(
+        'import os\nprint(\'{"source": "/elsewhere", "times": {}}\', flush=True)\nos._exit(0)\n'
+    )
+    with pytest.raises(RuntimeError, match="imported spattention from /elsewhere"):
+        script["run_side"](str(fake), "1x8x4096")

@@ -1,0 +1,61 @@
+"""Kernel launches as an H200 would get them, on a machine without a GPU.
+
+The public operators run on CPU tensors. Every kernel is bound and specialised by Triton's own JIT
+for compute capability 9.0, but nothing is launched. Needs `TRITON_INTERPRET=0`: the interpreter
+specialises nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from spattention.impl.triton import call, op
+from spattention.impl.triton.compiled import CompiledKernelCache
+from spattention.impl.triton.constants import ConstantCache
+from spattention.impl.triton.decode import launch as decode_launch
+from spattention.impl.triton.hopper import planning
+
+TARGET = GPUTarget("cuda", 90, 32)
+DRIVER = SimpleNamespace(
+    get_current_target=lambda: TARGET,
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+)
+Launch = Callable[..., None]
+
+
+@contextmanager
+def launches_to(launched: Launch, compute_capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Call `launched(kernel, programs, specialization_key, *arguments, **constants)` for every
+    launch; the rules choose what a GPU of this capability would get.
+    """
+    triton.runtime.driver.set_active(DRIVER)
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        return compute_capability
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(multi_processor_count=132)
+
+    def launch(self: CompiledKernelCache, *arguments: Any, **constants: Any) -> None:
+        launched(self, *arguments, **constants)
+
+    with (
+        mock.patch.object(CompiledKernelCache, "__call__", launch),
+        mock.patch.object(op, "INTERPRETED", True),  # so that tensors of the CPU are taken
+        mock.patch.object(planning, "TRITON_VERSIONS", (triton.__version__,)),
+        mock.patch.object(call, "compute_capability", capability),
+        mock.patch.object(decode_launch, "compute_capability", capability),
+        mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+        mock.patch.object(torch.cuda, "get_device_properties", properties),
+    ):
+        yield
