@@ -202,3 +202,27 @@ def test_draw_writes_the_formats_that_it_names(tmp_path, capsys):
         assert main(arguments) == 0
         assert path.read_bytes().startswith(magic)
         assert str(path) in capsys.readouterr().out
+
+
+def test_draw_warns_of_a_pattern_that_is_dense(tmp_path, capsys):
+    path = tmp_path / "a.svg"
+    command = ["draw", "shared_local:local=99", "--heads", "2", "--span", "32"]
+    assert main([*command, "--output", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert told == (
+        "warning: every head of shared_local attends all distances: this is dense attention\n"
+    )
+    assert path.exists()
+
+
+def test_draw_leaves_the_old_picture_when_it_fails(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert main(["draw", "--heads", "2", "--span", "32", "--output", str(path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
