@@ -128,6 +128,8 @@ def evaluate(
             batch=options.batch,
             on_window=lambda done: say("loss", done / count_of),
         )
+        if not math.isfinite(loss.loss.mean):
+            raise ValueError(f"{folder} must give finite losses, got {loss.loss.mean}")
     if "recall" in parts:
         assert texts is not None
         rows = torch.stack([texts[k % len(texts)]["input_ids"] for k in range(options.items)])

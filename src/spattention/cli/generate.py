@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TextStreamer, logging, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, logging, set_seed
 
 from .. import hf
 from ..data.text import check_text
@@ -109,6 +109,7 @@ def _generate(
         streamer=streamer,
         return_dict_in_generate=True,
         disable_compile=not options.compile,
+        logits_processor=LogitsProcessorList([_Finite(model.name_or_path)]),
         **special_tokens(model, tokenizer),
         **sampling,
     )
@@ -119,6 +120,21 @@ def _generate(
         1 / statistics.median(gaps or [prefill]),
         cache_bytes(result.past_key_values),
     )
+
+
+class _Finite(LogitsProcessor):
+    """A check of the logits: from NaN a draw fails, and the likeliest token is any."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"{self.model} must give finite logits, got NaN or infinity after "
+                f"{input_ids.shape[1]} tokens"
+            )
+        return scores
 
 
 class _Clock(TextStreamer):
