@@ -372,12 +372,10 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
     options: dict[str, Any] = {}
     try:
         if is_stock(recipe.attention):  # also of a model that had other attention
-            config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(recipe.model)
             remove_section(config)
             options = {"config": config, "attn_implementation": "sdpa"}
-        model = AutoModelForCausalLM.from_pretrained(
-            recipe.model, dtype=torch.float32, trust_remote_code=False, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32, **options)
     except OSError as error:
         raise ValueError(
             f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "
@@ -399,9 +397,7 @@ def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     on the hub, and only `from_pretrained` joins them again.
     """
     hf.register()
-    found = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, trust_remote_code=False
-    )
+    found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model.load_state_dict(found.state_dict())
 
 
