@@ -123,7 +123,8 @@ DAMAGED: list[tuple[Damage, str]] = [
     (write("config.json", "{}"), "`model_type` that Transformers knows, got None"),
     (config(model_type="evil"), "`model_type` that Transformers knows, got 'evil'"),
     (config(model_type=3), "`model_type` that Transformers knows, got 3"),
-    (config(model_type="t5"), "config.json must describe a causal language model"),
+    (config(model_type="t5"), "config.json must describe a decoder alone"),
+    (config(model_type="vit"), "config.json must describe a causal language model"),
     (config(model_type="gpt2"), "config.json must describe the model in "),
     (config(max_position_embeddings=None), "'max_position_embeddings' expected int, got NoneType"),
     (config(max_position_embeddings=-1), "`max_position_embeddings` must be a positive integer"),
@@ -135,12 +136,17 @@ DAMAGED: list[tuple[Damage, str]] = [
     (config(vocab_size=100), "lm_head.weight must have the shape [100, 32], got [270, 32]"),
     (config(hidden_size=10**9), "config.json must describe the model in "),
     (
-        config(num_hidden_layers=10**9, spattention=None, attn_implementation="sdpa"),
+        config(num_hidden_layers=10**4, spattention=None, attn_implementation="sdpa"),
         "`num_hidden_layers` must be at most the 23 tensors",
     ),
     (config(rope_parameters={"rope_type": "magic"}), "must describe a causal language model: KeyE"),
     (config(hidden_act="magic"), "config.json must describe a causal language model: KeyError"),
     (config(dtype="float7"), "config.json must be a config of Transformers"),
+    (config(is_encoder_decoder=True), "config.json must describe a decoder alone"),
+    (config(text_config=[]), "`text_config` must be an object, got list"),
+    # Transformers makes a list of so many entries while it reads the config.
+    (config(num_labels=10**9), "config.json: `num_labels` must be at most 65,536, got 1000000000"),
+    (config(vision_config={"num_labels": 2**63}), "`num_labels` must be at most 65,536, got 922"),
     (config(quantization_config="x"), "config.json must be a config of Transformers"),
     (config(attn_implementation="own/kernel"), "got 'own/kernel': code from the hub is never run"),
     (config(attn_implementation="magic"), "must describe a causal language model"),
@@ -274,6 +280,11 @@ def test_the_digest_tells_models_apart(copy: Path) -> None:
     assert second != first
     tensors(lambda found: found["model.norm.weight"].mul_(2))(copy)
     assert model_digest(copy) not in (first, second)
+
+
+def test_results_are_objects_whatever_the_config_says(copy: Path) -> None:
+    edit(copy / "config.json", return_dict=False)
+    assert opened(copy)(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 270)
 
 
 def test_a_config_alone_is_checked(saved: Path) -> None:

@@ -45,3 +45,27 @@ def test_every_public_name_is_there():
         assert getattr(spattention, name) is not None
     for name in ("BandPattern", "band_attention", "band_attention_varlen", "validate", "merge"):
         assert name in spattention.__all__
+
+
+def test_a_module_does_not_take_the_place_of_merge():
+    """`merge` is a function and a module; whoever imports the module leaves the function there."""
+    code = (
+        "import spattention.cache, spattention.merge, spattention\n"
+        "from spattention import merge\n"
+        "assert callable(merge) and spattention.merge is merge\n"
+        "assert set(spattention.__all__) <= set(dir(spattention))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_found_while_compiling():
+    """A compiled function may be the first to ask for a name, without a break in its graph."""
+    code = (
+        "import torch, spattention\n"
+        "from spattention.bands import BandPattern\n"
+        "bands, query = BandPattern.exclusive(2, 16), torch.ones(1, 2, 16, 8)\n"
+        "assert 'band_attention' not in vars(spattention)\n"
+        "call = lambda q: spattention.band_attention(q, q, q, bands)\n"
+        "torch.compile(call, fullgraph=True, backend='eager')(query)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spattention.bands import BandPattern
-from spattention.plots import FUTURE, UNSEEN, head_colors, mask_image, pattern_figure
+from spattention.choice import named_pattern, pattern_remarks
+from spattention.evaluation.perplexity import LossByPosition, Mean
+from spattention.plots import (
+    FUTURE,
+    UNSEEN,
+    evaluation_figure,
+    head_colors,
+    mask_image,
+    pattern_figure,
+)
 
 PATTERNS = [
     BandPattern.shared_local(4, 16),
@@ -70,3 +79,56 @@ def test_a_long_mask_is_drawn_in_blocks_and_no_band_is_lost():
 def test_the_colours_of_heads_differ():
     for heads in (2, 8, 32):
         assert len(set(head_colors(heads))) == heads
+
+
+@pytest.mark.parametrize(("heads", "span"), [(8, 1024), (32, 32_768), (16, 131_072)])
+def test_titles_of_heads_do_not_overlap(heads, span):
+    figure = pattern_figure(BandPattern.shared_local(heads, span))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [axis.title.get_window_extent(canvas.get_renderer()) for axis in figure.axes[:-1]]
+    width, height = canvas.get_width_height()
+    for number, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def test_the_title_names_the_share_of_all_heads():
+    pattern = BandPattern.exclusive(4, 64)
+    share = sum(pattern.pairs(64)) / (4 * 64 * 65 / 2)
+    figure = pattern_figure(pattern, title="four heads")
+    title = figure.subfigs[0].get_suptitle()
+    assert title == f"four heads: {100 * share:.1f} % of dense attention's pairs"
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "span", "remark"),
+    [
+        ("shared_local:local=5000", 8, 1024, "attends all distances: this is dense attention"),
+        ("shared_local:widths=geometric", 8, 128, "this is dense attention"),
+        ("shared_local:widths=geometric", 8, 256, "7 of 8 heads of shared_local attend the same"),
+        ("exclusive", 8, 5, "3 of 8 heads of exclusive attend nothing"),
+        ("gapped", 8, 8, "8 of 8 heads of gapped attend nothing"),
+        ("sliding_window", 8, 1024, None),
+        ("dense", 8, 1024, None),
+        ("local_only", 8, 1024, None),
+        ("shared_local", 8, 1024, None),
+        ("exclusive:widths=geometric", 8, 1024, None),
+    ],
+)
+def test_patterns_that_are_hardly_meant_get_a_remark(name, heads, span, remark):
+    found = pattern_remarks(named_pattern(name, heads, span))
+    assert len(found) == (remark is not None)
+    assert all(remark in text for text in found)
+
+
+def test_the_evaluation_names_model_and_shading():
+    loss = LossByPosition(Mean(2.0, 0.1, 3), (1, 2, 4), (Mean(2.5, 0.2, 3), Mean(1.9, 0.1, 3)), 4)
+    figure = evaluation_figure(loss, None, None, "Evaluation of runs/a/checkpoint-200")
+    assert figure.get_suptitle() == "Evaluation of runs/a/checkpoint-200"
+    (axis,) = figure.axes
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == [
+        "± one standard error, over windows"
+    ]

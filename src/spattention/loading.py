@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
 )
 
 from . import baselines, hf
@@ -43,6 +44,8 @@ TOKENIZER = (
     "added_tokens.json",
 )
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+COUNTS = ("n_layer", "n_layers", "n_head", "n_heads", "n_routed_experts")  # beside `num_*`
+MOST = 2**16  # layers, heads, experts or labels
 LARGEST_JSON = 2**28  # bytes; the largest tokenizers have some 30 MB
 LONGEST_REASON = 300  # characters of a library's message
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -116,12 +119,18 @@ def open_config(folder: Path) -> Any:
         raise ValueError(
             f"{file} must have a `model_type` that Transformers knows, got {kind!r}{own}"
         )
+    _check_counts(file, content)
     _check_attention(file, content)
     with named_errors(file, "must be a config of Transformers"):
         config = AutoConfig.from_pretrained(folder, **LOCAL)
         text = config.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise TypeError(f"`text_config` must be an object, got {type(text).__name__}")
         read_section(text)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{file} must describe a decoder alone, got an encoder and a decoder")
     _check_sizes(file, text)
+    config.return_dict = True  # as the commands read results, whatever the folder says
     return config
 
 
@@ -274,6 +283,14 @@ def _of_comparison(folder: Path) -> Path:
             f"{file} must name the folder of a saved model in {folder} as `model`, got {named!r}"
         )
     return folder / named
+
+
+def _check_counts(file: Path, content: Any) -> None:
+    """Check the counts in a config, of which Transformers makes lists as soon as it reads them."""
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        _check_counts(file, value)
+        if (name.startswith("num_") or name in COUNTS) and type(value) is int and value > MOST:
+            raise ValueError(f"{file}: `{name}` must be at most {MOST:,}, got {value}")
 
 
 def _check_attention(file: Path, content: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ class Shape:
         experts: experts per layer.
         experts_per_token: experts that each token visits.
         expert_width: hidden width of one expert.
-        vocabulary: tokens known.
+        vocabulary: entries of the vocabulary.
         context: longest input; also the span of the default pattern.
     """
 
@@ -56,8 +56,9 @@ SHAPES = {
 
 
 class Preset(NamedTuple):
-    """A model to be built and its default bands: `shared_local` with geometric widths, which ended
-    at lower losses than uniform ones at contexts of 2,048 to 16,384 (docs/evidence.md).
+    """The config of a model and its default bands, `shared_local` with geometric widths.
+
+    These ended at lower losses than uniform ones at contexts of 2,048 to 16,384 (docs/evidence.md).
     """
 
     config: OlmoeConfig
@@ -65,7 +66,7 @@ class Preset(NamedTuple):
 
 
 class ParameterCount(NamedTuple):
-    """All parameters of a model, and those that one token uses (without its other experts)."""
+    """The parameters of a model: all of them, and those that one token uses."""
 
     total: int
     active: int
@@ -79,12 +80,12 @@ def preset(
     num_layers: int | None = None,
     num_heads: int | None = None,
 ) -> Preset:
-    """The preset called `name`: "small-512", "paper-small", "olmoe-tiny", "olmoe-0.25b-1.75b"
-    or "olmoe-1b-7b".
+    """The preset of this name: "small-512", "paper-small", "olmoe-tiny", "olmoe-0.25b-1.75b" or
+    "olmoe-1b-7b".
 
     Args:
-        name: which one.
-        vocab_size: tokens known, instead of the preset's.
+        name: the preset's name.
+        vocab_size: entries of the vocabulary, instead of the preset's.
         context: longest input in tokens and span of the pattern, instead of the preset's.
         num_layers: decoder layers, instead of the preset's.
         num_heads: attention heads, instead of the preset's; must divide the hidden width.
@@ -119,7 +120,7 @@ def preset(
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         attention_dropout=0.0,
-        # Tokenizers differ: whoever pairs the model with one sets these.
+        # These belong to a tokenizer, which is chosen later.
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
@@ -134,13 +135,13 @@ def build(
     sinks: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A model with fresh weights, from torch's random state.
+    """Build a model with fresh weights from PyTorch's random state.
 
     Args:
-        chosen: what `preset` returned.
+        chosen: a result of `preset`.
         pattern: "preset" for the preset's own, None for dense attention, or any other pattern.
-        sinks: whether layers with a pattern have sinks.
-        dtype: of the weights.
+        sinks: True gives layers with a pattern attention sinks.
+        dtype: dtype of the weights.
 
     Returns:
         An `OlmoeForCausalLM` in training mode, as Transformers builds it.
@@ -159,7 +160,7 @@ def build(
 
 
 def count_parameters(config: OlmoeConfig) -> ParameterCount:
-    """Count on the meta device, without allocating the weights."""
+    """Count the parameters on the meta device, without allocating them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     total = sum(parameter.numel() for parameter in model.parameters())

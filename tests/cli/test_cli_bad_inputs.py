@@ -122,6 +122,22 @@ def test_generate_refuses_a_foreign_tokenizer(tmp_path: Path, capsys: Texts) -> 
     check(["generate", str(folder), "I"], "270 entries, got token 5000", capsys)
 
 
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_logits_that_are_not_finite_are_told(
+    tmp_path: Path, temperature: str, capsys: Texts
+) -> None:
+    """Of NaN the likeliest token is any, and the loss is none: neither passes for a result."""
+    folder = save(tmp_path / "model")
+    edit(folder / "config.json", rms_norm_eps=-1.0)
+    command = ["generate", str(folder), PROMPT, "--temperature", temperature]
+    check(command, f"{folder} must give finite logits, got NaN", capsys)
+    data = ["--data", str(_prepared(tmp_path)), "--context", "64", "--windows", "2"]
+    capsys.readouterr()
+    command = ["evaluate", str(folder), *data, "--output", str(tmp_path / "out")]
+    check(command, f"{folder} must give finite losses, got nan", capsys)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 @pytest.mark.parametrize(
     ("name", "error"),

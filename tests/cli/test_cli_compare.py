@@ -17,6 +17,7 @@ import torch
 from spattention.cli import main
 from spattention.cli.generate import Options, cache_bytes, special_tokens
 from spattention.loading import model_folder, open_model, open_tokenizer
+from spattention.training.process import RunFailed
 
 SMALL = [
     "--steps",
@@ -278,3 +279,25 @@ def test_compare_says_what_is_wrong_before_it_trains(arguments, error, text, tmp
     command = ["compare", "--data", str(text), "--output", str(tmp_path / "out"), *arguments]
     assert main(command) == 2
     assert error in capsys.readouterr().err
+
+
+def test_a_pattern_that_is_dense_is_told(text, tmp_path, capsys):
+    """At a span of 32 the default window of geometric bands, 128, holds all of them."""
+    arguments = ["--data", str(text), "--output", str(tmp_path / "out"), "--threads", "1"]
+    pattern = "shared_local:widths=geometric"
+    assert main(["compare", *SMALL, *arguments, "--patterns", pattern]) == 0
+    told = capsys.readouterr().err
+    assert f"warning: every head of {pattern} attends all distances: this is dense" in told
+
+
+def test_a_run_that_fails_is_told_in_one_line(text, tmp_path, capsys, monkeypatch):
+    def fails(job, on_event):
+        raise RunFailed(f"{job.name} failed:\nTraceback (most recent call last):\nOSError: full")
+
+    monkeypatch.setattr("spattention.cli.compare.run_apart", fails)
+    output = tmp_path / "out"
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    assert main([*arguments, "--patterns", "dense"]) == 1
+    told = capsys.readouterr().err
+    assert "RunFailed: dense-seed0 failed: OSError: full; `spattention --traceback" in told
+    assert told.count("\n") == 1

@@ -9,20 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from spattention.cli import COMMANDS, EXTRAS, main
+from spattention.cli import COMMANDS, EXTRAS, WITH_OPTIONS, main
 from spattention.training.recipe import Recipe
 
 
-def test_the_overview_names_every_command_and_imports_none(capsys):
+def test_the_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
     assert main([]) == 0
+
+
+HEAVY = ("torch", "transformers", "matplotlib", "datasets", "accelerate")
+
+
+@pytest.mark.parametrize("name", [None, *sorted(set(COMMANDS) - set(WITH_OPTIONS))])
+def test_help_imports_nothing_heavy(name):
+    """PyTorch and Transformers take seconds; without them `--help` is there at once."""
+    arguments = [name, "--help"] if name else ["--help"]
     code = (
-        "import sys; from spattention.cli import main; main(['--help']);"
-        "sys.exit(any(m in sys.modules for m in ('tyro', 'transformers', 'matplotlib', 'rich')))"
+        "import sys; from spattention.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "sys.exit(str(heavy) if heavy else 0)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "usage: spattention" in ended.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -188,3 +202,27 @@ def test_draw_writes_the_formats_that_it_names(tmp_path, capsys):
         assert main(arguments) == 0
         assert path.read_bytes().startswith(magic)
         assert str(path) in capsys.readouterr().out
+
+
+def test_draw_warns_of_a_pattern_that_is_dense(tmp_path, capsys):
+    path = tmp_path / "a.svg"
+    command = ["draw", "shared_local:local=99", "--heads", "2", "--span", "32"]
+    assert main([*command, "--output", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert told == (
+        "warning: every head of shared_local attends all distances: this is dense attention\n"
+    )
+    assert path.exists()
+
+
+def test_draw_leaves_the_old_picture_when_it_fails(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert main(["draw", "--heads", "2", "--span", "32", "--output", str(path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]

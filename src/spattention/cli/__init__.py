@@ -1,8 +1,10 @@
 """The command line: `spattention COMMAND`. One module per command, imported only when it is chosen.
 
 A command module has a frozen dataclass `Options`, whose docstrings are its help, unless a function
-`description()` says more, and `main(options)`. A user's error is a ValueError or an OSError, whose
-message becomes the one line that is shown. Any other exception is a bug.
+`description()` says more, and `main(options)`. Most have their options in `cli.options`, which
+imports nothing heavy, so that `--help` and a slip in the options take no time. A user's error is a
+ValueError or an OSError, whose message becomes the one line that is shown. Any other exception is a
+bug.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ COMMANDS = {
     "train": "pre-train or fine-tune a model by a recipe",
     "tune": "find the fastest launches of the kernels on this GPU",
 }
+WITH_OPTIONS = ("bench", "tune")  # their options are in the command's module
 TRACEBACK = "--traceback"
 LONGEST = 500  # characters of an unexpected exception's message
 # package -> the extra that installs it, whichever command misses it
@@ -85,12 +88,15 @@ def _run(arguments: list[str]) -> int:
     try:
         import tyro
 
-        module = import_module(f"spattention.cli.{name}")
-        described = module.description() if hasattr(module, "description") else None
+        apart = "" if name in WITH_OPTIONS else ".options"
+        described = import_module(f"spattention.cli{apart}.{name}")
         options = tyro.cli(
-            module.Options, prog=f"spattention {name}", description=described, args=rest
+            described.Options,
+            prog=f"spattention {name}",
+            description=described.description() if hasattr(described, "description") else None,
+            args=rest,
         )
-        module.main(options)
+        import_module(f"spattention.cli.{name}").main(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:

@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from ..choice import named_pattern, pattern_remarks
 from ..plots import pattern_figure
 from ..training.results import write_atomically
 from .bounds import LARGEST, check_range
+from .options.draw import Options
 
 MOST_HEADS = 128
 MOST_PIXELS = 2**28  # of a .png, 1 GiB in memory
 SUFFIXES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Draw an attention pattern: the mask of every head, and which head covers which distance.
-
-    In a mask a row is a query and a column a key. Attended pairs have the head's colour, the rest
-    of the past is grey, and the future is white.
-
-    Args:
-        pattern: dense, shared_local, exclusive, sliding_window, gapped or local_only; options
-            follow a colon, as in shared_local:widths=geometric,local=64.
-        heads: Number of heads, at most 128.
-        span: Context length that the pattern is made for, in tokens.
-        length: Tokens that the masks show; default the span.
-        output: File of the picture; .png, .svg or .pdf.
-        dots_per_inch: Resolution of a .png.
-    """
-
-    pattern: Annotated[str, tyro.conf.Positional] = "shared_local"
-    heads: int = 8
-    span: int = 1024
-    length: int | None = None
-    output: Path = Path("pattern.png")
-    dots_per_inch: int = 200
 
 
 def main(options: Options) -> None:

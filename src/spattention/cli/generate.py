@@ -9,55 +9,21 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import TextStreamer, logging, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, logging, set_seed
 
 from .. import hf
 from ..data.text import check_text
 from ..loading import model_folder, named_errors, open_model, open_tokenizer
 from .bounds import LARGEST, LARGEST_SEED, check_range
+from .options.generate import Options
 
 COOLEST, HOTTEST = 0.01, 100.0  # beyond them logits leave the range of bfloat16 or all are alike
 LARGEST_PROMPT = 2**26  # bytes of a text file
-
-
-@dataclass(frozen=True)
-class Options:
-    """Continue a text with a model that was trained here, or with any saved causal language model.
-
-    The text is shown as it comes; the speed and the size of the cache of keys and values follow at
-    the end. A model with bands keeps what its bands reach (`BandCache`), any other every token.
-    Code that comes with a model is never run.
-
-    Args:
-        folder: Folder of a saved model, of `spattention train` (its newest checkpoint that is
-            whole), or the output folder of `spattention compare`: its first model with bands is
-            taken.
-        prompt: Text to continue.
-        file: Text file to continue, instead of a prompt.
-        max_new_tokens: Tokens to add; fewer if the model ends the text, or if its context is full.
-        temperature: How freely tokens are drawn, from 0.01 to 100; 0 always takes the likeliest.
-        top_k: Draw among this number of the likeliest tokens.
-        seed: RNG seed of the draws.
-        compare: dense continues the text a second time, with the same weights, PyTorch's dense
-            attention and a cache of every token, and shows both speeds and sizes.
-        compile: Compile decoding on a GPU: a minute at first, and faster tokens from then on.
-    """
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    prompt: Annotated[str | None, tyro.conf.Positional] = None
-    file: Path | None = None
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 50
-    seed: int = 0
-    compare: Literal["dense"] | None = None
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +109,7 @@ def _generate(
         streamer=streamer,
         return_dict_in_generate=True,
         disable_compile=not options.compile,
+        logits_processor=LogitsProcessorList([_Finite(model.name_or_path)]),
         **special_tokens(model, tokenizer),
         **sampling,
     )
@@ -153,6 +120,21 @@ def _generate(
         1 / statistics.median(gaps or [prefill]),
         cache_bytes(result.past_key_values),
     )
+
+
+class _Finite(LogitsProcessor):
+    """A check of the logits: from NaN a draw fails, and the likeliest token is any."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"{self.model} must give finite logits, got NaN or infinity after "
+                f"{input_ids.shape[1]} tokens"
+            )
+        return scores
 
 
 class _Clock(TextStreamer):

@@ -1,1 +1,1 @@
-"""What a trained model can do: loss, tasks, recall, and what its heads look at."""
+"""Measures of a trained model: loss by position, tasks, recall, and statistics of its heads."""

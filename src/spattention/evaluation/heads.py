@@ -1,7 +1,7 @@
-"""What the heads of a model look at: entropy, distance, and how much heads differ.
+"""Statistics of attention heads: entropy, mean distance, and divergence between heads.
 
-Weights are computed again from the queries and keys that the attention layers receive, for some
-rows at a time: `[B, H, rows, N]` at most, never N x N.
+The weights are recomputed from the queries and keys that the attention layers receive, some queries
+at a time: `[B, H, rows, N]` at most, never N x N.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class LayerHeads:
     """Means over queries, in the layer's order of heads.
 
     Attributes:
-        entropy: of a head's weights, in nats; log(n) for n keys alike. A sink is one more place
-            that weight can go to. Queries without keys are left out.
-        distance: mean distance in tokens of what a head attends, by weight.
-        divergence: how much the heads differ: the entropy of their mean minus the mean of their
-            entropies (the Jensen-Shannon divergence of all heads), 0 to log(H) nats.
+        entropy: entropy of a head's weights in nats; log(n) for n keys of equal weight. A sink
+            counts as one more key. Queries without keys are left out.
+        distance: mean distance in tokens from query to key, weighted by attention.
+        divergence: Jensen-Shannon divergence of all heads in nats, 0 to log(H): the entropy of
+            their mean minus the mean of their entropies.
     """
 
     entropy: tuple[float, ...]
@@ -40,10 +40,10 @@ class LayerHeads:
 
 
 def look_at_heads(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
-    """Run a causal language model once and look at each layer's heads.
+    """Run a causal language model once and measure each layer's heads.
 
     Args:
-        model: of Transformers, with stock attention, bands or a baseline; on any device.
+        model: a model of Transformers with stock attention, bands or a baseline, on any device.
         ids: int64 `[B, N]`, whole rows without padding.
 
     Raises:
@@ -73,7 +73,7 @@ def _has_baseline(model: Any) -> bool:
 
 @contextmanager
 def _watched(name: str, found: list[LayerHeads]) -> Iterator[None]:
-    """While it lasts, each call of the attention function also adds to `found`."""
+    """Replace the attention function by one that also adds statistics to `found`."""
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
     def watched(

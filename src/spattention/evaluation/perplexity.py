@@ -25,17 +25,17 @@ class Mean:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> Mean:
-        """Of `values [items]`."""
+        """The mean of `values [items]`."""
         count = len(values)
         error = math.inf if count < 2 else float(values.double().std()) / math.sqrt(count)
         return cls(float(values.double().mean()), error, count)
 
     def is_above(self, chance: float) -> bool:
-        """Whether the mean is above 0, and above guessing by at least two standard errors."""
+        """True if the mean is positive, and above guessing by at least two standard errors."""
         return self.mean > 0 and self.mean - chance >= 2 * self.error
 
     def is_below(self, chance: float) -> bool:
-        """Whether the mean is below guessing by more than two standard errors.
+        """True if the mean is below guessing by more than two standard errors.
 
         The error is at least that of guessing: a few items without a hit have an error of 0.
         """
@@ -48,7 +48,8 @@ class LossByPosition:
     """Nats per predicted token.
 
     Attributes:
-        loss: over all tokens; the standard error is over windows, whose tokens are not independent.
+        loss: mean over all tokens. The standard error is over windows, as tokens of a window are
+            not independent.
         edges: positions of predicted tokens, `[parts + 1]`: part k is `edges[k] <= p < edges[k+1]`.
             A window's first token is not predicted, so the first edge is 1.
         parts: the loss of each part.
@@ -62,7 +63,7 @@ class LossByPosition:
 
 
 def position_edges(context: int, parts: int = 32) -> tuple[int, ...]:
-    """Edges that double up to an even share of the context, and then go on evenly.
+    """Edges that double up to an even share of the context, and continue evenly.
 
     position_edges(1024, 4) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024)
     """
@@ -83,11 +84,12 @@ def validation_loss(
     """The loss of a causal language model over windows of one length.
 
     Args:
-        model: of Transformers; its mode is set to evaluation, and gradients are off.
+        model: a model of Transformers. It is put into evaluation mode, without gradients.
         windows: `data.tokens.Windows`, or another sequence of `{"input_ids": int64 [N]}`. With
-            `position_ids`, documents are kept apart; tokens whose `labels` are -100 do not count.
+            `position_ids`, documents do not attend each other. Tokens whose `labels` are -100 do
+            not count.
         batch: windows at a time.
-        edges: as in `LossByPosition`; default `position_edges(N)`.
+        edges: positions as in `LossByPosition`; default `position_edges(N)`.
         on_window: called with the number of windows done.
 
     Raises:
@@ -114,7 +116,7 @@ def validation_loss(
     all_losses = torch.cat(losses).double().where(counts, 0.0)
 
     def over(near: int, far: int) -> Mean:
-        """Of all tokens at these positions; the error is that of the windows' means."""
+        """The mean over all tokens at these positions, with the error of the windows' means."""
         total = all_losses[:, near - 1 : far - 1].sum(dim=1)
         tokens = counts[:, near - 1 : far - 1].sum(dim=1)
         by_window = Mean.of((total / tokens)[tokens > 0])

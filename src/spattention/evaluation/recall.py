@@ -1,12 +1,12 @@
-"""Recall: what bands of distances may be bad at, asked of a trained language model as it is.
+"""Recall from the context, which bands of distances may be bad at, without training for it.
 
     copying   X, then X again: is the second copy predicted from the first, at this distance?
     pairs     k1 v1 k2 v2 ..., then the keys in another order: which value follows each key?
               (multi-query associative recall, Arora et al., 2023, arXiv:2312.04927)
     needle    a key and its value somewhere in real text, the key again at the end
 
-X, keys, values and needles are random tokens, so nothing but the context can tell them. A score is
-near chance if it is within two standard errors of what guessing gives.
+X, keys, values and needles are random tokens, which only the context can predict. A score within
+two standard errors of guessing is near chance.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Question:
         setting: the distance in tokens, the number of pairs, or the depth of the needle: 0 at the
             start of the context, 1 at its end.
         ids: int64 `[items, N]`.
-        asked: bool `[items, N]`: predicted from what stands before them. The same number per item.
+        asked: bool `[items, N]`: tokens to predict from those before, the same number per item.
         chance: accuracy of guessing.
     """
 
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model made of a question; items are sequences. Loss in nats per asked token."""
+    """A model's score on a question, over its sequences. The loss is in nats per asked token."""
 
     task: str
     setting: float
@@ -66,9 +66,9 @@ class Score:
 
 
 def copying(vocabulary: int, distance: int, items: int, seed: int = 0) -> Question:
-    """`distance` random tokens, twice; asked for the second copy, but for its first token.
+    """A question of `distance` random tokens, twice.
 
-    Guessing among all tokens is chance.
+    All tokens of the second copy but the first are asked. Guessing among all tokens is chance.
     """
     _check(vocabulary, items, distance=(distance, 2))
     generator = torch.Generator().manual_seed(seed)
@@ -79,9 +79,10 @@ def copying(vocabulary: int, distance: int, items: int, seed: int = 0) -> Questi
 
 
 def pairs(vocabulary: int, count: int, items: int, seed: int = 0) -> Question:
-    """`count` keys with a value each, then the keys again in another order: `4 count` tokens.
+    """A question of `count` keys with a value each, then the keys again in another order.
 
-    Keys and values are all different. Chance is to guess one of the values that were shown.
+    These are `4 count` tokens. Keys and values are all different. Chance is to guess one of the
+    values that were shown.
     """
     _check(vocabulary, items, count=(count, 1))
     if 2 * count > vocabulary:
@@ -98,13 +99,13 @@ def pairs(vocabulary: int, count: int, items: int, seed: int = 0) -> Question:
 
 
 def needle(text: torch.Tensor, vocabulary: int, depth: float, seed: int = 0) -> Question:
-    """Text with a needle in it, and its key again at the end; asked for the value.
+    """A question of text with a needle in it, and its key again at the end; the value is asked.
 
     Args:
-        text: int64 `[items, N]`, the haystacks; `3 NEEDLE` of their tokens give way.
+        text: int64 `[items, N]`, the haystacks; `4 NEEDLE` of their tokens are replaced.
         vocabulary: tokens to draw from.
-        depth: from 0 to 1.
-        seed: of the draws.
+        depth: place of the needle, from 0 to 1.
+        seed: RNG seed of the draws.
     """
     items, length = text.shape
     _check(vocabulary, items, length=(length, 4 * NEEDLE))
@@ -123,14 +124,14 @@ def needle(text: torch.Tensor, vocabulary: int, depth: float, seed: int = 0) -> 
 def questions(
     vocabulary: int, context: int, text: torch.Tensor, items: int = 16, seed: int = 0
 ) -> Iterator[Question]:
-    """Everything that fits into a context, smallest first.
+    """All questions that fit into a context, smallest first.
 
     Args:
         vocabulary: tokens to draw from.
         context: longest input, in tokens.
         text: haystacks, int64 `[items, context]`.
         items: sequences per question.
-        seed: of the draws.
+        seed: RNG seed of the draws.
     """
     for distance in (2**k for k in range(3, 32)):
         if 2 * distance <= context:
