@@ -137,10 +137,12 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             recipe.model, dtype=torch.float32, trust_remote_code=False, **options
         )
-    except OSError as error:
+    except ImportError:
+        raise
+    except Exception as error:  # Transformers and safetensors raise many types for a damaged file
         raise ValueError(
             f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "
-            f"{error}"
+            f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
     if any(".experts." in name for name, _ in model.named_parameters()):
         model.set_experts_implementation("grouped_mm")

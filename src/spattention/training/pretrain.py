@@ -176,25 +176,23 @@ def _train(
         tokenizer=load_saved_tokenizer(data, recipe.context),
     )
     _run(trainer, folder, resume)
-    step = trainer.state.global_step
-    if first:
-        clean(folder)
-    return Outcome(folder, step, recipe.steps)
+    return Outcome(folder, trainer.state.global_step, recipe.steps)
 
 
 def _run(trainer: Trainer, folder: Path, resume: Path | None) -> None:
-    """Train; what fails while a checkpoint is written says so, and leaves nothing half written."""
+    """Train; what fails while a checkpoint is written says so, and nothing stays half written."""
     staging = folder / STAGING
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not staging.is_dir() or not any(staging.iterdir()):
             raise
+        name = folder / f"checkpoint-{trainer.state.global_step}"
         free = shutil.disk_usage(folder).free
+        raise OSError(f"{name} cannot be written, with {free:,} bytes free: {error}") from error
+    finally:
         if trainer.is_world_process_zero():
             clean(folder)
-        name = folder / f"checkpoint-{trainer.state.global_step}"
-        raise OSError(f"{name} cannot be written, with {free:,} bytes free: {error}") from error
 
 
 def prepare_model(

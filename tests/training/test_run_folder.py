@@ -1,0 +1,361 @@
+"""Damaged, foreign and locked files of a run: refused before it continues, by name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spattention.cli import main
+from spattention.data.packed import write_packed
+from spattention.data.tokens import TokenStream
+from spattention.files import is_unfinished, read_json, write_atomically
+from spattention.training import load
+from spattention.training.checkpoints import checkpoints, newest_good
+from spattention.training.metrics import METRICS, append_metrics, read_metrics
+from spattention.training.pretrain import pretrain
+from spattention.training.record import LOSSES
+from spattention.training.results import ResultsFolder
+from spattention.training.run_folder import MARK
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_run import STEPS, losses, recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
+    random = np.random.default_rng(0)
+    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
+    write_packed(path, TokenStream.from_documents(documents), 7)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert pretrain(recipe(data), folder).finished
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A finished run that lost its last checkpoint: the next call continues from step 6."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")
+    return tmp_path / "run"
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def insert(path, line):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], line, *lines[3:]]) + "\n")
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (lambda d: (d / MARK).write_text("[]"), "run.json must hold a JSON object, got []"),
+        (lambda d: (d / MARK).write_text("{}"), "run.json must hold `version`, a JSON int"),
+        (lambda d: (d / MARK).write_bytes(b"\xff"), "run.json must hold a JSON object: "),
+        (lambda d: (d / MARK).write_text("[" * 99_999), "run.json must hold a JSON object: "),
+        (lambda d: (d / MARK).write_text(" " * 2**20 + "{}"), "must have at most 1048576 bytes"),
+        (lambda d: change(d / MARK, recipe=[]), "must hold `recipe`, a JSON object, as"),
+        (lambda d: change(d / MARK, data=1), "must hold `data`, a JSON str, as"),
+        (lambda d: change(d / MARK, version=2), "run.json must have the version 1, got 2"),
+        (lambda d: change(d / MARK, data="0" * 16), "the data is another"),
+        (lambda d: (d / LOSSES).write_text("{}"), "losses.json must hold `step`, an integer"),
+        (lambda d: (d / LOSSES).write_text("cut o"), "losses.json must hold a JSON object: "),
+        (lambda d: change(d / LOSSES, train={}), "must hold `train`, a list of objects with"),
+        (lambda d: change(d / LOSSES, validation=[3]), "must hold `validation`, a list of"),
+        (lambda d: insert(d / METRICS, '{"step": 5, "lo'), "metrics.jsonl, line 4, must be a JSON"),
+        (lambda d: insert(d / METRICS, '{"loss": 1.5}'), "line 4, must be a JSON object with an"),
+        (lambda d: insert(d / METRICS, "[" * 99_999), "metrics.jsonl, line 4, must be a JSON"),
+        (lambda d: insert(d / METRICS, "\0" * 2**21), "metrics.jsonl, line 4, must be a JSON"),
+    ],
+)
+def test_damaged_files_stop_a_run_and_stay(folder, data, damage, error):
+    """Refused before anything is written: what is there can be looked at and mended."""
+    damage(folder)
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match=re.escape(error)) as caught:
+        pretrain(recipe(data), folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(folder) == before
+
+
+def test_a_damaged_line_costs_no_other(folder, data, whole):
+    """Once it is removed, as the message says, every other line stays; `losses.json` keeps the
+    record of its step.
+    """
+    path = folder / METRICS
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
+    with pytest.raises(ValueError, match=r"line 4, .* remove that line to continue"):
+        pretrain(recipe(data), folder)
+    path.write_text("\n".join([*lines[:3], *lines[4:]]) + "\n")
+    assert pretrain(recipe(data), folder).finished
+    del (expected := read_metrics(whole / METRICS))[3]
+    assert [(e["step"], *e) for e in read_metrics(path)] == [(e["step"], *e) for e in expected]
+    kept, all_of_them = (json.loads((d / LOSSES).read_text()) for d in (folder, whole))
+    for kind in ("train", "validation"):
+        assert [e["step"] for e in kept[kind]] == [e["step"] for e in all_of_them[kind]]
+
+
+def test_lost_metrics_do_not_empty_the_record(folder, data, whole):
+    (folder / METRICS).unlink()
+    assert pretrain(recipe(data), folder).finished
+    found, expected = (json.loads((d / LOSSES).read_text())["train"] for d in (folder, whole))
+    assert [(e["step"], e["loss"]) for e in found] == [(e["step"], e["loss"]) for e in expected]
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / METRICS
+    append_metrics(path, {"step": 1, "loss": 2.0})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_file_for_a_folder_and_the_reverse(data, tmp_path, folder):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"`--output` must be a folder, .*file is a file"):
+        pretrain(recipe(data), tmp_path / "file")
+    (folder / MARK).unlink()
+    (folder / MARK).mkdir()
+    with pytest.raises(ValueError, match=r"run\.json must be a file .*, it is a folder"):
+        pretrain(recipe(data), folder)
+
+
+def test_a_run_without_permission_is_named(open_folder, unprivileged, data, capsys):
+    shutil.copytree(data.parent, open_folder / "data")
+    (open_folder / "data").chmod(0o755)
+    (open_folder / "locked").mkdir(mode=0o555)
+    for path in (open_folder / "data").rglob("*"):
+        path.chmod(0o644)
+    with unprivileged(), pytest.raises(PermissionError, match="locked"):
+        pretrain(recipe(open_folder / "data" / data.name), open_folder / "locked" / "run")
+    (open_folder / "data" / data.name).chmod(0)
+    with unprivileged(), pytest.raises(PermissionError, match=data.name):
+        pretrain(recipe(open_folder / "data" / data.name), open_folder / "run")
+    assert not (open_folder / "run").exists()
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from small_run import recipe
+from spattention.training.pretrain import pretrain
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
+try:
+    pretrain(recipe(Path(sys.argv[2]), save_every=int(sys.argv[5])), Path(sys.argv[3]))
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "every", "error"),
+    [
+        (2000, 8, r"losses\.json cannot be read or written: .*File too large"),
+        (20_000, 2, r"checkpoint-2 cannot be written, with [\d,]+ bytes free: "),
+        (1_000_000, 2, r"checkpoint-2 cannot be written, with [\d,]+ bytes free: "),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_no_part(data, whole, tmp_path, size, every, error):
+    """The system refuses bytes, here by a limit of a file's size; with room the run continues."""
+    command = [sys.executable, "-c", FULL, str(Path(__file__).parent)]
+    done = subprocess.run(
+        [*command, str(data), str(tmp_path / "run"), str(size), str(every)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    assert re.search(error, done.stdout), done.stdout
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names <= {MARK, METRICS}, names
+    assert pretrain(recipe(data), tmp_path / "run").finished
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_under_metrics_is_named():
+    with pytest.raises(OSError, match=r"/dev/full cannot be read or written: .*No space left"):
+        append_metrics(Path("/dev/full"), {"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", bytes(100)),
+        ("config.json", b"[]"),
+        ("config.json", b"{}"),
+        ("config.json", b'{"model_type": "olmoe", "num_attention_heads": 0}'),
+        ("config.json", b"{"),
+    ],
+)
+def test_a_damaged_pretrained_model_is_named(data, whole, tmp_path, name, content):
+    shutil.copytree(whole / f"checkpoint-{STEPS}", tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(content)
+    changes = {"model": str(tmp_path / "model"), "layers": None, "vocabulary": None}
+    with pytest.raises(ValueError, match=r"`model` must be .* got '.*model': .") as caught:
+        pretrain(recipe(data, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_kill_left_unfinished_is_removed(data, folder):
+    for name in (".run.json.x.unfinished", ".losses.json.y.unfinished"):
+        (folder / name).write_text("{")
+    (folder / ".mine").write_text("stays")
+    assert pretrain(recipe(data), folder).finished
+    assert not [p for p in folder.iterdir() if is_unfinished(p)]
+    assert (folder / ".mine").exists()
+
+
+def test_a_first_kill_does_not_block_the_folder(data, tmp_path):
+    """A process killed while it writes `run.json` leaves that file's unfinished copy alone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.x.unfinished").write_text("{")
+    assert pretrain(recipe(data, steps=1), tmp_path / "run").finished
+
+
+def test_files_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """The file is flushed before it is renamed, the folder after."""
+    calls = []
+    flush, replace = os.fsync, os.replace
+
+    def flushed(handle):
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        flush(handle)
+
+    def replaced(old, new):
+        calls.append(("replace", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomically(tmp_path / "a.json", "{}")
+    assert [kind for kind, _ in calls] == ["fsync", "replace", "fsync"]
+    assert [name for _, name in calls[1:]] == ["a.json", tmp_path.name]
+
+
+def test_a_model_larger_than_the_memory_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "_memory", lambda device: 2**20)
+    with pytest.raises(ValueError, match=r"that fits into the 0\.0 GiB of cpu; olmoe-tiny with 1"):
+        pretrain(recipe(data), tmp_path / "run")
+    monkeypatch.undo()
+    big = {"layers": 1024, "model": "olmoe-1b-7b", "vocabulary": 2**20}
+    with pytest.raises(
+        ValueError, match=r"must make a model that fits into .* 1,048,576|parameters"
+    ):
+        pretrain(recipe(data, **big), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_minutes_must_be_a_number(data, tmp_path):
+    for minutes in (float("nan"), -1.0, float("inf")):
+        with pytest.raises(ValueError, match="`minutes` must be finite and not negative, got"):
+            pretrain(recipe(data), tmp_path / "run", minutes=minutes)
+
+
+def test_the_code_of_a_model_folder_is_never_run(data, tmp_path):
+    """Nor is a person asked: Transformers' default offers it on a terminal."""
+    (tmp_path / "model").mkdir()
+    config = {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"},
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    changes = {"model": str(tmp_path / "model"), "layers": None, "vocabulary": None}
+    for attention in ("dense", "shared_local"):
+        with pytest.raises(ValueError, match=r"`model` must be one of .* custom code"):
+            pretrain(recipe(data, **changes, attention=attention), tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: (c / "model.safetensors").write_bytes(b""),
+        lambda c: (c / "model.safetensors").write_bytes(bytes(100)),
+        lambda c: (c / "optimizer.pt").write_bytes(b"PK"),
+        lambda c: (c / "config.json").write_text("[]"),
+        lambda c: (c / "manifest.json").write_text("[]"),
+        lambda c: (c / "manifest.json").write_text('{"files": {"a": 3}}'),
+        lambda c: (c / "manifest.json").write_text("[" * 99_999),
+        lambda c: shutil.rmtree(c),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_with_the_older_one(whole, tmp_path, edit):
+    """The call that finds a checkpoint returns what is wrong with newer ones, by file."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    newest = run / f"checkpoint-{STEPS}"
+    edit(newest)
+    good, problems = newest_good(run)
+    assert good == run / "checkpoint-6"
+    if newest.exists():
+        assert len(problems) == 1
+        assert str(newest) in problems[0]
+    else:
+        assert problems == []
+
+
+def test_damaged_results_of_a_comparison_are_named(tmp_path):
+    from test_results import SETTINGS, result
+
+    from spattention.training.variant import Job
+
+    results = ResultsFolder(tmp_path)
+    results.claim(SETTINGS)
+    job = Job("dense", 0, SETTINGS, results.data, results.models)
+    results.add(job, result())
+    path = results.runs / "dense-seed0.json"
+    good = path.read_text()
+    for content in ("{}", "[]", "{", json.dumps(json.loads(good) | {"validation_loss": "low"})):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"dense-seed0\.json must hold "):
+            results.find(job)
+    (tmp_path / "comparison.json").write_text('{"settings": 3}')
+    with pytest.raises(ValueError, match=r"comparison\.json must hold `settings`, an object"):
+        ResultsFolder(tmp_path).claim(SETTINGS)
+
+
+def test_json_is_read_within_its_limit(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    with pytest.raises(ValueError, match=r"a\.json must have at most 7 bytes, got 8"):
+        read_json(tmp_path / "a.json", 7)
+    with pytest.raises(ValueError, match=r"b\.json must be a file .*, it is missing"):
+        read_json(tmp_path / "b.json")
+
+
+def test_the_command_refuses_a_recipe_in_one_line(tmp_path, capsys, data):
+    (tmp_path / "r.toml").write_text("a = " + "[" * 50_000 + "]" * 50_000)
+    assert main(["train", str(tmp_path / "r.toml")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'r.toml'} must be a recipe in TOML")
+    assert "Traceback" not in said
+    assert torch.get_num_threads() == 1
+    assert not checkpoints(tmp_path)
