@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .attention import band_attention, band_attention_varlen
 from .bands import BandPattern
-from .cache import BandStore, band_attention_cached
+from .cache import BandStore
+from .cached_attention import band_attention_cached
 from .checks import validate
 from .merge import merge
 
@@ -27,6 +28,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hf":
-        return import_module("spattention.hf")
+    if name in ("hf", "rings"):
+        return import_module(f"spattention.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

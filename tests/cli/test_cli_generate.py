@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spattention as spa
+from spattention.cache_layout import ring_lengths
 from spattention.cli import main
 from spattention.cli.generate import open_dense, open_model
 from spattention.data.tokenizer import for_transformers, train_tokenizer
-from spattention.rings import ring_lengths
 
 PROMPT = "It was a dark and stormy night, and the captain said to the crew"
 SPAN = 40

@@ -147,8 +147,32 @@ def test_assisted_generation_takes_drafts_back():
     helper = build("llama", seed=1)
     cache = BandCache(model.config, slack=24)
     assert generated(model, ids, cache, assistant_model=helper) == wanted
-    with pytest.raises(ValueError, match="`tokens` must be at most the store's `slack` = 0, got"):
-        generated(model, ids, BandCache(model.config, slack=0), assistant_model=helper)
+
+
+@pytest.mark.parametrize("max_rollback", [0, 3, spa.rings.SLACK])
+@pytest.mark.parametrize("drafts", [{}, {"num": 45}, {"num": 1, "schedule": "heuristic"}], ids=str)
+def test_drafts_of_any_length_are_taken_back(drafts, max_rollback):
+    """Transformers' defaults, drafts longer than the room for them, and drafts that grow."""
+    model, ids = banded("llama", max_position_embeddings=256), tokens(1, 20)
+    wanted = generated(model, ids, max_new_tokens=40)
+    for helper in (banded("llama", seed=1), model):  # all drafts wrong, all right
+        chosen = helper.generation_config
+        chosen.num_assistant_tokens = drafts.get("num")
+        chosen.num_assistant_tokens_schedule = drafts.get("schedule")
+        chosen.assistant_confidence_threshold = 0.0
+        cache = BandCache(model.config, max_rollback=max_rollback)
+        options = {"max_new_tokens": 40, "assistant_model": helper}
+        assert generated(model, ids, cache, **options) == wanted
+        length = int(cache.get_seq_length())
+        assert length == 59
+        # Goes on, with and without drafts.
+        text = torch.tensor(wanted)
+        longer = generated(model, text, max_new_tokens=8)
+        again = copy.deepcopy(cache)
+        assert generated(model, text, again, max_new_tokens=8) == longer
+        assert again.layers[0].store.max_rollback == again.layers[0].max_rollback
+        options["max_new_tokens"] = 8
+        assert generated(model, text, cache, **options) == longer
 
 
 def test_a_saved_model_generates_the_same(tmp_path):
