@@ -286,6 +286,36 @@ def test_another_attention_is_refused(own):
         torch.matmul(torch.zeros(1), handle)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_keys_computed_from_the_cache_are_refused(version):
+    """Multi-head latent attention caches what its keys are computed from."""
+    from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+
+    config = (DeepseekV2Config if version == 2 else DeepseekV3Config)(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=2,
+    )
+    model = spa.hf.apply(AutoModelForCausalLM.from_config(config).eval(), FIRST)
+    message = r"must not be a BandCache for .* multi-head latent attention .*: use .* DynamicCache"
+    with pytest.raises(ValueError, match=message):
+        logits(model, tokens(1, 9), past_key_values=BandCache(model.config))
+    found = in_pieces(model, tokens(1, 9), [5, 4], transformers.DynamicCache(config=config))
+    close(found, logits(model, tokens(1, 9), use_cache=False), rtol=0.0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_changes_size_is_refused(kind):
     model = banded("llama")

@@ -111,6 +111,7 @@ class BandLayer(CacheLayerMixin):
         self.max_rollback = max_rollback
         self.capacity = capacity
         self.store: BandStore | None = None
+        self.expects_bands = False  # the layer that asks next is to attend with bands
         self.record_past = False  # Transformers' name: what comes next may be taken back
         self._uncropped = False  # tokens came since, and nobody said yet how many of them stay
 
@@ -159,7 +160,8 @@ class BandLayer(CacheLayerMixin):
         self.store.reserve(key_states.shape[2])
         if self.keys is not self.store.keys:
             self._store_changed()
-        handle = BandHandle(self.store, key_states, value_states)
+        handle = BandHandle(self.store, key_states, value_states, for_bands=self.expects_bands)
+        self.expects_bands = False
         return handle, handle
 
     def activate_past_recording(self) -> None:
@@ -253,8 +255,11 @@ class BandHandle:
     expects.
     """
 
-    def __init__(self, store: BandStore, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(
+        self, store: BandStore, key: torch.Tensor, value: torch.Tensor, *, for_bands: bool = True
+    ) -> None:
         self.store = store
+        self.for_bands = for_bands
         self.key = key
         self.value = value
 
@@ -293,16 +298,23 @@ class BandHandle:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own questions, such as those of `copy`
             raise AttributeError(name)
-        _refuse(f"`key.{name}`")
+        _refuse(self, f"`key.{name}`")
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        _refuse(f"`{getattr(function, '__name__', function)}`")
+        handle = next((each for each in args if isinstance(each, BandHandle)), None)
+        _refuse(handle, f"`{getattr(function, '__name__', function)}`")
 
 
-def _refuse(asked: str) -> NoReturn:
+def _refuse(handle: BandHandle | None, asked: str) -> NoReturn:
+    if handle is not None and handle.for_bands:
+        raise ValueError(
+            "`past_key_values` must not be a BandCache for a model that computes keys from what a "
+            "cache returns, such as multi-head latent attention (DeepSeek), got one that asks for "
+            f"{asked}: use Transformers' DynamicCache or StaticCache"
+        )
     raise ValueError(
         "`past_key_values` must be read by the bands that it was made for when it is a BandCache, "
         f"got another attention, which asks for {asked}"
