@@ -185,8 +185,7 @@ def fill(cache: Any, tokens: int) -> None:
         if isinstance(cache, StaticCache):
             layer.cumulative_length.fill_(tokens)
         else:
-            layer.store.position.fill_(tokens)
-            layer.store._reached.fill_(tokens)
+            layer.store.counts.fill_(tokens)
 
 
 def seconds(call: Callable[[], None], repeats: int) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import spattention as spa
 from spattention.bands import MAX_INTERVALS
-from spattention.rings import ring_lengths
+from spattention.cache_layout import ring_lengths
 from spattention.testing import Case, check_error, exact, plain
 
 P = spa.BandPattern
@@ -143,7 +143,7 @@ def test_queries_may_follow_their_keys_within_the_slack():
         some = slice(max(begin, end - 6), end)
         out = spa.band_attention_cached(query[:, :, some], store, pattern)
         torch.testing.assert_close(out, whole[:, :, some], rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"`query` must have at most slack \+ 1 = 6 tokens"):
+    with pytest.raises(ValueError, match=r"`query` must have at most max_rollback \+ 1 = 6 tokens"):
         spa.band_attention_cached(query[:, :, :7], store, pattern)
 
 
@@ -153,7 +153,7 @@ def test_what_was_taken_back_leaves_less_room_for_queries():
     store = store_for(pattern, key, value, slack=5)
     spa.band_attention_cached(query, store, pattern, key, value)
     store.crop(4)
-    with pytest.raises(ValueError, match=r"slack \+ 1 = 6 tokens, less 4 .* got 3"):
+    with pytest.raises(ValueError, match=r"max_rollback \+ 1 = 6 tokens, less 4 .* got 3"):
         spa.band_attention_cached(query[:, :, 33:36], store, pattern)
     out = spa.band_attention_cached(query[:, :, 34:36], store, pattern)
     whole = spa.band_attention(query[:, :, :36], key[:, :, :36], value[:, :, :36], pattern)
@@ -219,7 +219,7 @@ def test_crop_refuses_what_cannot_be_taken_back():
     with pytest.raises(ValueError, match="`tokens` must be at most the 3 in the store, got 4"):
         store.crop(4)
     store.append(key, value)
-    with pytest.raises(ValueError, match="at most the store's `slack` = 4, got 5"):
+    with pytest.raises(ValueError, match="at most the store's `max_rollback` = 4, got 5"):
         store.crop(5)
     store.crop(3)
     with pytest.raises(ValueError, match="got 2 after 3 that were taken back before"):
@@ -270,7 +270,8 @@ def test_rows_may_hold_texts_of_different_lengths():
     store.append(key[:, :, :50], value[:, :, :50])
     other = store_for(pattern, key, value)
     other.append(key[:, :, :31], value[:, :, :31])
-    for name in ("keys", "values", "position", "_reached"):
+    store.counts[:, 1] = other.counts[:, 1]
+    for name in ("keys", "values"):
         getattr(store, name)[1] = getattr(other, name)[1]
     for new in (1, 1, 7, 1):
         at = store.position.tolist()
@@ -316,7 +317,8 @@ def test_to_moves_everything():
     _, key, value = text(5)
     store = store_for(PATTERNS["shared_local"], key, value).to("meta")
     assert store.device.type == "meta"
-    tables = (store._live, *store._by_length, *store._reaches, *store._widths)
+    layout = store.layout
+    tables = (layout, layout.live, *layout.by_length, *layout.by_reach, *layout.by_width)
     tensors = [t for table in tables for t in table if isinstance(t, torch.Tensor)]
     tensors += [t for t in vars(store).values() if isinstance(t, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
@@ -330,13 +332,13 @@ def test_one_query_reads_only_its_bands(name, monkeypatch):
     query, key, value = text(60)
     store = store_for(pattern, key, value)
     store.append(key, value)
-    read, slots_read = store._read, []
+    read, slots_read = store.gather, []
 
     def recording(slots):
         slots_read.append(slots.numel())
         return read(slots)
 
-    monkeypatch.setattr(store, "_read", recording)
+    monkeypatch.setattr(store, "gather", recording)
     spa.band_attention_cached(query[:, :, -1:], store, pattern)
     bands = sum(far - near for head in pattern.intervals for near, far in head)
     assert sum(slots_read) == bands * 2  # two rows
@@ -346,14 +348,14 @@ def test_memory_is_that_of_the_reach_and_stays():
     _, key, value = text(100)
     store = store_for(PATTERNS["exclusive"], key, value)
     lengths = ring_lengths(PATTERNS["exclusive"], 2)
-    assert lengths == (12 + 16, 23 + 16)
+    assert lengths == (12 + 32, 23 + 32)
     assert store.nbytes == 2 * 2 * (sum(lengths) + 1) * 8 * 4
     addresses = store.keys.data_ptr(), store.values.data_ptr()
     for _ in range(3):
         store.append(key, value)
     assert (store.keys.data_ptr(), store.values.data_ptr()) == addresses
-    assert ring_lengths(HAND_MADE, 4) == (39, 0, 25, 0)
-    assert store_for(HAND_MADE, *text(3, key_heads=4)[1:]).keys.shape[1] == 65
+    assert ring_lengths(HAND_MADE, 4) == (55, 0, 41, 0)
+    assert store_for(HAND_MADE, *text(3, key_heads=4)[1:]).keys.shape[1] == 97
 
 
 def test_the_page_says_how_large_a_store_is():

@@ -9,7 +9,7 @@ import torch
 
 import spattention as spa
 from spattention import models
-from spattention.rings import ring_lengths
+from spattention.cache_layout import ring_lengths
 
 
 @pytest.mark.parametrize(

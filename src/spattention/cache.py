@@ -1,15 +1,8 @@
-"""Keys and values that the bands can still reach, and attention on them.
+"""Keys and values that the bands can still reach, and what changes them.
 
-A key/value head keeps the last `reach + slack` tokens in a ring, `reach` the farthest distance that
-any query head of its group attends: the token at position p lies in slot `p % length`. The rings of
-all heads lie one after another in one buffer:
-
-    head 0        head 1                head 2 (reaches nothing)   one slot of zeros
-    [. . . .]     [. . . . . . . . .]                              [0]
-
-The slack is what may be taken back (`crop`), and how many queries beyond one may come after their
-own keys were written. Whatever a query does not see is read from the slot of zeros, so that shapes
-never depend on positions, and positions never leave their device.
+`cache_layout.py` says where each token is stored, `cached_attention.py` attends to the tokens.
+Slots that a query does not see are read as the slot of zeros, so that shapes do not depend on
+positions and positions stay on their device.
 """
 
 from __future__ import annotations
@@ -19,42 +12,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Result, _autocast, _scale, band_attention, kernels_for
+from .attention import kernels_for
 from .bands import BandPattern
-from .checks import check_attention, check_no_tangents, readable
-from .impl.layout import empty_like_query, lse_dtype, without_autocast
-from .merge import merge
-from .rings import SLACK, Rings, ring_lengths, ring_tables
+from .cache_layout import (
+    MAX_ROLLBACK,
+    UNSET,
+    HeadGroup,
+    RingLayout,
+    check_int,
+    check_memory,
+    ring_layout,
+    ring_lengths,
+    rollback,
+)
+from .checks import check_tensors, readable
+from .padding import padding_first, reorder
 
 
 class BandStore:
     """The keys and values of one attention layer, as far as its bands reach, for generation.
 
-    All memory is allocated here, once. Past the pattern's span it stays what it is and generation
-    goes on without end. `append`, `reorder` and `band_attention_cached` wait for no device and
-    change the tensors in place; positions are tensors, so a captured CUDA graph can be replayed.
-    Nothing in a store is differentiable.
+    All memory is allocated here, unless `capacity` says otherwise. Past the pattern's span a store
+    keeps its size, and generation continues without end. `append`, `reorder` and
+    `band_attention_cached` wait for no device and change the tensors in place. Positions are
+    tensors, so a captured CUDA graph can be replayed. Nothing in a store is differentiable.
 
     Args:
         pattern: the layer's bands, one entry per query head.
-        batch_size: rows B.
-        num_key_heads: key/value heads, a divisor of the pattern's heads.
-        head_dim: of the keys.
+        batch_size: number of sequences B.
+        num_key_heads: number of key/value heads, a divisor of the pattern's heads.
+        head_dim: head_dim of the keys.
         value_dim: head_dim of the values; default `head_dim`.
-        slack: tokens that `crop` can take back, at least 0.
+        max_rollback: tokens that `crop` can take back, at least 0. It also bounds how many queries
+            beyond one may attend after their own keys were appended.
+        capacity: tokens per sequence to allocate room for at first; default: all that the bands
+            reach. A store that gets more tokens grows to twice the room, which moves its memory.
+            Growing counts tokens on the host, so until its rings have their full length a store
+            cannot be used in `torch.compile` or the capture of a CUDA graph.
         dtype: of keys and values.
         device: of everything; default PyTorch's.
+        slack: former name of `max_rollback`.
 
     Attributes:
         keys: `[B, slots + 1, head_dim]`, the rings one after another, then one slot of zeros.
         values: `[B, slots + 1, value_dim]`.
-        position: int64 `[B]`, tokens appended so far in each row: the position of the next one.
-        offsets: int64 `[Hkv]`, first slot of each head's ring.
-        lengths: int64 `[Hkv]`, slots of each head's ring; 0 for a head whose group sees nothing.
+        layout: the `cache_layout.RingLayout` of both.
+        counts: int64 `[4, B]`: `position`, `columns`, and the highest that each of them has been.
+        capacity: tokens that there is room for; None once the rings have their full length.
+        is_empty: nothing was appended since the store was made or reset.
 
     Raises:
-        ValueError: if a size breaks a rule above.
+        ValueError: if a size breaks a rule above, or the memory is more than the device has.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self,
@@ -64,161 +76,230 @@ class BandStore:
         head_dim: int,
         *,
         value_dim: int | None = None,
-        slack: int = SLACK,
+        max_rollback: int = MAX_ROLLBACK,
+        capacity: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        slack: int = UNSET,
     ) -> None:
-        lengths = ring_lengths(pattern, num_key_heads, slack=slack)
+        max_rollback = rollback(max_rollback, slack)
+        ring_lengths(pattern, num_key_heads, max_rollback=max_rollback, capacity=capacity)
         value_dim = head_dim if value_dim is None else value_dim
-        for name, size in (
-            ("batch_size", batch_size),
-            ("head_dim", head_dim),
-            ("value_dim", value_dim),
-        ):
-            if size < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {size}")
-        if not dtype.is_floating_point:
-            raise ValueError(f"`dtype` must be floating point, got {dtype}")
+        check_int("batch_size", batch_size, at_least=1)
+        check_int("head_dim", head_dim, at_least=1)
+        check_int("value_dim", value_dim, at_least=1)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be floating point, got {dtype!r}")
         self.pattern = pattern
         self.num_key_heads = num_key_heads
-        self.slack = slack
-        self._slots = sum(lengths)
-        shape = (batch_size, self._slots + 1)
-        # What inference mode makes cannot be written outside it, in another turn of a dialogue.
+        self.max_rollback = max_rollback
+        self.capacity = _needed(capacity, pattern)
+        # Known on the host, without waiting for the device.
+        self.is_empty = True
+        self._columns = 0  # appended so far; counted while the rings are not at their full length
+        # Tensors made in inference mode cannot be written outside it, in a later turn.
         with torch.inference_mode(False):
-            self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-            self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
-            self.position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            # Highest position ever reached: what lies a ring's length before it is overwritten.
-            self._reached = torch.zeros_like(self.position)
-        # Known without waiting for the device: nothing was appended since the last reset.
-        self._untouched = True
-        self._make_tables()
+            self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=_device(device))
+            self._padding = self.counts.new_full((batch_size, max_rollback), -1)
+            self._allocate(batch_size, head_dim, value_dim, dtype)
 
     @property
     def batch_size(self) -> int:
-        """Rows B."""
+        """Number of sequences B."""
         return self.keys.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where everything lies."""
+        """Device of the store."""
         return self.keys.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """dtype of the keys and values."""
         return self.keys.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of the keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
-    def append(self, key: Tensor, value: Tensor) -> None:
-        """Write the next tokens: key `[B, Hkv, n, D]`, value `[B, Hkv, n, Dv]`, the store's dtype.
+    @property
+    def slack(self) -> int:
+        """Former name of `max_rollback`."""
+        return self.max_rollback
 
-        Of more tokens than a ring holds only the last are written. Queries that are to see tokens
-        overwritten by this call must come first: `band_attention_cached` does both in order.
+    @property
+    def position(self) -> Tensor:
+        """int64 `[B]`, tokens kept so far in each sequence: the position of the next one."""
+        return self.counts[0]
+
+    @property
+    def columns(self) -> Tensor:
+        """int64 `[B]`, tokens appended so far, padding included."""
+        return self.counts[1]
+
+    @property
+    def rolled_back(self) -> Tensor:
+        """int64 `[B]`, tokens that were taken back and not replaced since."""
+        return self.counts[2] - self.counts[0]
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 `[Hkv]`, first slot of each head's ring."""
+        return self.layout.offsets
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 `[Hkv]`, slots of each head's ring; 0 for a head whose group attends nothing."""
+        return self.layout.lengths
+
+    def append(self, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> None:
+        """Write the next tokens. Of more tokens than a ring holds only the last are written.
+
+        Queries that are to see tokens which this call overwrites must come first:
+        `band_attention_cached` does both in order.
+
+        Args:
+            key: `[B, Hkv, n, D]`, the store's dtype.
+            value: `[B, Hkv, n, Dv]`, likewise.
+            mask: bool `[B, n]`, False for padding, which is not kept and has no position.
+
+        Raises:
+            ValueError: if an argument breaks a rule above. The store is then as it was.
         """
-        self._check_tokens(key, value)
+        self.check_tokens(key, value, mask)
         new = key.shape[2]
         if new == 0:
             return
-        kernels = kernels_for(key, value)
+        self.reserve(new)
+        if self.capacity is not None:
+            self._columns += new
         with torch.no_grad():
-            if kernels is not None:
-                kernels.write_rings(
-                    key,
-                    value,
-                    keys=self.keys,
-                    values=self.values,
-                    position=self.position,
-                    offsets=self.offsets,
-                    lengths=self.lengths,
-                )
+            if mask is None:
+                self._write(key, value)
+                self.counts[:2].add_(new)
             else:
-                for rings in (self._live,) if new <= self._live.shortest else self._by_length:
-                    last = min(new, rings.shortest)
-                    if last > 0:
-                        self._write(rings, key[:, :, new - last :], value[:, :, new - last :], new)
-            self.position.add_(new)
-            self._reached.copy_(torch.maximum(self._reached, self.position))
-        self._untouched = False
+                self._write_tokens(key, value, mask)
+                self._note_padding(mask)
+                self.counts[0].add_(mask.sum(dim=1))
+                self.counts[1].add_(new)
+            self.counts[2:].copy_(torch.maximum(self.counts[2:], self.counts[:2]))
+        self.is_empty = False
 
     def crop(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens of every row. Reads positions, so it waits for the
-        device.
+        """Take back the last `tokens` tokens of every sequence, padding counted. Reads positions,
+        so it waits for the device.
 
         Raises:
             ValueError: if there are fewer tokens, or if, with those taken back before and not
-                replaced since, they are more than `slack`: keys that are needed again would be
-                overwritten.
+                replaced since, they are more than `max_rollback`: keys that are needed again would
+                be overwritten.
         """
-        tokens = int(tokens)
-        if tokens < 0:
-            raise ValueError(f"`tokens` must not be negative, got {tokens}")
-        fewest = int(self.position.min())
+        check_int("tokens", tokens, at_least=0)
+        fewest = int(self.columns.min())
         if tokens > fewest:
             raise ValueError(f"`tokens` must be at most the {fewest} in the store, got {tokens}")
-        behind = int((self._reached - self.position).max())
-        if behind + tokens > self.slack:
-            before = f" after {behind} that were taken back before" if behind else ""
+        padding = self._padding >= (self.columns - tokens)[:, None]
+        columns = torch.full_like(self.columns, tokens)
+        taken = torch.stack([columns - padding.sum(dim=1), columns])
+        behind = self.counts[2:] - self.counts[:2]
+        if int((behind + taken).max()) > self.max_rollback:
+            before = int(behind.max())
+            after = f" after {before} that were taken back before" if before else ""
             raise ValueError(
-                f"`tokens` must be at most the store's `slack` = {self.slack}, got {tokens}{before}"
+                f"`tokens` must be at most the store's `max_rollback` = {self.max_rollback}, got "
+                f"{tokens}{after}"
             )
-        self.position.sub_(tokens)
+        self.counts[:2].sub_(taken)
+        self._columns -= tokens
+        self._padding.masked_fill_(padding, -1)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row b becomes what row `rows[b]` was (beam search): int `[B]`. In place."""
-        if rows.dim() != 1 or rows.shape[0] != self.batch_size:
+        """Sequence b becomes what sequence `rows[b]` was (beam search), in place.
+
+        Args:
+            rows: int32 or int64 `[B]`.
+        """
+        rows = self._rows(rows, allow_bool=False)
+        if rows.shape[0] != self.batch_size:
             raise ValueError(
                 f"`rows` must be [B] = [{self.batch_size}], got {list(rows.shape)}: "
                 "use `select` to change the batch"
             )
-        if rows.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"`rows` must be int32 or int64, got {rows.dtype}")
-        rows = rows.to(self.device)
-        for tensor in (self.keys, self.values, self.position, self._reached):
+        self.counts.copy_(self.counts[:, rows])
+        for tensor in (self.keys, self.values, self._padding):
             tensor.copy_(tensor[rows])
 
     @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
-        """Keep these rows alone, in this order: int `[rows]` or bool `[B]`. Allocates anew."""
-        rows = rows.to(self.device)
+        """Keep these sequences alone, in this order. Allocates new memory.
+
+        Args:
+            rows: int32 or int64 `[n]`, at least one; or bool `[B]`.
+        """
+        rows = self._rows(rows, allow_bool=True)
         self.keys, self.values = self.keys[rows], self.values[rows]
-        self.position, self._reached = self.position[rows], self._reached[rows]
+        self.counts = self.counts[:, rows]
+        self._padding = self._padding[rows]
 
     def repeat(self, times: int) -> None:
-        """Every row `times` times, copies side by side. Allocates anew."""
-        if times < 1:
-            raise ValueError(f"`times` must be at least 1, got {times}")
+        """Copy every sequence `times` times, copies side by side. Allocates new memory."""
+        check_int("times", times, at_least=1)
         rows = torch.arange(self.batch_size, device=self.device)
         self.select(rows.repeat_interleave(times))
 
     def reset(self) -> None:
         """Empty the store, for another text. Keeps the memory."""
-        self.position.zero_()
-        self._reached.zero_()
-        self._untouched = True
+        self.counts.zero_()
+        self._padding.fill_(-1)
+        self._columns = 0
+        self.is_empty = True
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> BandStore:
         """Move everything to another device; returns the store itself."""
-        self.keys, self.values = self.keys.to(device), self.values.to(device)
-        self.position, self._reached = self.position.to(device), self._reached.to(device)
-        self._make_tables()
+        target = _device(device)
+        self.keys, self.values = self.keys.to(target), self.values.to(target)
+        self.counts, self._padding = self.counts.to(target), self._padding.to(target)
+        self.layout = self._layout()
         return self
 
-    def _make_tables(self) -> None:
-        tables = ring_tables(
-            self.pattern, self.num_key_heads, slack=self.slack, device=self.keys.device
-        )
-        self.offsets, self.lengths, self._live, self._by_length, self._reaches, self._widths = (
-            tables
-        )
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B, ..., D]` and values `[B, ..., Dv]` in these slots.
 
-    def _check_tokens(self, key: Tensor, value: Tensor) -> None:
+        Args:
+            slots: int64 `[B, ...]`; `layout.slots` is the slot of zeros.
+        """
+        index = self._flat(slots)
+        keys, values = (t.flatten(0, 1).index_select(0, index) for t in (self.keys, self.values))
+        return keys.unflatten(0, slots.shape), values.unflatten(0, slots.shape)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens, where the capacity is less."""
+        if self.capacity is None:
+            return
+        if torch.compiler.is_compiling() or (
+            self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            farthest = max(far for head in self.pattern.intervals for _, far in head)
+            raise ValueError(
+                "`capacity` must reach as far as the bands in a compiled or captured graph, "
+                f"{farthest} tokens, got {self.capacity}"
+            )
+        needed = self._columns + tokens
+        if needed > self.capacity:
+            self._move(max(needed, 2 * self.capacity), self.max_rollback)
+
+    def set_max_rollback(self, tokens: int) -> None:
+        """Change how many tokens `crop` can take back, from now on: what is no longer kept does not
+        come back. Allocates new memory."""
+        check_int("tokens", tokens, at_least=0)
+        if tokens != self.max_rollback:
+            self._move(self.capacity, tokens)
+
+    def check_tokens(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+        """Raise `ValueError` unless `append` takes these arguments."""
+        check_tensors(key=key, value=value)
         for name, tensor, buffer in (("key", key, self.keys), ("value", value, self.values)):
             rows, dim = buffer.shape[0], buffer.shape[2]
             wanted = (rows, self.num_key_heads, dim)
@@ -236,273 +317,176 @@ class BandStore:
             raise ValueError(
                 f"`value` must have as many tokens as `key`, {key.shape[2]}, got {value.shape[2]}"
             )
+        if mask is None:
+            return
+        check_tensors(mask=mask)
+        if mask.dtype != torch.bool or mask.device != key.device:
+            raise ValueError(
+                f"`mask` must be bool on {key.device}, got {mask.dtype} on {mask.device}"
+            )
+        if mask.dim() != 2 or mask.shape[0] != key.shape[0] or mask.shape[1] != key.shape[2]:
+            raise ValueError(
+                f"`mask` must be [B, n] = [{key.shape[0]}, {key.shape[2]}], got {list(mask.shape)}"
+            )
 
-    def _write(self, rings: Rings, key: Tensor, value: Tensor, new: int) -> None:
-        """The last tokens of `new`, at most as many as the rings hold, so that no slot is written
-        twice."""
-        at = self.position[:, None] + torch.arange(new - key.shape[2], new, device=self.device)
-        slots = rings.offset[:, None] + at[:, None] % rings.length[:, None]  # [B, C, n]
+    def _allocate(self, batch: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+        lengths = self._ring_lengths()
+        slots = sum(lengths) + 1
+        check_memory(
+            batch * slots * (head_dim + value_dim) * dtype.itemsize,
+            self.counts.device,
+            longest=max(lengths),
+            batch=batch,
+        )
+        self.layout = self._layout()
+        device = self.counts.device
+        self.keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
+
+    def _ring_lengths(self) -> tuple[int, ...]:
+        return ring_lengths(
+            self.pattern,
+            self.num_key_heads,
+            max_rollback=self.max_rollback,
+            capacity=self.capacity,
+        )
+
+    def _layout(self) -> RingLayout:
+        return ring_layout(
+            self.pattern,
+            self.num_key_heads,
+            max_rollback=self.max_rollback,
+            capacity=self.capacity,
+            device=self.counts.device,
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _move(self, capacity: int | None, max_rollback: int) -> None:
+        """Allocate rings of other lengths and copy what the old ones hold."""
+        old, keys, values = self.layout, self.keys, self.values
+        last = self.counts[2:3].T - 1  # [B, 1], the highest position ever written
+        more = max_rollback - self.max_rollback
+        self.capacity, self.max_rollback = _needed(capacity, self.pattern), max_rollback
+        self._allocate(keys.shape[0], keys.shape[2], values.shape[2], keys.dtype)
+        new = self.layout
+        for head, (before, after) in enumerate(zip(old.ring_lengths, new.ring_lengths)):
+            if not before or self.is_empty:
+                continue
+            # The position that each slot of the new ring holds: the highest that belongs there.
+            place = torch.arange(after, device=self.device)
+            at = last - (last - place) % after
+            kept = (at >= 0) & (at > last - before)
+            slots = sum(old.ring_lengths[:head]) + at % before
+            slots = torch.where(kept, slots, old.slots)
+            rows = torch.arange(keys.shape[0], device=self.device)[:, None]
+            start = sum(new.ring_lengths[:head])
+            self.keys[:, start : start + after] = keys[rows, slots]
+            self.values[:, start : start + after] = values[rows, slots]
+        if not self.is_empty:
+            # More room does not bring back what was dropped before, and less room drops more.
+            behind = (self.counts[2:] - self.counts[:2] + more).clamp(min=0)
+            self.counts[2:] = self.counts[:2] + behind
+        wider = torch.nn.functional.pad(self._padding, (max(0, more), 0), value=-1)
+        self._padding = wider[:, wider.shape[1] - max_rollback :]
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        """The last of these tokens, as many as each ring holds, from `position` on."""
+        new = key.shape[2]
+        kernels = kernels_for(key, value)
+        if kernels is not None:
+            kernels.write_rings(
+                key,
+                value,
+                keys=self.keys,
+                values=self.values,
+                position=self.position,
+                offsets=self.offsets,
+                lengths=self.lengths,
+            )
+            return
+        for group, last in self._groups(new):
+            at = self.position[:, None] + torch.arange(new - last, new, device=self.device)
+            self._copy(group, key[:, :, new - last :], value[:, :, new - last :], at)
+
+    def _write_tokens(self, key: Tensor, value: Tensor, mask: Tensor) -> None:
+        """The same of tokens alone. Padding moves to the left end; in its places the rings keep
+        what they hold."""
+        new, order = key.shape[2], padding_first(mask)
+        key, value = reorder(key, order), reorder(value, order)
+        end = self.position + mask.sum(dim=1)
+        for group, last in self._groups(new):
+            at = end[:, None] + torch.arange(-last, 0, device=self.device)
+            is_token = at >= self.position[:, None]
+            self._copy(group, key[:, :, new - last :], value[:, :, new - last :], at, is_token)
+
+    def _groups(self, new: int) -> list[tuple[HeadGroup, int]]:
+        """Heads to write together, and how many of `new` tokens: no slot is written twice."""
+        together = new <= self.layout.live.shortest
+        groups = (self.layout.live,) if together else self.layout.by_length
+        return [(g, min(new, g.shortest)) for g in groups if min(new, g.shortest) > 0]
+
+    def _copy(
+        self,
+        group: HeadGroup,
+        key: Tensor,
+        value: Tensor,
+        at: Tensor,
+        is_token: Tensor | None = None,
+    ) -> None:
+        """Tokens `[B, Hkv, m, D]` to positions `[B, m]` of the group's heads, where `is_token`."""
+        slots = group.offset[:, None] + at[:, None] % group.length[:, None]  # [B, C, m]
         index = self._flat(slots)
         for buffer, tokens in ((self.keys, key), (self.values, value)):
-            tokens = tokens.index_select(1, rings.heads).reshape(-1, tokens.shape[-1])
-            buffer.flatten(0, 1).index_copy_(0, index, tokens)
+            tokens = tokens.index_select(1, group.heads)
+            flat = buffer.flatten(0, 1)
+            if is_token is not None:
+                held = flat.index_select(0, index).unflatten(0, slots.shape)
+                tokens = torch.where(is_token[:, None, :, None], tokens, held)
+            flat.index_copy_(0, index, tokens.reshape(-1, tokens.shape[-1]))
 
-    def _read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[B, ..., D]` and values in these slots, `[B, ...]`."""
-        index = self._flat(slots)
-        keys, values = (t.flatten(0, 1).index_select(0, index) for t in (self.keys, self.values))
-        return keys.unflatten(0, slots.shape), values.unflatten(0, slots.shape)
+    def _note_padding(self, mask: Tensor) -> None:
+        """Remember the latest padding, so that `crop` knows what it takes back."""
+        column = self.columns[:, None] + torch.arange(mask.shape[1], device=mask.device)
+        both = torch.cat([self._padding, torch.where(mask, -1, column)], dim=1)
+        self._padding.copy_(both.sort(dim=1).values[:, mask.shape[1] :])
 
     def _flat(self, slots: Tensor) -> Tensor:
-        rows = torch.arange(self.batch_size, device=self.device) * (self._slots + 1)
+        rows = torch.arange(self.batch_size, device=self.device) * (self.layout.slots + 1)
         return (slots + rows.view(-1, *(1,) * (slots.dim() - 1))).flatten()
 
-
-def band_attention_cached(
-    query: Tensor,
-    store: BandStore,
-    pattern: BandPattern,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    sinks: Tensor | None = None,
-    key_start: Tensor | None = None,
-    return_lse: bool = False,
-) -> Result:
-    """Attention of the newest tokens to what a store holds, equal to `band_attention` over the
-    whole sequence.
-
-    With `key` and `value` these are the tokens of `query`, and come into the store in this call:
-    any number, a whole prompt or the next chunk of it. Without them the queries are the last tokens
-    that are in the store already, at most `slack + 1` less those taken back by `crop` and not
-    replaced since (checked on the CPU).
-
-    One query reads the keys in its bands and no others. Several read the rings, joined with their
-    own keys before anything is overwritten. Where `band_attention` would choose `"triton"`, up to
-    16 queries (and `slack + 1`) read the keys in their bands alone; its first call with a number of
-    queries must come before the capture of a CUDA graph.
-
-    Args:
-        query: `[B, H, Q, D]`.
-        store: of this layer; its rows, heads, dtype and device are those of query.
-        pattern: the layer's bands, the same that the store was made for.
-        key: `[B, Hkv, Q, D]`, or None.
-        value: `[B, Hkv, Q, Dv]`, given with `key`.
-        scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
-        sinks: `[H]`, as in `band_attention`.
-        key_start: int32 `[B]` (left padding) or `[B, Q]`, as in `band_attention`, counted from the
-            first token that the store ever got.
-        return_lse: also return the log-sum-exp, `[B, H, Q]`.
-
-    Returns:
-        `out [B, H, Q, Dv]` with query's dtype and order of axes in memory, but for
-        head_dim, which is innermost; or `(out, lse)`.
-
-    Raises:
-        ValueError: if an argument breaks a rule above. Going backward through the result raises
-            RuntimeError: a store keeps no graph.
-        NotImplementedError: in forward-mode differentiation.
-    """
-    if not isinstance(store, BandStore):
-        raise ValueError(f"`store` must be a BandStore, got {type(store).__name__}")
-    if (key is None) != (value is None):
-        raise ValueError("`key` and `value` must be given together, got one of them")
-    if pattern != store.pattern:
-        raise ValueError(f"`pattern` must be the store's, {store.pattern}, got {pattern}")
-    given = [tensor for tensor in (query, key, value) if tensor is not None]
-    query, *tokens = _autocast(*given)
-    _check_query(query, store, tokens, scale, sinks, key_start)
-    check_no_tangents(**dict(zip(("query", "key", "value"), given)), sinks=sinks)
-    with torch.no_grad(), without_autocast(query):
-        out, lse = _attend(query, store, tokens, _scale(query, scale), sinks, key_start)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        out, lse = _WithoutBackward.apply(out, lse, *given)
-    return (out, lse) if return_lse else out
-
-
-def _attend(
-    query: Tensor,
-    store: BandStore,
-    tokens: list[Tensor],
-    scale: float,
-    sinks: Tensor | None,
-    key_start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`(out, lse)`; tokens, if any, are in the store afterwards."""
-    if tokens and store._untouched:
-        result = band_attention(
-            query,
-            tokens[0],
-            tokens[1],
-            store.pattern,
-            scale=scale,
-            sinks=sinks,
-            key_start=key_start,
-            return_lse=True,
-        )
-        store.append(*tokens)
-        return result[0], result[1]
-    kernels = kernels_for(query, store.values)
-    if kernels is not None and query.shape[2] <= min(kernels.MAX_QUERIES, store.slack + 1):
-        # So few tokens overwrite nothing that the first of them still sees.
-        if tokens:
-            store.append(*tokens)
-        out, lse = kernels.attend_rings(
-            query,
-            store.keys,
-            store.values,
-            store.pattern,
-            offsets=store.offsets,
-            lengths=store.lengths,
-            position=store.position,
-            scale=scale,
-            sinks=sinks,
-            key_start=key_start,
-        )
-        return out, lse
-    if query.shape[2] == 1:
-        if tokens:
-            store.append(*tokens)
-        out, lse = merge([_attend_bands(query, store, scale, key_start)], sinks=sinks)
-        return empty_like_query(query, out.shape[-1]).copy_(out), lse
-    result = _attend_rings(query, store, tokens, scale, sinks, key_start)
-    if tokens:
-        store.append(*tokens)
-    return result
-
-
-def _attend_bands(
-    query: Tensor, store: BandStore, scale: float, key_start: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One query per row, the store's last token, without sinks: reads the keys in the bands."""
-    dtype = lse_dtype(query)
-    out = query.new_zeros((*query.shape[:3], store.values.shape[-1]), dtype=dtype)
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-    position = (store.position - 1)[:, None, None]
-    first = _first_key(store, key_start)[:, -1, None, None]
-    for same in store._widths:
-        step = torch.arange(same.width, device=store.device)
-        beyond = step >= same.split[:, None]
-        at = position - (same.near[:, None] + step + same.jump[:, None] * beyond)  # [B, C, W]
-        seen = at >= first
-        slots = same.offset[:, None] + at % same.length[:, None]
-        keys, values = store._read(torch.where(seen, slots, store._slots))  # [B, C, W, D]
-        q = query.index_select(1, same.heads).to(dtype) * scale
-        scores = (q @ keys.to(dtype).mT).masked_fill(~seen[:, :, None], -torch.inf)
-        total = torch.logsumexp(scores, dim=-1)
-        base = total.masked_fill(total == -torch.inf, 0.0)
-        weights = torch.exp(scores - base[..., None])
-        out.index_copy_(1, same.heads, weights @ values.to(dtype))
-        lse.index_copy_(1, same.heads, total)
-    return out, lse
-
-
-def _attend_rings(
-    query: Tensor,
-    store: BandStore,
-    tokens: list[Tensor],
-    scale: float,
-    sinks: Tensor | None,
-    key_start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Queries against the end of every ring in order of position, then their own tokens."""
-    queries = query.shape[2]
-    out = empty_like_query(query, store.values.shape[-1])
-    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
-    first = _first_key(store, key_start)
-    for same in store._reaches:
-        held = max(0, same.reach - 1) + (0 if tokens else queries)
-        oldest = store.position - held  # position of the first key at hand
-        at = oldest[:, None] + torch.arange(held, device=store.device)  # [B, held]
-        slots = same.offset[:, None] + at[:, None] % same.length.clamp(min=1)[:, None]
-        parts = [store._read(slots)]
-        if tokens:
-            parts.append((tokens[0][:, same.key_heads], tokens[1][:, same.key_heads]))
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(*parts))
-        start = (first - oldest[:, None]).clamp(0, held + queries).to(torch.int32)
-        start = start[:, 0] if start.shape[1] == 1 else start
-        part = band_attention(
-            query.index_select(1, same.query_heads),
-            keys,
-            values,
-            same.pattern,
-            scale=scale,
-            sinks=None if sinks is None else sinks.index_select(0, same.query_heads),
-            key_start=None if _all_zero(start) else start,
-            return_lse=True,
-        )
-        out.index_copy_(1, same.query_heads, part[0])
-        lse.index_copy_(1, same.query_heads, part[1])
-    return out, lse
-
-
-def _first_key(store: BandStore, key_start: Tensor | None) -> Tensor:
-    """Position of the first key that may be seen, int64 `[B, 1 or Q]`."""
-    if key_start is None:
-        return torch.zeros_like(store.position)[:, None]
-    first = key_start.to(torch.int64).clamp(min=0)
-    return first if first.dim() == 2 else first[:, None]
-
-
-def _all_zero(start: Tensor) -> bool:
-    """Whether nothing is hidden, where asking costs nothing: rows then run together."""
-    return readable(start) and not bool(start.any())
-
-
-def _check_query(
-    query: Tensor,
-    store: BandStore,
-    tokens: list[Tensor],
-    scale: float | None,
-    sinks: Tensor | None,
-    key_start: Tensor | None,
-) -> None:
-    if tokens:
-        store._check_tokens(tokens[0], tokens[1])
-        if query.dim() == 4 and tokens[0].shape[2] != query.shape[2]:
-            raise ValueError(
-                f"`key` must have as many tokens as `query`, {query.shape[2]}, got "
-                f"{tokens[0].shape[2]}"
-            )
-        key, value = tokens
-    elif query.dim() == 4 and query.shape[2] > store.slack + 1:
-        raise ValueError(
-            f"`query` must have at most slack + 1 = {store.slack + 1} tokens when `key` is not "
-            f"given, got {query.shape[2]}"
-        )
-    else:
-        if query.dim() == 4 and readable(store.position):
-            behind = int((store._reached - store.position).max())
-            if query.shape[2] + behind > store.slack + 1:
+    def _rows(self, rows: Tensor, *, allow_bool: bool) -> Tensor:
+        check_tensors(rows=rows)
+        kinds = (torch.int32, torch.int64, *((torch.bool,) if allow_bool else ()))
+        if rows.dtype not in kinds:
+            names = "int32, int64 or bool" if allow_bool else "int32 or int64"
+            raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
+        is_mask = rows.dtype == torch.bool
+        if rows.dim() != 1 or (is_mask and rows.shape[0] != self.batch_size):
+            form = f"[B] = [{self.batch_size}]" if is_mask or not allow_bool else "[rows]"
+            raise ValueError(f"`rows` must be {form}, got {list(rows.shape)}")
+        if rows.shape[0] == 0 or (is_mask and readable(rows) and not rows.any()):
+            raise ValueError("`rows` must name at least one sequence, got none")
+        if is_mask:
+            return rows.to(self.device)
+        if readable(rows):
+            lowest, highest = int(rows.min()), int(rows.max())
+            if lowest < 0 or highest >= self.batch_size:
                 raise ValueError(
-                    f"`query` must have at most slack + 1 = {store.slack + 1} tokens, less "
-                    f"{behind} that were taken back, when `key` is not given, got "
-                    f"{query.shape[2]}"
+                    f"`rows` must be from 0 to {self.batch_size - 1}, got "
+                    f"{lowest if lowest < 0 else highest}"
                 )
-        tokens_as_stored = (-1, store.num_key_heads, query.shape[-2], -1)
-        key = store.keys[:, None, :1].expand(tokens_as_stored)
-        value = store.values[:, None, :1].expand(tokens_as_stored)
-    check_attention(
-        query,
-        key,
-        value,
-        store.pattern,
-        scale=scale,
-        sinks=sinks,
-        query_start=None,
-        key_start=key_start,
-    )
+        return rows.to(self.device).clamp(0, self.batch_size - 1)
 
 
-class _WithoutBackward(torch.autograd.Function):
-    """Lets a model run outside `no_grad`, and refuses a gradient that would lack the store's
-    part."""
+def _needed(capacity: int | None, pattern: BandPattern) -> int | None:
+    """None once the bands reach no farther than the capacity."""
+    farthest = max((far for head in pattern.intervals for _, far in head), default=0)
+    return None if capacity is None or capacity >= farthest else capacity
 
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return out.view_as(out), lse.view_as(lse)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("band_attention_cached has no backward: use band_attention to train")
+def _device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be a device that PyTorch knows, got {device!r}") from error

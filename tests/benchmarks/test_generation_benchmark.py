@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from spattention import BandPattern
-from spattention.rings import ring_lengths
+from spattention.cache_layout import ring_lengths
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,9 +11,9 @@ import torch
 from saved_model import PATTERN, PROMPT, save
 
 import spattention as spa
+from spattention.cache_layout import ring_lengths
 from spattention.cli import main
 from spattention.loading import open_model, open_tokenizer
-from spattention.rings import ring_lengths
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def test_full_graph_compile_of_a_store(mode: str | None) -> None:
     query, key, value = _text(4500, batch=8)
     stores = [_store(pattern, key) for _ in range(2)]
     for store in stores:
-        for tensor in (store.keys, store.values, store.position, store._reached):
+        for tensor in (store.keys, store.values, store.counts):
             torch._dynamo.mark_static_address(tensor)
         parts = (t[:, :, :4400] for t in (query, key, value))
         q, k, v = parts

@@ -147,8 +147,32 @@ def test_assisted_generation_takes_drafts_back():
     helper = build("llama", seed=1)
     cache = BandCache(model.config, slack=24)
     assert generated(model, ids, cache, assistant_model=helper) == wanted
-    with pytest.raises(ValueError, match="`tokens` must be at most the store's `slack` = 0, got"):
-        generated(model, ids, BandCache(model.config, slack=0), assistant_model=helper)
+
+
+@pytest.mark.parametrize("max_rollback", [0, 3, spa.rings.SLACK])
+@pytest.mark.parametrize("drafts", [{}, {"num": 45}, {"num": 1, "schedule": "heuristic"}], ids=str)
+def test_drafts_of_any_length_are_taken_back(drafts, max_rollback):
+    """Transformers' defaults, drafts longer than the room for them, and drafts that grow."""
+    model, ids = banded("llama", max_position_embeddings=256), tokens(1, 20)
+    wanted = generated(model, ids, max_new_tokens=40)
+    for helper in (banded("llama", seed=1), model):  # all drafts wrong, all right
+        chosen = helper.generation_config
+        chosen.num_assistant_tokens = drafts.get("num")
+        chosen.num_assistant_tokens_schedule = drafts.get("schedule")
+        chosen.assistant_confidence_threshold = 0.0
+        cache = BandCache(model.config, max_rollback=max_rollback)
+        options = {"max_new_tokens": 40, "assistant_model": helper}
+        assert generated(model, ids, cache, **options) == wanted
+        length = int(cache.get_seq_length())
+        assert length == 59
+        # Goes on, with and without drafts.
+        text = torch.tensor(wanted)
+        longer = generated(model, text, max_new_tokens=8)
+        again = copy.deepcopy(cache)
+        assert generated(model, text, again, max_new_tokens=8) == longer
+        assert again.layers[0].store.max_rollback == again.layers[0].max_rollback
+        options["max_new_tokens"] = 8
+        assert generated(model, text, cache, **options) == longer
 
 
 def test_a_saved_model_generates_the_same(tmp_path):
@@ -260,6 +284,36 @@ def test_another_attention_is_refused(own):
     handle, _ = cache.layers[0].update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
     with pytest.raises(ValueError, match="asks for `matmul`"):
         torch.matmul(torch.zeros(1), handle)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_keys_computed_from_the_cache_are_refused(version):
+    """Multi-head latent attention caches what its keys are computed from."""
+    from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+
+    config = (DeepseekV2Config if version == 2 else DeepseekV3Config)(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=2,
+    )
+    model = spa.hf.apply(AutoModelForCausalLM.from_config(config).eval(), FIRST)
+    message = r"must not be a BandCache for .* multi-head latent attention .*: use .* DynamicCache"
+    with pytest.raises(ValueError, match=message):
+        logits(model, tokens(1, 9), past_key_values=BandCache(model.config))
+    found = in_pieces(model, tokens(1, 9), [5, 4], transformers.DynamicCache(config=config))
+    close(found, logits(model, tokens(1, 9), use_cache=False), rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -188,8 +190,71 @@ def test_a_cache_filled_under_another_pattern_is_refused():
             close(logits(model, ids, past_key_values=cache), logits(model, ids), **EXACT)
     stock = build("llama")
     cache = stock(ids).past_key_values
-    with pytest.raises(ValueError, match="got another attention in layer 0"):
+    with pytest.raises(ValueError, match="got keys in layer 0 of which nothing says so"):
         logits(model, ids, past_key_values=cache)
+
+
+def test_a_cache_rebuilt_from_its_tensors_is_vouched_for():
+    model, ids = banded("llama"), tokens(2, 20)
+    cache = transformers.DynamicCache(config=model.config)
+    logits(model, ids[:, :12], past_key_values=cache)
+    rebuilt = transformers.DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+    with pytest.raises(
+        ValueError, match=r"put into a new cache.* call `spattention\.hf\.trust_cache"
+    ):
+        logits(model, ids[:, 12:], past_key_values=rebuilt)
+    spa.hf.trust_cache(rebuilt, model)
+    found = logits(model, ids[:, 12:], past_key_values=rebuilt)
+    close(found, logits(model, ids, use_cache=False)[:, 12:], **EXACT)
+    for cache, owner, message in (
+        (spa.hf.BandCache(model.config), model, "keeps every key, got BandCache"),
+        ([], model, "keeps every key, got list"),
+        (rebuilt, build("llama"), "must have bands .* got LlamaForCausalLM without"),
+        (rebuilt, None, "must have bands .* got NoneType without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spa.hf.trust_cache(cache, owner)
+
+
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static", "band"])
+def test_positions_that_jump_forward_are_refused(cache):
+    """A shard of a longer text, or skip-wise positions: no documents, though Transformers takes
+    them for such."""
+    model, ids = banded("llama"), tokens(2, 12)
+    made = {
+        "none": {"use_cache": False},
+        "dynamic": {},
+        "static": {"past_key_values": static_cache(model, 20)},
+        "band": {"past_key_values": spa.hf.BandCache(model.config)},
+    }[cache]
+    skips = torch.cat([torch.arange(5), torch.arange(40, 47)]).expand(2, -1)
+    for positions in (skips, torch.cat([packed_positions(12), skips[:1]])):
+        row = 0 if positions is skips else 1
+        message = f"got 4 then 40 in row {row}: with an `attention_mask` of ones"
+        with pytest.raises(ValueError, match=message):
+            logits(model, ids, position_ids=positions, **made)
+    ones = torch.ones_like(ids)
+    found = logits(model, ids, position_ids=skips, attention_mask=ones, **made)
+    stock = Masked(build("llama"), (FIRST, SECOND))
+    wanted = stock(ids, position_ids=skips, attention_mask=ones, use_cache=False).logits
+    close(found, wanted, **EXACT)
+
+
+def test_packing_under_an_attention_mask_is_warned_of_once():
+    """Documents then see one another, as in Transformers."""
+    model, ids = banded("llama"), tokens(1, 12)
+    packed = {"position_ids": packed_positions(7, 5)}
+    ones = torch.ones_like(ids)
+    padded = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0]])
+    usual = (padded.cumsum(dim=1) - 1).masked_fill(padded == 0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, ids, **packed)
+        logits(model, ids, attention_mask=ones)
+        logits(model, ids, attention_mask=padded, position_ids=usual)
+    with pytest.warns(UserWarning, match="leave the `attention_mask` out") as found:
+        [logits(model, ids, attention_mask=ones, **packed) for _ in range(2)]
+    assert len(found) == 1
 
 
 def test_a_cache_of_packed_rows_is_not_continued():

@@ -14,7 +14,7 @@ import spattention as spa
 
 close = torch.testing.assert_close
 LENGTH = 23
-KINDS = ("none", "dynamic", "static")
+KINDS = ("none", "dynamic", "static", "band")
 # A second turn of a batched dialogue, holes of any size, right padding, and a row of padding alone.
 MASK = torch.tensor(
     [
@@ -32,6 +32,8 @@ def make_cache(kind: str, model: Any, length: int = LENGTH + 5) -> Any:
         return None
     if kind == "static":
         return transformers.StaticCache(config=model.config, max_cache_len=length)
+    if kind == "band":
+        return spa.hf.BandCache(model.config)
     return transformers.DynamicCache(config=model.config)
 
 

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import band_attention
 from ..bands import BandPattern
-from ..cache import BandStore, band_attention_cached
+from ..cache import BandStore
+from ..cached_attention import band_attention_cached
 from ..testing import Case, check_error, exact, plain
 from . import measure
 

@@ -13,7 +13,8 @@ if find_spec("transformers") is None:
 
 from .apply import apply
 from .cache import BandCache
+from .cache_guard import trust_cache
 from .config import NAME
 from .registration import register
 
-__all__ = ["NAME", "BandCache", "apply", "register"]
+__all__ = ["NAME", "BandCache", "apply", "register", "trust_cache"]

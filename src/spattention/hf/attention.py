@@ -88,7 +88,7 @@ def attention_forward(
                 f"`past_key_values` must not be a BandCache with `{PACKING[0]}`: flattened rows "
                 "cannot be continued"
             )
-        out = key.attend(query, plan.pattern, scale=scaling, sinks=sinks, key_start=rows.key_start)
+        out = key.attend(query, plan.pattern, rows, scale=scaling, sinks=sinks)
     elif packed:
         out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
     else:

@@ -10,33 +10,50 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention import _autocast
 from ..bands import BandPattern
-from ..cache import BandStore, band_attention_cached
-from ..rings import SLACK
+from ..cache import BandStore
+from ..cache_layout import MAX_ROLLBACK, UNSET, check_int, rollback
+from ..cached_attention import band_attention_cached
+from ..checks import readable
 from .config import read_section
+from .mask import Rows
 
 
 class BandCache(Cache):
     """A cache for `model.generate(..., past_key_values=BandCache(model.config))`, of constant size.
 
     Every layer with bands has a `BandStore`, allocated by the first forward pass for the batch that
-    it sees; from then on the batch may change only with the cache (`batch_select_indices`,
+    it sees. From then on the batch may change only with the cache (`batch_select_indices`,
     `batch_repeat_interleave`). Layers without bands have what Transformers' dynamic cache gives
-    them.
+    them. Padding is not kept, wherever it is: what the `attention_mask` says about a token when it
+    comes holds from then on.
 
     Args:
-        config: of the model, after `spattention.hf.apply`.
-        slack: tokens that can be taken back (`crop`): at least as many as assisted generation
-            drafts at once.
+        config: config of the model, after `spattention.hf.apply`.
+        max_rollback: tokens that can be taken back (`crop`). Assisted generation makes room for
+            longer drafts by itself.
+        capacity: tokens per sequence to allocate room for at first. Default: the model's
+            `max_position_embeddings`, or all that the bands reach where that is less. Layers whose
+            bands reach farther grow with the text, and do not compile until they have all the room
+            that they can need.
+        slack: former name of `max_rollback`.
 
     Raises:
-        ValueError: if the config names no bands.
+        ValueError: if the config names no bands, or a number breaks a rule above.
     """
 
-    def __init__(self, config: Any, *, slack: int = SLACK) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *,
+        max_rollback: int = MAX_ROLLBACK,
+        capacity: int | None = None,
+        slack: int = UNSET,
+    ) -> None:
         if not hasattr(config, "get_text_config"):
             raise ValueError(f"`config` must be a model's config, got {type(config).__name__}")
-        if slack < 0:
-            raise ValueError(f"`slack` must not be negative, got {slack}")
+        max_rollback = rollback(max_rollback, slack)
+        if capacity is not None:
+            check_int("capacity", capacity, at_least=1)
         text_config = config.get_text_config(decoder=True)
         section = read_section(text_config)
         if section is None:
@@ -44,9 +61,11 @@ class BandCache(Cache):
                 "`config` must have a section `spattention` (call `spattention.hf.apply` first), "
                 "got none"
             )
+        if capacity is None:
+            capacity = getattr(text_config, "max_position_embeddings", None)
         own = DynamicCache(config=text_config).layers
         layers = [
-            own[index] if pattern is None else BandLayer(pattern, slack)
+            own[index] if pattern is None else BandLayer(pattern, max_rollback, capacity)
             for index, pattern in enumerate(section.layer_patterns)
         ]
         super().__init__(layers=layers)
@@ -54,7 +73,8 @@ class BandCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values; 0 before the first forward pass."""
-        tensors = [t for layer in self.layers for t in (layer.keys, layer.values)]
+        held = [getattr(layer, "store", None) or layer for layer in self.layers]
+        tensors = [t for each in held for t in (each.keys, each.values)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device | str) -> BandCache:
@@ -73,29 +93,50 @@ class BandLayer(CacheLayerMixin):
 
     Args:
         pattern: the layer's bands.
-        slack: as in `BandCache`.
+        max_rollback: as in `BandCache`.
+        capacity: as in `BandStore`.
     """
 
-    is_compileable = True  # static shapes; the length is a tensor, as in a static cache
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, pattern: BandPattern, slack: int = SLACK) -> None:
+    def __init__(
+        self,
+        pattern: BandPattern,
+        max_rollback: int = MAX_ROLLBACK,
+        capacity: int | None = None,
+    ) -> None:
         super().__init__()
         self.pattern = pattern
-        self.slack = slack
+        self.max_rollback = max_rollback
+        self.capacity = capacity
         self.store: BandStore | None = None
+        self.expects_bands = False  # the layer that asks next is to attend with bands
+        self.record_past = False  # Transformers' name: what comes next may be taken back
+        self._uncropped = False  # tokens came since, and nobody said yet how many of them stay
+
+    @property
+    def is_compileable(self) -> bool:
+        """Static shapes; the length is a tensor, as in a static cache."""
+        if self.store is not None:
+            return self.store.capacity is None
+        farthest = max((far for head in self.pattern.intervals for _, far in head), default=0)
+        return self.capacity is None or self.capacity >= farthest
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the store for keys `[B, Hkv, n, D]` and values of this shape."""
         kind = _autocast(key_states)[0]
+        capacity = self.capacity
+        if capacity is not None:
+            capacity = max(capacity, key_states.shape[2])
         self.store = BandStore(
             self.pattern,
             key_states.shape[0],
             key_states.shape[1],
             key_states.shape[3],
             value_dim=value_states.shape[3],
-            slack=self.slack,
+            max_rollback=self.max_rollback,
+            capacity=capacity,
             dtype=kind.dtype,
             device=kind.device,
         )
@@ -110,12 +151,27 @@ class BandLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
-        handle = BandHandle(self.store, key_states, value_states)
+        if self._uncropped:  # two passes without a `crop` between them: nothing is taken back
+            self.record_past = self._uncropped = False
+            self._set_rollback(self.max_rollback)
+        if self.record_past:
+            self._set_rollback(max(self.max_rollback, key_states.shape[2] - 1))
+            self._uncropped = True
+        self.store.reserve(key_states.shape[2])
+        if self.keys is not self.store.keys:
+            self._store_changed()
+        handle = BandHandle(self.store, key_states, value_states, for_bands=self.expects_bands)
+        self.expects_bands = False
         return handle, handle
 
+    def activate_past_recording(self) -> None:
+        """Assisted generation begins: every pass is followed by a `crop`, of any number of its
+        tokens."""
+        self.record_past = True
+
     def get_seq_length(self) -> Any:
-        """Tokens so far: an int before the first, then a tensor `[]`."""
-        return 0 if self.store is None else self.store.position[0]
+        """Tokens so far, padding included: an int before the first, then a tensor `[]`."""
+        return 0 if self.store is None else self.store.columns[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
         """Keys that a mask would have, and the first: all tokens count, kept or not."""
@@ -130,16 +186,20 @@ class BandLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back `-tokens_to_remove` tokens, at most the slack."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"`tokens_to_remove` must be minus the number of tokens, got {tokens_to_remove}"
-            )
-        if self.store is not None:
-            self.store.crop(-int(tokens_to_remove))
+        """Take back `-tokens_to_remove` tokens, at most `max_rollback`."""
+        tokens = _removed(tokens_to_remove)
+        if self.store is None:
+            return
+        self.store.crop(tokens)
+        self._uncropped = False
+        if tokens > self.max_rollback:
+            self.max_rollback = 2 * tokens
+        self._set_rollback(self.max_rollback)
+        self._store_changed()
 
     def reset(self) -> None:
         """Empty the store and keep its memory."""
+        self.record_past = self._uncropped = False
         if self.store is not None:
             self.store.reset()
 
@@ -170,6 +230,12 @@ class BandLayer(CacheLayerMixin):
         """Refused: a store stays small, and its addresses are promised to stay."""
         raise ValueError("`past_key_values` must not be offloaded when it is a BandCache")
 
+    def _set_rollback(self, tokens: int) -> None:
+        assert self.store is not None
+        if self.store.max_rollback != tokens:
+            self.store.set_max_rollback(tokens)
+            self._store_changed()
+
     def _store_changed(self) -> None:
         """What others ask a layer for."""
         assert self.store is not None
@@ -178,7 +244,7 @@ class BandLayer(CacheLayerMixin):
         self.dtype, self.device = self.store.dtype, self.store.device
         if not torch.compiler.is_compiling():
             # As Transformers does for its static cache: CUDA graphs may then write to them.
-            for tensor in (self.keys, self.values, self.store.position, self.store._reached):
+            for tensor in (self.keys, self.values, self.store.counts):
                 torch._dynamo.mark_static_address(tensor)
 
 
@@ -189,8 +255,11 @@ class BandHandle:
     expects.
     """
 
-    def __init__(self, store: BandStore, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(
+        self, store: BandStore, key: torch.Tensor, value: torch.Tensor, *, for_bands: bool = True
+    ) -> None:
         self.store = store
+        self.for_bands = for_bands
         self.key = key
         self.value = value
 
@@ -198,10 +267,10 @@ class BandHandle:
         self,
         query: torch.Tensor,
         pattern: BandPattern,
+        rows: Rows,
         *,
         scale: float | None,
         sinks: torch.Tensor | None,
-        key_start: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention `[B, H, Q, Dv]` of a layer's queries `[B, H, Q, D]`; the store has the keys
         afterwards."""
@@ -210,6 +279,7 @@ class BandHandle:
                 f"`past_key_values` must have been made for this layer's pattern, {pattern}, got a "
                 f"BandCache for {self.store.pattern}"
             )
+        _check_padding(self.store, rows)
         out = band_attention_cached(
             query,
             self.store,
@@ -218,7 +288,9 @@ class BandHandle:
             self.value,
             scale=scale,
             sinks=sinks,
-            key_start=key_start,
+            # The store keeps no padding that would have to be hidden.
+            key_start=None if rows.padded else rows.key_start,
+            mask=rows.valid_queries(query.shape[2]),
         )
         assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         return out
@@ -226,17 +298,51 @@ class BandHandle:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own questions, such as those of `copy`
             raise AttributeError(name)
-        _refuse(f"`key.{name}`")
+        _refuse(self, f"`key.{name}`")
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        _refuse(f"`{getattr(function, '__name__', function)}`")
+        handle = next((each for each in args if isinstance(each, BandHandle)), None)
+        _refuse(handle, f"`{getattr(function, '__name__', function)}`")
 
 
-def _refuse(asked: str) -> NoReturn:
+def _refuse(handle: BandHandle | None, asked: str) -> NoReturn:
+    if handle is not None and handle.for_bands:
+        raise ValueError(
+            "`past_key_values` must not be a BandCache for a model that computes keys from what a "
+            "cache returns, such as multi-head latent attention (DeepSeek), got one that asks for "
+            f"{asked}: use Transformers' DynamicCache or StaticCache"
+        )
     raise ValueError(
         "`past_key_values` must be read by the bands that it was made for when it is a BandCache, "
         f"got another attention, which asks for {asked}"
     )
+
+
+def _check_padding(store: BandStore, rows: Rows) -> None:
+    """A store cannot change its mind about tokens that it has dropped, or has kept."""
+    if rows.before is None or not readable(rows.before):
+        return
+    changed = store.position != rows.before
+    if bool(changed.any()):
+        row = int(changed.nonzero()[0])
+        raise ValueError(
+            "`attention_mask` must say of earlier tokens what it said when they came for a "
+            f"BandCache, got {int(rows.before[row])} tokens in row {row} before these, and "
+            f"{int(store.position[row])} in the cache"
+        )
+
+
+def _removed(tokens_to_remove: Any) -> int:
+    """The number of tokens that `crop(tokens_to_remove)` takes back."""
+    if isinstance(tokens_to_remove, torch.Tensor) and tokens_to_remove.numel() == 1:
+        tokens_to_remove = tokens_to_remove.item()
+    if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
+        raise ValueError(f"`tokens_to_remove` must be an int, got {tokens_to_remove!r}")
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"`tokens_to_remove` must be minus the number of tokens, got {tokens_to_remove}"
+        )
+    return -tokens_to_remove

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from ..bands import BandPattern
 from ..checks import readable
-from .config import NAME, read_section
+from .attention import PACKING
+from .cache import BandCache, BandLayer
+from .config import NAME, Section, read_section
 from .decoder import plan_of
-from .mask import add_restarts, is_packed
+from .mask import Rows, add_restarts, decidable, decode, is_packed
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
+WARNED = f"{NAME}_warned"  # mark of a module whose user was warned already
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
@@ -28,6 +33,12 @@ def before_forward(
     if plan is None or module.config._attn_implementation != NAME or section is None:
         return None
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
+    position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] == 1):
+        position_ids = None  # nothing to compare
+    if position_ids is not None and _is_first(module, section):
+        packed = any(keywords.get(name) is not None for name in PACKING)
+        _check_positions(module, position_ids, decode(mask), packed, cache is not None)
     if cache is None:
         return None
     hidden = args[0] if args else keywords["hidden_states"]
@@ -43,8 +54,7 @@ def before_forward(
     offsets = keywords.get("cu_seq_lens_q")
     if offsets is not None and readable(offsets) and bool((offsets.diff() > 0).sum() > 1):
         setattr(cache, PACKED, True)
-    position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] == 1:
+    if position_ids is None:
         return None
     length = cache.get_seq_length(module.layer_idx)
     key_len = 0 if isinstance(length, torch.Tensor) else length + position_ids.shape[1]
@@ -52,6 +62,83 @@ def before_forward(
     if readable(position_ids) and is_packed(mask, split):
         setattr(cache, PACKED, True)
     return args, {**keywords, "attention_mask": split}
+
+
+def trust_cache(cache: Any, model: Any) -> None:
+    """Declare that `model` filled a cache, under the bands that it has now.
+
+    A cache that came from the model itself needs no such word. One that was rebuilt from its
+    tensors does, such as `DynamicCache(tensors)`, or one that another process or library made:
+    nothing in it says under which bands its keys were computed, and other bands give other keys.
+
+    Args:
+        cache: a Transformers cache that keeps every key.
+        model: a model with bands.
+
+    Raises:
+        ValueError: if either is something else.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, BandCache):
+        raise ValueError(
+            f"`cache` must be a Transformers cache that keeps every key, got {type(cache).__name__}"
+        )
+    config: Any = getattr(model, "config", None)
+    section = None
+    if hasattr(config, "get_text_config"):
+        section = read_section(config.get_text_config(decoder=True))
+    if section is None:
+        raise ValueError(
+            "`model` must have bands (call `spattention.hf.apply` first), got "
+            f"{type(model).__name__} without"
+        )
+    patterns = enumerate(section.layer_patterns)
+    setattr(cache, NAME, {index: pattern for index, pattern in patterns if pattern is not None})
+
+
+def _is_first(module: Any, section: Section) -> bool:
+    """Whether a module is the first with bands: what is the same in all is looked at once."""
+    indices = (index for index, pattern in enumerate(section.layer_patterns) if pattern is not None)
+    return module.layer_idx == next(indices, None)
+
+
+def _check_positions(
+    module: Any, position_ids: torch.Tensor, rows: Rows, packed: bool, cached: bool
+) -> None:
+    """Positions go up by one; where they restart, a packed document starts. Reads values once per
+    forward pass, where they can be read at all."""
+    if not decidable(position_ids):
+        return
+    if rows.padded:
+        if not hasattr(module, WARNED) and _restarts(position_ids, rows):
+            setattr(module, WARNED, True)
+            warnings.warn(
+                "`position_ids` restart in a row that comes with an `attention_mask`. As in "
+                "Transformers, its documents then see one another: to keep them apart, leave the "
+                "`attention_mask` out",
+                stacklevel=2,
+            )
+        return
+    documents = rows.key_start is not None and rows.key_start.dim() == 2
+    if packed or not (cached or documents):  # Transformers has looked at positions without a cache
+        return
+    jumps = (position_ids.diff(dim=1) > 1).nonzero()
+    if len(jumps):
+        row, column = jumps[0].tolist()
+        before, after = position_ids[row, column : column + 2].tolist()
+        raise ValueError(
+            "`position_ids` must go up by one, or restart at a lower position where a packed "
+            f"document starts, for spattention, got {before} then {after} in row {row}: with an "
+            "`attention_mask` of ones distances count tokens, whatever their positions"
+        )
+
+
+def _restarts(position_ids: torch.Tensor, rows: Rows) -> bool:
+    """Whether positions fall from a token to the next; padding has any position."""
+    falls = position_ids.diff(dim=1) <= 0
+    valid = rows.valid_queries(position_ids.shape[1])
+    if valid is not None:
+        falls = falls & valid[:, 1:] & valid[:, :-1]
+    return bool(falls.any())
 
 
 def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
@@ -79,6 +166,8 @@ def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
 
 def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
     """A cache belongs to the pattern that filled it: deeper keys were computed through it."""
+    if layer < len(cache.layers) and isinstance(cache.layers[layer], BandLayer):
+        cache.layers[layer].expects_bands = True
     if layer < len(cache.layers) and getattr(cache.layers[layer], "is_sliding", False):
         raise ValueError(
             "`past_key_values` must keep every key for spattention, got a sliding window in layer "
@@ -92,9 +181,17 @@ def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
     if known == pattern:
         return
     if _length(cache, layer, unreadable=int(known is not None)) > 0:
+        if known is not None:
+            raise ValueError(
+                "`past_key_values` must have been filled under this layer's pattern "
+                f"{pattern}, got {known} in layer {layer}"
+            )
         raise ValueError(
-            f"`past_key_values` must have been filled under this layer's pattern {pattern}, "
-            f"got {'another attention' if known is None else known} in layer {layer}"
+            f"`past_key_values` must have been filled under this layer's pattern {pattern}, got "
+            f"keys in layer {layer} of which nothing says so: they were computed by another "
+            "attention, learned (prefix tuning, which bands do not support), or put into a new "
+            "cache; if this model computed them under its bands, call "
+            "`spattention.hf.trust_cache(cache, model)`"
         )
     filled_by[layer] = pattern
 

@@ -280,7 +280,7 @@ def _all_have_bands(config: Any) -> bool:
     return section is not None and None not in section.layer_patterns
 
 
-def _decidable(tensor: torch.Tensor) -> bool:
+def decidable(tensor: torch.Tensor) -> bool:
     """Whether values may be read, which waits for a GPU. Transformers reads the same masks in the
     same places for its own attention, so that the wait is there already."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
@@ -298,7 +298,7 @@ def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: in
     past = torch.where(valid, column + 1, 0).amax(dim=1)  # the last token of each row, and one
     new = _columns(valid, query_start, query_len)
     between, some = True, True
-    if _decidable(valid):
+    if decidable(valid):
         flags = torch.stack([(past - first > tokens).any(), ~new.all()])
         between, some = flags.tolist()
     before = tokens - new.sum(dim=1)
@@ -314,7 +314,7 @@ def _new_padding(valid: torch.Tensor, q_offset: int | torch.Tensor, query_len: i
     new = _columns(valid, q_offset, query_len)
     earlier = torch.arange(valid.shape[1], device=valid.device) < q_offset
     before = (valid & earlier).sum(dim=1)
-    if _decidable(new) and bool(new.all()):
+    if decidable(new) and bool(new.all()):
         return Rows(padded=True, before=before)
     return Rows(padded=True, valid=new, before=before)
 

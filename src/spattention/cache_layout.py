@@ -1,0 +1,259 @@
+"""The layout of a `BandStore`: where the ring of each key/value head is, and which heads are
+computed together.
+
+A key/value head keeps the newest `reach + max_rollback` tokens in a ring. Its reach is the farthest
+distance that a query head of its group attends. The token at position p is in slot `p % length`.
+The rings of all heads follow each other in one buffer, and a slot of zeros closes it:
+
+    head 0        head 1                head 2 (reaches nothing)   zeros
+    [. . . .]     [. . . . . . . . .]                              [0]
+
+While the text is shorter than the span, a store may have a capacity. Its rings are then no longer
+than `capacity + max_rollback`, and bands end at the capacity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bands import BandPattern
+
+MAX_ROLLBACK = 32  # above the 20 tokens that Transformers drafts at once by default
+UNSET: Any = object()  # for arguments for which None is an error
+
+
+class HeadGroup(NamedTuple):
+    """Key/value heads that have a ring."""
+
+    heads: Tensor  # [C]
+    offset: Tensor  # [C], first slot of each ring
+    length: Tensor  # [C], slots of each ring
+    shortest: int  # of the lengths
+
+    @classmethod
+    def of(cls, heads: Sequence[int], rings: Rings) -> HeadGroup:
+        return cls(
+            rings.index(heads),
+            rings.index(rings.offsets[h] for h in heads),
+            rings.index(rings.lengths[h] for h in heads),
+            min((rings.lengths[h] for h in heads), default=0),
+        )
+
+
+class SameReach(NamedTuple):
+    """Key/value heads of equal reach, with the query heads of their groups."""
+
+    reach: int  # tokens, 0 for heads that no query attends
+    key_heads: Tensor  # [C]
+    query_heads: Tensor  # [C * group]
+    offset: Tensor  # [C]
+    length: Tensor  # [C]
+    pattern: BandPattern  # the bands of these query heads
+
+    @classmethod
+    def of(cls, heads: Sequence[int], pattern: BandPattern, rings: Rings) -> SameReach:
+        queries = [h * rings.group + g for h in heads for g in range(rings.group)]
+        bands = tuple(pattern.intervals[h] for h in queries)
+        return cls(
+            max(0, rings.lengths[heads[0]] - rings.max_rollback),
+            rings.index(heads),
+            rings.index(queries),
+            rings.index(rings.offsets[h] for h in heads),
+            rings.index(rings.lengths[h] for h in heads),
+            BandPattern(bands, pattern.span),
+        )
+
+
+class SameWidth(NamedTuple):
+    """Query heads that attend the same number of distances. Step s of a head is at distance
+    `near + s`, and `jump` further from step `split` on:
+
+        distance   0 . . 3 4 5 . . . 9 10         intervals [3, 6) and [9, 11)
+        step             0 1 2       3  4         near 3, split 3, jump 3, width 5
+    """
+
+    width: int
+    heads: Tensor  # [C]
+    offset: Tensor  # [C], of the ring that the head reads
+    length: Tensor  # [C]
+    near: Tensor  # [C]
+    split: Tensor  # [C]
+    jump: Tensor  # [C]
+
+    @classmethod
+    def of(cls, width: int, heads: Sequence[int], pattern: BandPattern, rings: Rings) -> SameWidth:
+        bands = [pattern.intervals[h] for h in heads]
+        return cls(
+            width,
+            rings.index(heads),
+            rings.index(rings.offsets[h // rings.group] for h in heads),
+            rings.index(rings.lengths[h // rings.group] for h in heads),
+            rings.index(head[0][0] for head in bands),
+            rings.index(head[0][1] - head[0][0] for head in bands),
+            rings.index(head[-1][0] - head[0][1] if len(head) > 1 else 0 for head in bands),
+        )
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Sizes that the groups above are made from, on the host."""
+
+    lengths: tuple[int, ...]  # [Hkv], slots of each head's ring
+    max_rollback: int
+    group: int  # query heads for each key/value head
+    device: torch.device | None
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First slot of each head's ring."""
+        return tuple(sum(self.lengths[:h]) for h in range(len(self.lengths)))
+
+    def index(self, numbers: Any) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
+
+
+class RingLayout(NamedTuple):
+    """What a store looks up; made once, on its device.
+
+    Attributes:
+        pattern: the bands, as far as the capacity.
+        ring_lengths: slots of each key/value head's ring, on the host.
+        slots: of all rings; the index of the slot of zeros.
+        offsets: int64 `[Hkv]`, first slot of each ring.
+        lengths: int64 `[Hkv]`, slots of each ring.
+        live: all heads that have a ring.
+        by_length: the same heads, those with equally long rings together.
+        by_reach: all key/value heads, those of equal reach together.
+        by_width: all query heads that attend anything, those of equal width together.
+    """
+
+    pattern: BandPattern
+    ring_lengths: tuple[int, ...]
+    slots: int
+    offsets: Tensor
+    lengths: Tensor
+    live: HeadGroup
+    by_length: tuple[HeadGroup, ...]
+    by_reach: tuple[SameReach, ...]
+    by_width: tuple[SameWidth, ...]
+
+
+def ring_lengths(
+    pattern: BandPattern,
+    num_key_heads: int,
+    *,
+    max_rollback: int = MAX_ROLLBACK,
+    slack: int = UNSET,
+    capacity: int | None = None,
+) -> tuple[int, ...]:
+    """Slots that a `BandStore` keeps for each key/value head: the farthest reach of its group plus
+    the rollback, 0 if the group attends nothing. A dense cache keeps one slot for each token.
+
+    Args:
+        pattern: the bands, one entry per query head.
+        num_key_heads: number of key/value heads, a divisor of the pattern's heads.
+        max_rollback: as in `BandStore`; `slack` is its former name.
+        capacity: as in `BandStore`.
+
+    Raises:
+        ValueError: if an argument breaks a rule above.
+    """
+    if not isinstance(pattern, BandPattern):
+        raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
+    check_int("num_key_heads", num_key_heads, at_least=1)
+    heads = pattern.num_heads
+    if heads % num_key_heads:
+        raise ValueError(
+            f"`num_key_heads` must divide the pattern's {heads} heads, got {num_key_heads}"
+        )
+    max_rollback = rollback(max_rollback, slack)
+    if capacity is not None:
+        check_int("capacity", capacity, at_least=1)
+    group = heads // num_key_heads
+    farthest = [head[-1][1] if head else 0 for head in pattern.intervals]
+    reaches = [max(farthest[h * group : (h + 1) * group]) for h in range(num_key_heads)]
+    if capacity is not None:
+        reaches = [min(reach, capacity) for reach in reaches]
+    return tuple(reach + max_rollback if reach else 0 for reach in reaches)
+
+
+def ring_layout(
+    pattern: BandPattern,
+    num_key_heads: int,
+    *,
+    max_rollback: int = MAX_ROLLBACK,
+    capacity: int | None = None,
+    device: torch.device | None = None,
+) -> RingLayout:
+    """The layout of a store of these arguments, as in `ring_lengths`, on `device`."""
+    lengths = ring_lengths(pattern, num_key_heads, max_rollback=max_rollback, capacity=capacity)
+    rings = Rings(lengths, max_rollback, pattern.num_heads // num_key_heads, device)
+    pattern = pattern if capacity is None else _as_far_as(capacity, pattern)
+    widths = [sum(far - near for near, far in head) for head in pattern.intervals]
+    same_length = [[h for h, n in enumerate(lengths) if n == size] for size in sorted({*lengths})]
+    same_width = {n: [h for h, w in enumerate(widths) if w == n] for n in sorted({*widths} - {0})}
+    return RingLayout(
+        pattern=pattern,
+        ring_lengths=lengths,
+        slots=sum(lengths),
+        offsets=rings.index(rings.offsets),
+        lengths=rings.index(lengths),
+        live=HeadGroup.of([h for h, n in enumerate(lengths) if n], rings),
+        by_length=tuple(HeadGroup.of(heads, rings) for heads in same_length if lengths[heads[0]]),
+        by_reach=tuple(SameReach.of(heads, pattern, rings) for heads in same_length),
+        by_width=tuple(SameWidth.of(n, heads, pattern, rings) for n, heads in same_width.items()),
+    )
+
+
+def rollback(max_rollback: int, slack: int = UNSET) -> int:
+    """`max_rollback`, or what was given under its former name; raises `ValueError`."""
+    name = "max_rollback" if slack is UNSET else "slack"
+    if slack is not UNSET:
+        if max_rollback != MAX_ROLLBACK:
+            raise ValueError(
+                "`slack` is the former name of `max_rollback`: give one of them, got both"
+            )
+        max_rollback = slack
+    check_int(name, max_rollback, at_least=0)
+    return max_rollback
+
+
+def check_int(name: str, value: Any, at_least: int) -> None:
+    """Raise `ValueError` unless `value` is an int of `at_least` so much."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise ValueError(f"`{name}` must be an int, got {value!r}")
+    if value < at_least:
+        limit = f"be at least {at_least}" if at_least else "not be negative"
+        raise ValueError(f"`{name}` must {limit}, got {value}")
+
+
+def check_memory(size: int, device: torch.device, *, longest: int, batch: int) -> None:
+    """Refuse what cannot be there before asking for it: systems hand out memory that they do not
+    have."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if size > memory:
+        raise ValueError(
+            f"`pattern` must fit into the {memory / 2**30:,.0f} GiB of {device}, got rings of up "
+            f"to {longest:,} tokens, {size / 2**30:,.0f} GiB for {batch} sequences: give a "
+            "`capacity`, from which the store grows with the text"
+        )
+
+
+def _as_far_as(capacity: int, pattern: BandPattern) -> BandPattern:
+    """The pattern's distances below `capacity`."""
+    bands = tuple(
+        tuple((near, min(far, capacity)) for near, far in head if near < capacity)
+        for head in pattern.intervals
+    )
+    return pattern if bands == pattern.intervals else BandPattern(bands, pattern.span)

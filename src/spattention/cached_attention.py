@@ -1,0 +1,390 @@
+"""Attention of the newest tokens to what a `BandStore` holds.
+
+Four ways to compute it, of which `_attend` takes the first that fits:
+
+    _prefill         the store is empty: attention of the new tokens among themselves
+    _decode_kernel   few queries on a GPU: one kernel reads the bands
+    _decode_one      one query: gathers the bands
+    _append_chunk    any number of queries: gathers the rings
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .attention import Result, _autocast, _scale, band_attention, kernels_for
+from .bands import BandPattern
+from .cache import BandStore
+from .cache_layout import SameReach
+from .checks import check_attention, check_no_tangents, check_tensors, readable
+from .impl.layout import empty_like_query, lse_dtype, without_autocast
+from .merging import merge
+from .padding import padding_first, reorder, restore
+
+
+def band_attention_cached(
+    query: Tensor,
+    store: BandStore,
+    pattern: BandPattern,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    key_start: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """Attention of the newest tokens to what a store holds, equal to `band_attention` over the
+    whole sequence.
+
+    With `key` and `value` these are the tokens of `query`, and this call appends them to the store.
+    There may be any number: a whole prompt or the next chunk of it. Without them the queries are
+    the last tokens that are in the store already. They are then at most `max_rollback + 1`, less
+    the tokens that `crop` took back and that were not replaced since (checked on the CPU).
+
+    One query reads the keys in its bands and no others. Several read the rings, joined with their
+    own keys before anything is overwritten. Where `band_attention` would choose `"triton"`, up to
+    16 queries (and `max_rollback + 1`) read the keys in their bands alone; its first call with a
+    number of queries must come before the capture of a CUDA graph.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        store: the layer's store. Its batch size, heads, dtype and device are those of query.
+        pattern: the layer's bands, the same that the store was made for.
+        key: `[B, Hkv, Q, D]`, or None.
+        value: `[B, Hkv, Q, Dv]`, given with `key`.
+        scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
+        sinks: `[H]`, as in `band_attention`.
+        key_start: int32 `[B]` or `[B, Q]`, as in `band_attention`, counted from the first token
+            that the store kept.
+        mask: bool `[B, Q]`, False for padding, given with `key`. Padding may be anywhere. It is not
+            kept and has no position, its output is 0, and distances count tokens alone.
+        return_lse: also return the log-sum-exp, `[B, H, Q]`.
+
+    Returns:
+        `out [B, H, Q, Dv]` with the dtype and memory layout of `query`; `head_dim` is always
+        contiguous. Or `(out, lse)`.
+
+    Raises:
+        ValueError: if an argument breaks a rule above. The store is then as it was.
+        RuntimeError: in a backward pass through the result: a store keeps no graph.
+        NotImplementedError: in forward-mode differentiation.
+    """
+    if not isinstance(store, BandStore):
+        raise ValueError(f"`store` must be a BandStore, got {type(store).__name__}")
+    check_tensors(query=query)
+    if (key is None) != (value is None):
+        raise ValueError("`key` and `value` must be given together, got one of them")
+    if key is not None and value is not None:
+        check_tensors(key=key, value=value)
+    elif mask is not None:
+        raise ValueError("`mask` must be given with `key` and `value`, got no `key`")
+    if pattern != store.pattern:
+        raise ValueError(f"`pattern` must be the store's, {store.pattern}, got {pattern}")
+    given = [tensor for tensor in (query, key, value) if tensor is not None]
+    query, *tokens = _autocast(*given)
+    _check_query(query, store, tokens, scale, sinks, key_start, mask)
+    check_no_tangents(**dict(zip(("query", "key", "value"), given)), sinks=sinks)
+    with torch.no_grad(), without_autocast(query):
+        out, lse = _attend(query, store, tokens, _scale(query, scale), sinks, key_start, mask)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        out, lse = _WithoutBackward.apply(out, lse, *given)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call, with padding at the left end of `query` and of the new tokens.
+
+    Attributes:
+        query: `[B, H, Q, D]`.
+        tokens: key and value, `[B, Hkv, Q, D]` each, or none.
+        scale: factor of the scores.
+        sinks: `[H]`.
+        key_start: int32 `[B]` or `[B, Q]`, as positions in the store.
+        padding: int64 `[B]`, how many of the new tokens are padding; None: none is.
+        given: key, value and mask as they came, for the store.
+    """
+
+    query: Tensor
+    store: BandStore
+    tokens: tuple[Tensor, ...]
+    scale: float
+    sinks: Tensor | None
+    key_start: Tensor | None
+    padding: Tensor | None
+    given: tuple[Any, ...]
+
+    def append(self) -> None:
+        """Put the new tokens into the store, if there are any."""
+        if self.tokens:
+            key, value, mask = self.given
+            self.store.append(key, value, mask=mask)
+
+
+def _attend(
+    query: Tensor,
+    store: BandStore,
+    tokens: list[Tensor],
+    scale: float,
+    sinks: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`; the new tokens, if any, are in the store afterwards."""
+    if tokens:
+        store.reserve(tokens[0].shape[2])
+    if mask is None:
+        given = (*tokens, None)
+        call = _Call(query, store, tuple(tokens), scale, sinks, key_start, None, given)
+        return _strategy(call)
+    order, hidden = padding_first(mask), ~mask[:, None, :, None]
+    if key_start is not None and key_start.dim() == 2:
+        key_start = key_start.masked_fill(~mask, 0).gather(1, order)  # still never decreasing
+    call = _Call(
+        reorder(query.masked_fill(hidden, 0.0), order),
+        store,
+        tuple(reorder(token, order) for token in tokens),
+        scale,
+        sinks,
+        key_start,
+        (~mask).sum(dim=1),
+        (*tokens, mask),
+    )
+    out, lse = _strategy(call)
+    out = restore(out, order).masked_fill(hidden, 0.0)
+    nothing = torch.full_like(lse[:1, :, :1], -torch.inf)
+    if sinks is not None:
+        nothing = sinks.to(lse.dtype)[None, :, None]
+    lse = torch.where(hidden[..., 0], nothing, restore(lse[..., None], order)[..., 0])
+    return out, lse
+
+
+def _strategy(call: _Call) -> tuple[Tensor, Tensor]:
+    query, store = call.query, call.store
+    if call.tokens and store.is_empty:
+        return _prefill(call)
+    kernels = kernels_for(query, store.values)
+    if kernels is not None and query.shape[2] <= min(kernels.MAX_QUERIES, store.max_rollback + 1):
+        return _decode_kernel(call, kernels)
+    if query.shape[2] == 1:
+        return _decode_one(call)
+    return _append_chunk(call)
+
+
+def _prefill(call: _Call) -> tuple[Tensor, Tensor]:
+    """The first tokens of a store: attention among themselves."""
+    key_start = call.key_start
+    if call.padding is not None:
+        first = _first_key(call) + call.padding[:, None]
+        key_start = first.clamp(max=call.query.shape[2]).to(torch.int32)
+        key_start = key_start[:, 0] if key_start.shape[1] == 1 else key_start
+    result = band_attention(
+        call.query,
+        call.tokens[0],
+        call.tokens[1],
+        call.store.layout.pattern,
+        scale=call.scale,
+        sinks=call.sinks,
+        key_start=key_start,
+        return_lse=True,
+    )
+    call.append()
+    return result[0], result[1]
+
+
+def _decode_kernel(call: _Call, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+    """Few queries: so few tokens overwrite nothing that the first of them still sees."""
+    store = call.store
+    call.append()
+    out, lse = kernels.attend_rings(
+        call.query,
+        store.keys,
+        store.values,
+        store.layout.pattern,
+        offsets=store.offsets,
+        lengths=store.lengths,
+        position=store.position,
+        scale=call.scale,
+        sinks=call.sinks,
+        key_start=call.key_start,
+    )
+    return out, lse
+
+
+def _decode_one(call: _Call) -> tuple[Tensor, Tensor]:
+    """One query per sequence, the store's last token: gathers the keys in the bands."""
+    query, store = call.query, call.store
+    call.append()
+    dtype = lse_dtype(query)
+    out = query.new_zeros((*query.shape[:3], store.values.shape[-1]), dtype=dtype)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    position = (store.position - 1)[:, None, None]
+    first = _first_key(call)[:, -1, None, None]
+    for same in store.layout.by_width:
+        step = torch.arange(same.width, device=store.device)
+        beyond = step >= same.split[:, None]
+        at = position - (same.near[:, None] + step + same.jump[:, None] * beyond)  # [B, C, W]
+        seen = at >= first
+        slots = same.offset[:, None] + at % same.length[:, None]
+        keys, values = store.gather(torch.where(seen, slots, store.layout.slots))  # [B, C, W, D]
+        q = query.index_select(1, same.heads).to(dtype) * call.scale
+        scores = (q @ keys.to(dtype).mT).masked_fill(~seen[:, :, None], -torch.inf)
+        total = torch.logsumexp(scores, dim=-1)
+        base = total.masked_fill(total == -torch.inf, 0.0)
+        weights = torch.exp(scores - base[..., None])
+        out.index_copy_(1, same.heads, weights @ values.to(dtype))
+        lse.index_copy_(1, same.heads, total)
+    out, lse = merge([(out, lse)], sinks=call.sinks)
+    return empty_like_query(query, out.shape[-1]).copy_(out), lse
+
+
+def _append_chunk(call: _Call) -> tuple[Tensor, Tensor]:
+    """Any number of queries: gathers the end of every ring in order of position, then their own
+    tokens."""
+    query, store, sinks = call.query, call.store, call.sinks
+    out = empty_like_query(query, store.values.shape[-1])
+    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+    first = _first_key(call)
+    for same in store.layout.by_reach:
+        keys, values, oldest = _keys_in_order(call, same)
+        start = (first - oldest[:, None]).clamp(0, keys.shape[2]).to(torch.int32)
+        start = start[:, 0] if start.shape[1] == 1 else start
+        part = band_attention(
+            query.index_select(1, same.query_heads),
+            keys,
+            values,
+            same.pattern,
+            scale=call.scale,
+            sinks=None if sinks is None else sinks.index_select(0, same.query_heads),
+            key_start=None if _all_zero(start) else start,
+            return_lse=True,
+        )
+        out.index_copy_(1, same.query_heads, part[0])
+        lse.index_copy_(1, same.query_heads, part[1])
+    call.append()
+    return out, lse
+
+
+def _keys_in_order(call: _Call, same: SameReach) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values that the queries of some heads may see, `[B, C, n, D]`, the last query's at
+    the end; and the position of the first, int64 `[B]`.
+    """
+    store, new = call.store, call.query.shape[2]
+    held = max(0, same.reach - 1) + (0 if call.tokens else new)
+    end, gathered = store.position, held
+    if call.padding is not None:
+        # Where tokens are fewer than columns, more of the ring comes before them.
+        end, gathered = end + (new - call.padding), held + new
+    elif call.tokens:
+        end = end + new
+    total = held + (new if call.tokens else 0)
+    oldest = end - total
+    at = oldest[:, None] + torch.arange(gathered, device=store.device)
+    slots = same.offset[:, None] + at[:, None] % same.length.clamp(min=1)[:, None]
+    ring = store.gather(slots)
+    if not call.tokens:
+        return (*ring, oldest)
+    own = [token[:, same.key_heads] for token in call.tokens]
+    if call.padding is None:
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(ring, own))
+        return keys, values, oldest
+    is_own = torch.arange(total, device=store.device) >= held + call.padding[:, None]
+    is_own = is_own[:, None, :, None]
+    keys, values = (
+        torch.where(is_own, pad(token, (0, 0, held, 0)), old) for token, old in zip(own, ring)
+    )
+    return keys, values, oldest
+
+
+def _first_key(call: _Call) -> Tensor:
+    """Position of the first key that may be seen, int64 `[B, 1 or Q]`."""
+    if call.key_start is None:
+        return torch.zeros_like(call.store.position)[:, None]
+    first = call.key_start.to(torch.int64).clamp(min=0)
+    return first if first.dim() == 2 else first[:, None]
+
+
+def _all_zero(start: Tensor) -> bool:
+    """Whether nothing is hidden, where asking costs nothing: sequences then run together."""
+    return readable(start) and not bool(start.any())
+
+
+def _check_query(
+    query: Tensor,
+    store: BandStore,
+    tokens: list[Tensor],
+    scale: float | None,
+    sinks: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"`query` must be [B, H, length, D], got shape {list(query.shape)}")
+    queries = query.shape[2]
+    if tokens:
+        store.check_tokens(tokens[0], tokens[1], mask)
+        if tokens[0].shape[2] != queries:
+            raise ValueError(
+                f"`key` must have as many tokens as `query`, {queries}, got {tokens[0].shape[2]}"
+            )
+        key, value = tokens
+    else:
+        _check_queries_in_store(queries, store)
+        tokens_as_stored = (-1, store.num_key_heads, queries, -1)
+        key = store.keys[:, None, :1].expand(tokens_as_stored)
+        value = store.values[:, None, :1].expand(tokens_as_stored)
+    check_attention(
+        query,
+        key,
+        value,
+        store.pattern,
+        scale=scale,
+        sinks=sinks,
+        query_start=None,
+        key_start=key_start,
+    )
+
+
+def _check_queries_in_store(queries: int, store: BandStore) -> None:
+    """Queries without keys are the store's last tokens."""
+    most = store.max_rollback + 1
+    if queries > most:
+        raise ValueError(
+            f"`query` must have at most max_rollback + 1 = {most} tokens when `key` is not given "
+            f"(slack + 1 = {most}), got {queries}"
+        )
+    if not readable(store.counts):
+        return
+    behind = int(store.rolled_back.max())
+    if queries + behind > most:
+        raise ValueError(
+            f"`query` must have at most max_rollback + 1 = {most} tokens, less {behind} that were "
+            f"taken back, when `key` is not given, got {queries}"
+        )
+    fewest = int(store.position.min())
+    if queries > fewest:
+        raise ValueError(
+            f"`query` must have at most the {fewest} tokens that are in the store when `key` is "
+            f"not given, got {queries}"
+        )
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """Lets a model run outside `no_grad`, and refuses a gradient that would lack the store's
+    part."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return out.view_as(out), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("band_attention_cached has no backward: use band_attention to train")
