@@ -12,17 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..hf.config import NAME as BANDS
-from ..hf.decoder import attention_modules, check_model, is_attention
+from ..hf.decoder import attention_modules, check_model
+from ..hf.parallel_guard import guard_parallel
+from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
 from ..impl.layout import without_autocast
 
 VERSION = 1
@@ -125,11 +122,17 @@ def register(kind: type[Baseline]) -> None:
 
     From then on an attention module that is built from a config with the section gets its baseline.
     """
-    if kind.kind in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        return
-    register_module_module_registration_hook(partial(_adopt, kind))
-    AttentionInterface.register(kind.kind, attention_forward)
-    AttentionMaskInterface.register(kind.kind, no_mask)
+    register_kind(
+        AttentionKind(
+            name=kind.kind,
+            call="spattention.baselines.register()",
+            forward=attention_forward,
+            mask=no_mask,
+            is_equipped=lambda module: hasattr(module, PLAN),
+            equip=lambda module: _equip_from_config(kind, module),
+            restore=lambda model, section: apply(model, kind.from_section(section)),
+        )
+    )
 
 
 def apply(model: Any, baseline: Baseline) -> Any:
@@ -154,9 +157,8 @@ def apply(model: Any, baseline: Baseline) -> Any:
         )
     modules = attention_modules(model, config)
     check_model(model, config, modules)
-    own = config._attn_implementation
-    if own == BANDS or ALL_ATTENTION_FUNCTIONS.get(own) is attention_forward:
-        raise ValueError(f"`model` must have stock attention for {kind}, got {own}")
+    for present in kinds_of(config):
+        raise ValueError(f"`model` must have stock attention for {kind}, got {present.name}")
     layers = config.num_hidden_layers
     if sorted(modules) != list(range(layers)):
         raise ValueError(
@@ -175,11 +177,10 @@ def apply(model: Any, baseline: Baseline) -> Any:
     _check_heads(baseline, config)
     register(type(baseline))
     for module in modules.values():
-        baseline.equip(module)
-        setattr(module, PLAN, baseline.layer(module.layer_idx, layers))
+        _equip(baseline, module, layers)
     setattr(config, kind, baseline.section())
     model.set_attn_implementation(kind)
-    _name_for_saving(type(baseline), config)
+    section_changed(model)
     return model
 
 
@@ -280,28 +281,14 @@ def _check_heads(baseline: Baseline, config: Any) -> None:
         )
 
 
-def _adopt(kind: type[Baseline], parent: torch.nn.Module, name: str, module: Any) -> None:
-    """Runs when any module gets a child: attention whose config has the section is equipped."""
-    if isinstance(parent, PreTrainedModel):
-        _name_for_saving(kind, parent.config)
-    if module is None or not is_attention(module) or hasattr(module, PLAN):
-        return
-    config = module.config
-    section = getattr(config, kind.kind, None)
-    if section is None:
-        return
-    if config._attn_implementation != kind.kind:
-        raise ValueError(
-            f'`attn_implementation` must be "{kind.kind}" for a model with `config.{kind.kind}`, '
-            f'got "{config._attn_implementation}"'
-        )
-    baseline = kind.from_section(section)
-    _check_heads(baseline, config)
+def _equip(baseline: Baseline, module: Any, num_layers: int) -> None:
     baseline.equip(module)
-    setattr(module, PLAN, baseline.layer(module.layer_idx, config.num_hidden_layers))
+    setattr(module, PLAN, baseline.layer(module.layer_idx, num_layers))
+    guard_parallel(module)
 
 
-def _name_for_saving(kind: type[Baseline], config: Any) -> None:
-    """Write the name where it is saved and honoured on load; loading takes it off again."""
-    if getattr(config, kind.kind, None) is not None:
-        config.attn_implementation = kind.kind
+def _equip_from_config(kind: type[Baseline], module: Any) -> None:
+    config = module.config
+    baseline = kind.from_section(getattr(config, kind.kind))
+    _check_heads(baseline, config)
+    _equip(baseline, module, config.num_hidden_layers)

@@ -17,7 +17,8 @@ from .decoder import (
     patterns_by_layer,
     text_configs,
 )
-from .registration import equip, name_for_saving, register
+from .registration import equip, register
+from .section import kinds_of, section_changed
 from .windows import check_windows, replace_windows
 
 
@@ -63,6 +64,9 @@ def apply(
     text_config = model_config.get_text_config()
     if getattr(model_config, "is_encoder_decoder", False):
         raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
+    for kind in kinds_of(text_config):  # another's section, which would be saved too
+        if kind.name != NAME:
+            raise ValueError(f'`model` must have stock attention or bands, got "{kind.name}"')
     modules = attention_modules(model, text_config)
     check_model(model, text_config, modules)
     chosen = patterns_by_layer(text_config, modules, pattern, layers)
@@ -89,5 +93,5 @@ def apply(
     for index, module in modules.items():
         entry = chosen[index]
         equip(module, LayerPlan(entry, sinks and entry is not None, own))
-    name_for_saving(model)
+    section_changed(model)
     return model

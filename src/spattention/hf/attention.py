@@ -15,6 +15,7 @@ from ..padding import padding_first, reorder, restore
 from .cache import BandHandle
 from .decoder import has_sinks, plan_of
 from .mask import Rows, decode, dense_mask
+from .sinks import current_sinks
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -252,7 +253,7 @@ def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | 
     """The layer's own sinks (`s_aux`, as in gpt-oss) or those from `apply`."""
     sinks = keywords.get("s_aux")
     if sinks is None and has_sinks(module):
-        sinks = module.sinks
+        sinks = current_sinks(module)
     # The operator takes query's dtype or float32, and a parameter may have neither: a bfloat16 one
     # under float16 autocast, or where rotary positions make queries float32.
     return sinks if sinks is None or sinks.dtype == torch.float64 else sinks.float()

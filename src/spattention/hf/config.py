@@ -16,6 +16,7 @@ from ..bands import BandPattern
 NAME = "spattention"
 VERSION = 1
 ENTRIES = ("version", "patterns", "layers", "sinks")
+MAX_SPAN = 2**29  # tokens; the kernels' limit
 
 
 class Section(dict[str, Any]):
@@ -99,9 +100,10 @@ def _patterns(data: Mapping[str, Any]) -> list[BandPattern]:
             f"`config.spattention` must have version {VERSION} (the one this library writes), "
             f"got {data.get('version')!r}"
         )
-    if sorted(data) != sorted(ENTRIES):
+    if sorted(map(str, data)) != sorted(ENTRIES):
         raise ValueError(
-            f"`config.spattention` must have the entries {list(ENTRIES)}, got {sorted(data)}"
+            f"`config.spattention` must have the entries {list(ENTRIES)}, got "
+            f"{sorted(map(str, data))}"
         )
     if not isinstance(data["sinks"], bool):
         raise ValueError(
@@ -111,7 +113,20 @@ def _patterns(data: Mapping[str, Any]) -> list[BandPattern]:
         raise ValueError(
             f"`config.spattention` must have a list of `patterns`, got {data['patterns']!r}"
         )
-    return [BandPattern.from_dict(pattern) for pattern in data["patterns"]]
+    return [_pattern(entry, index) for index, entry in enumerate(data["patterns"])]
+
+
+def _pattern(entry: Any, index: int) -> BandPattern:
+    try:
+        pattern = BandPattern.from_dict(entry)
+    except ValueError as error:
+        raise ValueError(f"`config.spattention`, pattern {index}: {error}") from error
+    if pattern.span > MAX_SPAN:
+        raise ValueError(
+            f"`span` of a pattern in `config.spattention` must be at most {MAX_SPAN} tokens, got "
+            f"{pattern.span} in pattern {index}"
+        )
+    return pattern
 
 
 def _layers(layers: Any, num_patterns: int, num_layers: int) -> Sequence[int | None]:

@@ -207,8 +207,6 @@ def own_implementation(
     if own == NAME:
         plans = [plan_of(module) for module in modules.values()]
         return next((plan.own for plan in plans if plan is not None), "sdpa")
-    if getattr(config, own, None) is not None:  # another's section, which would be saved too
-        raise ValueError(f'`model` must have stock attention or bands, got "{own}"')
     if own not in OWN_IMPLEMENTATIONS:
         if any(chosen[index] is None for index in modules):
             raise ValueError(

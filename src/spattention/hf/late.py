@@ -1,0 +1,49 @@
+"""Do something as soon as an optional package is imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def when_imported(package: str, follower: str) -> None:
+    """Import the module `follower` once `package` has been imported; now if it has been.
+
+    Never imports `package`: it may be slow, or broken in an installation that does without it.
+    """
+    if package in sys.modules:
+        importlib.import_module(follower)
+    else:
+        sys.meta_path.insert(0, _Finder(package, follower))
+
+
+class _Finder(MetaPathFinder):
+    """Finds nothing but the one package, as the others would, and runs the follower behind it."""
+
+    def __init__(self, package: str, follower: str) -> None:
+        self.package = package
+        self.follower = follower
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.package:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module(self.follower)
+
+            loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,224 @@
+"""Have PEFT go through `adapters`: functions around its methods, as they are from PEFT 0.21 on.
+
+Imported as soon as both PEFT and a registered kind are there, never without PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import peft
+from peft.config import PeftConfigMixin
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap
+from transformers import PreTrainedModel
+
+from .adapters import (
+    READ,
+    WRITTEN,
+    AdapterSection,
+    adapter_sinks,
+    base_model,
+    bring_back,
+    check_same,
+    follow,
+    marked,
+    meet,
+    unmarked,
+    unwrap_sinks,
+)
+
+SINKS = ".sinks."  # in the names of an adapter's weights
+
+
+def _saving_section(save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    @wraps(save_pretrained)
+    def save(self: Any, save_directory: Any, **keywords: Any) -> None:
+        section: AdapterSection | None = vars(self).get(WRITTEN)
+        if section is None:
+            return save_pretrained(self, save_directory, **keywords)
+        to_dict = self.to_dict
+        # `save_pretrained` writes what this returns, so that no file ever lacks the section.
+        self.to_dict = lambda: marked(to_dict(), section)
+        try:
+            return save_pretrained(self, save_directory, **keywords)
+        finally:
+            del self.to_dict
+
+    return save
+
+
+def _reading_section(
+    from_json_file: Callable[..., dict[str, Any]],
+) -> Callable[..., dict[str, Any]]:
+    @wraps(from_json_file)
+    def read(cls: type, path_json_file: Any, **keywords: Any) -> dict[str, Any]:
+        data, section = unmarked(
+            from_json_file(cls, path_json_file, **keywords), str(path_json_file)
+        )
+        return {**data, READ: section}
+
+    return read
+
+
+def _keeping_section(from_peft_type: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(from_peft_type)
+    def make(cls: type, **keywords: Any) -> Any:
+        is_from_file, section = READ in keywords, keywords.pop(READ, None)
+        config = from_peft_type(cls, **keywords)
+        if is_from_file:
+            setattr(config, READ, section)
+        return config
+
+    return make
+
+
+def _meeting_model(inject: Callable[..., None]) -> Callable[..., None]:
+    """Around methods that put an adapter into a model."""
+    parameters = signature(inject)
+
+    @wraps(inject)
+    def prepared(self: Any, *args: Any, **keywords: Any) -> None:
+        given = parameters.bind(self, *args, **keywords).arguments
+        adapter_name = given.get("adapter_name", "default")
+        config = given.get("peft_config") or self.peft_config
+        config = config[adapter_name] if isinstance(config, dict) else config
+        model = given["model"] if "model" in given else base_model(self)
+        meet(model, config, adapter_name)
+        inject(self, *args, **keywords)
+        if isinstance(self, peft.PeftModel):
+            follow(self)  # some kinds of adapters freeze whatever is not theirs
+
+    return prepared
+
+
+def _unwrapping_sinks(unload: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(unload)
+    def unwrapped(self: Any, *args: Any, **keywords: Any) -> Any:
+        model = unload(self, *args, **keywords)
+        unwrap_sinks(model)
+        return model
+
+    return unwrapped
+
+
+def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `PeftModel.load_adapter`, which reads the weights alone of an adapter that it has."""
+
+    @wraps(load_adapter)
+    def load(self: Any, model_id: Any, adapter_name: str, *args: Any, **keywords: Any) -> Any:
+        if adapter_name in self.peft_config:
+            where, _ = self._split_kwargs(dict(keywords))
+            config = peft.PeftConfig.from_pretrained(model_id, **where)
+            bring_back(base_model(self), config, adapter_name)
+            follow(self)
+            for sinks in adapter_sinks(self):
+                change = sinks.absent.discard if vars(config)[READ] else sinks.absent.add
+                change(adapter_name)
+        try:
+            return load_adapter(self, model_id, adapter_name, *args, **keywords)
+        except KeyError as error:
+            if SINKS not in str(error):
+                raise
+            raise ValueError(
+                f"the adapter of {model_id} must hold the sinks that its config names, got no "
+                f"{error.args[0]}"
+            ) from error
+
+    return load
+
+
+def _requiring_sinks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `PreTrainedModel.load_adapter`, which only warns about weights that are missing."""
+
+    @wraps(load_adapter)
+    def load(self: Any, *args: Any, **keywords: Any) -> Any:
+        loading_info = load_adapter(self, *args, **keywords)
+        missing = sorted(key for key in loading_info.missing_keys if SINKS in key)
+        if missing:
+            raise ValueError(
+                f"the adapter must hold the sinks that its config names, got no {missing[0]}"
+            )
+        return loading_info
+
+    return load
+
+
+def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `PeftModel.disable_adapter`, which leaves alone what is trained beside prompts."""
+
+    @wraps(disable_adapter)
+    @contextmanager
+    def disabled(self: Any) -> Iterator[None]:
+        found = adapter_sinks(self)
+        before = [sinks._disable_adapters for sinks in found]
+        with disable_adapter(self):
+            for sinks in found:
+                sinks._disable_adapters = True
+            try:
+                yield
+            finally:
+                for sinks, was in zip(found, before):
+                    sinks._disable_adapters = was
+
+    return disabled
+
+
+def _checking_swap(check: Callable[..., None]) -> Callable[..., None]:
+    """Around PEFT's check of two configs whose weights are to be exchanged in a live model."""
+
+    @wraps(check)
+    def compare(config0: Any, config1: Any) -> None:
+        check(config0, config1)
+        wanted: AdapterSection | None = vars(config1).get(READ)
+        if wanted is None:
+            return
+        check_same(wanted, vars(config0).get(WRITTEN))
+        if wanted.data.get("sinks"):
+            raise ValueError(
+                "an adapter with sinks must not be hot-swapped, which would leave the sinks as "
+                f"they are, got the adapter of {wanted.file}"
+            )
+
+    return compare
+
+
+def _tuners(kind: Any) -> Iterator[Any]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _tuners(each)
+
+
+def _around(owner: Any, name: str, make: Callable[..., Any]) -> None:
+    inner = vars(owner)[name]
+    if isinstance(inner, classmethod):
+        setattr(owner, name, classmethod(make(inner.__func__)))
+    else:
+        setattr(owner, name, make(inner))
+
+
+def _install() -> None:
+    _around(PeftConfigMixin, "save_pretrained", _saving_section)
+    _around(PeftConfigMixin, "from_json_file", _reading_section)
+    _around(PeftConfigMixin, "from_peft_type", _keeping_section)
+    _around(peft.PeftModel, "__init__", _meeting_model)
+    _around(peft.PeftModel, "add_adapter", _meeting_model)
+    _around(BaseTuner, "__init__", _meeting_model)
+    for tuner in set(_tuners(BaseTuner)):
+        for name, make in (
+            ("inject_adapter", _meeting_model),
+            ("_unload_and_optionally_merge", _unwrapping_sinks),
+        ):
+            if name in vars(tuner):
+                _around(tuner, name, make)
+    _around(peft.PeftModel, "disable_adapter", _disabling_sinks)
+    _around(peft.PeftModel, "load_adapter", _checking_folder)
+    PreTrainedModel.load_adapter = _requiring_sinks(PreTrainedModel.load_adapter)
+    _around(hotswap, "check_hotswap_configs_compatible", _checking_swap)
+
+
+_install()

@@ -1,0 +1,174 @@
+"""Attention kinds that a section of a model's config describes: bands, and the baselines.
+
+    config.<kind> = {"version": 1, ...}
+
+A saved model must come back with its attention, or not at all, whoever opens it. So whatever writes
+a config with a section also writes
+
+- `attn_implementation`, the kind, which Transformers honours on loading;
+- `architectures` with a prefix, which vLLM, SGLang and converters read and do not know
+  (Transformers goes by `model_type`);
+- a requirement among `fusion_config`, which `from_pretrained` refuses by name in a process without
+  this library, `attn_implementation="sdpa"` or not. It is off, so a process that knows it does
+  nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .decoder import is_attention
+from .late import when_imported
+
+ARCHITECTURE_PREFIX = "Spattention"
+ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
+GUARD = "spattention.hf.peft_guard"
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """An attention that a section of the config describes.
+
+    Attributes:
+        name: of the attention implementation, and of the section.
+        call: what makes it known to Transformers, as an error names it.
+        forward: the attention function, as Transformers' interface takes it.
+        mask: the mask function, alike.
+        is_equipped: whether an attention module has its part of the section.
+        equip: gives an attention module its part of the section, while the model is built.
+        restore: gives a model with stock attention a section, with all that belongs to it.
+    """
+
+    name: str
+    call: str
+    forward: Callable[..., Any]
+    mask: Callable[..., Any]
+    is_equipped: Callable[[Any], bool]
+    equip: Callable[[Any], None]
+    restore: Callable[[Any, Any], None]
+
+    @property
+    def requirement(self) -> str:
+        """What a process without the kind reads when it loads a saved model. It is in files."""
+        return f"{self.name}: {self.call} must be called before this model is loaded"
+
+
+# As Transformers' registries, of the process. Rows of `register_kind`.
+KINDS: dict[str, AttentionKind] = {}
+
+
+def register_kind(kind: AttentionKind) -> None:
+    """Make a kind known to Transformers, for this process. A second call does nothing.
+
+    From then on an attention module that is built from a config with the section is equipped, and
+    configs with the section are saved so that nobody opens them without it.
+
+    Raises:
+        ValueError: if something else has registered an attention function of that name.
+    """
+    if kind.name in KINDS:
+        return
+    if kind.name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        taken = ALL_ATTENTION_FUNCTIONS[kind.name]
+        raise ValueError(
+            f'attn_implementation="{kind.name}" must not be registered by something else, got '
+            f"{getattr(taken, '__module__', taken)}"
+        )
+    if not KINDS:
+        register_module_module_registration_hook(_equip_when_built)
+        PreTrainedConfig.to_dict = _with_marks(PreTrainedConfig.to_dict)
+        when_imported("peft", GUARD)
+    KINDS[kind.name] = kind
+    AttentionInterface.register(kind.name, kind.forward)
+    AttentionMaskInterface.register(kind.name, kind.mask)
+    _FUSION_REGISTRY[kind.requirement] = ModuleFusionSpec()
+
+
+def kinds_of(config: Any) -> Iterator[AttentionKind]:
+    """The registered kinds that a config, without its parts, has a section of."""
+    return (kind for name, kind in KINDS.items() if getattr(config, name, None) is not None)
+
+
+def section_changed(model: Any) -> None:
+    """Have the PEFT adapters of a model follow what `apply` did to it."""
+    adapters = sys.modules.get(ADAPTERS)
+    if adapters is not None:
+        adapters.follow(model)
+
+
+def _equip_when_built(parent: torch.nn.Module, name: str, module: Any) -> None:
+    """Runs when any module gets a child."""
+    if module is None or not is_attention(module):
+        return
+    for kind in kinds_of(module.config):
+        if kind.is_equipped(module):
+            continue
+        named = module.config._attn_implementation
+        if named != kind.name:
+            # The config may be a live model's, which Transformers has changed already.
+            module.config._attn_implementation_internal = kind.name
+            raise ValueError(
+                f'`attn_implementation` must be "{kind.name}" for a model with '
+                f'`config.{kind.name}`, got "{named}", which would run it without; load it with '
+                f'attn_implementation="{kind.name}", or delete `config.{kind.name}` if that is '
+                "meant"
+            )
+        kind.equip(module)
+
+
+def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @wraps(to_dict)
+    def marked(self: Any, *args: Any, **keywords: Any) -> dict[str, Any]:
+        data = to_dict(self, *args, **keywords)
+        found = list(_kinds_below(self))
+        names = data.get("architectures")
+        if names:
+            plain = [name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
+            prefix = ARCHITECTURE_PREFIX if found else ""
+            data["architectures"] = [prefix + name for name in plain]
+        known = {kind.requirement for kind in KINDS.values()}
+        fusions = {k: v for k, v in (data.get("fusion_config") or {}).items() if k not in known}
+        fusions.update({kind.requirement: False for kind in found})
+        if fusions:
+            data["fusion_config"] = fusions
+        elif data.get("fusion_config"):
+            del data["fusion_config"]
+        if found:
+            data["attn_implementation"] = _implementation(self)
+        return data
+
+    return marked
+
+
+def _parts(config: Any) -> Iterator[tuple[str, Any]]:
+    for key in getattr(config, "sub_configs", ()):
+        part = getattr(config, key, None)
+        if part is not None:
+            yield key, part
+
+
+def _kinds_below(config: Any) -> Iterator[AttentionKind]:
+    """The kinds that a config or one of its parts has a section of."""
+    yield from kinds_of(config)
+    for _, part in _parts(config):
+        yield from _kinds_below(part)
+
+
+def _implementation(config: Any) -> str | dict[str, Any] | None:
+    """`attn_implementation` of a config: the name, or one per part where only parts have a section,
+    as Transformers reads it.
+    """
+    for kind in kinds_of(config):
+        return kind.name
+    found = {key: _implementation(part) for key, part in _parts(config)}
+    return {key: name for key, name in found.items() if name is not None} or None
