@@ -13,6 +13,7 @@ from .merge import merge
 
 if TYPE_CHECKING:
     from . import hf as hf
+    from .fitting import fit as fit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "band_attention",
     "band_attention_cached",
     "band_attention_varlen",
+    "fit",
     "merge",
     "validate",
 ]
@@ -29,4 +31,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "hf":
         return import_module("spattention.hf")
+    if name == "fit":
+        return import_module("spattention.fitting").fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ if find_spec("transformers") is None:
 from .apply import apply
 from .cache import BandCache
 from .config import NAME
+from .profile import profile
 from .registration import register
 
-__all__ = ["NAME", "BandCache", "apply", "register"]
+__all__ = ["NAME", "BandCache", "apply", "profile", "register"]
