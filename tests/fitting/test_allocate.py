@@ -68,14 +68,14 @@ def test_no_choice_of_as_many_pairs_is_better_where_greedy_ends(bins, seed, shar
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_more_budget_never_captures_less(units, bins, seed):
     values = random_values(units, bins, seed)
     values[0] = values[-1]  # equals change one by one
     costs = torch.arange(bins, 0, -1)
     leading = torch.arange(bins) < 1
     before = -1.0
-    for budget in range(units * bins, units * int(costs.sum()) + 2, 3):
+    for budget in range(units * bins, units * int(costs.sum()) + 2, 5):
         found = allocate(values, costs, leading, budget)
         assert int((found * costs).sum()) <= budget
         assert all(runs(row) <= 2 and row[0] for row in found.tolist())

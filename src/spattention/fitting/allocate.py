@@ -15,7 +15,7 @@ import heapq
 import torch
 from torch import Tensor
 
-HALVINGS = 60  # of the price; float64 has no finer ones
+STEPS = 200  # of the price at most; some twenty suffice
 
 
 def allocate(
@@ -49,29 +49,31 @@ def allocate(
 
 
 def _spend(values: Tensor, costs: Tensor, forced: Tensor, budget: int) -> Tensor:
-    def pairs(bins: Tensor) -> int:
-        return int((bins * costs).sum())
-
-    everything = torch.ones_like(values, dtype=torch.bool)
-    if pairs(everything) <= budget:
-        return everything
-    low, high = 0.0, float((values / costs).max()) * 2 + 1e-300
-    lean, rich = forced.expand_as(values).clone(), everything
-    for _ in range(HALVINGS):
-        price = (low + high) / 2
-        found = best_at_price(values - price * costs, forced)
-        if pairs(found) <= budget:
-            high, lean = price, found
+    lean, rich = forced.expand_as(values).clone(), torch.ones_like(values, dtype=torch.bool)
+    if int((rich * costs).sum()) <= budget:
+        return rich
+    for _ in range(STEPS):
+        # The price at which both gain equally much: a choice that gains more lies between them.
+        more = int((rich * costs).sum()) - int((lean * costs).sum())
+        price = max(0.0, float((values * rich).sum() - (values * lean).sum()) / more)
+        gains = values - price * costs
+        found = best_at_price(gains, forced)
+        gained, before = float((gains * found).sum()), float((gains * lean).sum())
+        if gained <= before or torch.equal(found, lean) or torch.equal(found, rich):
+            break
+        if int((found * costs).sum()) <= budget:
+            lean = found
         else:
-            low, rich = price, found
-    # Between the two prices lie units that gain equally much per pair: they change one by one.
-    left = budget - pairs(lean)
+            rich = found
+    # Both are best at this price, so units may change one by one.
+    left = budget - int((lean * costs).sum())
     for unit in range(len(lean)):
-        more = pairs(rich[unit]) - pairs(lean[unit])
+        more = int(((rich[unit].int() - lean[unit].int()) * costs).sum())
         if more > left:
             break
-        lean[unit] = rich[unit]
-        left -= more
+        if more > 0:
+            lean[unit] = rich[unit]
+            left -= more
     return _fill(lean, values, costs, left)
 
 
