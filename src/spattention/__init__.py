@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cache import BandStore
     from .cached_attention import band_attention_cached
     from .checks import validate
+    from .fitting import fit
     from .merging import merge
 
 # Imported on first use: PyTorch takes seconds, which `spattention --help` does not need.
@@ -21,6 +22,7 @@ _MODULES = {
     "band_attention": "attention",
     "band_attention_cached": "cached_attention",
     "band_attention_varlen": "attention",
+    "fit": "fitting",
     "merge": "merging",
     "validate": "checks",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "band_attention",
     "band_attention_cached",
     "band_attention_varlen",
+    "fit",
     "merge",
     "validate",
 ]

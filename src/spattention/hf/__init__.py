@@ -15,6 +15,7 @@ from .apply import apply
 from .cache import BandCache
 from .cache_guard import trust_cache
 from .config import NAME
+from .profile import profile
 from .registration import register
 
-__all__ = ["NAME", "BandCache", "apply", "register", "trust_cache"]
+__all__ = ["NAME", "BandCache", "apply", "profile", "register", "trust_cache"]
