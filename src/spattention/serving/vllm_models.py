@@ -1,0 +1,197 @@
+"""The model classes that vLLM builds for band models: its own, with other attention layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.olmoe import OlmoeForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from ..bands import BandPattern
+from .checks import banded, section_for
+from .head_classes import HeadClass, head_classes, rank_pattern
+from .vllm_backend import BandAttentionBackend
+
+
+class ClassAttention(Attention):
+    """vLLM's layer for one class of heads, with a cache of its own."""
+
+    def __init__(self, *, window: int | None, **keywords: Any) -> None:
+        super().__init__(attn_backend=BandAttentionBackend, **keywords)
+        self.window = window
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        common: dict[str, Any] = {
+            "block_size": vllm_config.cache_config.block_size,
+            "num_kv_heads": self.num_kv_heads,
+            "head_size": self.head_size,
+            "dtype": self.kv_cache_torch_dtype,
+        }
+        if self.window is None:
+            return FullAttentionSpec(**common)
+        return SlidingWindowSpec(sliding_window=self.window, **common)
+
+
+class BandAttention(torch.nn.Module):
+    """Attention of one decoder layer, in place of vLLM's `Attention`.
+
+    Args:
+        replaced: the layer in whose place it comes.
+        pattern: the bands of this rank's query heads.
+        classes: this rank's classes of key/value heads.
+        sinks: `[H]`, or None.
+        vllm_config: vLLM's settings.
+    """
+
+    def __init__(
+        self,
+        replaced: Attention,
+        pattern: BandPattern,
+        classes: tuple[HeadClass, ...],
+        sinks: torch.Tensor | None,
+        vllm_config: VllmConfig,
+    ) -> None:
+        super().__init__()
+        self.num_heads = replaced.num_heads
+        self.num_kv_heads = replaced.num_kv_heads
+        self.head_size = replaced.head_size
+        group = self.num_heads // self.num_kv_heads
+        # vLLM asks every attention layer in this table for its cache.
+        table = vllm_config.compilation_config.static_forward_context
+        del table[replaced.layer_name]
+        self.kv_heads = [list(part.kv_heads) for part in classes]
+        self.query_heads = [
+            [head * group + i for head in part.kv_heads for i in range(group)] for part in classes
+        ]
+        dealt = [head for heads in self.query_heads for head in heads]
+        self.in_order = dealt == sorted(dealt)
+        self.undo = sorted(range(len(dealt)), key=dealt.__getitem__)
+        self.classes = torch.nn.ModuleList(
+            ClassAttention(
+                window=part.window,
+                num_heads=len(query_heads),
+                num_kv_heads=len(part.kv_heads),
+                head_size=self.head_size,
+                scale=replaced.impl.scale,
+                cache_config=vllm_config.cache_config,
+                quant_config=replaced.quant_config,
+                prefix=f"{replaced.layer_name}.class_{index}",
+                pattern=select_heads(pattern, query_heads),
+                sinks=sinks,
+                query_heads=query_heads,
+            )
+            for index, (part, query_heads) in enumerate(zip(classes, self.query_heads))
+        )
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Args are `[T, heads * D]`, as in vLLM's `Attention`."""
+        if len(self.classes) == 1:
+            return self.classes[0](query, key, value)
+        query = query.unflatten(-1, (self.num_heads, self.head_size))
+        key = key.unflatten(-1, (self.num_kv_heads, self.head_size))
+        value = value.unflatten(-1, (self.num_kv_heads, self.head_size))
+        parts = []
+        for attention, query_heads, kv_heads in zip(self.classes, self.query_heads, self.kv_heads):
+            out = attention(
+                query[:, query_heads].flatten(1),
+                key[:, kv_heads].flatten(1),
+                value[:, kv_heads].flatten(1),
+            )
+            parts.append(out.unflatten(-1, (len(query_heads), self.head_size)))
+        joined = torch.cat(parts, dim=1)
+        return (joined if self.in_order else joined[:, self.undo]).flatten(1)
+
+
+def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
+    """The bands of some heads, in the order given."""
+    if heads == list(range(pattern.num_heads)):
+        return pattern
+    parts = [pattern.heads(head, head + 1) for head in heads]
+    intervals = tuple(part.intervals[0] for part in parts)
+    prefix = getattr(pattern, "prefix", 0)
+    return BandPattern(intervals, pattern.span, **({"prefix": prefix} if prefix else {}))
+
+
+def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
+    """Replace the attention of every layer that has a pattern."""
+    config = vllm_config.model_config.hf_text_config
+    section = section_for(config)
+    patterns = banded(section)
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    hybrid = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    classes = head_classes(
+        list(patterns.values()),
+        config.num_key_value_heads,
+        ranks=ranks,
+        rank=rank,
+        uniform_pages=len(patterns) < config.num_hidden_layers,
+        **({} if hybrid else {"max_classes": 1}),
+    )
+    by_layer = dict(zip(patterns, classes))
+    owners = [
+        (module, module.attn)
+        for module in model.modules()
+        if isinstance(getattr(module, "attn", None), Attention)
+    ]
+    found = set()
+    for owner, attention in owners:
+        layer = extract_layer_index(attention.layer_name)
+        found.add(layer)
+        if layer not in patterns:
+            continue
+        pattern = rank_pattern(patterns[layer], ranks, rank)
+        if section.sinks:
+            owner.sinks = torch.nn.Parameter(
+                torch.empty(pattern.num_heads, dtype=torch.get_default_dtype()),
+                requires_grad=False,
+            )
+            owner.sinks.weight_loader = load_sinks
+        sinks = owner.sinks if section.sinks else None
+        owner.attn = BandAttention(attention, pattern, by_layer[layer], sinks, vllm_config)
+    assert found, "vLLM's model has no attention layers of the expected form"
+
+
+def load_sinks(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+    """Copy this rank's part of a layer's sinks."""
+    here = parameter.shape[0]
+    rank = get_tensor_model_parallel_rank()
+    parameter.data.copy_(loaded[rank * here : (rank + 1) * here])
+
+
+class Banded:
+    """Mixed into a model class of vLLM: its attention layers get their bands."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        give_bands(self, vllm_config)  # type: ignore[arg-type]
+
+
+class SpattentionLlamaForCausalLM(Banded, LlamaForCausalLM):
+    pass
+
+
+class SpattentionMistralForCausalLM(Banded, MistralForCausalLM):
+    pass
+
+
+class SpattentionQwen3ForCausalLM(Banded, Qwen3ForCausalLM):
+    pass
+
+
+class SpattentionOlmoeForCausalLM(Banded, OlmoeForCausalLM):
+    pass
+
+
+class SpattentionOlmo3ForCausalLM(Banded, TransformersForCausalLM):
+    """vLLM runs OLMo 3 by Transformers' own modules."""
