@@ -34,7 +34,10 @@ CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=16),
     "olmoe": lambda: transformers.OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2),
     "olmo3": lambda: transformers.Olmo3Config(
-        **COMMON, layer_types=["full_attention"] * 2, sliding_window=None
+        # vLLM's own attention on the CPU, for the layer with a window, has heads of 32 or more.
+        **COMMON | {"hidden_size": 128},
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
     ),
 }
 # Two layers that differ, and heads of one key/value head that differ: a far head first, a near one
@@ -43,17 +46,21 @@ FIRST = P((((0, 4), (40, SPAN)), ((0, 30),), ((0, 9),), ((0, 2), (5, 17))), SPAN
 SECOND = P((((0, 12),), ((0, 1),), ((0, 25),), ((0, 3), (30, 80))), SPAN)
 
 
+# OLMo 3 encodes positions differently in its layers with a window, which therefore keep it.
+PATTERNS: dict[str, tuple[P | None, ...]] = {"olmo3": (None, SECOND)}
+
+
 def save(
     folder: Path,
     family: str = "llama",
-    patterns: Any = (FIRST, SECOND),
+    patterns: tuple[P | None, ...] | None = None,
     sinks: bool = False,
 ) -> Path:
     """A band model in float32 with a tokenizer of words `w0` to `w95`."""
     torch.manual_seed(0)
     config = CONFIGS[family]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    spa.hf.apply(model, list(patterns), sinks=sinks)
+    spa.hf.apply(model, patterns or PATTERNS.get(family, (FIRST, SECOND)), sinks=sinks)
     if sinks:
         for name, parameter in model.named_parameters():
             if name.endswith(".sinks"):
@@ -68,8 +75,13 @@ def save(
 def edit(folder: Path, **entries: Any) -> None:
     """Change entries of the folder's config; None removes one."""
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | entries
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    config = json.loads(path.read_text())
+    for name, value in entries.items():
+        if value is None:
+            del config[name]
+        else:
+            config[name] = value
+    path.write_text(json.dumps(config))
 
 
 def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

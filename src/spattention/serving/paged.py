@@ -129,9 +129,7 @@ def attend(
         out[batch.tokens] = result.transpose(1, 2).flatten(0, 1)
 
 
-def write(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
-) -> None:
+def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
     """Store new keys and values.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ..bands import BandPattern
+from ..hf.config import NAME
 from .checks import banded, section_for
 from .head_classes import HeadClass, head_classes, rank_pattern
 from .vllm_backend import BandAttentionBackend
@@ -92,9 +94,7 @@ class BandAttention(torch.nn.Module):
             for index, (part, query_heads) in enumerate(zip(classes, self.query_heads))
         )
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Args are `[T, heads * D]`, as in vLLM's `Attention`."""
         if len(self.classes) == 1:
             return self.classes[0](query, key, value)
@@ -117,10 +117,8 @@ def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
     """The bands of some heads, in the order given."""
     if heads == list(range(pattern.num_heads)):
         return pattern
-    parts = [pattern.heads(head, head + 1) for head in heads]
-    intervals = tuple(part.intervals[0] for part in parts)
-    prefix = getattr(pattern, "prefix", 0)
-    return BandPattern(intervals, pattern.span, **({"prefix": prefix} if prefix else {}))
+    intervals = tuple(pattern.intervals[head] for head in heads)
+    return replace(pattern, intervals=intervals, recipe=None)
 
 
 def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
@@ -139,27 +137,28 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         **({} if hybrid else {"max_classes": 1}),
     )
     by_layer = dict(zip(patterns, classes))
-    owners = [
+    owners: list[tuple[Any, Attention]] = [
         (module, module.attn)
         for module in model.modules()
         if isinstance(getattr(module, "attn", None), Attention)
     ]
-    found = set()
+    assert owners, "vLLM's model has no attention layers of the expected form"
     for owner, attention in owners:
         layer = extract_layer_index(attention.layer_name)
-        found.add(layer)
         if layer not in patterns:
             continue
         pattern = rank_pattern(patterns[layer], ranks, rank)
-        if section.sinks:
-            owner.sinks = torch.nn.Parameter(
-                torch.empty(pattern.num_heads, dtype=torch.get_default_dtype()),
-                requires_grad=False,
-            )
-            owner.sinks.weight_loader = load_sinks
-        sinks = owner.sinks if section.sinks else None
+        sinks = _sinks(pattern.num_heads) if section.sinks else None
+        if sinks is not None:
+            owner.sinks = sinks
         owner.attn = BandAttention(attention, pattern, by_layer[layer], sinks, vllm_config)
-    assert found, "vLLM's model has no attention layers of the expected form"
+
+
+def _sinks(num_heads: int) -> torch.nn.Parameter:
+    """The parameter of a layer's sinks, into which vLLM loads this rank's part."""
+    sinks: Any = torch.nn.Parameter(torch.empty(num_heads), requires_grad=False)
+    sinks.weight_loader = load_sinks
+    return sinks
 
 
 def load_sinks(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
@@ -193,5 +192,21 @@ class SpattentionOlmoeForCausalLM(Banded, OlmoeForCausalLM):
     pass
 
 
-class SpattentionOlmo3ForCausalLM(Banded, TransformersForCausalLM):
-    """vLLM runs OLMo 3 by Transformers' own modules."""
+class _TransformersModel(TransformersForCausalLM):
+    """vLLM's model of Transformers' modules, whose attention is vLLM's own.
+
+    Once `spattention.hf.register` was called in a process, such modules are refused for a config
+    with bands: it is put aside while they are built.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_text_config
+        section = config.__dict__.pop(NAME)
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            config.spattention = section
+
+
+class SpattentionOlmo3ForCausalLM(Banded, _TransformersModel):
+    """vLLM runs OLMo 3 by Transformers' modules."""
