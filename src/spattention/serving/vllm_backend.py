@@ -132,6 +132,11 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
         self.pattern = pattern
         self.sinks = sinks
         self.query_heads = query_heads
+        self.class_sinks: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        if self.sinks is not None:
+            self.class_sinks = self.sinks.detach()[self.query_heads].float()
 
     def do_kv_cache_update(
         self,
@@ -161,9 +166,6 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             raise NotImplementedError("spattention does not quantize its output")
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output.zero_()
-        sinks = self.sinks
-        if sinks is not None:
-            sinks = sinks.detach()[self.query_heads].float()
         attend(
             query,
             kv_cache,
@@ -171,6 +173,6 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             self.pattern,
             output,
             scale=self.scale,
-            sinks=sinks,
+            sinks=self.class_sinks,
         )
         return output

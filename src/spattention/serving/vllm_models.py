@@ -54,6 +54,10 @@ class BandAttention(torch.nn.Module):
         vllm_config: vLLM's settings.
     """
 
+    query_order: torch.Tensor
+    kv_order: torch.Tensor
+    undo_order: torch.Tensor
+
     def __init__(
         self,
         replaced: Attention,
@@ -70,28 +74,32 @@ class BandAttention(torch.nn.Module):
         # vLLM asks every attention layer in this table for its cache.
         table = vllm_config.compilation_config.static_forward_context
         del table[replaced.layer_name]
-        self.kv_heads = [list(part.kv_heads) for part in classes]
-        self.query_heads = [
+        query_heads = [
             [head * group + i for head in part.kv_heads for i in range(group)] for part in classes
         ]
-        dealt = [head for heads in self.query_heads for head in heads]
-        self.in_order = dealt == sorted(dealt)
-        self.undo = sorted(range(len(dealt)), key=dealt.__getitem__)
+        self.query_sizes = [len(heads) for heads in query_heads]
+        self.kv_sizes = [len(part.kv_heads) for part in classes]
+        query_order = torch.tensor([head for heads in query_heads for head in heads])
+        self.in_order = bool(query_order.equal(torch.arange(self.num_heads)))
+        kv_order = torch.tensor([head for part in classes for head in part.kv_heads])
+        self.register_buffer("query_order", query_order, persistent=False)
+        self.register_buffer("kv_order", kv_order, persistent=False)
+        self.register_buffer("undo_order", query_order.argsort(), persistent=False)
         self.classes = torch.nn.ModuleList(
             ClassAttention(
                 window=part.window,
-                num_heads=len(query_heads),
+                num_heads=len(heads),
                 num_kv_heads=len(part.kv_heads),
                 head_size=self.head_size,
                 scale=replaced.impl.scale,
                 cache_config=vllm_config.cache_config,
                 quant_config=replaced.quant_config,
                 prefix=f"{replaced.layer_name}.class_{index}",
-                pattern=select_heads(pattern, query_heads),
+                pattern=select_heads(pattern, heads),
                 sinks=sinks,
-                query_heads=query_heads,
+                query_heads=heads,
             )
-            for index, (part, query_heads) in enumerate(zip(classes, self.query_heads))
+            for index, (part, heads) in enumerate(zip(classes, query_heads))
         )
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -101,16 +109,23 @@ class BandAttention(torch.nn.Module):
         query = query.unflatten(-1, (self.num_heads, self.head_size))
         key = key.unflatten(-1, (self.num_kv_heads, self.head_size))
         value = value.unflatten(-1, (self.num_kv_heads, self.head_size))
-        parts = []
-        for attention, query_heads, kv_heads in zip(self.classes, self.query_heads, self.kv_heads):
-            out = attention(
-                query[:, query_heads].flatten(1),
-                key[:, kv_heads].flatten(1),
-                value[:, kv_heads].flatten(1),
-            )
-            parts.append(out.unflatten(-1, (len(query_heads), self.head_size)))
-        joined = torch.cat(parts, dim=1)
-        return (joined if self.in_order else joined[:, self.undo]).flatten(1)
+        if not self.in_order:
+            query = query.index_select(1, self.query_order)
+            key = key.index_select(1, self.kv_order)
+            value = value.index_select(1, self.kv_order)
+        parts = zip(
+            self.classes,
+            query.split(self.query_sizes, dim=1),
+            key.split(self.kv_sizes, dim=1),
+            value.split(self.kv_sizes, dim=1),
+        )
+        out = torch.cat(
+            [one(q.flatten(1), k.flatten(1), v.flatten(1)) for one, q, k, v in parts], 1
+        )
+        if self.in_order:
+            return out
+        out = out.unflatten(-1, (self.num_heads, self.head_size))
+        return out.index_select(1, self.undo_order).flatten(1)
 
 
 def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
