@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,23 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**COMMON),
-    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=None),
-    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=16),
-    "olmoe": lambda: transformers.OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2),
-    "olmo3": lambda: transformers.Olmo3Config(
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "llama": lambda **shape: transformers.LlamaConfig(**COMMON | shape),
+    "mistral": lambda **shape: transformers.MistralConfig(**COMMON | shape, sliding_window=None),
+    "qwen3": lambda **shape: transformers.Qwen3Config(**COMMON | shape, head_dim=16),
+    "olmoe": lambda **shape: transformers.OlmoeConfig(
+        **COMMON | shape, num_experts=4, num_experts_per_tok=2
+    ),
+    "olmo3": lambda **shape: transformers.Olmo3Config(
         # vLLM's own attention on the CPU, for the layer with a window, has heads of 32 or more.
-        **COMMON | {"hidden_size": 128},
+        **COMMON | {"hidden_size": 128} | shape,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=16,
     ),
@@ -55,10 +58,11 @@ def save(
     family: str = "llama",
     patterns: tuple[P | None, ...] | None = None,
     sinks: bool = False,
+    **shape: int,
 ) -> Path:
     """A band model in float32 with a tokenizer of words `w0` to `w95`."""
     torch.manual_seed(0)
-    config = CONFIGS[family]()
+    config = CONFIGS[family](**shape)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     spa.hf.apply(model, patterns or PATTERNS.get(family, (FIRST, SECOND)), sinks=sinks)
     if sinks:
