@@ -1,10 +1,11 @@
 """Runs vLLM in a process of its own, as a user's script would.
 
-    python engine.py generate FOLDER '{"runs": [[[1, 2], [3]], ...], "tokens": 8, "settings": {}}'
-    python engine.py start FOLDER '{"settings": {}}'
+    python engine.py generate '{"folder": "", "runs": [[[1, 2], [3]]], "tokens": 8, "settings": {}}'
+    python engine.py start '{"starts": [[FOLDER, {}], ...]}'
 
 The last line of standard output is JSON: for `generate` the tokens, the cached prompt tokens and
-the most blocks in use of each run; for `start` the error with which vLLM's own checks end, or null.
+the most blocks in use of each run; for `start` the error with which vLLM's own checks end, or null,
+of each folder and its settings.
 """
 
 from __future__ import annotations
@@ -34,23 +35,38 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | changes
 
 
-def call(command: str, folder: Path, request: dict[str, Any], **variables: str) -> Any:
-    """The answer of this script, run in a new process."""
+def generate_in_vllm(
+    folder: Path, runs: list[list[list[int]]], tokens: int, **settings: Any
+) -> list[dict[str, Any]]:
+    """Greedy continuations of each run's prompts, which are served at once, run after run."""
+    request = {"folder": str(folder), "runs": runs, "tokens": tokens, "settings": settings}
+    return _call("generate", request, environment())
+
+
+def start_errors(starts: list[tuple[Path, dict[str, Any]]], **variables: str) -> list[str | None]:
+    """With which message vLLM refuses each folder under these settings; None where it would load
+    it.
+    """
+    request = {"starts": [(str(folder), settings) for folder, settings in starts]}
+    return _call("start", request, environment(**variables))
+
+
+def _call(command: str, request: dict[str, Any], variables: dict[str, str]) -> Any:
     done = subprocess.run(
-        [sys.executable, __file__, command, str(folder), json.dumps(request)],
+        [sys.executable, __file__, command, json.dumps(request)],
         capture_output=True,
         text=True,
-        env=environment(**variables),
+        env=variables,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def generate(folder: str, request: dict[str, Any]) -> Any:
+def _generate(request: dict[str, Any]) -> Any:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(folder, **SETTINGS | request["settings"]).llm_engine
+    engine = LLM(request["folder"], **SETTINGS | request["settings"]).llm_engine
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     sampling = SamplingParams(
         temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False
@@ -77,17 +93,21 @@ def generate(folder: str, request: dict[str, Any]) -> Any:
     return answers
 
 
-def start(folder: str, request: dict[str, Any]) -> str | None:
+def _start(request: dict[str, Any]) -> list[str | None]:
     from vllm.engine.arg_utils import EngineArgs
 
-    try:
-        EngineArgs(folder, **SETTINGS | request["settings"]).create_engine_config()
-    except ValueError as error:
-        return str(error)
-    return None
+    errors: list[str | None] = []
+    for folder, settings in request["starts"]:
+        try:
+            EngineArgs(folder, **SETTINGS | settings).create_engine_config()
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            errors.append(None)
+    return errors
 
 
 if __name__ == "__main__":
-    command, folder, request = sys.argv[1:]
-    answer = {"generate": generate, "start": start}[command](folder, json.loads(request))
+    command, request = sys.argv[1:]
+    answer = {"generate": _generate, "start": _start}[command](json.loads(request))
     print("\n" + json.dumps(answer))

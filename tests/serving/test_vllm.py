@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import spattention as spa
+from spattention.serving.head_classes import head_classes
 
 from . import engine, folders
 
@@ -29,8 +31,7 @@ def test_tokens_are_transformers_tokens(tmp_path: Path, family: str, sinks: bool
     """Four requests at once in blocks of 16 and chunks of 64, again from cached prefixes."""
     folder = folders.save(tmp_path, family, sinks=sinks)
     expected = folders.greedy(folder, PROMPTS, NEW_TOKENS)
-    request = {"runs": [PROMPTS, PROMPTS], "tokens": NEW_TOKENS, "settings": {}}
-    first, again = engine.call("generate", folder, request)
+    first, again = engine.generate_in_vllm(folder, [PROMPTS, PROMPTS], NEW_TOKENS)
     assert first["tokens"] == expected
     assert again["tokens"] == expected
     assert first["cached"] == [0, 0, 0, 0]
@@ -49,26 +50,36 @@ def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
 
 
 def test_blocks_are_freed_by_class_of_heads(tmp_path: Path) -> None:
-    """A long request holds the blocks that its heads' bands reach, and no others."""
-    length, heads = 2048, 8
+    """A long request holds the blocks that the bands of each class of heads reach, no others."""
+    length, heads, chunk, block_size = 2048, 8, 64, 16
     pattern = spa.BandPattern.shared_local(heads, length, widths="geometric", local=64)
-    sliding = spa.BandPattern.sliding_window(heads, length, 128)
-    most = {}
-    for name, bands in (("geometric", pattern), ("sliding", sliding)):
-        shape = {"num_attention_heads": heads, "num_key_value_heads": heads}
-        folder = folders.save(tmp_path / name, patterns=(bands, bands), **shape)
-        settings = {"max_model_len": 4096, "enable_prefix_caching": False}
-        request = {"runs": [folders.prompts([length])], "tokens": 8, "settings": settings}
-        (run,) = engine.call("generate", folder, request)
-        assert run["tokens"] == folders.greedy(folder, folders.prompts([length]), 8)
-        most[name] = run["most_blocks"]
-    print(json.dumps(most))
-    assert most["sliding"] <= (128 + 64) / 16 + 2
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    folder = folders.save(tmp_path, patterns=(pattern, pattern), **shape)
+    prompts = folders.prompts([length])
+    (run,) = engine.generate_in_vllm(
+        folder, [prompts], 8, max_model_len=2 * length, enable_prefix_caching=False
+    )
+    assert run["tokens"] == folders.greedy(folder, prompts, 8)
+
+    (classes,) = head_classes([pattern], heads)
+    assert len(classes) > 1
+    largest = max(len(part.kv_heads) for part in classes)
+    held = every = 0
+    for part in classes:
+        assert part.window is not None
+        tokens = block_size * largest // len(part.kv_heads)  # pages are of one size
+        held += -(-min(part.window + chunk, length) // tokens) + 1
+        every += -(-length // tokens)
+    assert run["most_blocks"] <= held + 1  # vLLM keeps one block unused
+    assert held < 0.5 * every
 
 
-@pytest.mark.parametrize(
-    ("entries", "settings", "message"),
-    [
+def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
+    """Each with one line that says what to do, before a weight is read."""
+    good = folders.save(tmp_path / "good")
+    section = json.loads((good / "config.json").read_text())["spattention"]
+    cases: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
+        ({}, {}, None),
         (
             {"architectures": ["LlamaForCausalLM"]},
             {},
@@ -80,6 +91,11 @@ def test_blocks_are_freed_by_class_of_heads(tmp_path: Path) -> None:
             "the families that spattention serves, got ['SpattentionGemma3ForCausalLM']",
         ),
         ({"spattention": None}, {}, "the folder has lost its bands"),
+        (
+            {"spattention": section | {"version": 7}},
+            {},
+            "`config.spattention` must have version 1 (the one this library writes), got 7",
+        ),
         ({"num_attention_heads": 2}, {}, "`pattern` has 4 heads but layer 0 of the model has 2"),
         (
             {},
@@ -91,37 +107,25 @@ def test_blocks_are_freed_by_class_of_heads(tmp_path: Path) -> None:
             {"tensor_parallel_size": 3},
             "`tensor_parallel_size` must divide the model's 4 query heads, got 3",
         ),
-        ({}, {}, None),
-    ],
-)
-def test_bad_folders_and_settings_end_at_start_up(
-    tmp_path: Path, entries: dict[str, Any], settings: dict[str, Any], message: str | None
-) -> None:
-    folder = folders.save(tmp_path)
-    folders.edit(folder, **entries)
-    error = engine.call("start", folder, {"settings": settings})
-    if message is None:
-        assert error is None
-    else:
-        assert message in error
-
-
-def test_a_newer_section_ends_at_start_up(tmp_path: Path) -> None:
-    folder = folders.save(tmp_path)
-    section = json.loads((folder / "config.json").read_text())["spattention"]
-    folders.edit(folder, spattention=section | {"version": 7})
-    error = engine.call("start", folder, {"settings": {}})
-    assert "`config.spattention` must have version 1 (the one this library writes), got 7" in error
+        # A stock model is none of this library's business.
+        ({"architectures": ["LlamaForCausalLM"], "spattention": None}, {}, None),
+    ]
+    starts = []
+    for index, (entries, settings, _) in enumerate(cases):
+        folder = shutil.copytree(good, tmp_path / str(index))
+        folders.edit(folder, **entries)
+        starts.append((folder, settings))
+    for (_, _, message), error in zip(cases, engine.start_errors(starts)):
+        if message is None:
+            assert error is None
+        else:
+            assert error is not None
+            assert message in error
 
 
 def test_vllm_without_the_plugin_refuses_bands(tmp_path: Path) -> None:
     """vLLM's own registry does not know the name that a band model's folder gives."""
     folder = folders.save(tmp_path)
-    error = engine.call("start", folder, {"settings": {}}, VLLM_PLUGINS="")
+    (error,) = engine.start_errors([(folder, {})], VLLM_PLUGINS="")
+    assert error is not None
     assert "Model architectures ['SpattentionLlamaForCausalLM'] are not supported for now" in error
-
-
-def test_the_plugin_leaves_stock_models_alone(tmp_path: Path) -> None:
-    folder = folders.save(tmp_path)
-    folders.edit(folder, architectures=["LlamaForCausalLM"], spattention=None)
-    assert engine.call("start", folder, {"settings": {}}) is None
