@@ -67,3 +67,11 @@ def test_far_heads_come_last_whatever_their_index() -> None:
     (classes,) = head_classes([pattern], 4)
     assert [part.kv_heads for part in classes] == [(1,), (3,), (2,), (0,)]
     assert [part.window for part in classes] == [2, 3, 50, 90]
+
+
+def test_prefix_tokens_keep_every_block() -> None:
+    """The first tokens stay visible for ever, so that no block in front can be freed."""
+    pattern = P.sliding_window(4, 64, 8)
+    object.__setattr__(pattern, "prefix", 2)
+    (classes,) = head_classes([pattern], 2)
+    assert [(part.kv_heads, part.window) for part in classes] == [((0, 1), None)]

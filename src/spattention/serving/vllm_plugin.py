@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from packaging.version import Version
+
 from .checks import (
     ARCHITECTURE_PREFIX,
     FAMILIES,
@@ -19,6 +21,8 @@ from .checks import (
 )
 
 MODELS = "spattention.serving.vllm_models"
+# vLLM changes the interfaces that this library implements from one release to the next.
+OLDEST, BEFORE = "0.32", "0.34"
 
 
 def register() -> None:
@@ -41,6 +45,13 @@ def register() -> None:
 
 def check_settings(vllm_config: Any) -> None:
     """vLLM's settings for a band model; raises `ValueError` for those that are not supported."""
+    import vllm
+
+    if not Version(OLDEST) <= Version(vllm.__version__) < Version(BEFORE):
+        raise ValueError(
+            f"vLLM must be at least {OLDEST} and below {BEFORE} for spattention, got "
+            f"{vllm.__version__}"
+        )
     config = vllm_config.model_config.hf_text_config
     parallel = vllm_config.parallel_config
     check_cache_dtype(vllm_config.cache_config.cache_dtype)
@@ -76,7 +87,7 @@ def _checking(inspect: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(inspect)
     def checked(architectures: str | list[str], model_config: Any) -> Any:
         names = [architectures] if isinstance(architectures, str) else list(architectures)
-        check_architectures(model_config.hf_config, names)
+        check_architectures(model_config.hf_text_config, names)
         return inspect(architectures, model_config)
 
     return checked
