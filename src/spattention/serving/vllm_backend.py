@@ -1,0 +1,178 @@
+"""vLLM's attention back end for bands: prefill and decoding over its paged cache.
+
+On the CPU it is tested against Transformers. On CUDA the same path runs through
+`spattention.serving.paged.attend`, which gathers the readable blocks of each request before the
+band kernels read them, outside CUDA graphs and with one synchronisation per step and class of
+heads. It has not been run there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+
+from ..bands import BandPattern
+from .checks import check_cache_dtype
+from .paged import RequestBatch, attend, request_batches, write
+
+
+@dataclass
+class BandMetadata(AttentionMetadata):
+    """What the layers of one class of heads share in one step."""
+
+    batches: list[RequestBatch]
+
+
+class BandAttentionBackend(AttentionBackend):
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # the name that vLLM keeps for back ends that are not its own
+
+    @staticmethod
+    def get_impl_cls() -> type[BandAttentionImpl]:
+        return BandAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[BandMetadataBuilder]:
+        return BandMetadataBuilder
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+
+class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
+    # Batches differ in shape from step to step, so vLLM captures its graphs around attention.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.block_size = kv_cache_spec.block_size
+        self.window = getattr(kv_cache_spec, "sliding_window", None)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> BandMetadata:
+        requests = common_attn_metadata.num_reqs
+        return BandMetadata(
+            request_batches(
+                common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist(),
+                common_attn_metadata.seq_lens[:requests].tolist(),
+                common_attn_metadata.block_table_tensor,
+                self.block_size,
+                self.window,
+            )
+        )
+
+
+class BandAttentionImpl(AttentionImpl[BandMetadata]):
+    """Attention of one class of heads in one layer.
+
+    Args:
+        pattern: the bands of this class's query heads.
+        sinks: `[H]` of all the rank's heads, or None.
+        query_heads: indices of this class's heads among those of `sinks`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        pattern: BandPattern,
+        sinks: torch.Tensor | None = None,
+        query_heads: list[int] | None = None,
+    ) -> None:
+        check_cache_dtype(kv_cache_dtype)
+        for name, given in (
+            ("alibi_slopes", alibi_slopes),
+            ("logits_soft_cap", logits_soft_cap),
+            ("kv_sharing_target_layer_name", kv_sharing_target_layer_name),
+        ):
+            if given is not None:
+                raise ValueError(f"`{name}` must be None for spattention, got {given!r}")
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(f'`attn_type` must be "decoder" for spattention, got {attn_type!r}')
+        assert pattern.num_heads == num_heads
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.pattern = pattern
+        self.sinks = sinks
+        self.query_heads = query_heads
+        self.class_sinks: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        if self.sinks is not None:
+            self.class_sinks = self.sinks.detach()[self.query_heads].float()
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        tokens = slot_mapping.shape[0]
+        write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: BandMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fill `output [T, H, D]` from the cache, which has the new keys already."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("spattention does not quantize its output")
+        if attn_metadata is None:  # vLLM measures memory without a cache
+            return output.zero_()
+        attend(
+            query,
+            kv_cache,
+            attn_metadata.batches,
+            self.pattern,
+            output,
+            scale=self.scale,
+            sinks=self.class_sinks,
+        )
+        return output

@@ -1,0 +1,227 @@
+"""The model classes that vLLM builds for band models: its own, with other attention layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.olmoe import OlmoeForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from ..bands import BandPattern
+from ..hf.config import NAME
+from .checks import banded, section_for
+from .head_classes import HeadClass, head_classes, rank_pattern
+from .vllm_backend import BandAttentionBackend
+
+
+class ClassAttention(Attention):
+    """vLLM's layer for one class of heads, with a cache of its own."""
+
+    def __init__(self, *, window: int | None, **keywords: Any) -> None:
+        super().__init__(attn_backend=BandAttentionBackend, **keywords)
+        self.window = window
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        common: dict[str, Any] = {
+            "block_size": vllm_config.cache_config.block_size,
+            "num_kv_heads": self.num_kv_heads,
+            "head_size": self.head_size,
+            "dtype": self.kv_cache_torch_dtype,
+        }
+        if self.window is None:
+            return FullAttentionSpec(**common)
+        return SlidingWindowSpec(sliding_window=self.window, **common)
+
+
+class BandAttention(torch.nn.Module):
+    """Attention of one decoder layer, in place of vLLM's `Attention`.
+
+    Args:
+        replaced: the layer in whose place it comes.
+        pattern: the bands of this rank's query heads.
+        classes: this rank's classes of key/value heads.
+        sinks: `[H]`, or None.
+        vllm_config: vLLM's settings.
+    """
+
+    query_order: torch.Tensor
+    kv_order: torch.Tensor
+    undo_order: torch.Tensor
+
+    def __init__(
+        self,
+        replaced: Attention,
+        pattern: BandPattern,
+        classes: tuple[HeadClass, ...],
+        sinks: torch.Tensor | None,
+        vllm_config: VllmConfig,
+    ) -> None:
+        super().__init__()
+        self.num_heads = replaced.num_heads
+        self.num_kv_heads = replaced.num_kv_heads
+        self.head_size = replaced.head_size
+        group = self.num_heads // self.num_kv_heads
+        # vLLM asks every attention layer in this table for its cache.
+        table = vllm_config.compilation_config.static_forward_context
+        del table[replaced.layer_name]
+        query_heads = [
+            [head * group + i for head in part.kv_heads for i in range(group)] for part in classes
+        ]
+        self.query_sizes = [len(heads) for heads in query_heads]
+        self.kv_sizes = [len(part.kv_heads) for part in classes]
+        query_order = torch.tensor([head for heads in query_heads for head in heads])
+        self.in_order = bool(query_order.equal(torch.arange(self.num_heads)))
+        kv_order = torch.tensor([head for part in classes for head in part.kv_heads])
+        self.register_buffer("query_order", query_order, persistent=False)
+        self.register_buffer("kv_order", kv_order, persistent=False)
+        self.register_buffer("undo_order", query_order.argsort(), persistent=False)
+        self.classes = torch.nn.ModuleList(
+            ClassAttention(
+                window=part.window,
+                num_heads=len(heads),
+                num_kv_heads=len(part.kv_heads),
+                head_size=self.head_size,
+                scale=replaced.impl.scale,
+                cache_config=vllm_config.cache_config,
+                quant_config=replaced.quant_config,
+                prefix=f"{replaced.layer_name}.class_{index}",
+                pattern=select_heads(pattern, heads),
+                sinks=sinks,
+                query_heads=heads,
+            )
+            for index, (part, heads) in enumerate(zip(classes, query_heads))
+        )
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Args are `[T, heads * D]`, as in vLLM's `Attention`."""
+        if len(self.classes) == 1:
+            return self.classes[0](query, key, value)
+        query = query.unflatten(-1, (self.num_heads, self.head_size))
+        key = key.unflatten(-1, (self.num_kv_heads, self.head_size))
+        value = value.unflatten(-1, (self.num_kv_heads, self.head_size))
+        if not self.in_order:
+            query = query.index_select(1, self.query_order)
+            key = key.index_select(1, self.kv_order)
+            value = value.index_select(1, self.kv_order)
+        parts = zip(
+            self.classes,
+            query.split(self.query_sizes, dim=1),
+            key.split(self.kv_sizes, dim=1),
+            value.split(self.kv_sizes, dim=1),
+        )
+        out = torch.cat(
+            [one(q.flatten(1), k.flatten(1), v.flatten(1)) for one, q, k, v in parts], 1
+        )
+        if self.in_order:
+            return out
+        out = out.unflatten(-1, (self.num_heads, self.head_size))
+        return out.index_select(1, self.undo_order).flatten(1)
+
+
+def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
+    """The bands of some heads, in the order given."""
+    if heads == list(range(pattern.num_heads)):
+        return pattern
+    intervals = tuple(pattern.intervals[head] for head in heads)
+    return replace(pattern, intervals=intervals, recipe=None)
+
+
+def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
+    """Replace the attention of every layer that has a pattern."""
+    config = vllm_config.model_config.hf_text_config
+    section = section_for(config)
+    patterns = banded(section)
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    hybrid = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    classes = head_classes(
+        list(patterns.values()),
+        config.num_key_value_heads,
+        ranks=ranks,
+        rank=rank,
+        uniform_pages=len(patterns) < config.num_hidden_layers,
+        **({} if hybrid else {"max_classes": 1}),
+    )
+    by_layer = dict(zip(patterns, classes))
+    owners: list[tuple[Any, Attention]] = [
+        (module, module.attn)
+        for module in model.modules()
+        if isinstance(getattr(module, "attn", None), Attention)
+    ]
+    assert owners, "vLLM's model has no attention layers of the expected form"
+    for owner, attention in owners:
+        layer = extract_layer_index(attention.layer_name)
+        if layer not in patterns:
+            continue
+        pattern = rank_pattern(patterns[layer], ranks, rank)
+        sinks = _sinks(pattern.num_heads) if section.sinks else None
+        if sinks is not None:
+            owner.sinks = sinks
+        owner.attn = BandAttention(attention, pattern, by_layer[layer], sinks, vllm_config)
+
+
+def _sinks(num_heads: int) -> torch.nn.Parameter:
+    """The parameter of a layer's sinks, into which vLLM loads this rank's part."""
+    sinks: Any = torch.nn.Parameter(torch.empty(num_heads), requires_grad=False)
+    sinks.weight_loader = load_sinks
+    return sinks
+
+
+def load_sinks(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+    """Copy this rank's part of a layer's sinks."""
+    here = parameter.shape[0]
+    rank = get_tensor_model_parallel_rank()
+    parameter.data.copy_(loaded[rank * here : (rank + 1) * here])
+
+
+class Banded:
+    """Mixed into a model class of vLLM: its attention layers get their bands."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        give_bands(self, vllm_config)  # type: ignore[arg-type]
+
+
+class SpattentionLlamaForCausalLM(Banded, LlamaForCausalLM):
+    pass
+
+
+class SpattentionMistralForCausalLM(Banded, MistralForCausalLM):
+    pass
+
+
+class SpattentionQwen3ForCausalLM(Banded, Qwen3ForCausalLM):
+    pass
+
+
+class SpattentionOlmoeForCausalLM(Banded, OlmoeForCausalLM):
+    pass
+
+
+class _TransformersModel(TransformersForCausalLM):
+    """vLLM's model of Transformers' modules, whose attention is vLLM's own.
+
+    Once `spattention.hf.register` was called in a process, such modules are refused for a config
+    with bands: it is put aside while they are built.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_text_config
+        section = config.__dict__.pop(NAME)
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            config.spattention = section
+
+
+class SpattentionOlmo3ForCausalLM(Banded, _TransformersModel):
+    """vLLM runs OLMo 3 by Transformers' modules."""

@@ -1,0 +1,10 @@
+"""vLLM serves band models: `pip install 'spattention[vllm]' && vllm serve FOLDER`.
+
+vLLM finds `register` by the entry point `vllm.general_plugins`; nobody has to call it.
+"""
+
+from __future__ import annotations
+
+from .serving.vllm_plugin import register
+
+__all__ = ["register"]

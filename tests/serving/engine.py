@@ -1,0 +1,113 @@
+"""Runs vLLM in a process of its own, as a user's script would.
+
+    python engine.py generate '{"folder": "", "runs": [[[1, 2], [3]]], "tokens": 8, "settings": {}}'
+    python engine.py start '{"starts": [[FOLDER, {}], ...]}'
+
+The last line of standard output is JSON: for `generate` the tokens, the cached prompt tokens and
+the most blocks in use of each run; for `start` the error with which vLLM's own checks end, or null,
+of each folder and its settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "dtype": "float32",
+    "block_size": 16,
+    "max_model_len": 512,
+    "max_num_batched_tokens": 64,  # longer prompts are prefilled in chunks
+    "max_num_seqs": 4,
+    "enforce_eager": True,  # compiling takes a minute and more
+    "kv_cache_memory_bytes": 1 << 24,
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Without a network, one thread, the engine in the process that asked for it."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return kept | quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | changes
+
+
+def generate_in_vllm(
+    folder: Path, runs: list[list[list[int]]], tokens: int, **settings: Any
+) -> list[dict[str, Any]]:
+    """Greedy continuations of each run's prompts, which are served at once, run after run."""
+    request = {"folder": str(folder), "runs": runs, "tokens": tokens, "settings": settings}
+    return _call("generate", request, environment())
+
+
+def start_errors(starts: list[tuple[Path, dict[str, Any]]], **variables: str) -> list[str | None]:
+    """With which message vLLM refuses each folder under these settings; None where it would load
+    it.
+    """
+    request = {"starts": [(str(folder), settings) for folder, settings in starts]}
+    return _call("start", request, environment(**variables))
+
+
+def _call(command: str, request: dict[str, Any], variables: dict[str, str]) -> Any:
+    done = subprocess.run(
+        [sys.executable, __file__, command, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        env=variables,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _generate(request: dict[str, Any]) -> Any:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(request["folder"], **SETTINGS | request["settings"]).llm_engine
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    sampling = SamplingParams(
+        temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False
+    )
+    answers = []
+    for run, prompts in enumerate(request["runs"]):
+        for index, prompt in enumerate(prompts):
+            engine.add_request(f"{run}-{index}", {"prompt_token_ids": prompt}, sampling)
+        finished: dict[int, Any] = {}
+        in_use = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[int(output.request_id.split("-")[1])] = output
+            in_use.append(pool.num_gpu_blocks - pool.get_num_free_blocks())
+        in_order = [finished[index] for index in range(len(prompts))]
+        answers.append(
+            {
+                "tokens": [list(output.outputs[0].token_ids) for output in in_order],
+                "cached": [output.num_cached_tokens for output in in_order],
+                "most_blocks": max(in_use),
+            }
+        )
+    return answers
+
+
+def _start(request: dict[str, Any]) -> list[str | None]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    errors: list[str | None] = []
+    for folder, settings in request["starts"]:
+        try:
+            EngineArgs(folder, **SETTINGS | settings).create_engine_config()
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            errors.append(None)
+    return errors
+
+
+if __name__ == "__main__":
+    command, request = sys.argv[1:]
+    answer = {"generate": _generate, "start": _start}[command](json.loads(request))
+    print("\n" + json.dumps(answer))

@@ -1,0 +1,133 @@
+"""Attention over a paged cache: the same as over contiguous keys, whatever the blocks hold."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import spattention as spa
+from spattention.serving.paged import attend, request_batches, write
+
+HEADS, KV_HEADS, DIM, SPAN = 4, 2, 8, 40
+PATTERN = spa.BandPattern((((0, 4), (20, SPAN)), ((0, 13),), (), ((0, 2), (5, 9))), SPAN)
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+
+
+class Engine:
+    """A cache in blocks: what every freed and unused block holds is NaN."""
+
+    def __init__(self, lengths: list[int], block_size: int, window: int | None, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.shuffle = random.Random(seed)
+        self.block_size, self.window = block_size, window
+        self.query = [self._tokens(n, HEADS, generator) for n in lengths]
+        self.key = [self._tokens(n, KV_HEADS, generator) for n in lengths]
+        self.value = [self._tokens(n, KV_HEADS, generator) for n in lengths]
+        width = -(-max(lengths) // block_size) + 3
+        blocks = 1 + len(lengths) * width
+        self.cache = torch.full((blocks, KV_HEADS, block_size, 2 * DIM), torch.nan).double()
+        self.free = list(range(1, blocks))
+        self.shuffle.shuffle(self.free)
+        self.table = torch.zeros(len(lengths), width, dtype=torch.int32)
+        self.computed = [0] * len(lengths)
+
+    @staticmethod
+    def _tokens(length: int, heads: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(length, heads, DIM, generator=generator, dtype=torch.float64)
+
+    def step(self, new_tokens: list[int], sinks: torch.Tensor | None) -> list[torch.Tensor]:
+        """Run the next `new_tokens` of each request together."""
+        slots = []
+        for request, count in enumerate(new_tokens):
+            self._release(request)
+            for position in range(self.computed[request], self.computed[request] + count):
+                column, offset = divmod(position, self.block_size)
+                if offset == 0:
+                    self.table[request, column] = self.free.pop()
+                slots.append(int(self.table[request, column]) * self.block_size + offset)
+        parts = [slice(c, c + n) for c, n in zip(self.computed, new_tokens)]
+        query, key, value = (
+            torch.cat([tokens[part] for tokens, part in zip(all_tokens, parts)])
+            for all_tokens in (self.query, self.key, self.value)
+        )
+        write(key, value, self.cache, torch.tensor(slots))
+        lengths = [c + n for c, n in zip(self.computed, new_tokens)]
+        offsets = [sum(new_tokens[:i]) for i in range(len(new_tokens) + 1)]
+        batches = request_batches(offsets, lengths, self.table, self.block_size, self.window)
+        out = torch.full_like(query, torch.nan)
+        attend(query, self.cache, batches, PATTERN, out, scale=0.5, sinks=sinks)
+        self.computed = lengths
+        return list(out.split(new_tokens))
+
+    def _release(self, request: int) -> None:
+        """As vLLM's manager of sliding windows does, before a step."""
+        if self.window is None:
+            return
+        skipped = max(0, self.computed[request] - self.window + 1)
+        for column in range(skipped // self.block_size):
+            block = int(self.table[request, column])
+            if block:
+                self.cache[block] = torch.nan
+                self.free.insert(0, block)
+                self.table[request, column] = 0
+
+    def expected(self, request: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        whole = (tokens[request].transpose(0, 1)[None] for tokens in self._all())
+        out = spa.band_attention(*whole, PATTERN, scale=0.5, sinks=sinks, impl="reference")
+        return out[0].transpose(0, 1)
+
+    def _all(self) -> tuple[list[torch.Tensor], ...]:
+        return self.query, self.key, self.value
+
+
+@pytest.mark.parametrize("window", [None, SPAN, SPAN + 7])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.3, -1.0, 2.0, 0.0]).double()])
+def test_paged_steps_equal_one_pass(
+    block_size: int, window: int | None, sinks: torch.Tensor | None
+) -> None:
+    """Mixed steps of prefill chunks and decoding give each request what one pass over it gives,
+    while blocks behind the window are freed and poisoned."""
+    lengths = [97, 1, 60, 33]
+    engine = Engine(lengths, block_size, window, seed=block_size)
+    results: list[list[torch.Tensor]] = [[] for _ in lengths]
+    while any(n < length for n, length in zip(engine.computed, lengths)):
+        chunks = [
+            min(engine.shuffle.choice([0, 1, 1, 17]), length - n)
+            for n, length in zip(engine.computed, lengths)
+        ]
+        for result, part in zip(results, engine.step(chunks, sinks)):
+            result.append(part)
+    for request, result in enumerate(results):
+        torch.testing.assert_close(
+            torch.cat(result), engine.expected(request, sinks), **EXACT, msg=f"request {request}"
+        )
+
+
+def test_a_window_of_the_farthest_edge_is_needed() -> None:
+    """A window of one token less loses a key that a band still reads."""
+    lengths = [SPAN + 20]
+    for window, same in ((SPAN, True), (SPAN - 1, False)):
+        engine = Engine(lengths, 1, window, seed=0)
+        out = torch.cat([engine.step([1], None)[0] for _ in range(lengths[0])])
+        assert out.allclose(engine.expected(0, None), **EXACT) == same
+
+
+def test_only_readable_blocks_are_gathered() -> None:
+    """Decoding gathers blocks within the window, not the whole request."""
+    table = torch.arange(1000, dtype=torch.int32)[None]
+    (batch,) = request_batches([0, 1], [10_001], table, 16, 100)
+    assert batch.blocks.tolist() == [list(range(618, 626))]
+    assert batch.query_start.tolist() == [10_000 - 618 * 16]
+
+
+def test_padding_tokens_are_written_to_the_unused_slot() -> None:
+    """Tokens that only pad a batch, with negative slots, touch no request's block."""
+    cache = torch.zeros(3, 1, 2, 4)
+    token = torch.ones(2, 1, 2)
+    write(token, token, cache, torch.tensor([3, -1]))
+    assert cache[1, 0, 1].eq(1).all()
+    assert cache[0, 0, 0].eq(1).all()
+    assert cache.sum() == 8

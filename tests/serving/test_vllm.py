@@ -1,0 +1,131 @@
+"""vLLM itself, on the CPU: Transformers' tokens, freed blocks, and refusals at start-up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spattention as spa
+from spattention.serving.head_classes import head_classes
+
+from . import engine, folders
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(900)]
+
+NEW_TOKENS = 40
+# One token alone, prompts within the span of 96 and prompts beyond it, whose first blocks are freed
+# while they are read.
+PROMPTS = folders.prompts([1, 70, 200, 300])
+
+
+@pytest.mark.parametrize(
+    ("family", "sinks"),
+    [("llama", False), ("mistral", False), ("qwen3", True), ("olmoe", True), ("olmo3", True)],
+)
+def test_tokens_are_transformers_tokens(tmp_path: Path, family: str, sinks: bool) -> None:
+    """Four requests at once in blocks of 16 and chunks of 64, again from cached prefixes."""
+    folder = folders.save(tmp_path, family, sinks=sinks)
+    expected = folders.greedy(folder, PROMPTS, NEW_TOKENS)
+    first, again = engine.generate_in_vllm(folder, [PROMPTS, PROMPTS], NEW_TOKENS)
+    assert first["tokens"] == expected
+    assert again["tokens"] == expected
+    assert first["cached"] == [0, 0, 0, 0]
+    assert again["cached"][0] == 0
+    assert min(again["cached"][1:]) >= 64  # so the second run did read the first one's blocks
+
+
+def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
+    """The models of these tests give other tokens where bands are lost or exchanged."""
+    folder = folders.save(tmp_path / "banded")
+    exchanged = folders.save(tmp_path / "other", patterns=(folders.SECOND, folders.FIRST))
+    tokens = folders.greedy(folder, PROMPTS, NEW_TOKENS)
+    assert all(
+        a != b for a, b in zip(tokens[1:], folders.greedy(exchanged, PROMPTS, NEW_TOKENS)[1:])
+    )
+
+
+def test_blocks_are_freed_by_class_of_heads(tmp_path: Path) -> None:
+    """A long request holds the blocks that the bands of each class of heads reach, no others."""
+    length, heads, chunk, block_size = 2048, 8, 64, 16
+    pattern = spa.BandPattern.shared_local(heads, length, widths="geometric", local=64)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    folder = folders.save(tmp_path, patterns=(pattern, pattern), **shape)
+    prompts = folders.prompts([length])
+    (run,) = engine.generate_in_vllm(
+        folder, [prompts], 8, max_model_len=2 * length, enable_prefix_caching=False
+    )
+    assert run["tokens"] == folders.greedy(folder, prompts, 8)
+
+    (classes,) = head_classes([pattern], heads)
+    assert len(classes) > 1
+    largest = max(len(part.kv_heads) for part in classes)
+    held = every = 0
+    for part in classes:
+        assert part.window is not None
+        tokens = block_size * largest // len(part.kv_heads)  # pages are of one size
+        held += -(-min(part.window + chunk, length) // tokens) + 1
+        every += -(-length // tokens)
+    assert run["most_blocks"] <= held + 1  # vLLM keeps one block unused
+    assert held < 0.5 * every
+
+
+def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
+    """Each with one line that says what to do, before a weight is read."""
+    good = folders.save(tmp_path / "good")
+    section = json.loads((good / "config.json").read_text())["spattention"]
+    cases: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
+        ({}, {}, None),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            {},
+            "`architectures` of a model with bands must be ['SpattentionLlamaForCausalLM']",
+        ),
+        (
+            {"architectures": ["SpattentionGemma3ForCausalLM"]},
+            {},
+            "the families that spattention serves, got ['SpattentionGemma3ForCausalLM']",
+        ),
+        ({"spattention": None}, {}, "the folder has lost its bands"),
+        (
+            {"spattention": section | {"version": 7}},
+            {},
+            "`config.spattention` must have version 1 (the one this library writes), got 7",
+        ),
+        ({"num_attention_heads": 2}, {}, "`pattern` has 4 heads but layer 0 of the model has 2"),
+        (
+            {},
+            {"kv_cache_dtype": "fp8"},
+            "`kv_cache_dtype` must be one of ('auto', 'float16', 'bfloat16', 'float32') for",
+        ),
+        (
+            {},
+            {"tensor_parallel_size": 3},
+            "`tensor_parallel_size` must divide the model's 4 query heads, got 3",
+        ),
+        # A stock model is none of this library's business.
+        ({"architectures": ["LlamaForCausalLM"], "spattention": None}, {}, None),
+    ]
+    starts = []
+    for index, (entries, settings, _) in enumerate(cases):
+        folder = shutil.copytree(good, tmp_path / str(index))
+        folders.edit(folder, **entries)
+        starts.append((folder, settings))
+    for (_, _, message), error in zip(cases, engine.start_errors(starts)):
+        if message is None:
+            assert error is None
+        else:
+            assert error is not None
+            assert message in error
+
+
+def test_vllm_without_the_plugin_refuses_bands(tmp_path: Path) -> None:
+    """vLLM's own registry does not know the name that a band model's folder gives."""
+    folder = folders.save(tmp_path)
+    (error,) = engine.start_errors([(folder, {})], VLLM_PLUGINS="")
+    assert error is not None
+    assert "Model architectures ['SpattentionLlamaForCausalLM'] are not supported for now" in error
