@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ NOWHERE = Positions(None, None, None, None)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU as those of an H100 with a tested Triton."""
     monkeypatch.setattr(calls, "compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(planning, "triton_is_tested", lambda: True)
+    monkeypatch.setattr(planning.triton, "__version__", "3.9.0")
+    planning.warn_untested.cache_clear()
 
 
 def make_call(
@@ -47,8 +49,8 @@ def test_plan_covers_training() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head_dim": 80}, "head_dim 64 and 128, got 80"),
-        ({"dtype": torch.float32}, "float16 and bfloat16, got torch.float32"),
+        ({"head_dim": 80}, "head_dim 64 or 128, got 80"),
+        ({"dtype": torch.float32}, "float16 or bfloat16, got torch.float32"),
         ({"query_start": 1}, "position 0"),
         ({"positions": Positions(None, torch.zeros(1), None, None)}, "position 0"),
     ],
@@ -73,7 +75,7 @@ def test_amd_gpus_are_refused(capability: tuple[int, int], monkeypatch: pytest.M
     monkeypatch.setattr(calls, "compute_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     call, query = make_call()
-    assert "AMD" in (hopper.refusal(call) or "")
+    assert hopper.refusal(call) == "an NVIDIA GPU, got ROCm 6.4"
     assert hopper.plan(call, query) is None
 
 
@@ -84,3 +86,32 @@ def test_tensors_that_tma_cannot_read_are_refused() -> None:
     odd = torch.zeros(1, 2, 128, 65, dtype=query.dtype)[..., :64]
     for tensor in (shifted, expanded, odd):
         assert hopper.plan(call, query, tensor) is None
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.3", "3.9.0+git1234", "3.9.0rc1"])
+def test_tested_tritons_run_hopper_kernels(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.triton, "__version__", version)
+    call, query = make_call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hopper.plan(call, query) is not None
+
+
+@pytest.mark.parametrize("version", ["3.10.0", "3.5.1", "4.0.0", "3.60.0"])
+def test_untested_tritons_warn_once(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.triton, "__version__", version)
+    call, query = make_call()
+    with pytest.warns(UserWarning, match=rf"Triton {version} .*3\.6, 3\.7, 3\.8, 3\.9.*2 times"):
+        assert hopper.plan(call, query) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hopper.plan(call, query) is None
+
+
+def test_no_warning_where_another_need_is_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.triton, "__version__", "3.10.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for changes in ({"head_dim": 80}, {"query_start": 1}, {"dtype": torch.float32}):
+            call, query = make_call(**changes)
+            assert hopper.plan(call, query) is None

@@ -6,8 +6,11 @@ during a user's step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+# Options of every kernel. Triton announced that it will change this default.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,20 @@ class LaunchConfig:
         num_warps: warps of a program.
         num_stages: blocks of keys (or queries) in flight. Of the Hopper kernels only the persistent
             forward pass has another number than two.
+        max_registers: limit of the registers of a thread; None for the compiler's choice.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 2
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Triton's options."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+        """Triton's options, without `num_stages`, which Gluon kernels do not have."""
+        options = {"num_warps": self.num_warps, **OPTIONS}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ INTERPRETED = Launches(
     key_gradient=LaunchConfig(16, 16, 1, 1),
 )
 
-# Half precision on Hopper (compute capability 9.0), by BLOCK_D.
+# Half precision on Hopper and datacenter Blackwell (compute capability 9.x and 10.x), by BLOCK_D.
+# Measured on Hopper. On Blackwell, blocks below 64 rows would miss its tensor core instructions.
 HOPPER_HALF = {
     64: Launches(
         forward=LaunchConfig(64, 64, 4, 3),
@@ -89,7 +93,7 @@ def block_d(head_dim: int) -> int:
 
 def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -> Launches:
     """The launches of the portable kernels: 16 x 16 blocks for the interpreter, a measured table
-    for half precision on Hopper, small blocks for the rest.
+    for half precision on Hopper and Blackwell, small blocks for the rest.
 
     Args:
         itemsize: bytes of an element, 2 or 4.
@@ -99,7 +103,9 @@ def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -
     if capability is None:
         return INTERPRETED
     width = block_d(head_dim)
-    if itemsize == 2 and capability[0] == 9 and width in HOPPER_HALF:
+    if itemsize == 2 and capability[0] in (9, 10) and width in HOPPER_HALF:
         return HOPPER_HALF[width]
     launch = (HALF if itemsize == 2 else SINGLE)[width]
-    return Launches(launch, launch, launch)
+    # With 4 warps, dQ in single precision keeps kilobytes per thread in memory.
+    warps = 8 if itemsize == 4 and width >= 128 else launch.num_warps
+    return Launches(launch, replace(launch, num_warps=warps), launch)

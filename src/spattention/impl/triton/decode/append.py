@@ -19,7 +19,7 @@ from .. import memory
 from ..arguments import Form, heads
 from ..call import ensure_inner_contiguous, on_device
 from ..compiled import CompiledKernelCache, specialization
-from ..config import block_d
+from ..config import OPTIONS, block_d
 
 BLOCK_N = 32  # tokens
 
@@ -114,6 +114,7 @@ def _write(
                 counts,
                 FORM=Form(head_dim, block_d(head_dim), BLOCK_N=block),
                 num_warps=1 if block == 1 else 4,
+                **OPTIONS,
             )
 
 

@@ -18,7 +18,7 @@ from ..call import (
     start_strides,
 )
 from ..compiled import CompiledKernelCache, specialization
-from ..config import block_d
+from ..config import OPTIONS, block_d
 from ..constants import ConstantCache, int32_table
 from .config import BLOCK_P, DecodeLaunch, decode_launch
 from .kernels import DecodeCounts, DecodePositions, chunk_kernel, combine_kernel
@@ -211,6 +211,7 @@ def launch_decode(
                 ),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
+                **OPTIONS,
             )
         _combine(
             batch * n_heads * queries,
@@ -233,6 +234,7 @@ def launch_decode(
                 PRECISE=precise,
             ),
             num_warps=4,
+            **OPTIONS,
         )
 
 

@@ -100,6 +100,8 @@ def query_gradient(
             gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
         memory.store_zeros(p_d_query, first, d_query.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
+    # Otherwise Triton 3.9 keeps a path around the main loop, and ptxas then serialises every wgmma.
+    gl.assume(n_steps > 0)
 
     s_query = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)
     s_d_out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], SHARED_Q)

@@ -127,7 +127,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
                 *arguments,
                 call.scale,
                 FORM=form,
-                num_warps=launch.num_warps,
+                **launch.options,
             )
             return
         properties = torch.cuda.get_device_properties(call.device)
@@ -138,7 +138,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             programs,
             call.scale,
             FORM=form,
-            num_warps=launch.num_warps,
+            **launch.options,
         )
 
 
@@ -205,7 +205,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 HAS_D_LSE=stats.d_lse is not None,
                 COMPUTE_DELTA=compute_delta,
             ),
-            num_warps=launch.num_warps,
+            **launch.options,
             launch_pdl=True,
         )
 
@@ -225,7 +225,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             *counts,
             call.scale,
             FORM=_form(call, launch, HAS_D_LSE=stats.d_lse is not None),
-            num_warps=launch.num_warps,
+            **launch.options,
             launch_pdl=True,
         )
         run(key_programs + programs, counts, False)

@@ -21,6 +21,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+# Triton 3.8 renamed the copy. The old name still exists in 3.9, and raises.
+_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 
 class Ring(NamedTuple):
     """Buffers of a ring and two barriers for each: `full` when a copy is complete, `empty` when all
@@ -111,10 +114,10 @@ def copy_tokens(t_tensor, batch, head, start, barrier, s_tokens, pred):
     """Start to copy tokens from `start` on of a `[B, H, tokens, D]` tensor into shared memory;
     zeros outside the tensor.
     """
-    tma.async_copy_global_to_shared(t_tensor, [batch, head, start, 0], barrier, s_tokens, pred=pred)
+    _copy(t_tensor, [batch, head, start, 0], barrier, s_tokens, pred=pred)
 
 
 @gluon.jit
 def copy_vector(t_vector, start, barrier, s_vector, pred):
     """Start to copy consecutive elements from `start` on, a multiple of 16 bytes."""
-    tma.async_copy_global_to_shared(t_vector, [start], barrier, s_vector, pred=pred)
+    _copy(t_vector, [start], barrier, s_vector, pred=pred)

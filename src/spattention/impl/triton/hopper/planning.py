@@ -6,9 +6,10 @@ and another Triton may lack a part of it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -51,12 +52,26 @@ class HopperPlan:
     split_backward: bool
 
 
-TRITON_VERSIONS = ("3.6.",)
+TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+# What the kernels need, as it stands in docs/backends.md.
+NEEDS = {
+    "vendor": "an NVIDIA GPU",
+    "capability": "a GPU of compute capability 9.0 (Hopper)",
+    "dtype": "float16 or bfloat16",
+    "head_dim": "head_dim 64 or 128",
+    "positions": "queries from position 0, without packed documents or `key_start`",
+    "rows": "fewer than 2**31 query rows",
+    "memory": "inputs aligned to 16 bytes, without expanded dimensions",
+    "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
+}
 # By head_dim: one warpgroup, two or three programs on a multiprocessor.
 LAUNCHES = {
     64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)),
+    # Up to 168 registers, three programs of the forward pass fit on a multiprocessor.
     128: HopperLaunches(
-        LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)
+        LaunchConfig(64, 64, 4, max_registers=168),
+        LaunchConfig(128, 128, 4),
+        LaunchConfig(64, 64, 4),
     ),
 }
 BLOCK = 64  # queries or keys
@@ -66,51 +81,69 @@ PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at 
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
 
-def refusal(call: Call) -> str | None:
-    """Why the Hopper kernels do not cover a call, or None if they do."""
+def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
+    """The first need that a call on these tensors does not meet, or None if there is none."""
     if torch.version.hip is not None:
         # ROCm reports capability 9 for MI200 and MI300.
-        return "need an NVIDIA GPU, this is an AMD GPU"
+        return f"{NEEDS['vendor']}, got ROCm {torch.version.hip}"
     if call.capability is None or call.capability[0] != 9:
-        return "need a GPU of compute capability 9.0 (Hopper)"
-    if not triton_is_tested():
-        return f"are not tested with Triton {triton.__version__}"
+        return f"{NEEDS['capability']}, got {call.capability}"
     if call.itemsize != 2:
-        return f"compute float16 and bfloat16, got {call.dtype}"
+        return f"{NEEDS['dtype']}, got {call.dtype}"
     if call.head_dim not in LAUNCHES:
-        return f"compute head_dim 64 and 128, got {call.head_dim}"
+        return f"{NEEDS['head_dim']}, got {call.head_dim}"
     # TMA reads whole blocks, which may start before a range. With queries from position 0 and no
     # first keys, some query sees every key there. Otherwise they might hold anything, NaN included,
     # and must not be read.
     if not call.starts_at_zero:
-        return "need queries from position 0, without packed documents or `key_start`"
+        return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
-        return "need fewer than 2**31 query rows"
+        return NEEDS["rows"]
+    if not readable(*tensors):
+        return NEEDS["memory"]
+    if not triton_is_tested():
+        return f"{NEEDS['triton']}, got {triton.__version__}"
     return None
 
 
 def triton_is_tested() -> bool:
-    """True if the kernels were tested with this Triton."""
-    return triton.__version__.startswith(TRITON_VERSIONS)
+    """True if the kernels were tested with this release of Triton."""
+    major, minor, *_ = triton.__version__.split(".")
+    return f"{major}.{minor}" in TRITON_VERSIONS
+
+
+@cache
+def warn_untested(version: str) -> None:
+    """Warn once that an untested Triton costs speed."""
+    warnings.warn(
+        f"Triton {version} is not among the versions that the Hopper kernels were tested with "
+        f"({', '.join(TRITON_VERSIONS)}). The portable kernels run instead: attention takes 1.5 to "
+        "2 times as long.",
+        stacklevel=2,
+    )
 
 
 def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
-    """The plan of a call on these tensors, or None if the Hopper kernels do not cover it."""
-    if refusal(call) is not None or not readable(*tensors):
-        return None
-    return _plan(call.intervals, call.batch, call.keys, call.head_dim)
+    """The plan of a call on these tensors, or None if the Hopper kernels do not run it. Warns once
+    if Triton's version is the only reason.
+    """
+    reason = refusal(call, *tensors)
+    if reason is None:
+        return _plan(call.intervals, call.batch, call.keys, call.head_dim)
+    if reason.startswith(NEEDS["triton"]):
+        warn_untested(triton.__version__)
+    return None
 
 
 def readable(*tensors: torch.Tensor) -> bool:
-    """True if TMA can read all tensors: starts and strides aligned to 16 bytes, no expanded
-    dimension.
+    """True if TMA can read all tensors of half precision: starts and strides aligned to 16 bytes,
+    no expanded dimension.
     """
-    rest = 16 // tensors[0].element_size() - 1
     for tensor in tensors:
         if tensor.data_ptr() & 15:
             return False
         for length, stride in zip(tensor.shape[:3], tensor.stride()):
-            if length > 1 and (stride == 0 or stride & rest):
+            if length > 1 and (stride == 0 or stride & 7):
                 return False
     return True
 

@@ -43,6 +43,7 @@ def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
             *_counts(call, slots),
             call.scale,
             FORM=_form(call, launch, HAS_SINKS=sinks is not None, FALLING=call.scale < 0),
+            num_stages=launch.num_stages,
             **launch.options,
         )
 
@@ -75,6 +76,7 @@ def query_gradient(
             *_counts(call, slots),
             call.scale,
             FORM=_form(call, launch, HAS_D_LSE=stats.d_lse is not None),
+            num_stages=launch.num_stages,
             **launch.options,
         )
 
@@ -102,6 +104,7 @@ def key_gradient(
             *_counts(call, slots),
             call.scale,
             FORM=_form(call, launch, GROUPED=call.group > 1),
+            num_stages=launch.num_stages,
             **launch.options,
         )
 
