@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from ..layout import empty_like_query
+from ..library import differentiable, register
 from .decode_launch import launch_decode, plan
 from .launch import unit_rows
-from .op import register
 
 MAX_QUERIES = 16
 
@@ -93,9 +93,10 @@ def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 decode = register(
     "triton_decode",
-    "Tensor query, Tensor key, Tensor value, int[] intervals, float scale, SymInt query_start, "
+    "(Tensor query, Tensor key, Tensor value, int[] intervals, float scale, SymInt query_start, "
     "Tensor? query_starts, Tensor? key_start, Tensor? sinks, Tensor? offsets, Tensor? lengths) -> "
     "(Tensor, Tensor)",
     _decode,
     _fake_decode,
 )
+differentiable(decode)

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from ..layout import empty_like_query
+from ..library import batched, differentiable, register
 from .config import pitch
 from .launch import Call, launch_forward, launch_gradients, unit_rows
 
@@ -192,61 +193,23 @@ def _backward_results(
     )
 
 
-class _Attend(torch.autograd.Function):
-    """Keeps for the backward pass the inputs, the output and the log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value, intervals, scale, query_start, *optional = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward(*inputs)
-        ctx.save_for_backward(query, key, value, out, lse, *optional)
-        ctx.rest = intervals, scale, query_start
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, *optional = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        d_query, d_key, d_value, d_sinks = differentiate(
-            d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
-        )
-        d_sinks = None if optional[2] is None else d_sinks
-        return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, intervals, scale, query_start, *optional = inputs
+    ctx.save_for_backward(query, key, value, *output, *optional)
+    ctx.rest = intervals, scale, query_start
+    ctx.set_materialize_grads(False)
 
 
-class _Differentiate(torch.autograd.Function):
-    """The end of the line: there is no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise RuntimeError("band attention by kernels has no second derivative")
-
-
-def _differentiable(
-    function: type[torch.autograd.Function], operator: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The operator for PyTorch's autograd key: recorded if an input needs a gradient, else run as
-    it is.
-    """
-
-    def dispatch(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(given, torch.Tensor) and given.requires_grad for given in inputs
-        ):
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
-    return dispatch
+def _gradients(
+    ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, out, lse, *optional = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_query, d_key, d_value, d_sinks = differentiate(
+        d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
+    )
+    d_sinks = None if optional[2] is None else d_sinks
+    return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
 
 
 def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,40 +229,24 @@ def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callab
     return call
 
 
-_library = torch.library.Library("spattention", "FRAGMENT")
-
-
-def register(
-    name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """`torch.library.custom_op`, less what it does around every call."""
-    _library.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
-        _library.impl(name, compute, device)
-    torch.library.register_fake(f"spattention::{name}", fake, lib=_library)
-    return getattr(torch.ops.spattention, name).default
-
-
 _COMMON = (
     "int[] intervals, float scale, SymInt query_start, Tensor? query_starts, Tensor? key_start, "
     "Tensor? sinks, Tensor? offsets_q, Tensor? offsets_k"
 )
 forward = register(
     "triton_forward",
-    f"Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
+    f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 backward = register(
     "triton_backward",
-    "Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_COMMON}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
-_record_forward = _differentiable(_Attend, forward)
-_record_backward = _differentiable(_Differentiate, backward)
-_library.impl("triton_forward", _record_forward, "Autograd")
-_library.impl("triton_backward", _record_backward, "Autograd")
-attend = _eager(_record_forward, forward)
-differentiate = _eager(_record_backward, backward)
+attend = _eager(differentiable(forward, _save, _gradients), forward)
+differentiate = _eager(differentiable(backward), backward)
+batched(forward, packed="offsets_q")
+batched(backward, packed="offsets_q", sums_sinks=True)

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..library import register
 from . import memory
 from .config import block_d
 from .kernel import Kernel, kinds
 from .launch import on_device, unit_rows
-from .op import register
 
 BLOCK_N = 32  # tokens
 
@@ -110,7 +110,7 @@ def _fake_write(
 
 write = register(
     "triton_store",
-    "Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+    "(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
     "Tensor offsets, Tensor lengths) -> ()",
     _write,
     _fake_write,
