@@ -158,13 +158,13 @@ def check_no_tangents(**tensors: torch.Tensor | None) -> None:
     """Raise NotImplementedError in forward-mode differentiation (`torch.func.jvp`): PyTorch would
     run the operator without it, and take the derivative for zero.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0:
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                f"`{name}` has a tangent: forward-mode derivatives are those of "
-                '`band_attention(impl="reference")` alone'
+                f"`{name}` has a tangent, but `band_attention` has no forward-mode derivative "
+                '(jvp, jacfwd, hessian) except with `impl="reference"`'
             )
 
 
@@ -277,8 +277,15 @@ def _has_shape(tensor: torch.Tensor, *sizes: int) -> bool:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether reading values costs no wait for a device and no break of a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """True if reading values waits for no device, breaks no compiled graph and needs no single
+    value where `torch.vmap` has many."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
 
 
 def _check_query_start_values(query_start: torch.Tensor) -> None:

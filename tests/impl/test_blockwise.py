@@ -9,7 +9,7 @@ import torch
 
 import spattention as spa
 from spattention import BandPattern
-from spattention.impl import blocks, blockwise
+from spattention.impl import block_products, blocks
 from spattention.testing import Case, check_case, exact, plain, run
 
 
@@ -19,7 +19,7 @@ def test_the_operator_passes_opcheck():
     sinks = torch.randn(4, requires_grad=True)
     turned = torch.randn(1, 4, 8, 40).mT.requires_grad_()  # no vector contiguous
     for q, s in ((query, None), (query, sinks), (turned, None)):
-        arguments = (q, key, value, s, None, None, None, None, pattern.flat, 0, 0.3)
+        arguments = (q, key, value, s, 0, None, None, None, None, pattern.flat, 0.3)
         torch.library.opcheck(torch.ops.spattention.blockwise.default, arguments)
 
 
@@ -139,7 +139,7 @@ def joined(name, sinks, order=(0, 1, 2, 3)):
 def test_what_runs_together_gives_what_it_gives_alone(name, sinks, monkeypatch):
     """Sizes at which heads and blocks are joined, which those of the operator's tests are not."""
     sizes = []
-    attend = blockwise._fused
+    attend = block_products.fused
 
     def watched(query, *arguments):
         sizes.append(query.shape[:2].numel())
@@ -154,7 +154,7 @@ def test_what_runs_together_gives_what_it_gives_alone(name, sinks, monkeypatch):
         assert places.unique().numel() == total.numel()
         return add(total, other)
 
-    monkeypatch.setattr(blockwise, "_fused", watched)
+    monkeypatch.setattr(block_products, "fused", watched)
     monkeypatch.setattr(torch.Tensor, "add_", checked)
     case = joined(name, sinks)
     check_case(case, impl="blockwise")
@@ -172,8 +172,8 @@ def test_tokens_before_heads_in_memory(name, order):
 @pytest.mark.parametrize("name", JOINED)
 def test_products_of_other_devices(name, monkeypatch):
     """What runs where PyTorch has no kernel of its own, here on the CPU."""
-    monkeypatch.setattr(blockwise, "_fused", blockwise._plain)
-    monkeypatch.setattr(blockwise, "_differentiate_fused", blockwise._differentiate_plain)
+    monkeypatch.setattr(block_products, "fused", block_products.exact)
+    monkeypatch.setattr(block_products, "fused_gradients", block_products.exact_gradients)
     check_case(joined(name, False), impl="blockwise")
 
 

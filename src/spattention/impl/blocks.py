@@ -111,11 +111,11 @@ class Run(NamedTuple):
 def segments(
     query: Tensor,
     key: Tensor,
-    query_start: Tensor | None,
+    query_start: int,
+    query_start_tensor: Tensor | None,
     key_start: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    start: int,
 ) -> list[Segment]:
     batch, _, queries, _ = query.shape
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -127,10 +127,12 @@ def segments(
             Segment(slice(0, 1), slice(q0, q1), k1 - (q1 - q0), k0)
             for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:])
         ]
-    if query_start is None and key_start is None:
+    if query_start_tensor is None and key_start is None:
         rows = slice(0, batch)
-        return [Segment(rows, slice(0, queries), start, 0)] if batch else []
-    starts = [start] * batch if query_start is None else query_start.expand(batch).tolist()
+        return [Segment(rows, slice(0, queries), query_start, 0)] if batch else []
+    starts = [query_start] * batch
+    if query_start_tensor is not None:
+        starts = query_start_tensor.expand(batch).tolist()
     if key_start is None:
         return [Segment(slice(b, b + 1), slice(0, queries), p, 0) for b, p in enumerate(starts)]
     first_keys = key_start.clamp(0, key.shape[2])

@@ -4,22 +4,26 @@ Forward merges the partial outputs of blocks of queries by their log-sum-exp; ba
 and log-sum-exp of the whole, adds up the gradients of blocks of keys. Nothing is kept beyond
 inputs, output and log-sum-exp, and a batch of blocks needs some megabytes.
 
-On the CPU a batch of blocks is computed by PyTorch's own attention kernel, which writes no scores
-to memory; on every other device by batched products. Work is float32 (float64 for float64 input).
+On the CPU a batch of blocks is computed by PyTorch's own attention kernel, and again by exact
+products where a value may have reached queries that do not see it. Other devices run the exact
+products at once. Work is float32 (float64 for float64 input).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..bands import BandPattern
-from .blocks import Run, runs, segments
+from . import block_products
+from .block_products import Edges
+from .blocks import Segment, runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
+from .library import batched, differentiable, register
 
 
 def attend(
@@ -35,19 +39,19 @@ def attend(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    rows = isinstance(query_start, Tensor)
-    return _forward(
-        query,
-        key,
-        value,
-        sinks,
-        query_start if rows else None,
-        key_start,
-        None,
-        None,
-        pattern.flat,
-        0 if rows else query_start,
-        scale,
+    on_device = isinstance(query_start, Tensor)
+    return forward(
+        query=query,
+        key=key,
+        value=value,
+        sinks=sinks,
+        query_start=0 if on_device else query_start,
+        query_start_tensor=query_start if on_device else None,
+        key_start=key_start,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        intervals=pattern.flat,
+        scale=scale,
     )
 
 
@@ -67,58 +71,106 @@ def attend_varlen(
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` packed documents; arguments and results as in
     `spattention.band_attention_varlen`."""
-    row = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    out, lse = _forward(*row, sinks, None, None, cu_seqlens_q, cu_seqlens_k, pattern.flat, 0, scale)
+    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    out, lse = forward(
+        query=query,
+        key=key,
+        value=value,
+        sinks=sinks,
+        query_start=0,
+        query_start_tensor=None,
+        key_start=None,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        intervals=pattern.flat,
+        scale=scale,
+    )
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
-@torch.library.custom_op("spattention::blockwise", mutates_args=())
 def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
-    query_start: Tensor | None,
+    query_start: int,
+    query_start_tensor: Tensor | None,
     key_start: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     intervals: Sequence[int],
-    start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """`out [B, H, Q, Dv]` and the log-sum-exp `[B, H, Q]`; packed calls have B = 1."""
     dtype = lse_dtype(query)
     out = empty_like_query(query, value.shape[-1])
     total = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    total.zero_()
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    parts = segments(
+        query, key, query_start, query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k
+    )
     query, key, value = (_last_dense(tensor) for tensor in (query, key, value))
     query, scale, _ = _scaled(query, scale, dtype)
+    if query.is_cpu:
+        _attend(parts, intervals, query, key, value, sinks, total, lse, scale, exact=False)
+        exact = not _is_finite(total, lse)
+    else:
+        key, value = block_products.spared(key, value)
+        exact = True
+    if exact:
+        _attend(parts, intervals, query, key, value, sinks, total, lse, scale, exact=True)
+    return out if total is out else out.copy_(total), lse
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+    return empty_like_query(query, value.shape[-1]), lse
+
+
+def _attend(
+    parts: list[Segment],
+    intervals: Sequence[int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    exact: bool,
+) -> None:
+    """Fill `out` and `lse`, both of the dtype of the work."""
+    out.zero_()
+    lse.fill_(-torch.inf)
+    edges = Edges(out.device, out.dtype)
     group = query.shape[1] // key.shape[1]
-    edges = _Edges(query.device, dtype)
-    for segment in segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start):
+    products = block_products.exact if exact else block_products.fused
+    for segment in parts:
         rows = segment.rows
         if sinks is not None:
-            lse[rows, :, segment.queries] = sinks[:, None].to(dtype)
-        for run in runs(intervals, segment, query, key, value, total, by_keys=False):
-            q = run.query_view(query, rows).to(dtype)
-            k, v = (run.key_view(tensor, rows, group).to(dtype) for tensor in (key, value))
-            part, log_sum = (_fused if q.is_cpu else _plain)(q, k, v, edges(run), scale)
+            lse[rows, :, segment.queries] = sinks[:, None].to(lse.dtype)
+        for run in runs(intervals, segment, query, key, value, out, by_keys=False):
+            q = run.query_view(query, rows).to(out.dtype)
+            k, v = (run.key_view(tensor, rows, group).to(out.dtype) for tensor in (key, value))
+            part, log_sum = products(q, k, v, edges(run), scale)
             if run.early or run.late:
                 log_sum[:, :, : run.early] = -torch.inf
                 log_sum[:, :, run.queries - run.late :] = -torch.inf
-            o, whole = (run.query_view(tensor, rows) for tensor in (total, lse[..., None]))
+            o, whole = (run.query_view(tensor, rows) for tensor in (out, lse[..., None]))
             if run.first and sinks is None:
                 o.copy_(part)
                 whole.copy_(log_sum[..., None])
             else:
                 _merge(o, whole, part, log_sum[..., None])
-    return out if total is out else out.copy_(total), lse
 
 
-@_forward.register_fake
-def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
-    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
-    return empty_like_query(query, value.shape[-1]), lse
+def _is_finite(out: Tensor, lse: Tensor) -> bool:
+    """False where a score or an output is infinite or NaN: it may have reached its whole block."""
+    if out.numel() == 0:
+        return True
+    low, high = torch.aminmax(out)
+    return math.isfinite(low) and math.isfinite(high) and bool(lse.max() < torch.inf)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -129,7 +181,6 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-@torch.library.custom_op("spattention::blockwise_backward", mutates_args=())
 def _backward(
     d_out: Tensor,
     d_lse: Tensor,
@@ -139,28 +190,40 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     sinks: Tensor | None,
-    query_start: Tensor | None,
+    query_start: int,
+    query_start_tensor: Tensor | None,
     key_start: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     intervals: Sequence[int],
-    start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = lse.dtype
+    """Gradients of query, key, value and sinks (zeros without sinks)."""
+    dtype, given = lse.dtype, query.dtype
     d_query, d_key, d_value = (torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
+    parts = segments(
+        query, key, query_start, query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k
+    )
     query, key, value, d_out, out = (_last_dense(t) for t in (query, key, value, d_out, out))
     d_sinks = lse.new_zeros(query.shape[1])
     if sinks is not None:
         d_sinks = _sink_gradient(sinks, d_out, d_lse, out, lse)
-    given = query.dtype
     query, scale, factor = _scaled(query, scale, dtype)
-    any_d_lse = not query.is_cpu or bool(d_lse.any())  # elsewhere this would wait for the device
-    # A row without keys: every weight is exp(score - inf) = 0.
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    any_d_lse, exact = True, True
+    if query.is_cpu:  # elsewhere reading a flag would wait for the device
+        any_d_lse = bool(d_lse.any())
+        exact = block_products.may_overflow(dtype, scale, (query, key), (d_out, value))
+        exact = exact or not bool((d_lse.isfinite() & (lse < torch.inf)).all())
+    else:
+        query, key, value, d_out, lse = block_products.spared_gradients(
+            query, key, value, d_out, lse
+        )
+    # A row without keys: every weight is exp(score - inf) = 0. With an infinite score it is NaN.
+    lse = lse.masked_fill(lse == torch.inf, torch.nan).masked_fill(lse == -torch.inf, torch.inf)
+    differentiate = block_products.exact_gradients if exact else block_products.fused_gradients
     group = query.shape[1] // key.shape[1]
-    edges = _Edges(query.device, dtype)
-    for segment in segments(query, key, query_start, key_start, cu_seqlens_q, cu_seqlens_k, start):
+    edges = Edges(query.device, dtype)
+    for segment in parts:
         rows = segment.rows
         others = value, out, d_out, d_query, d_key, d_value
         for run in runs(intervals, segment, query, key, *others, by_keys=True):
@@ -168,7 +231,6 @@ def _backward(
             log_sum = run.query_view(lse[..., None], rows)
             d_log_sum = run.query_view(d_lse[..., None], rows) if any_d_lse else None
             k, v = (run.key_view(t, rows, group).to(dtype) for t in (key, value))
-            differentiate = _differentiate_fused if q.is_cpu else _differentiate_plain
             grads = differentiate(q, k, v, o, log_sum, d_o, d_log_sum, edges(run), scale)
             for blocks, alone in run.apart():
                 alone.query_view(d_query, rows).add_(grads[0][:, blocks])
@@ -179,28 +241,44 @@ def _backward(
     return d_query.to(given), d_key.to(given), d_value.to(given), d_sinks
 
 
-@_backward.register_fake
-def _(d_out, d_lse, query, key, value, out, lse, sinks, *rest):  # type: ignore[no-untyped-def]
+def _fake_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     grads = (torch.empty_like(tensor) for tensor in (query, key, value))
     return (*grads, lse.new_empty(query.shape[1]))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, intervals, start, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.constants = (intervals, start, scale)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, sinks, query_start, *index, intervals, scale = inputs
+    ctx.save_for_backward(query, key, value, *output, sinks, *index)
+    ctx.constants = query_start, intervals, scale
 
 
-def _differentiate(ctx, d_out: Tensor, d_lse: Tensor):  # type: ignore[no-untyped-def]
-    query, key, value, sinks, *index, out, lse = ctx.saved_tensors
-    with without_autocast(query):
-        d_query, d_key, d_value, d_sinks = _backward(
-            d_out, d_lse, query, key, value, out, lse, sinks, *index, *ctx.constants
+def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, sinks, starts, key_start, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    query_start, intervals, scale = ctx.constants
+    with without_autocast(d_out):
+        d_query, d_key, d_value, d_sinks = backward(
+            d_out,
+            d_lse,
+            *saved,
+            sinks,
+            query_start,
+            starts,
+            key_start,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            intervals,
+            scale,
         )
     return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 7
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _last_dense(tensor: Tensor) -> Tensor:
@@ -231,118 +309,27 @@ def _sink_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor, out: Tensor, lse
     return torch.stack(found).to(lse.dtype)
 
 
-class _Edges:
-    """A bias for the scores of a run's blocks, `[queries, keys]`: 0 inside the band, -inf outside;
-    None where all lie inside."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._made: dict[tuple[int, ...], Tensor] = {}
-
-    def __call__(self, run: Run) -> Tensor | None:
-        if run.inside:
-            return None
-        at = (run.queries, run.keys, run.ahead, run.width)
-        if at not in self._made:
-            if len(self._made) == 4:
-                self._made.clear()
-            self._made[at] = self._make(*at)
-        return self._made[at]
-
-    def _make(self, queries: int, keys: int, ahead: int, width: int) -> Tensor:
-        # For each distance, from that of the last query and first key down to the opposite one.
-        longest = ahead + queries - 1
-        bias = torch.full((queries + keys - 1,), -torch.inf, dtype=self._dtype, device=self._device)
-        bias[max(0, longest - width + 1) : max(0, longest + 1)] = 0.0
-        return bias.unfold(0, keys, 1).flip(0)
-
-
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output `[n, repeats, queries, Dv]` and log-sum-exp `[n, repeats, queries]` of blocks; in rows
-    without keys the log-sum-exp is undefined."""
-    head_dim = v.shape[-1]
-    q, k, v = _alike(q, k, v)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=bias, scale=scale
-    )
-    return out[..., :head_dim], lse
-
-
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """As `_fused`."""
-    scores = (q @ k.mT).mul_(scale)
-    if bias is not None:
-        scores += bias
-    lse = torch.logsumexp(scores, dim=-1)
-    base = lse.masked_fill(lse == -torch.inf, 0.0)
-    return scores.sub_(base[..., None]).exp_() @ v, lse
-
-
-def _differentiate_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of blocks of queries, keys and values, given output and log-sum-exp, `[..., 1]`, of
-    all keys."""
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    if d_lse is not None:
-        # The kernel knows no gradient of the log-sum-exp: it is that of one more column of value,
-        # all ones, which the kernel does not count among the output's.
-        v, d_out = torch.cat([v, torch.ones_like(v[..., :1])], -1), torch.cat([d_out, d_lse], -1)
-    q, k, v, out, d_out = _alike(q, k, v, out, d_out)
-    halves = q.shape[0] * q.shape[1] == 1 and k.shape[2] % 2 == 0
-    if halves:  # the kernel has a thread for each block
-        q, out, lse, d_out = (t.expand(-1, 2, -1, -1) for t in (q, out, lse, d_out))
-        k, v = (t[0, 0].unflatten(0, (2, -1))[None] for t in (k, v))
-        bias = None if bias is None else bias.unflatten(1, (2, -1)).movedim(1, 0)[None]
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, q, k, v, out, lse[..., 0], 0.0, False, attn_mask=bias, scale=scale
-    )
-    d_q, d_k, d_v = grads
-    if halves:
-        d_q = d_q.sum(dim=1, keepdim=True)
-        d_k, d_v = (t.flatten(1, 2)[:, None] for t in (d_k, d_v))
-    return d_q[..., :head_dim], d_k[..., :head_dim], d_v[..., :value_dim]
-
-
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    """Filled up with zeros to one head_dim."""
-    widest = max(tensor.shape[-1] for tensor in tensors)
-    return [
-        tensor if tensor.shape[-1] == widest else pad(tensor, (0, widest - tensor.shape[-1]))
-        for tensor in tensors
-    ]
-
-
-def _differentiate_plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_differentiate_fused`."""
-    scores = (q @ k.mT).mul_(scale)
-    if bias is not None:
-        scores += bias
-    weights = scores.sub_(lse).exp_()
-    delta = (d_out * out).sum(dim=-1, keepdim=True)
-    if d_lse is not None:
-        delta -= d_lse
-    d_scores = (d_out @ v.mT).sub_(delta).mul_(weights).mul_(scale)
-    return d_scores @ k, d_scores.mT @ q, weights.mT @ d_out
+_COMMON = (
+    "Tensor? sinks, SymInt query_start, Tensor? query_start_tensor, Tensor? key_start, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int[] intervals, float scale"
+)
+_ANY_DEVICE = ("CompositeExplicitAutograd",)
+forward = register(
+    "blockwise",
+    f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keys=_ANY_DEVICE,
+)
+backward = register(
+    "blockwise_backward",
+    "(Tensor d_out, Tensor d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_COMMON}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    keys=_ANY_DEVICE,
+)
+differentiable(forward, _save, _gradients)
+differentiable(backward)
+batched(forward, packed="cu_seqlens_q")
+batched(backward, packed="cu_seqlens_q", sums_sinks=True)

@@ -21,7 +21,22 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
         if strides == (tokens * heads * width, width, heads * width, 1):
             inside = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
             return query.new_empty_strided(shape, inside)
+    order = _order(query)
+    packed = query.new_empty([shape[d] for d in order])
+    return packed.permute([order.index(d) for d in range(query.dim())])
+
+
+def laid_out_like_query(result: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """`result` with query's dtype, in the memory order of `empty_like_query`."""
+    order = _order(query)
+    packed = result.to(query.dtype).permute(order).contiguous()
+    return packed.permute([order.index(d) for d in range(query.dim())])
+
+
+def _order(query: torch.Tensor) -> list[int]:
+    """Query's axes from the outermost in memory to the innermost, head_dim last."""
     # Not `sorted`: torch.compile cannot sort by a key when strides are symbolic.
+    strides = query.stride()
     order: list[int] = []
     for axis in range(query.dim() - 1):
         inner = [
@@ -31,8 +46,7 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
         ]
         order.insert(inner[0] if inner else len(order), axis)
     order.append(query.dim() - 1)
-    packed = query.new_empty([shape[d] for d in order])
-    return packed.permute([order.index(d) for d in range(query.dim())])
+    return order
 
 
 def lse_dtype(query: torch.Tensor) -> torch.dtype:

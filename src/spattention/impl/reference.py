@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from ..bands import BandPattern, in_bands
-from .layout import empty_like_query, lse_dtype
+from . import masked
+from .layout import laid_out_like_query, lse_dtype
 
 
 def attend(
@@ -118,18 +119,15 @@ def _masked_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = lse_dtype(query)
     group = query.shape[1] // key.shape[1]
-    seen = mask.any(dim=2)[..., None]  # [B or 1, H, K, 1]
     q = query.to(dtype)
-    k = key.to(dtype).repeat_interleave(group, dim=1).where(seen, 0.0)
-    v = value.to(dtype).repeat_interleave(group, dim=1).where(seen, 0.0)
+    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (key, value))
 
-    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    scores = (masked.scores(q, k, mask) * scale).masked_fill(~mask, -torch.inf)
     if sinks is not None:
         sink = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
     if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
         scores = pad(scores, (0, 1), value=-torch.inf)
-        v = pad(v, (0, 0, 0, 1))
     highest = scores.detach().amax(dim=-1, keepdim=True)
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = torch.exp(scores - highest)
@@ -137,7 +135,5 @@ def _masked_attention(
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     lse = (highest + torch.log(total)).masked_fill(empty, -torch.inf)
-    result = (weights / total)[..., : v.shape[2]] @ v
-
-    out = empty_like_query(query, value.shape[-1])
-    return out.copy_(result), lse[..., 0]
+    result = masked.weighted_sum((weights / total)[..., : k.shape[2]], v, mask)
+    return laid_out_like_query(result, query), lse[..., 0]

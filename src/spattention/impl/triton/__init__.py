@@ -60,7 +60,7 @@ def attend(
         0 if on_device else query_start,
         query_start if on_device else None,
         key_start,
-        sinks,
+        _dense(sinks),
         None,
         None,
     )
@@ -102,7 +102,7 @@ def attend_rings(
         0,
         position,
         key_start,
-        sinks,
+        _dense(sinks),
         offsets,
         lengths,
     )
@@ -145,10 +145,14 @@ def attend_varlen(
     """
     _check(query, value)
     tensors = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    out, lse = op.attend(
-        *tensors, pattern.flat, scale, 0, None, None, sinks, cu_seqlens_q, cu_seqlens_k
-    )
+    dense = map(_dense, (sinks, cu_seqlens_q, cu_seqlens_k))
+    out, lse = op.attend(*tensors, pattern.flat, scale, 0, None, None, *dense)
     return out[0].transpose(0, 1), lse[0]
+
+
+def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values without strides: kernels read consecutive sinks and offsets."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _is_decoding(
@@ -157,6 +161,8 @@ def _is_decoding(
     queries = query.shape[2]
     if queries > MAX_QUERIES or key.shape[2] < DECODE_KEYS * queries:
         return False
+    if torch._C._are_functorch_transforms_active():
+        return False  # what `vmap` wraps does not show whether it needs a gradient
     inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
 

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from ..layout import empty_like_query
-from ..library import library, register
+from ..library import batched, differentiable, register
 from . import launch
 from .arguments import Positions
 from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
@@ -171,61 +171,23 @@ def _backward_results(
     )
 
 
-class _Attend(torch.autograd.Function):
-    """Keeps for the backward pass the inputs, the output and the log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value, intervals, scale, query_start, *optional = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward(*inputs)
-        ctx.save_for_backward(query, key, value, out, lse, *optional)
-        ctx.rest = intervals, scale, query_start
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, *optional = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        d_query, d_key, d_value, d_sinks = differentiate(
-            d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
-        )
-        d_sinks = None if optional[2] is None else d_sinks
-        return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, intervals, scale, query_start, *optional = inputs
+    ctx.save_for_backward(query, key, value, *output, *optional)
+    ctx.rest = intervals, scale, query_start
+    ctx.set_materialize_grads(False)
 
 
-class _Differentiate(torch.autograd.Function):
-    """The end of the line: there is no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise RuntimeError("band attention by kernels has no second derivative")
-
-
-def _differentiable(
-    function: type[torch.autograd.Function], operator: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The operator for PyTorch's autograd key: recorded if an input needs a gradient, else run as
-    it is.
-    """
-
-    def dispatch(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(given, torch.Tensor) and given.requires_grad for given in inputs
-        ):
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
-    return dispatch
+def _gradients(
+    ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, out, lse, *optional = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_query, d_key, d_value, d_sinks = differentiate(
+        d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
+    )
+    d_sinks = None if optional[2] is None else d_sinks
+    return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
 
 
 def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,9 +225,7 @@ backward = register(
     _backward,
     _fake_backward,
 )
-_record_forward = _differentiable(_Attend, forward)
-_record_backward = _differentiable(_Differentiate, backward)
-library.impl("triton_forward", _record_forward, "Autograd")
-library.impl("triton_backward", _record_backward, "Autograd")
-attend = _eager(_record_forward, forward)
-differentiate = _eager(_record_backward, backward)
+attend = _eager(differentiable(forward, _save, _gradients), forward)
+differentiate = _eager(differentiable(backward), backward)
+batched(forward, packed="cu_seqlens_q")
+batched(backward, packed="cu_seqlens_q", sums_sinks=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...layout import empty_like_query
-from ...library import register
+from ...library import differentiable, register
 from ..call import ensure_inner_contiguous
 from .kernels import DecodePositions
 from .launch import DecodeTensors, launch_decode, plan
@@ -71,3 +71,4 @@ decode = register(
     _decode,
     _fake_decode,
 )
+differentiable(decode)
