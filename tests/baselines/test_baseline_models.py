@@ -134,12 +134,79 @@ def test_a_saved_model_comes_back(name, family, tmp_path):
     assert type(CHOSEN[name]).from_section(saved[kind]) == CHOSEN[name]
 
 
-def test_a_process_that_did_not_register_refuses_to_load(tmp_path):
+FORGET = """
+import sys
+from transformers import AutoModelForCausalLM
+
+for keywords in ({}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}):
+    try:
+        AutoModelForCausalLM.from_pretrained(sys.argv[1], **keywords)
+        print("opened")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_process_without_the_library_fails(tmp_path):
+    """Dense attention asked for or not; other programs do not know the architecture."""
     model_with("bigbird").save_pretrained(tmp_path)
-    code = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "bigbird" in done.stderr
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["SpattentionLlamaForCausalLM"]
+    command = [sys.executable, "-c", FORGET, str(tmp_path)]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    wanted = "bigbird: spattention.baselines.register() must be called before this model is loaded"
+    assert [wanted in line for line in lines] == [True] * 3
+
+
+def test_old_folders_load(tmp_path):
+    """Saved before the marks were written: the section and the name of the attention alone."""
+    model, ids = model_with("longformer"), tokens(2, 33)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fusion_config"]
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    close(logits(again, ids), logits(model, ids), **EXACT)
+
+
+def test_a_dense_moment_does_not_lose_a_baseline(tmp_path):
+    """`set_attn_implementation` changes nothing of what is saved, nor what may be put in."""
+    model, ids = model_with("bigbird"), tokens(2, 33)
+    wanted = logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match='must have stock attention or bands, got "bigbird"'):
+        spa.hf.apply(model, spa.BandPattern.exclusive(HEADS, SPAN))
+    with pytest.raises(ValueError, match="must have stock attention for longformer, got bigbird"):
+        baselines.apply(model, CHOSEN["longformer"])
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    close(logits(again, ids), wanted, **EXACT)
+
+
+@each_baseline
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "must be a section of version 1"),
+        ({"version": "1"}, "must be a section of version 1"),
+        ({"more": 0}, "must have the entries"),
+        ({"span": 2**31}, "`span` of `.*` must be an integer from . to 536870912, got 2147483648"),
+        ({"span": 2**63}, "`span` of `.*` must be an integer"),
+        ({"span": None}, "`span` of `.*` must be an integer"),
+        ({"span": "48"}, "`span` of `.*` must be an integer"),
+        ({"num_heads": 2**40}, "`num_heads` of `.*` must be an integer"),
+        ({"num_heads": 8}, "has 8 heads but the model has 4"),
+        ({"num_heads": 0}, "`num_heads` of `.*` must be an integer from 1"),
+    ],
+)
+def test_a_damaged_section_is_refused(change, message, name, tmp_path):
+    model_with(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[CHOSEN[name].kind] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @each_baseline
@@ -236,6 +303,7 @@ def test_reformer_needs_separate_projections():
         (lambda: Longformer(4, 48, wide=49), "from 1 to 48, got 49"),
         (lambda: Longformer(4, 48, dilated_heads=5), "`dilated_heads` of `longformer`"),
         (lambda: BigBird(4, 48, block=0), "`block` of `bigbird` must be an integer from 1 to 48"),
+        (lambda: BigBird(4, 2**20, block=1), "must cut `span` = 1048576 into at most 4096 blocks"),
         (lambda: BigBird(4, 48, random=-1), "`random` of `bigbird`"),
         (lambda: Reformer(4, 48, buckets=5), "`buckets` of `reformer` must be even, got 5"),
         (lambda: Reformer(4, 48, rounds=0), "`rounds` of `reformer`"),

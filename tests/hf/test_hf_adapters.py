@@ -169,8 +169,8 @@ def test_adapters_bring_their_bands_back(saved, base, tmp_path):
 def test_adapters_need_the_library(saved, base, tmp_path):
     """A process that never imported the library fails, and reads what to call."""
     ways = [way for way in EVERY_WAY if way != "weights_alone"]
-    orders = [(folder_of(saved, "lora", sinks), ways) for sinks in (True, False)]
-    orders += [(folder_of(saved, kind), ["on_dense"]) for kind in ("ia3", "prompt")]
+    orders = [(folder_of(saved, "lora"), ways), (folder_of(saved, "lora", False), ["on_dense"])]
+    orders += [(folder_of(saved, "prompt"), ["auto"])]
     for name, result in open_in_new_process("plain", tmp_path, base, orders).items():
         assert isinstance(result, str), name
         assert "spattention.hf.register() must be called" in result, result

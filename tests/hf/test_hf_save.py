@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from tiny import EXACT, FIRST, HEADS, SECOND, banded, logits, tokens
+from tiny import EXACT, FIRST, HEADS, SECOND, banded, build, logits, tokens
 
 import spattention as spa
 
@@ -21,19 +21,40 @@ import torch, transformers
 if sys.argv[1] == "register":
     import spattention as spa
     spa.hf.register()
-failed = 0
 for path in sys.argv[2:]:
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-    except ValueError as error:
-        print(path, error)
-        failed += 1
-        continue
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     if model.config.model_type == "olmoe":
         model.set_experts_implementation("eager")
     ids = torch.load(path + "/ids.pt")
     torch.save(model(ids).logits, path + "/found.pt")
-sys.exit(failed)
+"""
+# What people try in a process that has never imported the library.
+FORGET = """
+import shutil, sys
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+folder, fresh = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder)
+config.save_pretrained(fresh)
+shutil.copy(folder + "/model.safetensors", fresh)
+dense = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+ways = {
+    "plain": lambda: AutoModelForCausalLM.from_pretrained(folder),
+    "sdpa": lambda: AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"),
+    "dense": lambda: AutoModelForCausalLM.from_pretrained(folder, **dense),
+    "base": lambda: AutoModel.from_pretrained(folder, **dense),
+    "class": lambda: transformers.LlamaForCausalLM.from_pretrained(folder, **dense),
+    "config": lambda: AutoModelForCausalLM.from_pretrained(folder, config=config, **dense),
+    "pipeline": lambda: transformers.pipeline("text-generation", folder, model_kwargs=dense),
+    "saved again": lambda: AutoModelForCausalLM.from_pretrained(fresh, **dense),
+}
+for name, way in ways.items():
+    try:
+        way()
+        print(name, "opened")
+    except Exception as error:
+        print(name, str(error).replace("\\n", " "))
 """
 CASES = {
     "olmoe": ((FIRST, SECOND), True),
@@ -49,8 +70,8 @@ def fill_sinks(model):
                 parameter.copy_(torch.arange(HEADS) / 2 - index / 7)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", LOAD, *arguments]
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -72,7 +93,7 @@ def saved(tmp_path_factory):
 
 
 def test_saved_models_come_back_in_a_fresh_process(saved):
-    result = run("register", *map(str, saved.values()))
+    result = run(LOAD, "register", *map(str, saved.values()))
     assert result.returncode == 0, result.stdout + result.stderr
     for path in saved.values():
         close = torch.testing.assert_close
@@ -83,11 +104,108 @@ def test_saved_models_come_back_in_a_fresh_process(saved):
             assert config["spattention"]["version"] == 1
 
 
-def test_a_process_that_did_not_register_cannot_load(saved):
-    paths = [saved["olmoe"], saved["llama"], saved["llama"] / "again"]
-    result = run("forget", *map(str, paths))
-    assert result.returncode == len(paths), result.stderr
-    assert result.stdout.count('attn_implementation="spattention"` is not supported') == len(paths)
+def test_a_process_without_the_library_fails(saved, tmp_path):
+    """It reads what to call, dense attention asked for or not, and "sdpa" is offered nowhere."""
+    result = run(FORGET, str(saved["llama"]), str(tmp_path))
+    lines = result.stdout.splitlines()
+    assert len(lines) == 8, result.stderr
+    for line in lines:
+        assert "spattention.hf.register() must be called before this model is loaded" in line
+        assert "sdpa" not in line.removeprefix("sdpa ").split("See the original errors")[0]
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+MARKED = {
+    "architectures": ["SpattentionLlamaForCausalLM"],
+    "attn_implementation": "spattention",
+    "fusion_config": {
+        "spattention: spattention.hf.register() must be called before this model is loaded": False
+    },
+    "model_type": "llama",
+}
+
+
+def check_marks(folder):
+    config = config_of(folder)
+    assert {name: config[name] for name in MARKED} == MARKED
+    assert config["spattention"]["version"] == 1
+
+
+def test_every_way_of_saving_marks_the_folder(tmp_path):
+    model = banded("llama", sinks=True)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    model.save_pretrained(tmp_path / "weights", state_dict=model.state_dict())
+    model.config.save_pretrained(tmp_path / "config")
+    transformers.AutoConfig.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "copy")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+    again.save_pretrained(tmp_path / "again")
+    settings = transformers.TrainingArguments(tmp_path / "run", use_cpu=True, report_to=[])
+    transformers.Trainer(again, settings).save_model()
+    model.set_attn_implementation("sdpa")  # dense in this process alone
+    model.save_pretrained(tmp_path / "dense")
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert len(folders) == 8
+    for name in folders:
+        check_marks(tmp_path / name)
+
+
+def test_other_models_are_saved_as_ever(tmp_path):
+    """Also one that was opened dense on purpose, and one whose config lost its section."""
+    spa.hf.register()
+    build("llama").save_pretrained(tmp_path / "dense")
+    banded("llama").save_pretrained(tmp_path / "banded")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "banded")
+    del config.spattention
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "banded", config=config, attn_implementation="sdpa"
+    )
+    model.save_pretrained(tmp_path / "again")
+    config.save_pretrained(tmp_path / "config")
+    for name in ("dense", "again", "config"):
+        saved = config_of(tmp_path / name)
+        assert saved["architectures"] == ["LlamaForCausalLM"]
+        assert not {"attn_implementation", "fusion_config", "spattention"} & set(saved)
+
+
+def test_a_fusion_of_the_model_is_kept(tmp_path):
+    model = banded("llama")
+    model.config.fusion_config = {"patch_embeddings": False}
+    model.save_pretrained(tmp_path)
+    assert config_of(tmp_path)["fusion_config"] == {
+        "patch_embeddings": False,
+        **MARKED["fusion_config"],
+    }
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[1].self_attn.spattention.pattern == SECOND
+
+
+def test_old_folders_load(saved, tmp_path):
+    """Saved before the marks were written: the section and the name of the attention alone."""
+    for file in saved["llama"].glob("*.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = config_of(tmp_path)
+    del config["fusion_config"]
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spa.hf.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.load(tmp_path / "ids.pt")
+    torch.testing.assert_close(logits(model, ids), torch.load(tmp_path / "wanted.pt"), **EXACT)
+    model.save_pretrained(tmp_path)
+    check_marks(tmp_path)
+
+
+def test_a_name_that_is_taken_is_refused():
+    code = (
+        "from transformers import AttentionInterface as I; import spattention as spa;"
+        "I.register('spattention', print); spa.hf.register()"
+    )
+    result = run(code)
+    assert 'attn_implementation="spattention" must not be registered by something' in result.stderr
 
 
 def test_sinks_are_loaded_strictly(saved, tmp_path):
@@ -139,37 +257,8 @@ def test_the_state_dict_loads_into_a_model_with_the_same_bands():
     assert torch.equal(logits(other, ids), logits(model, ids))
 
 
-def test_lora_trains_on_top_and_is_saved(tmp_path):
-    peft = pytest.importorskip("peft")
-    base = banded("llama", sinks=True)
-    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, settings)
-    ids = tokens(2, 12)
-    model.train()
-    model(ids, labels=ids).loss.backward()
-    trained = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert trained
-    assert all("lora" in name for name in trained)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(0.1)
-    model.eval()
-    wanted = logits(model, ids)
-    assert (wanted - logits(banded("llama", sinks=True), ids)).abs().max() > 1e-3
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(banded("llama", sinks=True), tmp_path).double()
-    torch.testing.assert_close(logits(again, ids), wanted, **EXACT)
-    merged = again.merge_and_unload()
-    torch.testing.assert_close(logits(merged, ids), wanted, **EXACT)
-    generated = merged.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert generated.shape == (2, 15)
-
-
 def test_bands_can_be_applied_under_lora():
     peft = pytest.importorskip("peft")
-    from tiny import build
-
     settings = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
     model = peft.get_peft_model(build("llama"), settings)
     spa.hf.apply(model, (FIRST, SECOND))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from tiny import (
     logits,
     tokens,
 )
+from window_reader import what_else
 
 import spattention as spa
-from spattention.hf.windows import what_else
+from spattention.hf.windows import WINDOW_IS_ONLY_A_MASK
 
 close = torch.testing.assert_close
 WINDOW = 4
@@ -231,46 +233,74 @@ def _attention(model):
 
 
 ELSEWHERE = {
-    "Cohere2": ({}, "sliding_window"),
-    "Exaone4": ({"head_dim": 8}, "is_sliding, sliding_window"),
-    "Afmoe": (
-        {
-            "head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "num_shared_experts": 1,
-            "num_dense_layers": 2,
-            "moe_intermediate_size": 16,
-        },
-        "is_local_attention",
-    ),
+    "Cohere2": {},
+    "Exaone4": {"head_dim": 8},
+    "Afmoe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "num_dense_layers": 2,
+        "moe_intermediate_size": 16,
+    },
 }
 
 
 @pytest.mark.parametrize("family", ELSEWHERE)
 def test_a_window_that_more_depends_on_is_not_replaced(family):
     """These rotate positions in layers with a window alone."""
-    changes, names = ELSEWHERE[family]
     config = getattr(transformers, f"{family}Config")(
-        **COMMON, **GROUPED, **changes, sliding_window=WINDOW, layer_types=MIXED["layer_types"]
+        **COMMON,
+        **GROUPED,
+        **ELSEWHERE[family],
+        sliding_window=WINDOW,
+        layer_types=MIXED["layer_types"],
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     ids = tokens(2, 17)
     before = logits(model, ids)
-    with pytest.raises(ValueError, match=rf"more depends on it than the mask \({names}\)"):
+    match = rf'in a model of type "{family.lower()}", where more .* got layers \[1\]'
+    with pytest.raises(ValueError, match=match):
         spa.hf.apply(model, (FIRST, SECOND))
     close(logits(model, ids), before)
     spa.hf.apply(model, FIRST)  # keeps the window and what goes with it
     assert model.config.layer_types == MIXED["layer_types"]
 
 
-def test_most_models_use_their_window_for_the_mask_alone():
-    for family in ("qwen2", "qwen3", "olmo3", "gemma2", "gemma3", "mistral", "gpt_oss", "phi3"):
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        (kind,) = [
-            found
-            for name, found in vars(module).items()
-            if name.endswith("Attention") and found.__module__ == module.__name__
-        ]
-        assert what_else(kind) == (), family
+def attention_classes(model_type):
+    """Self-attention of decoders in the module of a model type."""
+    config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
+    folder = config.__module__.split(".")[-2]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    classes = [c for name, c in vars(module).items() if name.endswith("Attention")]
+    sources = {c: inspect.getsource(c) for c in classes if c.__module__ == module.__name__}
+    return [
+        c for c, code in sources.items() if "layer_idx" in code and "is_causal = False" not in code
+    ]
+
+
+@pytest.mark.parametrize("model_type", sorted(WINDOW_IS_ONLY_A_MASK))
+def test_the_window_of_a_family_is_only_a_mask(model_type):
+    """Read in the code that is installed, so that a family that changes is found."""
+    if model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        pytest.skip(f"Transformers {transformers.__version__} has no {model_type}")
+    classes = attention_classes(model_type)
+    assert classes
+    assert {kind.__name__: what_else(kind) for kind in classes} == {
+        kind.__name__: () for kind in classes
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("cohere2", {"sliding_window"}),
+        ("exaone4", {"is_sliding", "sliding_window"}),
+        ("afmoe", {"is_local_attention"}),
+        ("gemma4_text", {"layer_type", "v_proj"}),
+    ],
+)
+def test_the_reader_finds_what_else_depends_on_it(model_type, names):
+    found = {name for kind in attention_classes(model_type) for name in what_else(kind)}
+    assert found == names

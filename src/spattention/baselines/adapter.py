@@ -17,12 +17,14 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from transformers.masking_utils import causal_mask_function
 
+from ..hf.config import MAX_SPAN
 from ..hf.decoder import attention_modules, check_model
 from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
 from ..impl.layout import without_autocast
 
 VERSION = 1
+MAX_HEADS = 2**16
 PLAN = "baseline_attention"  # attribute of an attention module
 REFUSED = (
     "cu_seq_lens_q",
@@ -100,10 +102,10 @@ class Baseline(ABC):
             )
         values = {name: value for name, value in section.items() if name != "version"}
         names = [field.name for field in fields(cls)]
-        if sorted(values) != sorted(names):
+        if sorted(map(str, values)) != sorted(names):
             raise ValueError(
                 f"`config.{cls.kind}` must have the entries {['version', *names]}, got "
-                f"{sorted(section)}"
+                f"{sorted(map(str, section))}"
             )
         return cls(**values)
 
@@ -115,6 +117,15 @@ def check_integers(kind: str, **values: tuple[Any, int, int]) -> None:
             raise ValueError(
                 f"`{name}` of `{kind}` must be an integer from {least} to {most}, got {value!r}"
             )
+
+
+def check_size(baseline: Baseline, least_span: int = 1) -> None:
+    """A baseline's heads and span are numbers that memory can be asked for."""
+    check_integers(
+        baseline.kind,
+        num_heads=(baseline.num_heads, 1, MAX_HEADS),
+        span=(baseline.span, least_span, MAX_SPAN),
+    )
 
 
 def register(kind: type[Baseline]) -> None:

@@ -12,8 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from .adapter import Baseline, check_integers
+from .adapter import Baseline, check_integers, check_size
 from .masks import MaskAttention, Visible
+
+MAX_BLOCKS = 4096  # of a row: each layer has a table of blocks by blocks for every head
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class BigBird(Baseline):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        heads, span = self.num_heads, self.span
-        check_integers(self.kind, num_heads=(heads, 1, heads), span=(span, 1, span))
+        check_size(self)
+        span = self.span
         if self.block is None:
             object.__setattr__(self, "block", min(64, max(1, span // 64)))
         check_integers(
@@ -54,6 +56,11 @@ class BigBird(Baseline):
             random=(self.random, 0, span),
             seed=(self.seed, 0, 2**32 - 1),
         )
+        if -(-span // self.block) > MAX_BLOCKS:
+            raise ValueError(
+                f"`block` of `{self.kind}` must cut `span` = {span} into at most {MAX_BLOCKS} "
+                f"blocks, got {self.block}"
+            )
 
     def blocks(self, index: int) -> torch.Tensor:
         """Which blocks of keys each block of queries sees in layer `index`: bool `[H, n, n]`."""

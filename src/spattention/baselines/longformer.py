@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .adapter import Baseline, check_integers
+from .adapter import Baseline, check_integers, check_size
 from .masks import MaskAttention, Visible, count_distances
 
 
@@ -47,8 +47,8 @@ class Longformer(Baseline):
     global_tokens: int = None  # type: ignore[assignment]  # resolved below
 
     def __post_init__(self) -> None:
+        check_size(self)
         heads, span = self.num_heads, self.span
-        check_integers(self.kind, num_heads=(heads, 1, heads), span=(span, 1, span))
         for name, default in (
             ("narrow", max(1, span // 32)),
             ("wide", max(1, span // 2)),

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .adapter import Baseline, check_integers
+from .adapter import Baseline, check_size
 from .masks import MaskAttention, Visible, count_distances
 
 NAMES = ("longformer", "bigbird", "reformer")
@@ -41,8 +41,7 @@ class PublishedMask(Baseline):
     mask: str = "longformer"
 
     def __post_init__(self) -> None:
-        heads, span = self.num_heads, self.span
-        check_integers(self.kind, num_heads=(heads, 1, heads), span=(span, 8, max(8, span)))
+        check_size(self, least_span=8)
         if self.mask not in NAMES:
             raise ValueError(f"`mask` of `{self.kind}` must be one of {NAMES}, got {self.mask!r}")
 

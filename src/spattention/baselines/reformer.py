@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .adapter import Baseline, check_integers
+from .adapter import Baseline, check_integers, check_size
 
 # What the paper takes from a query's score of itself; any other key wins.
 SELF_PENALTY = 1e5
@@ -50,8 +50,8 @@ class Reformer(Baseline):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        heads, span = self.num_heads, self.span
-        check_integers(self.kind, num_heads=(heads, 1, heads), span=(span, 1, span))
+        check_size(self)
+        span = self.span
         if self.chunk is None:
             object.__setattr__(self, "chunk", min(64, max(2, span // 16)))
         check_integers(self.kind, chunk=(self.chunk, 1, max(2, span)))

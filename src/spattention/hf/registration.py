@@ -73,19 +73,26 @@ def _restore(model: Any, section: Any) -> None:
 def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
     @wraps(adjust)
     def strict(self: Any, loading_info: Any) -> None:
+        mismatched = {key: shape for key, shape, *_ in loading_info.mismatched_keys}
         for name, module in self.named_modules():
             key = f"{name}.sinks"
             if plan_of(module) is None:
                 continue
-            if has_sinks(module) and key in loading_info.missing_keys:
+            if not has_sinks(module):
+                if key in loading_info.unexpected_keys:
+                    raise ValueError(
+                        "`config.spattention` must name the sinks that the checkpoint holds, got "
+                        f"{key} in a layer without sinks"
+                    )
+            elif key in loading_info.missing_keys:
                 raise ValueError(
                     "the checkpoint must hold the sinks that `config.spattention` names, got no "
                     f"{key}"
                 )
-            if not has_sinks(module) and key in loading_info.unexpected_keys:
+            elif key in mismatched:
                 raise ValueError(
-                    "`config.spattention` must name the sinks that the checkpoint holds, got "
-                    f"{key} in a layer without sinks"
+                    f"the checkpoint must hold a sink per head, {list(module.sinks.shape)}, got "
+                    f"{key} of shape {list(mismatched[key])}"
                 )
         adjust(self, loading_info)
 
