@@ -57,7 +57,7 @@ class BandStore:
         keys: `[B, slots + 1, head_dim]`, the rings one after another, then one slot of zeros.
         values: `[B, slots + 1, value_dim]`.
         layout: the `cache_layout.RingLayout` of both.
-        counts: int64 `[4, B]`: `position`, `columns`, and the highest that each of them has been.
+        counts: int64 `[4, B]`: `position`, `columns`, and both as if nothing had been taken back.
         capacity: tokens that there is room for; None once the rings have their full length.
         is_empty: nothing was appended since the store was made or reset.
 
@@ -67,6 +67,9 @@ class BandStore:
 
     keys: Tensor
     values: Tensor
+    layout: RingLayout
+    max_rollback: int
+    capacity: int | None
 
     def __init__(
         self,
@@ -92,8 +95,6 @@ class BandStore:
             raise ValueError(f"`dtype` must be floating point, got {dtype!r}")
         self.pattern = pattern
         self.num_key_heads = num_key_heads
-        self.max_rollback = max_rollback
-        self.capacity = _needed(capacity, pattern)
         # Known on the host, without waiting for the device.
         self.is_empty = True
         self._columns = 0  # appended so far; counted while the rings are not at their full length
@@ -101,7 +102,8 @@ class BandStore:
         with torch.inference_mode(False):
             self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=_device(device))
             self._padding = self.counts.new_full((batch_size, max_rollback), -1)
-            self._allocate(batch_size, head_dim, value_dim, dtype)
+            capacity = _needed(capacity, pattern)
+            self._allocate(capacity, max_rollback, head_dim, value_dim, dtype)
 
     @property
     def batch_size(self) -> int:
@@ -140,7 +142,8 @@ class BandStore:
 
     @property
     def rolled_back(self) -> Tensor:
-        """int64 `[B]`, tokens that were taken back and not replaced since."""
+        """int64 `[B]`, how much of `max_rollback` is used up: tokens taken back and not replaced
+        since."""
         return self.counts[2] - self.counts[0]
 
     @property
@@ -261,7 +264,7 @@ class BandStore:
         target = _device(device)
         self.keys, self.values = self.keys.to(target), self.values.to(target)
         self.counts, self._padding = self.counts.to(target), self._padding.to(target)
-        self.layout = self._layout()
+        self.layout = self._layout(self.capacity, self.max_rollback)
         return self
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,46 +332,46 @@ class BandStore:
                 f"`mask` must be [B, n] = [{key.shape[0]}, {key.shape[2]}], got {list(mask.shape)}"
             )
 
-    def _allocate(self, batch: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-        lengths = self._ring_lengths()
-        slots = sum(lengths) + 1
-        check_memory(
-            batch * slots * (head_dim + value_dim) * dtype.itemsize,
-            self.counts.device,
-            longest=max(lengths),
-            batch=batch,
-        )
-        self.layout = self._layout()
-        device = self.counts.device
-        self.keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
-
-    def _ring_lengths(self) -> tuple[int, ...]:
-        return ring_lengths(
-            self.pattern,
-            self.num_key_heads,
-            max_rollback=self.max_rollback,
-            capacity=self.capacity,
-        )
-
-    def _layout(self) -> RingLayout:
+    def _layout(self, capacity: int | None, max_rollback: int) -> RingLayout:
         return ring_layout(
             self.pattern,
             self.num_key_heads,
-            max_rollback=self.max_rollback,
-            capacity=self.capacity,
+            max_rollback=max_rollback,
+            capacity=capacity,
             device=self.counts.device,
         )
+
+    def _allocate(
+        self,
+        capacity: int | None,
+        max_rollback: int,
+        head_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Empty rings of these sizes, in place of others; nothing changes if they do not fit."""
+        batch, device = self.counts.shape[1], self.counts.device
+        lengths = ring_lengths(
+            self.pattern, self.num_key_heads, max_rollback=max_rollback, capacity=capacity
+        )
+        slots = sum(lengths) + 1
+        size = batch * slots * (head_dim + value_dim) * dtype.itemsize
+        check_memory(size, device, longest=max(lengths), batch=batch)
+        keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
+        values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
+        self.layout = self._layout(capacity, max_rollback)
+        self.capacity, self.max_rollback = capacity, max_rollback
+        self.keys, self.values = keys, values
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _move(self, capacity: int | None, max_rollback: int) -> None:
         """Allocate rings of other lengths and copy what the old ones hold."""
         old, keys, values = self.layout, self.keys, self.values
-        last = self.counts[2:3].T - 1  # [B, 1], the highest position ever written
+        last, behind = self.position[:, None] - 1, self.rolled_back[:, None]
         more = max_rollback - self.max_rollback
-        self.capacity, self.max_rollback = _needed(capacity, self.pattern), max_rollback
-        self._allocate(keys.shape[0], keys.shape[2], values.shape[2], keys.dtype)
+        capacity = _needed(capacity, self.pattern)
+        self._allocate(capacity, max_rollback, keys.shape[2], values.shape[2], keys.dtype)
         new = self.layout
         for head, (before, after) in enumerate(zip(old.ring_lengths, new.ring_lengths)):
             if not before or self.is_empty:
@@ -376,7 +379,7 @@ class BandStore:
             # The position that each slot of the new ring holds: the highest that belongs there.
             place = torch.arange(after, device=self.device)
             at = last - (last - place) % after
-            kept = (at >= 0) & (at > last - before)
+            kept = (at >= 0) & (at > last + behind - before)
             slots = sum(old.ring_lengths[:head]) + at % before
             slots = torch.where(kept, slots, old.slots)
             rows = torch.arange(keys.shape[0], device=self.device)[:, None]
@@ -385,8 +388,8 @@ class BandStore:
             self.values[:, start : start + after] = values[rows, slots]
         if not self.is_empty:
             # More room does not bring back what was dropped before, and less room drops more.
-            behind = (self.counts[2:] - self.counts[:2] + more).clamp(min=0)
-            self.counts[2:] = self.counts[:2] + behind
+            missing = (self.counts[2:] - self.counts[:2] + more).clamp(min=0)
+            self.counts[2:] = self.counts[:2] + missing
         wider = torch.nn.functional.pad(self._padding, (max(0, more), 0), value=-1)
         self._padding = wider[:, wider.shape[1] - max_rollback :]
 

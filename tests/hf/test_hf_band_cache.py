@@ -342,13 +342,28 @@ def test_a_text_longer_than_a_static_cache_is_refused():
     close(cache.layers[0].keys, before.layers[0].keys)
 
 
-def test_a_config_without_bands_is_refused():
-    with pytest.raises(ValueError, match="`config` must have a section `spattention`"):
-        BandCache(build("llama").config)
-    with pytest.raises(ValueError, match="`config` must be a model's config, got Llama"):
-        BandCache(banded("llama"))
-    with pytest.raises(ValueError, match="`slack` must not be negative, got -1"):
-        BandCache(banded("llama").config, slack=-1)
+@pytest.mark.parametrize("span", [40, 2**31, 2**63])
+def test_a_cache_takes_no_more_than_the_text_needs(span):
+    """Whatever span a config names: a text longer than the first room gets more."""
+    bands = (((0, 4),), ((0, span),), ((0, 2), (6, 30)), ((0, 1), (9, span)))
+    model = banded("llama", P(intervals=bands, span=span), max_position_embeddings=16)
+    same = banded("llama", P(intervals=tuple((*b[:-1], (b[-1][0], min(b[-1][1], LENGTH)))
+                                             for b in bands), span=LENGTH))  # fmt: skip
+    ids = tokens(2, LENGTH)
+    wanted = logits(same, ids, use_cache=False)
+    cache = BandCache(model.config)
+    assert not cache.is_compileable
+    close(in_pieces(model, ids[:, :16], [9, 1, 6], cache), wanted[:, :16], **EXACT)
+    assert cache.layers[0].store.layout.ring_lengths == (16 + 32,) * 2
+    first = cache.nbytes
+    close(in_pieces(model, ids[:, 16:], [1, 19, *[1] * 30], cache), wanted[:, 16:], **EXACT)
+    assert first < cache.nbytes <= 4 * first
+    assert cache.is_compileable == (span == 40)
+    long = BandCache(model.config)  # a prompt longer than the first room
+    close(in_pieces(model, ids, [60, 6], long), wanted, **EXACT)
+    roomy = BandCache(model.config, capacity=span if span == 40 else LENGTH)
+    assert roomy.is_compileable == (span == 40)
+    close(in_pieces(model, ids, [60, 6], roomy), wanted, **EXACT)
 
 
 def test_compiled_decoding_is_one_graph():
