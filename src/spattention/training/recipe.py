@@ -142,7 +142,7 @@ class Recipe:
         return self.batch // at_once
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Fields that prevent a run of `other` (from `to_dict`) from continuing with this recipe."""
+        """Fields that prevent a run of `other`, a `to_dict`, from continuing with this recipe."""
         mine = self.to_dict()
         return [
             f"{name} was {other.get(name)!r}, now {mine[name]!r}"
