@@ -6,6 +6,7 @@ array's header and the depth of its JSON are checked before memory is spent on t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -65,13 +66,17 @@ def remove_unfinished(folder: Path) -> None:
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders, and needs no such call
+        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
+    with naming(path):
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        except OSError as error:
+            # Some network file systems have no such call for folders.
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers come from: the commit of this package, the versions of libraries, the machine."""
+"""Provenance of a measurement: commit of this package, versions of libraries, machine."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spattention.cli import main
-from spattention.data import text
+from spattention.data import text, training
 from spattention.data.arrays import open_array, save_array
 from spattention.data.corpus import open_source, prepare_corpus
 from spattention.data.prepare import open_facts, open_stream
@@ -236,6 +236,15 @@ def test_the_digest_can_be_left_to_another_process(folder):
     edit(folder, "train.tokens.npy", overwritten(5))
     assert len(open_stream(folder, "train", check=False)) > 0
     assert open_training([str(folder)], [], context=8, check=False).tokens > 0
+
+
+def test_a_comparison_of_many_tokens_is_announced(folder, monkeypatch):
+    said = []
+    open_training([str(folder)], [], context=8, say=said.append)
+    assert said == []
+    monkeypatch.setattr(training, "LARGE", 10)
+    open_training([str(folder)], [], context=8, say=said.append)
+    assert said == ["comparing 0.0 GB of tokens with their digests"]
 
 
 def test_arrays_of_no_tokens_and_their_sizes(tmp_path):

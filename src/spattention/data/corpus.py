@@ -42,7 +42,13 @@ HEADER = 128  # bytes before the tokens of a .npy file
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of text, and how many there are if that is known."""
+    """Documents of text.
+
+    Args:
+        name: path or name to show in messages.
+        documents: the texts.
+        total: number of documents, if it is known.
+    """
 
     name: str
     documents: Iterable[str]
@@ -57,14 +63,14 @@ def open_source(
     column: str = "text",
     streaming: bool = False,
 ) -> Source:
-    """Text from files or from a Hugging Face dataset.
+    """Open text from files or from a Hugging Face dataset.
 
     Args:
         what: a `.txt` or `.jsonl` file or a folder of these (see `iterate_documents`), `.parquet`
             files, a folder that `datasets` saved, or else the name of a dataset on the hub.
         name: the dataset's configuration, where it has several.
-        split: of the dataset.
-        column: where JSON lines or the dataset keep their text.
+        split: split of the dataset.
+        column: entry of JSON lines, or column of the dataset, that holds the text.
         streaming: read the dataset as it arrives, without a copy on disk.
 
     Raises:
@@ -139,7 +145,7 @@ def prepare_corpus(
         vocabulary: entries of the tokenizer that is trained.
         end_of_text: the token that ends each document.
         held_out: share of the documents kept for validation, spread evenly; 0 keeps none.
-        sample: documents that the tokenizer is trained on.
+        sample: number of documents that the tokenizer is trained on.
         on_progress: called with documents and tokens so far, after each batch.
 
     Raises:
@@ -238,8 +244,8 @@ class StreamWriter:
 
     Args:
         folder: where `NAME.tokens.npy` and `NAME.starts.npy` go.
-        name: of the stream.
-        dtype: of the tokens, uint16 or uint32.
+        name: name of the stream, "train" or "validation".
+        dtype: dtype of the tokens, uint16 or uint32.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
@@ -258,7 +264,7 @@ class StreamWriter:
         return len(self._starts) - 1
 
     def add(self, tokens: np.ndarray) -> None:
-        """One document of at least one token."""
+        """Append one document of at least one token."""
         with naming(self._path):
             self._file.write(tokens.astype(self.dtype).tobytes())
         self._found.update(tokens.astype("<u4").tobytes())
@@ -266,7 +272,7 @@ class StreamWriter:
         self._starts.append(self.num_tokens)
 
     def close(self) -> None:
-        """Complete the files; `digest` is then that of `TokenStream.digest`."""
+        """Complete the files and set `digest`, which equals `TokenStream.digest`."""
         description = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,

@@ -1,4 +1,4 @@
-"""From a path to what a run trains on: training and validation tokens, and the tokenizer."""
+"""Prepared folders: training and validation tokens, their tokenizer, and facts about them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tokens import TokenStream
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What a reader of the results has to know about the data."""
+    """Facts about prepared data that go with the results: sources, sizes, digest, entropy."""
 
     source: str
     tokenizer: str

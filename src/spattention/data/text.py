@@ -112,7 +112,7 @@ def _json_lines(path: Path, file: TextIO, column: str) -> Iterator[str]:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises ValueError for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    """Raise ValueError for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

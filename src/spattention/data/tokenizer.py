@@ -52,8 +52,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, without the truncation and padding that it may ask for:
-    a corpus is tokenized whole.
+    """The tokenizer in a `tokenizer.json`, with truncation and padding off.
 
     Raises:
         ValueError: if there is no such file, it is larger than 2**28 bytes, or it holds no

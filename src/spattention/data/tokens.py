@@ -47,7 +47,7 @@ class TokenStream:
 
     @property
     def num_documents(self) -> int:
-        """How many documents the stream holds."""
+        """Number of documents."""
         return len(self.starts) - 1
 
     def __len__(self) -> int:
@@ -180,9 +180,9 @@ class InOrder(Dataset[Any]):
     that whoever reads items k, k + 1, ... from the front of what is missing goes on exactly.
 
     Args:
-        dataset: what is read.
-        length: items in all, over all epochs.
-        seed: of the orders.
+        dataset: map-style dataset to read.
+        length: number of items over all epochs.
+        seed: RNG seed of the orders.
     """
 
     def __init__(self, dataset: Dataset[Any], length: int, seed: int) -> None:

@@ -1,9 +1,9 @@
-"""What a recipe trains on: prepared folders and packed streams as datasets, checked at once."""
+"""Datasets of a recipe: windows of prepared folders and packed streams, checked when opened."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,21 @@ from .packed import SUFFIX, described_end_of_text, read_packed
 from .prepare import open_facts, open_stream
 from .tokens import TokenStream, Windows
 
+LARGE = 4 * 10**9  # bytes of tokens
 BLOCK, BLOCKS = 4096, 64  # tokens of a block, and blocks of a stream, that `contents` is made of
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Windows to train on and to be judged on.
+    """Windows for training and validation.
 
     Attributes:
         train: windows of all training streams.
         validation: windows of the validation streams; None without any.
         tokens: training tokens.
-        digest: of sizes, settings, and both ends of each stream: names the data in results.
-        contents: of what is trained on and what is judged on, each for itself, looked at in places
-            all over the streams: where it is equal, a run may go on.
+        digest: digest of sizes, settings and both ends of each stream; names the data in results.
+        contents: digest of sampled blocks of the training and validation tokens. A run can resume
+            only if it matches.
         largest: the largest token of any stream.
         end_of_text: the token that ends a document, if it is known.
         tokenizer: the `tokenizer.json` that the data was made with, if it is known.
@@ -53,6 +54,7 @@ def open_training(
     held_out: float = 0.005,
     limit: int | None = None,
     check: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TrainingData:
     """Open and check everything that a run will read.
 
@@ -67,6 +69,7 @@ def open_training(
             empty; 0 holds out none.
         limit: validation windows, spread over each stream; None for all.
         check: compare the tokens of prepared folders with their digests, see `open_stream`.
+        say: called before that where it takes more than a few seconds.
 
     Raises:
         ValueError: if anything is missing, truncated, foreign, not as it was written, or shorter
@@ -74,6 +77,9 @@ def open_training(
     """
     if not data:
         raise ValueError("`data` must name at least one prepared folder or packed stream, got none")
+    size = sum(file.stat().st_size for path in data for file in Path(path).glob("*.tokens.npy"))
+    if check and size > LARGE:
+        say(f"comparing {size / 1e9:.1f} GB of tokens with their digests")
     opened = [_open(Path(path), end_of_text, check=check) for path in data]
     trained, judged = [], []
     for path, stream in zip(map(Path, data), opened):
@@ -123,7 +129,7 @@ def open_training(
 
 
 def _shares(limit: int | None, streams: int) -> list[int | None]:
-    """How many windows of each stream are judged: `limit` in all, at least one of each."""
+    """Number of validation windows per stream: `limit` in all, at least one of each."""
     if limit is None:
         return [None] * streams
     edges = [k * limit // streams for k in range(streams + 1)] if streams else [0]
@@ -146,7 +152,7 @@ def _contents(train: Sequence[Windows], tests: Sequence[Windows]) -> str:
 
 
 def _check_tokenizers(folders: Sequence[Path]) -> None:
-    """Raises ValueError if the folders' tokens do not mean the same."""
+    """Raise ValueError if the folders have different tokenizers."""
     from .tokenizer import load_tokenizer
 
     known = [load_tokenizer(folder / "tokenizer.json").get_vocab() for folder in folders]

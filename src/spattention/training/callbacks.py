@@ -21,7 +21,7 @@ Event = dict[str, Any]
 
 
 class Diverged(RuntimeError):
-    """Training was stopped because of its loss; the message says where and what remains."""
+    """Training was stopped because of its loss; the message names value and step."""
 
 
 class ThroughputCallback(TrainerCallback):
@@ -76,8 +76,9 @@ class ThroughputCallback(TrainerCallback):
 
 
 class IntervalCallback(TrainerCallback):
-    """Restores the recipe's intervals of logging, evaluation and saving when a run continues: the
-    Trainer takes those of the checkpoint.
+    """Restores the recipe's intervals of logging, evaluation and saving when a run continues.
+
+    The Trainer takes those of the checkpoint.
     """
 
     def on_train_begin(
@@ -261,7 +262,7 @@ class LossRecorder(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float:
-        """By the median step; evaluation is not counted."""
+        """Tokens per second of the median step; evaluation is not counted."""
         return self._speed(self._seconds[self.warm_up :])
 
     def _speed(self, seconds: Sequence[float]) -> float:
@@ -319,6 +320,6 @@ class OrderDigest:
             self._found.update(keywords["input_ids"].cpu().contiguous().numpy())
 
     def close(self) -> str:
-        """Stop listening; SHA-256 in hexadecimal."""
+        """Stop listening and return the SHA-256 in hexadecimal."""
         self._hook.remove()
         return self._found.hexdigest()

@@ -29,7 +29,7 @@ class DamagedCheckpoint(ValueError):
 
 
 def commit(staged: Path, run: Path) -> Path:
-    """Turn what was written aside into a checkpoint of the run; returns where it is."""
+    """Turn a staged folder into a checkpoint of the run, and return its path."""
     for name in UNREAD:
         (staged / name).unlink(missing_ok=True)
     files = {name: {"bytes": size, "sha256": found} for name, size, found in _digests(staged)}
@@ -68,7 +68,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """After how many steps it was written."""
+    """The step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -93,7 +93,7 @@ def rotate(run: Path, keep: int) -> None:
 
 
 def clean(run: Path) -> None:
-    """Remove what a process that was killed left half written or half removed."""
+    """Remove what a killed process left half written or half removed."""
     shutil.rmtree(run / STAGING, ignore_errors=True)
     for path in run.glob(f".{PREFIX}*.removed"):
         shutil.rmtree(path, ignore_errors=True)

@@ -35,14 +35,14 @@ class Layered:
             StockDense(self.num_heads).apply(model)
 
     def pairs(self, seq_len: int) -> int:
-        """The mean over layers."""
+        """Attended pairs per window, the mean over layers."""
         dense = self.num_heads * seq_len * (seq_len + 1) // 2
         total = sum(dense if p is None else sum(p.pairs(seq_len)) for p in self.patterns)
         return round(total / len(self.patterns))
 
 
 def is_stock(named: str | Sequence[str]) -> bool:
-    """Whether a recipe's attention is dense in every layer."""
+    """True if a recipe's attention is dense in every layer."""
     return {STOCK} == ({named} if isinstance(named, str) else set(named))
 
 

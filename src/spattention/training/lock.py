@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; made if need be, and removed at the end if it stays empty.
+    """Lock a folder for this process; it is made if need be, and removed if it stays empty.
 
     Raises:
         ValueError: if another process has it.

@@ -1,4 +1,4 @@
-"""How much memory a run takes: the high-water mark of a process's resident set."""
+"""Memory of a process: its resident set and the high-water mark of that."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ MASTERS = "masters"  # entry of the optimizer's state dict
 
 
 def sharded_precision(precision: str) -> MixedPrecisionPolicy:
-    """What FSDP2 gathers float32 shards in; gradients are summed in float32 either way.
+    """The mixed-precision policy of FSDP2; gradients are summed in float32 under each.
 
     Accelerate's own policy for bfloat16 would sum the gradients over devices and passes in bfloat16
     too, and round the loss to it.
 
     Args:
-        precision: "float32" or "bfloat16", of the products.
+        precision: dtype of the products, "float32" or "bfloat16".
     """
     if precision == "float32":
         return MixedPrecisionPolicy()
@@ -44,12 +44,12 @@ def to_bfloat16(model: torch.nn.Module, weight_decay: float, **adamw: Any) -> to
 
     Args:
         model: on the device where it is trained; its buffers stay as they are.
-        weight_decay: of tensors with at least two dimensions.
+        weight_decay: decay of tensors with at least two dimensions.
         adamw: `lr`, `betas`, `eps` of `torch.optim.AdamW`.
 
     Returns:
         An AdamW over the float32 masters. Its state dict holds them too, so that what resumes from
-        it goes on exactly; loading one into it restores masters and model.
+        it continues exactly; loading one into it restores masters and model.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     masters = [(name, torch.nn.Parameter(p.detach())) for name, p in named]

@@ -1,4 +1,4 @@
-"""A run of a recipe: data, model, precision, Trainer, and where it left off."""
+"""Training by a recipe: data, model, precision, Trainer, and the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def pretrain(
     if recipe.wandb and find_spec("wandb") is None:
         raise ValueError("`wandb` must be false where the package wandb is missing, got true")
     arguments = recipe_arguments(recipe, folder / STAGING)  # also joins the other processes
+    first = arguments.process_index == 0
     passes = recipe.passes(arguments.world_size)
     _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
     check_memory(recipe, arguments.device, arguments.world_size)
@@ -110,8 +111,8 @@ def pretrain(
         held_out=recipe.held_out,
         limit=recipe.validation_windows or None,
         check=arguments.local_process_index == 0,  # one process per node reads all tokens
+        say=lambda text: send({"kind": "note", "text": text}) if first else None,
     )
-    first = arguments.process_index == 0
     check_folder(recipe, folder, data)
     arguments.gradient_accumulation_steps = passes
     with held(folder) if first else nullcontext():

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from ..files import shown
 from .bounds import BOUNDS, check_bounds
 
-# What may change when a run goes on: none of it changes what is computed, but for rounding; and,
-# with `micro_batch`, for the balance loss, which is taken per pass.
+# Fields that may change when a run continues. None changes what is computed, except for rounding
+# and, with `micro_batch`, for the balance loss, which is taken per pass.
 FREE = frozenset(
     {
         *("data", "validation", "micro_batch", "compile", "checkpointing", "loss", "workers"),
@@ -31,7 +31,7 @@ class Recipe:
 
     Args:
         model: a preset of `spattention.models`; or a folder or a name on the hub of a pretrained
-            model to go on from.
+            model to continue from.
         layers: decoder layers, instead of the preset's.
         vocabulary: entries of the embedding, instead of the preset's.
         attention: dense, a pattern or a baseline, as `spattention compare` names them; one, or a
@@ -48,19 +48,19 @@ class Recipe:
         batch: windows per step, over all devices.
         micro_batch: windows per device and pass; a step takes batch / (micro_batch * devices)
             passes.
-        learning_rate: its peak.
-        final_learning_rate: its end, as a share of the peak; it falls as a cosine.
-        warmup: steps in which it rises.
-        weight_decay: of tensors with at least two dimensions.
-        beta1: AdamW's average of gradients.
-        beta2: AdamW's average of their squares.
-        epsilon: AdamW's.
+        learning_rate: peak learning rate.
+        final_learning_rate: learning rate at the end, as a share of the peak; cosine decay.
+        warmup: steps of linear warm-up.
+        weight_decay: decay of tensors with at least two dimensions.
+        beta1: AdamW's decay of the average of gradients.
+        beta2: AdamW's decay of the average of their squares.
+        epsilon: AdamW's epsilon.
         clip: largest norm of the gradients.
         balance_loss: weight of the router's balance loss, over the windows of a pass.
         z_loss: weight of the router's z-loss.
-        seed: of weights and of the order of the windows.
-        precision: of the products: "bfloat16" keeps float32 weights, gradients and optimizer state
-            beside bfloat16 weights that the products use; "float32" has these alone.
+        seed: RNG seed of the weights and of the order of the windows.
+        precision: dtype of the products. "bfloat16" keeps float32 weights, gradients and optimizer
+            state next to bfloat16 weights that the products use; "float32" has these alone.
         loss: "plain" makes all logits at once, "chunked" some thousand rows at a time, "liger"
             likewise with Liger's kernels (GPU; package liger-kernel).
         compile: compile each layer, and under "ddp" the chunks of the loss.
@@ -68,17 +68,17 @@ class Recipe:
         parallel: "ddp" copies the model to each device, "fsdp2" shards it.
         shard_size: devices that share one copy under "fsdp2", such as those of a node; whole copies
             are then averaged between the groups. 0 shards over all.
-        workers: processes that read data, per device.
-        threads: of each process on the CPU; 0 for PyTorch's own choice.
+        workers: data loader processes per device.
+        threads: CPU threads of each process; 0 for PyTorch's choice.
         log_every: steps between two lines of metrics.
         evaluate_every: steps between two validation losses.
-        validation_windows: windows that it is taken over; 0 for all.
+        validation_windows: windows of the validation loss; 0 for all.
         save_every: steps between two checkpoints.
-        keep: checkpoints that are kept.
+        keep: number of checkpoints to retain.
         tensorboard: whether to write for TensorBoard.
         wandb: whether to report to Weights & Biases.
-        divergence: stop when the loss stays so many nats above its best; 0 never stops.
-        peak_tflops: what MFU is measured against, per device.
+        divergence: nats above its best at which the loss stops the run; 0 disables the check.
+        peak_tflops: peak of one device, in TFLOP/s, for MFU.
     """
 
     model: str
@@ -142,7 +142,7 @@ class Recipe:
         return self.batch // at_once
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What keeps a run of the recipe `other`, as `to_dict` gave it, from going on with this."""
+        """Fields that prevent a run of `other`, a `to_dict`, from continuing with this recipe."""
         mine = self.to_dict()
         return [
             f"{name} was {other.get(name)!r}, now {mine[name]!r}"
@@ -151,7 +151,7 @@ class Recipe:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no tuples."""
+        """The fields as JSON values; tuples become lists."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -222,5 +222,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             )  # what no float holds, no bounds do
         elif type(value) is kind:
             return value
-    wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
+    if typing.get_origin(hint) is Literal:
+        wanted = f"one of {list(typing.get_args(hint))}"
+    else:
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
     raise ValueError(f"`{name}` must be {wanted}, got {shown(value)}")

@@ -24,8 +24,9 @@ LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 class RecordCallback(TrainerCallback):
-    """Writes `losses.json` with each validation loss and checkpoint, and at the end, so that a run
-    that is killed leaves it too. It must come after the callback that collects the metrics.
+    """Writes `losses.json` with each validation loss and checkpoint, and at the end.
+
+    It must come after the callback that collects the metrics.
 
     What an earlier file says of steps that the metrics no longer have is kept.
 
@@ -124,7 +125,7 @@ def _joined(
 
 
 def _rounded(entry: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
-    """Six digits say all that a loss can tell."""
+    """The named values of an entry, rounded to six digits."""
     found = {name: entry[name] for name in names if name in entry}
     return {
         name: value if isinstance(value, int) or not math.isfinite(value) else float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""A comparison as JSON, as Markdown and as the cells of a table."""
+"""The report of a comparison: JSON, Markdown, and the cells of a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Report:
-    """All that there is to say about a comparison, finished or not."""
+    """The results of a comparison, finished or not, with settings and data."""
 
     facts: CorpusFacts
     settings: Settings
@@ -41,7 +41,7 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
-        """One per way to attend."""
+        """Rows of the table, one per attention."""
         return summarize(self.results)
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -53,7 +53,7 @@ class Report:
         return [*(_cells(row, dense, entropy) for row in rows), last]
 
     def notes(self) -> list[str]:
-        """What a reader must know to read the table."""
+        """Notes that explain the table."""
         facts, settings, rows = self.facts, self.settings, self.rows
         notes = [
             f"Unigram entropy of the evaluated windows: {facts.unigram_entropy:.3f} nats, the loss "
@@ -97,7 +97,7 @@ class Report:
         return next(iter(banded or self.results), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as JSON values."""
         return {
             "format": "spattention-comparison",
             "version": 1,

@@ -1,4 +1,4 @@
-"""What decides a run of a comparison, in plain values that go into its results."""
+"""Settings of a comparison, plain values that go into its results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .bounds import BOUNDS, check_bounds
 
 @dataclass(frozen=True)
 class Settings:
-    """What runs must share to be compared: they differ in attention and seed alone.
+    """Settings that all runs of a comparison share; they differ in attention and seed alone.
 
     Args:
         model: a preset of `spattention.models`.
@@ -18,11 +18,11 @@ class Settings:
         context: tokens per window, and the span of the patterns.
         batch: windows per step.
         steps: optimizer steps.
-        learning_rate: its peak; it warms up over a tenth of the steps and falls to a tenth as a
-            cosine.
-        evaluations: how often the validation loss is taken, the end included.
-        validation_windows: windows that it is taken over.
-        threads: of each run; 0 for PyTorch's own choice, usually one per core.
+        learning_rate: peak learning rate; warm-up over a tenth of the steps, cosine decay to a
+            tenth.
+        evaluations: number of validation losses, the one at the end included.
+        validation_windows: windows of a validation loss.
+        threads: CPU threads of each run; 0 for PyTorch's choice, usually one per core.
         data: digest of the tokens.
     """
 

@@ -1,4 +1,4 @@
-"""What the runs of a comparison say together, and how far to trust the differences."""
+"""Summary of the runs of a comparison: one row per attention, with the spread over seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .variant import Result
 
 @dataclass(frozen=True)
 class Row:
-    """One way to attend, over its seeds.
+    """One attention, over its seeds.
 
     Args:
         attention: its name.
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """How to read the difference."""
+        """The difference against the spread between seeds, in words."""
         if self.attention == STOCK or self.difference is None:
             return ""
         if self.spread is None:
@@ -52,7 +52,7 @@ class Row:
 
 
 def summarize(results: Sequence[Result]) -> list[Row]:
-    """One row per way to attend, in the order of the first run of each."""
+    """One row per attention, in the order of the first run of each."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.attention, []).append(result)
@@ -61,7 +61,7 @@ def summarize(results: Sequence[Result]) -> list[Row]:
 
 
 def check_equal_order(results: Sequence[Result]) -> None:
-    """Runs of one seed must have trained on the same tokens in the same order."""
+    """Raise RuntimeError unless runs of one seed trained on the same tokens in the same order."""
     orders: dict[int, str] = {}
     for result in results:
         first = orders.setdefault(result.seed, result.order)

@@ -33,13 +33,13 @@ def make_trainer(
     """A Trainer over windows, silent but for the callbacks given.
 
     Args:
-        model: what is trained.
-        arguments: as `make_arguments` made them.
+        model: model to train.
+        arguments: result of `make_arguments`.
         train: training windows.
-        validation: windows that the validation loss is taken over.
-        callbacks: what watches it.
-        optimizer: to be used instead of the one that `arguments` describe.
-        tokenizer: saved beside the model.
+        validation: windows of the validation loss.
+        callbacks: callbacks, in the order in which they are called.
+        optimizer: optimizer to use instead of the one that `arguments` describe.
+        tokenizer: tokenizer to save next to the model.
     """
     trainer = _PerToken(
         model=model,
@@ -61,9 +61,10 @@ def make_trainer(
 
 
 class _PerToken(Trainer):
-    """Its validation loss is the mean over all tokens that are predicted. The Trainer's own is a
-    mean of the batches' means, which depends on how windows fall into batches, and on how often
-    windows are repeated to fill the last ones of several devices.
+    """A Trainer whose validation loss is the mean over all predicted tokens.
+
+    The Trainer's own is a mean of the batches' means. It depends on how windows fall into batches,
+    and on how often windows are repeated to fill the last ones of several devices.
     """
 
     _summed: torch.Tensor  # losses, and how many
@@ -88,8 +89,9 @@ class _PerToken(Trainer):
 
 
 class _Whole(Dataset[Any]):
-    """Windows, and so many without a token that counts that the last batch is full on every device:
-    instead of theirs, Accelerate would repeat windows that do.
+    """Pads the validation set with fully ignored windows to a multiple of the global batch.
+
+    Otherwise Accelerate fills the last batch by repeating real windows, which biases the loss.
     """
 
     def __init__(self, windows: Dataset[Any], multiple: int) -> None:
@@ -108,7 +110,7 @@ class _Whole(Dataset[Any]):
 
 
 def _at_once(arguments: TrainingArguments) -> int:
-    """Windows that all devices evaluate at once; one device takes the last ones as they are."""
+    """Number of windows that all devices evaluate at once; 1 on one device, which pads nothing."""
     devices = arguments.world_size
     return arguments.per_device_eval_batch_size * devices if devices > 1 else 1
 

@@ -23,15 +23,15 @@ def make_arguments(
     seed: int,
     **more: Any,
 ) -> TrainingArguments:
-    """AdamW with a warm-up and a cosine, and nothing that the Trainer prints or saves by itself.
+    """Arguments for AdamW with warm-up and cosine decay; the Trainer prints and saves nothing.
 
     Args:
-        folder: where the Trainer may write.
+        folder: folder in which the Trainer may write.
         steps: optimizer steps.
         batch: windows per device and pass.
-        learning_rate: its peak; it falls to a tenth.
-        warmup: steps in which it rises.
-        seed: of the Trainer's random numbers.
+        learning_rate: peak learning rate; it decays to a tenth.
+        warmup: steps of linear warm-up.
+        seed: RNG seed of the Trainer.
         more: other arguments of `TrainingArguments`, or other values for those set here.
     """
     values: dict[str, Any] = {
@@ -135,7 +135,7 @@ def recipe_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 
 
 def _groups(recipe: Recipe, devices: int) -> Any:
-    """Accelerate's words for: sharded within groups of devices, copied between them."""
+    """Accelerate's setting for shards within groups of devices and copies between the groups."""
     from accelerate import ParallelismConfig
 
     if recipe.parallel != "fsdp2" or devices % recipe.shard_size:

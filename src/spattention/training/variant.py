@@ -1,4 +1,4 @@
-"""One run of a comparison: a fresh model, one way to attend, one seed."""
+"""One run of a comparison: a fresh model, one attention, one seed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CONTINUATION_TOKENS = 100
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made.
+    """A run of a comparison that is to be trained.
 
     Args:
-        attention: as `attention_choice` reads it.
-        seed: of the weights and of the order of the data.
-        settings: what all runs share.
+        attention: name for `attention_choice`.
+        seed: RNG seed of the weights and of the order of the data.
+        settings: settings that all runs share.
         data: folder that `prepare` wrote.
-        models: folder of the trained models, each in one of its own.
+        models: folder of the trained models, each in its own subfolder.
     """
 
     attention: str
@@ -45,19 +45,19 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Unique among the runs of one comparison, and fit for a file's name."""
+        """Name of the run, unique in its comparison and fit for a file's name."""
         plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.attention)
         return f"{plain}-seed{self.seed}"
 
     @property
     def model(self) -> Path:
-        """Where the trained model is saved."""
+        """Folder of the trained model."""
         return self.models / self.name
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave. Losses in nats per token, memory in bytes, pairs per layer and window."""
+    """Result of a run. Losses in nats per token, memory in bytes, pairs per layer and window."""
 
     attention: str
     seed: int

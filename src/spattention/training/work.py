@@ -1,4 +1,4 @@
-"""How much a training step computes: the numerator of MFU (model FLOP utilisation).
+"""Useful work of a training step: the numerator of MFU (model FLOP utilisation).
 
 Useful work per token is 6 x active parameters, plus 14 x D per attended (query, key) pair: two
 products of the forward pass and five of the backward, each 2 x D. Recomputation does not count.
