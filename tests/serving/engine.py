@@ -3,9 +3,9 @@
     python engine.py generate '{"folder": "", "runs": [[[1, 2], [3]]], "tokens": 8, "settings": {}}'
     python engine.py start '{"starts": [[FOLDER, {}], ...]}'
 
-The last line of standard output is JSON: for `generate` the tokens, the cached prompt tokens and
-the most blocks in use of each run; for `start` the error with which vLLM's own checks end, or null,
-of each folder and its settings.
+The last line of standard output is JSON: for `generate` the tokens, the cached prompt tokens, the
+most blocks in use and the interruptions of each run; for `start` the error with which vLLM's own
+checks end, or null, of each folder and its settings.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ SETTINGS = {
 def environment(**changes: str) -> dict[str, str]:
     """Without a network, one thread, the engine in the process that asked for it."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return kept | quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | changes
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return kept | quiet | threads | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | changes
 
 
 def generate_in_vllm(
@@ -67,7 +68,8 @@ def _generate(request: dict[str, Any]) -> Any:
     from vllm import LLM, SamplingParams
 
     engine = LLM(request["folder"], **SETTINGS | request["settings"]).llm_engine
-    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
     sampling = SamplingParams(
         temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False
     )
@@ -77,10 +79,12 @@ def _generate(request: dict[str, Any]) -> Any:
             engine.add_request(f"{run}-{index}", {"prompt_token_ids": prompt}, sampling)
         finished: dict[int, Any] = {}
         in_use = []
+        interruptions: dict[str, int] = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
                     finished[int(output.request_id.split("-")[1])] = output
+            interruptions |= {id: r.num_preemptions for id, r in scheduler.requests.items()}
             in_use.append(pool.num_gpu_blocks - pool.get_num_free_blocks())
         in_order = [finished[index] for index in range(len(prompts))]
         answers.append(
@@ -88,6 +92,7 @@ def _generate(request: dict[str, Any]) -> Any:
                 "tokens": [list(output.outputs[0].token_ids) for output in in_order],
                 "cached": [output.num_cached_tokens for output in in_order],
                 "most_blocks": max(in_use),
+                "interrupted": sum(interruptions.values()),
             }
         )
     return answers

@@ -39,6 +39,43 @@ def test_tokens_are_transformers_tokens(tmp_path: Path, family: str, sinks: bool
     assert min(again["cached"][1:]) >= 64  # so the second run did read the first one's blocks
 
 
+def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
+    """Tensor parallelism: each rank has its heads' bands and sinks, in two classes of heads."""
+    first, second = folders.FIRST.intervals, folders.SECOND.intervals
+    patterns = (spa.BandPattern(first + second, folders.SPAN),) * 2
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    folder = folders.save(tmp_path, "qwen3", patterns, sinks=True, **shape)
+    assert [len(head_classes(list(patterns), 4, ranks=2, rank=r)[0]) for r in (0, 1)] == [2, 2]
+    (run,) = engine.generate_in_vllm(folder, [PROMPTS], NEW_TOKENS, tensor_parallel_size=2)
+    assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
+def test_compiled_models_give_the_same_tokens(tmp_path: Path) -> None:
+    """Without `enforce_eager`, as users run it, and with chunks that cut blocks."""
+    folder = folders.save(tmp_path)
+    settings = {"enforce_eager": False, "max_num_batched_tokens": 41}
+    (run,) = engine.generate_in_vllm(folder, [PROMPTS], NEW_TOKENS, **settings)
+    assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
+def test_tokens_survive_a_full_cache(tmp_path: Path) -> None:
+    """Requests that grow until vLLM interrupts one for want of blocks, and starts it again."""
+    folder = folders.save(tmp_path)
+    prompts = folders.prompts([1, 2, 3, 5])
+    settings = {"num_gpu_blocks_override": 22, "enable_prefix_caching": False}
+    (run,) = engine.generate_in_vllm(folder, [prompts], 150, **settings)
+    assert run["tokens"] == folders.greedy(folder, prompts, 150)
+    assert run["interrupted"] > 0
+
+
+def test_one_window_for_all_heads_gives_the_same_tokens(tmp_path: Path) -> None:
+    """Where vLLM's manager of several windows is off, as with some of its options."""
+    folder = folders.save(tmp_path)
+    settings = {"disable_hybrid_kv_cache_manager": True}
+    (run,) = engine.generate_in_vllm(folder, [PROMPTS], NEW_TOKENS, **settings)
+    assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
     """The models of these tests give other tokens where bands are lost or exchanged."""
     folder = folders.save(tmp_path / "banded")
@@ -72,6 +109,26 @@ def test_blocks_are_freed_by_class_of_heads(tmp_path: Path) -> None:
         every += -(-length // tokens)
     assert run["most_blocks"] <= held + 1  # vLLM keeps one block unused
     assert held < 0.5 * every
+
+
+def test_the_docs_state_the_blocks_of_a_long_request(tmp_path: Path) -> None:
+    """`docs/serving.md`: one request of 8,192 tokens, eight heads, chunks of 256."""
+    length, heads = 8192, 8
+    found = {}
+    for name, pattern in {
+        "dense": spa.BandPattern.dense(heads, length),
+        "uniform": spa.BandPattern.shared_local(heads, length),
+        "geometric": spa.BandPattern.shared_local(heads, length, widths="geometric"),
+    }.items():
+        shape = {"num_attention_heads": heads, "num_key_value_heads": heads}
+        shape["max_position_embeddings"] = 2 * length
+        folder = folders.save(tmp_path / name, patterns=(pattern, pattern), **shape)
+        settings = {"max_model_len": length + 16, "max_num_batched_tokens": 256}
+        settings |= {"kv_cache_memory_bytes": 1 << 26, "enable_prefix_caching": False}
+        (run,) = engine.generate_in_vllm(folder, [folders.prompts([length])], 8, **settings)
+        (classes,) = head_classes([pattern], heads)
+        found[name] = run["most_blocks"], max(len(part.kv_heads) for part in classes)
+    assert found == {"dense": (514, 8), "uniform": (1329, 2), "geometric": (317, 4)}
 
 
 def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
