@@ -77,15 +77,29 @@ def differentiable(
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return below(*inputs)
 
+    save = save or _save_nothing
+
+    def below_and_save(ctx: Any, *inputs: Any) -> Any:
+        output = below(*inputs)
+        save(ctx, inputs, output)
+        return output
+
     methods = {
-        "setup_context": save or _save_nothing,
+        "setup_context": save,
         "backward": gradients or _refuse,
         "jvp": tangents or _refuse,
     }
     static = {name: staticmethod(method) for name, method in methods.items()}
     name = operator._schema.name.partition("::")[2]
+    # With `setup_context`, PyTorch would examine the signature of `forward` in every call.
     recorded: Any = type(
-        name, (torch.autograd.Function,), {**static, "forward": staticmethod(below)}
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(below_and_save),
+            "backward": static["backward"],
+            "jvp": static["jvp"],
+        },
     )
     # The dispatcher visits one functorch transform at a time: so does what records there.
     recorded_in_transform: Any = type(
