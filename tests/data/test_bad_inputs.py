@@ -51,7 +51,7 @@ def vocabulary_of(entries):
 def test_prepare_refuses_by_name(tmp_path, capsys, name, content, options, error):
     """By the command: status 2, no traceback, and nothing is left behind."""
     source = write(tmp_path / name, content)
-    assert main(["prepare", str(source), "--output", str(tmp_path / "out"), *options]) == 2
+    assert main(["prepare", str(source), "--output", str(tmp_path / "new" / "out"), *options]) == 2
     said = capsys.readouterr().err
     assert error in said, said
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -239,7 +239,7 @@ def test_a_first_kill_does_not_block_the_folder(data, tmp_path):
     assert pretrain(recipe(data, steps=1), tmp_path / "run").finished
 
 
-def test_files_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
+def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
     """The file is flushed before it is renamed, the folder after."""
     calls = []
     flush, replace = os.fsync, os.replace
@@ -307,7 +307,7 @@ def test_the_code_of_a_model_folder_is_never_run(data, tmp_path):
         lambda c: shutil.rmtree(c),
     ],
 )
-def test_a_damaged_checkpoint_is_told_with_the_older_one(whole, tmp_path, edit):
+def test_damage_is_returned_with_the_older_checkpoint(whole, tmp_path, edit):
     """The call that finds a checkpoint returns what is wrong with newer ones, by file."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
