@@ -163,6 +163,15 @@ def overwritten(value):
     return damage
 
 
+def sparse_starts(folder):
+    """A terabyte of starts that takes no room on disk."""
+    path = folder / "train.starts.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (2**37,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2**40)
+
+
 def claims(shape):
     """A header that claims another shape, in the room that the padding leaves."""
 
@@ -193,6 +202,7 @@ def claims(shape):
         (lambda d: write(d / "train.tokens.npy", b""), "must be one row of uint16 or uint32 in"),
         (lambda d: write(d / "train.tokens.npy", b"PK\x03\x04"), "must be one row of uint16"),
         (claims("(10000000000000,)"), "must have 20000000000128 bytes by its header, got"),
+        (sparse_starts, "must have at most one start per token and one more, got 137438953472"),
         (claims("(-1,)"), "must have 126 bytes by its header, got"),
         (claims("(9,"), "must be one row of uint16 or uint32 in .npy"),
         (claims("(" * 60), "must be one row of uint16 or uint32 in .npy"),
