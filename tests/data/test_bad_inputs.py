@@ -1,8 +1,6 @@
 """Bad inputs of `prepare` and damaged folders: one line that names file, rule and value."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -116,25 +114,11 @@ def test_a_folder_under_a_file_is_refused(tmp_path, capsys):
     assert str(source) in capsys.readouterr().err
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-from spattention.data.corpus import open_source, prepare_corpus
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-source = open_source(sys.argv[1])
-try:
-    prepare_corpus(Path(sys.argv[2]), source, vocabulary=300, held_out=0.1)
-except OSError as error:
-    print(error)
-"""
-
-
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
-    """The system refuses bytes, here by a limit of a file's size."""
-    source = write(tmp_path / "a.txt", "\f".join(f"{k} {'words ' * 40}" for k in range(400)))
-    command = [sys.executable, "-c", FULL, str(source), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "train.tokens.npy cannot be read or written" in done.stdout, done
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, full_disk):
+    text = "\f".join(f"{k} {'words ' * 40}" for k in range(400))
+    source = open_source(str(write(tmp_path / "a.txt", text)))
+    with full_disk(20_000), pytest.raises(OSError, match=r"train\.tokens\.npy cannot be read or w"):
+        prepare_corpus(tmp_path / "out", source, vocabulary=300, held_out=0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -156,20 +155,6 @@ def test_a_run_without_permission_is_named(open_folder, unprivileged, data, caps
     assert not (open_folder / "run").exists()
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from small_run import recipe
-from spattention.training.pretrain import pretrain
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
-try:
-    pretrain(recipe(Path(sys.argv[2]), save_every=int(sys.argv[5])), Path(sys.argv[3]))
-except OSError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize(
     ("size", "every", "error"),
     [
@@ -178,20 +163,14 @@ except OSError as error:
         (1_000_000, 2, r"checkpoint-2 cannot be written, with [\d,]+ bytes free: "),
     ],
 )
-def test_a_full_disk_is_named_and_leaves_no_part(data, whole, tmp_path, size, every, error):
-    """The system refuses bytes, here by a limit of a file's size; with room the run continues."""
-    command = [sys.executable, "-c", FULL, str(Path(__file__).parent)]
-    done = subprocess.run(
-        [*command, str(data), str(tmp_path / "run"), str(size), str(every)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1, done.stdout
-    assert re.search(error, done.stdout), done.stdout
-    names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names <= {MARK, METRICS}, names
+def test_a_full_disk_is_named_and_leaves_no_part(
+    data, whole, tmp_path, full_disk, size, every, error
+):
+    """The run stops in one line, and with room it continues."""
+    with full_disk(size), pytest.raises(OSError, match=error) as caught:
+        pretrain(recipe(data, save_every=every), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {MARK, METRICS}
     assert pretrain(recipe(data), tmp_path / "run").finished
     assert losses(tmp_path / "run") == losses(whole)
 
