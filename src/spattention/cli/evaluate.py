@@ -29,9 +29,9 @@ from ..evaluation.heads import LayerHeads, look_at_heads
 from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
-from ..files import write_atomically
 from ..plots import evaluation_figure
-from ..provenance import machine
+from ..training.report import machine
+from ..training.results import write_atomically
 from .generate import model_folder, open_tokenizer
 
 Part = Literal["loss", "recall", "heads", "tasks"]
