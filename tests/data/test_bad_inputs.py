@@ -11,7 +11,7 @@ from spattention.data.arrays import open_array, save_array
 from spattention.data.corpus import open_source, prepare_corpus
 from spattention.data.prepare import open_facts, open_stream
 from spattention.data.text import read_documents
-from spattention.data.tokenizer import LARGEST_VOCABULARY, load_tokenizer, train_tokenizer
+from spattention.data.tokenizer import load_tokenizer, train_tokenizer
 from spattention.data.training import open_training
 
 GOOD = "\f".join(f"words of document {k}" for k in range(40))
@@ -246,4 +246,3 @@ def test_arrays_of_no_tokens_and_their_sizes(tmp_path):
     assert open_array(tmp_path / "a.npy", (np.uint16,)).shape == (0,)
     save_array(tmp_path / "a.npy", np.arange(5, dtype=np.uint16))
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2, 3, 4]
-    assert LARGEST_VOCABULARY >= 2**20
