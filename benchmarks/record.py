@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from spattention.files import write_atomically
+from spattention.provenance import source_commit
 
 
 def processor() -> str:
@@ -40,7 +42,7 @@ def write(
         commit: to record where git cannot tell.
         environment: more about the machine, such as its GPU.
     """
-    commit = commit or _commit()
+    commit = commit or source_commit()
     result = {
         "what": what,
         "processor": processor(),
@@ -56,12 +58,4 @@ def write(
         "settings": settings,
         "rows": rows,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(output)
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    write_atomically(output, json.dumps(result, indent=1) + "\n")

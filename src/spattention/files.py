@@ -50,6 +50,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder with its parents; returns those that were made, for `remove_empty`."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders from the innermost outwards, up to the first that holds something."""
+    for folder in folders:
+        if folder.exists():
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
 def is_unfinished(path: Path) -> bool:
     """True for a file that `write_atomically` left when its process was killed."""
     return path.name.startswith(".") and path.name.endswith(UNFINISHED)

@@ -27,7 +27,7 @@ def tokenizer(tmp_path):
     return path
 
 
-def test_tokens_are_those_of_a_plain_reading_and_every_document_is_somewhere(tmp_path, tokenizer):
+def test_a_corpus_has_the_tokens_of_a_plain_reading(tmp_path, tokenizer):
     texts = documents(2 * BATCH + 7)  # more than one batch
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -73,7 +73,7 @@ def test_every_source_gives_the_same_documents(tmp_path):
         open_source(str(tmp_path / "nothing"))
 
 
-def test_rows_without_text_are_dropped_and_other_columns_read(tmp_path, tokenizer):
+def test_rows_without_text_are_dropped(tmp_path, tokenizer):
     Dataset.from_dict({"text": ["one", None, "two"], "number": [1, 2, 3]}).to_parquet(
         str(tmp_path / "a.parquet")
     )
@@ -95,7 +95,7 @@ def test_rows_without_text_are_dropped_and_other_columns_read(tmp_path, tokenize
         list(open_source(str(lines), column="body").documents)
 
 
-def test_a_tokenizer_that_cuts_and_pads_gives_whole_documents(tmp_path, tokenizer):
+def test_truncation_and_padding_leave_documents_whole(tmp_path, tokenizer):
     texts = documents(30)
     cutting = load_tokenizer(tokenizer)
     cutting.enable_truncation(4)
@@ -124,9 +124,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, tokenizer):
         (0.1, 30, [5, 15, 25]),
     ],
 )
-def test_documents_are_held_out_evenly_and_as_many_as_asked(
-    tmp_path, tokenizer, share, count, held
-):
+def test_documents_are_held_out_evenly(tmp_path, tokenizer, share, count, held):
     (tmp_path / "a.txt").write_text("\f".join(f"number {k}" for k in range(count)))
     source = open_source(str(tmp_path / "a.txt"))
     prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=share)

@@ -30,7 +30,7 @@ def packed(tmp_path):
     return path
 
 
-def test_each_epoch_holds_every_item_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_item_in_its_own_order():
     order = InOrder(list(range(50)), 125, seed=3)
     items = [order[k] for k in range(125)]
     assert sorted(items[:50]) == sorted(items[50:100]) == list(range(50))

@@ -32,7 +32,7 @@ def test_round_trip(packed):
     assert found.tokens[:6].tolist() == [0, END, 0, 1, END, 0]
 
 
-def test_the_end_of_text_may_be_given_when_the_description_lacks_it(packed):
+def test_the_end_of_text_may_be_an_argument(packed):
     change(packed, end_of_text=None)
     assert read_packed(packed).num_documents == 1
     assert read_packed(packed, END).num_documents == 40

@@ -76,7 +76,7 @@ def test_a_vocabulary_smaller_than_the_bytes():
         train_tokenizer([WORDS], 100)
 
 
-def test_prepare_holds_documents_out_of_text_and_tokenizer(text, tmp_path):
+def test_the_tokenizer_never_sees_held_out_text(text, tmp_path):
     rare = text.read_text(encoding="utf-8").split("\f")
     rare[5] = "zzzz " * 100  # the one that is held out
     text.write_text("\f".join(rare), encoding="utf-8")
@@ -98,7 +98,7 @@ def test_prepare_is_the_same_every_time(text, tmp_path):
     assert first == prepare(tmp_path / "two", text, vocabulary=300, held_out=0.1)
 
 
-def test_prepare_packed_tokens_with_and_without_their_tokenizer(text, tmp_path):
+def test_packed_tokens_with_and_without_tokenizer(text, tmp_path):
     tokenizer = train_tokenizer([WORDS], 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     packed = tmp_path / "t.u16.xz"

@@ -17,7 +17,7 @@ def stream(*lengths):
     return TokenStream.from_documents(documents)
 
 
-def test_documents_are_kept_apart_and_empty_ones_dropped():
+def test_empty_documents_are_dropped():
     found = stream(3, 0, 2)
     assert found.tokens.tolist() == [0, 1, 2, 3, 4]
     assert found.starts.tolist() == [0, 3, 5]
@@ -26,7 +26,7 @@ def test_documents_are_kept_apart_and_empty_ones_dropped():
 
 @pytest.mark.parametrize("count", [2, 3, 9, 10, 11, 100, 113])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5])
-def test_held_out_documents_are_whole_and_in_no_training_text(count, fraction):
+def test_held_out_documents_are_whole_and_apart(count, fraction):
     whole = stream(*(k % 7 + 1 for k in range(count)))
     train, validation = whole.hold_out(fraction)
     assert sorted([*train.tokens, *validation.tokens]) == whole.tokens.tolist()

@@ -57,9 +57,7 @@ def state(*history, step=3):
     return SimpleNamespace(global_step=step, log_history=log, is_world_process_zero=True)
 
 
-def test_a_loss_that_is_no_number_stops_a_run_and_keeps_the_checkpoint_before(
-    data, tmp_path, monkeypatch
-):
+def test_a_nan_loss_stops_a_run_before_it_is_saved(data, tmp_path, monkeypatch):
     """A weight becomes NaN in step 5: between the checkpoints of steps 4 and 6."""
 
     def poison(self, args, state, control, model=None, **_):
@@ -91,7 +89,7 @@ def test_a_loss_that_stays_above_its_best_stops_a_run():
     guard.on_log(None, state(9.0, 8.0), None, logs={"loss": 8.0})  # too early to tell
 
 
-def test_metrics_drop_what_a_killed_run_will_write_again(tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / METRICS
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while it wrote
@@ -124,7 +122,7 @@ def test_speed_counts_steps_and_leaves_out_evaluation(monkeypatch):
     assert logs["tokens_per_second"] == 25.0
 
 
-def test_work_is_six_active_parameters_and_the_attended_pairs():
+def test_work_counts_parameters_and_attended_pairs():
     chosen = preset("olmoe-tiny", vocab_size=97, context=64)
     model = build(chosen)
     assert active_parameters(model) == count_parameters(chosen.config).active
@@ -146,7 +144,7 @@ def test_experts_are_counted_under_each_of_their_names(name):
         active_parameters(outer)
 
 
-def test_what_cannot_go_together_is_refused_before_training(data, tmp_path, monkeypatch):
+def test_settings_that_conflict_are_refused_first(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be true with bigbird, which knows no documents"):
         pretrain(recipe(data, attention="bigbird", across_documents=False), tmp_path / "run")
     for changes in ({"attention": "longformer", "sinks": True}, {"attention": ["longformer"]}):
@@ -185,7 +183,7 @@ def test_an_attention_for_each_layer(data, tmp_path):
     assert again.config.spattention["layers"] == [None, 0]
 
 
-def test_a_dense_model_goes_on_with_bands_and_without_attention_across_documents(data, tmp_path):
+def test_a_dense_model_continues_with_bands(data, tmp_path):
     dense = recipe(data, attention="dense", steps=2)
     pretrain(dense, tmp_path / "dense")
     start = str(tmp_path / "dense" / "checkpoint-2")
@@ -247,7 +245,7 @@ def test_a_model_with_other_attention_goes_on_dense(before, dense, data, tmp_pat
     assert not any("sinks" in name for name, _ in found.named_parameters())
 
 
-def test_another_pretrained_model_goes_on_with_bands_and_after_a_stop(data, tmp_path):
+def test_a_llama_continues_with_bands_after_a_stop(data, tmp_path):
     """Not OLMoE, without experts: a Llama."""
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "llama")
     tuned = recipe(data, model=str(tmp_path / "llama"), layers=None, vocabulary=None, steps=4)
@@ -260,7 +258,7 @@ def test_another_pretrained_model_goes_on_with_bands_and_after_a_stop(data, tmp_
     assert not any("balance_loss" in entry for entry in entries)
 
 
-def test_experts_stay_those_of_the_checkpoint_when_a_fine_tuning_goes_on(data, tmp_path):
+def test_experts_of_a_fine_tuning_continue_bitwise(data, tmp_path):
     build(preset("olmoe-tiny", vocab_size=320, context=32, num_layers=1)).save_pretrained(
         tmp_path / "base"
     )
@@ -271,7 +269,7 @@ def test_experts_stay_those_of_the_checkpoint_when_a_fine_tuning_goes_on(data, t
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
 
 
-def test_routers_of_another_kind_are_not_left_without_their_losses(data, tmp_path):
+def test_routers_of_another_kind_are_refused(data, tmp_path):
     config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
     changes = {"model": str(tmp_path / "mixtral"), "layers": None, "vocabulary": None, "steps": 2}
@@ -281,7 +279,7 @@ def test_routers_of_another_kind_are_not_left_without_their_losses(data, tmp_pat
     assert outcome.finished
 
 
-def test_a_vocabulary_that_the_data_exceeds_is_refused_before_training(data, tmp_path):
+def test_data_beyond_the_vocabulary_are_refused(data, tmp_path):
     with pytest.raises(
         ValueError, match="`vocabulary` must be above the largest token of the data"
     ):
@@ -294,7 +292,7 @@ def test_a_vocabulary_that_the_data_exceeds_is_refused_before_training(data, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_name_no_end_of_text_leave_the_models_own(data, tmp_path):
+def test_unnamed_end_of_text_leaves_the_models_own(data, tmp_path):
     unnamed = tmp_path / "a.u16.xz"
     document = np.arange(8, 200, dtype=np.uint16)
     write_packed(unnamed, TokenStream.from_documents([document] * 4), 199)
@@ -362,7 +360,7 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     assert "`--minutes` must be a number from 0 on, got nan" in capsys.readouterr().err
 
 
-def test_checkpointed_layers_and_a_chunked_loss_give_the_same_losses(data, tmp_path):
+def test_checkpointing_and_chunks_keep_the_losses(data, tmp_path):
     changes = {"steps": 2, "evaluate_every": 2, "layers": 2}
     pretrain(recipe(data, **changes), tmp_path / "plain")
     pretrain(recipe(data, **changes, checkpointing=True, loss="chunked"), tmp_path / "other")

@@ -1,5 +1,7 @@
 """Recipes: what a file says, what changes it, and what is refused by name."""
 
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -125,6 +127,16 @@ def test_changes_of_any_form_are_refused_by_field(tmp_path, value):
     (tmp_path / "r.toml").write_text("".join(f"{k} = {v!r}\n" for k, v in LEAST.items()))
     with pytest.raises(ValueError, match=r"`steps` must be int, got .{,90}$"):
         read_recipe(tmp_path / "r.toml", [f"steps={value}"])
+
+
+def test_reading_a_recipe_imports_nothing_heavy():
+    """The command's help is made from its fields, and must not wait for Transformers."""
+    code = (
+        "import sys; from spattention.training.recipe import read_recipe\n"
+        "print([name for name in ('transformers', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_passes_need_a_multiple():

@@ -58,7 +58,7 @@ def test_a_result_comes_back_as_it_was(tmp_path):
     assert job.name == "shared_local-widths-geometric-seed3"
 
 
-def test_a_folder_is_bound_to_its_settings_once_it_holds_runs(tmp_path):
+def test_runs_bind_a_folder_to_its_settings(tmp_path):
     folder = ResultsFolder(tmp_path)
     folder.claim(replace(SETTINGS, steps=9))
     folder.claim(SETTINGS)  # nothing was run with the others
@@ -70,7 +70,7 @@ def test_a_folder_is_bound_to_its_settings_once_it_holds_runs(tmp_path):
     assert not folder.runs.exists()
 
 
-def test_prepared_data_replaces_the_old_only_when_it_is_claimed(tmp_path):
+def test_prepared_data_replace_the_old_when_claimed(tmp_path):
     path = tmp_path / "new" / "out"
     folder = ResultsFolder(path)
     with held(folder.path), folder.preparing() as prepared:
@@ -85,7 +85,7 @@ def test_prepared_data_replaces_the_old_only_when_it_is_claimed(tmp_path):
     assert {entry.name for entry in path.iterdir()} == {"comparison.json", "data"}
 
 
-def test_what_a_killed_process_prepared_is_in_nobodys_way(tmp_path):
+def test_leftovers_of_a_kill_are_in_nobodys_way(tmp_path):
     (tmp_path / ".preparing").mkdir()
     (tmp_path / ".preparing" / "tokens").write_text("1 2")
     with ResultsFolder(tmp_path).preparing() as prepared:
@@ -144,7 +144,7 @@ def test_one_seed_leaves_the_spread_unknown():
     assert (dense.verdict, bands.verdict) == ("", "seed spread unknown")
 
 
-def test_differences_are_paired_by_seed_and_judged_by_the_spread():
+def test_differences_are_paired_by_seed():
     rows = summarize(
         [
             *(result(seed=k, loss=4.0 + k / 10) for k in range(3)),
@@ -158,7 +158,7 @@ def test_differences_are_paired_by_seed_and_judged_by_the_spread():
     assert rows[2].difference == pytest.approx(0.5)  # of seeds 0 and 1, which both have
 
 
-def test_a_difference_as_large_as_the_spread_is_within_it():
+def test_a_difference_equal_to_the_spread_is_within():
     losses = {"dense": (4.0, 4.5), "exclusive": (4.5, 5.0), "gapped": (4.5625, 5.0)}
     rows = summarize(
         [result(n, seed=k, loss=x) for n, pair in losses.items() for k, x in enumerate(pair)]
@@ -184,7 +184,7 @@ def test_the_table():
     assert costly[1][5] == "3,952 (1.9x more)"
 
 
-def test_no_number_of_the_table_is_cut_in_a_narrow_terminal(tmp_path):
+def test_a_narrow_terminal_cuts_no_number(tmp_path):
     long = result("shared_local:widths=0/16/32/64/64/128/128/256/256", loss=4.2, pairs=87_296)
     made = report(result(), long, result("published_longformer", pairs=116_296))
     console = Console(width=80, file=io.StringIO())

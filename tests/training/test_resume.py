@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_bitwise(data, whole, tmp_path, where):
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}, "no leftovers"
 
 
-def test_bfloat16_goes_on_bitwise_too_and_with_other_workers(data, tmp_path):
+def test_bfloat16_continues_bitwise_with_workers(data, tmp_path):
     changes = {"precision": "bfloat16", "loss": "chunked"}
     assert pretrain(recipe(data, **changes), tmp_path / "whole").finished
     kill(data, tmp_path / "run", "between two steps", **changes)
@@ -91,7 +91,7 @@ def test_a_checkpoint_is_a_model_with_its_pattern(data, whole):
     assert tokens.shape == (1, 7)
 
 
-def test_the_last_k_are_kept_and_nothing_is_pickled_for_nobody(whole):
+def test_the_last_k_are_kept_without_unread_pickles(whole):
     assert [p.name for p in checkpoints(whole)] == ["checkpoint-8", "checkpoint-6"]
     assert not list(whole.rglob("training_args.bin"))
 
@@ -106,9 +106,7 @@ def test_the_last_k_are_kept_and_nothing_is_pickled_for_nobody(whole):
         (lambda p: (p / "manifest.json").write_text("{}"), "cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    data, whole, tmp_path, damage, problem
-):
+def test_a_damaged_checkpoint_yields_to_the_one_before(data, whole, tmp_path, damage, problem):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     damage(folder / f"checkpoint-{STEPS}")
@@ -146,7 +144,7 @@ def test_another_recipe_or_other_data_does_not_go_on(data, whole, tmp_path):
         pretrain(recipe(data), tmp_path / "full")
 
 
-def test_what_is_held_out_is_not_trained_on_when_a_run_goes_on(tmp_path):
+def test_held_out_data_stay_held_out_on_resume(tmp_path):
     """The same streams, but one of them on the other side; and tokens in the middle of one."""
     paths = []
     for seed in range(3):
@@ -168,7 +166,7 @@ def test_what_is_held_out_is_not_trained_on_when_a_run_goes_on(tmp_path):
         go([a, b], [c])
 
 
-def test_intervals_are_those_of_the_recipe_that_goes_on(data, tmp_path):
+def test_intervals_follow_the_recipe_on_resume(data, tmp_path):
     folder = tmp_path / "run"
     pretrain(recipe(data, save_every=2, log_every=1, evaluate_every=4), folder, minutes=0)
     changes = {"save_every": 5, "log_every": 4, "evaluate_every": 3, "keep": 10}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -156,20 +155,6 @@ def test_a_run_without_permission_is_named(open_folder, unprivileged, data, caps
     assert not (open_folder / "run").exists()
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from small_run import recipe
-from spattention.training.pretrain import pretrain
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
-try:
-    pretrain(recipe(Path(sys.argv[2]), save_every=int(sys.argv[5])), Path(sys.argv[3]))
-except OSError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize(
     ("size", "every", "error"),
     [
@@ -178,20 +163,14 @@ except OSError as error:
         (1_000_000, 2, r"checkpoint-2 cannot be written, with [\d,]+ bytes free: "),
     ],
 )
-def test_a_full_disk_is_named_and_leaves_no_part(data, whole, tmp_path, size, every, error):
-    """The system refuses bytes, here by a limit of a file's size; with room the run continues."""
-    command = [sys.executable, "-c", FULL, str(Path(__file__).parent)]
-    done = subprocess.run(
-        [*command, str(data), str(tmp_path / "run"), str(size), str(every)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1, done.stdout
-    assert re.search(error, done.stdout), done.stdout
-    names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names <= {MARK, METRICS}, names
+def test_a_full_disk_is_named_and_leaves_no_part(
+    data, whole, tmp_path, full_disk, size, every, error
+):
+    """The run stops in one line, and with room it continues."""
+    with full_disk(size), pytest.raises(OSError, match=error) as caught:
+        pretrain(recipe(data, save_every=every), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {MARK, METRICS}
     assert pretrain(recipe(data), tmp_path / "run").finished
     assert losses(tmp_path / "run") == losses(whole)
 
@@ -239,7 +218,7 @@ def test_a_first_kill_does_not_block_the_folder(data, tmp_path):
     assert pretrain(recipe(data, steps=1), tmp_path / "run").finished
 
 
-def test_files_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
+def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
     """The file is flushed before it is renamed, the folder after."""
     calls = []
     flush, replace = os.fsync, os.replace
@@ -307,7 +286,7 @@ def test_the_code_of_a_model_folder_is_never_run(data, tmp_path):
         lambda c: shutil.rmtree(c),
     ],
 )
-def test_a_damaged_checkpoint_is_told_with_the_older_one(whole, tmp_path, edit):
+def test_damage_is_returned_with_the_older_checkpoint(whole, tmp_path, edit):
     """The call that finds a checkpoint returns what is wrong with newer ones, by file."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -48,7 +48,7 @@ def job(data, models, attention="dense", seed=0, **changes):
     return Job(attention, seed, Settings(**(values | changes)), folder, models)
 
 
-def test_variants_see_equal_data_and_seeds_different_data(data, tmp_path):
+def test_variants_share_data_and_seeds_do_not(data, tmp_path):
     runs = {
         key: run(job(data, tmp_path, *key), lambda event: None)
         for key in (("dense", 0), ("exclusive", 0), ("exclusive", 1))
@@ -74,7 +74,7 @@ def test_a_step_has_as_many_windows_as_it_says(data, tmp_path, monkeypatch):
     assert sorted(seen) == list(range(512))
 
 
-def test_a_run_reports_as_it_goes_and_ends_with_a_validation_loss(data, tmp_path):
+def test_a_run_reports_and_ends_with_a_validation_loss(data, tmp_path):
     events = []
     result = run(job(data, tmp_path), events.append)
     assert [e["step"] for e in events if e["kind"] == "step"] == [1, 2, 3, 4, 5]
@@ -86,7 +86,7 @@ def test_a_run_reports_as_it_goes_and_ends_with_a_validation_loss(data, tmp_path
     assert (tmp_path / "dense-seed0" / "tokenizer.json").exists()
 
 
-def test_packed_tokens_end_a_text_with_the_token_that_they_name(data, tmp_path):
+def test_packed_tokens_name_the_end_of_text(data, tmp_path):
     folder, _ = data
     stream = open_stream(folder, "train")
     swapped = TokenStream(

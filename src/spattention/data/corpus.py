@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import naming, sync, sync_tree
+from ..files import make_folder, naming, remove_empty, sync, sync_tree
 from .arrays import save_array
 from .prepare import CorpusFacts, stored_stream, write_facts
 from .text import check_text, iterate_documents
@@ -161,8 +161,9 @@ def prepare_corpus(
     if tokenizer is None:
         check_vocabulary(vocabulary)  # the trainer aborts the process for one that is too large
     staging = folder.with_name(f".{folder.name}.preparing")
+    made = make_folder(folder.parent)
     try:
-        staging.mkdir(parents=True)
+        staging.mkdir()
     except FileExistsError as error:
         raise ValueError(
             f"`--output` must be prepared by one process at a time, got {folder}, and {staging} "
@@ -202,6 +203,7 @@ def prepare_corpus(
         sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
     return facts
 
 

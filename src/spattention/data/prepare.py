@@ -190,6 +190,11 @@ def stored_stream(folder: Path, name: str) -> TokenStream:
     """The stream in a folder, mapped into memory, without a look at facts.json."""
     tokens = open_array(folder / f"{name}.tokens.npy", (np.uint16, np.uint32))
     starts = open_array(folder / f"{name}.starts.npy", (np.int64,))
+    if len(starts) > len(tokens) + 1:  # before they are read into memory
+        raise ValueError(
+            f"{folder / name}.starts.npy must have at most one start per token and one more, got "
+            f"{len(starts)} for {len(tokens)} tokens"
+        )
     try:
         return TokenStream(tokens, np.array(starts))
     except ValueError as error:

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..files import shown, write_atomically
+from .limits import LARGEST_VOCABULARY
 from .tokens import TokenStream
 
 END_OF_TEXT = "<|endoftext|>"
-LARGEST_VOCABULARY = 2**20  # four times the largest that language models have
 TOKENIZER_BYTES = 2**28
 UNREACHABLE = "\U0010ffff"  # a noncharacter: text does not hold it
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..data.tokenizer import LARGEST_VOCABULARY
+from ..data.limits import LARGEST_VOCABULARY
 from ..files import shown
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import make_folder, remove_empty
+
 LOCK = ".lock"
 
 
@@ -19,8 +21,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another process has it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    made = make_folder(folder)
     file = folder / LOCK
     lock = FileLock(file)  # the system lets go of it, however the process ends
     try:
@@ -40,7 +41,4 @@ def held(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # where an open file cannot be removed, it may stay
             file.unlink()
         lock.release()
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        remove_empty(made)
