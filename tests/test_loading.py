@@ -152,7 +152,11 @@ DAMAGED: list[tuple[Damage, str]] = [
     (config(attn_implementation="magic"), "must describe a causal language model"),
     (config(pad_token_id=10**5), "config.json must describe a causal language model"),
     # Bands.
-    (config(spattention=None), "must have the section `spattention` with its patterns"),
+    (config(spattention=None), "must have the section `spattention`, as `attn_impl"),
+    (
+        config(spattention=None, attn_implementation="bigbird"),
+        "must have the section `bigbird`, as `attn_impl",
+    ),
     (config(spattention=[]), "`config.spattention` must be a mapping, got list"),
     (pattern(span=601), "must be at most `max_position_embeddings` = 600, got 601"),
     (

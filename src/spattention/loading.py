@@ -294,11 +294,12 @@ def _check_counts(file: Path, content: Any) -> None:
 
 
 def _check_attention(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuse attention that a config would fetch from the hub, and bands that it does not have."""
-    if content.get("attn_implementation") == BANDS and content.get(BANDS) is None:
+    """Refuse attention from the hub, and bands or a baseline without their section."""
+    named = content.get("attn_implementation")
+    sections = (BANDS, *(kind.kind for kind in baselines.KINDS))
+    if named in sections and content.get(named) is None:
         raise ValueError(
-            f"{file} must have the section `{BANDS}` with its patterns, as `attn_implementation` "
-            f"is {BANDS!r}; got none"
+            f"{file} must have the section `{named}`, as `attn_implementation` names it; got none"
         )
     for name in ("attn_implementation", "_attn_implementation"):
         value = content.get(name)
