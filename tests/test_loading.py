@@ -169,6 +169,10 @@ DAMAGED: list[tuple[Damage, str]] = [
     (write("tokenizer.json", "[]"), "tokenizer.json must hold a JSON object, got list"),
     (write("tokenizer.json", DEEP), "tokenizer.json must hold a JSON object: RecursionError"),
     (write("tokenizer.json", '{"model": {"type": "BPE"}}'), "tokenizer.json must hold a tokenizer"),
+    (
+        lambda folder: edit(folder / "tokenizer_config.json", model_max_length=[3]),
+        "tokenizer_config.json must hold a tokenizer: TypeError",
+    ),
     (write("tokenizer_config.json", "[]"), "tokenizer_config.json must hold a JSON object"),
     (
         write("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["e.T", "e.T"]}}'),

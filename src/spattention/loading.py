@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -200,12 +201,18 @@ def open_tokenizer(folder: Path) -> Any:
     open_config(folder)  # which the tokenizer's class may depend on
     present = {name: read_json(folder / name) for name in TOKENIZER if (folder / name).exists()}
     own = [folder / name for name, content in present.items() if "auto_map" in content]
-    file, rule = folder / next(iter(present), ""), "must hold a tokenizer"
+    rule = "must hold a tokenizer"
+    if TOKENIZER[0] in present:
+        with named_errors(folder / TOKENIZER[0], rule):
+            Tokenizer.from_file(str(folder / TOKENIZER[0]))
+    # The first is whole: what remains is said by the others.
+    file = folder / next((name for name in TOKENIZER[1:] if name in present), "")
     if own:
         file, rule = own[0], "must name a tokenizer of Transformers; a folder's code is never run"
     with named_errors(file, rule):
         found = AutoTokenizer.from_pretrained(folder, **LOCAL)
         words = len(found) - len(found.all_special_tokens)
+        found.decode(found("a")["input_ids"])  # some damage is seen at the first text
     if words <= 0:
         # Without files Transformers makes an empty one of the model's family.
         raise ValueError(f"{folder} must hold a tokenizer, got none with words")
