@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from saved_model import edit, save
 
 from spattention.loading import (
+    _is_finite,
     model_digest,
     model_folder,
     open_config,
@@ -293,6 +294,15 @@ def test_the_digest_tells_models_apart(copy: Path) -> None:
 def test_results_are_objects_whatever_the_config_says(copy: Path) -> None:
     edit(copy / "config.json", return_dict=False)
     assert opened(copy)(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 270)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_finite_weights_in_every_dtype(dtype: torch.dtype) -> None:
+    values = torch.ones(3).to(dtype)
+    assert _is_finite(values)
+    assert _is_finite(values[:0])
+    assert not _is_finite(torch.tensor([1.0, torch.nan, 2.0]).to(dtype))
+    assert _is_finite(torch.tensor([1, 2]))
 
 
 def test_a_config_alone_is_checked(saved: Path) -> None:

@@ -376,10 +376,15 @@ def _check_loaded(
     if unused:
         _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not all(
-            bound.isfinite() for bound in parameter.aminmax()
-        ):
+        if not _is_finite(parameter):
             raise ValueError(f"{weights.parent} must hold finite weights, {name} has NaN or inf")
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    if not values.is_floating_point() or not values.numel():
+        return True
+    values = values.float() if values.element_size() == 1 else values  # float8 has no `aminmax`
+    return all(bool(bound.isfinite()) for bound in values.aminmax())
 
 
 def _only_tokens(model: Any, file: Path) -> None:
