@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from saved_model import edit, save
 
 from spattention.loading import (
+    _is_finite,
     model_digest,
     model_folder,
     open_config,
@@ -152,7 +153,11 @@ DAMAGED: list[tuple[Damage, str]] = [
     (config(attn_implementation="magic"), "must describe a causal language model"),
     (config(pad_token_id=10**5), "config.json must describe a causal language model"),
     # Bands.
-    (config(spattention=None), "must have the section `spattention` with its patterns"),
+    (config(spattention=None), "must have the section `spattention`, as `attn_impl"),
+    (
+        config(spattention=None, attn_implementation="bigbird"),
+        "must have the section `bigbird`, as `attn_impl",
+    ),
     (config(spattention=[]), "`config.spattention` must be a mapping, got list"),
     (pattern(span=601), "must be at most `max_position_embeddings` = 600, got 601"),
     (
@@ -165,6 +170,10 @@ DAMAGED: list[tuple[Damage, str]] = [
     (write("tokenizer.json", "[]"), "tokenizer.json must hold a JSON object, got list"),
     (write("tokenizer.json", DEEP), "tokenizer.json must hold a JSON object: RecursionError"),
     (write("tokenizer.json", '{"model": {"type": "BPE"}}'), "tokenizer.json must hold a tokenizer"),
+    (
+        lambda folder: edit(folder / "tokenizer_config.json", model_max_length=[3]),
+        "tokenizer_config.json must hold a tokenizer: TypeError",
+    ),
     (write("tokenizer_config.json", "[]"), "tokenizer_config.json must hold a JSON object"),
     (
         write("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["e.T", "e.T"]}}'),
@@ -285,6 +294,15 @@ def test_the_digest_tells_models_apart(copy: Path) -> None:
 def test_results_are_objects_whatever_the_config_says(copy: Path) -> None:
     edit(copy / "config.json", return_dict=False)
     assert opened(copy)(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 270)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_finite_weights_in_every_dtype(dtype: torch.dtype) -> None:
+    values = torch.ones(3).to(dtype)
+    assert _is_finite(values)
+    assert _is_finite(values[:0])
+    assert not _is_finite(torch.tensor([1.0, torch.nan, 2.0]).to(dtype))
+    assert _is_finite(torch.tensor([1, 2]))
 
 
 def test_a_config_alone_is_checked(saved: Path) -> None:

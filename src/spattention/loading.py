@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -200,12 +201,18 @@ def open_tokenizer(folder: Path) -> Any:
     open_config(folder)  # which the tokenizer's class may depend on
     present = {name: read_json(folder / name) for name in TOKENIZER if (folder / name).exists()}
     own = [folder / name for name, content in present.items() if "auto_map" in content]
-    file, rule = folder / next(iter(present), ""), "must hold a tokenizer"
+    rule = "must hold a tokenizer"
+    if TOKENIZER[0] in present:
+        with named_errors(folder / TOKENIZER[0], rule):
+            Tokenizer.from_file(str(folder / TOKENIZER[0]))
+    # The first is whole: what remains is said by the others.
+    file = folder / next((name for name in TOKENIZER[1:] if name in present), "")
     if own:
         file, rule = own[0], "must name a tokenizer of Transformers; a folder's code is never run"
     with named_errors(file, rule):
         found = AutoTokenizer.from_pretrained(folder, **LOCAL)
         words = len(found) - len(found.all_special_tokens)
+        found.decode(found("a")["input_ids"])  # some damage is seen at the first text
     if words <= 0:
         # Without files Transformers makes an empty one of the model's family.
         raise ValueError(f"{folder} must hold a tokenizer, got none with words")
@@ -294,11 +301,12 @@ def _check_counts(file: Path, content: Any) -> None:
 
 
 def _check_attention(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuse attention that a config would fetch from the hub, and bands that it does not have."""
-    if content.get("attn_implementation") == BANDS and content.get(BANDS) is None:
+    """Refuse attention from the hub, and bands or a baseline without their section."""
+    named = content.get("attn_implementation")
+    sections = (BANDS, *(kind.kind for kind in baselines.KINDS))
+    if named in sections and content.get(named) is None:
         raise ValueError(
-            f"{file} must have the section `{BANDS}` with its patterns, as `attn_implementation` "
-            f"is {BANDS!r}; got none"
+            f"{file} must have the section `{named}`, as `attn_implementation` names it; got none"
         )
     for name in ("attn_implementation", "_attn_implementation"):
         value = content.get(name)
@@ -368,10 +376,15 @@ def _check_loaded(
     if unused:
         _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not all(
-            bound.isfinite() for bound in parameter.aminmax()
-        ):
+        if not _is_finite(parameter):
             raise ValueError(f"{weights.parent} must hold finite weights, {name} has NaN or inf")
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    if not values.is_floating_point() or not values.numel():
+        return True
+    values = values.float() if values.element_size() == 1 else values  # float8 has no `aminmax`
+    return all(bool(bound.isfinite()) for bound in values.aminmax())
 
 
 def _only_tokens(model: Any, file: Path) -> None:

@@ -226,3 +226,25 @@ def test_draw_leaves_the_old_picture_when_it_fails(tmp_path, monkeypatch, capsys
     assert "No space left on device" in capsys.readouterr().err
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "inside"),
+    [
+        (["draw"], "matplotlib.figure.Figure.savefig"),
+        (["prepare", "text.txt"], "spattention.data.corpus.train_tokenizer"),
+        (["prepare", "text.txt"], "spattention.data.corpus.end_of_text_id"),
+        (["compare", "--data", "text.txt", "--context", "8"], "spattention.data.prepare.tokenize"),
+    ],
+)
+def test_an_interrupt_leaves_nothing_half_written(command, inside, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("\f".join(f"words of document {k}" for k in range(40)))
+    monkeypatch.setattr(inside, interrupted)
+    output = "out.png" if command == ["draw"] else "out"
+    assert main([*command, "--output", output]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

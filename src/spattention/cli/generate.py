@@ -166,7 +166,14 @@ def _show(runs: dict[str, Run], length: int, folder: Path) -> None:
         ("cache, MiB", [f"{run.cache / 2**20:.2f}" for run in runs.values()]),
     ):
         table.add_row(heading, *cells)
-    Console(stderr=True).print(table)
+    console = Console(stderr=True)
+    console.print(table)
+    if runs["bands"].speed < runs["dense"].speed:
+        console.print(
+            f"Dense attention is faster here: after {length + runs['dense'].tokens:,} tokens its "
+            "cache is still short. Bands gain with texts of several thousand tokens.",
+            highlight=False,
+        )
 
 
 def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
