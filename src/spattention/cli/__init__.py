@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "train one small model with dense and with banded attention, and compare",
     "draw": "draw which distances each head attends",
     "evaluate": "loss by position, recall, heads and tasks of a trained model",
+    "fit": "fit bands to a pretrained dense model, and save it with them",
     "generate": "continue a text with a trained model",
     "prepare": "turn text into packed tokens to train on",
     "train": "pre-train or fine-tune a model by a recipe",

@@ -1,0 +1,339 @@
+"""`spattention fit`: a pretrained dense model becomes a model with bands fitted to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+from .. import hf
+from ..bands import BandPattern
+from ..data.packed import SUFFIX, read_packed
+from ..data.prepare import open_stream
+from ..data.text import iterate_documents, sample_path
+from ..data.tokenizer import load_tokenizer
+from ..evaluation.perplexity import token_losses
+from ..fitting import Profile, captured, explain
+from ..fitting import fit as fit_patterns
+from ..fitting.picture import fit_figure
+from ..fitting.profile import sink_logits
+from ..hf.decoder import attention_modules
+from ..hf.profile import identity
+
+ENOUGH = 8  # times the tokens that are used: rows are spread over so much text at most
+UNUSED_SINK = 10.0  # below the first tokens' score: a sink of a head that still sees them
+FORMAT = "spattention-fit"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fit bands to a pretrained dense model, and save the model with them.
+
+    The model's attention is measured on some rows of text, and so are the heads that fetch
+    passkeys planted in them. The budget of pairs then goes to the heads and distances that capture
+    most attention. Other rows check the result. No weight changes: train the model afterwards, as
+    docs/finetuning.md describes.
+
+    The output folder opens with Transformers after `spattention.hf.register()`. It also holds the
+    profile (profile.json, profile.png), and what each layer got and why (fit.md, fit.png,
+    fit.json). It appears when it is complete. Code that comes with a model is never run.
+
+    Args:
+        model: Folder of a saved dense model, or its name on the Hugging Face hub.
+        output: Folder for the result; it must not exist.
+        pairs: Budget: share of dense attention's pairs at the context.
+        data: Text (.txt, .jsonl, or a folder of them), packed tokens (.u16.xz), or a folder that
+            `spattention prepare` wrote with the model's tokenizer. Without it, the books that the
+            package ships.
+        context: Tokens per row; default 2048, or the model's longest input if that is shorter.
+        rows: Rows to profile.
+        check: Other rows, to check captured attention and loss on.
+        needles: Passkeys to plant; 0 for none.
+        profile: A profile.json of this model to use instead of a new one.
+        span: Span of the patterns; default the model's longest input.
+        prefix: First tokens that every head attends.
+        local: Nearest tokens that every head attends at least.
+        share: Give all query heads of one key/value head the same bands.
+        dense_layers: Layers that stay dense throughout.
+        sinks: Give each head a learned sink, which starts from the measured score of the first
+            tokens.
+        dtype: The dtype of the weights, auto for that of the checkpoint.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    output: Path
+    pairs: float = 0.35
+    data: Path | None = None
+    context: int | None = None
+    rows: int = 16
+    check: int = 4
+    needles: int = 16
+    profile: Path | None = None
+    span: int | None = None
+    prefix: int = 0
+    local: int = 1
+    share: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dense_layers: tuple[int, ...] = ()
+    sinks: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def main(options: Options) -> None:
+    """Open, profile, fit, check, save."""
+    _check(options)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console()
+    measured = None if options.profile is None else Profile.load(options.profile)
+    with _appearing(options.output) as folder:
+        model, tokenizer = _open(options)
+        config = model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        context = options.context or min(2048, longest or 2048)
+        if longest is not None and context > longest:
+            raise ValueError(f"`--context` must be at most the model's {longest}, got {context}")
+        if measured is not None:
+            measured.check_model(identity(model))
+        rows = _rows(options, tokenizer, context)
+        held_out, kept = rows[: options.check], rows[options.check :]
+        if measured is None:
+            measured = hf.profile(model, kept, needles=options.needles or None, tokenizer=tokenizer)
+        patterns = fit_patterns(
+            measured,
+            pairs=options.pairs,
+            span=options.span or max(longest or 0, measured.length),
+            prefix=options.prefix,
+            local=options.local,
+            kv_heads=measured.model.kv_heads if options.share else None,
+            dense_layers=options.dense_layers,
+        )
+        facts = _convert(model, measured, patterns, held_out, options)
+        _save(folder, model, tokenizer, measured, patterns, facts)
+    _say(console, options, facts)
+
+
+def _check(options: Options) -> None:
+    for name, least in (
+        ("rows", 1), ("check", 1), ("needles", 0), ("prefix", 0), ("local", 1), ("context", 2),
+        ("span", 1),
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and not least <= value < 2**31:
+            raise ValueError(f"`--{name}` must be from {least} to {2**31 - 1}, got {value}")
+    if not 0 < options.pairs <= 1:
+        raise ValueError(f"`--pairs` must be above 0 and at most 1, got {options.pairs}")
+    if options.output.exists() or options.output.is_symlink():
+        raise ValueError(f"`--output` must not exist, {options.output} does")
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end, and is removed if anything fails.
+
+    It is made before the work, so that a place where nothing can be written is named at once.
+    """
+    made = [path for path in output.parents if not path.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's own mode would hide it from other users
+        for path in (*folder.rglob("*"), folder):
+            if os.name != "nt" or path.is_file():
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+        if output.exists():
+            raise ValueError(f"`--output` must not exist, {output} was made meanwhile")
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+        raise
+
+
+def _open(options: Options) -> tuple[Any, Any]:
+    """The dense model, ready to be profiled, and its tokenizer."""
+    name = options.model
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"`MODEL` must be a folder with a config.json, {name} has none")
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        text = config.get_text_config()
+        section = getattr(text, hf.NAME, None)
+        if section is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # libraries raise exceptions of many types for damaged files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"`MODEL` must be a saved causal language model with its tokenizer, or the name of one "
+            f"on the hub, got {name}: {reason}"
+        ) from error
+    if section is not None:
+        raise ValueError(f"`MODEL` must be dense, {name} has bands already")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"`MODEL` must have a tokenizer, {name} has none with words")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _rows(options: Options, tokenizer: Any, context: int) -> list[Tensor]:
+    """Rows of the data, int64 `[context]`: those to check on first, spread as the others are."""
+    count = options.rows + options.check
+    ids = _tokens(options.data, tokenizer, ENOUGH * count * context)
+    found = len(ids) // context
+    if found < count:
+        raise ValueError(
+            f"`--data` must hold at least {count * context} tokens for {options.rows} + "
+            f"{options.check} rows of {context}, got {len(ids)}"
+        )
+    at = [k * found // count for k in range(count)]
+    rows = [torch.from_numpy(ids[k * context : (k + 1) * context].astype(np.int64)) for k in at]
+    checked = {int((k + 0.5) * count / options.check) for k in range(options.check)}
+    return [rows[k] for k in sorted(checked)] + [
+        row for k, row in enumerate(rows) if k not in checked
+    ]
+
+
+def _tokens(data: Path | None, tokenizer: Any, enough: int) -> np.ndarray:
+    """Tokens of the data, those of text not many more than enough."""
+    if data is not None and data.name.endswith(SUFFIX):
+        return read_packed(data).tokens
+    if data is not None and (data / "facts.json").is_file():
+        file = data / "tokenizer.json"
+        if file.is_file() and load_tokenizer(file).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`--data` must be prepared with the model's tokenizer, {data} was with another"
+            )
+        return open_stream(data, "train").tokens
+    found: list[np.ndarray] = []
+    size = 0
+    for text in iterate_documents(data or sample_path()):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            ids = [*ids, tokenizer.eos_token_id]
+        found.append(np.array(ids, np.int64))
+        size += len(ids)
+        if size >= enough:
+            break
+    return np.concatenate(found)
+
+
+def _convert(
+    model: Any,
+    profile: Profile,
+    patterns: Sequence[BandPattern],
+    held_out: Sequence[Tensor],
+    options: Options,
+) -> dict[str, Any]:
+    """Apply the patterns, and compare with the dense model on rows that were not profiled."""
+    check = hf.profile(model, held_out, prefix_max=profile.prefix_max)
+    dense = _loss(model, held_out)
+    hf.apply(model, patterns, sinks=options.sinks)
+    if options.sinks:
+        _start_sinks(model, profile, patterns)
+    bands = _loss(model, held_out)
+    table = explain(profile, patterns)
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "command": shlex.join(["spattention", *sys.argv[1:]]),
+        "model": options.model,
+        "pairs": table.pairs,
+        "length": table.length,
+        "cache": table.cache,
+        "captured": {
+            "profiled": table.captured,
+            "checked": float(captured(check, patterns).mean()),
+        },
+        "loss": {"dense": dense, "bands": bands},
+        "checked_tokens": check.tokens,
+        "sinks": options.sinks,
+    }
+
+
+def _start_sinks(model: Any, profile: Profile, patterns: Sequence[BandPattern]) -> None:
+    """Let sinks take the share of first tokens that a head does not see any more."""
+    starts = sink_logits(profile)
+    config = model.config.get_text_config()
+    for layer, module in attention_modules(model, config).items():
+        pattern = patterns[layer]
+        sees = [getattr(pattern, "prefix", 0) > 0 or head == ((0, pattern.span),)
+                for head in pattern.intervals]  # fmt: skip
+        values = starts[layer] - UNUSED_SINK * torch.tensor(sees)
+        with torch.no_grad():
+            module.sinks.copy_(values.to(module.sinks))
+
+
+def _loss(model: Any, rows: Sequence[Tensor]) -> float:
+    """Mean loss in nats per token; the model's mode of training stays as it is."""
+    training = model.training
+    losses = [token_losses(model, row[None]).double().flatten().cpu() for row in rows]
+    model.train(training)
+    return float(torch.cat(losses).mean())
+
+
+def _save(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    profile: Profile,
+    patterns: Sequence[BandPattern],
+    facts: dict[str, Any],
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    profile.save(folder / "profile.json")
+    for name, figure in (("profile", profile.figure()), ("fit", fit_figure(profile, patterns))):
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=130, format="png")
+        (folder / f"{name}.png").write_bytes(picture.getvalue())
+    finite = {k: v for k, v in facts["loss"].items() if math.isfinite(v)}
+    (folder / "fit.json").write_text(json.dumps(facts | {"loss": finite}, indent=1) + "\n")
+    text = f"# Bands fitted to {facts['model']}\n\n`{facts['command']}`\n\n{_summary(facts)}\n\n"
+    text += f"{explain(profile, patterns)}\n![where the heads look](profile.png)\n\n"
+    (folder / "fit.md").write_text(text + "![what each head attends](fit.png)\n")
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    shares, loss = facts["captured"], facts["loss"]
+    return (
+        f"{facts['pairs']:.4f} of dense attention's pairs at {facts['length']:,} tokens; "
+        f"{shares['profiled']:.4f} of its attention captured on the rows that were profiled, "
+        f"{shares['checked']:.4f} on {facts['checked_tokens']:,} other tokens. Loss on these "
+        f"before any training: {loss['bands']:.3f}, dense {loss['dense']:.3f}."
+    )
+
+
+def _say(console: Console, options: Options, facts: dict[str, Any]) -> None:
+    console.print(_summary(facts), highlight=False)
+    console.print(
+        f"written to {options.output}: the model with bands, what each layer got and why (fit.md, "
+        "fit.png), and the profile",
+        highlight=False,
+    )
