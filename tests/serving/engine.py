@@ -3,9 +3,9 @@
     python engine.py generate '{"folder": "", "runs": [[[1, 2], [3]]], "tokens": 8, "settings": {}}'
     python engine.py start '{"starts": [[FOLDER, {}], ...]}'
 
-The last line of standard output is JSON: for `generate` the tokens, the cached prompt tokens, the
-most blocks in use and the interruptions of each run; for `start` the error with which vLLM's own
-checks end, or null, of each folder and its settings.
+The line of output that starts with `answer` goes on with JSON. For `generate`: the tokens, the
+cached prompt tokens, the most blocks in use and the interruptions of each run. For `start`: the
+error with which vLLM's own checks end, or null, of each folder and its settings.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ANSWER = "answer "
 SETTINGS = {
     "dtype": "float32",
     "block_size": 16,
@@ -61,7 +62,9 @@ def _call(command: str, request: dict[str, Any], variables: dict[str, str]) -> A
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    # Other processes of vLLM write to the same output.
+    (answer,) = (line for line in done.stdout.splitlines() if line.startswith(ANSWER))
+    return json.loads(answer.removeprefix(ANSWER))
 
 
 def _generate(request: dict[str, Any]) -> Any:
@@ -115,4 +118,4 @@ def _start(request: dict[str, Any]) -> list[str | None]:
 if __name__ == "__main__":
     command, request = sys.argv[1:]
     answer = {"generate": _generate, "start": _start}[command](json.loads(request))
-    print("\n" + json.dumps(answer))
+    print("\n" + ANSWER + json.dumps(answer), flush=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -88,3 +90,13 @@ def test_tensor_parallel_sizes_must_deal_whole_heads() -> None:
         check_ranks(32, 8, 3)
     with pytest.raises(ValueError, match="must divide the model's 6 key/value heads or be a mul"):
         check_ranks(24, 6, 4)
+
+
+def test_vllm_missing_is_named() -> None:
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "try:\n    import spattention.vllm\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "spattention[vllm]" in done.stdout

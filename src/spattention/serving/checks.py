@@ -1,4 +1,4 @@
-"""What a model folder and an engine's settings must agree on before anything is loaded.
+"""Checks of a model folder and an engine's settings, before anything is loaded.
 
 Each message is one line that names the setting, the rule and the value given.
 """

@@ -29,7 +29,7 @@ from .paged import RequestBatch, attend, request_batches, write
 
 @dataclass
 class BandMetadata(AttentionMetadata):
-    """What the layers of one class of heads share in one step."""
+    """The part of one step that all layers of one class of heads share."""
 
     batches: list[RequestBatch]
 
@@ -87,14 +87,23 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         )
 
 
-class BandAttentionImpl(AttentionImpl[BandMetadata]):
-    """Attention of one class of heads in one layer.
+@dataclass(frozen=True)
+class ClassBands:
+    """The bands and sinks of one class of heads in one layer.
 
-    Args:
+    Attributes:
         pattern: the bands of this class's query heads.
         sinks: `[H]` of all the rank's heads, or None.
         query_heads: indices of this class's heads among those of `sinks`.
     """
+
+    pattern: BandPattern
+    sinks: torch.Tensor | None
+    query_heads: list[int]
+
+
+class BandAttentionImpl(AttentionImpl[BandMetadata]):
+    """Attention of one class of heads in one layer; arguments are vLLM's, and `bands`."""
 
     def __init__(
         self,
@@ -109,9 +118,7 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         *,
-        pattern: BandPattern,
-        sinks: torch.Tensor | None = None,
-        query_heads: list[int] | None = None,
+        bands: ClassBands,
     ) -> None:
         check_cache_dtype(kv_cache_dtype)
         for name, given in (
@@ -123,20 +130,18 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
                 raise ValueError(f"`{name}` must be None for spattention, got {given!r}")
         if attn_type != AttentionType.DECODER:
             raise ValueError(f'`attn_type` must be "decoder" for spattention, got {attn_type!r}')
-        assert pattern.num_heads == num_heads
+        assert bands.pattern.num_heads == num_heads
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.pattern = pattern
-        self.sinks = sinks
-        self.query_heads = query_heads
-        self.class_sinks: torch.Tensor | None = None
+        self.bands = bands
+        self.sinks: torch.Tensor | None = None  # once weights are loaded
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        if self.sinks is not None:
-            self.class_sinks = self.sinks.detach()[self.query_heads].float()
+        if self.bands.sinks is not None:
+            self.sinks = self.bands.sinks.detach()[self.bands.query_heads].float()
 
     def do_kv_cache_update(
         self,
@@ -170,9 +175,9 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             query,
             kv_cache,
             attn_metadata.batches,
-            self.pattern,
+            self.bands.pattern,
             output,
             scale=self.scale,
-            sinks=self.class_sinks,
+            sinks=self.sinks,
         )
         return output

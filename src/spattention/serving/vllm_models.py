@@ -21,7 +21,7 @@ from ..bands import BandPattern
 from ..hf.config import NAME
 from .checks import banded, section_for
 from .head_classes import HeadClass, head_classes, rank_pattern
-from .vllm_backend import BandAttentionBackend
+from .vllm_backend import BandAttentionBackend, ClassBands
 
 
 class ClassAttention(Attention):
@@ -95,9 +95,7 @@ class BandAttention(torch.nn.Module):
                 cache_config=vllm_config.cache_config,
                 quant_config=replaced.quant_config,
                 prefix=f"{replaced.layer_name}.class_{index}",
-                pattern=select_heads(pattern, heads),
-                sinks=sinks,
-                query_heads=heads,
+                bands=ClassBands(select_heads(pattern, heads), sinks, heads),
             )
             for index, (part, heads) in enumerate(zip(classes, query_heads))
         )
