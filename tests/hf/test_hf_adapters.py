@@ -476,6 +476,31 @@ def test_a_damaged_adapter_config_is_refused(change, message, saved, base, tmp_p
         dense(base).load_adapter(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"{", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"\xff\xfe\x00", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"[1, 2]", r"must hold the config of an adapter, got list"),
+        ("adapter_model.safetensors", b"\x08", "(?i)header"),
+        ("adapter_model.safetensors", None, "adapter_model.safetensors"),
+    ],
+)
+def test_a_damaged_adapter_file_is_refused(name, content, message, saved, base, tmp_path):
+    for file in folder_of(saved, "lora").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    for way in (
+        lambda: peft.PeftModel.from_pretrained(dense(base), str(tmp_path)),
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path)),
+    ):
+        with pytest.raises((ValueError, OSError, safetensors.SafetensorError), match=message):
+            way()
+
+
 def test_an_adapter_of_a_baseline_brings_it_back(base, tmp_path):
     chosen = baselines.BigBird(HEADS, SPAN, block=4, window=2, global_blocks=1, random=2)
     model = peft.get_peft_model(baselines.apply(dense(base), chosen), CONFIGS["lora"]())

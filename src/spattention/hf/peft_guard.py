@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
+from json import JSONDecodeError
 from typing import Any
 
 import peft
@@ -57,9 +58,15 @@ def _reading_section(
 ) -> Callable[..., dict[str, Any]]:
     @wraps(from_json_file)
     def read(cls: type, path_json_file: Any, **keywords: Any) -> dict[str, Any]:
-        data, section = unmarked(
-            from_json_file(cls, path_json_file, **keywords), str(path_json_file)
-        )
+        try:
+            data = from_json_file(cls, path_json_file, **keywords)
+        except (JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path_json_file} must hold JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"{path_json_file} must hold the config of an adapter, got {type(data).__name__}"
+            )
+        data, section = unmarked(data, str(path_json_file))
         return {**data, READ: section}
 
     return read
