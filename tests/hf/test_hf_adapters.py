@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
@@ -174,6 +175,25 @@ def test_adapters_need_the_library(saved, base, tmp_path):
     for name, result in open_in_new_process("plain", tmp_path, base, orders).items():
         assert isinstance(result, str), name
         assert "spattention.hf.register() must be called" in result, result
+
+
+def test_peft_is_guarded_when_it_is_imported():
+    """Not before; whether PEFT is there is asked often, and does not count as an import."""
+    code = (
+        "import importlib.util, sys; import spattention as spa; spa.hf.register();"
+        "assert importlib.util.find_spec('peft') and importlib.util.find_spec('peft');"
+        "assert 'peft' not in sys.modules; import peft;"
+        "assert hasattr(peft.PeftModel.load_adapter, '__wrapped__')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_old_version_of_peft_is_named(monkeypatch):
+    spa.hf.register()
+    monkeypatch.delitem(sys.modules, "spattention.hf.peft_guard")
+    monkeypatch.setattr(peft, "__version__", "0.20.1")
+    with pytest.raises(ImportError, match=r"needs PEFT 0\.21 or newer for adapters, got 0\.20\.1"):
+        importlib.import_module("spattention.hf.peft_guard")
 
 
 def test_files_of_an_adapter(saved, base):

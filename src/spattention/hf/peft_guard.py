@@ -13,6 +13,7 @@ from json import JSONDecodeError
 from typing import Any
 
 import peft
+from packaging.version import Version
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
@@ -34,6 +35,12 @@ from .adapters import (
 )
 
 SINKS = ".sinks."  # in the names of an adapter's weights
+OLDEST = "0.21"
+
+if Version(peft.__version__) < Version(OLDEST):
+    raise ImportError(
+        f"`spattention.hf` needs PEFT {OLDEST} or newer for adapters, got {peft.__version__}"
+    )
 
 
 def _saving_section(save_pretrained: Callable[..., None]) -> Callable[..., None]:
