@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
@@ -174,6 +175,25 @@ def test_adapters_need_the_library(saved, base, tmp_path):
     for name, result in open_in_new_process("plain", tmp_path, base, orders).items():
         assert isinstance(result, str), name
         assert "spattention.hf.register() must be called" in result, result
+
+
+def test_peft_is_guarded_when_it_is_imported():
+    """Not before; whether PEFT is there is asked often, and does not count as an import."""
+    code = (
+        "import importlib.util, sys; import spattention as spa; spa.hf.register();"
+        "assert importlib.util.find_spec('peft') and importlib.util.find_spec('peft');"
+        "assert 'peft' not in sys.modules; import peft;"
+        "assert hasattr(peft.PeftModel.load_adapter, '__wrapped__')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_old_version_of_peft_is_named(monkeypatch):
+    spa.hf.register()
+    monkeypatch.delitem(sys.modules, "spattention.hf.peft_guard")
+    monkeypatch.setattr(peft, "__version__", "0.20.1")
+    with pytest.raises(ImportError, match=r"needs PEFT 0\.21 or newer for adapters, got 0\.20\.1"):
+        importlib.import_module("spattention.hf.peft_guard")
 
 
 def test_files_of_an_adapter(saved, base):
@@ -474,6 +494,28 @@ def test_a_damaged_adapter_config_is_refused(change, message, saved, base, tmp_p
         peft.PeftModel.from_pretrained(dense(base), tmp_path)
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         dense(base).load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"{", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"\xff\xfe\x00", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"[1, 2]", r"must hold the config of an adapter, got list"),
+        ("adapter_model.safetensors", b"\x08", "(?i)header"),
+    ],
+)
+def test_a_damaged_adapter_file_is_refused(name, content, message, saved, base, tmp_path):
+    for file in folder_of(saved, "lora").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    for way in (
+        lambda: peft.PeftModel.from_pretrained(dense(base), str(tmp_path)),
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path)),
+    ):
+        with pytest.raises((ValueError, OSError, safetensors.SafetensorError), match=message):
+            way()
 
 
 def test_an_adapter_of_a_baseline_brings_it_back(base, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import subprocess
@@ -264,3 +265,56 @@ def test_bands_can_be_applied_under_lora():
     spa.hf.apply(model, (FIRST, SECOND))
     ids = tokens(1, 9)
     torch.testing.assert_close(logits(model, ids), logits(banded("llama"), ids), **EXACT)
+
+
+LOAD_WEIGHTS = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+if sys.argv[1] == "register":
+    import spattention as spa
+    spa.hf.register()
+weights_only = sys.argv[1] != "pickle"
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+model.load_state_dict(torch.load(sys.argv[3], weights_only=weights_only))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("plain", "GLOBAL spattention.hf.weights.call_register_before_loading"),
+        ("pickle", "spattention.hf.register() must be called before these weights are loaded"),
+        ("register", "must be loaded into a model with the `config.spattention` that its weights"),
+    ],
+)
+def test_weights_alone_need_their_bands(mode, message, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    torch.save(banded("llama").state_dict(), tmp_path / "weights.pt")
+    result = run(LOAD_WEIGHTS, mode, str(tmp_path), str(tmp_path / "weights.pt"))
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_weights_alone_load_into_the_same_bands(tmp_path):
+    model, ids = banded("llama", (FIRST, None), sinks=True), tokens(1, 9)
+    fill_sinks(model)
+    torch.save(copy.deepcopy(model.state_dict()), tmp_path / "weights.pt")
+    weights = torch.load(tmp_path / "weights.pt")
+    assert weights.keys() == model.state_dict().keys()
+    same = banded("llama", (FIRST, None), sinks=True, seed=1)
+    same.load_state_dict(weights)
+    assert torch.equal(logits(same, ids), logits(model, ids))
+    for other in (banded("llama", (SECOND, None), sinks=True), build("llama")):
+        with pytest.raises(ValueError, match=r"`state_dict` must be loaded into a model with the"):
+            other.load_state_dict(weights, strict=False)
+
+
+def test_weights_in_memory_go_anywhere():
+    """To compare a model with bands and a dense one, for instance."""
+    model, stock, ids = banded("llama", seed=1), build("llama"), tokens(1, 9)
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(logits(stock, ids), logits(build("llama", seed=1), ids))
+    model.load_state_dict(build("llama").state_dict())
+    assert torch.equal(logits(model, ids), logits(banded("llama"), ids))

@@ -9,6 +9,7 @@ documents, static caches, dropout, caps and attention weights raise.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ from ..hf.config import MAX_SPAN
 from ..hf.decoder import attention_modules, check_model
 from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
+from ..hf.weights import Note, note_weights
 from ..impl.layout import without_autocast
 
 VERSION = 1
@@ -296,6 +298,14 @@ def _equip(baseline: Baseline, module: Any, num_layers: int) -> None:
     baseline.equip(module)
     setattr(module, PLAN, baseline.layer(module.layer_idx, num_layers))
     guard_parallel(module)
+    note_weights(module, _note)
+
+
+def _note(module: Any) -> Note | None:
+    for kind in kinds_of(module.config):
+        section = getattr(module.config, kind.name)
+        return Note(kind.name, kind.call, json.dumps(section, sort_keys=True))
+    return None
 
 
 def _equip_from_config(kind: type[Baseline], module: Any) -> None:

@@ -24,19 +24,23 @@ def when_imported(package: str, follower: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing but the one package, as the others would, and runs the follower behind it."""
+    """Finds one package where the other finders do, and has the follower imported behind it."""
 
     def __init__(self, package: str, follower: str) -> None:
         self.package = package
         self.follower = follower
+        self.is_asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.package:
+        if fullname != self.package or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.is_asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.is_asking = False
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
             execute = loader.exec_module
@@ -44,6 +48,7 @@ class _Finder(MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 importlib.import_module(self.follower)
+                sys.meta_path.remove(self)
 
             loader.exec_module = exec_module
         return spec

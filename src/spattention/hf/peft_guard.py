@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
+from json import JSONDecodeError
 from typing import Any
 
 import peft
+from packaging.version import Version
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
@@ -33,6 +35,12 @@ from .adapters import (
 )
 
 SINKS = ".sinks."  # in the names of an adapter's weights
+OLDEST = "0.21"
+
+if Version(peft.__version__) < Version(OLDEST):
+    raise ImportError(
+        f"`spattention.hf` needs PEFT {OLDEST} or newer for adapters, got {peft.__version__}"
+    )
 
 
 def _saving_section(save_pretrained: Callable[..., None]) -> Callable[..., None]:
@@ -57,9 +65,15 @@ def _reading_section(
 ) -> Callable[..., dict[str, Any]]:
     @wraps(from_json_file)
     def read(cls: type, path_json_file: Any, **keywords: Any) -> dict[str, Any]:
-        data, section = unmarked(
-            from_json_file(cls, path_json_file, **keywords), str(path_json_file)
-        )
+        try:
+            data = from_json_file(cls, path_json_file, **keywords)
+        except (JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path_json_file} must hold JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"{path_json_file} must hold the config of an adapter, got {type(data).__name__}"
+            )
+        data, section = unmarked(data, str(path_json_file))
         return {**data, READ: section}
 
     return read

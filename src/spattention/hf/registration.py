@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,6 +17,7 @@ from .mask import rows_mask
 from .parallel_guard import guard_parallel
 from .section import KINDS, AttentionKind, register_kind
 from .sinks import new_sinks
+from .weights import Note, note_weights
 
 
 def register() -> None:
@@ -49,6 +51,15 @@ def equip(module: Any, plan: LayerPlan) -> None:
     if not any(hook is before_forward for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(before_forward, with_kwargs=True)
     guard_parallel(module)
+    note_weights(module, _note)
+
+
+def _note(module: Any) -> Note | None:
+    plan = plan_of(module)
+    if plan is None or plan.pattern is None:
+        return None
+    meaning = {name: value for name, value in plan.pattern.to_dict().items() if name != "recipe"}
+    return Note(BANDS.name, BANDS.call, json.dumps(meaning))
 
 
 def _equip(module: Any) -> None:

@@ -23,12 +23,18 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoder import is_attention
 from .late import when_imported
+from .weights import allow_weights, checking_notes
 
 ARCHITECTURE_PREFIX = "Spattention"
 ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
@@ -87,8 +93,10 @@ def register_kind(kind: AttentionKind) -> None:
     if not KINDS:
         register_module_module_registration_hook(_equip_when_built)
         PreTrainedConfig.to_dict = _with_marks(PreTrainedConfig.to_dict)
+        PreTrainedModel.load_state_dict = checking_notes(PreTrainedModel.load_state_dict)
         when_imported("peft", GUARD)
     KINDS[kind.name] = kind
+    allow_weights(kind.name)
     AttentionInterface.register(kind.name, kind.forward)
     AttentionMaskInterface.register(kind.name, kind.mask)
     _FUSION_REGISTRY[kind.requirement] = ModuleFusionSpec()
