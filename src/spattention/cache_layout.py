@@ -119,7 +119,7 @@ class Rings:
 
 
 class RingLayout(NamedTuple):
-    """What a store looks up; made once, on its device.
+    """Tables that a store looks up, made once, on its device.
 
     Attributes:
         pattern: the bands, as far as the capacity.

@@ -313,7 +313,7 @@ def _first_key(call: _Call) -> Tensor:
 
 
 def _all_zero(start: Tensor) -> bool:
-    """Whether nothing is hidden, where asking costs nothing: sequences then run together."""
+    """True if no key is hidden and asking costs nothing: sequences then run together."""
     return readable(start) and not bool(start.any())
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tiny import EXACT, FAMILIES, SECOND, banded, build, logits, tokens
+from tiny import (
+    COMMON,
+    EXACT,
+    FAMILIES,
+    FIRST,
+    GROUPED,
+    HEADS,
+    SECOND,
+    P,
+    banded,
+    build,
+    logits,
+    tokens,
+)
 from torch._dynamo.testing import CompileCounter
 
 import spattention as spa
@@ -182,14 +196,33 @@ def test_generation_from_right_padding(kind):
 def test_layers_left_alone_see_no_padding():
     """Their own attention, in SDPA and eager; exact where the other layers are."""
     ids = tokens(len(MASK), LENGTH)
-    for own in ("sdpa", "eager"):
+    for own, patterns in (
+        ("sdpa", (None, SECOND)),
+        ("eager", (None, SECOND)),
+        ("sdpa", (FIRST, None)),
+    ):
         tolerance = EXACT if own == "sdpa" else {"rtol": 0.0, "atol": 2e-5}
-        model = spa.hf.apply(build("llama", own), (None, SECOND))
+        model = spa.hf.apply(build("llama", own), patterns)
         wanted = rows_alone(model, ids, MASK)
         for kind in KINDS:
             pieces = [LENGTH] if kind == "none" else [9, 1, 13]
             found = in_pieces(model, ids, MASK, pieces, make_cache(kind, model))
             close(found[MASK.bool()], wanted, **tolerance)
+
+
+def test_own_sliding_windows_count_padding_as_in_transformers():
+    ids = tokens(len(MASK), LENGTH)
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    config = transformers.Qwen2Config(**COMMON, **GROUPED, **windows, initializer_range=0.2)
+    torch.manual_seed(0)
+    stock = transformers.Qwen2ForCausalLM(config).double().eval()
+    model = spa.hf.apply(copy.deepcopy(stock), P.dense(HEADS, 64), layers=[0])
+    for kind in KINDS:
+        for pieces in [[LENGTH]] if kind == "none" else [[LENGTH], [9, 1, 13], [1] * LENGTH]:
+            found = in_pieces(model, ids, MASK, pieces, make_cache(kind, model))
+            other = make_cache("dynamic" if kind == "band" else kind, stock)
+            wanted = in_pieces(stock, ids, MASK, pieces, other)
+            close(found[MASK.bool()], wanted[MASK.bool()], rtol=0.0, atol=1e-9)
 
 
 def test_padding_is_taken_out_in_one_graph():
@@ -243,6 +276,23 @@ def test_decoding_after_padding_is_one_graph():
     wanted = rows_alone(model, ids, MASK)
     close(torch.cat(found, dim=1)[MASK.bool()], wanted, **EXACT)
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["static", "band"])
+def test_masks_made_in_the_graph_may_hold_padding(kind):
+    model, ids = banded("llama", sinks=True), tokens(len(MASK), LENGTH)
+    cache = make_cache(kind, model)
+    found = [in_pieces(model, ids[:, :16], MASK[:, :16], [16], cache)]
+    torch._dynamo.reset()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    for at in range(16, LENGTH):
+        some = {
+            "attention_mask": MASK[:, : at + 1].contiguous(),
+            "position_ids": positions_of(MASK)[:, at : at + 1].contiguous(),
+        }
+        with torch.no_grad():
+            found.append(step(ids[:, at : at + 1], past_key_values=cache, **some).logits)
+    close(torch.cat(found, dim=1)[MASK.bool()], rows_alone(model, ids, MASK), **EXACT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -106,8 +106,8 @@ def _by_rows(
     scaling: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention `[B, H, Q, Dv]` to keys at hand: one text per row, or packed documents that each
-    query's first key keeps apart."""
+    """Attention `[B, H, Q, Dv]` to the given keys: one text per row, or packed documents, separated
+    by the first key of each query."""
     if rows.source is not None:
         return _between_padding(query, key, value, pattern, rows, scaling, sinks)
     out = band_attention(
@@ -133,20 +133,19 @@ def _between_padding(
     scaling: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same where padding lies between tokens: it moves to the left end of its row, so that
-    distances count tokens alone, and its own rows of the result are 0."""
+    """Attention `[B, H, Q, Dv]` with padding between tokens. Padding moves to the left end of its
+    row, so that distances count tokens alone. Its own rows of the result are 0."""
     source, valid = rows.source, rows.valid_queries(query.shape[2])
     assert source is not None
     assert valid is not None
     if source.shape[1] != key.shape[2]:
         raise ValueError(
-            f"`attention_mask` must be of the {key.shape[2]} keys at hand, got one of "
+            f"`attention_mask` must have a column for each of the {key.shape[2]} keys, got "
             f"{source.shape[1]}"
         )
     padding = ~valid[:, None, :, None]
     order = padding_first(valid)
-    # Zeros, because padding may ask for a key of the row that it precedes now, and must not hand a
-    # NaN of its own to that key's gradient.
+    # Moved padding can see keys of its row: a NaN in its query would reach their gradients.
     query = reorder(query.masked_fill(padding, 0.0), order)
     key, value = reorder(key, source), reorder(value, source)
     moved = replace(rows, valid=None, source=None)

@@ -117,7 +117,7 @@ class BandLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Static shapes; the length is a tensor, as in a static cache."""
+        """True if shapes are static, as in a static cache; the length is a tensor."""
         if self.store is not None:
             return self.store.capacity is None
         farthest = max((far for head in self.pattern.intervals for _, far in head), default=0)
@@ -146,8 +146,8 @@ class BandLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """A handle, in place of keys and of values: the store takes them up once they are attended
-        to, because a long chunk overwrites what it still has to see."""
+        """A handle in place of keys, and the same in place of values. The store takes the tokens up
+        after attention, because a long chunk overwrites tokens that it still has to see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
@@ -165,24 +165,24 @@ class BandLayer(CacheLayerMixin):
         return handle, handle
 
     def activate_past_recording(self) -> None:
-        """Assisted generation begins: every pass is followed by a `crop`, of any number of its
-        tokens."""
+        """Expect a `crop` after every pass, of any number of its tokens: assisted generation
+        starts."""
         self.record_past = True
 
     def get_seq_length(self) -> Any:
-        """Tokens so far, padding included: an int before the first, then a tensor `[]`."""
+        """Number of tokens so far, padding included: 0 before the first, then a tensor `[]`."""
         return 0 if self.store is None else self.store.columns[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
-        """Keys that a mask would have, and the first: all tokens count, kept or not."""
+        """Number of keys that a mask would have, and 0: all tokens count, kept or not."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1: no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """The same under the name that earlier versions of Transformers call."""
+        """-1, under the name that earlier versions of Transformers call."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -204,18 +204,18 @@ class BandLayer(CacheLayerMixin):
             self.store.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row b becomes what row `beam_idx[b]` was."""
+        """Make row b what row `beam_idx[b]` was."""
         if self.store is not None:
             self.store.reorder(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Copy every row `repeats` times."""
         if self.store is not None:
             self.store.repeat(repeats)
             self._store_changed()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows."""
+        """Keep these rows alone."""
         if self.store is not None:
             self.store.select(indices)
             self._store_changed()
@@ -227,7 +227,7 @@ class BandLayer(CacheLayerMixin):
             self._store_changed()
 
     def offload(self) -> NoReturn:
-        """Refused: a store stays small, and its addresses are promised to stay."""
+        """Refuse: a store stays small, and compiled graphs rely on its addresses."""
         raise ValueError("`past_key_values` must not be offloaded when it is a BandCache")
 
     def _set_rollback(self, tokens: int) -> None:
@@ -237,7 +237,7 @@ class BandLayer(CacheLayerMixin):
             self._store_changed()
 
     def _store_changed(self) -> None:
-        """What others ask a layer for."""
+        """Refresh the attributes that Transformers reads from a layer."""
         assert self.store is not None
         self.keys, self.values = self.store.keys, self.store.values
         self.batch_size = self.store.batch_size
@@ -249,7 +249,7 @@ class BandLayer(CacheLayerMixin):
 
 
 class BandHandle:
-    """What a `BandLayer` hands to the attention function in place of keys and of values.
+    """Stand-in for keys and for values, which a `BandLayer` hands to the attention function.
 
     Attention that does not know it fails on first use, whatever it asks of the tensor that it
     expects.
@@ -322,7 +322,8 @@ def _refuse(handle: BandHandle | None, asked: str) -> NoReturn:
 
 
 def _check_padding(store: BandStore, rows: Rows) -> None:
-    """A store cannot change its mind about tokens that it has dropped, or has kept."""
+    """Check that a mask says of earlier tokens what it said when they came: a store cannot bring
+    back what it dropped, or drop what it kept."""
     if rows.before is None or not readable(rows.before):
         return
     changed = store.position != rows.before

@@ -24,10 +24,12 @@ CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 def before_forward(
     module: Any, args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What the attention function cannot see: the cache, and documents packed beside one.
+    """Check the cache and the positions, which the attention function does not see, and split
+    packed rows.
 
     Transformers looks for documents in `position_ids` only when there is no cache, yet a model
-    makes a cache by default; without this, packed rows would leak from one document into the next.
+    makes a cache by default. Without this hook packed rows would leak from one document into the
+    next.
     """
     plan, section = plan_of(module), read_section(module.config)
     if plan is None or module.config._attn_implementation != NAME or section is None:
@@ -96,7 +98,7 @@ def trust_cache(cache: Any, model: Any) -> None:
 
 
 def _is_first(module: Any, section: Section) -> bool:
-    """Whether a module is the first with bands: what is the same in all is looked at once."""
+    """True for the first module with bands, which checks what is the same in all of them."""
     indices = (index for index, pattern in enumerate(section.layer_patterns) if pattern is not None)
     return module.layer_idx == next(indices, None)
 
@@ -104,8 +106,8 @@ def _is_first(module: Any, section: Section) -> bool:
 def _check_positions(
     module: Any, position_ids: torch.Tensor, rows: Rows, packed: bool, cached: bool
 ) -> None:
-    """Positions go up by one; where they restart, a packed document starts. Reads values once per
-    forward pass, where they can be read at all."""
+    """Check that positions go up by one, or restart where a packed document starts. Reads values
+    once per forward pass, where they can be read at all."""
     if not decidable(position_ids):
         return
     if rows.padded:
@@ -133,7 +135,7 @@ def _check_positions(
 
 
 def _restarts(position_ids: torch.Tensor, rows: Rows) -> bool:
-    """Whether positions fall from a token to the next; padding has any position."""
+    """True if positions fall from one token to the next; padding may have any position."""
     falls = position_ids.diff(dim=1) <= 0
     valid = rows.valid_queries(position_ids.shape[1])
     if valid is not None:
@@ -142,7 +144,7 @@ def _restarts(position_ids: torch.Tensor, rows: Rows) -> bool:
 
 
 def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
-    """A cache keeps its batch, and one of a fixed length takes no more than that."""
+    """Check that the cache has this batch size and room for the new tokens."""
     if layer >= len(cache.layers):
         return
     held = cache.layers[layer]
@@ -165,7 +167,8 @@ def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
 
 
 def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
-    """A cache belongs to the pattern that filled it: deeper keys were computed through it."""
+    """Check that the pattern is the one that filled the cache: deeper keys were computed through
+    it."""
     if layer < len(cache.layers) and isinstance(cache.layers[layer], BandLayer):
         cache.layers[layer].expects_bands = True
     if layer < len(cache.layers) and getattr(cache.layers[layer], "is_sliding", False):
@@ -197,7 +200,8 @@ def _check_cache(cache: Any, layer: int, pattern: BandPattern) -> None:
 
 
 def _length(cache: Any, layer: int, unreadable: int = 1) -> int:
-    """Keys that a layer of the cache holds; `unreadable` for a static cache in a compiled graph."""
+    """Number of keys in a layer of the cache; `unreadable` for a static cache in a compiled
+    graph."""
     length = cache.get_seq_length(layer)
     if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
         return unreadable

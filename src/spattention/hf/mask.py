@@ -1,26 +1,29 @@
-"""What a model hands its attention layers in place of a mask: the first visible key of each row or
-query, and where padding lies between tokens, the tokens themselves.
+"""The numbers that a model hands its attention layers in place of a mask: the first visible key of
+each row or query, and, if padding is between tokens, the columns of the tokens.
 
-Transformers builds one mask per forward pass and passes any 4-D tensor on untouched, so the rows
-travel as a small int32 tensor `[B, P, R, C]`, never as Q x K. Its planes P:
+Transformers builds one mask per forward pass and passes any 4-D tensor on untouched. So the rows
+travel as a small int32 tensor `[B, P, R, C]`, never as Q x K. It has up to three planes P:
 
     plane 0     R = 1   the numbers below, one set per row of the batch
                 R = Q   one set per query (documents packed inside a row)
-    plane 1     R = n   1 for a token and 0 for padding, by column; only there when padding lies
-                        elsewhere than before all queries (or nobody may look)
+    plane 1     R = n   1 for a token and 0 for padding, by column; present if a query is padding,
+                        or padding is between tokens
     plane 2     R = n   the column of the key that comes to each place once all padding has moved
-                        to the left end; only there when padding lies between tokens
+                        to the left end; present if padding is between tokens
 
-    column 0    the first key that may be seen, as an index into the keys at hand (where there is a
-                plane 2, once padding has moved)
-    column 1    the position of the first query among the keys; only there when the queries are not
-                the last keys, as in a static cache
-    column 2    tokens before the first query; only there beside column 1, when an `attention_mask`
-                was given
+and up to three columns C:
 
-Further planes repeat the numbers of plane 0 along R, and theirs along C. None stands for rows whose
-queries are the last keys, without an `attention_mask`. Whether one was given must show in the
-shape, on every device and whatever its values: `position_ids` split a row only if it was not.
+    column 0    the first key that may be seen, as an index into the keys; with plane 2, an index
+                into the keys once padding has moved
+    column 1    the position of the first query among the keys; present if the queries are not the
+                last keys, as in a static cache
+    column 2    the number of tokens before the first query; present next to column 1, if an
+                `attention_mask` was given
+
+With more than one plane, the numbers of plane 0 repeat along R, and those of the others along C.
+None stands for rows whose queries are the last keys, without an `attention_mask`. Whether one was
+given shows in the shape, on every device and whatever its values: `position_ids` split a row only
+if it was not.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ class Rows:
         valid: bool `[B, n]`, False for padding, by column of the keys, or of the queries alone
             where n = Q; None: all queries are tokens, and padding comes before them alone.
         source: int `[B, K]`, the column of the key that comes to each place once all padding has
-            moved to the left end; None: no padding lies between tokens.
+            moved to the left end; None: no padding is between tokens.
         before: int32 `[B]`, tokens before the first query; None: not known.
     """
 
@@ -88,27 +91,27 @@ def rows_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> torch.Tensor | None:
-    """The mask function of `attn_implementation="spattention"`; arguments are those of
+    """The mask function of `attn_implementation="spattention"`, with the arguments of
     Transformers' mask interface.
 
-    Padding may lie anywhere. Whether it lies between tokens is read once per forward pass, as
-    Transformers reads it for its own masks; where values cannot be read (`torch.compile`, the
-    capture of a CUDA graph), layers move keys and values as if it did.
+    Padding may be anywhere. Once per forward pass the mask is read for padding between tokens, as
+    Transformers reads it for its own masks. Where values cannot be read (`torch.compile`, the
+    capture of a CUDA graph), layers move keys and values in any case.
 
     Args:
         batch_size: rows B.
         q_length: queries Q.
-        kv_length: keys at hand K; for a static cache all that it can hold; a 0-d tensor for a
+        kv_length: number of keys K; for a static cache all that it can hold; a 0-d tensor for a
             `BandCache`.
         q_offset: position of the first query; a 0-d tensor for a static cache.
-        kv_offset: position of the first key at hand; above 0 in the cache of a sliding window.
+        kv_offset: position of the first key; above 0 in the cache of a sliding window.
         mask_function: Transformers' rule of who sees whom, by index; it knows about documents
             packed inside a row.
         attention_mask: the 2-D mask of padding, `[B, positions so far]`.
         use_vmap: True when the caller combined the rule with one of its own.
         device: where the result goes.
-        others: what only other implementations need (dtype, local_size, permissions to skip the
-            mask), and the model's config.
+        others: the model's config, and arguments that only other implementations need (dtype,
+            local_size, permissions to skip the mask).
 
     Raises:
         ValueError: for a rule that is not causal or was combined with another, or a mask that is
@@ -169,7 +172,7 @@ def add_restarts(
 
 
 def is_packed(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
-    """Whether `add_restarts` found more documents than the one that padding leaves in each row.
+    """True if `add_restarts` found more documents than the one that padding leaves in each row.
     Reads values.
     """
     last = decode(after).key_start
@@ -275,14 +278,14 @@ def _check_padding(
 
 
 def _all_have_bands(config: Any) -> bool:
-    """No layer keeps its own attention, which asks for the padding among earlier keys."""
+    """True if no layer keeps its own attention, which needs the padding among earlier keys."""
     section = None if config is None else read_section(config)
     return section is not None and None not in section.layer_patterns
 
 
 def decidable(tensor: torch.Tensor) -> bool:
-    """Whether values may be read, which waits for a GPU. Transformers reads the same masks in the
-    same places for its own attention, so that the wait is there already."""
+    """True if values can be read. That waits for a GPU; Transformers reads the same masks in the
+    same places for its own attention."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -301,7 +304,7 @@ def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: in
     if decidable(valid):
         flags = torch.stack([(past - first > tokens).any(), ~new.all()])
         between, some = flags.tolist()
-    before = tokens - new.sum(dim=1)
+    before = None if valid.is_cuda else tokens - new.sum(dim=1)  # for a check on the CPU
     if not between:
         return Rows(first, padded=True, valid=valid if some else None, before=before)
     # Padding first, then tokens; what a static cache has not filled yet stays at the end.
@@ -312,8 +315,10 @@ def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: in
 def _new_padding(valid: torch.Tensor, q_offset: int | torch.Tensor, query_len: int) -> Rows:
     """Rows of a model whose cache keeps tokens alone: only new columns may hold padding."""
     new = _columns(valid, q_offset, query_len)
-    earlier = torch.arange(valid.shape[1], device=valid.device) < q_offset
-    before = (valid & earlier).sum(dim=1)
+    before = None
+    if not valid.is_cuda:  # for a check on the CPU
+        earlier = torch.arange(valid.shape[1], device=valid.device) < q_offset
+        before = (valid & earlier).sum(dim=1)
     if decidable(new) and bool(new.all()):
         return Rows(padded=True, before=before)
     return Rows(padded=True, valid=new, before=before)

@@ -189,6 +189,37 @@ def test_rings_past_their_span(name: str) -> None:
     check_error("lse", torch.cat(lses, dim=2), rough["lse"], truth["lse"])
 
 
+def test_padding_between_the_tokens_of_a_store(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `band_attention_cached` gives the kernels: every sequence has what it has alone."""
+    for module in ("cache", "cached_attention"):
+        monkeypatch.setattr(f"spattention.{module}.kernels_for", lambda *_: kernels)
+    pieces = [9, 1, 3, 1, 12]
+    sinks = torch.linspace(-1, 1, 4)
+    case = _case(SHORT, sum(pieces), sum(pieces), 2, batch=2)
+    mask = torch.rand(2, sum(pieces), generator=torch.Generator().manual_seed(0)) > 0.3
+    store = spa.BandStore(SHORT, 2, 2, 16, max_rollback=11)
+    outs, lses = [], []
+    for some in torch.arange(sum(pieces)).split(pieces):
+        query, key, value = (t[:, :, some] for t in (case.query, case.key, case.value))
+        out, lse = spa.band_attention_cached(
+            query, store, SHORT, key, value, sinks=sinks, mask=mask[:, some], return_lse=True
+        )
+        outs.append(out)
+        lses.append(lse)
+    assert [shape[2] for shape in calls] == pieces[1:]
+    assert store.position.tolist() == mask.sum(dim=1).tolist()
+    out, lse = torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+    for row, real in enumerate(mask):
+        tokens = (t[row : row + 1, :, real] for t in (case.query, case.key, case.value))
+        alone = Case(*tokens, SHORT, {"sinks": sinks})
+        truth, rough = exact(alone), plain(alone)
+        check_error("out", out[row : row + 1, :, real], rough["out"], truth["out"])
+        check_error("lse", lse[row : row + 1, :, real], rough["lse"], truth["lse"])
+        assert not out[row, :, ~real].any()
+
+
 def test_an_empty_store_and_rows_of_different_lengths() -> None:
     store = spa.BandStore(TWO_BANDS, 2, 2, 16)
     query = torch.randn(2, 4, 2, 16)
