@@ -9,6 +9,7 @@ from .attention import band_attention, band_attention_varlen
 from .bands import BandPattern
 from .cache import BandStore, band_attention_cached
 from .checks import validate
+from .explanation import Explanation, explain
 from .merge import merge
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BandPattern",
     "BandStore",
+    "Explanation",
     "band_attention",
     "band_attention_cached",
     "band_attention_varlen",
+    "explain",
     "merge",
     "validate",
 ]

@@ -51,6 +51,11 @@ class HopperPlan:
     persistent: bool
     split_backward: bool
 
+    def __str__(self) -> str:
+        forward = "persistent forward" if self.persistent else "forward"
+        backward = "dQ, then dK and dV" if self.split_backward else "dQ, dK and dV in one launch"
+        return f"{forward}; {backward}; heads {self.order.name.lower().replace('_', ' ')}"
+
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 # What the kernels need, as it stands in docs/backends.md.
