@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cache import BandStore
     from .cached_attention import band_attention_cached
     from .checks import validate
+    from .explanation import Explanation, explain
     from .fitting import fit
     from .merging import merge
 
@@ -22,6 +23,8 @@ _MODULES = {
     "band_attention": "attention",
     "band_attention_cached": "cached_attention",
     "band_attention_varlen": "attention",
+    "Explanation": "explanation",
+    "explain": "explanation",
     "fit": "fitting",
     "merge": "merging",
     "validate": "checks",
@@ -32,9 +35,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BandPattern",
     "BandStore",
+    "Explanation",
     "band_attention",
     "band_attention_cached",
     "band_attention_varlen",
+    "explain",
     "fit",
     "merge",
     "validate",

@@ -164,7 +164,8 @@ def test_what_is_measured_is_written_before_the_next_case(
         row = bench_attention.Row(
             batch, heads, length, "exclusive", "spattention", **times, **work, peak_memory=1.0
         )
-        dense = bench_attention.replace(row, mask="dense", by="dense cuDNN", total=2.0)
+        row = bench_attention.replace(row, kernels="portable kernels")
+        dense = bench_attention.replace(row, mask="dense", by="dense cuDNN", total=2.0, kernels="")
         return [bench_attention._compared(each, dense, None) for each in (dense, row)]
 
     monkeypatch.setattr(bench_attention, "_measure_case", measured)
@@ -178,6 +179,8 @@ def test_what_is_measured_is_written_before_the_next_case(
     (found,) = tmp_path.glob("attention_*.json")
     assert [row["length"] for row in json.loads(found.read_text())["rows"]] == [16, 16, 32, 32]
     assert "| 1, 8, 16 | exclusive |" in found.with_suffix(".md").read_text()
+    cases = "1x8x16 exclusive, 1x16x32 exclusive"
+    assert f"- portable kernels ({cases})" in found.with_suffix(".md").read_text()
     assert "| 1.000 (1.000) |" in found.with_suffix(".md").read_text()
     assert "| 2.00 (1.00) |" in found.with_suffix(".md").read_text()
     assert found.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

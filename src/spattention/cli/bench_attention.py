@@ -4,7 +4,7 @@ before they are timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ..bands import BandPattern
+from ..explanation import explain
 from ..testing import Case, check_case
 from . import measure
 from .rivals import Attend, Flash4, Flex, Tensors, bands, dense
@@ -85,6 +86,7 @@ class Row:
     over_flex: float | None = None
     busy_over_dense: float | None = None
     busy_over_flex: float | None = None
+    kernels: str = ""
 
 
 def main(options: Options) -> None:
@@ -106,8 +108,19 @@ def main(options: Options) -> None:
     title = "milliseconds by graph replay (busy GPU); useful TFLOP/s; ratios of forward + backward"
     measure.show(title, HEADINGS, map(_cells, rows))
     print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
+    print("\n".join(kernels_that_ran(rows)))
     if options.output is not None:
         print(f"wrote {stem}.json, .md{' and .png' if plotted else ''}")
+
+
+def kernels_that_ran(rows: Iterable[Row]) -> list[str]:
+    """One line for each form of our kernels: its name, and the cases that ran it."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        if row.kernels:
+            case = f"{row.batch}x{row.heads}x{row.length} {row.mask}"
+            cases.setdefault(row.kernels, []).append(case)
+    return [f"{kernels} ({', '.join(names)})" for kernels, names in cases.items()]
 
 
 def _shape(case: str) -> tuple[int, int, int]:
@@ -157,6 +170,8 @@ def _measure_case(options: Options, batch: int, heads: int, length: int) -> Iter
                 flex_row = row
             yield _compared(row, dense_row, flex_row)
         row = _row(options, inputs, pattern, mask, "spattention", ours)
+        query, key, value, _ = inputs
+        row = replace(row, kernels=explain(query, key, value, pattern, impl="triton").kernels)
         yield _compared(row, dense_row, flex_row)
 
 
@@ -327,6 +342,7 @@ def _write(
         record,
         (
             *(f"- {name}: {value}" for name, value in record["calls"].items()),
+            *(f"- {line}" for line in kernels_that_ran(rows)),
             "",
             "Milliseconds, medians of graph replays on a rested GPU (`eager total`: plain calls); "
             "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "

@@ -1,11 +1,21 @@
-"""Compile the kernels for sm_90 without a GPU, and tell what ptxas made of them.
+"""Compile the kernels for sm_90 without a GPU, and compare what ptxas says with a committed table.
 
-python -m tests.impl.triton.compile_table --save table.json
+    python -m tests.impl.triton.compile_table                  # show every form
+    python -m tests.impl.triton.compile_table --check          # core forms, with this Triton
+    python -m tests.impl.triton.compile_table --check --triton DIR --triton DIR
+    python -m tests.impl.triton.compile_table --update --triton DIR ...
+
+`DIR` is a folder with another Triton: `pip install --no-deps --target DIR triton==3.9.0`. A check
+fails where a kernel is serialised, or has more registers, spills or shared memory than in the
+table. `--update` compiles every form and writes the table; it is needed whenever a kernel, a launch
+or the forms change. `--newest` compares a Triton that the table does not have with the newest one
+that it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import io
@@ -15,202 +25,157 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"
-
-import torch
-import triton
-
-import spattention as spa
-from spattention.impl import triton as kernels
-from spattention.impl.triton.decode import append
-from spattention.impl.triton.hopper import TileOrder
-from tests.gpu.plans import changed_plans
-from tests.impl.triton.without_gpu import launches_to
-
-ROOT = Path(__file__).parents[3]
-TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
-ONE = spa.BandPattern((((0, 90),),) * 8, 256)
-HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+TABLE = HERE / "compile_table.json"
+KERNELS = ROOT / "src" / "spattention" / "impl" / "triton"
+# Whatever chooses or makes a compiled form; not the operators around the kernels.
+SOURCES = (
+    *sorted(path for path in KERNELS.rglob("*.py") if path.name not in ("__init__.py", "op.py")),
+    HERE / "compile_forms.py",
+    HERE / "without_gpu.py",
+)
+NUMBERS = ("registers", "stack", "spills", "shared")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says of one kernel, in bytes."""
+    """Numbers of ptxas for one kernel; stack, spills and shared memory in bytes."""
 
-    form: str
-    kernel: str
+    name: str
     registers: int
     stack: int
     spills: int
     shared: int
     serialized: bool
-    sass: str = ""
+    instructions: str = ""
     opcodes: str = ""
 
-    @property
-    def name(self) -> str:
-        return f"{self.form}: {self.kernel}"
-
-
-def train(
-    dtype: torch.dtype,
-    head_dim: int,
-    pattern: spa.BandPattern,
-    key_heads: int = 8,
-    sinks: bool = False,
-    d_lse: bool = False,
-    **options: Any,
-) -> None:
-    like = {"dtype": dtype, "requires_grad": True}
-    query = torch.zeros(1, 8, 256, head_dim, **like)
-    key, value = (torch.zeros(1, key_heads, 256, head_dim, **like) for _ in range(2))
-    if sinks:
-        options["sinks"] = torch.zeros(8, dtype=dtype)
-    out, lse = spa.band_attention(
-        query, key, value, pattern, impl="triton", return_lse=True, **options
-    )
-    results = [out, lse] if d_lse else [out]
-    torch.autograd.grad(results, (query, key, value), [torch.ones_like(each) for each in results])
-
-
-def train_packed(dtype: torch.dtype, head_dim: int, key_heads: int = 8) -> None:
-    query = torch.zeros(256, 8, head_dim, dtype=dtype, requires_grad=True)
-    key, value = (
-        torch.zeros(256, key_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
-    )
-    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
-    out = spa.band_attention_varlen(
-        query, key, value, TWO, offsets, offsets, 156, 156, impl="triton"
-    )
-    torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
-
-
-def decode(dtype: torch.dtype, head_dim: int, queries: int, key_heads: int, **options: Any) -> None:
-    query = torch.zeros(1, 8, queries, head_dim, dtype=dtype)
-    key, value = (torch.zeros(1, key_heads, 256, head_dim, dtype=dtype) for _ in range(2))
-    spa.band_attention(query, key, value, TWO, impl="triton", **options)
-
-
-def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
-    kept = spa.BandStore(TWO, 1, key_heads, head_dim, dtype=dtype, slack=16)
-    key, value = torch.zeros(2, 1, key_heads, queries, head_dim, dtype=dtype)
-    append.write(key, value, kept.keys, kept.values, kept.position, kept.offsets, kept.lengths)
-    kernels.attend_rings(
-        torch.zeros(1, 8, queries, head_dim, dtype=dtype),
-        kept.keys,
-        kept.values,
-        TWO,
-        offsets=kept.offsets,
-        lengths=kept.lengths,
-        position=kept.position,
-        scale=0.1,
-        sinks=torch.zeros(8, dtype=dtype),
-        key_start=None,
-    )
-
-
-def forms() -> Iterator[tuple[str, Any]]:
-    """Name and call of every form; a call launches one kernel or several."""
-    grouped = {"dtype": HALF, "key_heads": 2, "sinks": True, "d_lse": True}
-    for head_dim in (64, 128):
-        variants = {
-            "two bands": {"dtype": BRAIN, "pattern": TWO},
-            "one band": {"dtype": BRAIN, "pattern": ONE},
-            "grouped, sinks": {"pattern": TWO, **grouped},
-        }
-        for variant, options in variants.items():
-            for persistent in (False, True):
-                order = TileOrder.HEAD_MAJOR if persistent else TileOrder.ROUND_ROBIN
-                plan = {"order": order, "persistent": persistent, "split_backward": persistent}
-
-                def call(options: Any = options, head_dim: int = head_dim, plan: Any = plan):
-                    with changed_plans(**plan):
-                        train(head_dim=head_dim, **options)
-
-                shape = ", persistent, split" if persistent else ""
-                yield f"hopper D{head_dim}, {variant}{shape}", call
-    start = torch.zeros(1, 256, dtype=torch.int32)
-    first = torch.zeros(1, dtype=torch.int32)
-    for head_dim in (64, 128, 256):
-        options = {"pattern": TWO, "key_start": start}
-        yield f"portable D{head_dim}", lambda d=head_dim: train(BRAIN, d, TWO, query_start=1)
-        yield f"portable D{head_dim}, float32", lambda d=head_dim: train(SINGLE, d, TWO)
-        yield (
-            f"portable D{head_dim}, grouped, sinks, first keys",
-            lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
+    def __str__(self) -> str:
+        return (
+            f"{self.name:78} {self.registers:3} registers {self.stack:5} B stack "
+            f"{self.spills:5} B spills {self.shared:6} B shared"
+            f"{' SERIALIZED' if self.serialized else ''}"
         )
-        yield f"portable D{head_dim}, packed", lambda d=head_dim: train_packed(BRAIN, d)
-    yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
-    for head_dim in (64, 128, 256):
-        yield f"decode D{head_dim}, 1 query", lambda d=head_dim: decode(BRAIN, d, 1, 8)
-    yield "decode D128, 1 query of 4", lambda: decode(BRAIN, 128, 1, 2)
-    yield "decode D128, 16 queries of 4", lambda: decode(BRAIN, 128, 16, 2)
-    yield (
-        "decode D128, first keys, start on device",
-        lambda: decode(BRAIN, 128, 4, 2, key_start=first, query_start=first),
-    )
-    yield "decode D128, 1 query, float32", lambda: decode(SINGLE, 128, 1, 8)
-    yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
-    yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
-    yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
 
 
-def tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def digest(paths: Iterable[Path] = SOURCES) -> str:
+    """Digest of the code of files, without comments, docstrings and blank lines."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.name.encode())
+        found.update(code_of(path.read_text()).encode())
+    return found.hexdigest()
 
 
-def machine_code(cubin: bytes) -> tuple[str, str]:
-    """Digests of the instructions with their operands, and of the operation codes alone. Places of
-    parameters are left out: they follow the order of arguments."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?) *;", text)
-    code = [re.sub(r"c\[0x0\]\[[^]]*\]|`\([^)]*\)", "", line) for line in code]
-    opcodes = sorted(re.sub(r"^@!?\w+ ", "", line).split()[0] for line in code)
-    return tuple(
-        hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12] for lines in (code, opcodes)
-    )
+def code_of(source: str) -> str:
+    """A source without comments, docstrings and blank lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            assert docstring.end_lineno is not None
+            for row in range(docstring.lineno, docstring.end_lineno + 1):
+                lines[row - 1] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def compile_form(name: str, call: Any, codes: bool) -> list[Compiled]:
-    """Compile what a call launches."""
+def differences(
+    found: Iterable[Compiled], expected: dict[str, list[int]], forms: Iterable[str]
+) -> list[str]:
+    """What is worse than in a table, one line each; the table has `NUMBERS` of each kernel.
+
+    Args:
+        found: the compiled kernels.
+        expected: a version's table.
+        forms: the forms that were compiled, all of whose kernels must be found.
+    """
+    worse = []
+    names = set()
+    for kernel in found:
+        names.add(kernel.name)
+        if kernel.serialized:
+            worse.append(f"{kernel.name}: wgmma instructions are serialized")
+        if kernel.name not in expected:
+            worse.append(f"{kernel.name}: not in the table")
+            continue
+        for what, limit in zip(NUMBERS, expected[kernel.name]):
+            number = getattr(kernel, what)
+            if number > limit:
+                worse.append(f"{kernel.name}: {number} {what}, {limit} in the table")
+    prefixes = tuple(f"{form}: " for form in forms)
+    missing = [name for name in expected if name.startswith(prefixes) and name not in names]
+    return worse + [f"{name}: not compiled" for name in missing]
+
+
+def compile_forms(forms: Iterable[str] | None, codes: bool = False) -> list[Compiled]:
+    """Compile the kernels of forms (None for all) with this process's Triton; print each.
+
+    Args:
+        forms: names in `compile_forms.py`.
+        codes: also make digests of the machine code.
+    """
+    import triton
+
+    from .compile_forms import forms as all_forms
+
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    logs: dict[int, str] = {}
+    rows = []
+    for form, call in all_forms():
+        if forms is None or form in forms:
+            for row in _compile_form(form, call, logs, codes):
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def _compile_form(
+    form: str, call: Callable[[], None], logs: dict[int, str], codes: bool
+) -> list[Compiled]:
+    """The kernels that a call launches. `logs` are ptxas' of those that other calls compiled."""
+    from .without_gpu import launches_to
+
     found: list[Compiled] = []
+    launches: Counter[str] = Counter()
 
-    def launched(kernel: Any, programs: int, depends: Any, *arguments: Any, **constants: Any):
+    def launched(kernel: Any, programs: int, key: Any, *arguments: Any, **constants: Any) -> None:
         function = kernel.function
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
             built = function.run(*arguments, grid=(programs,), warmup=True, **constants)
-        text = log.getvalue()
-        module = function.__module__.removeprefix("spattention.impl.triton.")
+        log = logs.setdefault(id(built), printed.getvalue())
 
         def numbers(pattern: str) -> list[int]:
-            return [int(number) for number in re.findall(pattern, text)]
+            return [int(number) for number in re.findall(pattern, log)]
 
-        registers = numbers(r"Used (\d+) registers")
-        if not registers:  # compiled before in this form
-            return
+        module = function.__module__.removeprefix("spattention.impl.triton.")
+        name = f"{module}.{function.__name__}"
+        launches[name] += 1
+        again = f" ({launches[name]})" if launches[name] > 1 else ""
         digests = machine_code(built.asm["cubin"]) if codes else ("", "")
         found.append(
             Compiled(
-                form=name,
-                kernel=f"{module}.{function.__name__}",
-                registers=max(registers),
+                name=f"{form}: {name}{again}",
+                registers=max(numbers(r"Used (\d+) registers")),
                 stack=max(numbers(r"(\d+) bytes stack frame")),
                 spills=sum(numbers(r"(\d+) bytes spill")),
                 shared=built.metadata.shared,
-                serialized="are serialized" in text,
-                sass=digests[0],
+                serialized="are serialized" in log,
+                instructions=digests[0],
                 opcodes=digests[1],
             )
         )
@@ -220,29 +185,133 @@ def compile_form(name: str, call: Any, codes: bool) -> list[Compiled]:
     return found
 
 
+def machine_code(cubin: bytes) -> tuple[str, str]:
+    """Digests of the instructions with their operands, and of the sorted operation codes. Addresses
+    of kernel parameters are left out: they follow the order of arguments.
+    """
+    import triton
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [disassembler, "-c", file.name], capture_output=True, text=True, check=True
+        )
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?) *;", done.stdout)
+    lines = [re.sub(r"c\[0x0\]\[[^]]*\]|`\([^)]*\)", "", line) for line in lines]
+    codes = sorted(re.sub(r"^@!?\w+ ", "", line).split()[0] for line in lines)
+    instructions, opcodes = (
+        hashlib.sha256("\n".join(each).encode()).hexdigest()[:12] for each in (lines, codes)
+    )
+    return instructions, opcodes
+
+
+def ptxas_version() -> str:
+    """Release of the assembler that this Triton uses for sm_90."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(get_ptxas(90).version)
+
+
+def check(forms: Iterable[str], newest: bool) -> list[str]:
+    """Differences of this process's Triton from the committed table."""
+    import triton
+
+    tables = json.loads(TABLE.read_text())["tables"]
+    version = triton.__version__
+    if version not in tables:
+        if not newest:
+            return [f"Triton {version} is not in the table, which has {', '.join(tables)}"]
+        version = max(tables, key=lambda each: [int(part) for part in each.split(".")])
+        print(f"Triton {triton.__version__} is not in the table: compared with {version}")
+    return differences(compile_forms(forms), tables[version]["kernels"], forms)
+
+
+def update() -> None:
+    """Compile every form, and write this process's Triton into the table."""
+    import triton
+
+    rows = compile_forms(None)
+    serialized = [row.name for row in rows if row.serialized]
+    if serialized:
+        raise SystemExit("serialized: " + ", ".join(serialized))
+    old = json.loads(TABLE.read_text()) if TABLE.exists() else {"sources": "", "tables": {}}
+    sources = digest()
+    if old["sources"] != sources:
+        old["tables"] = {}
+    old["tables"][triton.__version__] = {
+        "ptxas": ptxas_version(),
+        "kernels": {row.name: [getattr(row, number) for number in NUMBERS] for row in rows},
+    }
+    write_table(TABLE, sources, old["tables"])
+
+
+def write_table(path: Path, sources: str, tables: dict[str, Any]) -> None:
+    """Write the table, a kernel per line."""
+    lines = [
+        "{",
+        f' "sources": "{sources}",',
+        f' "numbers": {json.dumps(NUMBERS)},',
+        ' "tables": {',
+    ]
+    for version, table in sorted(tables.items()):
+        lines.append(f'  "{version}": {{"ptxas": "{table["ptxas"]}", "kernels": {{')
+        kernels = [f"   {json.dumps(name)}: {row}" for name, row in table["kernels"].items()]
+        lines.append(",\n".join(kernels))
+        lines.append("  }},")
+    lines[-1] = "  }}"
+    lines += [" }", "}"]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run_with(folder: str, arguments: list[str]) -> int:
+    """Exit status of this command with the Triton in a folder."""
+    paths = [folder, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "tests.impl.triton.compile_table", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", type=Path)
-    parser.add_argument("--only", default="")
+    """Show, check or update."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare core forms with the table")
+    parser.add_argument("--all", action="store_true", help="compare every form")
+    parser.add_argument("--update", action="store_true", help="write the table")
+    parser.add_argument("--newest", action="store_true", help="check an unknown Triton too")
+    parser.add_argument("--triton", action="append", default=[], metavar="DIR")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="JSON with digests of the code")
     options = parser.parse_args()
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True
-    rows = []
-    begin = time.time()
-    for name, call in forms():
-        if options.only in name:
-            for row in compile_form(name, call, options.save is not None):
-                print(
-                    f"{time.time() - begin:5.0f} s  {row.name:80} {row.registers:3} registers "
-                    f"{row.stack:5} B stack {row.shared:6} B shared"
-                    f"{' SERIALIZED' if row.serialized else ''}",
-                    flush=True,
-                )
-                rows.append(row)
-    if options.save is not None:
-        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        options.save.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    return 0
+    if options.triton:
+        flags = [
+            f"--{name}" for name in ("check", "all", "update", "newest") if vars(options)[name]
+        ]
+        return max(run_with(folder, flags) for folder in options.triton)
+    os.environ["TRITON_INTERPRET"] = "0"
+    import triton
+
+    from .compile_forms import CORE
+    from .compile_forms import forms as all_forms
+
+    print(f"Triton {triton.__version__}, ptxas {ptxas_version()}", flush=True)
+    if options.update:
+        update()
+        return 0
+    if not options.check:
+        rows = compile_forms(None, codes=options.save is not None)
+        if options.save is not None:
+            lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+            options.save.write_text(f"[\n{lines}\n]\n")
+        return 0
+    forms = [name for name, _ in all_forms()] if options.all else CORE
+    worse = check(forms, options.newest)
+    for line in worse:
+        print(f"WORSE  {line}")
+    print(f"Triton {triton.__version__}: {len(worse)} differences for the worse")
+    return int(bool(worse))
 
 
 if __name__ == "__main__":

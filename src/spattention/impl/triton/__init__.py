@@ -24,13 +24,23 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
-from . import op
+from . import launch, op
+from .arguments import Positions
+from .call import Call, ensure_inner_contiguous
 from .decode import append
 from .decode import op as decode_op
 from .decode.op import MAX_QUERIES
 from .op import refusal
 
-__all__ = ["MAX_QUERIES", "attend", "attend_rings", "attend_varlen", "refusal", "write_rings"]
+__all__ = [
+    "MAX_QUERIES",
+    "attend",
+    "attend_rings",
+    "attend_varlen",
+    "describe",
+    "refusal",
+    "write_rings",
+]
 
 DECODE_KEYS = 8  # keys per query from which on decoding is worth its second kernel
 
@@ -153,6 +163,35 @@ def attend_varlen(
 def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The same values without strides: kernels read consecutive sinks and offsets."""
     return None if tensor is None else tensor.contiguous()
+
+
+def describe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    sinks: torch.Tensor | None,
+    query_start: int | torch.Tensor,
+    key_start: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+) -> tuple[str, str | None]:
+    """Name of the kernels that `attend` or `attend_varlen` runs, and what the Hopper kernels would
+    need instead; None if there are no faster ones. Launches nothing.
+    """
+    packed = cu_seqlens_q is not None
+    if not packed and _is_decoding(query, key, value, sinks):
+        return launch.DECODING, None
+    if packed:
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        query_start = 0
+    on_device = isinstance(query_start, torch.Tensor)
+    positions = Positions(query_start if on_device else None, key_start, cu_seqlens_q, cu_seqlens_k)
+    start = 0 if isinstance(query_start, torch.Tensor) else query_start
+    query, key, value = (ensure_inner_contiguous(tensor) for tensor in (query, key, value))
+    call = Call(query, key, pattern.flat, 1.0, start, positions)
+    return launch.describe(call, query, key, value)
 
 
 def _is_decoding(

@@ -68,7 +68,7 @@ class Call:
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
-        self.key_heads, self.keys = key.shape[1:3]
+        _, self.key_heads, self.keys, _ = key.shape
         self.group = self.heads // self.key_heads
         self.dtype, self.itemsize, self.device = query.dtype, query.element_size(), query.device
         self.capability = compute_capability(query.device)
@@ -98,7 +98,7 @@ def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device)
     graph.
     """
     return _band_tables.get(
-        (intervals, key_heads, device),
+        (intervals, key_heads),
         device,
         lambda: int32_table(sorted_bands(intervals, key_heads), device),
     )

@@ -56,5 +56,5 @@ class CompiledKernelCache:
 def specialization(*tensors: torch.Tensor | None) -> tuple[Hashable, ...]:
     """Dtype and alignment of each tensor, which select a compiled form."""
     return tuple(
-        None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors
+        [None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors]
     )

@@ -12,18 +12,19 @@ Value = TypeVar("Value")
 
 
 class ConstantCache(Generic[Value]):
-    """Constants on a device, made once per key and dropped when there are too many.
+    """Constants on a device, made once per key and dropped when a device has too many.
 
     A CUDA graph reads the constants that it captured at every replay: they are retained for good.
 
     Args:
-        max_entries: number of entries, captured ones aside, at which all others are dropped.
+        max_entries: number of entries of a device, captured ones aside, at which all others are
+            dropped.
     """
 
     def __init__(self, max_entries: int) -> None:
         self.max_entries = max_entries
-        self.entries: dict[Hashable, Value] = {}
-        self.captured: dict[Hashable, Value] = {}
+        self.entries: dict[torch.device, dict[Hashable, Value]] = {}
+        self.captured: dict[tuple[torch.device, Hashable], Value] = {}
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
         """The entry of a key, made by `make()` if there is none.
@@ -31,24 +32,36 @@ class ConstantCache(Generic[Value]):
         Raises RuntimeError if it would have to be made inside the capture of a CUDA graph, where
         the copy to the device is not allowed.
         """
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = self.entries.get(key)
+        capturing = is_capturing(device)
+        entries = self.entries.get(device)
+        if entries is None:
+            entries = self.entries[device] = {}
+        found = entries.get(key)
         if found is None:
-            found = self.captured.get(key)
+            found = self.captured.get((device, key))
         if found is None:
             if capturing:
                 raise RuntimeError(
                     "the first call with a pattern must come before the capture of a CUDA graph: "
                     "call once to warm up"
                 )
-            if len(self.entries) >= self.max_entries:
+            if len(entries) >= self.max_entries:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)  # kernels may still be reading them
-                self.entries.clear()
-            found = self.entries[key] = make()
+                entries.clear()
+            found = entries[key] = make()
         if capturing:
-            self.captured[key] = found
+            self.captured[device, key] = found
         return found
+
+
+def is_capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is captured on the current stream of the device.
+
+    Asking the driver also makes the CUDA context that a new thread does not have yet. Every call
+    needs it early: tensor descriptors are encoded before the launch.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def int32_table(rows: list[Any], device: torch.device) -> torch.Tensor:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from . import hopper
 from .arguments import RowStats
 from .call import BackwardTensors, Call, ForwardTensors
 from .hopper.planning import pitch
 from .portable import launch as portable
+
+DECODING = f"decoding kernels (Triton {triton.__version__})"
+
+
+def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
+    """Name of the kernels that run a call on query, key and value, and what the Hopper kernels
+    would need instead, or None.
+    """
+    need = hopper.refusal(call, *inputs)
+    if need is not None:
+        return f"portable kernels (Triton {triton.__version__})", need
+    plan = hopper.plan(call, *inputs)
+    return f"Hopper kernels (Triton {triton.__version__}): {plan}", None
 
 
 def forward(call: Call, tensors: ForwardTensors) -> None:

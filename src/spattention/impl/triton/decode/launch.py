@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ..compiled import CompiledKernelCache, specialization
 from ..config import OPTIONS, block_d
 from ..constants import ConstantCache, int32_table
 from .config import BLOCK_P, DecodeLaunch, decode_launch
-from .kernels import DecodeCounts, DecodePositions, chunk_kernel, combine_kernel
+from .kernels import DecodePositions, chunk_kernel, combine_kernel
 
 Union = list[tuple[int, int]]
 
@@ -75,7 +76,7 @@ def plan(query: torch.Tensor, intervals: Sequence[int], key_heads: int) -> Decod
     """
     batch, n_heads, queries, head_dim = query.shape
     itemsize, device = query.element_size(), query.device
-    key = (tuple(intervals), key_heads, queries, batch, itemsize, head_dim, device)
+    key = (tuple(intervals), key_heads, queries, batch, itemsize, head_dim)
 
     def make() -> DecodePlan:
         multiprocessors = 1
@@ -165,7 +166,8 @@ def launch_decode(
     part = lse.new_empty((batch, made.n_chunks, rows, head_dim))
     part_lse = lse.new_empty((batch, made.n_chunks, rows))
     blocks = -(-rows // launch.block_m)
-    counts = DecodeCounts(
+    # The fields of `DecodeCounts`
+    counts = (
         *start_strides(positions.query_start, positions.key_start),
         made.n_chunks,
         blocks,
@@ -197,17 +199,16 @@ def launch_decode(
                 positions,
                 *counts,
                 softmax_scale(scale, precise),
-                FORM=Form(
-                    HEAD_DIM=head_dim,
-                    BLOCK_D=block_d(head_dim),
-                    BLOCK_M=launch.block_m,
-                    BLOCK_N=launch.block_n,
-                    STAGES=launch.num_stages,
-                    INTERVALS=made.n_intervals,
-                    RINGS=positions.ring_offsets is not None,
-                    START_ON_DEVICE=positions.query_start is not None,
-                    HAS_KEY_START=positions.key_start is not None,
-                    PRECISE=precise,
+                FORM=_chunk_form(
+                    head_dim,
+                    launch.block_m,
+                    launch.block_n,
+                    launch.num_stages,
+                    made.n_intervals,
+                    positions.ring_offsets is not None,
+                    positions.query_start is not None,
+                    positions.key_start is not None,
+                    precise,
                 ),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
@@ -226,16 +227,49 @@ def launch_decode(
             n_heads,
             group,
             queries,
-            FORM=Form(
-                HEAD_DIM=head_dim,
-                BLOCK_D=block_d(head_dim),
-                BLOCK_N=BLOCK_P,
-                HAS_SINKS=sinks is not None,
-                PRECISE=precise,
-            ),
+            FORM=_combine_form(head_dim, sinks is not None, precise),
             num_warps=4,
             **OPTIONS,
         )
+
+
+@lru_cache(maxsize=256)
+def _chunk_form(
+    head_dim: int,
+    block_m: int,
+    block_n: int,
+    stages: int,
+    n_intervals: int,
+    rings: bool,
+    start_on_device: bool,
+    has_key_start: bool,
+    precise: bool,
+) -> Form:
+    """The `Form` of `chunk_kernel`; cached, because it takes longer to make than to look up."""
+    return Form(
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=stages,
+        INTERVALS=n_intervals,
+        RINGS=rings,
+        START_ON_DEVICE=start_on_device,
+        HAS_KEY_START=has_key_start,
+        PRECISE=precise,
+    )
+
+
+@lru_cache(maxsize=256)
+def _combine_form(head_dim: int, has_sinks: bool, precise: bool) -> Form:
+    """The `Form` of `combine_kernel`."""
+    return Form(
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
+        BLOCK_N=BLOCK_P,
+        HAS_SINKS=has_sinks,
+        PRECISE=precise,
+    )
 
 
 def _key_heads(tensor: torch.Tensor) -> Heads:

@@ -14,11 +14,9 @@ from .. import varlen
 from ..arguments import Form, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
-from ..config import LaunchConfig
 from . import backward as backward_pass
 from . import backward_preprocess, forward_persistent
 from . import forward as forward_pass
-from .arguments import BackwardCounts, ForwardCounts
 from .planning import BLOCK, HopperPlan, TileOrder, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
@@ -66,25 +64,6 @@ def _vector_descriptor(tensor: torch.Tensor, length: int) -> TensorDescriptor:
     return _Descriptor(tensor, [tensor.numel()], [1], [length], VECTOR_LAYOUT)
 
 
-def _ensure_cuda_context() -> None:
-    """Make the CUDA context that a new thread does not have yet: descriptors are encoded before the
-    launch, and need it. Any harmless question to the driver makes one.
-    """
-    torch.cuda.is_current_stream_capturing()
-
-
-def _form(call: Call, launch: LaunchConfig, stages: int = 0, **facts: bool) -> Form:
-    return Form(
-        HEAD_DIM=call.head_dim,
-        BLOCK_D=call.head_dim,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        STAGES=stages,
-        INTERVALS=call.n_intervals,
-        **facts,
-    )
-
-
 def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
     """Launch the forward kernel of a plan; fills `out` and `lse`."""
     query, key, value, out, lse, sinks = tensors
@@ -92,38 +71,44 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
     launch = launches.forward_persistent if plan.persistent else launches.forward
     n_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
     programs = n_blocks * call.batch * call.heads
-    _ensure_cuda_context()
+    results = heads(out)
     arguments = (
         _descriptor(query, BLOCK if plan.persistent else launch.block_m),
         _descriptor(key, launch.block_n),
         _descriptor(value, launch.block_n),
-        heads(out),
+        results,
         lse,
         call.bands[0],
         sinks,
-        *ForwardCounts(
-            call.heads,
-            call.group,
-            call.batch,
-            n_blocks,
-            call.queries,
-            call.keys,
-            plan.order.value,
-        ),
+        # The fields of `ForwardCounts`
+        call.heads,
+        call.group,
+        call.batch,
+        n_blocks,
+        call.queries,
+        call.keys,
+        plan.order.value,
     )
-    form = _form(
-        call,
-        launch,
-        stages=launch.num_stages if plan.persistent else 0,
-        HAS_SINKS=sinks is not None,
-        FALLING=call.scale < 0,
+    form = _forward_form(
+        call.head_dim,
+        launch.block_m,
+        launch.block_n,
+        launch.num_stages if plan.persistent else 0,
+        call.n_intervals,
+        sinks is not None,
+        call.scale < 0,
     )
-    key_of_form = (call.device, call.dtype, specialization(out, lse, sinks), out.stride())
+    specialization_key = (
+        call.device,
+        call.dtype,
+        specialization(out, lse, sinks),
+        results[1:],
+    )
     with on_device(call.device):
         if not plan.persistent:
             _forward(
                 programs,
-                key_of_form,
+                specialization_key,
                 *arguments,
                 call.scale,
                 FORM=form,
@@ -133,7 +118,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         properties = torch.cuda.get_device_properties(call.device)
         _forward_persistent(
             min(programs, properties.multi_processor_count),
-            key_of_form,
+            specialization_key,
             *arguments,
             programs,
             call.scale,
@@ -150,14 +135,14 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     n_key_blocks = varlen.num_slots(call.keys, 0, launch.block_n)
     programs = n_query_blocks * call.batch * call.heads
     key_programs = n_key_blocks * call.batch * call.key_heads
-    _ensure_cuda_context()
     inputs = (
         _descriptor(query, launch.block_m),
         _descriptor(key, launch.block_n),
         _descriptor(value, launch.block_n),
         _descriptor(d_out, launch.block_m),
     )
-    counts = BackwardCounts(
+    # The fields of `BackwardCounts`, except the last
+    counts = (
         call.heads,
         call.group,
         call.batch,
@@ -167,65 +152,112 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         min(plan.order, TileOrder.ROUND_ROBIN).value,
         pitch(call.queries),
         n_key_blocks,
-        key_programs,
     )
-    key_of_form = (
+    facts = (
+        call.head_dim,
+        launch.block_m,
+        launch.block_n,
+        call.n_intervals,
+        call.group > 1,
+        stats.d_lse is not None,
+    )
+    results, grad_results = heads(out), heads(d_out)
+    gradients = (heads(d_query), heads(d_key), heads(d_value))
+    specialization_key = (
         call.device,
         call.dtype,
         specialization(out, d_out, *stats, d_query, d_key, d_value),
-        out.stride(),
-        d_out.stride(),
-        d_query.stride(),
-        d_key.stride(),
-        d_value.stride(),
+        results[1:],
+        grad_results[1:],
+        *[gradient[1:] for gradient in gradients],
     )
     arguments = (
         *inputs,
         _vector_descriptor(stats.lse_log2, launch.block_m),
         _vector_descriptor(stats.delta, launch.block_m),
-        heads(out),
-        heads(d_query),
-        heads(d_key),
-        heads(d_value),
+        results,
+        *gradients,
         stats,
         call.bands,
+        *counts,
     )
 
-    def run(programs: int, counts: BackwardCounts, compute_delta: bool) -> None:
+    def run(programs: int, key_programs: int, compute_delta: bool) -> None:
         _backward(
             programs,
-            key_of_form,
+            specialization_key,
             *arguments,
-            *counts,
+            key_programs,
             call.scale,
-            FORM=_form(
-                call,
-                launch,
-                GROUPED=call.group > 1,
-                HAS_D_LSE=stats.d_lse is not None,
-                COMPUTE_DELTA=compute_delta,
-            ),
-            **launch.options,
+            FORM=_backward_form(*facts, compute_delta),
             launch_pdl=True,
+            **launch.options,
         )
 
     with on_device(call.device):
         if plan.split_backward:
-            run(programs, counts._replace(key_programs=0), True)
-            run(key_programs, counts, False)
+            run(programs, 0, True)
+            run(key_programs, key_programs, False)
             return
         _preprocess(
             programs,
-            key_of_form,
+            specialization_key,
             *inputs,
-            heads(out),
-            heads(d_out),
+            results,
+            grad_results,
             stats,
             call.bands,
             *counts,
+            key_programs,
             call.scale,
-            FORM=_form(call, launch, HAS_D_LSE=stats.d_lse is not None),
-            **launch.options,
+            FORM=_backward_form(*facts, False),
             launch_pdl=True,
+            **launch.options,
         )
-        run(key_programs + programs, counts, False)
+        run(key_programs + programs, key_programs, False)
+
+
+@lru_cache(maxsize=256)
+def _forward_form(
+    head_dim: int,
+    block_m: int,
+    block_n: int,
+    stages: int,
+    n_intervals: int,
+    has_sinks: bool,
+    falling: bool,
+) -> Form:
+    """The forward kernel's `Form`; cached, because it takes longer to make than to look up."""
+    return Form(
+        HEAD_DIM=head_dim,
+        BLOCK_D=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=stages,
+        INTERVALS=n_intervals,
+        HAS_SINKS=has_sinks,
+        FALLING=falling,
+    )
+
+
+@lru_cache(maxsize=256)
+def _backward_form(
+    head_dim: int,
+    block_m: int,
+    block_n: int,
+    n_intervals: int,
+    grouped: bool,
+    has_d_lse: bool,
+    compute_delta: bool,
+) -> Form:
+    """The backward kernels' `Form`, cached like the forward kernel's."""
+    return Form(
+        HEAD_DIM=head_dim,
+        BLOCK_D=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        INTERVALS=n_intervals,
+        GROUPED=grouped,
+        HAS_D_LSE=has_d_lse,
+        COMPUTE_DELTA=compute_delta,
+    )

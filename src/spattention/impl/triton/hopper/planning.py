@@ -51,6 +51,11 @@ class HopperPlan:
     persistent: bool
     split_backward: bool
 
+    def __str__(self) -> str:
+        forward = "persistent forward" if self.persistent else "forward"
+        backward = "dQ, then dK and dV" if self.split_backward else "dQ, dK and dV in one launch"
+        return f"{forward}; {backward}; heads {self.order.name.lower().replace('_', ' ')}"
+
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 # What the kernels need, as it stands in docs/backends.md.
@@ -140,11 +145,15 @@ def readable(*tensors: torch.Tensor) -> bool:
     no expanded dimension.
     """
     for tensor in tensors:
-        if tensor.data_ptr() & 15:
+        batch, heads, tokens, _ = tensor.shape
+        stride_b, stride_h, stride_t, _ = tensor.stride()
+        if (
+            tensor.data_ptr() & 15
+            or (batch > 1 and (stride_b & 7 or stride_b == 0))
+            or (heads > 1 and (stride_h & 7 or stride_h == 0))
+            or (tokens > 1 and (stride_t & 7 or stride_t == 0))
+        ):
             return False
-        for length, stride in zip(tensor.shape[:3], tensor.stride()):
-            if length > 1 and (stride == 0 or stride & 7):
-                return False
     return True
 
 

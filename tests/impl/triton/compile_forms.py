@@ -1,0 +1,133 @@
+"""Calls whose kernels `compile_table.py` compiles: every form of the Hopper kernels, and the core
+of the portable and decoding ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import spattention as spa
+from spattention.impl import triton as kernels
+from spattention.impl.triton.decode import append
+from spattention.impl.triton.hopper import TileOrder
+from tests.gpu.plans import changed_plans
+
+TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
+ONE = spa.BandPattern((((0, 90),),) * 8, 256)
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+
+# Forms that are compiled in every run of the tests' script.
+CORE = (
+    "hopper D64, two bands, persistent, split",
+    "hopper D128, two bands",
+    "hopper D128, two bands, persistent, split",
+    "portable D128",
+    "decode D128, 1 query",
+)
+
+
+def train(
+    dtype: torch.dtype,
+    head_dim: int,
+    pattern: spa.BandPattern,
+    key_heads: int = 8,
+    sinks: bool = False,
+    d_lse: bool = False,
+    **options: Any,
+) -> None:
+    like = {"dtype": dtype, "requires_grad": True}
+    query = torch.zeros(1, 8, 256, head_dim, **like)
+    key, value = (torch.zeros(1, key_heads, 256, head_dim, **like) for _ in range(2))
+    if sinks:
+        options["sinks"] = torch.zeros(8, dtype=dtype)
+    out, lse = spa.band_attention(
+        query, key, value, pattern, impl="triton", return_lse=True, **options
+    )
+    results = [out, lse] if d_lse else [out]
+    torch.autograd.grad(results, (query, key, value), [torch.ones_like(each) for each in results])
+
+
+def train_packed(dtype: torch.dtype, head_dim: int, key_heads: int = 8) -> None:
+    query = torch.zeros(256, 8, head_dim, dtype=dtype, requires_grad=True)
+    key, value = (
+        torch.zeros(256, key_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
+    out = spa.band_attention_varlen(
+        query, key, value, TWO, offsets, offsets, 156, 156, impl="triton"
+    )
+    torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+
+
+def decode(dtype: torch.dtype, head_dim: int, queries: int, key_heads: int, **options: Any) -> None:
+    query = torch.zeros(1, 8, queries, head_dim, dtype=dtype)
+    key, value = (torch.zeros(1, key_heads, 256, head_dim, dtype=dtype) for _ in range(2))
+    spa.band_attention(query, key, value, TWO, impl="triton", **options)
+
+
+def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
+    kept = spa.BandStore(TWO, 1, key_heads, head_dim, dtype=dtype, slack=16)
+    key, value = torch.zeros(2, 1, key_heads, queries, head_dim, dtype=dtype)
+    append.write(key, value, kept.keys, kept.values, kept.position, kept.offsets, kept.lengths)
+    kernels.attend_rings(
+        torch.zeros(1, 8, queries, head_dim, dtype=dtype),
+        kept.keys,
+        kept.values,
+        TWO,
+        offsets=kept.offsets,
+        lengths=kept.lengths,
+        position=kept.position,
+        scale=0.1,
+        sinks=torch.zeros(8, dtype=dtype),
+        key_start=None,
+    )
+
+
+def forms() -> Iterator[tuple[str, Any]]:
+    """Name and call of every form; a call launches one kernel or several."""
+    grouped = {"dtype": HALF, "key_heads": 2, "sinks": True, "d_lse": True}
+    for head_dim in (64, 128):
+        variants = {
+            "two bands": {"dtype": BRAIN, "pattern": TWO},
+            "one band": {"dtype": BRAIN, "pattern": ONE},
+            "grouped, sinks": {"pattern": TWO, **grouped},
+        }
+        for variant, options in variants.items():
+            for persistent in (False, True):
+                order = TileOrder.HEAD_MAJOR if persistent else TileOrder.ROUND_ROBIN
+                plan = {"order": order, "persistent": persistent, "split_backward": persistent}
+
+                def call(options: Any = options, head_dim: int = head_dim, plan: Any = plan):
+                    with changed_plans(**plan):
+                        train(head_dim=head_dim, **options)
+
+                shape = ", persistent, split" if persistent else ""
+                yield f"hopper D{head_dim}, {variant}{shape}", call
+    start = torch.zeros(1, 256, dtype=torch.int32)
+    first = torch.zeros(1, dtype=torch.int32)
+    for head_dim in (64, 128, 256):
+        options = {"pattern": TWO, "key_start": start}
+        yield f"portable D{head_dim}", lambda d=head_dim: train(BRAIN, d, TWO, query_start=1)
+        yield f"portable D{head_dim}, float32", lambda d=head_dim: train(SINGLE, d, TWO)
+        yield (
+            f"portable D{head_dim}, grouped, sinks, first keys",
+            lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
+        )
+        yield f"portable D{head_dim}, packed", lambda d=head_dim: train_packed(BRAIN, d)
+    yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
+    for head_dim in (64, 128, 256):
+        yield f"decode D{head_dim}, 1 query", lambda d=head_dim: decode(BRAIN, d, 1, 8)
+    yield "decode D128, 1 query of 4", lambda: decode(BRAIN, 128, 1, 2)
+    yield "decode D128, 16 queries of 4", lambda: decode(BRAIN, 128, 16, 2)
+    yield (
+        "decode D128, first keys, start on device",
+        lambda: decode(BRAIN, 128, 4, 2, key_start=first, query_start=first),
+    )
+    yield "decode D128, 1 query, float32", lambda: decode(SINGLE, 128, 1, 8)
+    yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
+    yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
+    yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
