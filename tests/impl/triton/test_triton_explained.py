@@ -63,7 +63,7 @@ def test_need_that_is_not_met(options: dict[str, Any], need: str) -> None:
     assert found.reasons == (f"The Hopper kernels need {need}.",)
 
 
-def test_decoding_kernels_where_nothing_needs_a_gradient() -> None:
+def test_decoding_kernels_without_gradients() -> None:
     assert explain(queries=1).kernels == f"decoding kernels {VERSION}"
     query = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16, requires_grad=True)
     key = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)

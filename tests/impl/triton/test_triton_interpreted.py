@@ -114,7 +114,7 @@ def test_refusals_name_the_reason() -> None:
 
 @pytest.mark.parametrize("queries", [1, 12])
 @pytest.mark.parametrize("start", [0, 1 << 29, (1 << 29) + 1, 1 << 31, 1 << 40])
-def test_starts_that_need_more_than_32_bits_are_refused(start: int, queries: int) -> None:
+def test_starts_beyond_32_bits_are_refused(start: int, queries: int) -> None:
     inputs = [torch.randn(1, 2, tokens, 16) for tokens in (queries, 12, 12)]
     pattern, limit = P.dense(2, 12), 1 << 29
     if start > limit:

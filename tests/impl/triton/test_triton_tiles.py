@@ -115,7 +115,7 @@ def test_a_missing_interval_reaches_nothing() -> None:
         assert tiles.num_blocks.fn(low, high, 64) == 0
 
 
-def test_heads_come_by_falling_work_and_members_stay_together() -> None:
+def test_heads_are_sorted_by_work_within_groups() -> None:
     pattern = BandPattern((((0, 1),), ((0, 8),), ((2, 3),), ((0, 4),)), 8)
     by_head, by_key_head = call.sorted_bands(pattern.flat, 2)
     assert [row[0] for row in by_head] == [1, 3, 0, 2]
@@ -124,13 +124,15 @@ def test_heads_come_by_falling_work_and_members_stay_together() -> None:
 
 
 @pytest.mark.parametrize("round_robin", [0, 1])
-def test_every_block_of_every_place_has_its_turn(round_robin: int) -> None:
-    slots, places = 7, 5
+def test_every_block_of_every_head_has_its_turn(round_robin: int) -> None:
+    blocks, head_batches = 7, 5
     turns = [
-        scheduler.work_tile.fn(program, slots, places, round_robin)
-        for program in range(slots * places)
+        scheduler.work_tile.fn(program, blocks, head_batches, round_robin)
+        for program in range(blocks * head_batches)
     ]
-    assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
+    assert sorted(turns) == [
+        (head_batch, rank) for head_batch in range(head_batches) for rank in range(blocks)
+    ]
     assert turns == sorted(turns, key=lambda turn: turn[round_robin])
 
 
@@ -145,22 +147,27 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return rows
 
 
-def test_pairs_share_their_turns_and_take_long_blocks_first(table: list[list[int]]) -> None:
+def test_pairs_share_turns_long_blocks_first(table: list[list[int]]) -> None:
     rng = random.Random(3)
     for _ in range(100):
-        slots, batch, heads, block = rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5), 4
+        blocks, batch, heads, block = rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5), 4
         near = [rng.randint(0, 45) for _ in range(heads)]
         table[:] = [[head, 0, 1, n, n + 1, 0, 0, 0] for head, n in enumerate(near)]
-        places = batch * heads
+        head_batches = batch * heads
         turns = [
-            scheduler.paired_work_tile.fn(program, 0, slots, batch, heads, block)
-            for program in range(slots * places)
+            scheduler.paired_work_tile.fn(program, 0, blocks, batch, heads, block)
+            for program in range(blocks * head_batches)
         ]
-        assert sorted(turns) == [(place, rank) for place in range(places) for rank in range(slots)]
-        long = [slots - min(near[place // batch] // block, slots) for place in range(places)]
-        for first in range((places + 1) // 2):
-            pair = {first, places - 1 - first}
-            come = [rank < long[place] for place, rank in turns if place in pair]
+        assert sorted(turns) == [
+            (head_batch, rank) for head_batch in range(head_batches) for rank in range(blocks)
+        ]
+        long = [
+            blocks - min(near[head_batch // batch] // block, blocks)
+            for head_batch in range(head_batches)
+        ]
+        for first in range((head_batches + 1) // 2):
+            pair = {first, head_batches - 1 - first}
+            come = [rank < long[head_batch] for head_batch, rank in turns if head_batch in pair]
             assert come == sorted(come, reverse=True)
 
 
@@ -176,37 +183,39 @@ def test_long_blocks_reach_the_last_interval(
     assert scheduler.num_long_blocks(0, 1, 8, 4) == count
 
 
-def test_blocks_come_by_falling_work_behind_those_without_any() -> None:
+def test_blocks_are_sorted_by_work_after_empty_ones() -> None:
     rng = random.Random(2)
     for _ in range(SHAPES):
         keys, block = rng.randint(1, 200), rng.choice((4, 8, 16))
         queries = rng.randint(1, keys)
         near = rng.choice((0, rng.randint(0, 250), tiles.MISSING.value))
         far = near + rng.randint(1, 100)
-        slots = -(-queries // block)
-        order = [scheduler.query_block.fn(rank, near, slots, block) for rank in range(slots)]
-        assert sorted(order) == list(range(slots))
+        blocks = -(-queries // block)
+        order = [scheduler.query_block.fn(rank, near, blocks, block) for rank in range(blocks)]
+        assert sorted(order) == list(range(blocks))
         work = []
-        for slot in order:
-            last = min((slot + 1) * block, queries) - 1
-            low, high = tiles.key_range.fn(slot * block, last, near, far, 0, keys)
+        for index in order:
+            last = min((index + 1) * block, queries) - 1
+            low, high = tiles.key_range.fn(index * block, last, near, far, 0, keys)
             work.append(max(high - low, 0))
         _assert_falling(order, work)
 
-        slots = -(-keys // block)
-        order = [scheduler.key_block.fn(rank, near, slots, queries, block) for rank in range(slots)]
-        assert sorted(order) == list(range(slots))
+        blocks = -(-keys // block)
+        order = [
+            scheduler.key_block.fn(rank, near, blocks, queries, block) for rank in range(blocks)
+        ]
+        assert sorted(order) == list(range(blocks))
         work = []
-        for slot in order:
-            last = min((slot + 1) * block, keys) - 1
-            low, high = tiles.query_range.fn(slot * block, last, near, far, 0, queries)
+        for index in order:
+            last = min((index + 1) * block, keys) - 1
+            low, high = tiles.query_range.fn(index * block, last, near, far, 0, queries)
             work.append(max(high - low, 0))
         _assert_falling(order, work)
 
 
 def _assert_falling(order: list[int], work: list[int]) -> None:
     """But for the last block, which may be a part of one."""
-    work = [amount for slot, amount in zip(order, work) if slot != len(order) - 1]
+    work = [amount for index, amount in zip(order, work) if index != len(order) - 1]
     first = next((rank for rank, amount in enumerate(work) if amount), len(work))
     assert all(work[first:])
     assert work[first:] == sorted(work[first:], reverse=True)
@@ -226,7 +235,7 @@ def _assert_falling(order: list[int], work: list[int]) -> None:
         (1, 16, 65536, BandPattern.exclusive, TileOrder.HEAD_MAJOR),
     ],
 )
-def test_heads_take_turns_where_that_was_faster(
+def test_tile_order_where_it_was_faster(
     batch: int,
     heads: int,
     length: int,
@@ -248,7 +257,7 @@ def test_heads_take_turns_where_that_was_faster(
         (65536, geometric, True),
     ],
 )
-def test_long_bands_are_those_where_blocks_of_128_were_faster(
+def test_persistent_pass_where_it_was_faster(
     length: int, make: Callable[[int, int], BandPattern], expected: bool
 ) -> None:
     """What was measured on the reference GPU with 16 heads, head_dim 128 (benchmarks/LOG.md)."""
@@ -290,7 +299,7 @@ def test_slots_are_enough_for_any_documents(block: int) -> None:
         (1, 64, 65536, BandPattern.exclusive, True),
     ],
 )
-def test_gradients_are_launched_apart_where_blocks_are_many_and_short(
+def test_backward_is_split_where_it_was_faster(
     batch: int,
     heads: int,
     length: int,

@@ -33,7 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def test_every_pass_tries_every_launch_and_shows_the_fastest(
+def test_every_launch_is_tried_and_ranked(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock += [4.0, 2.0, 3.0, 5.0] * 3
@@ -103,7 +103,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_hopper_kernels_are_refused_where_they_do_not_run(
+def test_hopper_kernels_that_cannot_run_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*COMMAND, "--kernels", "hopper"]) == 2
@@ -123,6 +123,6 @@ def test_the_default_grid_is_short() -> None:
 
 
 @pytest.mark.parametrize(("hopper", "name"), [(True, "key_gradient"), (False, "backward")])
-def test_a_pass_that_the_kernels_do_not_have_is_refused(hopper: bool, name: tune.Pass) -> None:
+def test_unknown_passes_are_refused(hopper: bool, name: tune.Pass) -> None:
     with pytest.raises(ValueError, match=rf"`--passes` of the \w+ kernels .*got {name}"):
         tune.passes(tune.Options(passes=(name,)), hopper)
