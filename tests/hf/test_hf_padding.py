@@ -172,6 +172,38 @@ def test_beams_after_padding_between_tokens(kind):
     answers(model, tokens(3, LENGTH), MASK[rows], make_cache(kind, model), num_beams=3)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "band"])
+def test_drafts_after_padding_between_tokens(kind):
+    model, helper = banded("llama"), build("llama", seed=1)
+    ids = tokens(1, 14)
+    mask = torch.ones_like(ids)
+    mask[0, 4:7] = 0
+    for drafts in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
+        cache = make_cache(kind, model)
+        alone = ids[mask.bool()][None]
+        options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        found = model.generate(ids, attention_mask=mask, past_key_values=cache, **options, **drafts)
+        assert found[0, -20:].tolist() == wanted[0, -20:].tolist()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "band"])
+def test_a_cache_with_padding_is_cropped_split_and_repeated(kind):
+    model, ids = banded("llama"), tokens(len(MASK), LENGTH)
+    cache = make_cache(kind, model)
+    in_pieces(model, ids[:, :17], MASK[:, :17], [17], cache)
+    cache.crop(-8)
+    cache.batch_select_indices(torch.tensor([2, 0, 3]))
+    cache.batch_repeat_interleave(2)
+    rows = [2, 2, 0, 0, 3, 3]
+    some = {"attention_mask": MASK[rows], "position_ids": positions_of(MASK)[rows, 9:]}
+    found = logits(model, ids[rows, 9:], past_key_values=cache, **some)
+    wanted = torch.zeros(len(rows), LENGTH, 61, dtype=torch.float64)
+    wanted[MASK[rows].bool()] = rows_alone(model, ids[rows], MASK[rows])
+    real = MASK[rows, 9:].bool()
+    close(found[real], wanted[:, 9:][real], **EXACT)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_from_right_padding(kind):
     """Transformers takes the first token from the last column, padding or not; from then on padding
