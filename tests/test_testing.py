@@ -65,8 +65,11 @@ def perturbed(case, grads, generator, amount):
             found = (found + term) * (1 + (rounding(*found.shape) - 1) * moved)
         return found * rounding(*found.shape)
 
-    scaled = q * scale * (rounding(*q.shape) if rounded else 1)
-    s = total(scaled[:, :, :, None] * k[:, :, None]).masked_fill(~mask, -math.inf)
+    def scores():
+        scaled = q * scale * (rounding(*q.shape) if rounded else 1)
+        return total(scaled[:, :, :, None] * k[:, :, None]).masked_fill(~mask, -math.inf)
+
+    s, again = scores(), scores()
     t = total(d_out[:, :, :, None] * v[:, :, None])
     sink = torch.full((4, 1), -math.inf).to(q) if logits is None else logits[:, None]
     lse = torch.logaddexp(s.logsumexp(-1), sink)
@@ -82,7 +85,7 @@ def perturbed(case, grads, generator, amount):
     forward = forward / (forward.sum(-1) + share)[..., None]
     out = total(forward[..., None, :] * v.mT[:, :, None])
     stored = lse * (1 + math.sqrt(JOINS) * (rounding(*lse.shape) - 1))
-    p = exponential(torch.exp(s - stored[..., None]))
+    p = exponential(torch.exp(again - stored[..., None]))
     delta = total(d_out * out * rounding(*out.shape)) - d_lse
     delta = delta * rounding(*delta.shape)
     g = p * (t - delta[..., None])

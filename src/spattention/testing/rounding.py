@@ -17,13 +17,14 @@ the terms' squares (a Brownian bridge). What is rounded:
   gradients `g`.
 
 The variances go through the derivatives of every result; squares add up, as independent errors do.
-With `mean = sum_j p t`, `delta = mean - d_lse`, `g = p (t - delta)` and `c = p (t - mean)`:
+The backward pass computes scores again, in blocks of other shapes, so their errors are new ones.
+With `mean = sum_j p t`, `delta = mean - d_lse`, `g = p (t - delta)`, `c = p (t - mean)` and the
+backward pass's scores s':
 
-    d lse_i     / d s_ij = p_ij                      d delta_i / d s_ij = c_ij
-    d out_i     / d s_ij = p_ij (value_j - out_i)    d delta_i / d t_ij = p_ij
-    d p_ij      / d s_il = p_ij (1[l = j] - p_il)
-    d g_ij      / d s_il = g_ij (1[l = j] - p_il) - p_ij c_il
-    d g_ij      / d t_il = p_ij (1[l = j] - p_il)
+    d lse_i / d s_ij = p_ij            d out_i / d s_ij = p_ij (value_j - out_i)
+    d p_ij / d s'_ij = p_ij            d p_ij / d s_il = -p_ij p_il
+    d g_ij / d s'_ij = g_ij            d g_ij / d s_il = -g_ij p_il - p_ij c_il
+    d g_ij / d t_ij = p_ij             d delta_i / d s_ij = c_ij
 
 and `d_query = scale * g key`, `d_key = scale * g' query`, `d_value = p' d_out`, and
 `d_sinks = -sum_i exp(sink - lse_i) delta_i`.
@@ -88,20 +89,15 @@ def noise(case: Case, grads: tuple[Tensor, Tensor] | None = None) -> dict[str, f
     of_delta = unit * (_partial_sums(mean, terms, v.shape[-1]) + delta.square())
     of_delta += (unit + half) * terms
 
-    # Of a weight, and of g, by all scores, products and roundings of the row.
-    p_s, p_t = p.square() * of_s, p.square() * of_t
-    total, c_total, pc = _row_sum(p_s), _row_sum(c.square() * of_s), _row_sum(p * c * of_s)
-    alone = of_weight + of_lse + half
-    of_p = p.square() * (of_s * (1 - 2 * p) + total + alone)
-    of_g = g.square() * (of_s * (1 - 2 * p) + total + alone) + 2 * g * p * (pc - c * of_s)
-    of_g += p.square() * (c_total + of_t * (1 - 2 * p) + _row_sum(p_t) + of_delta)
-
-    # Of a row's sum of g times key. The error of lse is that of the whole sum.
+    # Of a weight, of g, and of a row's sum of g times key. `shift` is that of a row's log-sum-exp.
+    total, c_total, pc = (_row_sum(x * of_s) for x in (p.square(), c.square(), p * c))
+    alone, shift = of_s + of_weight + half, total + of_lse
+    of_p = p.square() * (alone + shift)
+    of_g = g.square() * (alone + shift) + 2 * g * p * pc
+    of_g += p.square() * (of_t + c_total + of_delta)
     gk, pk = g @ k, p @ k
-    of_gk = (g.square() * (of_s + of_weight + half) + p_t) @ k.square()
-    of_gk -= 2 * gk * ((g * p * of_s) @ k) + 2 * pk * ((g * c * of_s + p_t) @ k)
-    of_gk += gk.square() * (total + of_lse) + 2 * gk * pk * pc
-    of_gk += pk.square() * (c_total + _row_sum(p_t) + of_delta)
+    of_gk = (g.square() * alone + p.square() * of_t) @ k.square() + gk.square() * shift
+    of_gk += 2 * gk * pk * pc + pk.square() * (c_total + of_delta)
     of_gk += unit * _partial_sums(gk, g.square() @ k.square(), seen)
 
     def by_keys(of_weights: Tensor, weights: Tensor, tensor: Tensor) -> Tensor:
@@ -116,7 +112,7 @@ def noise(case: Case, grads: tuple[Tensor, Tensor] | None = None) -> dict[str, f
     if sinks is not None:
         share = torch.exp(sink[..., None] - base)
         by_score = _row_sum((p * delta - c).square() * of_s) + delta.square() * of_lse
-        of_sink = share.square() * (by_score + _row_sum(p_t) + of_delta)
+        of_sink = share.square() * (by_score + of_delta)
         variances["d_sinks"] = of_sink.sum(dim=(0, 2))
     return {name: _largest_root(variance) for name, variance in variances.items()}
 
