@@ -1,5 +1,8 @@
 """Every error about what a user passes names the argument, the rule and the value."""
 
+import math
+
+import numpy
 import pytest
 import torch
 
@@ -54,7 +57,31 @@ def index(*values):
         ({"key": None}, "`key` must be a tensor, got NoneType"),
         ({"sinks": [0.0] * 4}, "`sinks` must be a tensor, got list"),
         ({"query_start": "1"}, "`query_start` must be an int or an int32 tensor, got '1'"),
+        ({"query_start": True}, "`query_start` must be an int or an int32 tensor, got True"),
+        ({"query_start": 2**31}, "`query_start` must be at most 2147483647, got 2147483648"),
+        ({"query_start": 2**63}, "`query_start` must be at most 2147483647, got an integer of 65 bits"),
+        ({"query_start": -(10**5000)}, "`query_start` must not be negative, got an integer of"),
+        ({"query_start": numpy.zeros(2)}, "`query_start` must be an int or an int32 tensor, got array"),
+        ({"query": numpy.zeros((2, 4, 6, 8))}, "`query` must be a tensor, got ndarray"),
+        ({"value": torch.zeros(2, 2, 6, 8).to_sparse()}, "`value` must be a dense tensor, got layout torch.sparse_coo"),
+        ({"query": torch.zeros(2, 4, 6, 8).to(torch.float8_e5m2)}, "`query` must be one of float16, bfloat16, float32, float64, got torch.float8_e5m2"),
+        ({"key": torch.zeros(2, 2, 6, 8).cfloat()}, "`key` must be floating point, got torch.complex64"),
+        ({"key_start": [0, 0]}, "`key_start` must be an int32 tensor, got list"),
+        ({"key_start": torch.zeros(2, dtype=torch.int32, device="meta")}, "`key_start` must be on query's device cpu, got meta"),
+        ({"sinks": torch.zeros(4, device="meta")}, "`sinks` must be on query's device cpu, got meta"),
+        ({"sinks": numpy.zeros(4)}, "`sinks` must be a tensor, got ndarray"),
+        ({"sinks": torch.zeros(4).long()}, "`sinks` must have query's dtype torch.float32 or float32, got torch.int64"),
+        ({"pattern": None}, "`pattern` must be a BandPattern, got NoneType"),
         ({"scale": torch.tensor(1.0)}, "`scale` must be a float, got a tensor"),
+        ({"scale": math.nan}, "`scale` must be finite, got nan"),
+        ({"scale": -math.inf}, "`scale` must be finite, got -inf"),
+        ({"scale": 10**400}, "`scale` must be finite, got an integer of 1330 bits"),
+        ({"scale": True}, "`scale` must be a float, got bool"),
+        ({"scale": "1"}, "`scale` must be a float, got str"),
+        ({"scale": 1j}, "`scale` must be a float, got complex"),
+        ({"scale": [1.0]}, "`scale` must be a float, got list"),
+        ({"scale": numpy.ones(1)}, "`scale` must be a float, got ndarray"),
+        ({"impl": 3}, "`impl` must be None or one of .*got 3"),
         ({"impl": "cuda"}, r"`impl` must be None or one of .*got 'cuda'"),
     ],
 )  # fmt: skip
@@ -94,6 +121,15 @@ def packed(**change):
         ({"max_seqlen_q": 3}, "`max_seqlen_q` must be at least the longest document, 4, got 3"),
         ({"max_seqlen_k": -1}, "`max_seqlen_k` must not be negative, got -1"),
         ({"max_seqlen_k": torch.tensor(4)}, "`max_seqlen_k` must be an int, got Tensor"),
+        ({"max_seqlen_k": True}, "`max_seqlen_k` must be an int, got bool"),
+        ({"max_seqlen_k": 4.0}, "`max_seqlen_k` must be an int, got float"),
+        ({"cu_seqlens_q": [0, 2, 6]}, "`cu_seqlens_q` must be an int32 tensor, got list"),
+        ({"cu_seqlens_k": None}, "`cu_seqlens_k` must be an int32 tensor, got NoneType"),
+        ({"cu_seqlens_k": index(0, 2, 6).to("meta")}, "`cu_seqlens_k` must be on query's device cpu, got meta"),
+        ({"scale": math.nan}, "`scale` must be finite, got nan"),
+        ({"sinks": torch.zeros(5)}, r"`sinks` must be \[H\] = \[4\], got \[5\]"),
+        ({"pattern": {}}, "`pattern` must be a BandPattern, got dict"),
+        ({"query": None}, "`query` must be a tensor, got NoneType"),
         ({"max_seqlen_q": None}, "`max_seqlen_q` must be an int, got NoneType"),
     ],
 )  # fmt: skip
@@ -112,6 +148,44 @@ def test_validate_reads_what_the_operators_read():
         spa.validate(**packed(cu_seqlens_q=index(1, 2, 6)))
     with pytest.raises(ValueError, match="must be given with `cu_seqlens_q`, got None"):
         spa.validate(**packed(max_seqlen_k=None))
+    with pytest.raises(ValueError, match="`scale` must be finite, got nan"):
+        spa.validate(**tensors(), pattern=pattern, scale=math.nan)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"])
+def test_validate_ignores_no_argument(name):
+    """One of packed documents alone, or one of rows beside them."""
+    with pytest.raises(ValueError, match=f"`cu_seqlens_q` must be given with `{name}`, got None"):
+        spa.validate(**tensors(), pattern=pattern, **{name: packed()[name]})
+    for other in ({"query_start": 3}, {"key_start": index(0)}):
+        with pytest.raises(ValueError, match="must not be given with `cu_seqlens_q`, got"):
+            spa.validate(**packed(**other))
+
+
+OUT, LSE = torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sinks", "message"),
+    [
+        (None, None, "`parts` must be pairs of tensors .*got NoneType"),
+        (OUT, None, "`parts` must be pairs of tensors .*got Tensor"),
+        ([(OUT, LSE.numpy())], None, r"`parts` must be pairs of tensors .*got \(Tensor, ndarray\)"),
+        ([(OUT, LSE.int())], None, "`parts` must be floating point, got out torch.float32 with lse torch.int32"),
+        ([(OUT.long(), LSE)], None, "`parts` must be floating point, got out torch.int64"),
+        ([(torch.zeros(3, 3), torch.zeros(3, 3))], None, r"`parts` must hold out \[B, H, Q, D\] or \[T, H, D\], got shape \[3, 3\]"),
+        ([(torch.zeros(3), torch.zeros(3))], None, r"got shape \[3\]"),
+        ([(OUT, LSE), (OUT.half(), LSE)], None, "`parts` must share one dtype.*got out torch.float16"),
+        ([(OUT, LSE), (OUT, LSE.double())], None, "`parts` must share one dtype.*with lse torch.float64"),
+        ([(OUT, LSE), (OUT.to("meta"), LSE)], None, "`parts` must be on one device, cpu, got out on meta"),
+        ([(OUT, LSE)], [0.0] * 4, "`sinks` must be a tensor, got list"),
+        ([(OUT, LSE)], torch.zeros(4).int(), "`sinks` must be floating point, got torch.int32"),
+        ([(OUT, LSE)], torch.zeros(4, device="meta"), "`sinks` must be on the parts' device cpu, got meta"),
+    ],
+)  # fmt: skip
+def test_merge(parts, sinks, message):
+    with pytest.raises(ValueError, match=message):
+        spa.merge(parts, sinks=sinks)
 
 
 def test_merge_wants_parts_of_one_shape():

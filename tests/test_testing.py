@@ -8,7 +8,7 @@ import torch
 import spattention as spa
 from spattention.testing import Case, check_case, noise
 from spattention.testing.oracle import operands
-from spattention.testing.rounding import _sum_variance
+from spattention.testing.rounding import EXPONENTIAL, JOINS
 
 # Scales and head dims: those of two are powers of two, the others round `query * scale`.
 SHAPES = [(None, 64), (None, 128), (None, 80), (1.3, 128), (3.7, 64), (-0.7, 16), (0.0, 8)]
@@ -48,10 +48,63 @@ def test_a_missing_key_is_not_allowed(scale, dim, dtype):
         check_case(case, impl="reference", key_start=hidden)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("scale", [0.3, 2.0])
-def test_noise_is_the_deviation_of_noisy_sums(scale, sinks):
-    """Against draws: results of scores and products that carry the noise of their rounding."""
+def perturbed(case, grads, generator, amount):
+    """The results in float64 with each rounding of `rounding.py` drawn, `amount` times as large."""
+    q, k, v, mask, scale, logits, group, d_out, d_lse = operands(case.to(torch.float64), grads)
+    unit = amount * torch.finfo(torch.float32).eps / 2
+    rounded = scale != 2.0
+
+    def rounding(*like):
+        return 1 + unit / math.sqrt(3) * torch.randn(like, generator=generator, dtype=q.dtype)
+
+    def total(terms):
+        """A sum over the last axis in one accumulator."""
+        found = torch.zeros_like(terms[..., 0])
+        for term in terms.unbind(-1):
+            moved = (term != 0).to(term)  # a masked one is none
+            found = (found + term) * (1 + (rounding(*found.shape) - 1) * moved)
+        return found * rounding(*found.shape)
+
+    def scores():
+        scaled = q * scale * (rounding(*q.shape) if rounded else 1)
+        return total(scaled[:, :, :, None] * k[:, :, None]).masked_fill(~mask, -math.inf)
+
+    s, again = scores(), scores()
+    t = total(d_out[:, :, :, None] * v[:, :, None])
+    sink = torch.full((4, 1), -math.inf).to(q) if logits is None else logits[:, None]
+    lse = torch.logaddexp(s.logsumexp(-1), sink)
+    weights = torch.exp(s - lse[..., None])
+    exponent = (s - lse[..., None]).masked_fill(~mask, 0.0).abs()
+
+    def exponential(weights):
+        noise = [rounding(*weights.shape) - 1 for _ in range(2)]
+        return weights * (1 + exponent * noise[0] + EXPONENTIAL * noise[1])
+
+    forward = exponential(weights)
+    share = torch.exp(sink - lse)
+    forward = forward / (forward.sum(-1) + share)[..., None]
+    out = total(forward[..., None, :] * v.mT[:, :, None])
+    stored = lse * (1 + math.sqrt(JOINS) * (rounding(*lse.shape) - 1))
+    p = exponential(torch.exp(again - stored[..., None]))
+    delta = total(d_out * out * rounding(*out.shape)) - d_lse
+    delta = delta * rounding(*delta.shape)
+    g = p * (t - delta[..., None])
+
+    def grouped(tensor):
+        return tensor.unflatten(1, (-1, group)).sum(2)
+
+    found = {"lse": stored, "out": out}
+    found["d_query"] = scale * total(g[..., None, :] * k.mT[:, :, None])
+    found["d_key"] = grouped(scale * total(g.mT[..., None, :] * q.mT[:, :, None]))
+    found["d_value"] = grouped(total(p.mT[..., None, :] * d_out.mT[:, :, None]))
+    if logits is not None:
+        found["d_sinks"] = -(torch.exp(sink - stored) * delta).sum((0, 2))
+    return found
+
+
+@pytest.mark.parametrize(("scale", "sinks"), [(0.3, False), (2.0, True)])
+def test_noise_is_the_deviation_of_rounded_sums(scale, sinks):
+    """Its derivatives against draws: each rounding enlarged, so that float64 sees it."""
     options = {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])} if sinks else {}
     case = draw(scale, 16, 0, heads=4, **options)
     generator = torch.Generator().manual_seed(1)
@@ -59,41 +112,11 @@ def test_noise_is_the_deviation_of_noisy_sums(scale, sinks):
         torch.randn(case.query.shape, generator=generator),
         torch.randn(case.query.shape[:3], generator=generator),
     )
-    q, k, v, mask, scale, logits, group, d_out, d_lse = operands(case.to(torch.float64), grads)
-    scores, products = scale * (q @ k.mT), d_out @ v.mT
-    squares = scale**2 * (q.square() @ k.square().mT)
-    unit, larger = torch.finfo(torch.float32).eps / 2, 1e3  # far above the rounding of float64
-    s_noise = _sum_variance(scores, squares, 16, unit).sqrt()
-    if scale != 2.0:
-        s_noise = (s_noise.square() + unit**2 / 3 * squares).sqrt()
-    t_noise = _sum_variance(products, d_out.square() @ v.square().mT, 16, unit).sqrt()
-
-    def results(s, t):
-        s = s.masked_fill(~mask, -math.inf)
-        sink = torch.full((4, 1), -math.inf).double() if logits is None else logits[:, None]
-        lse = torch.logaddexp(s.logsumexp(-1), sink)
-        p = torch.exp(s - lse[..., None])
-        delta = (p * t).sum(-1) - d_lse
-        d_scores = scale * p * (t - delta[..., None])
-
-        def grouped(tensor):
-            return tensor.unflatten(1, (-1, group)).sum(2)
-
-        found = {"lse": lse, "out": p @ v, "d_query": d_scores @ k}
-        found |= {"d_key": grouped(d_scores.mT @ q), "d_value": grouped(p.mT @ d_out)}
-        if sinks:
-            found["d_sinks"] = -(torch.exp(sink - lse) * delta).sum((0, 2))
-        return found
-
-    clean = results(scores, products)
+    clean = perturbed(case, grads, generator, 0.0)
     squares = {name: torch.zeros_like(tensor) for name, tensor in clean.items()}
-    draws = 300
+    draws, amount = 100, 100.0
     for _ in range(draws):
-        s, t = (
-            tensor + larger * deviation * torch.randn(tensor.shape, generator=generator).double()
-            for tensor, deviation in ((scores, s_noise), (products, t_noise))
-        )
-        for name, tensor in results(s, t).items():
+        for name, tensor in perturbed(case, grads, generator, amount).items():
             squares[name] += (tensor - clean[name]).square() / draws
-    expected = {name: float(tensor.max()) ** 0.5 / larger for name, tensor in squares.items()}
-    assert noise(case, grads) == pytest.approx(expected, rel=0.25)
+    found = {name: float(tensor.max()) ** 0.5 / amount for name, tensor in squares.items()}
+    assert noise(case, grads) == pytest.approx(found, rel=0.3)

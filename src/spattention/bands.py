@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,8 @@ Widths = str | Sequence[int]
 
 FORMAT_VERSION = 1
 MAX_INTERVALS = 2
+MAX_SPAN = 2**31 - 1  # positions are int32
+MAX_HEADS = 2**16
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,15 +43,15 @@ class BandPattern:
         intervals: per head, up to two intervals `(near, far)` of distances in tokens,
             `0 <= near < far <= span`, sorted and apart (at least one distance between
             them). `()` is a head without keys.
-        span: the context length, in tokens, that the pattern was made for. Distances `>= span` are
-            never attended. It belongs to the pattern and never depends on the length of the input
-            at hand.
+        span: the context length, in tokens, that the pattern was made for, below `2**31`. Distances
+            `>= span` are never attended. It belongs to the pattern and never depends on the length
+            of the input.
         recipe: how a named constructor was called; for reading only. Equality and hash look at
             `span` and `intervals`.
 
     Raises:
         ValueError: if an interval is empty, negative, unsorted, overlapping, touching, or reaches
-            beyond `span`.
+            beyond `span`, or if there are more than 65,536 heads.
     """
 
     intervals: Intervals
@@ -57,12 +60,12 @@ class BandPattern:
     _flat: tuple[int, ...] = field(default=(), init=False, compare=False)
 
     def __post_init__(self) -> None:
-        span = _integer("span", self.span)
-        if span < 1:
-            raise ValueError(f"`span` must be at least 1, got {span}")
+        span = _span(self.span)
         heads = _heads(self.intervals)
         if not heads:
             raise ValueError("`intervals` must hold at least one head, got none")
+        if len(heads) > MAX_HEADS:
+            raise ValueError(f"`intervals` must hold at most {MAX_HEADS} heads, got {len(heads)}")
         for h, head in enumerate(heads):
             _check_head(h, head, span)
         object.__setattr__(self, "intervals", heads)
@@ -255,6 +258,8 @@ class BandPattern:
                 )
             query_start = key_len - query_len
         query_start = _integer("query_start", query_start)
+        if abs(query_start) > MAX_SPAN:
+            raise ValueError(f"`query_start` must be at most {MAX_SPAN}, got {query_start}")
         positions = torch.arange(query_len, device=device) + query_start
         distance = positions[:, None] - torch.arange(key_len, device=device)
         return in_bands(distance, self.intervals)
@@ -296,7 +301,7 @@ class BandPattern:
         if not isinstance(data, Mapping):
             raise ValueError(f"a pattern must be a mapping, got {type(data).__name__}")
         version = data.get("version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"the pattern's `version` must be {FORMAT_VERSION} (the one this library writes), "
                 f"got {version!r}"
@@ -437,10 +442,10 @@ def _grouped(bands: Sequence[tuple[Interval, ...]], num_heads: int) -> Intervals
 
 def _check_size(num_heads: int, span: int, kv_heads: int | None = None) -> int:
     """The number of bands: `kv_heads`, or one per head."""
-    if _integer("num_heads", num_heads) < 1:
-        raise ValueError(f"`num_heads` must be at least 1, got {num_heads}")
-    if _integer("span", span) < 1:
-        raise ValueError(f"`span` must be at least 1, got {span}")
+    if not 1 <= _integer("num_heads", num_heads) <= MAX_HEADS:
+        rule = "at least 1" if num_heads < 1 else f"at most {MAX_HEADS}"
+        raise ValueError(f"`num_heads` must be {rule}, got {num_heads}")
+    _span(span)
     groups = num_heads if kv_heads is None else _integer("kv_heads", kv_heads)
     if groups < 1 or num_heads % groups:
         raise ValueError(
@@ -449,12 +454,22 @@ def _check_size(num_heads: int, span: int, kv_heads: int | None = None) -> int:
     return groups
 
 
+def _span(span: Any) -> int:
+    """`span` as an int, within its limits: what is made for it takes memory by its size."""
+    span = _integer("span", span)
+    if not 1 <= span <= MAX_SPAN:
+        rule = "at least 1" if span < 1 else f"at most {MAX_SPAN}"
+        raise ValueError(f"`span` must be {rule}, got {span}")
+    return span
+
+
 def _heads(intervals: Any) -> Intervals:
     try:
         pairs = [[(near, far) for near, far in head] for head in intervals]
     except (TypeError, ValueError):
         raise ValueError(
-            f"`intervals` must be, per head, a sequence of pairs (near, far), got {intervals!r}"
+            f"`intervals` must be, per head, a sequence of pairs (near, far), got "
+            f"{reprlib.repr(intervals)}"
         ) from None
     integer = partial(_integer, "intervals")
     return tuple(tuple((integer(near), integer(far)) for near, far in head) for head in pairs)
@@ -464,14 +479,19 @@ def _integer(name: str, value: Any) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)
+        value = operator.index(value)
     except TypeError:
-        raise ValueError(f"`{name}` must be an integer, got {value!r}") from None
+        raise ValueError(f"`{name}` must be an integer, got {reprlib.repr(value)}") from None
+    if value.bit_length() > 63:
+        raise ValueError(
+            f"`{name}` must fit in 64 bits, got an integer of {value.bit_length() + 1} bits"
+        )
+    return value
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"`{name}` must be a sequence of integers, got {values!r}")
+        raise ValueError(f"`{name}` must be a sequence of integers, got {reprlib.repr(values)}")
     return tuple(_integer(name, value) for value in values)
 
 

@@ -7,10 +7,17 @@ here, because that would wait for the device; `validate` reads them on request.
 
 from __future__ import annotations
 
+import sys
+from numbers import Real
+
 import torch
 from torch.autograd import forward_ad
 
 from .bands import BandPattern
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_POSITION = 2**31 - 1  # positions are int32
+LARGEST_SCALE = sys.float_info.max
 
 
 def check_attention(
@@ -83,7 +90,7 @@ def check_varlen(
             f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(longest, (int, torch.SymInt)):
+        if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
             raise ValueError(f"`{name}` must be an int, got {type(longest).__name__}")
         if longest < 0:
             raise ValueError(f"`{name}` must not be negative, got {longest}")
@@ -99,6 +106,7 @@ def validate(
     value: torch.Tensor,
     pattern: BandPattern,
     *,
+    scale: float | None = None,
     sinks: torch.Tensor | None = None,
     query_start: int | torch.Tensor | None = None,
     key_start: torch.Tensor | None = None,
@@ -110,19 +118,27 @@ def validate(
     """Check everything, values on any device included. Waits for the device; for debugging, not for
     a hot path.
 
-    Arguments are those of `band_attention`, or of `band_attention_varlen` when `cu_seqlens_q` is
-    given.
+    Arguments are those of `band_attention`, or of `band_attention_varlen` when those of packed
+    documents are given: all four, without `query_start` and `key_start`.
 
     Raises:
         ValueError: naming the argument, the rule and the value given.
     """
-    if cu_seqlens_q is None:
+    rows = {"query_start": query_start, "key_start": key_start}
+    packed = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+    }
+    given = [name for name, value in packed.items() if value is not None]
+    if not given:
         check_attention(
             query,
             key,
             value,
             pattern,
-            scale=None,
+            scale=scale,
             sinks=sinks,
             query_start=query_start,
             key_start=key_start,
@@ -132,11 +148,16 @@ def validate(
         if isinstance(query_start, torch.Tensor):
             _check_query_start_values(query_start)
         return
-    if cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
-        raise ValueError(
-            "`cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k` must be given with `cu_seqlens_q`, "
-            "got None"
-        )
+    missing = [name for name, value in packed.items() if value is None]
+    if missing:
+        raise ValueError(f"`{missing[0]}` must be given with `{given[0]}`, got None")
+    for name, value_given in rows.items():
+        if value_given is not None:
+            raise ValueError(f"`{name}` must not be given with `{given[0]}`, got {value_given!r}")
+    assert cu_seqlens_q is not None
+    assert cu_seqlens_k is not None
+    assert max_seqlen_q is not None
+    assert max_seqlen_k is not None
     check_varlen(
         query,
         key,
@@ -146,7 +167,7 @@ def validate(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        scale=None,
+        scale=scale,
         sinks=sinks,
     )
     _check_cu_seqlens_values(
@@ -169,10 +190,12 @@ def check_no_tangents(**tensors: torch.Tensor | None) -> None:
 
 
 def check_tensors(**tensors: torch.Tensor) -> None:
-    """Each named argument is a tensor at all; raises `ValueError`."""
+    """Check that each named argument is a tensor with strides; raises `ValueError`."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 
 def _check_tensors(
@@ -191,6 +214,9 @@ def _check_tensors(
             raise ValueError(f"`{name}` must be {form}, got shape {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"`{name}` must be one of {names}, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
             raise ValueError(f"`{name}` must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
@@ -223,8 +249,7 @@ def _check_scale_and_sinks(
     scale: float | None,
     sinks: torch.Tensor | None,
 ) -> None:
-    if isinstance(scale, torch.Tensor):
-        raise ValueError("`scale` must be a float, got a tensor")
+    _check_scale(scale)
     if sinks is None:
         return
     check_tensors(sinks=sinks)
@@ -236,6 +261,18 @@ def _check_scale_and_sinks(
         )
     if sinks.device != query.device:
         raise ValueError(f"`sinks` must be on query's device {query.device}, got {sinks.device}")
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, torch.Tensor):
+        raise ValueError("`scale` must be a float, got a tensor")
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
+        raise ValueError(f"`scale` must be a float, got {type(scale).__name__}")
+    # Not `math.isfinite`, which is no comparison that torch.compile keeps symbolic.
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"`scale` must be finite, got {_shown(scale)}")
 
 
 def _check_query_start(
@@ -259,7 +296,16 @@ def _check_query_start(
     elif isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):
         raise ValueError(f"`query_start` must be an int or an int32 tensor, got {query_start!r}")
     elif query_start < 0:
-        raise ValueError(f"`query_start` must not be negative, got {query_start}")
+        raise ValueError(f"`query_start` must not be negative, got {_shown(query_start)}")
+    elif query_start > MAX_POSITION:
+        raise ValueError(f"`query_start` must be at most {MAX_POSITION}, got {_shown(query_start)}")
+
+
+def _shown(number: float | torch.SymInt | torch.SymFloat) -> str:
+    """The number, unless it has thousands of digits."""
+    if isinstance(number, int) and number.bit_length() > 63:
+        return f"an integer of {number.bit_length() + 1} bits"
+    return str(number)
 
 
 def _check_index_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:

@@ -25,31 +25,15 @@ def merge(parts: Iterable[Partial], *, sinks: torch.Tensor | None = None) -> Par
         lse = sink (-inf without sinks).
 
     Raises:
-        ValueError: if there are no parts or their shapes do not fit.
+        ValueError: if there are no parts, or their shapes, dtypes or devices do not fit.
     """
-    parts = list(parts)
-    if not parts:
-        raise ValueError("`parts` must hold at least one (out, lse), got none")
-    for part in parts:
-        pair = isinstance(part, tuple | list) and len(part) == 2
-        if not pair or not all(isinstance(each, torch.Tensor) for each in part):
-            raise ValueError(f"`parts` must be pairs of tensors (out, lse), got {_described(part)}")
-    outs, lses = [out for out, _ in parts], [lse for _, lse in parts]
+    pairs = _checked(parts)
+    outs, lses = [out for out, _ in pairs], [lse for _, lse in pairs]
     packed = outs[0].dim() == 3
-    expected = outs[0].shape[:2][::-1] if packed else outs[0].shape[:3]
-    heads = outs[0].shape[1]
-    for out, lse in parts:
-        if out.shape != outs[0].shape or lse.shape != expected:
-            raise ValueError(
-                f"`parts` must share one shape, out {tuple(outs[0].shape)} with lse "
-                f"{tuple(expected)}, "
-                f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}"
-            )
     if sinks is not None:
-        if sinks.shape != (heads,):
-            raise ValueError(f"`sinks` must be [H] = [{heads}], got {list(sinks.shape)}")
+        _check_sinks(sinks, outs[0])
         rows = sinks.to(lses[0].dtype)[:, None]
-        lses = [*lses, rows.expand(expected)]
+        lses = [*lses, rows.expand(lses[0].shape)]
     total = _logsumexp(torch.stack(lses))
     base = torch.where(total == -torch.inf, 0.0, total)
     merged = sum(
@@ -57,6 +41,57 @@ def merge(parts: Iterable[Partial], *, sinks: torch.Tensor | None = None) -> Par
     )
     assert isinstance(merged, torch.Tensor)
     return merged.to(outs[0].dtype), total
+
+
+def _checked(parts: Iterable[Partial]) -> list[Partial]:
+    """The parts as a list; raises `ValueError` unless they fit together."""
+    if isinstance(parts, torch.Tensor) or not isinstance(parts, Iterable):
+        raise ValueError(f"`parts` must be pairs of tensors (out, lse), got {_described(parts)}")
+    pairs = list(parts)
+    if not pairs:
+        raise ValueError("`parts` must hold at least one (out, lse), got none")
+    for part in pairs:
+        pair = isinstance(part, tuple | list) and len(part) == 2
+        if not pair or not all(isinstance(each, torch.Tensor) for each in part):
+            raise ValueError(f"`parts` must be pairs of tensors (out, lse), got {_described(part)}")
+    first, first_lse = pairs[0]
+    if first.dim() not in (3, 4):
+        raise ValueError(
+            f"`parts` must hold out [B, H, Q, D] or [T, H, D], got shape {list(first.shape)}"
+        )
+    expected = first.shape[:2][::-1] if first.dim() == 3 else first.shape[:3]
+    for out, lse in pairs:
+        if out.shape != first.shape or lse.shape != expected:
+            raise ValueError(
+                f"`parts` must share one shape, out {tuple(first.shape)} with lse "
+                f"{tuple(expected)}, got out {tuple(out.shape)} with lse {tuple(lse.shape)}"
+            )
+        if not (out.is_floating_point() and lse.is_floating_point()):
+            raise ValueError(
+                f"`parts` must be floating point, got out {out.dtype} with lse {lse.dtype}"
+            )
+        if out.dtype != first.dtype or lse.dtype != first_lse.dtype:
+            raise ValueError(
+                f"`parts` must share one dtype, out {first.dtype} with lse {first_lse.dtype}, got "
+                f"out {out.dtype} with lse {lse.dtype}"
+            )
+        if out.device != first.device or lse.device != first.device:
+            raise ValueError(
+                f"`parts` must be on one device, {first.device}, got out on {out.device} with lse "
+                f"on {lse.device}"
+            )
+    return pairs
+
+
+def _check_sinks(sinks: torch.Tensor, out: torch.Tensor) -> None:
+    if not isinstance(sinks, torch.Tensor):
+        raise ValueError(f"`sinks` must be a tensor, got {type(sinks).__name__}")
+    if sinks.shape != (out.shape[1],):
+        raise ValueError(f"`sinks` must be [H] = [{out.shape[1]}], got {list(sinks.shape)}")
+    if not sinks.is_floating_point():
+        raise ValueError(f"`sinks` must be floating point, got {sinks.dtype}")
+    if sinks.device != out.device:
+        raise ValueError(f"`sinks` must be on the parts' device {out.device}, got {sinks.device}")
 
 
 def _described(part: object) -> str:

@@ -10,6 +10,8 @@ A bias `[Q, K]` is 0 where the query sees the key and -inf elsewhere; None where
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -43,11 +45,38 @@ class Edges:
         return bias.unfold(0, keys, 1).flip(0)
 
 
+def fused_or_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    early: int,
+    late: int,
+) -> tuple[Tensor, Tensor]:
+    """The same as `exact`, by `fused` where nothing infinite or NaN can have spread.
+
+    Args:
+        q, k, v, bias, scale: as in `exact`.
+        early, late: number of the first and of the last queries without keys.
+    """
+    out, lse = fused(q, k, v, bias, scale)
+    rows = lse[..., early : lse.shape[-1] - late] if early or late else lse
+    # The kernel also loses NaN: a query that sees nothing else gets 0, and 0 as log-sum-exp. Sums
+    # show all of it in one number. One that overflows by itself costs time alone.
+    if not math.isfinite(out.sum() + rows.sum() + rows.reciprocal().sum()):
+        return exact(q, k, v, bias, scale)
+    if early or late:
+        lse[..., :early] = -torch.inf
+        lse[..., lse.shape[-1] - late :] = -torch.inf
+    return out, lse
+
+
 def fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[n, r, Q, Dv]` and log-sum-exp `[n, r, Q]` of blocks; the log-sum-exp of a query
-    without keys is undefined."""
+    """Output and log-sum-exp of blocks by PyTorch's kernel. The log-sum-exp of a query without
+    keys is undefined."""
     head_dim = v.shape[-1]
     q, k, v = _padded(q, k, v)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -59,16 +88,26 @@ def fused(
 def exact(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The same as `fused`, in which no masked key or value reaches a query.
+    """Output `[n, r, Q, Dv]` and log-sum-exp `[n, r, Q]` of blocks, in which no masked key or value
+    reaches a query. A query without keys has 0 and -inf.
 
     On devices other than the CPU `v` must be finite (see `spared`).
+
+    Args:
+        q: `[n, r, Q, D]`.
+        k, v: `[n, r, K, D]`.
+        bias: see above.
+        scale: factor of the scores.
     """
     scores = (q @ k.mT).mul_(scale)
     if bias is not None:
         scores.masked_fill_(bias != 0, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    base = lse.masked_fill(lse == -torch.inf, 0.0)
-    return _product(scores.sub_(base[..., None]).exp_(), v, bias), lse
+    highest = scores.amax(dim=-1, keepdim=True)
+    highest = highest.masked_fill(highest.isinf(), 0.0)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    lse = highest + torch.log(total)
+    return _product(weights.div_(total.masked_fill(total == 0, 1.0)), v, bias), lse[..., 0]
 
 
 def fused_gradients(
@@ -97,7 +136,8 @@ def fused_gradients(
     if d_lse is not None:
         v, d_out = _append_lse_column(v, d_out, d_lse)
     q, k, v, out, d_out = _padded(q, k, v, out, d_out)
-    halves = q.shape[0] * q.shape[1] == 1 and k.shape[2] % 2 == 0
+    # Products with fewer keys are rounded in another order than those of the forward pass.
+    halves = q.shape[0] * q.shape[1] == 1 and k.shape[2] % 2 == 0 and k.shape[2] >= 32
     if halves:  # the kernel has a thread for each block
         q, out, lse, d_out = (t.expand(-1, 2, -1, -1) for t in (q, out, lse, d_out))
         k, v, bias = _split_keys(k, v, bias)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..bands import BandPattern
 from . import block_products
 from .block_products import Edges
-from .blocks import Segment, runs, segments
+from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
 
@@ -111,66 +111,36 @@ def _forward(
     )
     query, key, value = (_last_dense(tensor) for tensor in (query, key, value))
     query, scale, _ = _scaled(query, scale, dtype)
-    if query.is_cpu:
-        _attend(parts, intervals, query, key, value, sinks, total, lse, scale, exact=False)
-        exact = not _is_finite(total, lse)
-    else:
+    if not query.is_cpu:
         key, value = block_products.spared(key, value)
-        exact = True
-    if exact:
-        _attend(parts, intervals, query, key, value, sinks, total, lse, scale, exact=True)
+    total.zero_()
+    lse.fill_(-torch.inf)
+    edges = Edges(query.device, dtype)
+    group = query.shape[1] // key.shape[1]
+    for segment in parts:
+        rows = segment.rows
+        if sinks is not None:
+            lse[rows, :, segment.queries] = sinks[:, None].to(dtype)
+        for run in runs(intervals, segment, query, key, value, total, by_keys=False):
+            q = run.query_view(query, rows).to(dtype)
+            k, v = (run.key_view(tensor, rows, group).to(dtype) for tensor in (key, value))
+            blocks = q, k, v, edges(run), scale
+            if q.is_cpu:
+                part, log_sum = block_products.fused_or_exact(*blocks, run.early, run.late)
+            else:
+                part, log_sum = block_products.exact(*blocks)
+            o, whole = (run.query_view(tensor, rows) for tensor in (total, lse[..., None]))
+            if run.first and sinks is None:
+                o.copy_(part)
+                whole.copy_(log_sum[..., None])
+            else:
+                _merge(o, whole, part, log_sum[..., None])
     return out if total is out else out.copy_(total), lse
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=lse_dtype(query))
     return empty_like_query(query, value.shape[-1]), lse
-
-
-def _attend(
-    parts: list[Segment],
-    intervals: Sequence[int],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    *,
-    exact: bool,
-) -> None:
-    """Fill `out` and `lse`, both of the dtype of the work."""
-    out.zero_()
-    lse.fill_(-torch.inf)
-    edges = Edges(out.device, out.dtype)
-    group = query.shape[1] // key.shape[1]
-    products = block_products.exact if exact else block_products.fused
-    for segment in parts:
-        rows = segment.rows
-        if sinks is not None:
-            lse[rows, :, segment.queries] = sinks[:, None].to(lse.dtype)
-        for run in runs(intervals, segment, query, key, value, out, by_keys=False):
-            q = run.query_view(query, rows).to(out.dtype)
-            k, v = (run.key_view(tensor, rows, group).to(out.dtype) for tensor in (key, value))
-            part, log_sum = products(q, k, v, edges(run), scale)
-            if run.early or run.late:
-                log_sum[:, :, : run.early] = -torch.inf
-                log_sum[:, :, run.queries - run.late :] = -torch.inf
-            o, whole = (run.query_view(tensor, rows) for tensor in (out, lse[..., None]))
-            if run.first and sinks is None:
-                o.copy_(part)
-                whole.copy_(log_sum[..., None])
-            else:
-                _merge(o, whole, part, log_sum[..., None])
-
-
-def _is_finite(out: Tensor, lse: Tensor) -> bool:
-    """False where a score or an output is infinite or NaN: it may have reached its whole block."""
-    if out.numel() == 0:
-        return True
-    low, high = torch.aminmax(out)
-    return math.isfinite(low) and math.isfinite(high) and bool(lse.max() < torch.inf)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -218,8 +188,8 @@ def _backward(
         query, key, value, d_out, lse = block_products.spared_gradients(
             query, key, value, d_out, lse
         )
-    # A row without keys: every weight is exp(score - inf) = 0. With an infinite score it is NaN.
-    lse = lse.masked_fill(lse == torch.inf, torch.nan).masked_fill(lse == -torch.inf, torch.inf)
+    # A row without keys: every weight is exp(score - inf) = 0.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     differentiate = block_products.exact_gradients if exact else block_products.fused_gradients
     group = query.shape[1] // key.shape[1]
     edges = Edges(query.device, dtype)

@@ -129,7 +129,7 @@ def _masked_attention(
     if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
         scores = pad(scores, (0, 1), value=-torch.inf)
     highest = scores.detach().amax(dim=-1, keepdim=True)
-    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    highest = highest.masked_fill(highest.isinf(), 0.0)
     weights = torch.exp(scores - highest)
     total = weights.sum(dim=-1, keepdim=True)
     empty = total == 0

@@ -118,7 +118,7 @@ def test_starts_beyond_32_bits_are_refused(start: int, queries: int) -> None:
     inputs = [torch.randn(1, 2, tokens, 16) for tokens in (queries, 12, 12)]
     pattern, limit = P.dense(2, 12), 1 << 29
     if start > limit:
-        with pytest.raises(ValueError, match=f"`query_start` must be at most {limit}.*got {start}"):
+        with pytest.raises(ValueError, match=f"`query_start` must be at most .*got {start}"):
             spa.band_attention(*inputs, pattern, query_start=start, impl="triton")
         return
     found, expected = (
