@@ -324,7 +324,7 @@ class BandPattern:
 
 
 def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
-    """Where a distance lies in a head's intervals: int `[..., Q, K]` to bool
+    """Membership of distances in a head's intervals: int `[..., Q, K]` to bool
     `[..., num_heads, Q, K]`."""
     heads = []
     for head in intervals:

@@ -22,4 +22,5 @@ def test_every_pass_is_timed(kernels: str, capsys: pytest.CaptureFixture[str]) -
     for name in tune.HOPPER if hopper else tune.PORTABLE:
         table = out.split(f"{'Hopper' if hopper else 'portable'} kernels, {name}")[1]
         rows = 128 if name == "forward_persistent" else 64
-        assert f"LaunchConfig(block_m={rows}, block_n=64, num_warps=4, num_stages=2)" in table
+        launch = f"block_m={rows}, block_n=64, num_warps=4, num_stages=2, max_registers=None"
+        assert f"LaunchConfig({launch})" in table

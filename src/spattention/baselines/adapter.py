@@ -39,7 +39,7 @@ REFUSED = (
 
 
 class LayerAttention(Protocol):
-    """What one attention layer does."""
+    """The attention of one layer."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -80,7 +80,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def layer(self, index: int, num_layers: int) -> LayerAttention:
-        """What layer `index` of `num_layers` does."""
+        """The attention of layer `index` of `num_layers`."""
 
     @abstractmethod
     def pairs(self, seq_len: int, num_layers: int) -> int:
@@ -92,7 +92,7 @@ class Baseline(ABC):
         """Change an attention module before its weights are loaded; most baselines do not."""
 
     def section(self) -> dict[str, Any]:
-        """What is saved in the model's config."""
+        """The section that is saved in the model's config."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod

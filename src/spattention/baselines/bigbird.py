@@ -78,7 +78,7 @@ class BigBird(Baseline):
         return kept | (rest & (ranks < self.random))
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
-        """As `Baseline.layer`."""
+        """See `Baseline.layer`."""
         size, blocks = self.block, self.blocks(index)
 
         def make(device: torch.device) -> Visible:
@@ -92,7 +92,7 @@ class BigBird(Baseline):
         return MaskAttention(self.num_heads, make)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """As `Baseline.pairs`."""
+        """See `Baseline.pairs`."""
         count = -(-self.span // self.block)
         starts = torch.arange(count) * self.block
         sizes = (seq_len - starts).clamp(0, self.block)  # tokens of each block that are there

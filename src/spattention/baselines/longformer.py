@@ -80,7 +80,7 @@ class Longformer(Baseline):
         return [1] * (self.num_heads - self.dilated_heads) + [step] * self.dilated_heads
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
-        """As `Baseline.layer`."""
+        """See `Baseline.layer`."""
         # In tensors, also the window: compiled layers that differ in a number share no graph.
         steps = torch.tensor(self.steps(index, num_layers), device="cpu")
         reaches = steps * self.window(index, num_layers)
@@ -99,7 +99,7 @@ class Longformer(Baseline):
         return MaskAttention(self.num_heads, make)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """As `Baseline.pairs`."""
+        """See `Baseline.pairs`."""
         total = 0
         for index in range(num_layers):
             window = self.window(index, num_layers)

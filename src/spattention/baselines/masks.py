@@ -49,7 +49,7 @@ class MaskAttention:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """As `LayerAttention.attend`."""
+        """See `LayerAttention.attend`."""
         small = key.shape[2] <= SHORT and not torch.is_grad_enabled()
         if query.is_cuda and query.shape[2] == key.shape[2] and not small:
             return self.attend_blocks(query, key, value, scale, flex=_flex)
@@ -73,7 +73,7 @@ class MaskAttention:
     def weights(
         self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
     ) -> torch.Tensor:
-        """As `LayerAttention.weights`."""
+        """See `LayerAttention.weights`."""
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = (query[:, :, start:stop].float() @ key.float().mT) * scale
         mask = self._rows(range(start, stop), key.shape[2], query.device)

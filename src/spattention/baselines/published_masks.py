@@ -46,12 +46,12 @@ class PublishedMask(Baseline):
             raise ValueError(f"`mask` of `{self.kind}` must be one of {NAMES}, got {self.mask!r}")
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
-        """As `Baseline.layer`."""
+        """See `Baseline.layer`."""
         rule: Visible = getattr(self, f"_{self.mask}")
         return MaskAttention(self.num_heads, lambda device: rule)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """As `Baseline.pairs`."""
+        """See `Baseline.pairs`."""
         distances = np.arange(self.span)
         if self.mask == "longformer":
             seen = distances[distances <= self._window]

@@ -67,7 +67,7 @@ class Reformer(Baseline):
             raise ValueError(f"`buckets` of `{self.kind}` must be even, got {self.buckets}")
 
     def layer(self, index: int, num_layers: int) -> HashedAttention:
-        """As `Baseline.layer`."""
+        """See `Baseline.layer`."""
         seed = self.seed * 2**20 + index
         return HashedAttention(self.num_heads, self.rounds, self.chunk, self.buckets, seed)
 
@@ -116,7 +116,7 @@ class HashedAttention:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """As `LayerAttention.attend`: `key` is the shared projection of all positions, `query` its
+        """See `LayerAttention.attend`: `key` is the shared projection of all positions, `query` its
         last rows.
         """
         value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)
@@ -126,7 +126,7 @@ class HashedAttention:
     def weights(
         self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
     ) -> torch.Tensor:
-        """As `LayerAttention.weights`."""
+        """See `LayerAttention.weights`."""
         length = key.shape[2]
         place = _places(self.hash(key), self.chunk, length)[1][..., :length]  # [R, B, H, K]
         seen = torch.zeros(1, dtype=torch.bool, device=key.device)
@@ -192,7 +192,7 @@ def hashed_attention(
 
 
 def _places(buckets: torch.Tensor, chunk: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the tokens of each round lie after sorting.
+    """Places of the tokens of each round after sorting.
 
     Returns:
         order: `[R, B, H, N']`, N' whole chunks: the position that each place holds.
@@ -209,7 +209,7 @@ def _places(buckets: torch.Tensor, chunk: int, length: int) -> tuple[torch.Tenso
 
 
 def _meet(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether places share a bucket, the key in the query's chunk or the one before."""
+    """True where places share a bucket, the key in the query's chunk or the one before."""
     apart = query - key
     return (apart == 0) | (apart == 1)
 

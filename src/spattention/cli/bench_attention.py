@@ -260,7 +260,7 @@ def _row(
 
 
 def _measure_calls(options: Options) -> dict[str, str]:
-    """What a call costs the host, and what the first call of a process costs when nothing is
+    """Host time of a call, and the time that the first call of a process costs when nothing is
     compiled yet.
     """
     inputs = _inputs(options, 1, 8, 256)

@@ -90,7 +90,7 @@ class Cache:
 
     @property
     def token_bytes(self) -> int:
-        """Of key and value of one token in one key/value head."""
+        """Bytes of key and value of one token in one key/value head."""
         return 2 * self.key.shape[3] * self.key.element_size()
 
 

@@ -259,7 +259,7 @@ def environment() -> dict[str, str]:
 
 
 def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> float:
-    """Of one call, or of as many at a time as take `together` milliseconds, at most 20."""
+    """Median of one call, or of as many at a time as take `together` milliseconds, at most 20."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def mean(calls: int) -> float:

@@ -1,4 +1,4 @@
-"""What `bench attention` is measured against: dense attention, FlexAttention, FlashAttention-4."""
+"""Competitors of `bench attention`: dense attention, FlexAttention, FlashAttention-4."""
 
 from __future__ import annotations
 

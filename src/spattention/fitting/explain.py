@@ -17,7 +17,7 @@ from .profile import Profile
 
 @dataclass(frozen=True)
 class HeadRow:
-    """What one head got, and why.
+    """The intervals that one head got, and why.
 
     Attributes:
         layer: index of the layer.

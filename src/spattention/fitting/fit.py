@@ -92,7 +92,7 @@ Choice = list[tuple[tuple[int, int], ...]]  # the intervals of each unit of the 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be fitted: units of heads in the layers that are not dense throughout.
+    """The units to be fitted: heads in the layers that are not dense throughout.
 
     Attributes:
         profile: of the dense model.

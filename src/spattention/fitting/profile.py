@@ -51,7 +51,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What the heads of a dense model attend: means over queries, all positions alike.
+    """Shares of attention of the heads of a dense model: means over queries, all positions alike.
 
     L layers, H query heads, F first tokens, E bins of distance. Shares are fractions of a head's
     attention; those of a head add up to 1, less what goes to a learned sink of the model.
@@ -333,7 +333,7 @@ def _kind(value: Any) -> str:
 
 
 def sink_logits(profile: Profile) -> Tensor:
-    """Where learned sinks can start, `[L, H]`: the log of what the first tokens add to a softmax.
+    """Starting values of learned sinks, `[L, H]`: log of what the first tokens add to a softmax.
 
     It is the log-sum-exp of the mean scores of those first tokens that hold a share of at least one
     in a hundred; without any, the mean score of the first token with the largest share.

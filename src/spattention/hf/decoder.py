@@ -1,4 +1,4 @@
-"""What there is to know about a model before it gets bands: attention layers and configs."""
+"""Facts of a model before it gets bands: attention layers and configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OWN_IMPLEMENTATIONS = ("sdpa", "eager")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one attention module does.
+    """The plan of one attention module.
 
     Attributes:
         pattern: its bands; None for a layer that keeps its own attention.
@@ -37,13 +37,13 @@ def plan_of(module: torch.nn.Module) -> LayerPlan | None:
 
 
 def has_sinks(module: torch.nn.Module) -> bool:
-    """Whether an attention module has the parameter `sinks` from `apply` or the config."""
+    """True if an attention module has the parameter `sinks` from `apply` or the config."""
     plan = plan_of(module)
     return plan is not None and plan.sinks
 
 
 def is_attention(module: torch.nn.Module) -> TypeGuard[Any]:
-    """Whether a module is self-attention of a decoder, by what all of them have in common."""
+    """True if a module is self-attention of a decoder, by what all of them have in common."""
     return (
         isinstance(getattr(module, "layer_idx", None), int)
         and hasattr(module, "is_causal")
@@ -78,7 +78,7 @@ def text_configs(model: Any, text_config: Any, modules: dict[int, Any]) -> list[
 
 
 def check_model(model: Any, config: Any, modules: dict[int, Any]) -> None:
-    """Whether a model's attention can be that of bands at all; raises `ValueError`."""
+    """Check that a model's attention can be banded; raise `ValueError` otherwise."""
     if not modules:
         raise ValueError(
             "`model` must have decoder self-attention that follows Transformers' attention "

@@ -466,5 +466,5 @@ def _checked(needles: Sequence[Needle], subject: _Subject) -> list[Needle]:
 
 
 def _predicts(logits: Tensor, needle: Needle) -> bool:
-    """Whether the likeliest tokens are the answer."""
+    """True if the likeliest tokens are the answer."""
     return bool(torch.equal(logits[0].argmax(dim=-1).cpu(), needle.answer_tokens))

@@ -65,7 +65,7 @@ class AttentionKind:
 
     @property
     def requirement(self) -> str:
-        """What a process without the kind reads when it loads a saved model. It is in files."""
+        """The error text of a process without the kind that loads a saved model; stored in files."""
         return f"{self.name}: {self.call} must be called before this model is loaded"
 
 

@@ -22,7 +22,7 @@ REGISTERED: set[str] = set()  # kinds whose weights this process may open
 
 @dataclass(frozen=True)
 class Note:
-    """What an attention module does with its weights.
+    """The attention that a module's weights belong to.
 
     Attributes:
         kind: name of the attention kind.

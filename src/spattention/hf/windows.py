@@ -55,7 +55,7 @@ def _window(config: Any, layer: int) -> int | None:
 
 
 def keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
-    """Whether a layer stays as it is when nobody named it."""
+    """True if a layer stays as it is when nobody named it."""
     window = _window(config, layer)
     if window is None:
         return False
@@ -72,7 +72,7 @@ def _replaced(config: Any, chosen: Sequence[BandPattern | None]) -> list[int]:
 def check_windows(
     config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
 ) -> None:
-    """Whether `replace_windows` can do it; raises `ValueError`."""
+    """Check that `replace_windows` can do it; raise `ValueError` otherwise."""
     replaced = _replaced(config, chosen)
     if not replaced:
         return

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: cases, the exact result, and the error that is allowed.
+"""Tools that tests and benchmarks share: cases, the exact result, and the error that is allowed.
 
     allowed = max(2 max|plain - exact|, 4 max noise) + eps(dtype) max|exact|
 

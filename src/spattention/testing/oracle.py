@@ -11,7 +11,7 @@ from .cases import Case, Tensors, run
 
 
 class Operands(NamedTuple):
-    """What a call multiplies, packed or not, with a key head for every query head."""
+    """The operands of a call, packed or not, with a key head for every query head."""
 
     query: torch.Tensor  # [B, H, Q, D]
     key: torch.Tensor  # [B, H, K, D]

@@ -52,7 +52,7 @@ class Heads(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What the backward pass reads and writes for every query row, float32.
+    """Statistics of every query row that the backward pass uses, float32.
 
     `lse` is the forward pass's log-sum-exp and `d_lse` its gradient, or None. `lse_log2` is `lse`
     in the unit of the exponentials (`softmax.py`), and `delta = rowsum(dO * O) - d_lse`.

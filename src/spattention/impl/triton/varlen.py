@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Where the sequence of a program starts: packed documents, positions and first keys.
+"""Starts of the sequence of a program: packed documents, positions and first keys.
 
 Everything read from tensors is clamped, so that no value can make a kernel read or write out of
 bounds.

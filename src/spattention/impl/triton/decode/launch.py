@@ -31,7 +31,7 @@ _combine = CompiledKernelCache(combine_kernel)
 
 
 class DecodePlan(NamedTuple):
-    """What is the same in every call with a pattern, a batch size and a number of queries.
+    """Facts that are the same in every call with a pattern, a batch size and a number of queries.
 
     Args:
         launch: of the chunks.

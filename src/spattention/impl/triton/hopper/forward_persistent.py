@@ -35,7 +35,7 @@ CONSUMERS = gl.constexpr(2)
 
 
 class Work(NamedTuple):
-    """What the consumers share: results and tables, rings, sizes."""
+    """Arguments that the consumers share: results and tables, rings, sizes."""
 
     out: Any
     p_lse: Any
