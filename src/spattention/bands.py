@@ -15,8 +15,6 @@ attended.
 
 from __future__ import annotations
 
-import math
-import operator
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +23,10 @@ from typing import Any
 
 import torch
 
+from .widths import Widths, band_edges, integer, integers, local_windows
+
 Interval = tuple[int, int]
 Intervals = tuple[tuple[Interval, ...], ...]
-Widths = str | Sequence[int]
 
 FORMAT_VERSION = 1
 MAX_INTERVALS = 2
@@ -88,7 +87,7 @@ class BandPattern:
         """Every head attends the nearest `window` tokens, itself included: `[0, window)`,
         `1 <= window <= span`."""
         _check_size(num_heads, span)
-        window = _integer("window", window)
+        window = integer("window", window)
         if not 1 <= window <= span:
             raise ValueError(f"`window` must be between 1 and `span` = {span}, got {window}")
         recipe = _recipe("sliding_window", num_heads=num_heads, span=span, window=window)
@@ -123,7 +122,7 @@ class BandPattern:
                 attention. "Heads" above then means bands: G + 1 edges.
         """
         groups = _check_size(num_heads, span, kv_heads)
-        widths = widths if isinstance(widths, str) else _integers("widths", widths)
+        widths = widths if isinstance(widths, str) else integers("widths", widths)
         edges = band_edges(groups, span, widths, first)
         bands = [_merged([band], span) for band in zip(edges, edges[1:])]
         recipe = _recipe(
@@ -161,10 +160,10 @@ class BandPattern:
             kv_heads: see `exclusive`; `local` is then one size or one per band.
         """
         groups = _check_size(num_heads, span, kv_heads)
-        widths = widths if isinstance(widths, str) else _integers("widths", widths)
-        local = _integers("local", local) if isinstance(local, Iterable) else local
+        widths = widths if isinstance(widths, str) else integers("widths", widths)
+        local = integers("local", local) if isinstance(local, Iterable) else local
         edges = band_edges(groups, span, widths, first)
-        windows = _local_windows(groups, span, widths, local, per="band" if kv_heads else "head")
+        windows = local_windows(groups, span, widths, local, per="band" if kv_heads else "head")
         bands = [
             _merged([(0, window), band], span)
             for window, band in zip(windows, zip(edges, edges[1:]))
@@ -196,7 +195,7 @@ class BandPattern:
         """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding
         window". For `kv_heads` see `exclusive`."""
         groups = _check_size(num_heads, span, kv_heads)
-        windows = _local_windows(groups, span, "uniform", None)
+        windows = local_windows(groups, span, "uniform", None)
         bands = [_merged([(0, window)], span) for window in windows]
         recipe = _recipe("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
         return cls(_grouped(bands, num_heads), span, recipe)
@@ -214,7 +213,7 @@ class BandPattern:
 
     def heads(self, start: int, stop: int) -> BandPattern:
         """The pattern of heads `start` to `stop - 1`, for tensor parallelism."""
-        start, stop = _integer("start", start), _integer("stop", stop)
+        start, stop = integer("start", start), integer("stop", stop)
         if not 0 <= start < stop <= self.num_heads:
             raise ValueError(
                 f"`start` and `stop` must satisfy 0 <= start < stop <= {self.num_heads} "
@@ -244,8 +243,8 @@ class BandPattern:
                 the last positions).
             device: device of the mask.
         """
-        query_len = _integer("query_len", query_len)
-        key_len = query_len if key_len is None else _integer("key_len", key_len)
+        query_len = integer("query_len", query_len)
+        key_len = query_len if key_len is None else integer("key_len", key_len)
         if query_len < 0 or key_len < 0:
             raise ValueError(
                 f"`query_len` and `key_len` must not be negative, got {query_len} and {key_len}"
@@ -257,7 +256,7 @@ class BandPattern:
                     f"got {query_len} and {key_len}"
                 )
             query_start = key_len - query_len
-        query_start = _integer("query_start", query_start)
+        query_start = integer("query_start", query_start)
         if abs(query_start) > MAX_SPAN:
             raise ValueError(f"`query_start` must be at most {MAX_SPAN}, got {query_start}")
         positions = torch.arange(query_len, device=device) + query_start
@@ -267,7 +266,7 @@ class BandPattern:
     def pairs(self, seq_len: int) -> tuple[int, ...]:
         """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the
         unit of work."""
-        seq_len = _integer("seq_len", seq_len)
+        seq_len = integer("seq_len", seq_len)
         if seq_len < 0:
             raise ValueError(f"`seq_len` must not be negative, got {seq_len}")
 
@@ -335,74 +334,6 @@ def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
     return torch.stack(heads, dim=-3)
 
 
-def band_edges(num_heads: int, span: int, widths: Widths, first: int | None) -> tuple[int, ...]:
-    """The H + 1 edges of the bands; head h's band is `[edges[h], edges[h + 1])`. Names as in
-    `exclusive`."""
-    if first is not None:
-        first = _integer("first", first)
-        if not isinstance(widths, str) or widths != "geometric":
-            raise ValueError(f'`first` is only for `widths="geometric"`, got widths={widths!r}')
-        if not 1 <= first <= span:
-            raise ValueError(f"`first` must be between 1 and `span` = {span}, got {first}")
-    if isinstance(widths, str):
-        if widths == "uniform":
-            width, extra = divmod(span, num_heads)
-            return tuple(h * width + min(h, extra) for h in range(num_heads + 1))
-        if widths == "geometric":
-            return _geometric_edges(num_heads, span, first or max(1, span // 128))
-        if widths == "equal_work":
-            return tuple(
-                round(span * (1 - math.sqrt(1 - h / num_heads))) for h in range(num_heads + 1)
-            )
-        raise ValueError(
-            '`widths` must be "uniform", "geometric", "equal_work" or a sequence of edges, '
-            f"got {widths!r}"
-        )
-    edges = _integers("widths", widths)
-    if len(edges) != num_heads + 1:
-        raise ValueError(
-            f"`widths` must hold one edge more than bands = {num_heads + 1} edges, got {len(edges)}"
-        )
-    if edges[0] != 0 or edges[-1] != span or any(a > b for a, b in zip(edges, edges[1:])):
-        raise ValueError(
-            f"`widths` as edges must run from 0 to `span` = {span} and never decrease, got {edges}"
-        )
-    return edges
-
-
-def _geometric_edges(num_heads: int, span: int, first: int) -> tuple[int, ...]:
-    edges = [0]
-    for h in range(1, num_heads):
-        edge = round(first * (span / first) ** ((h - 1) / (num_heads - 1)))
-        edges.append(min(span, max(edges[-1] + 1, edge)))
-    return (*edges, span)
-
-
-def _local_windows(
-    num_heads: int,
-    span: int,
-    widths: Widths,
-    local: int | Sequence[int] | None,
-    per: str = "head",
-) -> tuple[int, ...]:
-    if local is None:
-        if isinstance(widths, str) and widths == "geometric":
-            return (min(span, max(128, span // 32)),) * num_heads
-        edges = band_edges(num_heads, span, "uniform", None)
-        return tuple(far - near + 1 for near, far in zip(edges, edges[1:]))
-    if isinstance(local, Iterable):
-        windows = _integers("local", local)
-        if len(windows) != num_heads:
-            raise ValueError(
-                f"`local` must be one size or one per {per} ({num_heads}), got {len(windows)}"
-            )
-    else:
-        windows = (_integer("local", local),) * num_heads
-    if min(windows) < 0:
-        raise ValueError(f"`local` must not be negative, got {local}")
-    return windows
-
-
 def _merged(intervals: Sequence[Interval], span: int) -> tuple[Interval, ...]:
     """Clipped to `[0, span)`, empty ones dropped, those that overlap or touch joined."""
     merged: list[Interval] = []
@@ -442,11 +373,11 @@ def _grouped(bands: Sequence[tuple[Interval, ...]], num_heads: int) -> Intervals
 
 def _check_size(num_heads: int, span: int, kv_heads: int | None = None) -> int:
     """The number of bands: `kv_heads`, or one per head."""
-    if not 1 <= _integer("num_heads", num_heads) <= MAX_HEADS:
+    if not 1 <= integer("num_heads", num_heads) <= MAX_HEADS:
         rule = "at least 1" if num_heads < 1 else f"at most {MAX_HEADS}"
         raise ValueError(f"`num_heads` must be {rule}, got {num_heads}")
     _span(span)
-    groups = num_heads if kv_heads is None else _integer("kv_heads", kv_heads)
+    groups = num_heads if kv_heads is None else integer("kv_heads", kv_heads)
     if groups < 1 or num_heads % groups:
         raise ValueError(
             f"`kv_heads` must be at least 1 and divide `num_heads` = {num_heads}, got {kv_heads}"
@@ -456,7 +387,7 @@ def _check_size(num_heads: int, span: int, kv_heads: int | None = None) -> int:
 
 def _span(span: Any) -> int:
     """`span` as an int, within its limits: what is made for it takes memory by its size."""
-    span = _integer("span", span)
+    span = integer("span", span)
     if not 1 <= span <= MAX_SPAN:
         rule = "at least 1" if span < 1 else f"at most {MAX_SPAN}"
         raise ValueError(f"`span` must be {rule}, got {span}")
@@ -471,28 +402,8 @@ def _heads(intervals: Any) -> Intervals:
             f"`intervals` must be, per head, a sequence of pairs (near, far), got "
             f"{reprlib.repr(intervals)}"
         ) from None
-    integer = partial(_integer, "intervals")
-    return tuple(tuple((integer(near), integer(far)) for near, far in head) for head in pairs)
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"`{name}` must be an integer, got {reprlib.repr(value)}") from None
-    if value.bit_length() > 63:
-        raise ValueError(
-            f"`{name}` must fit in 64 bits, got an integer of {value.bit_length() + 1} bits"
-        )
-    return value
-
-
-def _integers(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"`{name}` must be a sequence of integers, got {reprlib.repr(values)}")
-    return tuple(_integer(name, value) for value in values)
+    as_integer = partial(integer, "intervals")
+    return tuple(tuple((as_integer(near), as_integer(far)) for near, far in head) for head in pairs)
 
 
 def _recipe(name: str, **arguments: Any) -> dict[str, Any]:
@@ -510,9 +421,9 @@ def _plain(recipe: Any) -> dict[str, Any] | None:
             if isinstance(value, str):
                 plain[str(name)] = value
             elif isinstance(value, Iterable):
-                plain[str(name)] = list(_integers("recipe", value))
+                plain[str(name)] = list(integers("recipe", value))
             else:
-                plain[str(name)] = _integer("recipe", value)
+                plain[str(name)] = integer("recipe", value)
     except ValueError:
         return None
     heads = plain.get("heads", [0, 0])

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attending import profile_of, random_weights
 
 from spattention.fitting import ModelIdentity, Profile
+from spattention.fitting.picture import profile_figure
 from spattention.fitting.profile import rounded, sink_logits
 
 
@@ -181,9 +182,9 @@ def test_sinks_start_where_the_first_tokens_are():
 
 
 def test_the_picture_shows_heads_by_layer(profile):
-    figure = profile.figure()
+    figure = profile_figure(profile)
     titles = " ".join(axis.get_title() for axis in figure.axes)
     for words in ("where they look", "first 4 tokens", "who fetches", "what windows capture"):
         assert words in titles
     assert sum(bool(axis.images) for axis in figure.axes) >= 3
-    assert profile_of(random_weights(1, 2, 5, 0, 1.0)).figure() is not None
+    assert profile_figure(profile_of(random_weights(1, 2, 5, 0, 1.0))) is not None

@@ -32,7 +32,7 @@ from ..data.tokenizer import load_tokenizer
 from ..evaluation.perplexity import token_losses
 from ..fitting import Profile, captured, explain
 from ..fitting import fit as fit_patterns
-from ..fitting.picture import fit_figure
+from ..fitting.picture import fit_figure, profile_figure
 from ..fitting.profile import sink_logits
 from ..hf.decoder import attention_modules
 from ..hf.profile import identity
@@ -309,7 +309,8 @@ def _save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     profile.save(folder / "profile.json")
-    for name, figure in (("profile", profile.figure()), ("fit", fit_figure(profile, patterns))):
+    figures = {"profile": profile_figure(profile), "fit": fit_figure(profile, patterns)}
+    for name, figure in figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, dpi=130, format="png")
         (folder / f"{name}.png").write_bytes(picture.getvalue())

@@ -9,15 +9,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bins import distance_edges
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FORMAT = "spattention-profile"
 VERSION = 1
@@ -215,12 +212,6 @@ class Profile:
             f"{self.model.heads} heads, {self.tokens:,} tokens in {self.rows} rows of up to "
             f"{self.length}, {self.needles} needles)"
         )
-
-    def figure(self) -> Figure:
-        """A picture: heads by layer, where they look, and who fetches; needs Matplotlib."""
-        from .picture import profile_figure
-
-        return profile_figure(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""

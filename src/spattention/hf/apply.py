@@ -6,20 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..bands import BandPattern
-from .config import NAME, section_of
-from .decoder import (
-    LayerPlan,
-    attention_modules,
-    check_heads,
-    check_model,
-    check_sinks,
-    own_implementation,
-    patterns_by_layer,
-    text_configs,
-)
-from .registration import equip, register
-from .section import kinds_of, section_changed
-from .windows import check_windows, replace_windows
+from .conversion import convert
+from .registration import register
 
 
 def apply(
@@ -56,42 +44,4 @@ def apply(
             then as it was.
     """
     register()
-    if not isinstance(sinks, bool):
-        raise ValueError(f"`sinks` must be True or False, got {sinks!r}")
-    model_config = getattr(model, "config", None)
-    if model_config is None or not hasattr(model_config, "get_text_config"):
-        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
-    text_config = model_config.get_text_config()
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
-    for kind in kinds_of(text_config):  # another's section, which would be saved too
-        if kind.name != NAME:
-            raise ValueError(f'`model` must have stock attention or bands, got "{kind.name}"')
-    modules = attention_modules(model, text_config)
-    check_model(model, text_config, modules)
-    chosen = patterns_by_layer(text_config, modules, pattern, layers)
-    if all(entry is None for entry in chosen):
-        raise ValueError(
-            "`pattern` must be given to at least one layer, but every layer in question has a "
-            "sliding window of its own, shorter than the span; name them in `layers` to replace it"
-        )
-    for index, entry in enumerate(chosen):
-        if entry is not None:
-            check_heads(modules[index], text_config, entry, getattr(model, "tp_size", None) or 1)
-            if sinks:
-                check_sinks(modules[index])
-    own = own_implementation(text_config, modules, chosen)
-    configs = text_configs(model, text_config, modules)
-    check_windows(text_config, modules, chosen)
-    section = section_of(chosen, sinks)
-
-    # Nothing was changed so far, and nothing fails from here on.
-    replace_windows(model, configs, modules, chosen)
-    for config in configs:
-        config.spattention = section
-        config._attn_implementation_internal = NAME
-    for index, module in modules.items():
-        entry = chosen[index]
-        equip(module, LayerPlan(entry, sinks and entry is not None, own))
-    section_changed(model)
-    return model
+    return convert(model, pattern, layers, sinks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attention import attention_forward
-from .cache_guard import before_forward
 from .config import NAME, Section, read_section
+from .conversion import convert
 from .decoder import LayerPlan, check_heads, check_sinks, has_sinks, plan_of
+from .equip import CALL, equip
 from .mask import rows_mask
-from .parallel_guard import guard_parallel
 from .section import KINDS, AttentionKind, register_kind
-from .sinks import new_sinks
-from .weights import Note, note_weights
 
 
 def register() -> None:
@@ -40,28 +37,6 @@ def register() -> None:
     PreTrainedModel._adjust_missing_and_unexpected_keys = _with_strict_sinks(adjust)
 
 
-def equip(module: Any, plan: LayerPlan) -> None:
-    had_sinks = has_sinks(module)
-    if had_sinks and not plan.sinks:
-        del module.sinks
-    if plan.sinks and not had_sinks:
-        assert plan.pattern is not None
-        module.sinks = new_sinks(module, plan.pattern.num_heads)
-    module.spattention = plan
-    if not any(hook is before_forward for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(before_forward, with_kwargs=True)
-    guard_parallel(module)
-    note_weights(module, _note)
-
-
-def _note(module: Any) -> Note | None:
-    plan = plan_of(module)
-    if plan is None or plan.pattern is None:
-        return None
-    meaning = {name: value for name, value in plan.pattern.to_dict().items() if name != "recipe"}
-    return Note(BANDS.name, BANDS.call, json.dumps(meaning))
-
-
 def _equip(module: Any) -> None:
     section = read_section(module.config)
     assert section is not None
@@ -74,11 +49,9 @@ def _equip(module: Any) -> None:
 
 
 def _restore(model: Any, section: Any) -> None:
-    from .apply import apply  # which registers first
-
     config = model.config.get_text_config()
     read = Section(section, config.num_hidden_layers)
-    apply(model, read.layer_patterns, sinks=read.sinks)
+    convert(model, read.layer_patterns, None, read.sinks)
 
 
 def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +85,7 @@ def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
 
 BANDS = AttentionKind(
     name=NAME,
-    call="spattention.hf.register()",
+    call=CALL,
     forward=attention_forward,
     mask=rows_mask,
     is_equipped=lambda module: plan_of(module) is not None,

@@ -65,7 +65,7 @@ class AttentionKind:
 
     @property
     def requirement(self) -> str:
-        """The error text of a process without the kind that loads a saved model; stored in files."""
+        """The error of a process that loads a saved model without the kind; stored in files."""
         return f"{self.name}: {self.call} must be called before this model is loaded"
 
 
