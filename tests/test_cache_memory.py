@@ -33,7 +33,9 @@ def test_a_store_grows_with_the_text(name, capacity):
 
 def test_a_span_costs_nothing_until_it_is_used():
     tensors = text(90, dtype=torch.float64)
-    wide = P(intervals=(((0, 5),), ((0, 2**40),), ((2, 4), (2**30, 2**40)), ()), span=2**40)
+    wide = P(
+        intervals=(((0, 5),), ((0, 2**31 - 1),), ((2, 4), (2**30, 2**31 - 1)), ()), span=2**31 - 1
+    )
     same = P(intervals=(((0, 5),), ((0, 90),), ((2, 4),), ()), span=90)
     store = store_for(wide, *tensors[1:], max_rollback=0, capacity=8)
     sizes = []

@@ -162,9 +162,9 @@ DAMAGED: list[tuple[Damage, str]] = [
     (pattern(span=601), "must be at most `max_position_embeddings` = 600, got 601"),
     (
         pattern(span=2**63),
-        "must be at most `max_position_embeddings` = 600, got 9223372036854775808",
+        "`config.spattention`, pattern 0: `span` must fit in 64 bits, got",
     ),
-    (pattern(version=9), "config.json must be a config of Transformers: the pattern's `version`"),
+    (pattern(version=9), "`config.spattention`, pattern 0: the pattern's `version`"),
     # The tokenizer, and what generation reads.
     (write("tokenizer.json", "{}"), "tokenizer.json must hold a tokenizer"),
     (write("tokenizer.json", "[]"), "tokenizer.json must hold a JSON object, got list"),

@@ -479,7 +479,7 @@ def section(**change):
         ({"spattention": section(patterns=[P.dense(3, 8).to_dict()])}, "has 3 heads but layer 0"),
         ({"spattention": section(patterns=[{"span": 2**63}])}, "`spattention` of"),
         (
-            {"spattention": section(patterns=[P.dense(HEADS, 2**40).to_dict()])},
+            {"spattention": section(patterns=[P.dense(HEADS, 2**30).to_dict()])},
             "`span` of a pattern .* must be at most",
         ),
         ({"spattention": {"foreign": 1}}, "must have version 1"),

@@ -342,7 +342,7 @@ def test_a_text_longer_than_a_static_cache_is_refused():
     close(cache.layers[0].keys, before.layers[0].keys)
 
 
-@pytest.mark.parametrize("span", [40, 2**31, 2**63])
+@pytest.mark.parametrize("span", [40, 2**29])
 def test_a_cache_takes_no_more_than_the_text_needs(span):
     """Whatever span a config names: a text longer than the first room gets more."""
     bands = (((0, 4),), ((0, span),), ((0, 2), (6, 30)), ((0, 1), (9, span)))

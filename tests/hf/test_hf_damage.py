@@ -61,9 +61,10 @@ SECTIONS = [
     (pattern(intervals=[[[5, 3]]] * HEADS), "pattern 1: "),
     (pattern(intervals=[[[0, 2]]] * 3), "`pattern` has 3 heads but layer 1 of the model has 4"),
     (pattern(intervals=[[[0, 2**70]]] * HEADS), "pattern 1: "),
+    (pattern(span=2**63), "pattern 1: `span` must fit in 64 bits"),
+    (pattern(span=2**31), "pattern 1: `span` must be at most 2147483647"),
     (with_span(2**29 + 1), "`span` of a pattern .* must be at most 536870912 tokens"),
-    (with_span(2**31), "`span` of a pattern .* got 2147483648 in pattern 0"),
-    (with_span(2**63), "`span` of a pattern .* got 9223372036854775808 in pattern 0"),
+    (with_span(2**30), "`span` of a pattern .* got 1073741824 in pattern 0"),
 ]
 
 
@@ -74,7 +75,7 @@ def test_a_damaged_section_is_refused(found, message, folder):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("span", [2**29 + 1, 2**31, 2**63])
+@pytest.mark.parametrize("span", [2**29 + 1, 2**31 - 1])
 def test_apply_refuses_an_absurd_span(span):
     model = build("llama")
     with pytest.raises(ValueError, match=r"`span` of a pattern .* must be at most 536870912"):

@@ -38,7 +38,10 @@ def before_forward(
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] == 1):
         position_ids = None  # nothing to compare
-    if position_ids is not None and _is_first(module, section):
+    # A compiled layer reads no values, and asking for its index would make a graph per layer.
+    reads = position_ids is not None and not torch.compiler.is_compiling()
+    if reads and _is_first(module, section):
+        assert position_ids is not None
         packed = any(keywords.get(name) is not None for name in PACKING)
         _check_positions(module, position_ids, decode(mask), packed, cache is not None)
     if cache is None:

@@ -1,0 +1,62 @@
+"""Options of `spattention fit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fit bands to a pretrained dense model, and save the model with them.
+
+    The model's attention is measured on some rows of text, and so are the heads that fetch
+    passkeys planted in them. The budget of pairs then goes to the heads and distances that capture
+    most attention. Other rows check the result. No weight changes: train the model afterwards, as
+    docs/finetuning.md describes.
+
+    The output folder opens with Transformers after `spattention.hf.register()`. It also holds the
+    profile (profile.json, profile.png), and what each layer got and why (fit.md, fit.png,
+    fit.json). It appears when it is complete. Code that comes with a model is never run.
+
+    Args:
+        model: Folder of a saved dense model, or its name on the Hugging Face hub.
+        output: Folder for the result; it must not exist.
+        pairs: Budget: share of dense attention's pairs at the context.
+        data: Text (.txt, .jsonl, or a folder of them), packed tokens (.u16.xz), or a folder that
+            `spattention prepare` wrote with the model's tokenizer. Without it, the books that the
+            package ships.
+        context: Tokens per row; default 2048, or the model's longest input if that is shorter.
+        rows: Rows to profile.
+        check: Other rows, to check captured attention and loss on.
+        needles: Passkeys to plant; 0 for none.
+        profile: A profile.json of this model to use instead of a new one.
+        span: Span of the patterns; default the model's longest input.
+        prefix: First tokens that every head attends.
+        local: Nearest tokens that every head attends at least.
+        share: Give all query heads of one key/value head the same bands.
+        dense_layers: Layers that stay dense throughout.
+        sinks: Give each head a learned sink, which starts from the measured score of the first
+            tokens.
+        dtype: The dtype of the weights, auto for that of the checkpoint.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    output: Path
+    pairs: float = 0.35
+    data: Path | None = None
+    context: int | None = None
+    rows: int = 16
+    check: int = 4
+    needles: int = 16
+    profile: Path | None = None
+    span: int | None = None
+    prefix: int = 0
+    local: int = 1
+    share: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dense_layers: tuple[int, ...] = ()
+    sinks: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
