@@ -1,4 +1,4 @@
-"""Have PEFT go through `adapters`: functions around its methods, as they are from PEFT 0.21 on.
+"""Have PEFT go through `adapters`: wrappers of its methods, as they are from PEFT 0.21 on.
 
 Imported as soon as both PEFT and a registered kind are there, never without PEFT.
 """
@@ -92,7 +92,7 @@ def _keeping_section(from_peft_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _meeting_model(inject: Callable[..., None]) -> Callable[..., None]:
-    """Around methods that put an adapter into a model."""
+    """Wrap a method that puts an adapter into a model."""
     parameters = signature(inject)
 
     @wraps(inject)
@@ -121,7 +121,7 @@ def _unwrapping_sinks(unload: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `PeftModel.load_adapter`, which reads the weights alone of an adapter that it has."""
+    """Wrap `PeftModel.load_adapter`, which reads only the weights of an adapter that it has."""
 
     @wraps(load_adapter)
     def load(self: Any, model_id: Any, adapter_name: str, *args: Any, **keywords: Any) -> Any:
@@ -147,7 +147,7 @@ def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _requiring_sinks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `PreTrainedModel.load_adapter`, which only warns about weights that are missing."""
+    """Wrap `PreTrainedModel.load_adapter`, which only warns about weights that are missing."""
 
     @wraps(load_adapter)
     def load(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -163,7 +163,7 @@ def _requiring_sinks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `PeftModel.disable_adapter`, which leaves alone what is trained beside prompts."""
+    """Wrap `PeftModel.disable_adapter`, which leaves alone what is trained beside prompts."""
 
     @wraps(disable_adapter)
     @contextmanager
@@ -183,7 +183,7 @@ def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checking_swap(check: Callable[..., None]) -> Callable[..., None]:
-    """Around PEFT's check of two configs whose weights are to be exchanged in a live model."""
+    """Wrap PEFT's check of two configs whose weights are to be exchanged in a live model."""
 
     @wraps(check)
     def compare(config0: Any, config1: Any) -> None:
