@@ -392,6 +392,30 @@ def test_one_config_for_two_models(base, tmp_path):
     assert "spattention" not in (tmp_path / "adapter_config.json").read_text()
 
 
+def test_a_config_that_is_saved_again_keeps_bands(saved, base, tmp_path):
+    """Changed by hand, with the weights beside it."""
+    source = folder_of(saved, "lora")
+    config = peft.PeftConfig.from_pretrained(source)
+    config.inference_mode = False
+    config.save_pretrained(tmp_path)
+    name = "adapter_model.safetensors"
+    (tmp_path / name).write_bytes((source / name).read_bytes())
+    again = peft.PeftModel.from_pretrained(dense(base), tmp_path)
+    torch.testing.assert_close(logits(again, IDS), saved[source][1], **EXACT)
+
+
+def test_an_adapter_converted_to_lora_keeps_bands(base, tmp_path):
+    settings = peft.LoKrConfig(r=8, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(banded(base), settings)
+    train(model)
+    peft.save_as_lora(tmp_path, model, rank=16)  # of 16 and 32 outputs: nearly exact
+    again = peft.PeftModel.from_pretrained(dense(base), tmp_path)
+    sinks = [layer.self_attn.sinks() for layer in model.base_model.model.model.layers]
+    found = [layer.self_attn.sinks() for layer in again.base_model.model.model.layers]
+    assert [torch.equal(*pair) for pair in zip(found, sinks)] == [True, True]
+    assert [bool((each != 0).all()) for each in found] == [True, True]
+
+
 def test_bands_applied_under_an_adapter_are_saved(base, tmp_path):
     model = peft.get_peft_model(dense(base), CONFIGS["lora"]())
     spa.hf.apply(model, PATTERNS, sinks=True)
