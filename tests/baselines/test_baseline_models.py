@@ -15,6 +15,7 @@ import spattention as spa
 from spattention import baselines
 from spattention.baselines import BigBird, Longformer, PublishedMask, Reformer
 from spattention.choice import attention_choice
+from spattention.hf.section import KINDS
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -168,6 +169,18 @@ def test_old_folders_load(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     close(logits(again, ids), logits(model, ids), **EXACT)
+
+
+def test_a_config_of_an_unknown_kind_stays_marked(tmp_path, monkeypatch):
+    """Saved again by a process that has registered bands and no baselines."""
+    model_with("bigbird").save_pretrained(tmp_path)
+    monkeypatch.delitem(KINDS, "bigbird")
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["SpattentionLlamaForCausalLM"]
+    assert list(config["fusion_config"]) == [
+        "bigbird: spattention.baselines.register() must be called before this model is loaded"
+    ]
 
 
 def test_a_dense_moment_does_not_lose_a_baseline(tmp_path):

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..baselines.adapter import PLAN
 from ..hf.config import NAME as BANDS
 from ..hf.decoder import plan_of
+from ..hf.sinks import current_sinks
 
 ROWS = 64  # queries at a time
 STOCK = ("sdpa", "eager")
@@ -154,7 +155,7 @@ def _weights(
     else:
         rows = stop - start
         mask = plan.pattern.mask(rows, length, query_start=start, device=query.device)
-        sinks = module.sinks.float() if plan.sinks else sinks
+        sinks = current_sinks(module).float() if plan.sinks else sinks
     scores = scores.masked_fill(~mask, -torch.inf)
     column = sinks[:, None, None].expand(*scores.shape[:3], 1)
     return torch.cat([scores, column], dim=-1).softmax(dim=-1).nan_to_num(0.0)

@@ -54,8 +54,8 @@ class AdapterSinks(ModulesToSaveWrapper):
     """The sinks of one attention module: the base model's, and those of each adapter.
 
     Attributes:
-        absent: adapters whose folder holds no sinks, because they were trained without bands, or
-            saved before version 0.1 of this library wrote them; theirs start as the base model's.
+        absent: adapters whose folder holds no sinks, because they were trained without bands or
+            saved before adapters carried sinks; theirs start as the base model's.
     """
 
     def __init__(self, module_to_save: Sinks, adapter_name: str) -> None:
@@ -140,7 +140,7 @@ def bring_back(model: Any, config: Any, adapter_name: str) -> None:
 
 
 def check_same(wanted: AdapterSection, found: AdapterSection | None) -> None:
-    """An adapter that was trained with a section gets into a model with that section."""
+    """Check that a model has the section that an adapter was trained with."""
     if found is None:
         raise ValueError(
             f"the adapter of {wanted.file} must be loaded into a model with "
@@ -211,7 +211,7 @@ def _requirement(kind: AttentionKind) -> str:
 
 
 def _active(model: Any) -> list[str]:
-    """Names of the adapters in use; of a model inside PEFT's by its layers, as it does not know."""
+    """Names of the active adapters; PEFT's layers know them where the model does not."""
     if isinstance(model, peft.PeftModel):
         return list(model.active_adapters)
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))

@@ -1,4 +1,4 @@
-"""Have PEFT go through `adapters`: functions around its methods, as they are from PEFT 0.21 on.
+"""Have PEFT go through `adapters`: wrappers of its methods, as they are from PEFT 0.21 on.
 
 Imported as soon as both PEFT and a registered kind are there, never without PEFT.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import peft
 from packaging.version import Version
 from peft.config import PeftConfigMixin
+from peft.tuners.lora import conversion
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from .adapters import (
     READ,
     WRITTEN,
     AdapterSection,
+    AdapterSinks,
     adapter_sinks,
     base_model,
     bring_back,
@@ -30,6 +32,7 @@ from .adapters import (
     follow,
     marked,
     meet,
+    section_in,
     unmarked,
     unwrap_sinks,
 )
@@ -46,7 +49,8 @@ if Version(peft.__version__) < Version(OLDEST):
 def _saving_section(save_pretrained: Callable[..., None]) -> Callable[..., None]:
     @wraps(save_pretrained)
     def save(self: Any, save_directory: Any, **keywords: Any) -> None:
-        section: AdapterSection | None = vars(self).get(WRITTEN)
+        # A config that was read from a file and is in no model keeps its section.
+        section: AdapterSection | None = vars(self).get(WRITTEN, vars(self).get(READ))
         if section is None:
             return save_pretrained(self, save_directory, **keywords)
         to_dict = self.to_dict
@@ -92,7 +96,7 @@ def _keeping_section(from_peft_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _meeting_model(inject: Callable[..., None]) -> Callable[..., None]:
-    """Around methods that put an adapter into a model."""
+    """Wrap a method that puts an adapter into a model."""
     parameters = signature(inject)
 
     @wraps(inject)
@@ -121,7 +125,7 @@ def _unwrapping_sinks(unload: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `PeftModel.load_adapter`, which reads the weights alone of an adapter that it has."""
+    """Wrap `PeftModel.load_adapter`, which reads only the weights of an adapter that it has."""
 
     @wraps(load_adapter)
     def load(self: Any, model_id: Any, adapter_name: str, *args: Any, **keywords: Any) -> Any:
@@ -147,7 +151,7 @@ def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _requiring_sinks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `PreTrainedModel.load_adapter`, which only warns about weights that are missing."""
+    """Wrap `PreTrainedModel.load_adapter`, which only warns about weights that are missing."""
 
     @wraps(load_adapter)
     def load(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -163,7 +167,7 @@ def _requiring_sinks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `PeftModel.disable_adapter`, which leaves alone what is trained beside prompts."""
+    """Wrap `PeftModel.disable_adapter`, which leaves alone what is trained beside prompts."""
 
     @wraps(disable_adapter)
     @contextmanager
@@ -183,7 +187,7 @@ def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checking_swap(check: Callable[..., None]) -> Callable[..., None]:
-    """Around PEFT's check of two configs whose weights are to be exchanged in a live model."""
+    """Wrap PEFT's check of two configs whose weights are to be exchanged in a live model."""
 
     @wraps(check)
     def compare(config0: Any, config1: Any) -> None:
@@ -199,6 +203,25 @@ def _checking_swap(check: Callable[..., None]) -> Callable[..., None]:
             )
 
     return compare
+
+
+def _keeping_all(convert_to_lora: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap PEFT's conversion of an adapter to LoRA, which makes a new config."""
+
+    parameters = signature(convert_to_lora)
+
+    @wraps(convert_to_lora)
+    def convert(model: Any, *args: Any, **keywords: Any) -> Any:
+        given = parameters.bind(model, *args, **keywords).arguments
+        adapter_name = given.get("adapter_name", "default")
+        config, weights = convert_to_lora(model, *args, **keywords)
+        setattr(config, WRITTEN, section_in(base_model(model)))
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterSinks):
+                weights[f"{name}.weight"] = module.modules_to_save[adapter_name].weight.detach()
+        return config, weights
+
+    return convert
 
 
 def _tuners(kind: Any) -> Iterator[Any]:
@@ -232,6 +255,10 @@ def _install() -> None:
     _around(peft.PeftModel, "disable_adapter", _disabling_sinks)
     _around(peft.PeftModel, "load_adapter", _checking_folder)
     PreTrainedModel.load_adapter = _requiring_sinks(PreTrainedModel.load_adapter)
+    converting = _keeping_all(conversion.convert_to_lora)
+    for module in (conversion, peft.tuners.lora, peft.tuners, peft):
+        if hasattr(module, "convert_to_lora"):
+            setattr(module, "convert_to_lora", converting)  # noqa: B010  # mypy knows no such name
     _around(hotswap, "check_hotswap_configs_compatible", _checking_swap)
 
 

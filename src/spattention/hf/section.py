@@ -6,8 +6,8 @@ A saved model must come back with its attention, or not at all, whoever opens it
 a config with a section also writes
 
 - `attn_implementation`, the kind, which Transformers honours on loading;
-- `architectures` with a prefix, which vLLM, SGLang and converters read and do not know
-  (Transformers goes by `model_type`);
+- `architectures` with a prefix, which vLLM and other programs look up and do not know (Transformers
+  goes by `model_type`);
 - a requirement among `fusion_config`, which `from_pretrained` refuses by name in a process without
   this library, `attn_implementation="sdpa"` or not. It is off, so a process that knows it does
   nothing.
@@ -37,6 +37,7 @@ from .late import when_imported
 from .weights import allow_weights, checking_notes
 
 ARCHITECTURE_PREFIX = "Spattention"
+REQUIREMENT = " must be called before this model is loaded"
 ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
 
@@ -50,9 +51,9 @@ class AttentionKind:
         call: what makes it known to Transformers, as an error names it.
         forward: the attention function, as Transformers' interface takes it.
         mask: the mask function, alike.
-        is_equipped: whether an attention module has its part of the section.
+        is_equipped: tells whether an attention module has its part of the section.
         equip: gives an attention module its part of the section, while the model is built.
-        restore: gives a model with stock attention a section, with all that belongs to it.
+        restore: applies a saved section to a model with stock attention, in place.
     """
 
     name: str
@@ -65,11 +66,11 @@ class AttentionKind:
 
     @property
     def requirement(self) -> str:
-        """The error of a process that loads a saved model without the kind; stored in files."""
-        return f"{self.name}: {self.call} must be called before this model is loaded"
+        """Entry of `fusion_config`, which a process without the kind names in its error."""
+        return f"{self.name}: {self.call}{REQUIREMENT}"
 
 
-# As Transformers' registries, of the process. Rows of `register_kind`.
+# Registered kinds by name; a registry of the process, as those of Transformers.
 KINDS: dict[str, AttentionKind] = {}
 
 
@@ -115,7 +116,7 @@ def section_changed(model: Any) -> None:
 
 
 def _equip_when_built(parent: torch.nn.Module, name: str, module: Any) -> None:
-    """Runs when any module gets a child."""
+    """Equip an attention module; called when any module gets a child."""
     if module is None or not is_attention(module):
         return
     for kind in kinds_of(module.config):
@@ -139,11 +140,6 @@ def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
     def marked(self: Any, *args: Any, **keywords: Any) -> dict[str, Any]:
         data = to_dict(self, *args, **keywords)
         found = list(_kinds_below(self))
-        names = data.get("architectures")
-        if names:
-            plain = [name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
-            prefix = ARCHITECTURE_PREFIX if found else ""
-            data["architectures"] = [prefix + name for name in plain]
         known = {kind.requirement for kind in KINDS.values()}
         fusions = {k: v for k, v in (data.get("fusion_config") or {}).items() if k not in known}
         fusions.update({kind.requirement: False for kind in found})
@@ -151,6 +147,11 @@ def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
             data["fusion_config"] = fusions
         elif data.get("fusion_config"):
             del data["fusion_config"]
+        if data.get("architectures"):
+            # The section may be of a kind that this process does not know.
+            prefix = ARCHITECTURE_PREFIX if any(REQUIREMENT in name for name in fusions) else ""
+            plain = [name.removeprefix(ARCHITECTURE_PREFIX) for name in data["architectures"]]
+            data["architectures"] = [prefix + name for name in plain]
         if found:
             data["attn_implementation"] = _implementation(self)
         return data

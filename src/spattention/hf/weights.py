@@ -76,7 +76,7 @@ def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, 
 
 
 def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `load_state_dict` of Transformers' models."""
+    """Wrap `load_state_dict` of Transformers' models."""
 
     @wraps(load_state_dict)
     def load(self: Any, state_dict: Any, *args: Any, **keywords: Any) -> Any:

@@ -1,0 +1,114 @@
+"""Adapters that do not fit the model, and damaged ones: refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from adapted import CONFIGS, IDS, PATTERNS, banded, base, dense, folder_of, peft, saved
+from tiny import FIRST, HEADS, SECOND, P, logits
+
+__all__ = ["base", "saved"]  # fixtures
+
+
+def test_an_adapter_on_other_bands_is_refused(saved, base):
+    path = folder_of(saved, "lora")
+    match = "must be loaded into a model with the `spattention` that it was trained with"
+    for pattern, sinks in (([SECOND, FIRST], True), (PATTERNS, False)):
+        with pytest.raises(ValueError, match=match):
+            peft.PeftModel.from_pretrained(banded(base, sinks, pattern), path)
+        with pytest.raises(ValueError, match=match):
+            banded(base, sinks, pattern).load_adapter(str(path))
+        model = peft.get_peft_model(banded(base, sinks, pattern), CONFIGS["lora"]())
+        with pytest.raises(ValueError, match=match):
+            model.load_adapter(path, "default")
+        with pytest.raises(ValueError, match=match):
+            model.load_adapter(path, "second")
+
+
+def test_a_dense_model_with_adapters_is_not_changed(saved, base):
+    model = peft.get_peft_model(dense(base), CONFIGS["lora"]())
+    before = logits(model.eval(), IDS)
+    with pytest.raises(ValueError, match=r"must have `config.spattention` before the adapter of"):
+        model.load_adapter(folder_of(saved, "lora"), "second")
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_an_adapter_without_its_sinks_is_refused(saved, base, tmp_path):
+    for file in folder_of(saved, "lora").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    del weights["base_model.model.model.layers.1.self_attn.sinks.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    match = r"must hold the sinks that its config names, got no .*layers\.1\.self_attn\.sinks"
+    with pytest.raises(ValueError, match=match):
+        peft.PeftModel.from_pretrained(dense(base), tmp_path)
+    with pytest.raises(ValueError, match=match):
+        dense(base).load_adapter(str(tmp_path))
+
+
+def damage(text, **change):
+    config = json.loads(text)
+    for name, value in change.items():
+        if value is None:
+            del config[name]
+        else:
+            config[name] = value
+    return json.dumps(config)
+
+
+def section(**change):
+    config = {"version": 1, "patterns": [FIRST.to_dict()], "layers": [0, 0], "sinks": True}
+    return {**config, **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spattention": None}, "must be the section of the model .* got None"),
+        ({"spattention": [1]}, r"must be the section of the model .* got \[1\]"),
+        ({"spattention": section(version=2)}, "must have version 1 .* got 2"),
+        ({"spattention": section(layers=[0])}, "one entry of `layers` per text layer, 2"),
+        ({"spattention": section(sinks="yes")}, "must have a bool for `sinks`"),
+        ({"spattention": section(patterns=[P.dense(3, 8).to_dict()])}, "has 3 heads but layer 0"),
+        ({"spattention": section(patterns=[{"span": 2**63}])}, "`spattention` of"),
+        (
+            {"spattention": section(patterns=[P.dense(HEADS, 2**30).to_dict()])},
+            "`span` of a pattern .* must be at most",
+        ),
+        ({"spattention": {"foreign": 1}}, "must have version 1"),
+    ],
+)
+def test_a_damaged_adapter_config_is_refused(change, message, saved, base, tmp_path):
+    for file in folder_of(saved, "lora").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "adapter_config.json"
+    path.write_text(damage(path.read_text(), **change))
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(dense(base), tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        dense(base).load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"{", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"\xff\xfe\x00", r"adapter_config\.json must hold JSON"),
+        ("adapter_config.json", b"[1, 2]", r"must hold the config of an adapter, got list"),
+        ("adapter_model.safetensors", b"\x08", "(?i)header"),
+    ],
+)
+def test_a_damaged_adapter_file_is_refused(name, content, message, saved, base, tmp_path):
+    for file in folder_of(saved, "lora").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    for way in (
+        lambda: peft.PeftModel.from_pretrained(dense(base), str(tmp_path)),
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path)),
+    ):
+        with pytest.raises((ValueError, OSError, safetensors.SafetensorError), match=message):
+            way()
