@@ -31,7 +31,7 @@ Intervals = tuple[tuple[Interval, ...], ...]
 FORMAT_VERSION = 1
 MAX_INTERVALS = 2
 MAX_SPAN = 2**31 - 1  # positions are int32
-MAX_HEADS = 2**16
+MAX_HEADS = 2**20
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +50,7 @@ class BandPattern:
 
     Raises:
         ValueError: if an interval is empty, negative, unsorted, overlapping, touching, or reaches
-            beyond `span`, or if there are more than 65,536 heads.
+            beyond `span`, or if there are more than 2**20 heads.
     """
 
     intervals: Intervals
