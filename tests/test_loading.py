@@ -119,7 +119,7 @@ DAMAGED: list[tuple[Damage, str]] = [
     # The config.
     (write("config.json", "[]"), "config.json must hold a JSON object, got list"),
     (write("config.json", ""), "config.json must hold a JSON object"),
-    (write("config.json", DEEP), "config.json must hold a JSON object: RecursionError"),
+    (write("config.json", DEEP), "config.json must hold a JSON object: maximum recursion"),
     (write("config.json", b"\xff\xfe"), "config.json must hold a JSON object"),
     (write("config.json", "{}"), "`model_type` that Transformers knows, got None"),
     (config(model_type="evil"), "`model_type` that Transformers knows, got 'evil'"),
@@ -168,7 +168,7 @@ DAMAGED: list[tuple[Damage, str]] = [
     # The tokenizer, and what generation reads.
     (write("tokenizer.json", "{}"), "tokenizer.json must hold a tokenizer"),
     (write("tokenizer.json", "[]"), "tokenizer.json must hold a JSON object, got list"),
-    (write("tokenizer.json", DEEP), "tokenizer.json must hold a JSON object: RecursionError"),
+    (write("tokenizer.json", DEEP), "tokenizer.json must hold a JSON object: maximum recursion"),
     (write("tokenizer.json", '{"model": {"type": "BPE"}}'), "tokenizer.json must hold a tokenizer"),
     (
         lambda folder: edit(folder / "tokenizer_config.json", model_max_length=[3]),

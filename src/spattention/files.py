@@ -118,7 +118,7 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold a JSON object: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {shown(found)}")
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
 
 

@@ -8,7 +8,6 @@ for a damaged file; here each becomes a `ValueError` that names the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from . import baselines, hf
+from .files import read_json
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
 from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, newest_good
@@ -109,9 +109,9 @@ def open_config(folder: Path) -> Any:
     hf.register()
     baselines.register()
     file = folder / CONFIG
-    content = read_json(file)
+    content = read_json(file, LARGEST_JSON)
     if (folder / GENERATION).exists():  # Transformers passes over a damaged one in silence
-        read_json(folder / GENERATION)
+        read_json(folder / GENERATION, LARGEST_JSON)
     if (folder / ADAPTER).exists():
         raise ValueError(_adapter(folder))
     kind = content.get("model_type")
@@ -199,7 +199,11 @@ def open_model(folder: Path, *, dtype: torch.dtype | None = None, dense: bool = 
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer that is saved with a model."""
     open_config(folder)  # which the tokenizer's class may depend on
-    present = {name: read_json(folder / name) for name in TOKENIZER if (folder / name).exists()}
+    present = {
+        name: read_json(folder / name, LARGEST_JSON)
+        for name in TOKENIZER
+        if (folder / name).exists()
+    }
     own = [folder / name for name, content in present.items() if "auto_map" in content]
     rule = "must hold a tokenizer"
     if TOKENIZER[0] in present:
@@ -216,20 +220,6 @@ def open_tokenizer(folder: Path) -> Any:
     if words <= 0:
         # Without files Transformers makes an empty one of the model's family.
         raise ValueError(f"{folder} must hold a tokenizer, got none with words")
-    return found
-
-
-def read_json(path: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; raises a ValueError that names it."""
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "missing"
-        raise ValueError(f"{path} must be a file with a JSON object, it is {kind}")
-    if (size := path.stat().st_size) > limit:
-        raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
-    with named_errors(path, "must hold a JSON object"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
 
 
@@ -283,7 +273,7 @@ def _check_manifest(folder: Path) -> None:
 
 def _of_comparison(folder: Path) -> Path:
     file = folder / "results.json"
-    named = read_json(file).get("model")
+    named = read_json(file, LARGEST_JSON).get("model")
     inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
     if not named or not inside or not (folder / named / CONFIG).is_file():
         raise ValueError(
@@ -406,7 +396,7 @@ def _only_tokens(model: Any, file: Path) -> None:
 
 def _indexed(index: Path) -> tuple[Path, ...]:
     """The files that an index of weights names, all of them in its folder."""
-    named = read_json(index).get("weight_map")
+    named = read_json(index, LARGEST_JSON).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise ValueError(f"{index} must have a `weight_map`, got {type(named).__name__}")
     files = []

@@ -67,7 +67,7 @@ def snapshot(folder):
 @pytest.mark.parametrize(
     ("damage", "error"),
     [
-        (lambda d: (d / MARK).write_text("[]"), "run.json must hold a JSON object, got []"),
+        (lambda d: (d / MARK).write_text("[]"), "run.json must hold a JSON object, got list"),
         (lambda d: (d / MARK).write_text("{}"), "run.json must hold `version`, a JSON int"),
         (lambda d: (d / MARK).write_bytes(b"\xff"), "run.json must hold a JSON object: "),
         (lambda d: (d / MARK).write_text("[" * 99_999), "run.json must hold a JSON object: "),

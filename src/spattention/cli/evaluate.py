@@ -27,8 +27,8 @@ from ..evaluation.heads import LayerHeads, look_at_heads
 from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
-from ..files import write_atomically
-from ..loading import model_digest, model_folder, open_model, open_tokenizer, read_json
+from ..files import read_json, write_atomically
+from ..loading import LARGEST_JSON, model_digest, model_folder, open_model, open_tokenizer
 from ..plots import evaluation_figure
 from ..provenance import machine
 from ..training.lock import held
@@ -304,7 +304,7 @@ def _check_output(output: Path, folder: Path, digest: str, parts: tuple[Part, ..
     file = output / "evaluation.json"
     if not file.exists():
         return
-    found = read_json(file)
+    found = read_json(file, LARGEST_JSON)
     advice = "name another folder, or give --replace"
     if found.get("format") != FORMAT:
         raise ValueError(f"`--output` holds {file}, which is no evaluation: {advice}")
@@ -348,7 +348,7 @@ def _data_of_run(run: Path) -> list[Path]:
     """The data that a training run takes its validation loss over; empty if there is no run."""
     if not (run / "run.json").is_file():
         return []
-    recipe = read_json(run / "run.json").get("recipe")
+    recipe = read_json(run / "run.json", LARGEST_JSON).get("recipe")
     named = (recipe.get("validation") or recipe.get("data")) if isinstance(recipe, dict) else None
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ValueError(f"{run / 'run.json'} must hold the recipe of a run with its `data`")
