@@ -84,9 +84,15 @@ class Call:
         self.scale = softmax_scale(scale, self.precise)
 
     @property
-    def starts_at_zero(self) -> bool:
-        """True if queries start at position 0 without packing or padding."""
-        return self.query_start == 0 and all(each is None for each in self.positions)
+    def has_one_start(self) -> bool:
+        """True if each document, or each batch entry from position 0, has one first key."""
+        key_start = self.positions.key_start
+        return (
+            self.query_start == 0
+            and self.positions.query_start is None
+            and (key_start is None or key_start.dim() == 1)
+            and (self.positions.cu_seqlens_q is None or self.n_documents > 0)
+        )
 
 
 def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:

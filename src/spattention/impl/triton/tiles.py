@@ -121,25 +121,41 @@ def key_blocks(bands, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.const
 
 
 @triton.jit
+def from_zero(blocks):
+    """A `BlockRange` of keys without tokens before key 0: a range whose first block would start
+    there is covered from key 0 on instead. Its last block may then end after its range.
+    """
+    return BlockRange(
+        max(blocks.start_0, 0),
+        blocks.limit_0,
+        blocks.count_0,
+        max(blocks.start_1, 0),
+        blocks.limit_1,
+        blocks.count_1,
+    )
+
+
+@triton.jit
 def query_blocks(
-    bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr
+    bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr, offset=0
 ):
     """The blocks of queries that a block of keys needs.
 
     Blocks start where their range starts, or up to three queries before: TMA copies float32 in
-    units of 16 bytes. The last block may end after `high`, which is the range's `limit`.
+    units of 16 bytes. The last block may end after `high`, which is the range's `limit`. `offset`
+    is the index in memory of query 0.
     """
     low_0, high_0 = query_range(
         first_key, last_key, bands.near_0, bands.far_0, query_start, n_queries
     )
-    start_0 = low_0 // 4 * 4
+    start_0 = (offset + low_0) // 4 * 4 - offset
     count_0 = tl.where(low_0 < high_0, num_blocks(start_0, high_0, BLOCK), 0)
     start_1, high_1, count_1 = start_0, high_0, 0
     if INTERVALS == 2:
         low_1, high_1 = query_range(
             first_key, last_key, bands.near_1, bands.far_1, query_start, n_queries
         )
-        start_1 = low_1 // 4 * 4
+        start_1 = (offset + low_1) // 4 * 4 - offset
         count_1 = tl.where(low_1 < high_1, num_blocks(start_1, high_1, BLOCK), 0)
     return BlockRange(start_0, high_0, count_0, start_1, high_1, count_1)
 

@@ -77,31 +77,39 @@ def sequence_at(
     FORM: tl.constexpr,
 ):
     """The `Sequence` of a slot, with its block of keys if `OF_KEYS`, else of queries."""
-    n_documents, n_queries, n_keys = counts.n_documents, counts.n_queries, counts.n_keys
     if FORM.PACKED:
-        p_offsets_q, p_offsets_k = positions.cu_seqlens_q, positions.cu_seqlens_k
-        if OF_KEYS:
-            document, block = document_at(p_offsets_k, slot, n_documents, n_keys, BLOCK)
-        else:
-            document, block = document_at(p_offsets_q, slot, n_documents, n_queries, BLOCK)
-        offset_q = offset_at(p_offsets_q, document, n_documents, n_queries)
-        offset_k = offset_at(p_offsets_k, document, n_documents, n_keys)
-        queries = offset_at(p_offsets_q, document + 1, n_documents, n_queries) - offset_q
-        keys = offset_at(p_offsets_k, document + 1, n_documents, n_keys) - offset_k
-        # Tokens after the last offset belong to no document and see nothing.
-        behind = document == n_documents
-        if OF_KEYS:
-            queries = tl.where(behind, 0, queries)
-        else:
-            keys = tl.where(behind, 0, keys)
-        start = keys - queries
+        sequence = document_sequence(positions, counts, counts.n_documents, slot, BLOCK, OF_KEYS)
     else:
-        block, offset_q, offset_k, queries, keys = slot, 0, 0, n_queries, n_keys
         start = counts.query_start
         if FORM.START_ON_DEVICE:
             start = tl.load(positions.query_start + batch.to(tl.int64) * counts.query_start_stride)
         start = tl.minimum(tl.maximum(start, 0), tiles.MAX_POSITION)
-    return Sequence(block, offset_q, queries, offset_k, keys, start)
+        sequence = Sequence(slot, 0, counts.n_queries, 0, counts.n_keys, start)
+    return sequence
+
+
+@triton.jit
+def document_sequence(
+    positions, counts, n_documents, slot, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
+):
+    """The `Sequence` of a slot in packed documents, as `sequence_at`."""
+    n_queries, n_keys = counts.n_queries, counts.n_keys
+    p_offsets_q, p_offsets_k = positions.cu_seqlens_q, positions.cu_seqlens_k
+    if OF_KEYS:
+        document, block = document_at(p_offsets_k, slot, n_documents, n_keys, BLOCK)
+    else:
+        document, block = document_at(p_offsets_q, slot, n_documents, n_queries, BLOCK)
+    offset_q = offset_at(p_offsets_q, document, n_documents, n_queries)
+    offset_k = offset_at(p_offsets_k, document, n_documents, n_keys)
+    queries = offset_at(p_offsets_q, document + 1, n_documents, n_queries) - offset_q
+    keys = offset_at(p_offsets_k, document + 1, n_documents, n_keys) - offset_k
+    # Tokens after the last offset belong to no document and see nothing.
+    behind = document == n_documents
+    if OF_KEYS:
+        queries = tl.where(behind, 0, queries)
+    else:
+        keys = tl.where(behind, 0, keys)
+    return Sequence(block, offset_q, queries, offset_k, keys, keys - queries)
 
 
 @triton.jit

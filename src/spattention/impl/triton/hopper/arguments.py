@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .. import tiles
+from .. import tiles, varlen
 
 
 class ForwardCounts(NamedTuple):
@@ -46,32 +46,100 @@ class BackwardCounts(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """A block of queries of one head: positions of its first and last query, and the `BlockRange`
-    of its keys.
+    """A block of queries of one head, in the sequence that it belongs to.
+
+    `first_query` and `n_queries` are indices in the sequence, `first` and `last` positions, and
+    `keys` the `BlockRange` of its keys. The sequence's queries and keys start at `offset_q` and
+    `offset_k` of the batch entry. Keys from `n_keys` on belong to another sequence, or no query
+    sees them.
     """
 
     batch: Any
     bands: Any
+    first_query: Any
     first: Any
     last: Any
     keys: Any
+    offset_q: Any
+    n_queries: Any
+    offset_k: Any
+    n_keys: Any
+
+
+@gluon.constexpr_function
+def is_bounded(form):
+    """True if a batch entry holds tokens of other sequences, or padding: they may hold anything,
+    NaN included, and must not reach a product.
+    """
+    return form.PACKED or form.HAS_KEY_START
+
+
+@gluon.jit
+def sequence_at(
+    positions,
+    counts,
+    n_slots,
+    slot,
+    batch,
+    BLOCK: gl.constexpr,
+    OF_KEYS: gl.constexpr,
+    FORM: gl.constexpr,
+):
+    """The `varlen.Sequence` of a slot, with its block of keys if `OF_KEYS`, else of queries.
+
+    Under `key_start` `[B]` the sequence's keys start there, and earlier queries have negative
+    positions.
+    """
+    if FORM.PACKED:
+        n_tokens = counts.n_keys if OF_KEYS else counts.n_queries
+        n_documents = n_slots - n_tokens // BLOCK - 1  # `varlen.num_slots`
+        sequence = varlen.document_sequence(positions, counts, n_documents, slot, BLOCK, OF_KEYS)
+    elif FORM.HAS_KEY_START:
+        start = gl.load(positions.key_start + batch)
+        start = min(max(start, 0), counts.n_keys)
+        sequence = varlen.Sequence(slot, 0, counts.n_queries, start, counts.n_keys - start, -start)
+    else:
+        sequence = varlen.Sequence(slot, 0, counts.n_queries, 0, counts.n_keys, 0)
+    return sequence
 
 
 @gluon.jit
 def query_tile(
     batch,
     bands,
-    block,
+    slot,
+    positions,
     counts,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
+    FORM: gl.constexpr,
 ):
-    """The `QueryTile` of a block index."""
-    first = block * BLOCK_M
-    last = min(first + BLOCK_M, counts.n_queries) - 1
-    keys = tiles.key_blocks(bands, first, last, 0, counts.n_keys, BLOCK_N, INTERVALS)
-    return QueryTile(batch, bands, first, last, keys)
+    """The `QueryTile` of a slot; without queries if `first_query >= n_queries`."""
+    BOUNDED: gl.constexpr = is_bounded(FORM)
+    sequence = sequence_at(
+        positions, counts, counts.n_query_blocks, slot, batch, BLOCK_M, False, FORM
+    )
+    first_query = sequence.block * BLOCK_M
+    first = sequence.start + first_query
+    last = sequence.start + min(first_query + BLOCK_M, sequence.n_queries) - 1
+    n_keys = sequence.n_keys
+    if BOUNDED:
+        n_keys = min(n_keys, sequence.start + sequence.n_queries)
+    keys = tiles.key_blocks(bands, first, last, 0, n_keys, BLOCK_N, FORM.INTERVALS)
+    if BOUNDED:
+        keys = tiles.from_zero(keys)
+    return QueryTile(
+        batch,
+        bands,
+        first_query,
+        first,
+        last,
+        keys,
+        sequence.offset_q,
+        sequence.n_queries,
+        sequence.offset_k,
+        n_keys,
+    )
 
 
 @gluon.jit

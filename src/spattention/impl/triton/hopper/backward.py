@@ -50,6 +50,7 @@ def query_gradient(
     d_query,
     stats,
     p_bands,
+    positions,
     counts,
     scale,
     FORM: gl.constexpr,
@@ -76,21 +77,29 @@ def query_gradient(
     head_batch, rank = scheduler.work_tile(program, n_blocks, n_batch * n_heads, counts.order)
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
-    block = scheduler.query_block(rank, bands.near_0, n_blocks, BLOCK_M)
-    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS)
-    first, last, keys = tile.first, tile.last, tile.keys
+    near = 0 if FORM.PACKED else bands.near_0
+    slot = scheduler.query_block(rank, near, n_blocks, BLOCK_M)
+    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, BLOCK_N, FORM)
+    first_query, first, last, keys = tile.first_query, tile.first, tile.last, tile.keys
+    offset_q, offset_k = tile.offset_q, tile.offset_k
     head = bands.head
     key_head = head // counts.group
     n_steps = tiles.total_blocks(keys)
     batch_64 = batch.to(gl.int64)
     head_64 = head.to(gl.int64)
     p_d_query = d_query.pointer + batch_64 * d_query.stride_b + head_64 * d_query.stride_h
-    row_pitched = (batch_64 * n_heads + head_64) * pitch
+    row_pitched = (batch_64 * n_heads + head_64) * pitch + offset_q
+    row = (batch_64 * n_heads + head_64) * n_queries + offset_q
+    if FORM.PACKED:
+        n_queries, pitch = tile.n_queries, tile.n_queries
+        if first_query >= n_queries:
+            return
+        p_d_query += offset_q.to(gl.int64) * d_query.stride_t
 
-    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    o_query = first_query + gl.arange(0, BLOCK_M, ROW)  # [M]
+    o_position = first + gl.arange(0, BLOCK_M, ROW)  # [M]
     m_pitch = o_query < pitch
     if FORM.COMPUTE_DELTA:
-        row = (batch_64 * n_heads + head_64) * n_queries
         m_query = o_query < n_queries
         lse_log2, delta = init_stats(stats, row + o_query, m_query, BLOCK_M, ROW, FORM.HAS_D_LSE)
         # Rows up to the pitch are read with the last block of queries: they must hold numbers.
@@ -98,7 +107,7 @@ def query_gradient(
     if n_steps == 0:
         if FORM.COMPUTE_DELTA:
             gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
-        memory.store_zeros(p_d_query, first, d_query.stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        memory.store_zeros(p_d_query, first_query, d_query.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
     # Otherwise Triton 3.9 keeps a path around the main loop, and ptxas then serialises every wgmma.
     gl.assume(n_steps > 0)
@@ -110,10 +119,11 @@ def query_gradient(
     query_full = pipeline.allocate_barriers(1)
     key_full = pipeline.allocate_barriers(2)
     barrier = pipeline.expect_tx(query_full, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
-    pipeline.copy_tokens(inputs.query, batch, head, first, barrier, s_query, True)
-    pipeline.copy_tokens(inputs.d_out, batch, head, first, barrier, s_d_out, True)
+    first_row = offset_q + first_query
+    pipeline.copy_tokens(inputs.query, batch, head, first_row, barrier, s_query, True)
+    pipeline.copy_tokens(inputs.d_out, batch, head, first_row, barrier, s_d_out, True)
     for i in gl.static_range(2):
-        start = tiles.block_at(i, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        start = offset_k + tiles.block_at(i, keys, bands, BLOCK_N, FORM.INTERVALS).start
         barrier = pipeline.expect_tx(key_full, i, STEP_BYTES, i < n_steps)
         s_first_key, s_first_value = s_keys.index(i), s_values.index(i)
         pipeline.copy_tokens(inputs.key, batch, key_head, start, barrier, s_first_key, i < n_steps)
@@ -124,7 +134,9 @@ def query_gradient(
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     if FORM.COMPUTE_DELTA:
         p_out = out.pointer + batch_64 * out.stride_b + head_64 * out.stride_h
-        b_out = memory.load_tokens(p_out, first, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        if FORM.PACKED:
+            p_out += offset_q.to(gl.int64) * out.stride_t
+        b_out = memory.load_tokens(p_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
     else:
         gdc_wait()  # for the preprocess kernel
         lse_log2 = gl.load(stats.lse_log2 + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
@@ -139,20 +151,24 @@ def query_gradient(
             for step in range(n_steps):
                 key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
                 pipeline.consumer_wait(key_full, step)
+                if arguments.is_bounded(FORM):
+                    zero_keys_after(tile, key_block.start, step, s_keys, s_values)
                 s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
                 scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
                 d_p = warpgroup_mma(
                     s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
                 )
                 scores, d_p = warpgroup_mma_wait(0, [scores, d_p])
-                delta += delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, SCORES)
+                delta += delta_of_keys(scores, d_p, o_position, key_block, lse_log2, scale, SCORES)
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
         first_key, _, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
-        start = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        start = offset_k + tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
         s_key, s_value = s_keys.index(step % 2), s_values.index(step % 2)
         pipeline.consumer_wait(key_full, step)
+        if arguments.is_bounded(FORM):
+            zero_keys_after(tile, first_key, step, s_keys, s_values)
         # [M, N] = [M, D] @ [D, N], both
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -167,7 +183,7 @@ def query_gradient(
         p = softmax.recompute(scores, lse_log2[:, None], scale)
         if not tiles.is_inside(first, last, first_key, first_key + BLOCK_N - 1, near, far, 0):
             o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-            m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far)
+            m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far)
             p = gl.where(m_seen, p, 0.0)
         d_p = warpgroup_mma_wait(0, [d_p])
         d_scores = p * (d_p - delta[:, None])
@@ -176,14 +192,31 @@ def query_gradient(
         b_d_query = warpgroup_mma(b_d_scores, s_key, b_d_query, is_async=True)
 
     b_d_query = warpgroup_mma_wait(0, [b_d_query]) * softmax.natural(scale)
-    memory.store_tokens(p_d_query, b_d_query, first, d_query.stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    memory.store_tokens(
+        p_d_query, b_d_query, first_query, d_query.stride_t, n_queries, BLOCK_M, HEAD_DIM
+    )
     pipeline.invalidate(query_full)
     pipeline.invalidate(key_full)
 
 
 @gluon.jit
-def fetch_queries(inputs, batch, head, row, start, ring, n, pred, STEP_BYTES: gl.constexpr):
-    """Start to copy a block of queries, and what belongs to it, into the ring as block `n`."""
+def zero_keys_after(tile, start, n, s_keys, s_values):
+    """Zero the keys and values in block `n` of the ring that are not of the tile's sequence."""
+    if start + s_keys.shape[1] > tile.n_keys:
+        memory.zero_outside(s_keys.index(n % 2), start, tile.n_keys)
+        memory.zero_outside(s_values.index(n % 2), start, tile.n_keys)
+
+
+@gluon.jit
+def fetch_queries(
+    inputs, batch, head, offset, row, start, ring, n, pred, STEP_BYTES: gl.constexpr
+):
+    """Start to copy a block of queries, and what belongs to it, into the ring as block `n`.
+
+    Its first query is `start` in a sequence that starts at `offset` of the batch entry, whose
+    statistics start at `row`.
+    """
+    start += offset
     barrier = pipeline.expect_tx(ring.full, n, STEP_BYTES, pred)
     pipeline.copy_tokens(inputs.query, batch, head, start, barrier, ring.queries.index(n % 2), pred)
     pipeline.copy_tokens(inputs.d_out, batch, head, start, barrier, ring.d_outs.index(n % 2), pred)
@@ -198,6 +231,7 @@ def key_gradient(
     d_key,
     d_value,
     p_bands,
+    positions,
     counts,
     scale,
     FORM: gl.constexpr,
@@ -217,6 +251,7 @@ def key_gradient(
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_STATS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
+    BOUNDED: gl.constexpr = arguments.is_bounded(FORM)
 
     n_batch, n_heads, n_blocks = counts.n_batch, counts.n_heads, counts.n_key_blocks
     n_queries, n_keys = counts.n_queries, counts.n_keys
@@ -226,19 +261,34 @@ def key_gradient(
     batch = head_batch % n_batch
     entry = head_batch // n_batch * counts.group
     bands = tiles.load_bands(p_bands, entry)
-    block = scheduler.key_block(rank, bands.near_0, n_blocks, n_queries, BLOCK_N)
+    slot = rank  # documents have no order
+    if not FORM.PACKED:
+        slot = scheduler.key_block(rank, bands.near_0, n_blocks, n_queries, BLOCK_N)
     head = bands.head
     key_head = head // counts.group
-    first_key = block * BLOCK_N
+    sequence = arguments.sequence_at(positions, counts, n_blocks, slot, batch, BLOCK_N, True, FORM)
+    offset_q, offset_k, query_start = sequence.offset_q, sequence.offset_k, sequence.start
+    n_queries, n_keys = sequence.n_queries, sequence.n_keys
+    first_key = sequence.block * BLOCK_N
+    if FORM.HAS_KEY_START:
+        first_key -= offset_k  # negative in the padding
+    if FORM.PACKED:
+        if first_key >= n_keys:
+            return
     last_key = min(first_key + BLOCK_N, n_keys) - 1
+    if FORM.HAS_KEY_START:
+        n_queries = gl.where(last_key < 0, 0, n_queries)
     o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES))  # [N]
 
     batch_64, key_head_64 = batch.to(gl.int64), key_head.to(gl.int64)
     p_d_key = d_key.pointer + batch_64 * d_key.stride_b + key_head_64 * d_key.stride_h
     p_d_value = d_value.pointer + batch_64 * d_value.stride_b + key_head_64 * d_value.stride_h
+    if BOUNDED:
+        p_d_key += offset_k.to(gl.int64) * d_key.stride_t
+        p_d_value += offset_k.to(gl.int64) * d_value.stride_t
     if not FORM.GROUPED:  # in a group, keys that no query sees are too rare to test for
         queries = tiles.query_blocks(
-            bands, first_key, last_key, 0, n_queries, BLOCK_M, FORM.INTERVALS
+            bands, first_key, last_key, query_start, n_queries, BLOCK_M, FORM.INTERVALS, offset_q
         )
         if tiles.total_blocks(queries) == 0:
             memory.store_zeros(p_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM)
@@ -256,13 +306,15 @@ def key_gradient(
     ring = QueryRing(s_queries, s_d_outs, s_lses, s_deltas, query_full)
 
     barrier = pipeline.expect_tx(key_full, 0, 2 * BLOCK_N * HEAD_DIM * 2, True)
-    pipeline.copy_tokens(inputs.key, batch, key_head, first_key, barrier, s_key, True)
-    pipeline.copy_tokens(inputs.value, batch, key_head, first_key, barrier, s_value, True)
+    first_row = offset_k + first_key
+    pipeline.copy_tokens(inputs.key, batch, key_head, first_row, barrier, s_key, True)
+    pipeline.copy_tokens(inputs.value, batch, key_head, first_row, barrier, s_value, True)
 
     b_d_key = gl.full([BLOCK_N, HEAD_DIM], 0.0, gl.float32, OUT)
     b_d_value = gl.full([BLOCK_N, HEAD_DIM], 0.0, gl.float32, OUT)
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, SCORES)
     nearest = bands.near_0
+    lowest = max(-query_start, 0)  # first query after a padding
     done = 0  # blocks of queries before those of this member
     gdc_wait()  # for the kernel that writes lse_log2 and delta
     for member in range(counts.group if FORM.GROUPED else 1):
@@ -271,12 +323,14 @@ def key_gradient(
             head = bands.head
             nearest = min(nearest, bands.near_0)
         queries = tiles.query_blocks(
-            bands, first_key, last_key, 0, n_queries, BLOCK_M, FORM.INTERVALS
+            bands, first_key, last_key, query_start, n_queries, BLOCK_M, FORM.INTERVALS, offset_q
         )
         n_steps = tiles.total_blocks(queries)
         row = (batch * n_heads + head) * counts.pitch
         start = tiles.block_at(0, queries, bands, BLOCK_M, FORM.INTERVALS).start
-        fetch_queries(inputs, batch, head, row, start, ring, done, n_steps > 0, STEP_BYTES)
+        fetch_queries(
+            inputs, batch, head, offset_q, row, start, ring, done, n_steps > 0, STEP_BYTES
+        )
         if member == 0:
             pipeline.consumer_wait(key_full, 0)
         for step in range(n_steps):
@@ -285,9 +339,13 @@ def key_gradient(
             first, high, near, far = tiles.block_at(step, queries, bands, BLOCK_M, FORM.INTERVALS)
             start = tiles.block_at(step + 1, queries, bands, BLOCK_M, FORM.INTERVALS).start
             more = step + 1 < n_steps
-            fetch_queries(inputs, batch, head, row, start, ring, n + 1, more, STEP_BYTES)
+            fetch_queries(inputs, batch, head, offset_q, row, start, ring, n + 1, more, STEP_BYTES)
             s_query, s_d_out = s_queries.index(n % 2), s_d_outs.index(n % 2)
             pipeline.consumer_wait(query_full, n)
+            if BOUNDED:
+                if (first < lowest) | (first + BLOCK_M > n_queries):
+                    memory.zero_outside(s_query, first - lowest, n_queries - lowest)
+                    memory.zero_outside(s_d_out, first - lowest, n_queries - lowest)
             # [N, M] = [N, D] @ [D, M], both
             scores = warpgroup_mma(
                 s_key, s_query.permute((1, 0)), zeros, use_acc=False, is_async=True
@@ -299,18 +357,25 @@ def key_gradient(
             scores = warpgroup_mma_wait(1, [scores])
             p = softmax.recompute(scores, lse_log2[None, :], scale)
             last = first + BLOCK_M - 1
-            inside = tiles.is_inside(first, last, first_key, last_key, near, far, 0)
+            position = query_start + first
+            inside = tiles.is_inside(
+                position, position + BLOCK_M - 1, first_key, last_key, near, far, 0
+            )
             # Rows after the end of the range belong to another head, or are zero and would get the
             # probability 1.
             if (not inside) | (last >= high):
                 o_query = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
-                m_seen = arguments.visible(o_query[None, :], o_key[:, None], near, far)
+                o_position = query_start + o_query
+                m_seen = arguments.visible(o_position[None, :], o_key[:, None], near, far)
                 p = gl.where(m_seen & (o_query < high)[None, :], p, 0.0)
             # [N, D] += [N, M] @ [M, D], both
             b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
             b_d_value = warpgroup_mma(b_p, s_d_out, b_d_value, is_async=True)
             d_p = warpgroup_mma_wait(1, [d_p])
             delta = s_deltas.index(n % 2).load(QUERIES)  # [M]
+            if BOUNDED:
+                o_row = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
+                delta = gl.where((o_row >= lowest) & (o_row < n_queries), delta, 0.0)
             d_scores = p * (d_p - delta[None, :])
             b_d_scores = gl.convert_layout(d_scores.to(DTYPE), OPERAND)
             b_d_key = warpgroup_mma(b_d_scores, s_query, b_d_key, is_async=True)
@@ -318,7 +383,11 @@ def key_gradient(
         done += n_steps
 
     # A key that no query sees may hold anything; its gradient is zero.
-    m_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)) + nearest < n_queries
+    o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))  # [N]
+    m_key = o_key + nearest < query_start + n_queries
+    if FORM.HAS_KEY_START:
+        m_key = m_key & (o_key >= 0)
+        b_d_value = gl.where(m_key[:, None], b_d_value, 0.0)
     b_d_key = gl.where(m_key[:, None], b_d_key * softmax.natural(scale), 0.0)
     memory.store_tokens(p_d_key, b_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM)
     memory.store_tokens(
@@ -342,6 +411,7 @@ def backward_kernel(
     d_value,
     stats,
     p_bands,
+    positions,
     n_heads,
     group,
     n_batch,
@@ -384,6 +454,7 @@ def backward_kernel(
             d_key,
             d_value,
             p_bands + 8 * counts.n_heads,
+            positions,
             counts,
             scale,
             FORM,
@@ -396,6 +467,7 @@ def backward_kernel(
         d_query,
         stats,
         p_bands,
+        positions,
         counts,
         scale,
         FORM,

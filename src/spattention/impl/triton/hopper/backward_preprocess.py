@@ -31,12 +31,12 @@ def init_stats(
 
 
 @gluon.jit
-def delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, LAYOUT: gl.constexpr):
+def delta_of_keys(scores, d_p, o_position, key_block, lse_log2, scale, LAYOUT: gl.constexpr):
     """Contribution of a block of keys to delta, `[M]`: the products of their probabilities and the
     gradients of these. In a row with few keys, delta from the output would show its rounding.
     """
     o_key = key_block.start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
-    m_seen = arguments.visible(o_query[:, None], o_key[None, :], key_block.near, key_block.far)
+    m_seen = arguments.visible(o_position[:, None], o_key[None, :], key_block.near, key_block.far)
     p = gl.where(m_seen, softmax.recompute(scores, lse_log2[:, None], scale), 0.0)
     return gl.sum(p * d_p, 1)
 
@@ -51,6 +51,7 @@ def preprocess_kernel(
     d_out,
     stats,
     p_bands,
+    positions,
     n_heads,
     group,
     n_batch,
@@ -94,9 +95,10 @@ def preprocess_kernel(
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
     # In reverse: here blocks of few keys take longest, and those without keys come last.
-    block = scheduler.query_block(n_blocks - 1 - rank, bands.near_0, n_blocks, BLOCK_M)
-    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS)
-    first, keys = tile.first, tile.keys
+    near = 0 if FORM.PACKED else bands.near_0
+    slot = scheduler.query_block(n_blocks - 1 - rank, near, n_blocks, BLOCK_M)
+    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, BLOCK_N, FORM)
+    first, keys, offset_k = tile.first_query, tile.keys, tile.offset_k
     head = bands.head
     key_head = head // counts.group
     n_steps = tiles.total_blocks(keys)
@@ -104,15 +106,24 @@ def preprocess_kernel(
     head_64 = head.to(gl.int64)
     p_out = out.pointer + batch_64 * out.stride_b + head_64 * out.stride_h
     p_d_out = d_out.pointer + batch_64 * d_out.stride_b + head_64 * d_out.stride_h
-    row = (batch_64 * n_heads + head_64) * n_queries
-    row_pitched = (batch_64 * n_heads + head_64) * pitch
+    row = (batch_64 * n_heads + head_64) * n_queries + tile.offset_q
+    row_pitched = (batch_64 * n_heads + head_64) * pitch + tile.offset_q
+    if FORM.PACKED:
+        offset_64 = tile.offset_q.to(gl.int64)
+        p_out += offset_64 * out.stride_t
+        p_d_out += offset_64 * d_out.stride_t
+        n_queries, pitch = tile.n_queries, tile.n_queries
 
     o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    o_position = tile.first + gl.arange(0, BLOCK_M, ROW)  # [M]
     m_query = o_query < n_queries
     # The kernel of the gradients may start as soon as all blocks have started here. It copies its
     # first keys and values before it waits for this kernel.
     gdc_wait()
     gdc_launch_dependents()
+    if FORM.PACKED:
+        if first >= n_queries:
+            return
     lse_log2, delta = init_stats(stats, row + o_query, m_query, BLOCK_M, ROW, FORM.HAS_D_LSE)  # [M]
     # Rows up to the pitch are read with the last block of queries: they must hold numbers.
     gl.store(stats.lse_log2 + row_pitched + o_query, lse_log2, mask=o_query < pitch)
@@ -134,13 +145,15 @@ def preprocess_kernel(
     query_full = pipeline.allocate_barriers(1)
     full = pipeline.allocate_barriers(1)
     barrier = pipeline.expect_tx(query_full, 0, 2 * BLOCK_M * HEAD_DIM * 2, True)
-    pipeline.copy_tokens(t_query, batch, head, first, barrier, s_query, True)
-    pipeline.copy_tokens(t_d_out, batch, head, first, barrier, s_d_out, True)
+    first_row = tile.offset_q + first
+    pipeline.copy_tokens(t_query, batch, head, first_row, barrier, s_query, True)
+    pipeline.copy_tokens(t_d_out, batch, head, first_row, barrier, s_d_out, True)
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     for step in range(n_steps):
         key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
         barrier = pipeline.expect_tx(full, 2 * step, BLOCK_N * HEAD_DIM * 2, True)
-        pipeline.copy_tokens(t_key, batch, key_head, key_block.start, barrier, s_tokens, True)
+        first_key = offset_k + key_block.start
+        pipeline.copy_tokens(t_key, batch, key_head, first_key, barrier, s_tokens, True)
         if step == 0:
             pipeline.consumer_wait(query_full, 0)
         pipeline.consumer_wait(full, 2 * step)
@@ -148,11 +161,14 @@ def preprocess_kernel(
         scores = warpgroup_mma(s_query, s_operand, zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
         barrier = pipeline.expect_tx(full, 2 * step + 1, BLOCK_N * HEAD_DIM * 2, True)
-        pipeline.copy_tokens(t_value, batch, key_head, key_block.start, barrier, s_tokens, True)
+        pipeline.copy_tokens(t_value, batch, key_head, first_key, barrier, s_tokens, True)
         pipeline.consumer_wait(full, 2 * step + 1)
+        if arguments.is_bounded(FORM):
+            if key_block.start + BLOCK_N > tile.n_keys:
+                memory.zero_outside(s_tokens, key_block.start, tile.n_keys)
         d_p = warpgroup_mma(s_d_out, s_operand, zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma_wait(0, [d_p])
-        delta += delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, SCORES)
+        delta += delta_of_keys(scores, d_p, o_position, key_block, lse_log2, scale, SCORES)
     gl.store(stats.delta + row_pitched + o_query, delta, mask=o_query < pitch)
     pipeline.invalidate(query_full)
     pipeline.invalidate(full)

@@ -20,7 +20,7 @@ from . import arguments, memory, pipeline
 def mask_scores(
     scores,
     tile,
-    o_query,
+    o_position,
     key_block,
     BLOCK_N: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -31,9 +31,17 @@ def mask_scores(
     last_key = first_key + BLOCK_N - 1
     if not tiles.is_inside(tile.first, tile.last, first_key, last_key, near, far, 0):
         o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far)
+        m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far)
         scores = gl.where(m_seen, scores, float("inf") if FALLING else float("-inf"))
     return scores
+
+
+@gluon.jit
+def zero_values_after(tile, key_block, n, s_values, value_full):
+    """Zero the values in block `n` of the ring that are not of the tile's sequence."""
+    if key_block.start + s_values.shape[1] > tile.n_keys:
+        pipeline.consumer_wait(value_full, n)
+        memory.zero_outside(s_values.index(n % 2), key_block.start, tile.n_keys)
 
 
 @gluon.jit
@@ -57,6 +65,7 @@ def forward_kernel(
     p_lse,
     p_bands,
     p_sinks,
+    positions,
     n_heads,
     group,
     n_batch,
@@ -82,6 +91,7 @@ def forward_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = t_key.dtype
     KEY_BYTES: gl.constexpr = BLOCK_N * HEAD_DIM * 2
+    BOUNDED: gl.constexpr = arguments.is_bounded(FORM)
     # [M, N] scores, [M, D] output, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
@@ -100,18 +110,23 @@ def forward_kernel(
         head_batch, rank = scheduler.work_tile(program, n_blocks, n_batch * n_heads, counts.order)
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
-    # Pairs order their blocks by length, those without keys among them.
-    block = scheduler.query_block(
-        rank, bands.near_0 * (counts.order != scheduler.PAIRED), n_blocks, BLOCK_M
-    )
-    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS)
-    first, keys = tile.first, tile.keys
+    # Pairs order their blocks by length, those without keys among them; documents have no order.
+    near = 0 if FORM.PACKED else bands.near_0 * (counts.order != scheduler.PAIRED)
+    slot = scheduler.query_block(rank, near, n_blocks, BLOCK_M)
+    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, BLOCK_N, FORM)
+    first_query, n_queries, keys = tile.first_query, tile.n_queries, tile.keys
+    if FORM.PACKED:
+        if first_query >= n_queries:
+            return
     head = bands.head
     key_head = head // counts.group
     n_steps = tiles.total_blocks(keys)
     p_out = out.pointer + batch.to(gl.int64) * out.stride_b + head.to(gl.int64) * out.stride_h
-    p_lse += (batch.to(gl.int64) * n_heads + head) * counts.n_queries
-    o_query = first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    p_lse += (batch.to(gl.int64) * n_heads + head) * counts.n_queries + tile.offset_q
+    if FORM.PACKED:
+        p_out += tile.offset_q.to(gl.int64) * out.stride_t
+    o_query = first_query + gl.arange(0, BLOCK_M, ROW)  # [M]
+    o_position = tile.first + gl.arange(0, BLOCK_M, ROW)  # [M]
 
     row_max, row_sum = init_softmax(p_sinks, head, BLOCK_M, ROW, FORM.HAS_SINKS)
     b_out = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
@@ -119,8 +134,8 @@ def forward_kernel(
 
     if n_steps == 0:
         lse, _ = softmax.finalize(row_max, row_sum)
-        gl.store(p_lse + o_query, lse, mask=o_query < counts.n_queries)
-        memory.store_zeros(p_out, first, out.stride_t, counts.n_queries, BLOCK_M, HEAD_DIM)
+        gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+        memory.store_zeros(p_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
 
     # One buffer of keys is enough, because keys are free once the scores are there. With one, three
@@ -134,13 +149,15 @@ def forward_kernel(
 
     key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS)
     next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+    offset_q, offset_k = tile.offset_q, tile.offset_k
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
-    pipeline.copy_tokens(t_query, batch, head, first, barrier, s_query, True)
+    pipeline.copy_tokens(t_query, batch, head, offset_q + first_query, barrier, s_query, True)
     barrier = pipeline.expect_tx(key_full, 0, KEY_BYTES, True)
-    pipeline.copy_tokens(t_key, batch, key_head, key_block.start, barrier, s_key, True)
+    pipeline.copy_tokens(t_key, batch, key_head, offset_k + key_block.start, barrier, s_key, True)
     barrier = pipeline.expect_tx(value_full, 0, KEY_BYTES, True)
+    s_value = s_values.index(0)
     pipeline.copy_tokens(
-        t_value, batch, key_head, key_block.start, barrier, s_values.index(0), True
+        t_value, batch, key_head, offset_k + key_block.start, barrier, s_value, True
     )
 
     pipeline.consumer_wait(query_full, 0)
@@ -149,18 +166,22 @@ def forward_kernel(
     scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
     barrier = pipeline.expect_tx(key_full, 1, KEY_BYTES, n_steps > 1)
-    pipeline.copy_tokens(t_key, batch, key_head, next_key, barrier, s_key, n_steps > 1)
-    scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+    pipeline.copy_tokens(t_key, batch, key_head, offset_k + next_key, barrier, s_key, n_steps > 1)
+    scores = mask_scores(scores, tile, o_position, key_block, BLOCK_N, SCORES, FORM.FALLING)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
     for step in range(1, n_steps):
         # All products of the step before are done.
+        if BOUNDED:
+            zero_values_after(tile, key_block, step - 1, s_values, value_full)
         key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
         next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
         barrier = pipeline.expect_tx(value_full, step, KEY_BYTES, True)
         s_value = s_values.index(step % 2)
-        pipeline.copy_tokens(t_value, batch, key_head, key_block.start, barrier, s_value, True)
+        pipeline.copy_tokens(
+            t_value, batch, key_head, offset_k + key_block.start, barrier, s_value, True
+        )
         pipeline.consumer_wait(key_full, step)
         # [M, N] = [M, D] @ [D, N]
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -170,21 +191,23 @@ def forward_kernel(
         scores = warpgroup_mma_wait(1, [scores])
         more = step + 1 < n_steps
         barrier = pipeline.expect_tx(key_full, step + 1, KEY_BYTES, more)
-        pipeline.copy_tokens(t_key, batch, key_head, next_key, barrier, s_key, more)
-        scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+        pipeline.copy_tokens(t_key, batch, key_head, offset_k + next_key, barrier, s_key, more)
+        scores = mask_scores(scores, tile, o_position, key_block, BLOCK_N, SCORES, FORM.FALLING)
         p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
         b_out = warpgroup_mma_wait(0, [b_out])
         b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
+    if BOUNDED:
+        zero_values_after(tile, key_block, n_steps - 1, s_values, value_full)
     pipeline.consumer_wait(value_full, n_steps - 1)
     b_out = warpgroup_mma(b_p, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, [b_out])
 
     lse, row_sum = softmax.finalize(row_max, row_sum)
-    gl.store(p_lse + o_query, lse, mask=o_query < counts.n_queries)
+    gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
     b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
-    memory.store_tokens(p_out, b_out, first, out.stride_t, counts.n_queries, BLOCK_M, HEAD_DIM)
+    memory.store_tokens(p_out, b_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
     pipeline.invalidate(query_full)
     pipeline.invalidate(key_full)
     pipeline.invalidate(value_full)

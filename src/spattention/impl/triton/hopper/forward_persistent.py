@@ -82,7 +82,7 @@ def tile_at(n, p_bands, counts, FORM: gl.constexpr):
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
     block = scheduler.query_block(rank, bands.near_0, n_blocks, BLOCK_M)
     return arguments.query_tile(
-        head_batch % n_batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS
+        head_batch % n_batch, bands, block, None, counts, BLOCK_M, BLOCK_N, FORM
     )
 
 
@@ -167,7 +167,9 @@ def consume(
         first = tile.first + consumer * ROWS
         last = min(first + ROWS - 1, tile.last)
         own = own_steps(keys, bands, first, last, counts.n_keys, FORM)
-        tile = arguments.QueryTile(tile.batch, bands, first, last, keys)
+        tile = arguments.QueryTile(
+            tile.batch, bands, first, first, last, keys, 0, n_queries, 0, counts.n_keys
+        )
         batch, head = tile.batch.to(gl.int64), bands.head
         p_out = out.pointer + batch * out.stride_b + head.to(gl.int64) * out.stride_h
         p_lse = work.p_lse + (batch * n_heads + head) * n_queries
@@ -318,6 +320,7 @@ def forward_kernel(
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     gl.static_assert(BLOCK_M == CONSUMERS * ROWS)
+    gl.static_assert(not arguments.is_bounded(FORM))
     gl.static_assert(gl.num_warps() == 4)
     DTYPE: gl.constexpr = t_key.dtype
     queries = pipeline.allocate_ring(CONSUMERS, ROWS, HEAD_DIM, DTYPE, 1)

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import varlen
-from ..arguments import Form, RowStats, heads
+from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
 from . import backward as backward_pass
@@ -69,10 +69,10 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
     query, key, value, out, lse, sinks = tensors
     launches = plan.launches
     launch = launches.forward_persistent if plan.persistent else launches.forward
-    n_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
+    n_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     programs = n_blocks * call.batch * call.heads
     results = heads(out)
-    arguments = (
+    tensors_in = (
         _descriptor(query, BLOCK if plan.persistent else launch.block_m),
         _descriptor(key, launch.block_n),
         _descriptor(value, launch.block_n),
@@ -80,7 +80,9 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         lse,
         call.bands[0],
         sinks,
-        # The fields of `ForwardCounts`
+    )
+    # The fields of `ForwardCounts`
+    counts = (
         call.heads,
         call.group,
         call.batch,
@@ -97,11 +99,13 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         call.n_intervals,
         sinks is not None,
         call.scale < 0,
+        *_bounds(call),
     )
+    positions = _positions(call)
     specialization_key = (
         call.device,
         call.dtype,
-        specialization(out, lse, sinks),
+        specialization(out, lse, sinks, *positions),
         results[1:],
     )
     with on_device(call.device):
@@ -109,7 +113,9 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             _forward(
                 programs,
                 specialization_key,
-                *arguments,
+                *tensors_in,
+                positions,
+                *counts,
                 call.scale,
                 FORM=form,
                 **launch.options,
@@ -119,7 +125,8 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         _forward_persistent(
             min(programs, properties.multi_processor_count),
             specialization_key,
-            *arguments,
+            *tensors_in,
+            *counts,
             programs,
             call.scale,
             FORM=form,
@@ -131,8 +138,8 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
     query, key, value, out, d_out, d_query, d_key, d_value = tensors
     launch = plan.launches.backward
-    n_query_blocks = varlen.num_slots(call.queries, 0, launch.block_m)
-    n_key_blocks = varlen.num_slots(call.keys, 0, launch.block_n)
+    n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
+    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
     programs = n_query_blocks * call.batch * call.heads
     key_programs = n_key_blocks * call.batch * call.key_heads
     inputs = (
@@ -160,13 +167,15 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         call.n_intervals,
         call.group > 1,
         stats.d_lse is not None,
+        *_bounds(call),
     )
+    positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
     specialization_key = (
         call.device,
         call.dtype,
-        specialization(out, d_out, *stats, d_query, d_key, d_value),
+        specialization(out, d_out, *stats, d_query, d_key, d_value, *positions),
         results[1:],
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
@@ -179,6 +188,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         *gradients,
         stats,
         call.bands,
+        positions,
         *counts,
     )
 
@@ -207,6 +217,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             grad_results,
             stats,
             call.bands,
+            positions,
             *counts,
             key_programs,
             call.scale,
@@ -215,6 +226,19 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             **launch.options,
         )
         run(key_programs + programs, key_programs, False)
+
+
+def _positions(call: Call) -> Positions:
+    """The positions as the kernels read them."""
+    key_start = call.positions.key_start
+    return call.positions._replace(
+        key_start=None if key_start is None else key_start.contiguous()
+    )
+
+
+def _bounds(call: Call) -> tuple[bool, bool]:
+    """`Form.PACKED` and `Form.HAS_KEY_START`."""
+    return call.n_documents > 0, call.positions.key_start is not None
 
 
 @lru_cache(maxsize=256)
@@ -226,6 +250,8 @@ def _forward_form(
     n_intervals: int,
     has_sinks: bool,
     falling: bool,
+    packed: bool,
+    has_key_start: bool,
 ) -> Form:
     """The forward kernel's `Form`; cached, because it takes longer to make than to look up."""
     return Form(
@@ -235,6 +261,8 @@ def _forward_form(
         BLOCK_N=block_n,
         STAGES=stages,
         INTERVALS=n_intervals,
+        PACKED=packed,
+        HAS_KEY_START=has_key_start,
         HAS_SINKS=has_sinks,
         FALLING=falling,
     )
@@ -248,6 +276,8 @@ def _backward_form(
     n_intervals: int,
     grouped: bool,
     has_d_lse: bool,
+    packed: bool,
+    has_key_start: bool,
     compute_delta: bool,
 ) -> Form:
     """The backward kernels' `Form`, cached like the forward kernel's."""
@@ -258,6 +288,8 @@ def _backward_form(
         BLOCK_N=block_n,
         INTERVALS=n_intervals,
         GROUPED=grouped,
+        PACKED=packed,
+        HAS_KEY_START=has_key_start,
         HAS_D_LSE=has_d_lse,
         COMPUTE_DELTA=compute_delta,
     )

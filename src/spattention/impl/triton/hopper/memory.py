@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs
-"""Blocks of tokens between registers and global memory, without TMA."""
+"""Blocks of tokens between registers and memory, without TMA."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 
 @gluon.constexpr_function
@@ -43,3 +44,18 @@ def store_zeros(p_head, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM:
     b_zeros = gl.full([TOKENS, HEAD_DIM], 0.0, p_head.dtype.element_ty, WIDE)
     p_block = p_head + o_token.to(gl.int64)[:, None] * stride + o_dim[None, :]
     gl.store(p_block, b_zeros, mask=(o_token < n_tokens)[:, None])
+
+
+@gluon.jit
+def zero_outside(s_tokens, first, n_tokens):
+    """Zero the tokens of a block `[TOKENS, D]` in shared memory that are not among `0 .. n_tokens -
+    1`, where its first is token `first`. A product may then read it whole: 0 * NaN would be NaN.
+    """
+    TOKENS: gl.constexpr = s_tokens.shape[0]
+    HEAD_DIM: gl.constexpr = s_tokens.shape[1]
+    WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
+    o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
+    m_token = (o_token >= 0) & (o_token < n_tokens)
+    b_zeros = gl.full([TOKENS, HEAD_DIM], 0.0, s_tokens.dtype, WIDE)
+    s_tokens.store(gl.where(m_token[:, None], s_tokens.load(WIDE), b_zeros))
+    fence_async_shared()

@@ -64,7 +64,7 @@ NEEDS = {
     "capability": "a GPU of compute capability 9.0 (Hopper)",
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
-    "positions": "queries from position 0, without packed documents or `key_start`",
+    "positions": "packed documents, or queries from position 0 with at most one `key_start` each",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -97,10 +97,8 @@ def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
         return f"{NEEDS['dtype']}, got {call.dtype}"
     if call.head_dim not in LAUNCHES:
         return f"{NEEDS['head_dim']}, got {call.head_dim}"
-    # TMA reads whole blocks, which may start before a range. With queries from position 0 and no
-    # first keys, some query sees every key there. Otherwise they might hold anything, NaN included,
-    # and must not be read.
-    if not call.starts_at_zero:
+    # Elsewhere a block may hold keys of two documents, or keys after the last query.
+    if not call.has_one_start:
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
@@ -134,7 +132,11 @@ def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
     """
     reason = refusal(call, *tensors)
     if reason is None:
-        return _plan(call.intervals, call.batch, call.keys, call.head_dim)
+        bounded = any(each is not None for each in call.positions)
+        # Packed documents count as a batch of documents of mean length.
+        documents = call.n_documents or call.batch
+        keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
+        return _plan(call.intervals, documents, keys, call.head_dim, bounded)
     if reason.startswith(NEEDS["triton"]):
         warn_untested(triton.__version__)
     return None
@@ -158,12 +160,18 @@ def readable(*tensors: torch.Tensor) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _plan(intervals: tuple[int, ...], batch: int, keys: int, head_dim: int) -> HopperPlan:
+def _plan(
+    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, bounded: bool
+) -> HopperPlan:
     order = tile_order(intervals, batch, keys, head_dim)
+    if bounded:  # only the kernels of blocks of 64 know where a sequence ends
+        order = min(order, TileOrder.ROUND_ROBIN)
     return HopperPlan(
         launches=LAUNCHES[head_dim],
         order=order,
-        persistent=order == TileOrder.HEAD_MAJOR and use_persistent(intervals, keys, head_dim),
+        persistent=not bounded
+        and order == TileOrder.HEAD_MAJOR
+        and use_persistent(intervals, keys, head_dim),
         split_backward=split_backward(intervals, batch, keys),
     )
 
