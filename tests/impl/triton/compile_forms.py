@@ -117,7 +117,12 @@ def forms() -> Iterator[tuple[str, Any]]:
             f"portable D{head_dim}, grouped, sinks, first keys",
             lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
         )
-        yield f"portable D{head_dim}, packed", lambda d=head_dim: train_packed(BRAIN, d)
+        suite = "portable" if head_dim == 256 else "hopper"
+        yield f"{suite} D{head_dim}, packed", lambda d=head_dim: train_packed(BRAIN, d)
+        yield (
+            f"{suite} D{head_dim}, padded",
+            lambda d=head_dim: train(BRAIN, d, TWO, key_start=first),
+        )
     yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
     for head_dim in (64, 128, 256):
         yield f"decode D{head_dim}, 1 query", lambda d=head_dim: decode(BRAIN, d, 1, 8)

@@ -49,9 +49,8 @@ class QueryTile(NamedTuple):
     """A block of queries of one head, in the sequence that it belongs to.
 
     `first_query` and `n_queries` are indices in the sequence, `first` and `last` positions, and
-    `keys` the `BlockRange` of its keys. The sequence's queries and keys start at `offset_q` and
-    `offset_k` of the batch entry. Keys from `n_keys` on belong to another sequence, or no query
-    sees them.
+    `keys` the `BlockRange` of its keys. The sequence's queries and `n_keys` keys start at
+    `offset_q` and `offset_k` of the batch entry.
     """
 
     batch: Any
@@ -115,18 +114,14 @@ def query_tile(
     FORM: gl.constexpr,
 ):
     """The `QueryTile` of a slot; without queries if `first_query >= n_queries`."""
-    BOUNDED: gl.constexpr = is_bounded(FORM)
     sequence = sequence_at(
         positions, counts, counts.n_query_blocks, slot, batch, BLOCK_M, False, FORM
     )
     first_query = sequence.block * BLOCK_M
     first = sequence.start + first_query
     last = sequence.start + min(first_query + BLOCK_M, sequence.n_queries) - 1
-    n_keys = sequence.n_keys
-    if BOUNDED:
-        n_keys = min(n_keys, sequence.start + sequence.n_queries)
-    keys = tiles.key_blocks(bands, first, last, 0, n_keys, BLOCK_N, FORM.INTERVALS)
-    if BOUNDED:
+    keys = tiles.key_blocks(bands, first, last, 0, sequence.n_keys, BLOCK_N, FORM.INTERVALS)
+    if is_bounded(FORM):
         keys = tiles.from_zero(keys)
     return QueryTile(
         batch,
@@ -138,8 +133,19 @@ def query_tile(
         sequence.offset_q,
         sequence.n_queries,
         sequence.offset_k,
-        n_keys,
+        sequence.n_keys,
     )
+
+
+@gluon.jit
+def seen_keys(tile, key_block):
+    """Keys of a block that some query of the sequence may see: `[low, high)`. The others may hold
+    anything, NaN included.
+    """
+    start = tile.first - tile.first_query
+    # From position 0 on, some query sees every key before the end.
+    low = key_block.limit * (start > 0)
+    return low, min(tile.n_keys, start + tile.n_queries - key_block.near)
 
 
 @gluon.jit

@@ -152,7 +152,7 @@ def query_gradient(
                 key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
                 pipeline.consumer_wait(key_full, step)
                 if arguments.is_bounded(FORM):
-                    zero_keys_after(tile, key_block.start, step, s_keys, s_values)
+                    zero_unseen_keys(tile, key_block, step, s_keys, s_values)
                 s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
                 scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
                 d_p = warpgroup_mma(
@@ -163,12 +163,13 @@ def query_gradient(
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
-        first_key, _, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+        first_key, near, far = key_block.start, key_block.near, key_block.far
         start = offset_k + tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
         s_key, s_value = s_keys.index(step % 2), s_values.index(step % 2)
         pipeline.consumer_wait(key_full, step)
         if arguments.is_bounded(FORM):
-            zero_keys_after(tile, first_key, step, s_keys, s_values)
+            zero_unseen_keys(tile, key_block, step, s_keys, s_values)
         # [M, N] = [M, D] @ [D, N], both
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -200,17 +201,17 @@ def query_gradient(
 
 
 @gluon.jit
-def zero_keys_after(tile, start, n, s_keys, s_values):
-    """Zero the keys and values in block `n` of the ring that are not of the tile's sequence."""
-    if start + s_keys.shape[1] > tile.n_keys:
-        memory.zero_outside(s_keys.index(n % 2), start, tile.n_keys)
-        memory.zero_outside(s_values.index(n % 2), start, tile.n_keys)
+def zero_unseen_keys(tile, key_block, n, s_keys, s_values):
+    """Zero the keys and values in block `n` of the ring that no query of the sequence sees."""
+    start = key_block.start
+    low, high = arguments.seen_keys(tile, key_block)
+    if (start < low) | (start + s_keys.shape[1] > high):
+        memory.zero_outside(s_keys.index(n % 2), start, low, high)
+        memory.zero_outside(s_values.index(n % 2), start, low, high)
 
 
 @gluon.jit
-def fetch_queries(
-    inputs, batch, head, offset, row, start, ring, n, pred, STEP_BYTES: gl.constexpr
-):
+def fetch_queries(inputs, batch, head, offset, row, start, ring, n, pred, STEP_BYTES: gl.constexpr):
     """Start to copy a block of queries, and what belongs to it, into the ring as block `n`.
 
     Its first query is `start` in a sequence that starts at `offset` of the batch entry, whose
@@ -344,8 +345,8 @@ def key_gradient(
             pipeline.consumer_wait(query_full, n)
             if BOUNDED:
                 if (first < lowest) | (first + BLOCK_M > n_queries):
-                    memory.zero_outside(s_query, first - lowest, n_queries - lowest)
-                    memory.zero_outside(s_d_out, first - lowest, n_queries - lowest)
+                    memory.zero_outside(s_query, first, lowest, n_queries)
+                    memory.zero_outside(s_d_out, first, lowest, n_queries)
             # [N, M] = [N, D] @ [D, M], both
             scores = warpgroup_mma(
                 s_key, s_query.permute((1, 0)), zeros, use_acc=False, is_async=True
@@ -373,10 +374,9 @@ def key_gradient(
             b_d_value = warpgroup_mma(b_p, s_d_out, b_d_value, is_async=True)
             d_p = warpgroup_mma_wait(1, [d_p])
             delta = s_deltas.index(n % 2).load(QUERIES)  # [M]
-            if BOUNDED:
-                o_row = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
-                delta = gl.where((o_row >= lowest) & (o_row < n_queries), delta, 0.0)
             d_scores = p * (d_p - delta[None, :])
+            if BOUNDED:  # the others' values and deltas may be NaN
+                d_scores = gl.where(p == 0.0, 0.0, d_scores)
             b_d_scores = gl.convert_layout(d_scores.to(DTYPE), OPERAND)
             b_d_key = warpgroup_mma(b_d_scores, s_query, b_d_key, is_async=True)
             b_d_key, b_d_value = warpgroup_mma_wait(0, [b_d_key, b_d_value])

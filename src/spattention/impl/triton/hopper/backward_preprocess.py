@@ -164,8 +164,9 @@ def preprocess_kernel(
         pipeline.copy_tokens(t_value, batch, key_head, first_key, barrier, s_tokens, True)
         pipeline.consumer_wait(full, 2 * step + 1)
         if arguments.is_bounded(FORM):
-            if key_block.start + BLOCK_N > tile.n_keys:
-                memory.zero_outside(s_tokens, key_block.start, tile.n_keys)
+            low, high = arguments.seen_keys(tile, key_block)
+            if (key_block.start < low) | (key_block.start + BLOCK_N > high):
+                memory.zero_outside(s_tokens, key_block.start, low, high)
         d_p = warpgroup_mma(s_d_out, s_operand, zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma_wait(0, [d_p])
         delta += delta_of_keys(scores, d_p, o_position, key_block, lse_log2, scale, SCORES)

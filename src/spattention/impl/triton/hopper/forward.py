@@ -37,11 +37,12 @@ def mask_scores(
 
 
 @gluon.jit
-def zero_values_after(tile, key_block, n, s_values, value_full):
-    """Zero the values in block `n` of the ring that are not of the tile's sequence."""
-    if key_block.start + s_values.shape[1] > tile.n_keys:
+def zero_unseen_values(tile, key_block, n, s_values, value_full):
+    """Zero the values in block `n` of the ring that no query of the sequence sees."""
+    low, high = arguments.seen_keys(tile, key_block)
+    if (key_block.start < low) | (key_block.start + s_values.shape[1] > high):
         pipeline.consumer_wait(value_full, n)
-        memory.zero_outside(s_values.index(n % 2), key_block.start, tile.n_keys)
+        memory.zero_outside(s_values.index(n % 2), key_block.start, low, high)
 
 
 @gluon.jit
@@ -174,7 +175,7 @@ def forward_kernel(
     for step in range(1, n_steps):
         # All products of the step before are done.
         if BOUNDED:
-            zero_values_after(tile, key_block, step - 1, s_values, value_full)
+            zero_unseen_values(tile, key_block, step - 1, s_values, value_full)
         key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
         next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
         barrier = pipeline.expect_tx(value_full, step, KEY_BYTES, True)
@@ -199,7 +200,7 @@ def forward_kernel(
         b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
     if BOUNDED:
-        zero_values_after(tile, key_block, n_steps - 1, s_values, value_full)
+        zero_unseen_values(tile, key_block, n_steps - 1, s_values, value_full)
     pipeline.consumer_wait(value_full, n_steps - 1)
     b_out = warpgroup_mma(b_p, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, [b_out])

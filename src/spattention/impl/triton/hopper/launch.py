@@ -231,9 +231,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
 def _positions(call: Call) -> Positions:
     """The positions as the kernels read them."""
     key_start = call.positions.key_start
-    return call.positions._replace(
-        key_start=None if key_start is None else key_start.contiguous()
-    )
+    return call.positions._replace(key_start=None if key_start is None else key_start.contiguous())
 
 
 def _bounds(call: Call) -> tuple[bool, bool]:

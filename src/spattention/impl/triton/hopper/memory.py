@@ -47,15 +47,15 @@ def store_zeros(p_head, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM:
 
 
 @gluon.jit
-def zero_outside(s_tokens, first, n_tokens):
-    """Zero the tokens of a block `[TOKENS, D]` in shared memory that are not among `0 .. n_tokens -
-    1`, where its first is token `first`. A product may then read it whole: 0 * NaN would be NaN.
+def zero_outside(s_tokens, first, low, high):
+    """Zero the tokens of a block `[TOKENS, D]` in shared memory that are not in `[low, high)`. Its
+    first is token `first`. A product may then read it whole: 0 * NaN would be NaN.
     """
     TOKENS: gl.constexpr = s_tokens.shape[0]
     HEAD_DIM: gl.constexpr = s_tokens.shape[1]
     WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
     o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
-    m_token = (o_token >= 0) & (o_token < n_tokens)
+    m_token = (o_token >= low) & (o_token < high)
     b_zeros = gl.full([TOKENS, HEAD_DIM], 0.0, s_tokens.dtype, WIDE)
     s_tokens.store(gl.where(m_token[:, None], s_tokens.load(WIDE), b_zeros))
     fence_async_shared()
