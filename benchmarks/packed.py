@@ -161,7 +161,13 @@ def measured(mean: int, count: int, span: int, key_heads: int, with_flex: bool) 
             return Row(*facts, by, forward, total, work / total / 1e9, kernels)  # noqa: B023
 
         kernels = spa.explain(
-            *inputs[:3], pattern, cu_seqlens_q=offsets, cu_seqlens_k=offsets, impl="triton"
+            *inputs[:3],
+            pattern,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            impl="triton",
         ).kernels
         found = results(packed)
         with mock.patch.object(launch.hopper, "plan", return_value=None):

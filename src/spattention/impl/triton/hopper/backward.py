@@ -364,11 +364,16 @@ def key_gradient(
             )
             # Rows after the end of the range belong to another head, or are zero and would get the
             # probability 1.
+            if BOUNDED:
+                inside = inside & (first >= lowest)
             if (not inside) | (last >= high):
                 o_query = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
                 o_position = query_start + o_query
                 m_seen = arguments.visible(o_position[None, :], o_key[:, None], near, far)
-                p = gl.where(m_seen & (o_query < high)[None, :], p, 0.0)
+                m_query = o_query < high
+                if BOUNDED:
+                    m_query = m_query & (o_query >= lowest)
+                p = gl.where(m_seen & m_query[None, :], p, 0.0)
             # [N, D] += [N, M] @ [M, D], both
             b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
             b_d_value = warpgroup_mma(b_p, s_d_out, b_d_value, is_async=True)
