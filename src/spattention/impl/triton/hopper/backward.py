@@ -364,9 +364,10 @@ def key_gradient(
             )
             # Rows after the end of the range belong to another head, or are zero and would get the
             # probability 1.
+            masked = (not inside) | (last >= high)
             if BOUNDED:
-                inside = inside & (first >= lowest)
-            if (not inside) | (last >= high):
+                masked = masked | (first < lowest)
+            if masked:
                 o_query = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
                 o_position = query_start + o_query
                 m_seen = arguments.visible(o_position[None, :], o_key[:, None], near, far)
@@ -380,8 +381,9 @@ def key_gradient(
             d_p = warpgroup_mma_wait(1, [d_p])
             delta = s_deltas.index(n % 2).load(QUERIES)  # [M]
             d_scores = p * (d_p - delta[None, :])
-            if BOUNDED:  # the others' values and deltas may be NaN
-                d_scores = gl.where(p == 0.0, 0.0, d_scores)
+            if BOUNDED:
+                if masked:  # what is not seen may be NaN
+                    d_scores = gl.where(p == 0.0, 0.0, d_scores)
             b_d_scores = gl.convert_layout(d_scores.to(DTYPE), OPERAND)
             b_d_key = warpgroup_mma(b_d_scores, s_query, b_d_key, is_async=True)
             b_d_key, b_d_value = warpgroup_mma_wait(0, [b_d_key, b_d_value])

@@ -51,11 +51,15 @@ def zero_outside(s_tokens, first, low, high):
     """Zero the tokens of a block `[TOKENS, D]` in shared memory that are not in `[low, high)`. Its
     first is token `first`. A product may then read it whole: 0 * NaN would be NaN.
     """
-    TOKENS: gl.constexpr = s_tokens.shape[0]
     HEAD_DIM: gl.constexpr = s_tokens.shape[1]
     WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
-    o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
-    m_token = (o_token >= low) & (o_token < high)
-    b_zeros = gl.full([TOKENS, HEAD_DIM], 0.0, s_tokens.dtype, WIDE)
-    s_tokens.store(gl.where(m_token[:, None], s_tokens.load(WIDE), b_zeros))
+    # A part at a time: the kernels have few registers to spare.
+    PART: gl.constexpr = 16
+    PARTS: gl.constexpr = s_tokens.shape[0] // PART
+    b_zeros = gl.full([PART, HEAD_DIM], 0.0, s_tokens.dtype, WIDE)
+    for part in gl.static_range(PARTS):
+        s_part = s_tokens.slice(part * PART, PART)
+        o_token = first + part * PART + gl.arange(0, PART, gl.SliceLayout(1, WIDE))
+        m_token = (o_token >= low) & (o_token < high)
+        s_part.store(gl.where(m_token[:, None], s_part.load(WIDE), b_zeros))
     fence_async_shared()
