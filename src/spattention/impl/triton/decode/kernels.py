@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .. import memory, softmax, tiles, varlen
+from .. import arguments, memory, softmax, tiles, varlen
 
 MAX_INT32 = tl.constexpr((1 << 31) - 1)
 
@@ -365,6 +365,32 @@ def chunk_kernel(
     b_out = normalised(b_out, row_sum, FORM.PRECISE)
     memory.store_tokens(p_part, b_out, o_row, HEAD_DIM, n_rows, FORM)
     tl.store(p_part_lse + o_row, lse, mask=m_row)
+    if FORM.HAS_KEY_START and BLOCK_M > 1:
+        nearest = tl.min(tl.where(m_row, o_farthest, MAX_INT32), 0)
+        if nearest < end - 1:
+            farthest = tl.where(arguments.is_finite(b_out), begin - 1, end - 1)
+            attend_documents(
+                b_query, keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM
+            )
+
+
+@triton.jit
+def attend_documents(
+    b_query, keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM: tl.constexpr
+):
+    """Compute and store the sums of each document of a block of rows separately, as in
+    `arguments.document_at`, from the document on whose first key is at distance `farthest`.
+    """
+    while farthest >= begin:
+        m_row = rows.farthest == farthest
+        nearest = tl.maximum(tl.min(tl.where(m_row, rows.behind, MAX_INT32), 0), begin)
+        b_out, row_max, row_sum = attend_rows(
+            b_query, keys, p_bands, rows, nearest, farthest + 1, scale, FORM
+        )
+        row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)[1]
+        b_out = normalised(b_out, row_sum, FORM.PRECISE)
+        memory.scatter_tokens(p_part, b_out, o_row, m_row, FORM.HEAD_DIM, FORM)
+        farthest = tl.max(tl.where(rows.farthest < farthest, rows.farthest, -1), 0)
 
 
 @triton.jit

@@ -16,10 +16,83 @@ import triton
 import triton.language as tl
 
 from .. import arguments, memory, softmax, tiles, varlen
-from ..arguments import Counts
+from ..arguments import Counts, Heads, Keys, Rows, Source
 
 # Blocks of keys up to which delta is summed over the keys instead of taken from the output.
 EXACT_STEPS = tl.constexpr(2)
+
+
+@triton.jit
+def sum_query_gradient(
+    b_query,
+    b_d_out,
+    keys,
+    blocks,
+    bands,
+    rows,
+    lse_log2,
+    delta,
+    scale,
+    FORM: tl.constexpr,
+    STAGES: tl.constexpr = None,
+):
+    """dQ `[M, D]` of queries over the blocks of a `BlockRange`, before its factor."""
+    BLOCK_M: tl.constexpr = FORM.BLOCK_M
+    BLOCK_N: tl.constexpr = FORM.BLOCK_N
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    starts, o_position = rows.starts, rows.o_position
+    b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in tl.range(tiles.total_blocks(blocks), num_stages=STAGES):
+        first_key, low, near, far = tiles.block_at(step, blocks, bands, BLOCK_N, FORM.INTERVALS)
+        o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
+        b_key = memory.load_tokens(keys.p_key, o_key, keys.stride_key, low, keys.n_keys, FORM)
+        b_value = memory.load_tokens(keys.p_value, o_key, keys.stride_value, low, keys.n_keys, FORM)
+
+        # [M, N] = [M, D] @ [D, N], both
+        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        d_p = tl.dot(b_d_out, tl.trans(b_value), input_precision="ieee")
+        p = softmax.recompute(scores, lse_log2[:, None], scale, FORM.PRECISE)
+        last_key = first_key + BLOCK_N - 1
+        if not tiles.is_inside(
+            rows.first, rows.last, first_key, last_key, near, far, starts.highest
+        ):
+            o_count = tiles.visible_count(o_position, near, far, starts.each)  # [M]
+            m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_count[:, None])
+            p = tl.where(m_seen, p, 0.0)
+        d_scores = p * (d_p - delta[:, None])
+        # [M, D] += [M, N] @ [N, D]
+        b_d_query = tl.dot(d_scores.to(b_key.dtype), b_key, b_d_query, input_precision="ieee")
+    return b_d_query
+
+
+@triton.jit
+def query_gradient_of_documents(
+    start,
+    b_query,
+    b_d_out,
+    keys,
+    bands,
+    rows,
+    m_query,
+    lse_log2,
+    delta,
+    p_d_query,
+    o_query,
+    stride,
+    scale,
+    FORM: tl.constexpr,
+):
+    """Compute and store dQ of each document of a block separately, from the document whose first
+    key is `start` on.
+    """
+    while start < tiles.MISSING:
+        document = arguments.document_at(start, rows, m_query)
+        blocks = arguments.key_blocks(document.rows, bands, keys.n_keys, FORM)
+        b_d_query = sum_query_gradient(
+            b_query, b_d_out, keys, blocks, bands, document.rows, lse_log2, delta, scale, FORM, 1
+        ) * softmax.natural(scale, FORM.PRECISE)
+        memory.scatter_tokens(p_d_query, b_d_query, o_query, document.m_query, stride, FORM)
+        start = document.next
 
 
 @triton.jit(do_not_specialize=Counts._fields)
@@ -49,7 +122,6 @@ def query_gradient_kernel(
 ):
     BLOCK_M: tl.constexpr = FORM.BLOCK_M
     BLOCK_N: tl.constexpr = FORM.BLOCK_N
-    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     counts = Counts(
         query_start_stride,
         key_start_stride_b,
@@ -66,14 +138,13 @@ def query_gradient_kernel(
     block = arguments.query_block(p_bands, positions, counts, FORM)
     if block.first_query >= block.n_queries:
         return
-    bands, first, last = block.bands, block.first, block.last
+    bands = block.bands
     o_query = block.first_query + tl.arange(0, BLOCK_M)  # [M]
     o_position = block.start + o_query  # [M]
     starts = arguments.key_starts(block, o_query, positions, counts, FORM)
-    keys = tiles.key_blocks(
-        bands, first, last, starts.lowest, block.n_keys, BLOCK_N, FORM.INTERVALS
-    )
-    n_steps = tiles.total_blocks(keys)
+    rows = Rows(o_position, block.first, block.last, starts)
+    blocks = arguments.key_blocks(rows, bands, block.n_keys, FORM)
+    n_steps = tiles.total_blocks(blocks)
 
     batch, head = block.batch.to(tl.int64), bands.head.to(tl.int64)
     key_head = (bands.head // counts.group).to(tl.int64)
@@ -90,9 +161,13 @@ def query_gradient_kernel(
     # A block that sees no key reads nothing.
     m_query = o_query < block.n_queries
     end_query = tl.where(n_steps > 0, block.n_queries, 0)
-    b_query = memory.load_tokens(p_query, o_query, query.stride_t, 0, end_query, FORM)
-    b_d_out = memory.load_tokens(p_d_out, o_query, d_out.stride_t, 0, end_query, FORM)
-    b_out = memory.load_tokens(p_out, o_query, out.stride_t, 0, end_query, FORM)
+    m_read = (o_query >= 0) & (o_query < end_query)  # [M]
+    if FORM.HAS_KEY_START:
+        m_read = m_read & (starts.each <= o_position)  # nor does a query before its first key
+    b_query = memory.gather_tokens(p_query, o_query, m_read, query.stride_t, FORM)
+    b_d_out = memory.gather_tokens(p_d_out, o_query, m_read, d_out.stride_t, FORM)
+    b_out = memory.gather_tokens(p_out, o_query, m_read, out.stride_t, FORM)
+    keys = Keys(p_key, key.stride_t, p_value, value.stride_t, block.n_keys)
     delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)  # [M]
     lse = tl.load(stats.lse + o_row, mask=m_query, other=0.0)
     lse_log2 = softmax.to_lse_log2(lse, FORM.PRECISE)  # [M]
@@ -100,7 +175,7 @@ def query_gradient_kernel(
         # With few keys gradients cancel, and the rounding of the output would show in delta.
         delta = tl.zeros([BLOCK_M], tl.float32)
         for step in range(n_steps):
-            first_key, low, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+            first_key, low, near, far = tiles.block_at(step, blocks, bands, BLOCK_N, FORM.INTERVALS)
             o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
             b_key = memory.load_tokens(p_key, o_key, key.stride_t, low, block.n_keys, FORM)
             b_value = memory.load_tokens(p_value, o_key, value.stride_t, low, block.n_keys, FORM)
@@ -109,34 +184,149 @@ def query_gradient_kernel(
             o_count = tiles.visible_count(o_position, near, far, starts.each)  # [M]
             m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_count[:, None])
             p = softmax.recompute(scores, lse_log2[:, None], scale, FORM.PRECISE)
+            if FORM.HAS_KEY_START:  # a value of another document may hold anything
+                d_p = tl.where(m_seen, d_p, 0.0)
             delta += tl.sum(tl.where(m_seen, p, 0.0) * d_p, 1)
     if FORM.HAS_D_LSE:
         delta -= tl.load(stats.d_lse + o_row, mask=m_query, other=0.0)
     tl.store(stats.delta + o_row, delta, mask=m_query)
     tl.store(stats.lse_log2 + o_row, lse_log2, mask=m_query)
-    b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    for step in range(n_steps):
-        first_key, low, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
-        o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
-        b_key = memory.load_tokens(p_key, o_key, key.stride_t, low, block.n_keys, FORM)
-        b_value = memory.load_tokens(p_value, o_key, value.stride_t, low, block.n_keys, FORM)
-
-        # [M, N] = [M, D] @ [D, N], both
-        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-        d_p = tl.dot(b_d_out, tl.trans(b_value), input_precision="ieee")
-        p = softmax.recompute(scores, lse_log2[:, None], scale, FORM.PRECISE)
-        last_key = first_key + BLOCK_N - 1
-        if not tiles.is_inside(first, last, first_key, last_key, near, far, starts.highest):
-            o_count = tiles.visible_count(o_position, near, far, starts.each)  # [M]
-            m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_count[:, None])
-            p = tl.where(m_seen, p, 0.0)
-        d_scores = p * (d_p - delta[:, None])
-        # [M, D] += [M, N] @ [N, D]
-        b_d_query = tl.dot(d_scores.to(b_key.dtype), b_key, b_d_query, input_precision="ieee")
-
-    b_d_query = b_d_query * softmax.natural(scale, FORM.PRECISE)
+    b_d_query = sum_query_gradient(
+        b_query, b_d_out, keys, blocks, bands, rows, lse_log2, delta, scale, FORM
+    ) * softmax.natural(scale, FORM.PRECISE)
     memory.store_tokens(p_d_query, b_d_query, o_query, d_query.stride_t, block.n_queries, FORM)
+    if FORM.HAS_KEY_START:
+        query_gradient_of_documents(
+            arguments.first_document(starts, b_d_query),
+            b_query,
+            b_d_out,
+            keys,
+            bands,
+            rows,
+            m_query,
+            lse_log2,
+            delta,
+            p_d_query,
+            o_query,
+            d_query.stride_t,
+            scale,
+            FORM,
+        )
+
+
+@triton.jit
+def sum_key_gradients(
+    b_key,
+    b_value,
+    o_key,
+    first_key,
+    last_key,
+    queries,
+    scale,
+    FORM: tl.constexpr,
+    STAGES: tl.constexpr = None,
+):
+    """dK, before its factor, and dV `[N, D]` of the keys `first_key .. last_key` of a block, which
+    are a document's or all.
+    """
+    BLOCK_M: tl.constexpr = FORM.BLOCK_M
+    BLOCK_N: tl.constexpr = FORM.BLOCK_N
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    start, n_queries = queries.start, queries.n_queries
+    low_query, end_query = 0, n_queries
+    if FORM.HAS_KEY_START:
+        # Queries whose first key is after these see nothing of them, nor do queries before them.
+        p_start, stride_start = queries.p_start, queries.stride_start
+        low_query = first_key - start
+        end_query = varlen.first_query_after(p_start, stride_start, n_queries, last_key)
+    b_d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(queries.group if FORM.GROUPED else 1):
+        bands = tiles.load_bands(queries.p_bands, member)
+        head = bands.head.to(tl.int64)
+        p_query = queries.query.pointer + head * queries.query.stride_h
+        p_d_out = queries.d_out.pointer + head * queries.d_out.stride_h
+        stride_query, stride_d_out = queries.query.stride_t, queries.d_out.stride_t
+        row = queries.first_row + head * queries.rows_of_head
+        blocks = tiles.query_blocks(
+            bands, first_key, last_key, start, end_query, BLOCK_M, FORM.INTERVALS
+        )
+
+        for step in tl.range(tiles.total_blocks(blocks), num_stages=STAGES):
+            first_query, high, near, far = tiles.block_at(
+                step, blocks, bands, BLOCK_M, FORM.INTERVALS
+            )
+            o_query = first_query + tl.arange(0, BLOCK_M)  # [M]
+            m_query = o_query < high
+            if FORM.HAS_KEY_START:
+                m_query = m_query & (o_query >= low_query)
+            b_query = memory.load_tokens(p_query, o_query, stride_query, low_query, high, FORM)
+            b_d_out = memory.load_tokens(p_d_out, o_query, stride_d_out, low_query, high, FORM)
+            lse_log2 = tl.load(queries.stats.lse_log2 + row + o_query, mask=m_query, other=0.0)
+            delta = tl.load(queries.stats.delta + row + o_query, mask=m_query, other=0.0)  # [M]
+
+            # [N, M] = [N, D] @ [D, M], both
+            scores = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
+            d_p = tl.dot(b_value, tl.trans(b_d_out), input_precision="ieee")
+            p = softmax.recompute(scores, lse_log2[None, :], scale, FORM.PRECISE)
+            first = start + first_query
+            highest_start = 0
+            if FORM.HAS_KEY_START:
+                last_query = min(first_query + BLOCK_M, n_queries) - 1
+                highest_start = varlen.first_keys(
+                    p_start, last_query, n_queries, stride_start, queries.n_keys
+                )
+            last = first + BLOCK_M - 1
+            inside = tiles.is_inside(first, last, first_key, last_key, near, far, highest_start)
+            # Zeros after the end of the range would get the probability 1.
+            if (not inside) | (first_query + BLOCK_M > high):
+                o_position = start + o_query  # [M]
+                o_start = 0
+                if FORM.HAS_KEY_START:
+                    o_start = varlen.first_keys(
+                        p_start, o_query, n_queries, stride_start, queries.n_keys
+                    )  # [M]
+                o_count = tiles.visible_count(o_position, near, far, o_start)  # [M]
+                m_seen = tiles.visible(o_position[None, :], o_key[:, None], near, o_count[None, :])
+                m_seen = m_seen & m_query[None, :]
+                p = tl.where(m_seen, p, 0.0)
+                # A key that no query sees may hold anything; its gradient is zero.
+                d_p = tl.where(m_seen, d_p, 0.0)
+            # [N, D] += [N, M] @ [M, D], both
+            b_d_value = tl.dot(p.to(b_d_out.dtype), b_d_out, b_d_value, input_precision="ieee")
+            d_scores = p * (d_p - delta[None, :])
+            b_d_key = tl.dot(d_scores.to(b_query.dtype), b_query, b_d_key, input_precision="ieee")
+    return b_d_key, b_d_value
+
+
+@triton.jit
+def key_gradients_of_documents(
+    b_key,
+    b_value,
+    o_key,
+    first_key,
+    last_key,
+    queries,
+    d_key,
+    d_value,
+    scale,
+    FORM: tl.constexpr,
+):
+    """Compute and store dK and dV of each document of a block separately, as in
+    `arguments.document_at`: the keys from one query's first key to another's.
+    """
+    while first_key <= last_key:
+        following = varlen.first_key_after(
+            queries.p_start, queries.stride_start, queries.n_queries, first_key, last_key + 1
+        )
+        b_d_key, b_d_value = sum_key_gradients(
+            b_key, b_value, o_key, first_key, following - 1, queries, scale, FORM, 1
+        )
+        b_d_key = b_d_key * softmax.natural(scale, FORM.PRECISE)
+        m_key = (o_key >= first_key) & (o_key < following)
+        memory.scatter_tokens(d_key.pointer, b_d_key, o_key, m_key, d_key.stride_t, FORM)
+        memory.scatter_tokens(d_value.pointer, b_d_value, o_key, m_key, d_value.stride_t, FORM)
+        first_key = following
 
 
 @triton.jit(do_not_specialize=Counts._fields)
@@ -164,9 +354,7 @@ def key_gradient_kernel(
     scale,
     FORM: tl.constexpr,
 ):
-    BLOCK_M: tl.constexpr = FORM.BLOCK_M
     BLOCK_N: tl.constexpr = FORM.BLOCK_N
-    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     counts = Counts(
         query_start_stride,
         key_start_stride_b,
@@ -195,18 +383,26 @@ def key_gradient_kernel(
     last_key = min(first_key + BLOCK_N, n_keys) - 1
     o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
 
-    end_query = n_queries
-    if FORM.HAS_KEY_START:
-        # Queries whose first key is after this block see nothing of it.
-        p_start = positions.key_start + batch.to(tl.int64) * counts.key_start_stride_b
-        stride_start = counts.key_start_stride_t
-        end_query = varlen.first_query_after(p_start, stride_start, n_queries, last_key)
-
     batch_64, key_head_64 = batch.to(tl.int64), key_head.to(tl.int64)
     offset_q = tl.zeros([], tl.int64) + sequence.offset_q
     offset_k = tl.zeros([], tl.int64) + sequence.offset_k
-    p_query = query.pointer + batch_64 * query.stride_b + offset_q * query.stride_t
-    p_d_out = d_out.pointer + batch_64 * d_out.stride_b + offset_q * d_out.stride_t
+    p_start = 0
+    if FORM.HAS_KEY_START:
+        p_start = positions.key_start + batch_64 * counts.key_start_stride_b
+    queries = Source(
+        arguments.entry_of(query, batch_64, offset_q),
+        arguments.entry_of(d_out, batch_64, offset_q),
+        stats,
+        batch_64 * counts.n_heads * counts.n_queries + offset_q,
+        counts.n_queries,
+        p_bands + 8 * entry,
+        counts.group,
+        start,
+        n_queries,
+        n_keys,
+        p_start,
+        counts.key_start_stride_t,
+    )
     p_key = arguments.head_pointer(key, batch_64, key_head_64, offset_k)
     p_value = arguments.head_pointer(value, batch_64, key_head_64, offset_k)
     p_d_key = arguments.head_pointer(d_key, batch_64, key_head_64, offset_k)
@@ -214,62 +410,27 @@ def key_gradient_kernel(
 
     b_key = memory.load_tokens(p_key, o_key, key.stride_t, 0, n_keys, FORM)
     b_value = memory.load_tokens(p_value, o_key, value.stride_t, 0, n_keys, FORM)
-    b_d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-
-    for member in range(counts.group if FORM.GROUPED else 1):
-        bands = tiles.load_bands(p_bands, entry + member)
-        head = bands.head.to(tl.int64)
-        p_query_head = p_query + head * query.stride_h
-        p_d_out_head = p_d_out + head * d_out.stride_h
-        row = (batch_64 * counts.n_heads + head) * counts.n_queries + offset_q
-        queries = tiles.query_blocks(
-            bands, first_key, last_key, start, end_query, BLOCK_M, FORM.INTERVALS
-        )
-
-        for step in range(tiles.total_blocks(queries)):
-            first_query, high, near, far = tiles.block_at(
-                step, queries, bands, BLOCK_M, FORM.INTERVALS
-            )
-            o_query = first_query + tl.arange(0, BLOCK_M)  # [M]
-            m_query = o_query < high
-            b_query = memory.load_tokens(p_query_head, o_query, query.stride_t, 0, high, FORM)
-            b_d_out = memory.load_tokens(p_d_out_head, o_query, d_out.stride_t, 0, high, FORM)
-            lse_log2 = tl.load(stats.lse_log2 + row + o_query, mask=m_query, other=0.0)  # [M]
-            delta = tl.load(stats.delta + row + o_query, mask=m_query, other=0.0)  # [M]
-
-            # [N, M] = [N, D] @ [D, M], both
-            scores = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
-            d_p = tl.dot(b_value, tl.trans(b_d_out), input_precision="ieee")
-            p = softmax.recompute(scores, lse_log2[None, :], scale, FORM.PRECISE)
-            first = start + first_query
-            highest_start = 0
-            if FORM.HAS_KEY_START:
-                last_query = min(first_query + BLOCK_M, n_queries) - 1
-                highest_start = varlen.first_keys(
-                    p_start, last_query, n_queries, stride_start, n_keys
-                )
-            last = first + BLOCK_M - 1
-            inside = tiles.is_inside(first, last, first_key, last_key, near, far, highest_start)
-            # Zeros after the end of the range would get the probability 1.
-            if (not inside) | (first_query + BLOCK_M > high):
-                o_position = start + o_query  # [M]
-                o_start = 0
-                if FORM.HAS_KEY_START:
-                    o_start = varlen.first_keys(
-                        p_start, o_query, n_queries, stride_start, n_keys
-                    )  # [M]
-                o_count = tiles.visible_count(o_position, near, far, o_start)  # [M]
-                m_seen = tiles.visible(o_position[None, :], o_key[:, None], near, o_count[None, :])
-                m_seen = m_seen & m_query[None, :]
-                p = tl.where(m_seen, p, 0.0)
-                # A key that no query sees may hold anything; its gradient is zero.
-                d_p = tl.where(m_seen, d_p, 0.0)
-            # [N, D] += [N, M] @ [M, D], both
-            b_d_value = tl.dot(p.to(b_d_out.dtype), b_d_out, b_d_value, input_precision="ieee")
-            d_scores = p * (d_p - delta[None, :])
-            b_d_key = tl.dot(d_scores.to(b_query.dtype), b_query, b_d_key, input_precision="ieee")
-
+    b_d_key, b_d_value = sum_key_gradients(
+        b_key, b_value, o_key, first_key, last_key, queries, scale, FORM
+    )
     b_d_key = b_d_key * softmax.natural(scale, FORM.PRECISE)
     memory.store_tokens(p_d_key, b_d_key, o_key, d_key.stride_t, n_keys, FORM)
     memory.store_tokens(p_d_value, b_d_value, o_key, d_value.stride_t, n_keys, FORM)
+    if FORM.HAS_KEY_START:
+        following = varlen.first_key_after(
+            p_start, counts.key_start_stride_t, n_queries, first_key, last_key + 1
+        )
+        if following <= last_key:
+            finite = arguments.is_finite(b_d_key) & arguments.is_finite(b_d_value)
+            key_gradients_of_documents(
+                b_key,
+                b_value,
+                o_key,
+                tl.where(finite, last_key + 1, first_key),
+                last_key,
+                queries,
+                Heads(p_d_key, 0, 0, d_key.stride_t),
+                Heads(p_d_value, 0, 0, d_value.stride_t),
+                scale,
+                FORM,
+            )
