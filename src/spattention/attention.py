@@ -221,10 +221,6 @@ def kernels_with(pattern: BandPattern) -> ModuleType:
     """
     from .impl import triton
 
-    if pattern.prefix:
-        raise NotImplementedError(
-            f"`pattern` must have no prefix in the Triton kernels, got prefix {pattern.prefix}"
-        )
     return triton
 
 

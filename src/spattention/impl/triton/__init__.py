@@ -60,12 +60,13 @@ def attend(
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
     _check(query, value)
     on_device = isinstance(query_start, torch.Tensor)
-    decoding = _is_decoding(query, key, value, sinks)
+    decoding = not pattern.prefix and _is_decoding(query, key, value, sinks)
     return (decode_op.decode if decoding else op.attend)(
         query,
         key,
         value,
         pattern.flat,
+        pattern.prefix,
         scale,
         0 if on_device else query_start,
         query_start if on_device else None,
@@ -108,6 +109,7 @@ def attend_rings(
         keys,
         values,
         pattern.flat,
+        pattern.prefix,
         scale,
         0,
         position,
@@ -156,7 +158,7 @@ def attend_varlen(
     _check(query, value)
     tensors = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     dense = map(_dense, (sinks, cu_seqlens_q, cu_seqlens_k))
-    out, lse = op.attend(*tensors, pattern.flat, scale, 0, None, None, *dense)
+    out, lse = op.attend(*tensors, pattern.flat, pattern.prefix, scale, 0, None, None, *dense)
     return out[0].transpose(0, 1), lse[0]
 
 
@@ -181,7 +183,7 @@ def describe(
     need instead; None if there are no faster ones. Launches nothing.
     """
     packed = cu_seqlens_q is not None
-    if not packed and _is_decoding(query, key, value, sinks):
+    if not packed and not pattern.prefix and _is_decoding(query, key, value, sinks):
         return launch.DECODING, None
     if packed:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
@@ -190,7 +192,7 @@ def describe(
     positions = Positions(query_start if on_device else None, key_start, cu_seqlens_q, cu_seqlens_k)
     start = 0 if isinstance(query_start, torch.Tensor) else query_start
     query, key, value = (ensure_inner_contiguous(tensor) for tensor in (query, key, value))
-    call = Call(query, key, pattern.flat, 1.0, start, positions)
+    call = Call(query, key, pattern.flat, 1.0, start, positions, pattern.prefix)
     return launch.describe(call, query, key, value)
 
 

@@ -18,8 +18,10 @@ class Form(NamedTuple):
     """Compile-time facts of a kernel; it leaves out those that it does not ask for.
 
     `BLOCK_D` is the power of two that head_dim is padded to. `INTERVALS` is the number of intervals
-    of the fullest head, 1 or 2. `FALLING` says that `scale < 0`, `PRECISE` that the softmax is
-    computed in powers of e.
+    of the fullest head, 1 or 2, `PREFIX` the number of keys of the prefix, and `CHUNK` of the
+    queries that a program of `portable/prefix_gradient.py` takes. `DOCUMENTS` says that a row may
+    hold several, packed or by first keys, `FALLING` that `scale < 0`, `PRECISE` that the
+    softmax is computed in powers of e.
     """
 
     HEAD_DIM: int
@@ -28,6 +30,9 @@ class Form(NamedTuple):
     BLOCK_N: int = 0
     STAGES: int = 0
     INTERVALS: int = 1
+    PREFIX: int = 0
+    CHUNK: int = 0
+    DOCUMENTS: bool = False
     GROUPED: bool = False
     PACKED: bool = False
     RINGS: bool = False
@@ -116,11 +121,15 @@ class QueryBlock(NamedTuple):
 
 
 class KeyStarts(NamedTuple):
-    """First keys that a block of queries may see: of each query `[M]`, the lowest, the highest."""
+    """First keys that a block of queries may see: of each query `[M]`, the lowest, the highest, and
+    the lowest of a later document, `tiles.MISSING` without one. The last is known with a prefix
+    alone.
+    """
 
     each: Any
     lowest: Any
     highest: Any
+    next: Any
 
 
 class Rows(NamedTuple):
@@ -152,6 +161,17 @@ class Keys(NamedTuple):
     p_value: Any
     stride_value: Any
     n_keys: Any
+
+
+class KeyPart(NamedTuple):
+    """Keys of a block, the first and the last, and the queries `[low_query, high_query)` of which
+    those that see the keys as part of their prefix are computed.
+    """
+
+    first: Any
+    last: Any
+    low_query: Any
+    high_query: Any
 
 
 class Source(NamedTuple):
@@ -238,15 +258,26 @@ def key_starts(block, o_query, positions, counts, FORM: tl.constexpr):
         highest = varlen.first_keys(
             p_start, block.last - block.start, block.n_queries, stride, block.n_keys
         )
-    return KeyStarts(each, lowest, highest)
+    following = tiles.MISSING
+    if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        m_later = (o_query < block.n_queries) & (each > lowest)
+        following = tl.min(tl.where(m_later, each, tiles.MISSING), 0)
+    return KeyStarts(each, lowest, highest, following)
 
 
 @triton.jit
 def key_blocks(rows, bands, n_keys, FORM: tl.constexpr):
     """The `BlockRange` of the keys that `Rows` need."""
-    return tiles.key_blocks(
-        bands, rows.first, rows.last, rows.starts.lowest, n_keys, FORM.BLOCK_N, FORM.INTERVALS
+    starts, last, BLOCK_N = rows.starts, rows.last, FORM.BLOCK_N
+    blocks = tiles.key_blocks(
+        bands, rows.first, last, starts.lowest, n_keys, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
     )
+    if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        high = tl.minimum(starts.highest + FORM.PREFIX, tl.minimum(last + 1, n_keys))
+        blocks = tiles.with_next_prefixes(
+            blocks, bands, starts.lowest, starts.next, high, BLOCK_N, FORM.PREFIX
+        )
+    return blocks
 
 
 @triton.jit
@@ -263,7 +294,7 @@ def document_at(start, rows, m_query):
     first = tl.min(tl.where(m_document, o_position, tiles.MISSING), 0)
     last = tl.max(tl.where(m_document, o_position, -1), 0)
     following = tl.min(tl.where(m_query & (each > start), each, tiles.MISSING), 0)
-    starts = KeyStarts(each, start, start)
+    starts = KeyStarts(each, start, start, tiles.MISSING)
     return Document(Rows(o_position, first, last, starts), m_document, following)
 
 

@@ -44,7 +44,9 @@ def attend(
     starts, o_position = rows.starts, rows.o_position
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(tiles.total_blocks(blocks), num_stages=STAGES):
-        first_key, low, near, far = tiles.block_at(step, blocks, bands, BLOCK_N, FORM.INTERVALS)
+        first_key, low, near, far = tiles.block_at(
+            step, blocks, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+        )
         o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
         b_key = memory.load_tokens(keys.p_key, o_key, keys.stride_key, low, keys.n_keys, FORM)
         b_value = memory.load_tokens(keys.p_value, o_key, keys.stride_value, low, keys.n_keys, FORM)
@@ -53,10 +55,12 @@ def attend(
         scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
         last_key = first_key + BLOCK_N - 1
         if not tiles.is_inside(
-            rows.first, rows.last, first_key, last_key, near, far, starts.highest
+            rows.first, rows.last, first_key, last_key, near, far, starts.highest + FORM.PREFIX
         ):
-            o_count = tiles.visible_count(o_position, near, far, starts.each)  # [M]
-            m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_count[:, None])
+            o_last, o_count = tiles.visible_keys(
+                o_position, near, far, starts.each, FORM.PREFIX
+            )  # [M], [M]
+            m_seen = tiles.visible(o_last[:, None], o_key[None, :], 0, o_count[:, None])
             scores = tl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
 
         p, row_max, row_sum, factor = softmax.update(
