@@ -311,7 +311,8 @@ def visible_keys(o_position, near, far, key_start, PREFIX: tl.constexpr = 0):
     With a prefix those of the bands start after it, and those of its own interval end with it.
     """
     if PREFIX == 0:
-        return o_position - near, visible_count(o_position, near, far, key_start)
+        o_count = visible_count(o_position, near, far, key_start)
+        return o_position - near, o_count
     else:
         in_prefix = far == IN_PREFIX
         end = key_start + tl.where(in_prefix, PREFIX, 2 * MAX_POSITION)
