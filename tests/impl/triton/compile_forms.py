@@ -17,6 +17,7 @@ from tests.gpu.plans import changed_plans
 
 TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
 ONE = spa.BandPattern((((0, 90),),) * 8, 256)
+PREFIX = spa.BandPattern(TWO.intervals, 256, prefix=4)
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -51,14 +52,16 @@ def train(
     torch.autograd.grad(results, (query, key, value), [torch.ones_like(each) for each in results])
 
 
-def train_packed(dtype: torch.dtype, head_dim: int, key_heads: int = 8) -> None:
+def train_packed(
+    dtype: torch.dtype, head_dim: int, key_heads: int = 8, pattern: spa.BandPattern = TWO
+) -> None:
     query = torch.zeros(256, 8, head_dim, dtype=dtype, requires_grad=True)
     key, value = (
         torch.zeros(256, key_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
     )
     offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
     out = spa.band_attention_varlen(
-        query, key, value, TWO, offsets, offsets, 156, 156, impl="triton"
+        query, key, value, pattern, offsets, offsets, 156, 156, impl="triton"
     )
     torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
 
@@ -118,6 +121,17 @@ def forms() -> Iterator[tuple[str, Any]]:
             lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
         )
         yield f"portable D{head_dim}, packed", lambda d=head_dim: train_packed(BRAIN, d)
+    for head_dim in (64, 128):
+        options = {"pattern": PREFIX, "key_start": start}
+        yield (
+            f"portable D{head_dim}, prefix",
+            lambda d=head_dim: train(BRAIN, d, PREFIX, query_start=1),
+        )
+        yield (
+            f"portable D{head_dim}, grouped, sinks, first keys, prefix",
+            lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
+        )
+    yield "portable D128, packed, prefix", lambda: train_packed(BRAIN, 128, pattern=PREFIX)
     yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
     for head_dim in (64, 128, 256):
         yield f"decode D{head_dim}, 1 query", lambda d=head_dim: decode(BRAIN, d, 1, 8)
