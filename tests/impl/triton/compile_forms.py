@@ -98,6 +98,7 @@ def forms() -> Iterator[tuple[str, Any]]:
             "two bands": {"dtype": BRAIN, "pattern": TWO},
             "one band": {"dtype": BRAIN, "pattern": ONE},
             "grouped, sinks": {"pattern": TWO, **grouped},
+            "two bands, prefix": {"dtype": BRAIN, "pattern": PREFIX},
         }
         for variant, options in variants.items():
             for persistent in (False, True):

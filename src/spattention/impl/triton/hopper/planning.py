@@ -65,7 +65,6 @@ NEEDS = {
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
     "positions": "queries from position 0, without packed documents or `key_start`",
-    "prefix": "a pattern without a prefix",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -103,8 +102,6 @@ def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
     # and must not be read.
     if not call.starts_at_zero:
         return NEEDS["positions"]
-    if call.prefix:
-        return f"{NEEDS['prefix']}, got {call.prefix}"
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
     if not readable(*tensors):
