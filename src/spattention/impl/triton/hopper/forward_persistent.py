@@ -54,11 +54,11 @@ class OwnSteps(NamedTuple):
     else the program's step `s + before` if `s < prefix + count_0`, else `s + gap`.
     """
 
-    prefix: Any
     before: Any
     count_0: Any
     gap: Any
     count_1: Any
+    prefix: Any
 
 
 class Progress(NamedTuple):
@@ -99,7 +99,16 @@ def own_steps(keys, bands, first, last, n_keys, FORM: gl.constexpr):
     prefix = 0
     if FORM.PREFIX > 0:
         prefix = gl.where(first <= last, keys.prefix.count, 0)
-    return OwnSteps(prefix, before, count_0, keys.count_0 + before_1 - count_0, count_1)
+    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1, prefix)
+
+
+@gluon.jit
+def own_total(own, FORM: gl.constexpr):
+    """Number of a consumer's steps."""
+    total = own.count_0 + own.count_1
+    if FORM.PREFIX > 0:
+        total += own.prefix
+    return total
 
 
 @gluon.jit
@@ -188,7 +197,7 @@ def consume(
         row_max, row_sum = init_softmax(work.p_sinks, head, ROWS, ROW, FORM.HAS_SINKS)
         n_steps = tiles.total_blocks(keys)
         n_query = n_tile * CONSUMERS + consumer
-        if own.prefix + own.count_0 + own.count_1 == 0:
+        if own_total(own, FORM) == 0:
             if n_steps > 0:
                 pipeline.consumer_wait(queries.full, n_query)
                 pipeline.consumer_release(queries.empty, n_query)
@@ -241,7 +250,9 @@ def attend(
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
 
-    step = own_step(0, own, FORM)
+    step = gl.where(own.count_0 > 0, own.before, own.gap)
+    if FORM.PREFIX > 0:
+        step = own_step(0, own, FORM)
     n = done + step
     skip(done, n, keys, values)
     key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
@@ -256,7 +267,7 @@ def attend(
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, work.scale, FORM.FALLING)
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
-    for s in range(1, own.prefix + own.count_0 + own.count_1):
+    for s in range(1, own_total(own, FORM)):
         # All products of the step before are done.
         previous = n
         step = own_step(s, own, FORM)
