@@ -60,7 +60,7 @@ def attend(
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
     _check(query, value)
     on_device = isinstance(query_start, torch.Tensor)
-    decoding = not pattern.prefix and _is_decoding(query, key, value, sinks)
+    decoding = _is_decoding(query, key, value, sinks)
     return (decode_op.decode if decoding else op.attend)(
         query,
         key,
@@ -97,7 +97,7 @@ def attend_rings(
         query: `[B, H, Q, D]`, at most `MAX_QUERIES` tokens and at most one more than the store's
             slack.
         keys, values, offsets, lengths, position: the store's.
-        pattern: the store's.
+        pattern: the store's, without its prefix, which is another part for the caller to merge.
         scale: factor of the scores.
         sinks: `[H]`.
         key_start: int32 `[B]` or `[B, Q]`.
@@ -183,7 +183,7 @@ def describe(
     need instead; None if there are no faster ones. Launches nothing.
     """
     packed = cu_seqlens_q is not None
-    if not packed and not pattern.prefix and _is_decoding(query, key, value, sinks):
+    if not packed and _is_decoding(query, key, value, sinks):
         return launch.DECODING, None
     if packed:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
