@@ -26,8 +26,11 @@ CORE = (
     "hopper D64, two bands, persistent, split",
     "hopper D128, two bands",
     "hopper D128, two bands, persistent, split",
+    "hopper D128, two bands, prefix",
     "portable D128",
+    "portable D128, prefix",
     "decode D128, 1 query",
+    "decode D128, 1 query, prefix",
 )
 
 
@@ -66,10 +69,17 @@ def train_packed(
     torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
 
 
-def decode(dtype: torch.dtype, head_dim: int, queries: int, key_heads: int, **options: Any) -> None:
+def decode(
+    dtype: torch.dtype,
+    head_dim: int,
+    queries: int,
+    key_heads: int,
+    pattern: spa.BandPattern = TWO,
+    **options: Any,
+) -> None:
     query = torch.zeros(1, 8, queries, head_dim, dtype=dtype)
     key, value = (torch.zeros(1, key_heads, 256, head_dim, dtype=dtype) for _ in range(2))
-    spa.band_attention(query, key, value, TWO, impl="triton", **options)
+    spa.band_attention(query, key, value, pattern, impl="triton", **options)
 
 
 def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
@@ -142,6 +152,12 @@ def forms() -> Iterator[tuple[str, Any]]:
         "decode D128, first keys, start on device",
         lambda: decode(BRAIN, 128, 4, 2, key_start=first, query_start=first),
     )
+    yield "decode D128, 1 query, prefix", lambda: decode(BRAIN, 128, 1, 8, PREFIX)
+    yield (
+        "decode D128, first keys, start on device, prefix",
+        lambda: decode(BRAIN, 128, 4, 2, PREFIX, key_start=first, query_start=first),
+    )
+    yield "decode D128, 1 query, float32, prefix", lambda: decode(SINGLE, 128, 1, 8, PREFIX)
     yield "decode D128, 1 query, float32", lambda: decode(SINGLE, 128, 1, 8)
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)

@@ -109,7 +109,7 @@ def make_plan(
     chunks, ranges = [], [0]
     for key_head, union in enumerate(unions):
         chunks += [[key_head, *part, 0] for near, far in union for part in cut(near, far, longest)]
-        if union:
+        if union and prefix:
             chunks += [[key_head, *part, 1] for part in cut(0, prefix, longest)]
         ranges.append(len(chunks))
 
