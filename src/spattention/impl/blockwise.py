@@ -39,6 +39,7 @@ def attend(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
+    _check_prefix(pattern)
     on_device = isinstance(query_start, Tensor)
     return forward(
         query=query,
@@ -71,6 +72,7 @@ def attend_varlen(
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` packed documents; arguments and results as in
     `spattention.band_attention_varlen`."""
+    _check_prefix(pattern)
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     out, lse = forward(
         query=query,
@@ -86,6 +88,13 @@ def attend_varlen(
         scale=scale,
     )
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+def _check_prefix(pattern: BandPattern) -> None:
+    if pattern.prefix:
+        raise NotImplementedError(
+            f'`pattern` must have no prefix for `impl="blockwise"`, got prefix {pattern.prefix}'
+        )
 
 
 def _forward(

@@ -86,6 +86,17 @@ SINGLE = {
 }
 
 
+# Queries of a program that computes the gradients of a prefix: about as much work as that of other
+# programs.
+PREFIX_CHUNK = 1024
+PREFIX_CHUNK_INTERPRETED = 32
+
+
+def prefix_chunk(capability: tuple[int, int] | None) -> int:
+    """Queries of a program of `portable/prefix_gradient.py`; `capability` as in `launches`."""
+    return PREFIX_CHUNK_INTERPRETED if capability is None else PREFIX_CHUNK
+
+
 def block_d(head_dim: int) -> int:
     """The power of two, at least 16, that a kernel pads head_dim to."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -51,4 +51,6 @@ def backward(
     from .hopper import launch
 
     launch.backward(call, plan, tensors, stats)
+    if call.prefix:
+        portable.prefix_gradient(call, portable.launches_for(call).key_gradient, tensors, stats)
     return stats.delta[:, :, :queries]

@@ -8,7 +8,9 @@ keeps the whole GPU busy. `combine_kernel` then combines the chunks of each head
 Everything is counted in distances from the newest query: the key at position j is at distance
 `newest - j`. A query that is `behind` the newest by some tokens sees `behind + near <= distance <
 behind + far`. Chunks of distances stay the same while the text grows: they are a table
-(`launch.DecodePlan`), and what depends on positions is computed on the device.
+(`launch.DecodePlan`), and what depends on positions is computed on the device. A prefix is one more
+chunk, of places in the prefix instead of distances; the bands then see the keys after
+it.
 
 Keys are stored in one of two ways:
 
@@ -27,7 +29,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .. import memory, softmax, tiles, varlen
+from .. import arguments, memory, softmax, tiles, varlen
 
 MAX_INT32 = tl.constexpr((1 << 31) - 1)
 
@@ -248,6 +250,88 @@ def attend_row(
     return tl.sum(b_out * share[:, None], 0, keep_dims=True), top, row_sum
 
 
+@triton.jit
+def load_rows(query, batch, o_head, o_query, m_row, FORM: tl.constexpr):
+    """Queries `[M, D]` of rows; zeros where `m_row` `[M]` is false."""
+    o_dim = tl.arange(0, FORM.BLOCK_D)
+    p_rows = (
+        query.pointer
+        + batch * query.stride_b
+        + o_head.to(tl.int64)[:, None] * query.stride_h
+        + o_query.to(tl.int64)[:, None] * query.stride_t
+    )
+    return tl.load(
+        p_rows + o_dim[None, :], mask=m_row[:, None] & (o_dim < FORM.HEAD_DIM)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def attend_prefix(
+    b_query,
+    keys,
+    p_bands,
+    rows,
+    begin,
+    end,
+    o_row,
+    m_row,
+    p_part,
+    p_part_lse,
+    scale,
+    FORM: tl.constexpr,
+):
+    """Compute and store the sums of the places `[begin, end)` of each document's prefix; `n_keys`
+    is the length of `KeyHead`. Rows of different documents have nothing in common, so each
+    document is computed separately.
+
+    Here the farthest key of a row is not cut; -1 for no row.
+    """
+    BLOCK_N: tl.constexpr = FORM.BLOCK_N
+    BLOCK_M: tl.constexpr = b_query.shape[0]
+    BLOCK_D: tl.constexpr = b_query.shape[1]
+    p_head = p_bands + 4 * rows.head
+    m_attends = tl.load(p_head) < tl.load(p_head + 1)  # a head without keys has no prefix either
+    farthest = tl.max(rows.farthest, 0)
+    # Rows that may see no key: `combine_kernel` reads no sums where lse is -inf.
+    tl.store(p_part_lse + o_row, o_row * 0.0 + float("-inf"), mask=m_row)
+    while farthest >= 0:
+        m_document = m_row & (rows.farthest == farthest) & (rows.farthest >= rows.behind)
+        nearest = tl.min(tl.where(m_document, rows.behind, MAX_INT32), 0)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for first in range(begin, end, BLOCK_N):
+            o_place = first + tl.arange(0, BLOCK_N)  # [N]
+            o_distance = farthest - o_place
+            # No token after the last query of the document, nor after the last that is stored.
+            m_key = (o_place < end) & (o_distance >= nearest)
+            o_token = keys.newest - o_distance
+            m_key = m_key & (o_token < keys.length)
+            b_key = memory.gather_tokens(keys.p_key, o_token, m_key, keys.key_stride, FORM)
+            b_value = memory.gather_tokens(keys.p_value, o_token, m_key, keys.value_stride, FORM)
+            if BLOCK_M == 1:
+                scores = tl.sum(b_key.to(tl.float32) * b_query.to(tl.float32), 1)[None, :]
+            else:
+                scores = product(b_query, b_key, FORM.PRECISE)
+            scores = softmax.scaled(scores, scale, FORM.PRECISE)
+            m_seen = m_key[None, :] & m_attends[:, None]
+            m_seen = m_seen & (o_distance[None, :] >= rows.behind[:, None])
+            scores = tl.where(m_seen, scores, float("-inf"))
+            p, row_max, row_sum, factor = softmax.update(
+                scores, row_max, row_sum, 1.0, False, FORM.PRECISE
+            )
+            b_out = b_out * factor[:, None]
+            if BLOCK_M == 1:
+                b_out += tl.sum(tl.trans(p) * b_value.to(tl.float32), 0, keep_dims=True)
+            else:
+                b_out = tl.dot(p.to(b_value.dtype), b_value, b_out, input_precision="ieee")
+        lse, row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)
+        b_out = normalised(b_out, row_sum, FORM.PRECISE)
+        memory.scatter_tokens(p_part, b_out, o_row, m_document, FORM.HEAD_DIM, FORM)
+        tl.store(p_part_lse + o_row, lse, mask=m_document)
+        farthest = tl.max(tl.where(rows.farthest < farthest, rows.farthest, -1), 0)
+
+
 @triton.jit(do_not_specialize=DecodeCounts._fields)
 def chunk_kernel(
     query,
@@ -272,7 +356,6 @@ def chunk_kernel(
     FORM: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = FORM.BLOCK_M
-    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     HEAD_DIM: tl.constexpr = FORM.HEAD_DIM
     program = tl.program_id(0)
     counts = DecodeCounts(
@@ -302,6 +385,32 @@ def chunk_kernel(
     o_head = key_head * counts.group + tl.where(m_row, o_row // n_queries, 0)
     o_behind = n_queries - 1 - o_query
     o_farthest = farthest_keys(positions, counts, batch, o_query, newest, FORM)
+    if FORM.PREFIX > 0:
+        if tl.load(p_chunk + 3) != 0:
+            rows = Rows(o_head, o_behind, tl.where(m_row, o_farthest, -1))
+            p_key = key.pointer + batch * key.stride_b + key_head_64 * key.stride_h
+            p_value = value.pointer + batch * value.stride_b + key_head_64 * value.stride_h
+            keys = KeyHead(p_key, key.stride_t, p_value, value.stride_t, newest, n_keys)
+            first_row = (batch * n_chunks + chunk) * n_rows
+            p_part += first_row * HEAD_DIM
+            p_part_lse += first_row
+            b_query = load_rows(query, batch, o_head, o_query, m_row, FORM)
+            attend_prefix(
+                b_query,
+                keys,
+                p_bands,
+                rows,
+                begin,
+                end,
+                o_row,
+                m_row,
+                p_part,
+                p_part_lse,
+                scale,
+                FORM,
+            )
+            return
+        o_farthest -= FORM.PREFIX
     o_farthest = tl.minimum(tl.where(m_row, o_farthest, -1), end - 1)
     rows = Rows(o_head, o_behind, o_farthest)
 
@@ -329,16 +438,7 @@ def chunk_kernel(
         tl.store(p_part_lse + o_row, o_row * 0.0 + float("-inf"), mask=m_row)
         return
 
-    o_dim = tl.arange(0, BLOCK_D)
-    p_rows = (
-        query.pointer
-        + batch * query.stride_b
-        + o_head.to(tl.int64)[:, None] * query.stride_h
-        + o_query.to(tl.int64)[:, None] * query.stride_t
-    )
-    b_query = tl.load(
-        p_rows + o_dim[None, :], mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :], other=0.0
-    )
+    b_query = load_rows(query, batch, o_head, o_query, m_row, FORM)
     if BLOCK_M == 1:
         b_out, row_max, row_sum = attend_row(
             b_query,
@@ -365,6 +465,32 @@ def chunk_kernel(
     b_out = normalised(b_out, row_sum, FORM.PRECISE)
     memory.store_tokens(p_part, b_out, o_row, HEAD_DIM, n_rows, FORM)
     tl.store(p_part_lse + o_row, lse, mask=m_row)
+    if FORM.HAS_KEY_START and BLOCK_M > 1:
+        nearest = tl.min(tl.where(m_row, o_farthest, MAX_INT32), 0)
+        if nearest < end - 1:
+            farthest = tl.where(arguments.is_finite(b_out), begin - 1, end - 1)
+            attend_documents(
+                b_query, keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM
+            )
+
+
+@triton.jit
+def attend_documents(
+    b_query, keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM: tl.constexpr
+):
+    """Compute and store the sums of each document of a block of rows separately, as in
+    `arguments.document_at`, from the document on whose first key is at distance `farthest`.
+    """
+    while farthest >= begin:
+        m_row = rows.farthest == farthest
+        nearest = tl.maximum(tl.min(tl.where(m_row, rows.behind, MAX_INT32), 0), begin)
+        b_out, row_max, row_sum = attend_rows(
+            b_query, keys, p_bands, rows, nearest, farthest + 1, scale, FORM
+        )
+        row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)[1]
+        b_out = normalised(b_out, row_sum, FORM.PRECISE)
+        memory.scatter_tokens(p_part, b_out, o_row, m_row, FORM.HEAD_DIM, FORM)
+        farthest = tl.max(tl.where(rows.farthest < farthest, rows.farthest, -1), 0)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .. import tiles, varlen
+from .. import scheduler, tiles, varlen
 
 
 class ForwardCounts(NamedTuple):
@@ -73,6 +73,14 @@ def is_bounded(form):
     return form.PACKED or form.HAS_KEY_START
 
 
+@gluon.constexpr_function
+def leaves_no_block(form):
+    """True if no blocks of queries are known to be without keys. With a prefix none are, and those
+    that see nothing else come last; the blocks of documents have no order.
+    """
+    return form.PREFIX > 0 or form.PACKED
+
+
 @gluon.jit
 def sequence_at(
     positions,
@@ -110,17 +118,18 @@ def query_tile(
     positions,
     counts,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     FORM: gl.constexpr,
 ):
-    """The `QueryTile` of a slot; without queries if `first_query >= n_queries`."""
+    """The `QueryTile` of a slot with BLOCK_M queries; it has none if `first_query >= n_queries`."""
     sequence = sequence_at(
         positions, counts, counts.n_query_blocks, slot, batch, BLOCK_M, False, FORM
     )
     first_query = sequence.block * BLOCK_M
     first = sequence.start + first_query
     last = sequence.start + min(first_query + BLOCK_M, sequence.n_queries) - 1
-    keys = tiles.key_blocks(bands, first, last, 0, sequence.n_keys, BLOCK_N, FORM.INTERVALS)
+    keys = tiles.key_blocks(
+        bands, first, last, 0, sequence.n_keys, FORM.BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+    )
     if is_bounded(FORM):
         keys = tiles.from_zero(keys)
     return QueryTile(
@@ -138,18 +147,30 @@ def query_tile(
 
 
 @gluon.jit
-def seen_keys(tile, key_block):
+def seen_keys(tile, key_block, FORM: gl.constexpr):
     """Keys of a block that some query of the sequence may see: `[low, high)`. The others may hold
     anything, NaN included.
     """
     start = tile.first - tile.first_query
     # From position 0 on, some query sees every key before the end.
     low = key_block.limit * (start > 0)
-    return low, min(tile.n_keys, start + tile.n_queries - key_block.near)
+    high = start + tile.n_queries - key_block.near
+    if FORM.PREFIX > 0:
+        high = gl.where(key_block.far == tiles.IN_PREFIX, FORM.PREFIX, high)
+    return low, min(tile.n_keys, high)
 
 
 @gluon.jit
-def visible(o_query, o_key, near, far):
+def visible(o_query, o_key, near, far, PREFIX: gl.constexpr):
     """Mask of a tile; `o_query` and `o_key` broadcast against each other."""
-    o_count = tiles.visible_count(o_query, near, far, 0)
-    return tiles.visible(o_query, o_key, near, o_count)
+    o_last, o_count = tiles.visible_keys(o_query, near, far, 0, PREFIX)
+    return tiles.visible(o_last, o_key, 0, o_count)
+
+
+@gluon.jit
+def query_block(rank, bands, n_blocks, BLOCK, FORM: gl.constexpr):
+    """`scheduler.query_block` of a head."""
+    near = bands.near_0
+    if leaves_no_block(FORM):
+        near = 0
+    return scheduler.query_block(rank, near, n_blocks, BLOCK)

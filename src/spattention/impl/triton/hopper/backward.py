@@ -77,9 +77,8 @@ def query_gradient(
     head_batch, rank = scheduler.work_tile(program, n_blocks, n_batch * n_heads, counts.order)
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
-    near = 0 if FORM.PACKED else bands.near_0
-    slot = scheduler.query_block(rank, near, n_blocks, BLOCK_M)
-    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, BLOCK_N, FORM)
+    slot = arguments.query_block(rank, bands, n_blocks, BLOCK_M, FORM)
+    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, FORM)
     first_query, first, last, keys = tile.first_query, tile.first, tile.last, tile.keys
     offset_q, offset_k = tile.offset_q, tile.offset_k
     head = bands.head
@@ -123,7 +122,8 @@ def query_gradient(
     pipeline.copy_tokens(inputs.query, batch, head, first_row, barrier, s_query, True)
     pipeline.copy_tokens(inputs.d_out, batch, head, first_row, barrier, s_d_out, True)
     for i in gl.static_range(2):
-        start = offset_k + tiles.block_at(i, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        start = tiles.block_at(i, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
+        start += offset_k
         barrier = pipeline.expect_tx(key_full, i, STEP_BYTES, i < n_steps)
         s_first_key, s_first_value = s_keys.index(i), s_values.index(i)
         pipeline.copy_tokens(inputs.key, batch, key_head, start, barrier, s_first_key, i < n_steps)
@@ -149,27 +149,30 @@ def query_gradient(
             delta += gl.convert_layout(summed, ROW)
         else:
             for step in range(n_steps):
-                key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+                key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
                 pipeline.consumer_wait(key_full, step)
                 if arguments.is_bounded(FORM):
-                    zero_unseen_keys(tile, key_block, step, s_keys, s_values)
+                    zero_unseen_keys(tile, key_block, step, s_keys, s_values, FORM)
                 s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
                 scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
                 d_p = warpgroup_mma(
                     s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
                 )
                 scores, d_p = warpgroup_mma_wait(0, [scores, d_p])
-                delta += delta_of_keys(scores, d_p, o_position, key_block, lse_log2, scale, SCORES)
+                delta += delta_of_keys(
+                    scores, d_p, o_position, key_block, lse_log2, scale, SCORES, FORM.PREFIX
+                )
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
-        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
         first_key, near, far = key_block.start, key_block.near, key_block.far
-        start = offset_k + tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        start = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
+        start += offset_k
         s_key, s_value = s_keys.index(step % 2), s_values.index(step % 2)
         pipeline.consumer_wait(key_full, step)
         if arguments.is_bounded(FORM):
-            zero_unseen_keys(tile, key_block, step, s_keys, s_values)
+            zero_unseen_keys(tile, key_block, step, s_keys, s_values, FORM)
         # [M, N] = [M, D] @ [D, N], both
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -182,9 +185,11 @@ def query_gradient(
         pipeline.copy_tokens(inputs.value, batch, key_head, start, barrier, s_next_value, more)
 
         p = softmax.recompute(scores, lse_log2[:, None], scale)
-        if not tiles.is_inside(first, last, first_key, first_key + BLOCK_N - 1, near, far, 0):
+        if not tiles.is_inside(
+            first, last, first_key, first_key + BLOCK_N - 1, near, far, FORM.PREFIX
+        ):
             o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-            m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far)
+            m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far, FORM.PREFIX)
             p = gl.where(m_seen, p, 0.0)
         d_p = warpgroup_mma_wait(0, [d_p])
         d_scores = p * (d_p - delta[:, None])
@@ -201,10 +206,10 @@ def query_gradient(
 
 
 @gluon.jit
-def zero_unseen_keys(tile, key_block, n, s_keys, s_values):
+def zero_unseen_keys(tile, key_block, n, s_keys, s_values, FORM: gl.constexpr):
     """Zero the keys and values in block `n` of the ring that no query of the sequence sees."""
     start = key_block.start
-    low, high = arguments.seen_keys(tile, key_block)
+    low, high = arguments.seen_keys(tile, key_block, FORM)
     if (start < low) | (start + s_keys.shape[1] > high):
         memory.zero_outside(s_keys.index(n % 2), start, low, high)
         memory.zero_outside(s_values.index(n % 2), start, low, high)
@@ -237,7 +242,7 @@ def key_gradient(
     scale,
     FORM: gl.constexpr,
 ):
-    """dK and dV of a block."""
+    """dK and dV of a block, without what the prefix adds (`portable/prefix_gradient.py`)."""
     BLOCK_M: gl.constexpr = FORM.BLOCK_M
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
@@ -360,7 +365,7 @@ def key_gradient(
             last = first + BLOCK_M - 1
             position = query_start + first
             inside = tiles.is_inside(
-                position, position + BLOCK_M - 1, first_key, last_key, near, far, 0
+                position, position + BLOCK_M - 1, first_key, last_key, near, far, FORM.PREFIX
             )
             # Rows after the end of the range belong to another head, or are zero and would get the
             # probability 1.
@@ -370,7 +375,9 @@ def key_gradient(
             if masked:
                 o_query = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
                 o_position = query_start + o_query
-                m_seen = arguments.visible(o_position[None, :], o_key[:, None], near, far)
+                m_seen = arguments.visible(
+                    o_position[None, :], o_key[:, None], near, far, FORM.PREFIX
+                )
                 m_query = o_query < high
                 if BOUNDED:
                     m_query = m_query & (o_query >= lowest)

@@ -22,24 +22,24 @@ def mask_scores(
     tile,
     o_position,
     key_block,
-    BLOCK_N: gl.constexpr,
     LAYOUT: gl.constexpr,
-    FALLING: gl.constexpr,
+    FORM: gl.constexpr,
 ):
-    """Scores `[M, N]`, with -inf (+inf where `FALLING`) for the keys that a query does not see."""
+    """Scores `[M, N]`, with -inf (+inf if `scale < 0`) for the keys that a query does not see."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
     first_key, near, far = key_block.start, key_block.near, key_block.far
     last_key = first_key + BLOCK_N - 1
-    if not tiles.is_inside(tile.first, tile.last, first_key, last_key, near, far, 0):
+    if not tiles.is_inside(tile.first, tile.last, first_key, last_key, near, far, FORM.PREFIX):
         o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far)
-        scores = gl.where(m_seen, scores, float("inf") if FALLING else float("-inf"))
+        m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far, FORM.PREFIX)
+        scores = gl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
     return scores
 
 
 @gluon.jit
-def zero_unseen_values(tile, key_block, n, s_values, value_full):
+def zero_unseen_values(tile, key_block, n, s_values, value_full, FORM: gl.constexpr):
     """Zero the values in block `n` of the ring that no query of the sequence sees."""
-    low, high = arguments.seen_keys(tile, key_block)
+    low, high = arguments.seen_keys(tile, key_block, FORM)
     if (key_block.start < low) | (key_block.start + s_values.shape[1] > high):
         pipeline.consumer_wait(value_full, n)
         memory.zero_outside(s_values.index(n % 2), key_block.start, low, high)
@@ -111,10 +111,12 @@ def forward_kernel(
         head_batch, rank = scheduler.work_tile(program, n_blocks, n_batch * n_heads, counts.order)
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
-    # Pairs order their blocks by length, those without keys among them; documents have no order.
-    near = 0 if FORM.PACKED else bands.near_0 * (counts.order != scheduler.PAIRED)
-    slot = scheduler.query_block(rank, near, n_blocks, BLOCK_M)
-    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, BLOCK_N, FORM)
+    # Pairs order their blocks by length, those without keys among them.
+    near = bands.near_0
+    if arguments.leaves_no_block(FORM):
+        near = 0
+    slot = scheduler.query_block(rank, near * (counts.order != scheduler.PAIRED), n_blocks, BLOCK_M)
+    tile = arguments.query_tile(batch, bands, slot, positions, counts, BLOCK_M, FORM)
     first_query, n_queries, keys = tile.first_query, tile.n_queries, tile.keys
     if FORM.PACKED:
         if first_query >= n_queries:
@@ -148,8 +150,8 @@ def forward_kernel(
     key_full = pipeline.allocate_barriers(1)
     value_full = pipeline.allocate_barriers(2)
 
-    key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS)
-    next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+    key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+    next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
     offset_q, offset_k = tile.offset_q, tile.offset_k
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
     pipeline.copy_tokens(t_query, batch, head, offset_q + first_query, barrier, s_query, True)
@@ -168,16 +170,16 @@ def forward_kernel(
     scores = warpgroup_mma_wait(0, [scores])
     barrier = pipeline.expect_tx(key_full, 1, KEY_BYTES, n_steps > 1)
     pipeline.copy_tokens(t_key, batch, key_head, offset_k + next_key, barrier, s_key, n_steps > 1)
-    scores = mask_scores(scores, tile, o_position, key_block, BLOCK_N, SCORES, FORM.FALLING)
+    scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
     for step in range(1, n_steps):
         # All products of the step before are done.
         if BOUNDED:
-            zero_unseen_values(tile, key_block, step - 1, s_values, value_full)
-        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
-        next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+            zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
+        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+        next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
         barrier = pipeline.expect_tx(value_full, step, KEY_BYTES, True)
         s_value = s_values.index(step % 2)
         pipeline.copy_tokens(
@@ -193,14 +195,14 @@ def forward_kernel(
         more = step + 1 < n_steps
         barrier = pipeline.expect_tx(key_full, step + 1, KEY_BYTES, more)
         pipeline.copy_tokens(t_key, batch, key_head, offset_k + next_key, barrier, s_key, more)
-        scores = mask_scores(scores, tile, o_position, key_block, BLOCK_N, SCORES, FORM.FALLING)
+        scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
         p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
         b_out = warpgroup_mma_wait(0, [b_out])
         b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
     if BOUNDED:
-        zero_unseen_values(tile, key_block, n_steps - 1, s_values, value_full)
+        zero_unseen_values(tile, key_block, n_steps - 1, s_values, value_full, FORM)
     pipeline.consumer_wait(value_full, n_steps - 1)
     b_out = warpgroup_mma(b_p, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, [b_out])

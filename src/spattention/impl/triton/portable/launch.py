@@ -11,13 +11,17 @@ from .. import varlen
 from ..arguments import Form, Heads, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
-from ..config import LaunchConfig, Launches, block_d, launches
-from .backward import key_gradient_kernel, query_gradient_kernel
+from ..config import OPTIONS, LaunchConfig, Launches, block_d, launches, prefix_chunk
 from .forward import forward_kernel
+from .key_gradient import key_gradient_kernel
+from .prefix_gradient import ROWS, PrefixCounts, prefix_gradient_kernel, reduce_kernel
+from .query_gradient import query_gradient_kernel
 
 _forward = CompiledKernelCache(forward_kernel)
 _query_gradient = CompiledKernelCache(query_gradient_kernel)
 _key_gradient = CompiledKernelCache(key_gradient_kernel)
+_prefix_gradient = CompiledKernelCache(prefix_gradient_kernel)
+_reduce = CompiledKernelCache(reduce_kernel)
 
 
 def launches_for(call: Call) -> Launches:
@@ -49,9 +53,11 @@ def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
 
 
 def backward(call: Call, launches: Launches, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch both gradient kernels; they fill the gradients, `lse_log2` and `delta`."""
+    """Launch the gradient kernels; they fill the gradients, `lse_log2` and `delta`."""
     query_gradient(call, launches.query_gradient, tensors, stats)
     key_gradient(call, launches.key_gradient, tensors, stats)
+    if call.prefix:
+        prefix_gradient(call, launches.key_gradient, tensors, stats)
 
 
 def query_gradient(
@@ -109,9 +115,66 @@ def key_gradient(
             call.positions,
             *_counts(call, slots),
             call.scale,
-            FORM=_form(*_facts(call, launch), grouped=call.group > 1),
+            FORM=_form(
+                *_facts(call, launch),
+                grouped=call.group > 1,
+                chunk=prefix_chunk(call.capability) if call.prefix else 0,
+            ),
             num_stages=launch.num_stages,
             **launch.options,
+        )
+
+
+def prefix_gradient(
+    call: Call, launch: LaunchConfig, tensors: BackwardTensors, stats: RowStats
+) -> None:
+    """Launch the kernels that add the gradients of the prefix to `d_key` and `d_value`, after those
+    of dQ and of dK and dV. `stats` may have more rows per head than queries.
+    """
+    query, key, value, _, d_out, _, d_key, d_value = tensors
+    stats = RowStats(None, None, stats.lse_log2, stats.delta)
+    chunk = prefix_chunk(call.capability)
+    slots = varlen.num_slots(call.queries, call.n_documents, chunk)
+    blocks = -(-call.prefix // launch.block_n)
+    if call.positions.key_start is not None:  # a prefix may start inside of a block
+        blocks = (call.prefix - 2) // launch.block_n + 2
+    by_query = call.start_strides[2] != 0
+    members = (1 + by_query) * blocks
+    programs = slots * members * call.batch * call.key_heads
+    part = stats.delta.new_empty((programs, 2, launch.block_n, call.head_dim))
+    sizes = PrefixCounts(stats.delta.shape[2], blocks, members)
+    inputs = (heads(query), heads(key), heads(value), heads(d_out))
+    results = (heads(d_key), heads(d_value))
+    counts = _counts(call, slots)
+    form = _form(*_facts(call, launch), grouped=call.group > 1, chunk=chunk)
+    with on_device(call.device):
+        _prefix_gradient(
+            programs,
+            _specialization_key(call, inputs, part, *stats),
+            *inputs,
+            part,
+            stats,
+            call.bands[1],
+            call.positions,
+            *counts,
+            *sizes,
+            call.scale,
+            FORM=form,
+            num_stages=launch.num_stages,
+            **launch.options,
+        )
+        _reduce(
+            programs * launch.block_n // ROWS.value,
+            _specialization_key(call, results, part),
+            *results,
+            part,
+            call.bands[1],
+            call.positions,
+            *counts,
+            *sizes,
+            FORM=form,
+            num_warps=4,
+            **OPTIONS,
         )
 
 
@@ -149,10 +212,13 @@ def _facts(call: Call, launch: LaunchConfig) -> tuple[Any, ...]:
         launch.block_m,
         launch.block_n,
         call.n_intervals,
+        call.prefix,
         cu_seqlens_q is not None,
         query_start is not None,
         key_start is not None,
         call.precise,
+        # Without a prefix no kernel depends on it.
+        bool(call.prefix) and (cu_seqlens_q is not None or call.start_strides[2] != 0),
     )
 
 
@@ -162,12 +228,15 @@ def _form(
     block_m: int,
     block_n: int,
     n_intervals: int,
+    prefix: int,
     packed: bool,
     start_on_device: bool,
     has_key_start: bool,
     precise: bool,
+    documents: bool,
     *,
     grouped: bool = False,
+    chunk: int = 0,
     has_sinks: bool = False,
     has_d_lse: bool = False,
     falling: bool = False,
@@ -179,6 +248,9 @@ def _form(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         INTERVALS=n_intervals,
+        PREFIX=prefix,
+        CHUNK=chunk,
+        DOCUMENTS=documents,
         PACKED=packed,
         START_ON_DEVICE=start_on_device,
         HAS_KEY_START=has_key_start,
