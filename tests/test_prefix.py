@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spattention import BandPattern, BandStore, band_attention
+from spattention import BandPattern, band_attention
 from spattention.attention import HAS_TRITON
 from spattention.impl import reference
 from spattention.serving.checks import check_no_prefix
@@ -76,7 +76,6 @@ def test_paths_without_prefixes_refuse_them():
     """A path that does not know prefixes names them and never computes without."""
     tokens = torch.randn(1, 3, 5, 4)
     calls = [
-        lambda: BandStore(PATTERN, 1, 3, 4),
         lambda: check_no_prefix(PATTERN),
     ]
     if HAS_TRITON:
