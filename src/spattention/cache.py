@@ -93,6 +93,10 @@ class BandStore:
         check_int("value_dim", value_dim, at_least=1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"`dtype` must be floating point, got {dtype!r}")
+        if pattern.prefix:
+            raise NotImplementedError(
+                f"`pattern` must have no prefix in a BandStore, got prefix {pattern.prefix}"
+            )
         self.pattern = pattern
         self.num_key_heads = num_key_heads
         # Known on the host, without waiting for the device.
@@ -396,7 +400,7 @@ class BandStore:
     def _write(self, key: Tensor, value: Tensor) -> None:
         """The last of these tokens, as many as each ring holds, from `position` on."""
         new = key.shape[2]
-        kernels = kernels_for(key, value)
+        kernels = kernels_for(key, value, self.pattern)
         if kernels is not None:
             kernels.write_rings(
                 key,
