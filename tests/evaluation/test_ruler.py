@@ -111,11 +111,11 @@ def test_scores_are_the_share_of_answers_found():
 
 
 def test_wrong_tasks_and_lengths_are_named():
-    with pytest.raises(ValueError, match="`task` must be one of .*got 'double'"):
+    with pytest.raises(ValueError, match=r"`task` must be one of .*got 'double'"):
         make_items("double", haystacks(1), 1000, TOKENIZER)
-    with pytest.raises(ValueError, match="haystack 1 .* at least `length` = 1200 tokens, got 900"):
+    with pytest.raises(ValueError, match=r"haystack 1 .* at least `length` = 1200 tokens, got 900"):
         make_items("single", [*haystacks(1), *haystacks(1, 900)], 1200, TOKENIZER)
     with pytest.raises(ValueError, match=r"`length` must be at least \d+ for .* single, got 300"):
         make_items("single", haystacks(1), LENGTH, TOKENIZER)
-    with pytest.raises(ValueError, match="`items` must be of one length and task.*got 0"):
+    with pytest.raises(ValueError, match=r"`items` must be of one length and task.*got 0"):
         ask(Answers([]), [], TOKENIZER)

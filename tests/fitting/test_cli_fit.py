@@ -18,7 +18,7 @@ from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 from spattention.fitting import Profile
 from spattention.fitting.capture import total_pairs
-from spattention.fitting.profile import sink_logits
+from spattention.fitting.sinks import first_scores
 from spattention.hf.config import read_section
 
 PAGE = "It was a dark and stormy night, and the captain said to the crew 0123456789: "
@@ -127,7 +127,7 @@ def test_a_given_profile_is_used(home, tmp_path):
 def test_sinks_start_from_what_was_measured(home, tmp_path):
     assert fit(home, tmp_path / "bands", "--sinks", "--pairs", "0.2") == 0
     model, patterns = patterns_of(tmp_path / "bands")
-    starts = sink_logits(Profile.load(tmp_path / "bands" / "profile.json"))
+    starts = first_scores(Profile.load(tmp_path / "bands" / "profile.json"))
     for layer, pattern in enumerate(patterns):
         sinks = model.model.layers[layer].self_attn.sinks
         for head, intervals in enumerate(pattern.intervals):

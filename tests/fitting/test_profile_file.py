@@ -13,7 +13,8 @@ from attending import profile_of, random_weights
 
 from spattention.fitting import ModelIdentity, Profile
 from spattention.fitting.picture import profile_figure
-from spattention.fitting.profile import rounded, sink_logits
+from spattention.fitting.profile import rounded
+from spattention.fitting.sinks import first_scores
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_sinks_start_where_the_first_tokens_are():
         first_logits=logits,
         distance=torch.zeros(1, 2, 30, dtype=torch.float64),
     )
-    assert sink_logits(found).tolist() == [[5.0, pytest.approx(3.0 + 0.6931472)]]
+    assert first_scores(found).tolist() == [[5.0, pytest.approx(3.0 + 0.6931472)]]
 
 
 def test_the_picture_shows_heads_by_layer(profile):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -321,14 +320,3 @@ def _check_count(name: str, value: Any, least: int) -> None:
 
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def sink_logits(profile: Profile) -> Tensor:
-    """Starting values of learned sinks, `[L, H]`: log of what the first tokens add to a softmax.
-
-    It is the log-sum-exp of the mean scores of those first tokens that hold a share of at least one
-    in a hundred; without any, the mean score of the first token with the largest share.
-    """
-    best = profile.first == profile.first.amax(dim=-1, keepdim=True)
-    kept = (profile.first >= 0.01) | best
-    return profile.first_logits.masked_fill(~kept, -math.inf).logsumexp(dim=-1)
