@@ -75,6 +75,11 @@ def trial(
         bins = replace(profile, first=profile.first, distance=_unit(found["bins"], profile))
         values = replace(task, profile=bins, prefix=profile.prefix_max).values
         values = torch.nn.functional.pad(values, (0, task.values.shape[1] - values.shape[1]))
+    elif kind == "drops":
+        left = torch.nn.functional.pad(found["tail"], (0, 1)).cummin(dim=-1).values
+        drops = replace(profile, distance=_unit(left[..., :-1] - left[..., 1:], profile))
+        values = replace(task, profile=drops, prefix=profile.prefix_max).values
+        values = torch.nn.functional.pad(values, (0, task.values.shape[1] - values.shape[1]))
     forced = torch.tensor([edge < task.local for edge in task.edges[:-1]])
     whole = torch.zeros(len(values), dtype=torch.bool)
     whole[dense] = True
