@@ -21,9 +21,12 @@ DIGITS = 6  # significant digits of what is stored
 MOST_BYTES = 2**29  # of a file; 64 layers of 64 heads over 65,536 tokens take half of it
 MOST_TOKENS = 2**31 - 1
 SHARE_ERROR = 1e-3  # rounding of some thousand stored shares stays far below it
-COUNTS = ("length", "rows", "tokens", "needles", "needles_found")
+COUNTS = ("length", "rows", "tokens", "needles", "needles_found", "sensitivity_rows")
+MAY_BE_ZERO = ("needles", "needles_found", "sensitivity_rows")
 SHARES = ("first", "distance", "first_distance")
-ARRAYS = (*SHARES, "first_logits", "needle")
+ARRAYS = (*SHARES, "first_logits", "needle", "sensitivity")
+OPTIONAL = ("needle", "sensitivity")
+ADDED = ("sensitivity", "sensitivity_rows")  # entries that files of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Profile:
             that holds it; None if no needles were asked for.
         needles: needles asked for.
         needles_found: needles of which the model predicted every token of the answer.
+        sensitivity: float64 `[L, H, E]`, how much the loss minds, by bin of distance, that a query
+            no longer attends it, apart from the first F tokens: the mean square over queries of the
+            first-order change of the loss, see `hf.profile`; None if it was not asked for.
+        sensitivity_rows: rows that it was measured on.
 
     Raises:
         ValueError: if a value has the wrong type, shape or range, or shares exceed 1.
@@ -84,6 +91,8 @@ class Profile:
     needle: Tensor | None = None
     needles: int = 0
     needles_found: int = 0
+    sensitivity: Tensor | None = None
+    sensitivity_rows: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self.model).items():
@@ -97,7 +106,7 @@ class Profile:
                 f"{self.model.kv_heads}"
             )
         for name in COUNTS:
-            _check_count(name, getattr(self, name), 0 if name.startswith("needles") else 1)
+            _check_count(name, getattr(self, name), 0 if name in MAY_BE_ZERO else 1)
         if not self.length <= self.tokens:
             raise ValueError(
                 f"`tokens` must be at least `length` = {self.length}, got {self.tokens}"
@@ -109,6 +118,11 @@ class Profile:
                 "`needle` must be given for at least `needles_found` needles, got "
                 f"{'none' if self.needle is None else 'shares'}, needles = {self.needles} and "
                 f"needles_found = {self.needles_found}"
+            )
+        if (self.sensitivity is None) != (self.sensitivity_rows == 0):
+            raise ValueError(
+                "`sensitivity` must be given for `sensitivity_rows` rows, got "
+                f"{'none' if self.sensitivity is None else 'values'} and {self.sensitivity_rows}"
             )
         self._check_arrays()
 
@@ -127,10 +141,11 @@ class Profile:
             "first_distance": (layers, heads, tokens, bins),
             "first_logits": (layers, heads, tokens),
             "needle": (layers, heads),
+            "sensitivity": (layers, heads, bins),
         }
         for name, shape in shapes.items():
             values = getattr(self, name)
-            if name == "needle" and values is None:
+            if name in OPTIONAL and values is None:
                 continue
             if not isinstance(values, Tensor) or values.dtype != torch.float64:
                 raise ValueError(f"`{name}` must be a float64 tensor, got {_kind(values)}")
@@ -140,7 +155,9 @@ class Profile:
                 )
             if not bool(values.isfinite().all()):
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity")
-            if name != "first_logits" and (
+            if name == "sensitivity" and bool((values < 0).any()):
+                raise ValueError(f"`{name}` must be at least 0, got {float(values.min())}")
+            if name not in ("first_logits", "sensitivity") and (
                 bool((values < 0).any()) or bool((values > 1 + SHARE_ERROR).any())
             ):
                 raise ValueError(
@@ -244,7 +261,7 @@ class Profile:
                 f"{data.get('version')!r}"
             )
         names = {"format", "version", "model", "digest", "edges", *COUNTS, *ARRAYS}
-        if set(data) != names:
+        if set(data) | set(ADDED) != names:
             raise ValueError(
                 f"a profile must have the entries {sorted(names)}, got {sorted(map(str, data))}"
             )
@@ -257,6 +274,7 @@ class Profile:
                 f"`edges` must be those of `length` = {data['length']}: exact up to 64, then 8 per "
                 "doubling"
             )
+        data = {"sensitivity": None, "sensitivity_rows": 0, **data}
         arrays: dict[str, Any] = {name: _array(name, data[name]) for name in ARRAYS}
         counts = {name: data[name] for name in COUNTS}
         return cls(ModelIdentity(**data["model"]), digest=data["digest"], **counts, **arrays)
@@ -305,7 +323,7 @@ def rounded(values: Tensor) -> Tensor:
 
 
 def _array(name: str, value: Any) -> Tensor | None:
-    if name == "needle" and value is None:
+    if name in OPTIONAL and value is None:
         return None
     try:
         return torch.tensor(value, dtype=torch.float64)

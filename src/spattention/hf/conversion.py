@@ -51,7 +51,7 @@ def convert(
         )
     has_sinks = sinks is not False
     named = sorted(modules) if layers is None else list(layers)
-    heads = [0 if chosen[index] is None else chosen[index].num_heads for index in named]
+    heads = [0 if (entry := chosen[index]) is None else entry.num_heads for index in named]
     starts = dict(zip(named, sink_values(sinks, named, heads))) if has_sinks else {}
     for index, entry in enumerate(chosen):
         if entry is not None:
