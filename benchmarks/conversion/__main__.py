@@ -25,9 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flex
-from look import sensitivity
 from measure import PARTS, Sizes, measure
-from rows import ROWS, TRIALS, Budget, Row
+from rows import ROWS, Budget, Row
 from text import Text, read_text
 from train import Schedule, train, with_lora
 
@@ -113,7 +112,7 @@ def main(options: Options) -> None:
     began = time.monotonic()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for name, known in (("rows", (*ROWS, *TRIALS)), ("parts", PARTS)):
+    for name, known in (("rows", tuple(ROWS)), ("parts", PARTS)):
         if unknown := sorted({*getattr(options, name)} - {*known}):
             raise SystemExit(f"`--{name}` must be of {list(known)}, got {unknown}")
     settings = {k: v for k, v in asdict(options).items() if k not in FREE}
@@ -144,7 +143,7 @@ def _runs(options: Options, results: list[dict[str, Any]]) -> Iterator[tuple[str
     for tokens in sorted(options.tokens):
         for seed in options.seeds if tokens else options.seeds[:1]:
             for name in options.rows:
-                if tokens or not (ROWS | TRIALS)[name].lora:
+                if tokens or not ROWS[name].lora:
                     run = (name, seed, tokens)
                     known = (
                         any(d[0] == name and d[2] == 0 for d in done) if not tokens else run in done
@@ -181,24 +180,12 @@ def _profile(options: Options, text: Text, tokenizer: Any) -> Profile:
     rows = [text.train[k * len(text.train) // count] for k in range(count)]
     start = time.perf_counter()
     found = spa.hf.profile(
-        _open(options), rows, needles=options.needles, tokenizer=tokenizer, progress=False
-    )
+        _open(options), rows, needles=options.needles, tokenizer=tokenizer,
+        sensitivity=options.sensitivity_rows, progress=False,
+    )  # fmt: skip
     found.save(path)
     print(f"profiled in {time.perf_counter() - start:.0f} s: {found}", flush=True)
     return found
-
-
-def _sensitivity(options: Options, profile: Profile) -> dict[str, torch.Tensor]:
-    """The sensitivities beside the results, measured if they are not there."""
-    path = options.output.with_suffix(".sensitivity.pt")
-    if not path.exists():
-        count = options.sensitivity_rows
-        train = read_text(options.text, options.context, options.context, 1).train
-        rows = [train[(2 * k + 1) * len(train) // (2 * count)] for k in range(count)]
-        start = time.perf_counter()
-        torch.save(sensitivity(_open(options), rows, profile.prefix_max), path)
-        print(f"sensitivity in {time.perf_counter() - start:.0f} s", flush=True)
-    return torch.load(path)
 
 
 def _run(
@@ -210,7 +197,7 @@ def _run(
     seed: int,
     tokens: float,
 ) -> dict[str, Any]:
-    row = (ROWS | TRIALS)[name]
+    row = ROWS[name]
     model = _open(options)
     facts = _convert(model, row, profile, options, name)
     schedule = Schedule(
@@ -243,8 +230,7 @@ def _convert(model: Any, row: Row, profile: Profile, options: Options, name: str
     if row.patterns is None:
         return {"attention": "sdpa", "pairs": 1.0, "cache": 1.0, "captured": 1.0}
     span = model.config.max_position_embeddings
-    found = _sensitivity(options, profile) if name in TRIALS else {}
-    budget = Budget(options.pairs, options.context, span, found)
+    budget = Budget(options.pairs, options.context, span)
     patterns = list(row.patterns(profile, budget))
     sinks = starting_sinks(profile, patterns) if row.sinks else None
     if options.attention == "flex":

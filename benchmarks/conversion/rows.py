@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
-
-import look
 
 import spattention as spa
 from spattention.bands import BandPattern
@@ -18,15 +16,11 @@ NARROW, WIDE = 128, 512  # windows of mixes as practice has them: with sinks, an
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes that all rows share: pairs at `length`, patterns for contexts up to `span`.
-
-    `found` holds the sensitivities of trial rows.
-    """
+    """Sizes that all rows share: pairs at `length`, patterns for contexts up to `span`."""
 
     pairs: float
     length: int
     span: int
-    found: dict[str, Any] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
         return {"pairs": self.pairs, "length": self.length, "span": self.span}
@@ -69,12 +63,27 @@ def _mix(
     return make
 
 
-def _fitted(**options: Any) -> Callable[[Profile, Budget], Sequence[BandPattern]]:
+def _fitted(
+    *, groups: bool = False, fetch: float = 1.0, sensitivity: bool = True, **options: Any
+) -> Callable[[Profile, Budget], Sequence[BandPattern]]:
+    """`spattention.fit`, or an ablation of it.
+
+    Args:
+        groups: one choice for all query heads of a key/value head.
+        fetch: factor of the shares on needles: 0 lets no head fetch, 3 lets heads with a third.
+        sensitivity: False values captured attention alone.
+        options: of `fit`.
+    """
+
     def make(profile: Profile, budget: Budget) -> Sequence[BandPattern]:
-        given = dict(options)
-        if given.pop("groups", False):
+        if profile.needle is not None:
+            profile = replace(profile, needle=(profile.needle * fetch).clamp(max=1.0))
+        if not sensitivity:
+            profile = replace(profile, sensitivity=None, sensitivity_rows=0)
+        given = budget.options() | options
+        if groups:
             given["kv_heads"] = profile.model.kv_heads
-        return spa.fit(profile, **(budget.options() | given))
+        return spa.fit(profile, **given)
 
     return make
 
@@ -97,48 +106,15 @@ ROWS: dict[str, Row] = {
     "fitted-prefix-sinks": Row(_fitted(prefix=PREFIX), sinks=True),
     "fitted-sinks": Row(_fitted(), sinks=True),
     "fitted-bare": Row(_fitted()),
+    "fitted-captured": Row(_fitted(prefix=PREFIX, sensitivity=False)),
+    "fitted-no-fetch": Row(_fitted(prefix=PREFIX, fetch=0.0)),
+    "fitted-more-fetch": Row(_fitted(prefix=PREFIX, fetch=3.0)),
+    "fitted-local-16": Row(_fitted(prefix=PREFIX, local=16)),
+    "fitted-local-128": Row(_fitted(prefix=PREFIX, local=128)),
+    "fitted-local-256": Row(_fitted(prefix=PREFIX, local=256)),
+    "fitted-prefix-1": Row(_fitted(prefix=1)),
+    "fitted-prefix-16": Row(_fitted(prefix=16)),
     "dense-lora": Row(None, lora=True),
     "window-prefix-lora": Row(_window(PREFIX), lora=True),
     "fitted-lora": Row(_fitted(prefix=PREFIX), lora=True),
-}
-
-
-def _trial(kind: str, **options: Any) -> Row:
-    def make(profile: Profile, budget: Budget) -> Sequence[BandPattern]:
-        given = dict(options)
-        if given.pop("groups", False):
-            given["kv_heads"] = profile.model.kv_heads
-        return look.trial(profile, budget.found, budget.options(), kind=kind, **given)
-
-    return Row(make)
-
-
-TRIALS: dict[str, Row] = {
-    "try-captured": _trial("captured"),
-    "try-captured-256": _trial("captured", local=256),
-    "try-gate": _trial("gate"),
-    "try-gate-64": _trial("gate", local=64),
-    "try-bins": _trial("bins"),
-    "try-bins-64": _trial("bins", local=64),
-    "try-tail": _trial("tail"),
-    "try-tail-64": _trial("tail", local=64),
-    "try-drops": _trial("drops"),
-    "try-drops-fetch.3": _trial("drops", fetches=0.3),
-    "try-drops-fetch.3-16": _trial("drops", fetches=0.3, most=16),
-    "try-drops-groups-fetch.3": _trial("drops", fetches=0.3, groups=True),
-    "try-window-fetch.3-16": _trial("window", fetches=0.3, most=16),
-    "try-window-fetch.3": _trial("window", fetches=0.3),
-    "try-window-fetch.1": _trial("window", fetches=0.1),
-    "try-gate-fetch.3": _trial("gate", fetches=0.3),
-    "try-gate-fetch.3-16": _trial("gate", fetches=0.3, most=16),
-    "try-bins-fetch.3": _trial("bins", fetches=0.3),
-    "try-bins-fetch.3-16": _trial("bins", fetches=0.3, most=16),
-    "try-tail-fetch.3": _trial("tail", fetches=0.3),
-    "try-tail-fetch.3-16": _trial("tail", fetches=0.3, most=16),
-    "try-tail-fetch.1": _trial("tail", fetches=0.1),
-    "try-tail-fetch.3-256": _trial("tail", fetches=0.3, local=256),
-    "try-tail-groups-fetch.3": _trial("tail", fetches=0.3, groups=True),
-    "try-gate-groups-fetch.3": _trial("gate", fetches=0.3, groups=True),
-    "try-tail-prefix1-fetch.3": _trial("tail", fetches=0.3, prefix=1),
-    "try-tail-prefix16-fetch.3": _trial("tail", fetches=0.3, prefix=16),
 }

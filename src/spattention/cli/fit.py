@@ -58,7 +58,13 @@ def main(options: Options) -> None:
         rows = _rows(options, tokenizer, context)
         held_out, kept = rows[: options.check], rows[options.check :]
         if measured is None:
-            measured = hf.profile(model, kept, needles=options.needles or None, tokenizer=tokenizer)
+            measured = hf.profile(
+                model,
+                kept,
+                needles=options.needles or None,
+                tokenizer=tokenizer,
+                sensitivity=min(options.sensitivity, len(kept)),
+            )
         patterns = fit_patterns(
             measured,
             pairs=options.pairs,
@@ -75,7 +81,7 @@ def main(options: Options) -> None:
 
 def _check(options: Options) -> None:
     for name, least in (
-        ("rows", 1), ("check", 1), ("needles", 0), ("prefix", 0), ("local", 1), ("context", 2),
+        ("rows", 1), ("check", 1), ("needles", 0), ("sensitivity", 0), ("prefix", 0), ("local", 1), ("context", 2),
         ("span", 1),
     ):  # fmt: skip
         value = getattr(options, name)

@@ -70,9 +70,10 @@ class Profile:
             that holds it; None if no needles were asked for.
         needles: needles asked for.
         needles_found: needles of which the model predicted every token of the answer.
-        sensitivity: float64 `[L, H, E]`, how much the loss minds, by bin of distance, that a query
-            no longer attends it, apart from the first F tokens: the mean square over queries of the
-            first-order change of the loss, see `hf.profile`; None if it was not asked for.
+        sensitivity: float64 `[L, H, E]`, how much the loss minds what a head no longer attends, by
+            bin of distance, apart from the first F tokens. It is the mean over queries of the
+            squared derivative of a row's loss (a sum over its tokens) with respect to a term added
+            to the scores of the bin. None if it was not asked for.
         sensitivity_rows: rows that it was measured on.
 
     Raises:

@@ -1,14 +1,15 @@
 """Measure how much the loss of a dense model minds what its heads no longer attend.
 
-The score between a query and a key has a gradient: `dS = p * (dO . v - dO . o)`, with weight p,
-output o and value v. To first order, taking a set of keys from a query changes the loss by minus
-the sum of their dS, divided by the weight that is left. Its square, a mean over queries, is what
-curvature costs (Fisher information, one head and query at a time).
+Add a term to the scores of a query with the keys of one bin of distance. The derivative of the loss
+with respect to this term is the sum of `dS = p * (dO . v - dO . o)` over the bin, with weight p,
+value v, output o and its gradient dO. Its square, a mean over queries, is the curvature of the loss
+along the term (Fisher information): what it costs to take the bin from the head, to second order
+and up to a factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,41 +17,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..fitting.bins import distance_edges
-
 BLOCK = 128  # queries whose weights exist at a time
-LEAST_LEFT = 1e-3  # share of attention that a query keeps at least
 
 
 class SensitivitySums:
-    """Sums over queries, float64 on the CPU, per layer.
+    """Sums over queries, float64.
 
     Attributes:
         edges: of the bins of distance.
         first: first tokens of a row, which are in no bin.
         queries: queries so far.
-        gate: layer -> `[H]`, squared gradient of a gate on the head's output.
-        bins: layer -> `[H, E]`, squared change of the loss without one bin.
-        tail: layer -> `[H, E]`, squared change of the loss without any bin from that one on.
+        layers: layer -> `[H, E]`, squared derivative of the loss by bin.
     """
 
-    def __init__(self, length: int, first: int) -> None:
-        self.edges, self.first, self.queries = distance_edges(length), first, 0
-        self.gate: dict[int, Tensor] = {}
-        self.bins: dict[int, Tensor] = {}
-        self.tail: dict[int, Tensor] = {}
+    def __init__(self, edges: Sequence[int], first: int) -> None:
+        self.edges, self.first, self.queries = tuple(edges), first, 0
+        self.layers: dict[int, Tensor] = {}
 
-    def add(self, layer: int, gradient: Tensor, weights: Tensor, gate: Tensor, start: int) -> None:
-        """Add a block of queries: dS and weights `[H, R, K]`, gradients of gates `[H, R]`."""
-        by_bin, shares = (self._by_bin(each, start) for each in (gradient, weights))
-        beyond, mass = (each.flip(-1).cumsum(-1).flip(-1) for each in (by_bin, shares))
-        for sums, found in (
-            (self.gate, gate),
-            (self.bins, by_bin / (1 - shares).clamp(min=LEAST_LEFT)),
-            (self.tail, beyond / (1 - mass).clamp(min=LEAST_LEFT)),
-        ):
-            total = found.double().square().sum(dim=1).cpu()
-            sums[layer] = sums.get(layer, torch.zeros_like(total)) + total
+    def add(self, layer: int, gradient: Tensor, start: int) -> None:
+        """Add dS `[H, R, K]` of a block of queries, the first of which is at `start`."""
+        total = self._by_bin(gradient, start).square().sum(dim=1).cpu()
+        self.layers[layer] = self.layers.get(layer, torch.zeros_like(total)) + total
+
+    def mean(self) -> Tensor:
+        """Means over queries, `[L, H, E]`."""
+        return torch.stack([self.layers[k] for k in sorted(self.layers)]) / self.queries
 
     def _by_bin(self, values: Tensor, start: int) -> Tensor:
         """Sums over the keys of each bin, `[H, R, E]`, the first tokens left out."""
@@ -68,13 +59,22 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, sums: Any
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+        layer: int,
+        sums: SensitivitySums,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.scale, ctx.layer, ctx.sums = scale, layer, sums
+        ctx.scale, ctx.sinks, ctx.layer, ctx.sums = scale, sinks, layer, sums
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         for start, stop in _blocks(query.shape[2]):
-            out[:, :, start:stop] = _weights(query, key, start, stop, scale) @ value[:, :, :stop]
+            out[:, :, start:stop] = (
+                _weights(query, key, start, stop, scale, sinks) @ value[:, :, :stop]
+            )
         return out
 
     @staticmethod
@@ -84,45 +84,39 @@ class _Attention(torch.autograd.Function):
         d_query, d_key, d_value = map(torch.zeros_like, (query, key, value))
         for start, stop in _blocks(query.shape[2]):
             own, keys, values = gradient[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
-            weights = _weights(query, key, start, stop, ctx.scale)
-            gate = (own * (weights @ values)).sum(dim=-1)
-            scores = weights * (own @ values.mT - gate[..., None])
-            ctx.sums.add(ctx.layer, scores[0], weights[0], gate[0], start)
+            weights = _weights(query, key, start, stop, ctx.scale, ctx.sinks)
+            delta = (own * (weights @ values)).sum(dim=-1, keepdim=True)
+            scores = weights * (own @ values.mT - delta)
+            ctx.sums.add(ctx.layer, scores[0], start)
             d_query[:, :, start:stop] = scores @ keys * ctx.scale
             d_key[:, :, :stop] += scores.mT @ query[:, :, start:stop] * ctx.scale
             d_value[:, :, :stop] += weights.mT @ own
-        return d_query, d_key, d_value, None, None, None
+        return d_query, d_key, d_value, None, None, None, None
 
 
-def measure(model: Any, rows: Iterable[Tensor], attention: Any, first: int) -> SensitivitySums:
-    """Sums over rows of tokens `[N]`, each with its own backward pass.
-
-    Args:
-        model: of Transformers, with the attention `attention` that calls `attend`.
-        rows: int64 tokens, all of one length.
-        attention: context manager of the sums within which the model calls `attend`.
-        first: first tokens that are in no bin.
-    """
-    sums: SensitivitySums | None = None
-    for row in rows:
-        sums = SensitivitySums(len(row), first) if sums is None else sums
-        ids = row[None].to(model.device)
-        with attention(sums), _frozen(model), torch.enable_grad():
-            start = model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = model(inputs_embeds=start, use_cache=False).logits[0, :-1].float()
-            F.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-        sums.queries += len(row)
-    assert sums is not None
-    return sums
+def descend(model: Any, ids: Tensor, sums: SensitivitySums) -> None:
+    """Take the gradient of the loss of a row of tokens `[N]`, down to what attention reads."""
+    ids = ids[None].to(model.device)
+    with _frozen(model), torch.enable_grad():
+        start = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=start, use_cache=False).logits[0, :-1].float()
+        F.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    sums.queries += ids.shape[1]
 
 
 def attend(
-    sums: SensitivitySums, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+    sums: SensitivitySums,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention `[1, N, H, Dv]` whose backward pass adds to sums."""
+    """Causal attention `[1, N, H, Dv]` of a layer, whose backward pass adds to sums."""
     group = query.shape[1] // key.shape[1]
     keys, values = (each.repeat_interleave(group, dim=1) for each in (key, value))
-    out = _Attention.apply(query, keys, values, scale, module.layer_idx, sums)
+    out = _Attention.apply(query, keys, values, scale, sinks, layer, sums)
     return out.transpose(1, 2)
 
 
@@ -144,7 +138,17 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + BLOCK, length)
 
 
-def _weights(query: Tensor, key: Tensor, start: int, stop: int, scale: float) -> Tensor:
+def _weights(
+    query: Tensor, key: Tensor, start: int, stop: int, scale: float, sinks: Tensor | None
+) -> Tensor:
     scores = (query[:, :, start:stop] @ key[:, :, :stop].mT) * scale
     tokens = torch.arange(stop, device=query.device)
-    return scores.masked_fill(tokens > tokens[start:, None], -torch.inf).softmax(dim=-1)
+    return softmax(scores.masked_fill(tokens > tokens[start:, None], -torch.inf), sinks)
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights `[B, H, R, K]` of scores; sinks `[H]` take their share."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1].contiguous()
