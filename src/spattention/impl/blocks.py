@@ -3,8 +3,8 @@
 A band of distances is covered by blocks of consecutive queries with the keys that they reach, or by
 blocks of consecutive keys with the queries that reach them. Blocks that lie alike, and heads whose
 blocks do, run as one batch. Keys of the prefix have blocks of their own, and bands cover the keys
-after it, so that no pair is in two. `query_start`, `key_start` and cu_seqlens are read on the host, so on
-an accelerator a tensor among them waits for the device.
+after it, so that no pair is in two. `query_start`, `key_start` and cu_seqlens are read on the host,
+so on an accelerator a tensor among them waits for the device.
 """
 
 from __future__ import annotations
