@@ -125,7 +125,7 @@ def test_a_given_profile_is_used(home, tmp_path):
 
 
 def test_sinks_start_from_what_was_measured(home, tmp_path):
-    assert fit(home, tmp_path / "bands", "--sinks", "--pairs", "0.2") == 0
+    assert fit(home, tmp_path / "bands", "--sinks", "--prefix", "0", "--pairs", "0.2") == 0
     model, patterns = patterns_of(tmp_path / "bands")
     starts = first_scores(Profile.load(tmp_path / "bands" / "profile.json"))
     for layer, pattern in enumerate(patterns):

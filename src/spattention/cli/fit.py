@@ -81,8 +81,8 @@ def main(options: Options) -> None:
 
 def _check(options: Options) -> None:
     for name, least in (
-        ("rows", 1), ("check", 1), ("needles", 0), ("sensitivity", 0), ("prefix", 0), ("local", 1), ("context", 2),
-        ("span", 1),
+        ("rows", 1), ("check", 1), ("needles", 0), ("sensitivity", 0), ("prefix", 0), ("local", 1),
+        ("context", 2), ("span", 1),
     ):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not least <= value < 2**31:

@@ -15,8 +15,8 @@ class Options:
 
     The model's attention is measured on some rows of text, how much the loss minds to lose it, and
     which heads fetch passkeys planted in them. The budget of pairs then goes to the heads that
-    fetch, and to the distances that the loss minds most. Other rows check the result. No weight changes: train the model afterwards, as
-    docs/finetuning.md describes.
+    fetch, and to the distances that the loss minds most. Other rows check the result. No weight
+    changes: train the model afterwards, as docs/finetuning.md describes.
 
     The output folder opens with Transformers after `spattention.hf.register()`. It also holds the
     profile (profile.json, profile.png), and what each layer got and why (fit.md, fit.png,
@@ -35,8 +35,9 @@ class Options:
         needles: Passkeys to plant; 0 for none.
         profile: A profile.json of this model to use instead of a new one.
         span: Span of the patterns; default the model's longest input.
-        sensitivity: Rows of which the gradient is taken too, to spend the budget where the loss
-            minds most; 0 spends it where most attention is captured.
+        sensitivity: Profiled rows of which the gradient is taken too, all of them if they are
+            fewer, to spend the budget where the loss minds most; 0 spends it where most attention
+            is captured.
         prefix: First tokens that every head attends.
         local: Nearest tokens that every head attends at least; default 64, or half of the window
             that the budget allows.
