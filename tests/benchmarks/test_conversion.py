@@ -15,13 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spattention as spa
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "conversion"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "conversion"))
 import choices
 import flex
 import train
 from text import order
 
+ROOT = Path(__file__).parents[2]
 PAGE = "It was a dark night. The captain said to the crew 0123456789 VAR magic numbers: "
 CONTEXT, LAYERS, HEADS = 96, 3, 4
 
