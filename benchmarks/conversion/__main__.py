@@ -24,6 +24,7 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import choices
 import flex
 from measure import PARTS, Sizes, measure
 from rows import ROWS, Budget, Row
@@ -49,7 +50,7 @@ class Options:
         model: folder of a dense model of Llama's kind, with its tokenizer.
         text: folder of tokens, see text.py.
         output: JSON of results; the profile and the patterns are written beside it.
-        items: folder of zero-shot tasks as JSON lines.
+        items: folder of zero-shot tasks as JSON lines; without it they are left out.
         rows: which rows; default all.
         tokens: numbers of training tokens in millions; 0 is before any training.
         seeds: of the order of the text.
@@ -122,12 +123,18 @@ def main(options: Options) -> None:
     longest = max(options.context, *options.passkey_lengths, *options.ruler_lengths)
     text = read_text(options.text, options.context, longest, options.windows)
     profile = _profile(options, text, tokenizer)
+    wanted = "tasks" in options.parts and options.items is not None
+    tasks = choices.prepare(options.items, options.task_items, tokenizer) if wanted else {}
+    sizes = Sizes(
+        options.parts, options.passkey_lengths, options.trials, options.ruler_lengths,
+        options.ruler_items, tasks,
+    )  # fmt: skip
     for name, seed, tokens in _runs(options, results):
         if time.monotonic() - began > 60 * options.minutes:
             print("out of time; call again to continue", flush=True)
             return
         start = time.perf_counter()
-        results.append(_run(options, profile, text, tokenizer, name, seed, tokens))
+        results.append(_run(options, profile, text, tokenizer, sizes, (name, seed, tokens)))
         results[-1]["total_seconds"] = time.perf_counter() - start
         where = environment() if torch.cuda.is_available() else {}
         record.write(
@@ -193,10 +200,10 @@ def _run(
     profile: Profile,
     text: Text,
     tokenizer: Any,
-    name: str,
-    seed: int,
-    tokens: float,
+    sizes: Sizes,
+    run: tuple[str, int, float],
 ) -> dict[str, Any]:
+    name, seed, tokens = run
     row = ROWS[name]
     model = _open(options)
     facts = _convert(model, row, profile, options, name)
@@ -211,10 +218,6 @@ def _run(
         facts["train"] = train(model, text.train, count, schedule, seed=seed, lora=row.lora)
     elif on_gpu:
         model.to(torch.bfloat16)
-    sizes = Sizes(
-        options.parts, options.passkey_lengths, options.trials, options.ruler_lengths,
-        options.ruler_items, options.task_items, options.items,
-    )  # fmt: skip
     facts |= measure(model, tokenizer, text, sizes)
     if row.sinks:
         facts["sinks"] = {

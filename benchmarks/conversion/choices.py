@@ -86,10 +86,28 @@ def read(folder: Path, task: str, limit: int) -> list[Question]:
     return [make(item) for item in items]
 
 
-def accuracy(model: Any, questions: list[Question], tokenizer: Any) -> Mean:
+@dataclass(frozen=True)
+class Prepared:
+    """Questions, and for each of their choices the tokens and how many of the last ones count."""
+
+    questions: list[Question]
+    requests: list[tuple[list[int], int]]
+
+
+def prepare(folder: Path, limit: int, tokenizer: Any) -> dict[str, Prepared]:
+    """All tasks, tokenized once for all models."""
+    found = {}
+    for task in TASKS:
+        questions = read(folder, task, limit)
+        requests = [_request(tokenizer, *pair) for each in questions for pair in each.choices]
+        found[task] = Prepared(questions, requests)
+    return found
+
+
+def accuracy(model: Any, prepared: Prepared) -> Mean:
     """The share of questions whose right choice is the likeliest (or, alone, the greedy one)."""
-    requests = [_request(tokenizer, *pair) for each in questions for pair in each.choices]
-    logs, greedy = likelihoods(model, requests)
+    questions = prepared.questions
+    logs, greedy = likelihoods(model, prepared.requests)
     right, place = [], 0
     for each in questions:
         count = len(each.choices)

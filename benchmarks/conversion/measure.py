@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import choices
@@ -30,8 +29,7 @@ class Sizes:
         trials: passkeys per length and depth.
         ruler_lengths: tokens per prompt.
         ruler_items: prompts per length and task.
-        task_items: questions per zero-shot task.
-        items: folder of zero-shot tasks; None for none.
+        tasks: zero-shot tasks.
     """
 
     parts: tuple[str, ...]
@@ -39,8 +37,7 @@ class Sizes:
     trials: int
     ruler_lengths: tuple[int, ...]
     ruler_items: int
-    task_items: int
-    items: Path | None
+    tasks: dict[str, choices.Prepared]
 
 
 def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, Any]:
@@ -58,14 +55,10 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
             str(length): _ruler(model, tokenizer, text.long, length, sizes.ruler_items)
             for length in sizes.ruler_lengths
         }
-    if "tasks" in sizes.parts and sizes.items is not None:
+    if "tasks" in sizes.parts:
         found["tasks"] = {
-            task: asdict(
-                choices.accuracy(
-                    model, choices.read(sizes.items, task, sizes.task_items), tokenizer
-                )
-            )
-            for task in choices.TASKS
+            task: asdict(choices.accuracy(model, prepared))
+            for task, prepared in sizes.tasks.items()
         }
     return found
 

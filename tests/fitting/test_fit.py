@@ -279,6 +279,20 @@ def test_the_table_says_what_each_head_got_and_why():
     assert f"{table.pairs:.4f} of dense attention's pairs at 50 tokens" in text
 
 
+def test_the_table_says_how_much_the_loss_minds_a_head():
+    plain = made(50)
+    minded = torch.ones_like(plain.distance)
+    minded[2, 1] *= 13
+    table = explain(
+        made(50, sensitivity=minded, sensitivity_rows=1), [P.sliding_window(HEADS, 50, 9)] * LAYERS
+    )
+    assert table.layer(2)[1].minded == pytest.approx(6.5)
+    assert table.layer(0)[0].minded == pytest.approx(0.5)
+    assert ", minded 6.5 x the mean" in str(table)
+    assert explain(plain, [P.dense(HEADS, 50)] * LAYERS).rows[0].minded is None
+    assert "minded" not in str(explain(plain, [P.dense(HEADS, 50)] * LAYERS))
+
+
 def test_the_table_counts_what_a_cache_keeps():
     """Two query heads read one key/value head, which is kept as far as the farther one looks."""
     one = P(intervals=(((0, 2),), ((0, 1), (5, 10)), ((0, 4),), ((0, 3),)), span=50)
