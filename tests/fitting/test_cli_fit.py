@@ -18,7 +18,7 @@ from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 from spattention.fitting import Profile
 from spattention.fitting.capture import total_pairs
-from spattention.fitting.profile import sink_logits
+from spattention.fitting.sinks import first_scores
 from spattention.hf.config import read_section
 
 PAGE = "It was a dark and stormy night, and the captain said to the crew 0123456789: "
@@ -125,9 +125,9 @@ def test_a_given_profile_is_used(home, tmp_path):
 
 
 def test_sinks_start_from_what_was_measured(home, tmp_path):
-    assert fit(home, tmp_path / "bands", "--sinks", "--pairs", "0.2") == 0
+    assert fit(home, tmp_path / "bands", "--sinks", "--prefix", "0", "--pairs", "0.2") == 0
     model, patterns = patterns_of(tmp_path / "bands")
-    starts = sink_logits(Profile.load(tmp_path / "bands" / "profile.json"))
+    starts = first_scores(Profile.load(tmp_path / "bands" / "profile.json"))
     for layer, pattern in enumerate(patterns):
         sinks = model.model.layers[layer].self_attn.sinks
         for head, intervals in enumerate(pattern.intervals):
@@ -159,7 +159,7 @@ def test_data_prepared_with_another_tokenizer_is_refused(home, tmp_path, capsys)
     ("more", "error"),
     [
         (["--pairs", "0"], "`--pairs` must be above 0 and at most 1, got 0.0"),
-        (["--pairs", "0.001"], "`pairs` must be at least 0.01"),
+        (["--pairs", "0.001"], "`pairs` must be at least 0.06"),
         (["--pairs", "nan"], "`--pairs` must be above 0 and at most 1, got nan"),
         (["--context", "300"], "`--context` must be at most the model's 256, got 300"),
         (["--rows", "0"], "`--rows` must be from 1 to 2147483647, got 0"),

@@ -119,7 +119,7 @@ def test_a_prefix_counts_once_in_pairs_and_capture(prefix, length, local):
     task = fitting._task(
         profile_of(weights), 1.0 if length < 9 else 0.4, None, None, prefix, local, None, ()
     )
-    choice = task.allocate([]) if length > 5 else task.window()
+    choice = task.allocate([], task.values) if length > 5 else task.window()
     distance = torch.arange(length)[:, None] - torch.arange(length)
     early = (torch.arange(length) < prefix) & (distance >= 0)
     pairs = share = 0
@@ -166,10 +166,10 @@ def test_heads_that_fetch_attend_everything():
     share = torch.zeros(LAYERS, HEADS, dtype=torch.float64)
     share[1, 2], share[2, 0], share[0, 3] = 0.9, 0.3, 0.09
     profile = fetching_profile(share)
-    patterns = spa.fit(profile, pairs=0.22)
+    patterns = spa.fit(profile, pairs=0.22, local=1)
     assert patterns[1].intervals[2] == patterns[2].intervals[0] == ((0, 50),)
     assert patterns[0].intervals[3] != ((0, 50),)
-    shared = spa.fit(profile, pairs=0.4, kv_heads=2)
+    shared = spa.fit(profile, pairs=0.4, kv_heads=2, local=1)
     assert shared[1].intervals[2:] == shared[2].intervals[:2] == (((0, 50),),) * 2
 
 
@@ -282,6 +282,20 @@ def test_the_table_says_what_each_head_got_and_why():
     assert f"{table.pairs:.4f} of dense attention's pairs at 50 tokens" in text
 
 
+def test_the_table_says_how_much_the_loss_minds_a_head():
+    plain = made(50)
+    minded = torch.ones_like(plain.distance)
+    minded[2, 1] *= 13
+    table = explain(
+        made(50, sensitivity=minded, sensitivity_rows=1), [P.sliding_window(HEADS, 50, 9)] * LAYERS
+    )
+    assert table.layer(2)[1].minded == pytest.approx(6.5)
+    assert table.layer(0)[0].minded == pytest.approx(0.5)
+    assert ", minded 6.5 x the mean" in str(table)
+    assert explain(plain, [P.dense(HEADS, 50)] * LAYERS).rows[0].minded is None
+    assert "minded" not in str(explain(plain, [P.dense(HEADS, 50)] * LAYERS))
+
+
 def test_the_table_counts_what_a_cache_keeps():
     """Two query heads read one key/value head, which is kept as far as the farther one looks."""
     one = P(intervals=(((0, 2),), ((0, 1), (5, 10)), ((0, 4),), ((0, 3),)), span=50)
@@ -313,3 +327,48 @@ def test_bins_are_exact_up_to_64_then_8_per_doubling():
         assert short[:-1] == edges[: len(short) - 1]
     assert causal_pairs(2, 5, 9) == sum(9 - d for d in (2, 3, 4))
     assert causal_pairs(5, 2, 9) == 0
+
+
+def test_the_budget_goes_where_the_loss_minds():
+    """Two heads look at the same distance, and the budget suffices for one of them."""
+    length = 60
+    weights = torch.zeros(1, 2, length, length, dtype=torch.float64)
+    for query in range(length):
+        weights[0, :, query, query] += 0.5
+        weights[0, :, query, max(0, query - 30)] += 0.5
+    for matters in (0, 1):
+        minded = profile_of(weights, prefix_max=1).distance.clone()
+        minded[0, 1 - matters] *= 1e-3
+        found = profile_of(weights, prefix_max=1, sensitivity=minded, sensitivity_rows=1)
+        (pattern,) = spa.fit(found, pairs=0.045, local=1)
+        assert (30, 31) in pattern.intervals[matters]
+        assert (30, 31) not in pattern.intervals[1 - matters]
+        window = sliding_window(found, pairs=0.045)
+        assert captured(found, [pattern]).mean() > captured(found, window).mean()
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.sampled_from([0, 2]))
+@settings(max_examples=15, deadline=None)
+def test_sensitivity_never_captures_less_than_a_window(seed, pairs, prefix):
+    """Where it would, captured attention counts as well."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = made(70, seed, 2.0, True)
+    minded = torch.rand(plain.distance.shape, generator=generator, dtype=torch.float64) ** 8
+    found = made(70, seed, 2.0, True, sensitivity=minded, sensitivity_rows=2)
+    pairs = max(pairs, 0.05 + prefix / 35)
+    patterns = spa.fit(found, pairs=pairs, prefix=prefix)
+    window = sliding_window(found, pairs=pairs, prefix=prefix)
+    assert captured(found, patterns).mean() >= captured(found, window).mean() - 1e-9
+    assert total_pairs(patterns, 70) <= pairs * dense_pairs(70)
+    assert spa.fit(found, pairs=pairs, prefix=prefix) == patterns
+
+
+def test_every_head_keeps_its_nearest_tokens():
+    """By default 64, or half of the window that the budget allows."""
+    for length, pairs in ((130, 0.9), (130, 0.3), (50, 0.1), (17, 0.2)):
+        (window,) = {
+            head for p in sliding_window(made(length), pairs=pairs) for head in p.intervals
+        }
+        least = max(1, min(64, window[0][1] // 2))
+        for pattern in spa.fit(made(length), pairs=pairs):
+            assert all(head[0][1] >= least for head in pattern.intervals)

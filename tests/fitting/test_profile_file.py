@@ -11,9 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from attending import profile_of, random_weights
 
+from spattention import BandPattern as P
 from spattention.fitting import ModelIdentity, Profile
 from spattention.fitting.picture import profile_figure
-from spattention.fitting.profile import rounded, sink_logits
+from spattention.fitting.profile import rounded
+from spattention.fitting.sinks import first_scores, starting_sinks
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,7 @@ def test_sinks_start_where_the_first_tokens_are():
         first_logits=logits,
         distance=torch.zeros(1, 2, 30, dtype=torch.float64),
     )
-    assert sink_logits(found).tolist() == [[5.0, pytest.approx(3.0 + 0.6931472)]]
+    assert first_scores(found).tolist() == [[5.0, pytest.approx(3.0 + 0.6931472)]]
 
 
 def test_the_picture_shows_heads_by_layer(profile):
@@ -188,3 +190,16 @@ def test_the_picture_shows_heads_by_layer(profile):
         assert words in titles
     assert sum(bool(axis.images) for axis in figure.axes) >= 3
     assert profile_figure(profile_of(random_weights(1, 2, 5, 0, 1.0))) is not None
+
+
+def test_sinks_take_the_place_of_first_tokens():
+    """Heads that see them anyway start with a sink of next to nothing."""
+    found = profile_of(random_weights(2, 4, 20, 0, 1.0))
+    scores = first_scores(found)
+    dense, near = ((0, 20),), ((0, 5),)
+    patterns = [P((dense, near, near, dense), span=20), P((near,) * 4, span=20, prefix=1)]
+    first, second = starting_sinks(found, patterns)
+    torch.testing.assert_close(first, (scores[0] - torch.tensor([10, 0, 0, 10])).float())
+    torch.testing.assert_close(second, (scores[1] - 10).float())
+    with pytest.raises(ValueError, match="`patterns` must be one per layer, 2, got 1"):
+        starting_sinks(found, patterns[:1])

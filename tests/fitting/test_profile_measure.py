@@ -318,3 +318,61 @@ def test_rows_too_short_for_needles_are_named():
 def test_models_that_are_not_dense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         profile(make(), [[1, 2]])
+
+
+class Explicit:
+    """Attention by whole matrices of scores, whose gradients are kept."""
+
+    def __init__(self, monkeypatch):
+        self.scores = {}
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", self)
+
+    def __call__(self, module, query, key, value, mask, scaling=None, **more):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        scores = query @ key.mT * scaling
+        self.scores[module.layer_idx] = scores
+        scores.retain_grad()
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return (scores.masked_fill(future, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("length", [3, 70, 150])
+def test_sensitivity_is_the_squared_gradient_by_bin(length, monkeypatch):
+    """Against autograd through whole matrices of scores; no parameter gets a gradient."""
+    torch.manual_seed(1)
+    model = cosine_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.normal_()
+            layer.self_attn.o_proj.weight.normal_()
+    rows = tokens(2, length)
+    found = profile(model, rows, sensitivity=2)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert found.sensitivity_rows == 2
+    explicit = Explicit(monkeypatch)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    late = torch.arange(length) >= 4
+    wanted = torch.zeros_like(found.sensitivity)
+    for row in rows:
+        loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+        (loss * (length - 1)).backward()
+        for layer, scores in explicit.scores.items():
+            for k, (near, far) in enumerate(zip(found.edges, found.edges[1:])):
+                inside = (distance >= near) & (distance < far) & late
+                term = (scores.grad[0] * inside).sum(-1)
+                wanted[layer, :, k] += term.square().sum(-1) / (2 * length)
+    torch.testing.assert_close(found.sensitivity, wanted, rtol=1e-4, atol=1e-10)
+    assert length == 3 or float(wanted.max()) > 1e-6
+
+
+def test_gradients_need_rows_and_leave_the_model_alone():
+    model = cosine_model()
+    model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`sensitivity` must be at most the 2 rows .* got 3"):
+        profile(model, tokens(2, 9), sensitivity=3)
+    for wrong in (-1, True, 1.0):
+        with pytest.raises(ValueError, match=f"`sensitivity` must be an integer .* got {wrong}"):
+            profile(model, tokens(2, 9), sensitivity=wrong)
+    profile(model, tokens(2, 9), sensitivity=1)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["lm_head.weight"]

@@ -193,8 +193,30 @@ def test_apply_names_what_does_not_fit():
         ("`layers` must be indices of text layers, got 1", (dense,), {"layers": 1}),
         ("`layers` must name at least one text layer, got none", (dense,), {"layers": []}),
         ("`layers` must name at least one text layer, got none", ([],), {"layers": ()}),
-        ("`sinks` must be True or False, got 1", (dense,), {"sinks": 1}),
-        ("`sinks` must be True or False, got tensor", (dense,), {"sinks": torch.zeros(HEADS)}),
+        ("`sinks` must be finite, got nan", (dense,), {"sinks": float("nan")}),
+        ("`sinks` must be True, .* got Tensor", (dense,), {"sinks": torch.zeros(HEADS)}),
+        ("`sinks` must be True, .* got str", (dense,), {"sinks": "yes"}),
+        ("`sinks` must be one per layer, 2, got 1", (dense,), {"sinks": [torch.zeros(HEADS)]}),
+        (
+            r"`sinks` of layer 1 must have the shape \[4\], got \[1\]",
+            (dense,),
+            {"sinks": [torch.zeros(HEADS), torch.zeros(1)]},
+        ),
+        (
+            "`sinks` of layer 0 must be a tensor of floating point, got torch.int64",
+            (dense,),
+            {"sinks": [torch.zeros(HEADS, dtype=torch.int64)] * 2},
+        ),
+        (
+            "`sinks` of layer 1 must be finite, got NaN or infinity",
+            (dense,),
+            {"sinks": [torch.zeros(HEADS), torch.full((HEADS,), float("inf"))]},
+        ),
+        (
+            "`sinks` of layer 0 must be None, since it has no pattern, got values",
+            ([None, dense],),
+            {"sinks": [torch.zeros(HEADS)] * 2},
+        ),
     ]
     for message, arguments, keywords in cases:
         with pytest.raises(ValueError, match=message):

@@ -110,3 +110,20 @@ def test_an_empty_model_with_sinks_is_filled():
     empty.load_state_dict(model.state_dict(), assign=True)
     empty.model.rotary_emb = model.model.rotary_emb
     torch.testing.assert_close(logits(empty.eval(), IDS), logits(model, IDS), **EXACT)
+
+
+def test_sinks_start_from_the_values_given():
+    """From one tensor per layer, or one number; True keeps what is there."""
+    values = [torch.arange(HEADS) / 3 + layer for layer in range(2)]
+    model = spa.hf.apply(build("llama"), (FIRST, SECOND), sinks=values)
+    wanted = logits(set_sinks(banded("llama", sinks=True)), IDS)
+    torch.testing.assert_close(logits(model, IDS), wanted, **EXACT)
+    again = spa.hf.apply(model, (FIRST, SECOND), sinks=True)
+    torch.testing.assert_close(logits(again, IDS), wanted, **EXACT)
+    spa.hf.apply(model, (FIRST, SECOND), sinks=-1.5)
+    for layer in model.model.layers:
+        assert layer.self_attn.sinks.tolist() == [-1.5] * HEADS
+        assert layer.self_attn.sinks.requires_grad
+    partly = spa.hf.apply(build("llama"), (None, SECOND), sinks=[None, values[1]])
+    assert partly.model.layers[1].self_attn.sinks.tolist() == pytest.approx(values[1].tolist())
+    assert not hasattr(partly.model.layers[0].self_attn, "sinks")

@@ -31,13 +31,11 @@ from ..evaluation.perplexity import token_losses
 from ..fitting import Profile, captured, explain
 from ..fitting import fit as fit_patterns
 from ..fitting.picture import fit_figure, profile_figure
-from ..fitting.profile import sink_logits
-from ..hf.decoder import attention_modules
+from ..fitting.sinks import starting_sinks
 from ..hf.profile import identity
 from .options.fit import Options
 
 ENOUGH = 8  # times the tokens that are used: rows are spread over so much text at most
-UNUSED_SINK = 10.0  # below the first tokens' score: a sink of a head that still sees them
 FORMAT = "spattention-fit"
 
 
@@ -60,7 +58,13 @@ def main(options: Options) -> None:
         rows = _rows(options, tokenizer, context)
         held_out, kept = rows[: options.check], rows[options.check :]
         if measured is None:
-            measured = hf.profile(model, kept, needles=options.needles or None, tokenizer=tokenizer)
+            measured = hf.profile(
+                model,
+                kept,
+                needles=options.needles or None,
+                tokenizer=tokenizer,
+                sensitivity=min(options.sensitivity, len(kept)),
+            )
         patterns = fit_patterns(
             measured,
             pairs=options.pairs,
@@ -77,8 +81,8 @@ def main(options: Options) -> None:
 
 def _check(options: Options) -> None:
     for name, least in (
-        ("rows", 1), ("check", 1), ("needles", 0), ("prefix", 0), ("local", 1), ("context", 2),
-        ("span", 1),
+        ("rows", 1), ("check", 1), ("needles", 0), ("sensitivity", 0), ("prefix", 0), ("local", 1),
+        ("context", 2), ("span", 1),
     ):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not least <= value < 2**31:
@@ -200,9 +204,7 @@ def _convert(
     """Apply the patterns, and compare with the dense model on rows that were not profiled."""
     check = hf.profile(model, held_out, prefix_max=profile.prefix_max)
     dense = _loss(model, held_out)
-    hf.apply(model, patterns, sinks=options.sinks)
-    if options.sinks:
-        _start_sinks(model, profile, patterns)
+    hf.apply(model, patterns, sinks=starting_sinks(profile, patterns) if options.sinks else False)
     bands = _loss(model, held_out)
     table = explain(profile, patterns)
     return {
@@ -221,19 +223,6 @@ def _convert(
         "checked_tokens": check.tokens,
         "sinks": options.sinks,
     }
-
-
-def _start_sinks(model: Any, profile: Profile, patterns: Sequence[BandPattern]) -> None:
-    """Let sinks take the share of first tokens that a head does not see any more."""
-    starts = sink_logits(profile)
-    config = model.config.get_text_config()
-    for layer, module in attention_modules(model, config).items():
-        pattern = patterns[layer]
-        whole = ((0, pattern.span),)
-        sees = [pattern.prefix > 0 or head == whole for head in pattern.intervals]
-        values = starts[layer] - UNUSED_SINK * torch.tensor(sees)
-        with torch.no_grad():
-            module.sinks.copy_(values.to(module.sinks))
 
 
 def _loss(model: Any, rows: Sequence[Tensor]) -> float:

@@ -14,5 +14,14 @@ from .capture import captured
 from .explain import explain
 from .fit import fit, sliding_window
 from .profile import ModelIdentity, Profile
+from .sinks import starting_sinks
 
-__all__ = ["ModelIdentity", "Profile", "captured", "explain", "fit", "sliding_window"]
+__all__ = [
+    "ModelIdentity",
+    "Profile",
+    "captured",
+    "explain",
+    "fit",
+    "sliding_window",
+    "starting_sinks",
+]

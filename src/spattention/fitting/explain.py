@@ -28,6 +28,8 @@ class HeadRow:
         first: share of the dense head's attention on the first tokens.
         distance: distance in tokens within which half of the rest lies.
         needle: share of attention on needles; None if the profile has none.
+        minded: how much the loss minds this head, the mean head being 1; None if the profile has no
+            sensitivity.
         reason: in words.
     """
 
@@ -39,6 +41,7 @@ class HeadRow:
     first: float
     distance: int
     needle: float | None
+    minded: float | None
     reason: str
 
 
@@ -106,6 +109,7 @@ def explain(
     shares = captured(profile, patterns)
     dense = length * (length + 1) // 2
     rest = profile.by_distance(profile.prefix_max)
+    minded = None if profile.sensitivity is None else profile.sensitivity.sum(dim=-1)
     rows = []
     for layer, pattern in enumerate(patterns):
         whole = all(_is_dense(head, length) for head in pattern.intervals)
@@ -113,6 +117,7 @@ def explain(
             median = _median(profile.edges, rest[layer, head])
             first = float(profile.first[layer, head].sum())
             needle = None if profile.needle is None else float(profile.needle[layer, head])
+            weight = None if minded is None else _share_of_mean(minded, layer, head)
             rows.append(
                 HeadRow(
                     layer,
@@ -123,7 +128,8 @@ def explain(
                     first,
                     median,
                     needle,
-                    _reason(intervals, length, whole, first, median, needle),
+                    weight,
+                    _reason(intervals, length, whole, first, median, needle) + _minds(weight),
                 )
             )
     return Explanation(
@@ -155,6 +161,15 @@ def _reason(
     if len(intervals) > 1 or (intervals and intervals[0][0] > 0):
         return f"looks near and at one band (half beyond {median:,})"
     return f"looks near (half within {median:,})"
+
+
+def _minds(weight: float | None) -> str:
+    return "" if weight is None else f", minded {weight:.1f} x the mean"
+
+
+def _share_of_mean(minded: torch.Tensor, layer: int, head: int) -> float:
+    mean = float(minded.mean())
+    return float(minded[layer, head]) / mean if mean > 0 else 1.0
 
 
 def _cache(patterns: Sequence[BandPattern], kv_heads: int, length: int) -> float:

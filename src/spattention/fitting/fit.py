@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -17,7 +17,9 @@ from .bins import causal_pairs, head_pairs, prefix_pairs
 from .capture import coverage
 from .profile import Profile
 
-FETCHES = 0.1  # share of attention on the needle from which on a head fetches it
+FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
+LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of captured attention into sensitivity, least first
 
 
 def fit(
@@ -31,14 +33,16 @@ def fit(
     kv_heads: int | None = None,
     dense_layers: Iterable[int] = (),
 ) -> list[BandPattern]:
-    """One pattern per layer that captures most of a dense model's attention within a budget.
+    """One pattern per layer that keeps most of what a dense model attends within a budget.
 
     Every head attends its nearest tokens and at most one band further away, or everything. The
-    budget goes to the heads and distances of all layers that capture most attention per pair. If
-    the profile has needles, heads that fetch them attend everything, those that fetch most first.
+    budget goes to the heads and distances of all layers that the loss minds most per pair, if the
+    profile has its sensitivity, else to those that capture most attention per pair. If the profile
+    has needles, heads that fetch them attend everything, those that fetch most first.
 
-    The patterns never capture less than one sliding window of as many pairs: if they would, fewer
-    of the heads that fetch attend everything.
+    The patterns never capture less attention than one sliding window of as many pairs. If they
+    would, captured attention joins the sensitivity, more and more; then fewer of the heads that
+    fetch attend everything.
 
     Args:
         profile: of the dense model, from `spattention.hf.profile`.
@@ -47,7 +51,8 @@ def fit(
         span: of the patterns, in tokens, at least `length`, which is the default. Heads that attend
             up to the end of `length` attend up to the span.
         prefix: first tokens that every head attends as well; at most the profile's `prefix_max`.
-        local: nearest tokens that every head attends at least, itself included; default 1.
+        local: nearest tokens that every head attends at least, itself included; default 64, or half
+            of the window that the budget allows where that is less.
         kv_heads: the model's key/value heads, if the query heads of one of them are to attend the
             same; default None, a choice for every query head.
         dense_layers: indices of layers whose heads all attend everything, whatever they capture.
@@ -60,9 +65,10 @@ def fit(
     window = task.window()
     least = task.value(window)
     while True:
-        found = task.allocate(fetching)
-        if found is not None and task.value(found) >= least:
-            return task.patterns(found)
+        for values in task.valued:
+            found = task.allocate(fetching, values)
+            if found is not None and task.value(found) >= least:
+                return task.patterns(found)
         if not len(fetching):
             return task.patterns(window)
         fetching = fetching[: len(fetching) * 4 // 5]
@@ -129,7 +135,21 @@ class Task:
     @cached_property
     def values(self) -> Tensor:
         """Share of attention of each unit by bin, apart from the prefix: float64 `[U, E]`."""
-        shares = self.profile.by_distance(self.prefix)[self.layers]
+        return self._by_unit(self.profile.by_distance(self.prefix))
+
+    @property
+    def valued(self) -> Iterator[Tensor]:
+        """Values to spend the budget by, the best first: `[U, E]` each."""
+        if self.profile.sensitivity is None:
+            yield self.values
+            return
+        minded = self._by_unit(self.profile.sensitivity)
+        for mix in MIXES:
+            yield (1 - mix) * _scaled(minded) + mix * _scaled(self.values)
+
+    def _by_unit(self, shares: Tensor) -> Tensor:
+        """Sums over the heads of each unit, `[L, H, bins of the profile]` to `[U, E]`."""
+        shares = shares[self.layers]
         bins = zip(self.edges, self.edges[1:])
         parts = torch.stack([coverage(self.profile.edges, [each]) for each in bins])
         return (shares @ parts.T).unflatten(1, (-1, self.group)).sum(dim=2).flatten(0, 1)
@@ -159,28 +179,35 @@ class Task:
         order = share.flatten().argsort(descending=True, stable=True).tolist()
         return [unit for unit in order if float(share.flatten()[unit]) >= FETCHES]
 
-    def allocate(self, dense: Sequence[int]) -> Choice | None:
-        """The best choice in which some units attend everything; None if that is too much."""
+    def allocate(self, dense: Sequence[int], values: Tensor) -> Choice | None:
+        """The best choice by values `[U, E]` in which some units attend everything; None if that is
+        too much.
+        """
         forced = torch.tensor([edge < self.local for edge in self.edges[:-1]])
         whole = torch.zeros(len(self.values), dtype=torch.bool)
         whole[list(dense)] = True
         if int(((whole[:, None] | forced) * self.costs).sum()) > self.room:
             return None
-        bins = allocate(self.values, self.costs, forced, self.room, dense=whole)
+        bins = allocate(values, self.costs, forced, self.room, dense=whole)
         return [_runs(row, self.edges) for row in bins.tolist()]
 
     def window(self) -> Choice:
         """The longest window that all units can attend; at least `local`."""
-        units = len(self.values) * self.group
+        return [((0, max(self.local, self.longest_window)),)] * len(self.values)
+
+    @property
+    def longest_window(self) -> int:
+        """Tokens of the longest window that the budget allows all units; 0 if it allows none."""
+        units = len(self.layers) * self.profile.model.heads
 
         def fits(window: int) -> bool:
             return units * causal_pairs(0, window, self.length - self.prefix) <= self.room
 
-        low, high = self.local, self.edges[-1]
+        low, high = 0, self.edges[-1]
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return [((0, low),)] * len(self.values)
+        return low
 
     def value(self, choice: Choice) -> float:
         """Share of attention that a choice captures, summed over units, apart from the prefix."""
@@ -205,6 +232,12 @@ class Task:
             ]
             found.append(BandPattern(tuple(intervals), self.span, prefix=self.prefix))
         return found
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """The values as shares of their sum."""
+    total = float(values.sum())
+    return values / total if total > 0 else values
 
 
 def _runs(bins: Sequence[bool], edges: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -240,19 +273,20 @@ def _task(
     span = length if span is None else span
     _check_integer("span", span, length, None, "`length`")
     _check_integer("prefix", prefix, 0, min(profile.prefix_max, length), "what was measured")
-    local = 1 if local is None else local
+    budget = math.floor(Fraction(pairs) * model.layers * model.heads * length * (length + 1) // 2)
+    layers = _layers(dense_layers, model.layers)
+    if local is None:
+        bare = Task(profile, budget, length, span, prefix, 1, 1, layers)
+        local = max(1, min(LOCAL, bare.longest_window // 2))
     _check_integer("local", local, 1, length, "`length`")
     if kv_heads is not None and (type(kv_heads) is not int or kv_heads != model.kv_heads):
         raise ValueError(
             f"`kv_heads` must be None or the model's {model.kv_heads} key/value heads, got "
             f"{kv_heads!r}"
         )
-    layers = _layers(dense_layers, model.layers)
     dense = model.layers * model.heads * length * (length + 1) // 2
     group = 1 if kv_heads is None else model.heads // model.kv_heads
-    task = Task(
-        profile, math.floor(Fraction(pairs) * dense), length, span, prefix, local, group, layers
-    )
+    task = Task(profile, budget, length, span, prefix, local, group, layers)
     least = dense // model.layers * len(layers) + len(task.layers) * model.heads * head_pairs(
         [(0, local)], length, prefix
     )

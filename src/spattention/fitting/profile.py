@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -22,9 +21,12 @@ DIGITS = 6  # significant digits of what is stored
 MOST_BYTES = 2**29  # of a file; 64 layers of 64 heads over 65,536 tokens take half of it
 MOST_TOKENS = 2**31 - 1
 SHARE_ERROR = 1e-3  # rounding of some thousand stored shares stays far below it
-COUNTS = ("length", "rows", "tokens", "needles", "needles_found")
+COUNTS = ("length", "rows", "tokens", "needles", "needles_found", "sensitivity_rows")
+MAY_BE_ZERO = ("needles", "needles_found", "sensitivity_rows")
 SHARES = ("first", "distance", "first_distance")
-ARRAYS = (*SHARES, "first_logits", "needle")
+ARRAYS = (*SHARES, "first_logits", "needle", "sensitivity")
+OPTIONAL = ("needle", "sensitivity")
+ADDED = ("sensitivity", "sensitivity_rows")  # entries that files of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Profile:
             that holds it; None if no needles were asked for.
         needles: needles asked for.
         needles_found: needles of which the model predicted every token of the answer.
+        sensitivity: float64 `[L, H, E]`, how much the loss minds what a head no longer attends, by
+            bin of distance, apart from the first F tokens. It is the mean over queries of the
+            squared derivative of a row's loss (a sum over its tokens) with respect to a term added
+            to the scores of the bin. None if it was not asked for.
+        sensitivity_rows: rows that it was measured on.
 
     Raises:
         ValueError: if a value has the wrong type, shape or range, or shares exceed 1.
@@ -85,6 +92,8 @@ class Profile:
     needle: Tensor | None = None
     needles: int = 0
     needles_found: int = 0
+    sensitivity: Tensor | None = None
+    sensitivity_rows: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self.model).items():
@@ -98,7 +107,7 @@ class Profile:
                 f"{self.model.kv_heads}"
             )
         for name in COUNTS:
-            _check_count(name, getattr(self, name), 0 if name.startswith("needles") else 1)
+            _check_count(name, getattr(self, name), 0 if name in MAY_BE_ZERO else 1)
         if not self.length <= self.tokens:
             raise ValueError(
                 f"`tokens` must be at least `length` = {self.length}, got {self.tokens}"
@@ -110,6 +119,11 @@ class Profile:
                 "`needle` must be given for at least `needles_found` needles, got "
                 f"{'none' if self.needle is None else 'shares'}, needles = {self.needles} and "
                 f"needles_found = {self.needles_found}"
+            )
+        if (self.sensitivity is None) != (self.sensitivity_rows == 0):
+            raise ValueError(
+                "`sensitivity` must be given for `sensitivity_rows` rows, got "
+                f"{'none' if self.sensitivity is None else 'values'} and {self.sensitivity_rows}"
             )
         self._check_arrays()
 
@@ -128,10 +142,11 @@ class Profile:
             "first_distance": (layers, heads, tokens, bins),
             "first_logits": (layers, heads, tokens),
             "needle": (layers, heads),
+            "sensitivity": (layers, heads, bins),
         }
         for name, shape in shapes.items():
             values = getattr(self, name)
-            if name == "needle" and values is None:
+            if name in OPTIONAL and values is None:
                 continue
             if not isinstance(values, Tensor) or values.dtype != torch.float64:
                 raise ValueError(f"`{name}` must be a float64 tensor, got {_kind(values)}")
@@ -141,7 +156,9 @@ class Profile:
                 )
             if not bool(values.isfinite().all()):
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity")
-            if name != "first_logits" and (
+            if name == "sensitivity" and bool((values < 0).any()):
+                raise ValueError(f"`{name}` must be at least 0, got {float(values.min())}")
+            if name not in ("first_logits", "sensitivity") and (
                 bool((values < 0).any()) or bool((values > 1 + SHARE_ERROR).any())
             ):
                 raise ValueError(
@@ -245,7 +262,7 @@ class Profile:
                 f"{data.get('version')!r}"
             )
         names = {"format", "version", "model", "digest", "edges", *COUNTS, *ARRAYS}
-        if set(data) != names:
+        if set(data) | set(ADDED) != names:
             raise ValueError(
                 f"a profile must have the entries {sorted(names)}, got {sorted(map(str, data))}"
             )
@@ -258,6 +275,7 @@ class Profile:
                 f"`edges` must be those of `length` = {data['length']}: exact up to 64, then 8 per "
                 "doubling"
             )
+        data = {"sensitivity": None, "sensitivity_rows": 0, **data}
         arrays: dict[str, Any] = {name: _array(name, data[name]) for name in ARRAYS}
         counts = {name: data[name] for name in COUNTS}
         return cls(ModelIdentity(**data["model"]), digest=data["digest"], **counts, **arrays)
@@ -306,7 +324,7 @@ def rounded(values: Tensor) -> Tensor:
 
 
 def _array(name: str, value: Any) -> Tensor | None:
-    if name == "needle" and value is None:
+    if name in OPTIONAL and value is None:
         return None
     try:
         return torch.tensor(value, dtype=torch.float64)
@@ -321,14 +339,3 @@ def _check_count(name: str, value: Any, least: int) -> None:
 
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def sink_logits(profile: Profile) -> Tensor:
-    """Starting values of learned sinks, `[L, H]`: log of what the first tokens add to a softmax.
-
-    It is the log-sum-exp of the mean scores of those first tokens that hold a share of at least one
-    in a hundred; without any, the mean score of the first token with the largest share.
-    """
-    best = profile.first == profile.first.amax(dim=-1, keepdim=True)
-    kept = (profile.first >= 0.01) | best
-    return profile.first_logits.masked_fill(~kept, -math.inf).logsumexp(dim=-1)

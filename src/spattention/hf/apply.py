@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from ..bands import BandPattern
 from .conversion import convert
 from .registration import register
@@ -15,7 +17,7 @@ def apply(
     pattern: BandPattern | Sequence[BandPattern | None],
     *,
     layers: Iterable[int] | None = None,
-    sinks: bool = False,
+    sinks: bool | float | Sequence[torch.Tensor | None] = False,
 ) -> Any:
     """Give the attention layers of a causal language model their bands, in place.
 
@@ -29,8 +31,10 @@ def apply(
             pattern leaves layers with a sliding window of their own alone (unless all share one
             window and the span lies within it); naming a layer, or giving it a pattern of its own,
             replaces its window.
-        sinks: give each layer with a pattern a parameter `sinks [H]`, zero at first: learned logits
-            that join the softmax's denominator. Sinks that are there already keep their values.
+        sinks: give each layer with a pattern a parameter `sinks [H]`: learned logits that join the
+            softmax's denominator. True starts them at zero, and sinks that are there already keep
+            their values. A number, or one tensor `[H]` per layer in question (None for a layer
+            without a pattern), sets them; `spattention.fitting.starting_sinks` measures such.
 
     Returns:
         The same model. `config.spattention` describes what was done and is saved with the model.
@@ -40,8 +44,8 @@ def apply(
     Raises:
         ValueError: if the model is not causal, does not use Transformers' attention interface, caps
             its scores or returns attention weights, if heads do not match, if a layer cannot give
-            up its sliding window, or has sinks of its own that `sinks` would replace. The model is
-            then as it was.
+            up its sliding window, or has sinks of its own that `sinks` would replace, or if `sinks`
+            are not finite or of another shape. The model is then as it was.
     """
     register()
     return convert(model, pattern, layers, sinks)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from ..bands import BandPattern
 from .config import NAME, section_of
 from .decoder import (
@@ -19,6 +21,7 @@ from .decoder import (
 )
 from .equip import equip
 from .section import kinds_of, section_changed
+from .sinks import sink_values, start_sinks
 from .windows import check_windows, replace_windows
 
 
@@ -26,11 +29,9 @@ def convert(
     model: Any,
     pattern: BandPattern | Sequence[BandPattern | None],
     layers: Iterable[int] | None,
-    sinks: bool,
+    sinks: bool | float | Sequence[torch.Tensor | None],
 ) -> Any:
     """Do the work of `apply`, whose arguments these are, in a process that has registered."""
-    if not isinstance(sinks, bool):
-        raise ValueError(f"`sinks` must be True or False, got {sinks!r}")
     model_config = getattr(model, "config", None)
     if model_config is None or not hasattr(model_config, "get_text_config"):
         raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
@@ -48,15 +49,19 @@ def convert(
             "`pattern` must be given to at least one layer, but every layer in question has a "
             "sliding window of its own, shorter than the span; name them in `layers` to replace it"
         )
+    has_sinks = sinks is not False
+    named = sorted(modules) if layers is None else list(layers)
+    heads = [0 if (entry := chosen[index]) is None else entry.num_heads for index in named]
+    starts = dict(zip(named, sink_values(sinks, named, heads))) if has_sinks else {}
     for index, entry in enumerate(chosen):
         if entry is not None:
             check_heads(modules[index], text_config, entry, getattr(model, "tp_size", None) or 1)
-            if sinks:
+            if has_sinks:
                 check_sinks(modules[index])
     own = own_implementation(text_config, modules, chosen)
     configs = text_configs(model, text_config, modules)
     check_windows(text_config, modules, chosen)
-    section = section_of(chosen, sinks)
+    section = section_of(chosen, has_sinks)
 
     # Nothing was changed so far, and nothing fails from here on.
     replace_windows(model, configs, modules, chosen)
@@ -65,6 +70,9 @@ def convert(
         config._attn_implementation_internal = NAME
     for index, module in modules.items():
         entry = chosen[index]
-        equip(module, LayerPlan(entry, sinks and entry is not None, own))
+        equip(module, LayerPlan(entry, has_sinks and entry is not None, own))
+        values = starts.get(index)
+        if values is not None:
+            start_sinks(module, values)
     section_changed(model)
     return model

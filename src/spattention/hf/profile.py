@@ -26,6 +26,7 @@ from .decoder import attention_modules, check_model, text_configs
 from .mask import rows_mask
 from .needles import Needle, as_needle, plant
 from .progress import reporting
+from .sensitivity import SensitivitySums, attend, descend, softmax
 
 BLOCK = 2**24  # weights that exist at a time
 EVERY_EDGE = distance_edges(2**24)  # of rows of any length; the last bins stay empty
@@ -37,6 +38,7 @@ def profile(
     *,
     needles: int | Sequence[Any] | None = None,
     tokenizer: Any = None,
+    sensitivity: int = 0,
     prefix_max: int = 16,
     progress: bool = True,
 ) -> Profile:
@@ -55,6 +57,8 @@ def profile(
             needs `tokenizer`; or triples `(tokens, (start, stop) of the needle, (start, stop) of
             the answer)`. The queries that count are those that predict the answer's tokens.
         tokenizer: the model's.
+        sensitivity: measure how much the loss minds that heads no longer attend some distances, on
+            this number of first rows: a backward pass each.
         prefix_max: first tokens of a row whose shares are measured one by one; at least 1.
         progress: show a bar; plain lines where standard error is no terminal.
 
@@ -68,12 +72,15 @@ def profile(
     subject = _Subject(model)
     if isinstance(prefix_max, bool) or not isinstance(prefix_max, int) or prefix_max < 1:
         raise ValueError(f"`prefix_max` must be an integer of at least 1, got {prefix_max!r}")
+    if isinstance(sensitivity, bool) or not isinstance(sensitivity, int) or sensitivity < 0:
+        raise ValueError(f"`sensitivity` must be an integer of at least 0, got {sensitivity!r}")
     planted, triples = _needles(needles, tokenizer)
     if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
         raise ValueError(
             f"`batches` must be an iterable of token ids, got {type(batches).__name__}"
         )
     sums = _Sums(prefix_max)
+    minded: SensitivitySums | None = None
     digest, lengths, kept = hashlib.sha256(), list[int](), list[Tensor]()
     number = len(batches) if isinstance(batches, Sized) else None
     with reporting(progress) as report, _watching(subject, sums):
@@ -81,21 +88,31 @@ def profile(
             for row in rows:
                 digest.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
                 lengths.append(len(row))
-                if len(kept) < planted:
+                if len(kept) < max(planted, sensitivity):
                     kept.append(row)
             for same in _stacked(rows):
                 subject.run(same)
         if not lengths:
             raise ValueError("`batches` must hold at least one row of tokens, got none")
+        if len(lengths) < sensitivity:
+            raise ValueError(
+                f"`sensitivity` must be at most the {len(lengths)} rows of `batches`, got "
+                f"{sensitivity}"
+            )
+        if sensitivity:
+            sums.sensitivity = SensitivitySums(EVERY_EDGE, prefix_max)
+            for row in report(kept[:sensitivity], "gradients", sensitivity):
+                descend(subject.model, row, sums.sensitivity)
+            minded, sums.sensitivity = sums.sensitivity, None
         if planted:
-            triples = plant(kept, planted, tokenizer)
+            triples = plant(kept[:planted], planted, tokenizer)
         fetched = _Fetched()
         sums.fetched = fetched
         for needle in report(_checked(triples, subject), "needles", len(triples)):
             fetched.start(needle)
             logits = subject.run(needle.tokens[None], needle.queries)
             fetched.found += int(_predicts(logits, needle))
-    return sums.profile(subject, lengths, digest.hexdigest()[:16])
+    return sums.profile(subject, lengths, digest.hexdigest()[:16], minded, sensitivity)
 
 
 class _Subject:
@@ -218,6 +235,7 @@ class _Sums:
         self.prefix_max = prefix_max
         self.layers: dict[int, _LayerSums] = {}
         self.fetched: _Fetched | None = None
+        self.sensitivity: SensitivitySums | None = None
         self._bins: dict[torch.device, Tensor] = {}
 
     def attend(
@@ -234,9 +252,13 @@ class _Sums:
         """Causal attention, `[B, N, H, Dv]`; arguments are those of Transformers' interface."""
         _check_call(module, query, key, attention_mask, keywords)
         batch, heads, length, width = query.shape
-        groups = key.shape[1]
+        groups, sinks = key.shape[1], keywords.get("s_aux")
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         scale = width**-0.5 if scaling is None else scaling
+        if self.sensitivity is not None:
+            q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+            minded = attend(self.sensitivity, module.layer_idx, q, k, v, scale, sinks)
+            return minded.to(query.dtype), None
         keys, values = key.to(dtype).mT, value.to(dtype)
         out = query.new_empty(batch, length, heads, value.shape[-1])
         rows = max(1, min(128, BLOCK // (batch * heads * length)))
@@ -247,7 +269,7 @@ class _Sums:
             scores = (block @ keys[..., :stop]).view(*shape, stop) * scale
             tokens = torch.arange(stop, device=query.device)
             scores.masked_fill_(tokens > tokens[start:, None], -torch.inf)
-            weights = _softmax(scores, keywords.get("s_aux"))
+            weights = softmax(scores, sinks)
             seen = weights.view(batch, groups, -1, stop) @ values[:, :, :stop]
             out[:, start:stop] = seen.view(*shape, -1).transpose(1, 2)
             if self.fetched is not None:
@@ -275,7 +297,14 @@ class _Sums:
             self._bins[device] = found
         return found
 
-    def profile(self, subject: _Subject, lengths: Sequence[int], digest: str) -> Profile:
+    def profile(
+        self,
+        subject: _Subject,
+        lengths: Sequence[int],
+        digest: str,
+        minded: SensitivitySums | None,
+        minded_rows: int,
+    ) -> Profile:
         """The means of everything that was added up."""
         layers = [self.layers[k] for k in sorted(self.layers)]
         heads = {layer.distance.shape[0] for layer in layers}
@@ -314,6 +343,8 @@ class _Sums:
             needle=needle,
             needles=fetched.count if fetched else 0,
             needles_found=fetched.found if fetched else 0,
+            sensitivity=None if minded is None else rounded(minded.mean()[..., :bins]),
+            sensitivity_rows=minded_rows,
         )
 
 
@@ -340,13 +371,6 @@ def by_distance(weights: Tensor) -> Tensor:
     width = keys + rows - 1
     moved = padded.flatten(1)[:, : rows * width].unflatten(1, (rows, width))
     return moved.sum(dim=1)[:, rows - 1 :]
-
-
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    if sinks is None:
-        return scores.softmax(dim=-1)
-    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-    return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1].contiguous()
 
 
 def _check_call(

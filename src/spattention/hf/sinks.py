@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +47,60 @@ def new_sinks(module: Any, num_heads: int) -> torch.nn.Parameter:
     )
     sinks._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' mark: keep
     return sinks
+
+
+def sink_values(
+    sinks: bool | float | Sequence[torch.Tensor | None],
+    layers: Sequence[int],
+    heads: Sequence[int],
+) -> list[torch.Tensor | None]:
+    """Values that sinks start from: per layer in question `[H]`, or None to keep what is there.
+
+    Args:
+        sinks: as `apply` takes it, but for False.
+        layers: indices of the layers in question.
+        heads: query heads of each of them; 0 for a layer without a pattern.
+
+    Raises:
+        ValueError: if the values are not finite numbers, or not one tensor `[H]` per layer.
+    """
+    if sinks is True:
+        return [None] * len(layers)
+    if isinstance(sinks, int | float):
+        if not math.isfinite(sinks):
+            raise ValueError(f"`sinks` must be finite, got {sinks}")
+        return [torch.full((count,), float(sinks)) if count else None for count in heads]
+    if isinstance(sinks, torch.Tensor | str) or not isinstance(sinks, Sequence):
+        raise ValueError(
+            "`sinks` must be True, False, a number, or one tensor [H] per layer, got "
+            f"{type(sinks).__name__}"
+        )
+    if len(sinks) != len(layers):
+        raise ValueError(f"`sinks` must be one per layer, {len(layers)}, got {len(sinks)}")
+    found: list[torch.Tensor | None] = []
+    for layer, count, values in zip(layers, heads, sinks):
+        if not count and values is None:
+            found.append(None)
+            continue
+        where = f"`sinks` of layer {layer}"
+        if not count:
+            raise ValueError(f"{where} must be None, since it has no pattern, got values")
+        if not isinstance(values, torch.Tensor) or not values.dtype.is_floating_point:
+            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"{where} must be a tensor of floating point, got {kind}")
+        if tuple(values.shape) != (count,):
+            raise ValueError(f"{where} must have the shape [{count}], got {list(values.shape)}")
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{where} must be finite, got NaN or infinity")
+        found.append(values.detach())
+    return found
+
+
+def start_sinks(module: Any, values: torch.Tensor) -> None:
+    """Set the sinks of an attention module that has its weights."""
+    sinks = current_sinks(module)
+    with torch.no_grad():
+        sinks.copy_(values.to(sinks))
 
 
 def _compute_dtype(module: Any) -> torch.dtype:

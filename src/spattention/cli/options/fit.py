@@ -13,10 +13,10 @@ import tyro
 class Options:
     """Fit bands to a pretrained dense model, and save the model with them.
 
-    The model's attention is measured on some rows of text, and so are the heads that fetch
-    passkeys planted in them. The budget of pairs then goes to the heads and distances that capture
-    most attention. Other rows check the result. No weight changes: train the model afterwards, as
-    docs/finetuning.md describes.
+    The model's attention is measured on some rows of text, how much the loss minds to lose it, and
+    which heads fetch passkeys planted in them. The budget of pairs then goes to the heads that
+    fetch, and to the distances that the loss minds most. Other rows check the result. No weight
+    changes: train the model afterwards, as docs/finetuning.md describes.
 
     The output folder opens with Transformers after `spattention.hf.register()`. It also holds the
     profile (profile.json, profile.png), and what each layer got and why (fit.md, fit.png,
@@ -35,8 +35,12 @@ class Options:
         needles: Passkeys to plant; 0 for none.
         profile: A profile.json of this model to use instead of a new one.
         span: Span of the patterns; default the model's longest input.
+        sensitivity: Profiled rows of which the gradient is taken too, all of them if they are
+            fewer, to spend the budget where the loss minds most; 0 spends it where most attention
+            is captured.
         prefix: First tokens that every head attends.
-        local: Nearest tokens that every head attends at least.
+        local: Nearest tokens that every head attends at least; default 64, or half of the window
+            that the budget allows.
         share: Give all query heads of one key/value head the same bands.
         dense_layers: Layers that stay dense throughout.
         sinks: Give each head a learned sink, which starts from the measured score of the first
@@ -52,10 +56,11 @@ class Options:
     rows: int = 16
     check: int = 4
     needles: int = 16
+    sensitivity: int = 8
     profile: Path | None = None
     span: int | None = None
-    prefix: int = 0
-    local: int = 1
+    prefix: int = 4
+    local: int | None = None
     share: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     dense_layers: tuple[int, ...] = ()
     sinks: bool = False

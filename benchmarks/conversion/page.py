@@ -1,0 +1,168 @@
+"""Write the tables of docs/finetuning.md from results: no figure by hand.
+
+    python benchmarks/conversion/page.py benchmarks/results/conversion_*.json
+
+Every `<!-- conversion: NAME -->` of the page is followed by the table NAME, up to the next
+`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import tyro
+
+from spattention.files import write_atomically
+
+PAGES = ("docs/finetuning.md",)
+ROOT = Path(__file__).parents[2]
+MARK = re.compile(r"(<!-- conversion: ([a-z-]+) -->\n).*?(<!-- end -->)", re.S)
+SOURCES = ("wiki", "books")
+MISSING = "-"
+
+Runs = dict[tuple[str, float], list[dict[str, Any]]]  # row and million tokens -> one per seed
+
+
+def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Fill the marked tables of the pages."""
+    runs = read(files)
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        write_atomically(page, MARK.sub(lambda found: fill(found, runs), text))
+
+
+def read(files: Sequence[Path]) -> Runs:
+    """The runs of all files, by row and tokens."""
+    runs: Runs = defaultdict(list)
+    for file in files:
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            runs[row["row"], row["million_tokens"]].append(row)
+    return runs
+
+
+def fill(found: re.Match[str], runs: Runs) -> str:
+    """A mark, its table, and its end."""
+    name = found[2]
+    if name not in TABLES:
+        raise SystemExit(f"a table must be one of {sorted(TABLES)}, got {name}")
+    return f"{found[1]}{TABLES[name](runs)}{found[3]}"
+
+
+def before_training(runs: Runs) -> str:
+    """Every row at 0 tokens, the best loss first."""
+    dense = runs["dense", 0]
+    names = sorted((name for name, tokens in runs if not tokens), key=lambda n: _total(runs[n, 0]))
+    lines = [
+        "| attention | pairs | cache | lost on Wikipedia | on books | passkeys | zero-shot |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        rows = runs[name, 0]
+        lost = [_figure(_differences(rows, dense, source)) for source in SOURCES]
+        lines.append(
+            f"| {name} | {rows[0]['pairs']:.2f} | {rows[0]['cache']:.2f} | {lost[0]} | {lost[1]} | "
+            f"{_passkeys(rows)} | {_tasks(rows)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def after_training(runs: Runs) -> str:
+    """Losses beyond dense trained on the same tokens, by number of tokens."""
+    amounts = sorted({tokens for _, tokens in runs if tokens})
+    if not amounts:
+        return ""
+    last = amounts[-1]
+    names = sorted(
+        {name for name, tokens in runs if tokens == last}, key=lambda n: _total(runs[n, last])
+    )
+    head = [f"{tokens:g} M: Wikipedia / books" for tokens in amounts]
+    lines = [
+        f"| attention | {' | '.join(head)} | seeds | passkeys | zero-shot |",
+        "|---" * (len(amounts) + 4) + "|",
+    ]
+    for name in names:
+        cells = []
+        for tokens in amounts:
+            rows, dense = runs.get((name, tokens), []), runs.get(("dense", tokens), [])
+            figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
+            cells.append(" / ".join(figures))
+        rows = runs[name, last]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {len(rows)} | {_passkeys(rows)} | {_tasks(rows)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def needles(runs: Runs) -> str:
+    """Share of passkeys found by length and depth, and RULER's tasks, after most tokens."""
+    lines = ["| attention | M tokens | length | by depth | RULER |", "|---|---|---|---|---|"]
+    last = max((tokens for _, tokens in runs), default=0)
+    for (name, tokens), rows in sorted(runs.items()):
+        if tokens not in (0, last):
+            continue
+        for length, depths in rows[0].get("passkeys", {}).items():
+            shares = [mean(row["passkeys"][length][depth] for row in rows) for depth in depths]
+            tasks = rows[0].get("ruler", {}).get(length, {})
+            scores = [
+                f"{task} {mean(row['ruler'][length][task]['mean'] for row in rows):.2f}"
+                for task in tasks
+            ]
+            found = " ".join(f"{share:.2f}" for share in shares)
+            lines.append(
+                f"| {name} | {tokens:g} | {int(length):,} | {found} | {', '.join(scores)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[Runs], str]] = {
+    "before": before_training,
+    "after": after_training,
+    "needles": needles,
+}
+
+
+def _differences(
+    rows: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]], source: str
+) -> list[float]:
+    """Losses beyond dense's mean over its seeds."""
+    if not dense or any(source not in row.get("loss", {}) for row in (*rows, *dense)):
+        return []
+    base = mean(row["loss"][source]["mean"] for row in dense)
+    return [row["loss"][source]["mean"] - base for row in rows]
+
+
+def _figure(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    spread = f" ({stdev(values):.3f})" if len(values) > 1 else ""
+    return f"{mean(values):+.3f}{spread}"
+
+
+def _total(rows: Sequence[dict[str, Any]]) -> float:
+    return mean(source["mean"] for row in rows for source in row["loss"].values())
+
+
+def _passkeys(rows: Sequence[dict[str, Any]]) -> str:
+    """Share of all passkeys, by length."""
+    lengths = rows[0].get("passkeys", {})
+    shares = [
+        f"{mean(share for row in rows for share in row['passkeys'][length].values()):.2f}"
+        for length in lengths
+    ]
+    return " ".join(shares) or MISSING
+
+
+def _tasks(rows: Sequence[dict[str, Any]]) -> str:
+    found = [task["mean"] for row in rows for task in row.get("tasks", {}).values()]
+    return f"{100 * mean(found):.1f}" if found else MISSING
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,103 @@
+"""Training of a converted model: AdamW, linear warm-up, cosine decay to 0, all weights or LoRA."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from text import order
+from torch import Tensor
+
+from spattention.training.precision import groups, to_bfloat16
+
+WARMUP = 0.1  # of the steps
+BETAS = (0.9, 0.95)
+MAX_NORM = 1.0
+DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Settings of training, the same for every row.
+
+    Attributes:
+        batch: windows per step.
+        micro_batch: windows at a time.
+        rate: peak learning rate of all weights.
+        lora_rate: peak learning rate of adapters.
+        rank: of adapters.
+    """
+
+    batch: int
+    micro_batch: int
+    rate: float
+    lora_rate: float
+    rank: int
+
+
+def with_lora(model: Any, schedule: Schedule) -> Any:
+    """The model with adapters in all linear layers of its decoder."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=schedule.rank, lora_alpha=2 * schedule.rank, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def train(
+    model: Any, windows: Tensor, tokens: int, schedule: Schedule, *, seed: int, lora: bool
+) -> dict[str, Any]:
+    """Train in place on about `tokens` tokens; returns losses by step and the time it took.
+
+    On a GPU all products are bfloat16 and the weights that are trained have float32 masters.
+    """
+    torch.manual_seed(seed)
+    context = windows.shape[1]
+    steps = max(1, round(tokens / (schedule.batch * context)))
+    rate = schedule.lora_rate if lora else schedule.rate
+    options = {"lr": rate, "betas": BETAS}
+    optimizer: torch.optim.Optimizer
+    if model.device.type == "cuda":
+        optimizer = to_bfloat16(model, DECAY, **options)
+    else:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(groups(named, DECAY), **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    chosen = order(len(windows), steps * schedule.batch, seed).view(steps, schedule.batch)
+    model.train()
+    losses = []
+    began = time.perf_counter()
+    for step, batch in enumerate(chosen):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * _share(step, steps)
+        total = torch.zeros((), device=model.device)
+        for rows in batch.split(schedule.micro_batch):
+            ids = windows[rows].to(model.device, non_blocking=True)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = loss * (len(rows) / schedule.batch)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+    found = torch.stack(losses).tolist()
+    if not all(map(math.isfinite, found)):
+        raise SystemExit(f"the loss must be finite, got {found}")
+    return {
+        "steps": steps,
+        "tokens": steps * schedule.batch * context,
+        "seconds": time.perf_counter() - began,
+        "losses": [round(loss, 4) for loss in found[:: max(1, steps // 50)]],
+        "parameters": sum(p.numel() for p in trained),
+    }
+
+
+def _share(step: int, steps: int) -> float:
+    """Share of the peak rate at a step."""
+    warm = max(1, round(WARMUP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
