@@ -151,11 +151,11 @@ def measured(mean: int, count: int, span: int, key_heads: int, with_flex: bool) 
             )
 
         def packed() -> torch.Tensor:
-            return attend(inputs)  # noqa: B023
+            return attend(inputs)
 
         def results() -> list[torch.Tensor]:
             x = tensors(tokens, key_heads)  # others than those that a graph captures
-            out = attend(x)  # noqa: B023
+            out = attend(x)
             return [out.detach(), *torch.autograd.grad(out, x[:3], x[3])]
 
         work = 14 * HEAD_DIM * sum(sum(pattern.pairs(length)) for length in lengths)
