@@ -39,7 +39,6 @@ def attend(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    _check_prefix(pattern)
     on_device = isinstance(query_start, Tensor)
     return forward(
         query=query,
@@ -52,6 +51,7 @@ def attend(
         cu_seqlens_q=None,
         cu_seqlens_k=None,
         intervals=pattern.flat,
+        prefix=pattern.prefix,
         scale=scale,
     )
 
@@ -72,7 +72,6 @@ def attend_varlen(
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` packed documents; arguments and results as in
     `spattention.band_attention_varlen`."""
-    _check_prefix(pattern)
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     out, lse = forward(
         query=query,
@@ -85,16 +84,10 @@ def attend_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         intervals=pattern.flat,
+        prefix=pattern.prefix,
         scale=scale,
     )
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
-
-
-def _check_prefix(pattern: BandPattern) -> None:
-    if pattern.prefix:
-        raise NotImplementedError(
-            f'`pattern` must have no prefix for `impl="blockwise"`, got prefix {pattern.prefix}'
-        )
 
 
 def _forward(
@@ -108,6 +101,7 @@ def _forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`out [B, H, Q, Dv]` and the log-sum-exp `[B, H, Q]`; packed calls have B = 1."""
@@ -130,7 +124,8 @@ def _forward(
         rows = segment.rows
         if sinks is not None:
             lse[rows, :, segment.queries] = sinks[:, None].to(dtype)
-        for run in runs(intervals, segment, query, key, value, total, by_keys=False):
+        views = query, key, value, total
+        for run in runs(intervals, segment, *views, prefix=prefix, by_keys=False):
             q = run.query_view(query, rows).to(dtype)
             k, v = (run.key_view(tensor, rows, group).to(dtype) for tensor in (key, value))
             blocks = q, k, v, edges(run), scale
@@ -175,6 +170,7 @@ def _backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (zeros without sinks)."""
@@ -205,7 +201,7 @@ def _backward(
     for segment in parts:
         rows = segment.rows
         others = value, out, d_out, d_query, d_key, d_value
-        for run in runs(intervals, segment, query, key, *others, by_keys=True):
+        for run in runs(intervals, segment, query, key, *others, prefix=prefix, by_keys=True):
             q, d_o, o = (run.query_view(t, rows).to(dtype) for t in (query, d_out, out))
             log_sum = run.query_view(lse[..., None], rows)
             d_log_sum = run.query_view(d_lse[..., None], rows) if any_d_lse else None
@@ -235,14 +231,14 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, sinks, query_start, *index, intervals, scale = inputs
+    query, key, value, sinks, query_start, *index, intervals, prefix, scale = inputs
     ctx.save_for_backward(query, key, value, *output, sinks, *index)
-    ctx.constants = query_start, intervals, scale
+    ctx.constants = query_start, intervals, prefix, scale
 
 
 def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     *saved, sinks, starts, key_start, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    query_start, intervals, scale = ctx.constants
+    query_start, intervals, prefix, scale = ctx.constants
     with without_autocast(d_out):
         d_query, d_key, d_value, d_sinks = backward(
             d_out,
@@ -255,9 +251,10 @@ def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, .
             cu_seqlens_q,
             cu_seqlens_k,
             intervals,
+            prefix,
             scale,
         )
-    return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 7
+    return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 8
 
 
 def _last_dense(tensor: Tensor) -> Tensor:
@@ -290,7 +287,7 @@ def _sink_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor, out: Tensor, lse
 
 _COMMON = (
     "Tensor? sinks, SymInt query_start, Tensor? query_start_tensor, Tensor? key_start, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int[] intervals, float scale"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int[] intervals, int prefix, float scale"
 )
 _ANY_DEVICE = ("CompositeExplicitAutograd",)
 forward = register(
