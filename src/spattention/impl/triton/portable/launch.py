@@ -11,7 +11,7 @@ from .. import varlen
 from ..arguments import Form, Heads, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
-from ..config import OPTIONS, LaunchConfig, Launches, block_d, launches, prefix_chunk
+from ..config import OPTIONS, LaunchConfig, Launches, block_d, launches, prefix_chunk, prefix_launch
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
 from .prefix_gradient import ROWS, PrefixCounts, prefix_gradient_kernel, reduce_kernel
@@ -133,6 +133,8 @@ def prefix_gradient(
     """
     query, key, value, _, d_out, _, d_key, d_value = tensors
     stats = RowStats(None, None, stats.lse_log2, stats.delta)
+    if not _has_documents(call):  # else these kernels share their blocks with dK and dV
+        launch = prefix_launch(launch, call.prefix)
     chunk = prefix_chunk(call.capability)
     slots = varlen.num_slots(call.queries, call.n_documents, chunk)
     blocks = -(-call.prefix // launch.block_n)
@@ -204,6 +206,11 @@ def _counts(call: Call, slots: int) -> tuple[int, ...]:
     )
 
 
+def _has_documents(call: Call) -> bool:
+    """True if a row may hold several documents."""
+    return call.positions.cu_seqlens_q is not None or call.start_strides[2] != 0
+
+
 def _facts(call: Call, launch: LaunchConfig) -> tuple[tuple[str, Any], ...]:
     """Entries of `Form` that all kernels of a call share."""
     query_start, key_start, cu_seqlens_q, _ = call.positions
@@ -215,7 +222,7 @@ def _facts(call: Call, launch: LaunchConfig) -> tuple[tuple[str, Any], ...]:
         ("INTERVALS", call.n_intervals),
         ("PREFIX", call.prefix),
         # Without a prefix no kernel depends on it.
-        ("DOCUMENTS", bool(call.prefix and (cu_seqlens_q is not None or call.start_strides[2]))),
+        ("DOCUMENTS", call.prefix > 0 and _has_documents(call)),
         ("PACKED", cu_seqlens_q is not None),
         ("START_ON_DEVICE", query_start is not None),
         ("HAS_KEY_START", key_start is not None),
