@@ -26,7 +26,8 @@ _reduce = CompiledKernelCache(reduce_kernel)
 
 def launches_for(call: Call) -> Launches:
     """The launches that the rule chooses for a call."""
-    return launches(call.itemsize, call.head_dim, call.capability)
+    first_keys = call.positions.key_start is not None
+    return launches(call.itemsize, call.head_dim, call.capability, first_keys)
 
 
 def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
