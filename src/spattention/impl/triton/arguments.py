@@ -176,13 +176,14 @@ class KeyPart(NamedTuple):
 
 class Source(NamedTuple):
     """The queries that a block of keys needs in dK and dV: `Heads` of query and d_out at their
-    sequence, the `RowStats`, where rows start and how many a head has, the bands of the group, and
-    the sequence's sizes and first keys.
+    sequence, two of the `RowStats`, where rows start and how many a head has, the bands of the
+    group, and the sequence's sizes and first keys.
     """
 
     query: Any
     d_out: Any
-    stats: Any
+    lse_log2: Any
+    delta: Any
     first_row: Any
     rows_of_head: Any
     p_bands: Any

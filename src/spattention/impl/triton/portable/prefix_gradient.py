@@ -95,7 +95,18 @@ def prefix_part(member, chunk, queries, sizes, FORM: tl.constexpr):
 
 @triton.jit
 def source_of(
-    query, d_out, stats, p_bands, entry, batch, sequence, positions, counts, n_rows, FORM
+    query,
+    d_out,
+    lse_log2,
+    delta,
+    p_bands,
+    entry,
+    batch,
+    sequence,
+    positions,
+    counts,
+    n_rows,
+    FORM: tl.constexpr,
 ):
     """The `Source` of a sequence."""
     batch_64 = batch.to(tl.int64)
@@ -106,7 +117,8 @@ def source_of(
     return Source(
         arguments.entry_of(query, batch_64, offset_q),
         arguments.entry_of(d_out, batch_64, offset_q),
-        stats,
+        lse_log2,
+        delta,
         batch_64 * counts.n_heads * n_rows + offset_q,
         n_rows,
         p_bands + 8 * entry,
@@ -171,7 +183,18 @@ def prefix_gradient_kernel(
     if sequence.block * FORM.CHUNK >= sequence.n_queries:
         return
     queries = source_of(
-        query, d_out, stats, p_bands, entry, batch, sequence, positions, counts, n_rows, FORM
+        query,
+        d_out,
+        stats.lse_log2,
+        stats.delta,
+        p_bands,
+        entry,
+        batch,
+        sequence,
+        positions,
+        counts,
+        n_rows,
+        FORM,
     )
     found = prefix_part(member, sequence.block, queries, sizes, FORM)
     if not found.exists:
@@ -255,7 +278,18 @@ def reduce_kernel(
     if chunk * FORM.CHUNK >= sequence.n_queries:
         return
     queries = source_of(
-        d_key, d_key, p_part, p_bands, entry, batch, sequence, positions, counts, n_rows, FORM
+        d_key,
+        d_key,
+        p_part,
+        p_part,
+        p_bands,
+        entry,
+        batch,
+        sequence,
+        positions,
+        counts,
+        n_rows,
+        FORM,
     )
     found = prefix_part(member, chunk, queries, sizes, FORM)
     if (not found.exists) | (chunk != found.low // FORM.CHUNK):
