@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from spattention import BandPattern, band_attention
-from spattention.attention import HAS_TRITON
 from spattention.impl import reference
 from spattention.serving.checks import check_no_prefix
 
@@ -74,12 +73,5 @@ def test_a_key_of_band_and_prefix_counts_once():
 
 def test_paths_without_prefixes_refuse_them():
     """A path that does not know prefixes names them and never computes without."""
-    tokens = torch.randn(1, 3, 5, 4)
-    calls = [
-        lambda: check_no_prefix(PATTERN),
-    ]
-    if HAS_TRITON:
-        calls.append(lambda: band_attention(tokens, tokens, tokens, PATTERN, impl="triton"))
-    for call in calls:
-        with pytest.raises(NotImplementedError, match=r"`pattern` must have no prefix .*2"):
-            call()
+    with pytest.raises(NotImplementedError, match=r"`pattern` must have no prefix .*2"):
+        check_no_prefix(PATTERN)

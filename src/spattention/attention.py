@@ -74,8 +74,7 @@ def band_attention(
     Raises:
         ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked
             too (`spattention.validate` checks them on any device).
-        NotImplementedError: in forward-mode differentiation, except by `"reference"`; for a pattern
-            with a prefix in an implementation that does not support it.
+        NotImplementedError: in forward-mode differentiation, except by `"reference"`.
 
     Under autocast, query, key and value are cast to autocast's dtype, as
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
@@ -93,7 +92,7 @@ def band_attention(
         query_start=query_start,
         key_start=key_start,
     )
-    implementation = _implementation(impl, query, value, pattern)
+    implementation = _implementation(impl, query, value)
     if implementation is not reference:
         check_no_tangents(query=query, key=key, value=value, sinks=sinks)
     with without_autocast(query):
@@ -172,7 +171,7 @@ def band_attention_varlen(
         scale=scale,
         sinks=sinks,
     )
-    implementation = _implementation(impl, query, value, pattern)
+    implementation = _implementation(impl, query, value)
     if implementation is not reference:
         check_no_tangents(query=query, key=key, value=value, sinks=sinks)
     with without_autocast(query):
@@ -192,33 +191,26 @@ def band_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _implementation(
-    impl: str | None, query: torch.Tensor, value: torch.Tensor, pattern: BandPattern
-) -> ModuleType:
+def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> ModuleType:
     if impl is None:
-        return kernels_for(query, value, pattern) or blockwise
+        return kernels_for(query, value) or blockwise
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
         if not HAS_TRITON:
             raise ValueError('`impl="triton"` needs Triton: pip install "spattention[gpu]"')
-        return kernels_with(pattern)
+        return _kernels()
     return reference if impl == "reference" else blockwise
 
 
-def kernels_for(
-    query: torch.Tensor, value: torch.Tensor, pattern: BandPattern
-) -> ModuleType | None:
+def kernels_for(query: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
     """`impl.triton`, where the rule of `band_attention` chooses it."""
-    kernels = kernels_with(pattern) if query.is_cuda and HAS_TRITON else None
+    kernels = _kernels() if query.is_cuda and HAS_TRITON else None
     return None if kernels is None or kernels.refusal(query, value) else kernels
 
 
-def kernels_with(pattern: BandPattern) -> ModuleType:
-    """`impl.triton`, for a pattern that its kernels support.
-
-    Imported on first use: a bare `import spattention` does not import Triton.
-    """
+def _kernels() -> ModuleType:
+    """Imported on first use: a bare `import spattention` does not import Triton."""
     from .impl import triton
 
     return triton

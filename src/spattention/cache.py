@@ -406,7 +406,7 @@ class BandStore:
     def _write(self, key: Tensor, value: Tensor) -> None:
         """The last of these tokens, as many as each ring holds, from `position` on."""
         new = key.shape[2]
-        kernels = kernels_for(key, value, self.layout.bands)
+        kernels = kernels_for(key, value)
         if kernels is not None:
             kernels.write_rings(
                 key,

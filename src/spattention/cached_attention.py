@@ -174,7 +174,7 @@ def _strategy(call: _Call) -> tuple[Tensor, Tensor]:
     query, store = call.query, call.store
     if call.tokens and store.is_empty:
         return _prefill(call)
-    kernels = kernels_for(query, store.values, store.layout.bands)
+    kernels = kernels_for(query, store.values)
     if kernels is not None and query.shape[2] <= min(kernels.MAX_QUERIES, store.max_rollback + 1):
         return _decode_kernel(call, kernels)
     if query.shape[2] == 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import HAS_TRITON, IMPLEMENTATIONS, kernels_with
+from .attention import HAS_TRITON, IMPLEMENTATIONS
 from .bands import BandPattern
 from .checks import validate
 
@@ -60,7 +60,6 @@ def explain(
 
     Raises:
         ValueError: if an argument breaks a rule of the operator, or `impl` cannot compute the call.
-        NotImplementedError: for a pattern with a prefix in an implementation that lacks it.
     """
     validate(
         query,
@@ -80,12 +79,14 @@ def explain(
     if impl in ("reference", "blockwise"):
         return Explanation(impl, PYTORCH, (f'`impl="{impl}"` was given.',))
     query, key, value = (_under_autocast(tensor) for tensor in (query, key, value))
-    refusal = _refusal(query, value, pattern, impl)
+    refusal = _refusal(query, value, impl)
     if refusal is not None:
         if impl is not None:
             raise ValueError(f'`impl="{impl}"` {refusal}')
         return Explanation("blockwise", PYTORCH, (f'`impl="triton"` {refusal}.',))
-    name, need = kernels_with(pattern).describe(
+    from .impl import triton as kernels
+
+    name, need = kernels.describe(
         query,
         key,
         value,
@@ -103,15 +104,15 @@ def explain(
 PYTORCH = "PyTorch operations"
 
 
-def _refusal(
-    query: torch.Tensor, value: torch.Tensor, pattern: BandPattern, impl: str | None
-) -> str | None:
+def _refusal(query: torch.Tensor, value: torch.Tensor, impl: str | None) -> str | None:
     """Why the Triton kernels do not run the call, or None if they do."""
     if not HAS_TRITON:
         return 'needs Triton: pip install "spattention[gpu]"'
     if impl is None and not query.is_cuda:
         return f"needs CUDA tensors, got {query.device.type}"
-    return kernels_with(pattern).refusal(query, value)
+    from .impl import triton as kernels
+
+    return kernels.refusal(query, value)
 
 
 def _under_autocast(tensor: torch.Tensor) -> torch.Tensor:

@@ -182,8 +182,8 @@ class Source(NamedTuple):
 
     query: Any
     d_out: Any
-    p_lse_log2: Any
-    p_delta: Any
+    lse_log2: Any
+    delta: Any
     first_row: Any
     rows_of_head: Any
     p_bands: Any
@@ -274,11 +274,22 @@ def key_blocks(rows, bands, n_keys, FORM: tl.constexpr):
         bands, rows.first, last, starts.lowest, n_keys, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
     )
     if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        low = tl.maximum(starts.next, starts.lowest + FORM.PREFIX)
         high = tl.minimum(starts.highest + FORM.PREFIX, tl.minimum(last + 1, n_keys))
-        blocks = tiles.with_next_prefixes(
-            blocks, bands, starts.lowest, starts.next, high, BLOCK_N, FORM.PREFIX
-        )
+        blocks = tiles.with_next_prefixes(blocks, bands, low, high, BLOCK_N)
     return blocks
+
+
+@triton.jit
+def visible(rows, o_key, low, near, far, FORM: tl.constexpr):
+    """Mask `[M, N]` of the keys that `Rows` see in a block of keys."""
+    o_last, o_count = tiles.visible_keys(
+        rows.o_position, near, far, rows.starts.each, FORM.PREFIX
+    )  # [M], [M]
+    m_seen = tiles.visible(o_last[:, None], o_key[None, :], 0, o_count[:, None])
+    if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        m_seen = m_seen & (o_key >= low)[None, :]
+    return m_seen
 
 
 @triton.jit

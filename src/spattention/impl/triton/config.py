@@ -7,6 +7,7 @@ during a user's step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 # Options of every kernel. Triton announced that it will change this default.
@@ -68,6 +69,15 @@ HOPPER_HALF = {
         key_gradient=LaunchConfig(64, 64, 4, 2),
     ),
 }
+# With first keys the forward pass and dQ have a second loop. Its registers must not keep three
+# programs from sharing a multiprocessor.
+HOPPER_HALF_FIRST_KEYS = HOPPER_HALF | {
+    64: replace(
+        HOPPER_HALF[64],
+        forward=LaunchConfig(64, 64, 4, 3, max_registers=168),
+        query_gradient=LaunchConfig(64, 64, 4, 3, max_registers=168),
+    )
+}
 # Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per
 # program.
 HALF = {
@@ -97,12 +107,22 @@ def prefix_chunk(capability: tuple[int, int] | None) -> int:
     return PREFIX_CHUNK_INTERPRETED if capability is None else PREFIX_CHUNK
 
 
+@lru_cache(maxsize=64)
+def prefix_launch(launch: LaunchConfig, prefix: int) -> LaunchConfig:
+    """The launch of `portable/prefix_gradient.py` where all queries see one prefix: that of dK and
+    dV, with no more keys of a block than the prefix needs.
+    """
+    return replace(launch, block_n=min(launch.block_n, block_d(prefix)))
+
+
 def block_d(head_dim: int) -> int:
     """The power of two, at least 16, that a kernel pads head_dim to."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -> Launches:
+def launches(
+    itemsize: int, head_dim: int, capability: tuple[int, int] | None, first_keys: bool = False
+) -> Launches:
     """The launches of the portable kernels: 16 x 16 blocks for the interpreter, a measured table
     for half precision on Hopper and Blackwell, small blocks for the rest.
 
@@ -110,12 +130,13 @@ def launches(itemsize: int, head_dim: int, capability: tuple[int, int] | None) -
         itemsize: bytes of an element, 2 or 4.
         head_dim: 1 to 256.
         capability: CUDA compute capability; None for Triton's interpreter.
+        first_keys: whether the call has `key_start`.
     """
     if capability is None:
         return INTERPRETED
     width = block_d(head_dim)
     if itemsize == 2 and capability[0] in (9, 10) and width in HOPPER_HALF:
-        return HOPPER_HALF[width]
+        return (HOPPER_HALF_FIRST_KEYS if first_keys else HOPPER_HALF)[width]
     launch = (HALF if itemsize == 2 else SINGLE)[width]
     # With 4 warps, dQ in single precision keeps kilobytes per thread in memory.
     warps = 8 if itemsize == 4 and width >= 128 else launch.num_warps

@@ -162,22 +162,14 @@ def prefix_end(bands, low, high):
 
 
 @triton.jit
-def with_next_prefixes(blocks, bands, lowest, following, high, BLOCK, PREFIX: tl.constexpr):
-    """A `BlockRange` of queries of several documents: with the prefixes of those after the first.
-
-    `lowest` is the first key of the first document and `following` that of the next. All prefixes
-    end before key `high`.
+def with_next_prefixes(blocks, bands, low, high, BLOCK):
+    """A `BlockRange` of queries of several documents: with the keys `[low, high)`, which have the
+    prefixes of those after the first. The first of these blocks may have keys of another before
+    `low`, its limit, which its mask must leave out.
     """
     prefix = blocks.prefix
-    high = prefix_end(bands, lowest, high)
-    # A document that ends within its prefix: one range, so that no block has keys of both.
-    joined = following < lowest + PREFIX
-    count = tl.where(joined, num_blocks(lowest, high, BLOCK), prefix.count)
-    start = tl.where(joined, high - count * BLOCK, prefix.start)
-    next_count = tl.where(joined, 0, num_blocks(following, high, BLOCK))
-    prefix = PrefixRange(
-        start, prefix.limit, count, high - next_count * BLOCK, following, next_count
-    )
+    count = num_blocks(low, prefix_end(bands, low, high), BLOCK)
+    prefix = PrefixRange(prefix.start, prefix.limit, prefix.count, high - count * BLOCK, low, count)
     return BlockRange(
         blocks.start_0,
         blocks.limit_0,

@@ -41,7 +41,7 @@ def attend(
     BLOCK_M: tl.constexpr = FORM.BLOCK_M
     BLOCK_N: tl.constexpr = FORM.BLOCK_N
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
-    starts, o_position = rows.starts, rows.o_position
+    starts = rows.starts
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(tiles.total_blocks(blocks), num_stages=STAGES):
         first_key, low, near, far = tiles.block_at(
@@ -57,10 +57,7 @@ def attend(
         if not tiles.is_inside(
             rows.first, rows.last, first_key, last_key, near, far, starts.highest + FORM.PREFIX
         ):
-            o_last, o_count = tiles.visible_keys(
-                o_position, near, far, starts.each, FORM.PREFIX
-            )  # [M], [M]
-            m_seen = tiles.visible(o_last[:, None], o_key[None, :], 0, o_count[:, None])
+            m_seen = arguments.visible(rows, o_key, low, near, far, FORM)
             scores = tl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
 
         p, row_max, row_sum, factor = softmax.update(

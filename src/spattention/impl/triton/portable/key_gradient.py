@@ -62,8 +62,8 @@ def sum_key_gradients(
                 m_query = m_query & (o_query >= low_query)
             b_query = memory.load_tokens(p_query, o_query, stride_query, low_query, high, FORM)
             b_d_out = memory.load_tokens(p_d_out, o_query, stride_d_out, low_query, high, FORM)
-            lse_log2 = tl.load(queries.p_lse_log2 + row + o_query, mask=m_query, other=0.0)
-            delta = tl.load(queries.p_delta + row + o_query, mask=m_query, other=0.0)  # [M]
+            lse_log2 = tl.load(queries.lse_log2 + row + o_query, mask=m_query, other=0.0)
+            delta = tl.load(queries.delta + row + o_query, mask=m_query, other=0.0)  # [M]
 
             # [N, M] = [N, D] @ [D, M], both
             scores = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")

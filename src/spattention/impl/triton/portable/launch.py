@@ -11,7 +11,7 @@ from .. import varlen
 from ..arguments import Form, Heads, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
-from ..config import OPTIONS, LaunchConfig, Launches, block_d, launches, prefix_chunk
+from ..config import OPTIONS, LaunchConfig, Launches, block_d, launches, prefix_chunk, prefix_launch
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
 from .prefix_gradient import ROWS, PrefixCounts, prefix_gradient_kernel, reduce_kernel
@@ -26,7 +26,8 @@ _reduce = CompiledKernelCache(reduce_kernel)
 
 def launches_for(call: Call) -> Launches:
     """The launches that the rule chooses for a call."""
-    return launches(call.itemsize, call.head_dim, call.capability)
+    first_keys = call.positions.key_start is not None
+    return launches(call.itemsize, call.head_dim, call.capability, first_keys)
 
 
 def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
@@ -46,7 +47,7 @@ def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
             call.positions,
             *_counts(call, slots),
             call.scale,
-            FORM=_form(*_facts(call, launch), **facts),
+            FORM=_form(_facts(call, launch), **facts),
             num_stages=launch.num_stages,
             **launch.options,
         )
@@ -84,7 +85,7 @@ def query_gradient(
             call.positions,
             *_counts(call, slots),
             call.scale,
-            FORM=_form(*_facts(call, launch), has_d_lse=stats.d_lse is not None),
+            FORM=_form(_facts(call, launch), has_d_lse=stats.d_lse is not None),
             num_stages=launch.num_stages,
             **launch.options,
         )
@@ -116,7 +117,7 @@ def key_gradient(
             *_counts(call, slots),
             call.scale,
             FORM=_form(
-                *_facts(call, launch),
+                _facts(call, launch),
                 grouped=call.group > 1,
                 chunk=prefix_chunk(call.capability) if call.prefix else 0,
             ),
@@ -133,6 +134,8 @@ def prefix_gradient(
     """
     query, key, value, _, d_out, _, d_key, d_value = tensors
     stats = RowStats(None, None, stats.lse_log2, stats.delta)
+    if not _has_documents(call):  # else these kernels share their blocks with dK and dV
+        launch = prefix_launch(launch, call.prefix)
     chunk = prefix_chunk(call.capability)
     slots = varlen.num_slots(call.queries, call.n_documents, chunk)
     blocks = -(-call.prefix // launch.block_n)
@@ -146,7 +149,7 @@ def prefix_gradient(
     inputs = (heads(query), heads(key), heads(value), heads(d_out))
     results = (heads(d_key), heads(d_value))
     counts = _counts(call, slots)
-    form = _form(*_facts(call, launch), grouped=call.group > 1, chunk=chunk)
+    form = _form(_facts(call, launch), grouped=call.group > 1, chunk=chunk)
     with on_device(call.device):
         _prefix_gradient(
             programs,
@@ -204,36 +207,33 @@ def _counts(call: Call, slots: int) -> tuple[int, ...]:
     )
 
 
-def _facts(call: Call, launch: LaunchConfig) -> tuple[Any, ...]:
-    """The first arguments of `_form`."""
+def _has_documents(call: Call) -> bool:
+    """True if a row may hold several documents."""
+    return call.positions.cu_seqlens_q is not None or call.start_strides[2] != 0
+
+
+def _facts(call: Call, launch: LaunchConfig) -> tuple[tuple[str, Any], ...]:
+    """Entries of `Form` that all kernels of a call share."""
     query_start, key_start, cu_seqlens_q, _ = call.positions
     return (
-        call.head_dim,
-        launch.block_m,
-        launch.block_n,
-        call.n_intervals,
-        call.prefix,
-        cu_seqlens_q is not None,
-        query_start is not None,
-        key_start is not None,
-        call.precise,
+        ("HEAD_DIM", call.head_dim),
+        ("BLOCK_D", block_d(call.head_dim)),
+        ("BLOCK_M", launch.block_m),
+        ("BLOCK_N", launch.block_n),
+        ("INTERVALS", call.n_intervals),
+        ("PREFIX", call.prefix),
         # Without a prefix no kernel depends on it.
-        bool(call.prefix) and (cu_seqlens_q is not None or call.start_strides[2] != 0),
+        ("DOCUMENTS", call.prefix > 0 and _has_documents(call)),
+        ("PACKED", cu_seqlens_q is not None),
+        ("START_ON_DEVICE", query_start is not None),
+        ("HAS_KEY_START", key_start is not None),
+        ("PRECISE", call.precise),
     )
 
 
 @lru_cache(maxsize=1024)
 def _form(
-    head_dim: int,
-    block_m: int,
-    block_n: int,
-    n_intervals: int,
-    prefix: int,
-    packed: bool,
-    start_on_device: bool,
-    has_key_start: bool,
-    precise: bool,
-    documents: bool,
+    facts: tuple[tuple[str, Any], ...],
     *,
     grouped: bool = False,
     chunk: int = 0,
@@ -243,19 +243,9 @@ def _form(
 ) -> Form:
     """A kernel's `Form`; cached, because it takes longer to make than to look up."""
     return Form(
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d(head_dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        INTERVALS=n_intervals,
-        PREFIX=prefix,
-        CHUNK=chunk,
-        DOCUMENTS=documents,
-        PACKED=packed,
-        START_ON_DEVICE=start_on_device,
-        HAS_KEY_START=has_key_start,
-        PRECISE=precise,
+        **dict(facts),
         GROUPED=grouped,
+        CHUNK=chunk,
         HAS_SINKS=has_sinks,
         HAS_D_LSE=has_d_lse,
         FALLING=falling,

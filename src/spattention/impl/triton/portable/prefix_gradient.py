@@ -97,8 +97,8 @@ def prefix_part(member, chunk, queries, sizes, FORM: tl.constexpr):
 def source_of(
     query,
     d_out,
-    p_lse_log2,
-    p_delta,
+    lse_log2,
+    delta,
     p_bands,
     entry,
     batch,
@@ -106,7 +106,7 @@ def source_of(
     positions,
     counts,
     n_rows,
-    FORM,
+    FORM: tl.constexpr,
 ):
     """The `Source` of a sequence."""
     batch_64 = batch.to(tl.int64)
@@ -117,8 +117,8 @@ def source_of(
     return Source(
         arguments.entry_of(query, batch_64, offset_q),
         arguments.entry_of(d_out, batch_64, offset_q),
-        p_lse_log2,
-        p_delta,
+        lse_log2,
+        delta,
         batch_64 * counts.n_heads * n_rows + offset_q,
         n_rows,
         p_bands + 8 * entry,

@@ -39,7 +39,7 @@ def sum_query_gradient(
     BLOCK_M: tl.constexpr = FORM.BLOCK_M
     BLOCK_N: tl.constexpr = FORM.BLOCK_N
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
-    starts, o_position = rows.starts, rows.o_position
+    starts = rows.starts
     b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(tiles.total_blocks(blocks), num_stages=STAGES):
         first_key, low, near, far = tiles.block_at(
@@ -57,10 +57,7 @@ def sum_query_gradient(
         if not tiles.is_inside(
             rows.first, rows.last, first_key, last_key, near, far, starts.highest + FORM.PREFIX
         ):
-            o_last, o_count = tiles.visible_keys(
-                o_position, near, far, starts.each, FORM.PREFIX
-            )  # [M], [M]
-            m_seen = tiles.visible(o_last[:, None], o_key[None, :], 0, o_count[:, None])
+            m_seen = arguments.visible(rows, o_key, low, near, far, FORM)
             p = tl.where(m_seen, p, 0.0)
         d_scores = p * (d_p - delta[:, None])
         # [M, D] += [M, N] @ [N, D]
@@ -186,10 +183,7 @@ def query_gradient_kernel(
             b_value = memory.load_tokens(p_value, o_key, value.stride_t, low, block.n_keys, FORM)
             scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
             d_p = tl.dot(b_d_out, tl.trans(b_value), input_precision="ieee")
-            o_last, o_count = tiles.visible_keys(
-                o_position, near, far, starts.each, FORM.PREFIX
-            )  # [M], [M]
-            m_seen = tiles.visible(o_last[:, None], o_key[None, :], 0, o_count[:, None])
+            m_seen = arguments.visible(rows, o_key, low, near, far, FORM)
             p = softmax.recompute(scores, lse_log2[:, None], scale, FORM.PRECISE)
             if FORM.HAS_KEY_START:  # a value of another document may hold anything
                 d_p = tl.where(m_seen, d_p, 0.0)
