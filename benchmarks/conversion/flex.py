@@ -100,12 +100,14 @@ def _by_mask(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: floa
     group = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~module.plan.rows(query.shape[2], key.shape[2]), -torch.inf)
+    seen = module.plan.rows(query.shape[2], key.shape[2])
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if module.sinks is not None:
         column = module.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
+    weights = weights.masked_fill(~seen, 0.0)  # rows that see nothing
     return weights.to(value.dtype) @ value
 
 
