@@ -19,7 +19,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spattention.bands import BandPattern
-from spattention.fitting.capture import prefix_of
 
 NAME = "bands_by_flex"
 SHAPES = 64  # compiled variants: batches, lengths, with gradients and without
@@ -35,7 +34,7 @@ class Plan:
         flat = pattern.flat
         edges = [column(flat[k::4]) for k in range(4)]
         attends = torch.tensor([bool(head) for head in pattern.intervals], device=device)
-        prefix = column([prefix_of(pattern)] * pattern.num_heads) * attends
+        prefix = column([pattern.prefix] * pattern.num_heads) * attends
         self.heads, self.device = pattern.num_heads, device
         self.mask = _mask_mod(*edges, prefix)
         self._blocks: dict[int, Any] = {}

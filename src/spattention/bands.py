@@ -65,11 +65,13 @@ class BandPattern:
             to `span`.
     """
 
-    intervals: Intervals
-    span: int
+    intervals: Intervals = field(compare=False)
+    span: int = field(compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, compare=False)
-    prefix: int = field(default=0, kw_only=True)
+    prefix: int = field(default=0, kw_only=True, compare=False)
     _flat: tuple[int, ...] = field(default=(), init=False, compare=False)
+    # Equality compares text: torch.compile takes integers that differ between calls for variables.
+    _key: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         span = _span(self.span)
@@ -87,6 +89,7 @@ class BandPattern:
         padded = ((*head, *((0, 0),) * (MAX_INTERVALS - len(head))) for head in heads)
         flat = tuple(edge for head in padded for interval in head for edge in interval)
         object.__setattr__(self, "_flat", flat)
+        object.__setattr__(self, "_key", repr((self.span, self.prefix, flat)))
 
     @classmethod
     def dense(cls, num_heads: int, span: int, *, prefix: int = 0) -> BandPattern:

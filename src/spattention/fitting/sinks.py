@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bands import BandPattern
-from .capture import check_patterns, prefix_of
+from .capture import check_patterns
 from .profile import Profile
 
 UNUSED = 10.0  # below the first tokens' score: a sink of a head that still sees them
@@ -35,7 +35,7 @@ def starting_sinks(profile: Profile, patterns: Sequence[BandPattern]) -> list[Te
     found = []
     for layer, pattern in enumerate(patterns):
         whole = ((0, pattern.span),)
-        sees = torch.tensor([prefix_of(pattern) > 0 or h == whole for h in pattern.intervals])
+        sees = torch.tensor([pattern.prefix > 0 or h == whole for h in pattern.intervals])
         found.append((starts[layer] - UNUSED * sees).float())
     return found
 
