@@ -182,3 +182,32 @@ def test_a_start_that_was_dropped_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`key_start` must be \[B\] = \[2\] or \[B, Q\]"):
         store.append(key[:, :, 20:], value[:, :, 20:], key_start=start[:1])
     assert store.position.tolist() == [20, 20]
+
+
+def test_a_full_prefix_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding costs nothing for it, and another text or a `crop` into it writes it anew."""
+    query, key, value = text(12)
+    written = []
+    write = cache.cache_prefix.hold_first
+    monkeypatch.setattr(
+        cache.cache_prefix, "hold_first", lambda *given: (written.append(1), write(*given))
+    )
+    store = new_store()
+
+    def run(start: int, stop: int) -> None:
+        whole = spa.band_attention(query, key, value, PATTERN)
+        for at in range(start, stop):
+            now = slice(at, at + 1)
+            q, k, v = (t[:, :, now] for t in (query, key, value))
+            out = spa.band_attention_cached(q, store, PATTERN, k, v)
+            torch.testing.assert_close(out, whole[:, :, now])
+
+    run(0, 10)
+    assert len(written) == PREFIX
+    store.crop(9)
+    query, key, value = (torch.cat([t[:, :, :1], t[:, :, 1:] + 1], 2) for t in (query, key, value))
+    run(1, 12)
+    assert len(written) == 2 * PREFIX - 1
+    store.reset()
+    run(0, 5)
+    assert len(written) == 3 * PREFIX - 1
