@@ -8,6 +8,7 @@ from random_stores import Life, RingKernels, check
 
 import spattention as spa
 from spattention import cache, cached_attention
+from spattention.attention import HAS_TRITON
 
 P = spa.BandPattern
 SPAN, PREFIX = 12, 3
@@ -37,12 +38,35 @@ def test_random_lives_of_a_store(first: int) -> None:
 def test_rings_by_a_kernel_and_prefix_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read the rings alone; the prefix joins by log-sum-exp, each token once."""
     for module in (cache, cached_attention):
-        monkeypatch.setattr(module, "kernels_for", lambda query, value, pattern: RingKernels)
+        monkeypatch.setattr(module, "kernels_for", lambda *given: RingKernels)
     for seed in range(60):
         life = Life(seed)
         for _ in range(4):
             life.step()
             life.change()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_decoding_kernels_and_prefix_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the Triton kernels, in the interpreter."""
+    from spattention.impl import triton
+    from spattention.impl.triton import op
+
+    if not op.INTERPRETED:
+        pytest.skip("the kernels run on the GPU here")
+    calls = []
+    attend = triton.attend_rings
+    monkeypatch.setattr(
+        triton, "attend_rings", lambda *given, **more: (calls.append(1), attend(*given, **more))[1]
+    )
+    for module in (cache, cached_attention):
+        monkeypatch.setattr(module, "kernels_for", lambda *given: triton)
+    for seed in range(12):
+        life = Life(seed, torch.float32)
+        for _ in range(3):
+            life.step()
+            life.change()
+    assert len(calls) > 10
 
 
 def test_first_tokens_stay_for_good() -> None:
