@@ -87,7 +87,7 @@ class Options:
     pairs: float = 0.35
     context: int = 2048
     profile_rows: int = 16
-    sensitivity_rows: int = 8
+    sensitivity_rows: int = 16
     needles: int = 20
     windows: int = 128
     parts: tuple[str, ...] = ("loss", "passkeys", "tasks")

@@ -135,9 +135,10 @@ def likelihoods(model: Any, requests: list[tuple[list[int], int]]) -> tuple[Tens
     logs = torch.zeros(len(requests), dtype=torch.float64)
     greedy = torch.zeros(len(requests), dtype=torch.bool)
     for chosen, size in _batches(requests):
-        # Padding comes after the text, where a causal model does not see it.
-        ids = torch.zeros(len(chosen), size, dtype=torch.int64)
-        asked = torch.zeros(len(chosen), size, dtype=torch.bool)
+        # Padding comes after the text, where a causal model does not see it, and fills the batch:
+        # FlexAttention is compiled for every shape.
+        ids = torch.zeros(max(1, TOKENS // size), size, dtype=torch.int64)
+        asked = torch.zeros_like(ids, dtype=torch.bool)
         for row, k in enumerate(chosen):
             tokens, count = requests[k][0][-size:], requests[k][1]
             ids[row, : len(tokens)] = torch.tensor(tokens)

@@ -19,7 +19,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spattention.bands import BandPattern
-from spattention.fitting.capture import prefix_of
 
 NAME = "bands_by_flex"
 SHAPES = 64  # compiled variants: batches, lengths, with gradients and without
@@ -35,7 +34,7 @@ class Plan:
         flat = pattern.flat
         edges = [column(flat[k::4]) for k in range(4)]
         attends = torch.tensor([bool(head) for head in pattern.intervals], device=device)
-        prefix = column([prefix_of(pattern)] * pattern.num_heads) * attends
+        prefix = column([pattern.prefix] * pattern.num_heads) * attends
         self.heads, self.device = pattern.num_heads, device
         self.mask = _mask_mod(*edges, prefix)
         self._blocks: dict[int, Any] = {}
@@ -100,12 +99,14 @@ def _by_mask(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: floa
     group = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~module.plan.rows(query.shape[2], key.shape[2]), -torch.inf)
+    seen = module.plan.rows(query.shape[2], key.shape[2])
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if module.sinks is not None:
         column = module.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
+    weights = weights.masked_fill(~seen, 0.0)  # rows that see nothing
     return weights.to(value.dtype) @ value
 
 

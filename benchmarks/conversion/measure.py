@@ -91,7 +91,9 @@ def _passkeys(
     for start in range(0, len(needles), batch):
         chosen = needles[start : start + batch]
         keep = max(len(each.answer) for each in chosen) + 1
-        ids = torch.stack([each.tokens for each in chosen]).to(model.device)
+        # Full batches alone: FlexAttention is compiled for every shape.
+        full = [*chosen, *chosen[:1] * (min(batch, len(needles)) - len(chosen))]
+        ids = torch.stack([each.tokens for each in full]).to(model.device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
         said = logits.argmax(dim=-1).cpu()
         for row, each in zip(said, chosen):

@@ -13,11 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spattention as spa
+from spattention.data.packed import write_packed
 from spattention.data.tokenizer import for_transformers, train_tokenizer
+from spattention.data.tokens import TokenStream
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "conversion"))
 import choices
 import flex
+import inputs
+import page
 import train
 from text import order
 
@@ -160,3 +164,46 @@ def test_the_rate_rises_and_falls_to_nothing():
     assert shares[:10] == pytest.approx([k / 10 for k in range(1, 11)])
     assert shares[9:] == sorted(shares[9:], reverse=True)
     assert 0 < shares[-1] < 0.01
+
+
+def test_text_is_tokenized_anew(tmp_path):
+    """Documents keep their text, and end with the new tokenizer's separator."""
+    words = ["One whale swam. " * 40, "Two ships sailed. " * 40]
+    old, new = (train_tokenizer(words, size) for size in (290, 300))
+    ids = [np.array([*old.encode(text).ids, 280], np.uint16) for text in words]
+    stream = TokenStream.from_documents(ids)
+    write_packed(tmp_path / "a.u16.xz", stream, 280)
+    found = inputs.translate(list(inputs.documents(tmp_path / "a.u16.xz", 280)), old, new, 10**6)
+    ends = np.flatnonzero(found == inputs.END)
+    assert len(ends) == 2
+    parts = [part[part != inputs.END] for part in np.split(found, ends + 1)]
+    assert [new.decode(part.tolist()) for part in parts] == [*words, ""]
+    assert len(inputs.translate([ids[0]], old, new, 7)) == 7
+
+
+def result(row, tokens, seed, loss, **more):
+    return {
+        "row": row, "million_tokens": tokens, "seed": seed, "pairs": 0.35, "cache": 0.5,
+        "loss": {"wiki": {"mean": loss}, "books": {"mean": loss + 1}}, **more,
+    }  # fmt: skip
+
+
+def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
+    rows = [
+        result("dense", 0, 0, 3.0, passkeys={"1024": {"0.1": 1.0, "0.3": 0.5}}),
+        result("window", 0, 0, 3.9, passkeys={"1024": {"0.1": 0.0, "0.3": 0.5}}),
+        *(result("dense", 10, seed, 2.8 + seed / 10) for seed in (0, 1)),
+        *(result("window", 10, seed, 2.9 + seed / 10) for seed in (0, 1)),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows[:3]}))
+    (tmp_path / "b.json").write_text(json.dumps({"rows": rows[3:]}))
+    runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
+    text = "x\n<!-- conversion: before -->\nold\n<!-- end -->\ny"
+    before = page.MARK.sub(lambda found: page.fill(found, runs), text)
+    assert "| window | 0.35 | 0.50 | +0.900 | +0.900 | 0.25 | - |" in before
+    assert "old" not in before
+    assert page.MARK.sub(lambda found: page.fill(found, runs), before) == before
+    after = page.after_training(runs)
+    assert "| window | +0.100 (0.071) / +0.100 (0.071) | 2 | - | - |" in after
+    with pytest.raises(SystemExit, match="a table must be one of"):
+        page.MARK.sub(lambda found: page.fill(found, runs), text.replace("before", "other"))

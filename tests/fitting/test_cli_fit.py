@@ -79,7 +79,7 @@ def test_a_dense_model_becomes_a_folder_that_opens(home, tmp_path, capsys):
     profile = Profile.load(output / "profile.json")
     assert (profile.tokens, profile.needles) == (3 * CONTEXT, 2)
     model, patterns = patterns_of(output)
-    assert list(patterns) == spa.fit(profile, pairs=0.3, span=256)
+    assert list(patterns) == spa.fit(profile, pairs=0.3, span=256, prefix=4)
     assert total_pairs(patterns, CONTEXT) == pytest.approx(
         facts["pairs"] * LAYERS * HEADS * CONTEXT * (CONTEXT + 1) / 2
     )

@@ -19,7 +19,7 @@ from .profile import Profile
 
 FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
 LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
-MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of captured attention into sensitivity, least first
+MIXES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of captured attention into sensitivity
 
 
 def fit(
