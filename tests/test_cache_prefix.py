@@ -8,6 +8,7 @@ from random_stores import Life, RingKernels, check
 
 import spattention as spa
 from spattention import cache, cached_attention
+from spattention.attention import HAS_TRITON
 
 P = spa.BandPattern
 SPAN, PREFIX = 12, 3
@@ -37,12 +38,35 @@ def test_random_lives_of_a_store(first: int) -> None:
 def test_rings_by_a_kernel_and_prefix_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read the rings alone; the prefix joins by log-sum-exp, each token once."""
     for module in (cache, cached_attention):
-        monkeypatch.setattr(module, "kernels_for", lambda query, value: RingKernels)
+        monkeypatch.setattr(module, "kernels_for", lambda *given: RingKernels)
     for seed in range(60):
         life = Life(seed)
         for _ in range(4):
             life.step()
             life.change()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_decoding_kernels_and_prefix_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the Triton kernels, in the interpreter."""
+    from spattention.impl import triton
+    from spattention.impl.triton import op
+
+    if not op.INTERPRETED:
+        pytest.skip("the kernels run on the GPU here")
+    calls = []
+    attend = triton.attend_rings
+    monkeypatch.setattr(
+        triton, "attend_rings", lambda *given, **more: (calls.append(1), attend(*given, **more))[1]
+    )
+    for module in (cache, cached_attention):
+        monkeypatch.setattr(module, "kernels_for", lambda *given: triton)
+    for seed in range(12):
+        life = Life(seed, torch.float32)
+        for _ in range(3):
+            life.step()
+            life.change()
+    assert len(calls) > 10
 
 
 def test_first_tokens_stay_for_good() -> None:
@@ -182,3 +206,32 @@ def test_a_start_that_was_dropped_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`key_start` must be \[B\] = \[2\] or \[B, Q\]"):
         store.append(key[:, :, 20:], value[:, :, 20:], key_start=start[:1])
     assert store.position.tolist() == [20, 20]
+
+
+def test_a_full_prefix_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding costs nothing for it, and another text or a `crop` into it writes it anew."""
+    query, key, value = text(12)
+    written = []
+    write = cache.cache_prefix.hold_first
+    monkeypatch.setattr(
+        cache.cache_prefix, "hold_first", lambda *given: (written.append(1), write(*given))
+    )
+    store = new_store()
+
+    def run(start: int, stop: int) -> None:
+        whole = spa.band_attention(query, key, value, PATTERN)
+        for at in range(start, stop):
+            now = slice(at, at + 1)
+            q, k, v = (t[:, :, now] for t in (query, key, value))
+            out = spa.band_attention_cached(q, store, PATTERN, k, v)
+            torch.testing.assert_close(out, whole[:, :, now])
+
+    run(0, 10)
+    assert len(written) == PREFIX
+    store.crop(9)
+    query, key, value = (torch.cat([t[:, :, :1], t[:, :, 1:] + 1], 2) for t in (query, key, value))
+    run(1, 12)
+    assert len(written) == 2 * PREFIX - 1
+    store.reset()
+    run(0, 5)
+    assert len(written) == 3 * PREFIX - 1

@@ -71,6 +71,30 @@ def test_a_key_of_band_and_prefix_counts_once():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+def test_prefixes_that_differ_between_calls_compile(impl):
+    """One compiled function takes patterns of any prefix, with their gradients."""
+    torch._dynamo.reset()
+    attend = torch.compile(band_attention, fullgraph=True, backend="aot_eager")
+    for prefix in (0, 3, 5):
+        pattern = BandPattern.exclusive(2, 12, prefix=prefix)
+        tensors = [torch.randn(1, 2, 30, 4, requires_grad=True) for _ in range(3)]
+        results = []
+        for function in (attend, band_attention):
+            out = function(*tensors, pattern, impl=impl)
+            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        for found, wanted in zip(*results):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_vmap_keeps_the_prefix():
+    pattern = BandPattern.exclusive(2, 12, prefix=5)
+    tensors = [torch.randn(3, 2, 2, 30, 4) for _ in range(3)]
+    found = torch.func.vmap(lambda q, k, v: band_attention(q, k, v, pattern))(*tensors)
+    each = [band_attention(*(t[i] for t in tensors), pattern) for i in range(3)]
+    torch.testing.assert_close(found, torch.stack(each))
+
+
 def test_paths_without_prefixes_refuse_them():
     """A path that does not know prefixes names them and never computes without."""
     with pytest.raises(NotImplementedError, match=r"`pattern` must have no prefix .*2"):

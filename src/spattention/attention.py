@@ -36,8 +36,10 @@ def band_attention(
     """Softmax attention in which every head sees only the distances in its bands.
 
     Query i sits at position `p = query_start + i` and sees key j when `p - j` lies in one of its
-    head's intervals and `j >= key_start`. Keys after the last query are never read: the unfilled
-    tail of a cache may hold anything, NaN included. A query that sees no key gives output 0.
+    head's intervals and `j >= key_start`. With a prefix of n tokens it also sees the first n keys
+    from `key_start` on, up to its own position, in every head that has an interval. Keys after the
+    last query are never read: the unfilled tail of a cache may hold anything, NaN included. A query
+    that sees no key gives output 0.
 
     Args:
         query: `[B, H, Q, D]`, floating point, any strides.
@@ -130,7 +132,7 @@ def band_attention_varlen(
     conventions.
 
     In each document the queries are the last positions: query i of n_q over n_k keys sits at
-    `n_k - n_q + i`.
+    `n_k - n_q + i`. Each document has its own prefix, its first keys.
 
     Args:
         query: `[T, H, D]`, floating point.

@@ -8,8 +8,6 @@ positions and positions stay on their device.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from .cache_layout import (
     UNSET,
     HeadGroup,
     RingLayout,
+    as_device,
     check_int,
     check_memory,
     ring_layout,
@@ -65,6 +64,7 @@ class BandStore:
         documents: int64 `[B, max_rollback + 2]`, where documents start; see `cache_prefix`.
         capacity: tokens that there is room for; None once the rings have their full length.
         is_empty: nothing was appended since the store was made or reset.
+        one_document: no `key_start` was given since then, so that all documents start at 0.
 
     Raises:
         ValueError: if a size breaks a rule above, or the memory is more than the device has.
@@ -102,11 +102,12 @@ class BandStore:
         self.pattern = pattern
         self.num_key_heads = num_key_heads
         # Known on the host, without waiting for the device.
-        self.is_empty = True
+        self.is_empty = self.one_document = True
         self._columns = 0  # appended so far; counted while the rings are not at their full length
+        self._tokens = 0  # at least so many are in each sequence; not counted in compiled graphs
         # Tensors made in inference mode cannot be written outside it, in a later turn.
         with torch.inference_mode(False):
-            self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=_device(device))
+            self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=as_device(device))
             self._padding = self.counts.new_full((batch_size, max_rollback), -1)
             capacity = _needed(capacity, pattern)
             self._allocate(capacity, max_rollback, head_dim, value_dim, dtype)
@@ -202,7 +203,7 @@ class BandStore:
             self._columns += new
         with torch.no_grad():
             if self.pattern.prefix:
-                cache_prefix.hold(self.stored, key, value, mask, key_start)
+                self._hold(key, value, mask, key_start)
             if mask is None:
                 self._write(key, value)
                 self.counts[:2].add_(new)
@@ -240,6 +241,7 @@ class BandStore:
             )
         self.counts[:2].sub_(taken)
         self._columns -= tokens
+        self._tokens = max(0, self._tokens - tokens)
         self._padding.masked_fill_(padding, -1)
 
     def reorder(self, rows: Tensor) -> None:
@@ -281,13 +283,13 @@ class BandStore:
         self.counts.zero_()
         self.documents.zero_()
         self._padding.fill_(-1)
-        self._columns = 0
-        self.is_empty = True
+        self._columns = self._tokens = 0
+        self.is_empty = self.one_document = True
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> BandStore:
         """Move everything to another device; returns the store itself."""
-        target = _device(device)
+        target = as_device(device)
         self.keys, self.values = self.keys.to(target), self.values.to(target)
         self.counts, self._padding = self.counts.to(target), self._padding.to(target)
         self.documents = self.documents.to(target)
@@ -403,6 +405,24 @@ class BandStore:
         wider = torch.nn.functional.pad(self._padding, (max(0, more), 0), value=-1)
         self._padding = wider[:, wider.shape[1] - max_rollback :]
 
+    def _hold(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, key_start: Tensor | None
+    ) -> None:
+        """Keep what the prefix needs of these tokens, before the rings overwrite others."""
+        if key_start is not None and self.one_document:
+            self.one_document = False
+        if not self.one_document:
+            cache_prefix.hold(self.stored, key, value, mask, key_start)
+            return
+        # A graph may run again for a text that is still shorter than the prefix.
+        in_graph = torch.compiler.is_compiling() or (
+            self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if in_graph or self._tokens < self.layout.pattern.prefix:
+            cache_prefix.hold_first(self.stored, key, value, mask)
+        if not in_graph and mask is None:
+            self._tokens += key.shape[2]
+
     def _write(self, key: Tensor, value: Tensor) -> None:
         """The last of these tokens, as many as each ring holds, from `position` on."""
         new = key.shape[2]
@@ -477,10 +497,3 @@ class BandStore:
 def _needed(capacity: int | None, pattern: BandPattern) -> int | None:
     """None once the bands reach no farther than the capacity."""
     return None if capacity is None or capacity >= tokens_in_reach(pattern) else capacity
-
-
-def _device(device: Any) -> torch.device | None:
-    try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` must be a device that PyTorch knows, got {device!r}") from error

@@ -275,6 +275,14 @@ def check_memory(size: int, device: torch.device, *, longest: int, batch: int) -
         )
 
 
+def as_device(device: Any) -> torch.device | None:
+    """The device, None for PyTorch's default; raises `ValueError`."""
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be a device that PyTorch knows, got {device!r}") from error
+
+
 def tokens_in_reach(pattern: BandPattern) -> int:
     """Tokens that a sequence must have before a store needs all of its room."""
     return max([pattern.prefix, *(far for head in pattern.intervals for _, far in head)])

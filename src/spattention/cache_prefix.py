@@ -103,20 +103,41 @@ def first_of_each(key_start: Tensor, tokens: int) -> Tensor:
     return first if first.dim() == 2 else first[:, None].expand(-1, tokens)
 
 
+def hold_first(stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """The same of a store whose documents all start at 0."""
+    count = torch.full_like(stored.counts[0], key.shape[2])
+    if mask is not None:
+        order, count = padding_first(mask), mask.sum(dim=1)
+        key, value = reorder(key, order), reorder(value, order)
+    live, device = stored.layout.live, key.device
+    slots = live.prefix[:, None] + torch.arange(stored.layout.pattern.prefix, device=device)
+    _fill(stored, key, value, torch.zeros_like(count), count, slots[None])
+
+
 def _hold_tokens(
     stored: StoredTokens, key: Tensor, value: Tensor, held: Tensor, count: Tensor
 ) -> None:
     """Fill the prefixes with the first tokens of the documents that start at `held [B]`."""
+    position = stored.counts[0]
+    if readable(held) and torch.equal(held, stored.documents[:, -1]):
+        end = held + stored.layout.pattern.prefix
+        if bool(((end <= position) | (held >= position + count)).all()):
+            return
+    _fill(stored, key, value, held, count, prefix_slots(stored, held, stored.layout.live))
+
+
+def _fill(
+    stored: StoredTokens, key: Tensor, value: Tensor, held: Tensor, count: Tensor, slots: Tensor
+) -> None:
+    """Fill the prefixes from new tokens, and from `slots [B or 1, C, prefix]` before these."""
     live, new = stored.layout.live, key.shape[2]
     position = stored.counts[0][:, None]
-    at = held[:, None] + torch.arange(stored.layout.pattern.prefix, device=held.device)
+    place = torch.arange(stored.layout.pattern.prefix, device=held.device)
+    at = held[:, None] + place
     is_new = (at >= position) & (at < position + count[:, None])  # [B, prefix]
-    if readable(is_new) and not is_new.any() and torch.equal(held, stored.documents[:, -1]):
-        return
-    slots = prefix_slots(stored, held, live)  # [B, C, prefix]
     column = (at - position + (new - count)[:, None]).clamp(0, new - 1)
     rows = torch.arange(len(held), device=held.device)[:, None, None]
-    target = (live.prefix[:, None] + torch.arange(at.shape[1], device=held.device)).flatten()
+    target = (live.prefix[:, None] + place).flatten()
     for buffer, tokens in ((stored.keys, key), (stored.values, value)):
         chosen = tokens[rows, live.heads[:, None], column[:, None]]  # [B, C, prefix, D]
         kept = torch.where(is_new[:, None, :, None], chosen, buffer[rows, slots])

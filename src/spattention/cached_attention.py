@@ -234,11 +234,17 @@ def _over_prefix(call: _Call) -> tuple[Tensor, Tensor]:
     place = torch.arange(layout.pattern.prefix, device=store.device)
     at = (first[..., None] + place)[:, None]  # [B, 1, 1 or Q, prefix]
     position = store.position[:, None] + torch.arange(-queries, 0, device=store.device)
-    slots = prefix_slots(store.stored, first, layout.all_heads).transpose(1, 2)
-    in_store = (at < store.position[:, None, None, None]).expand_as(slots)
-    # Heads without a ring have no prefix either: they read the slot of zeros.
-    slots = torch.where(in_store, slots, layout.slots).clamp(max=layout.slots)
-    keys, values = (t.to(dtype) for t in store.gather(slots))  # [B, Hkv, 1 or Q, prefix, D]
+    in_store = at < store.position[:, None, None, None]
+    if call.key_start is None and store.one_document and min(layout.ring_lengths):
+        start = sum(layout.ring_lengths)  # prefixes of all heads side by side
+        held = (t[:, start : layout.slots] for t in (store.keys, store.values))
+        held = (t.unflatten(1, (store.num_key_heads, 1, -1)) for t in held)
+        keys, values = (t.to(dtype).masked_fill(~in_store[..., None], 0.0) for t in held)
+    else:
+        slots = prefix_slots(store.stored, first, layout.all_heads).transpose(1, 2)
+        # Heads without a ring have no prefix either: they read the slot of zeros.
+        slots = torch.where(in_store, slots, layout.slots).clamp(max=layout.slots)
+        keys, values = (t.to(dtype) for t in store.gather(slots))  # [B, Hkv, 1 or Q, prefix, D]
     each = "q" if first.shape[1] > 1 else "o"  # one prefix for each query, or one for all
     q = query.unflatten(1, (store.num_key_heads, -1)).to(dtype) * call.scale  # [B, Hkv, G, Q, D]
     scores = torch.einsum(f"bhgqd,bh{each}pd->bhgqp", q, keys)
@@ -385,10 +391,10 @@ def _first_key(call: _Call) -> Tensor:
 
 
 def _store_start(store: BandStore, key_start: Tensor | None) -> Tensor | None:
-    """Document starts for the store; None where it has no prefix to keep."""
+    """Document starts for the store; None where all are 0 or there is no prefix to keep."""
     if not store.pattern.prefix:
         return None
-    if key_start is None:
+    if key_start is None and not store.one_document:
         return torch.zeros_like(store.position, dtype=torch.int32)
     return key_start
 

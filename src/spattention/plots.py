@@ -251,7 +251,8 @@ def _draw_cover(axis: Axes, pattern: BandPattern) -> None:
     axis.set_xticks([round(k * pattern.span / parts) for k in range(parts + 1)])
     axis.set_xlabel("distance from query to key (tokens)", fontsize=8, color=INK)
     axis.set_ylabel("head", fontsize=8, color=INK)
-    axis.set_title("which head covers which distance", fontsize=9, color=INK)
+    beside = f", beside the first {pattern.prefix} keys" if pattern.prefix else ""
+    axis.set_title(f"which head covers which distance{beside}", fontsize=9, color=INK)
     axis.tick_params(labelsize=7)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spattention import BandPattern
 from spattention.cli import main
 from spattention.cli.generate import Options, cache_bytes, special_tokens
 from spattention.loading import model_folder, open_model, open_tokenizer
@@ -78,11 +79,14 @@ def test_a_second_run_has_nothing_to_do_and_more_patterns_add_to_it(compared, te
     kept = output / "runs" / "dense-seed0.json"
     before = kept.stat().st_mtime_ns
     arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
-    assert main([*arguments, "--patterns", "dense", "shared_local", "exclusive"]) == 0
+    patterns = ["dense", "shared_local", "exclusive:prefix=2"]
+    assert main([*arguments, "--patterns", *patterns]) == 0
     assert "2 of them are there already" in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == before
     found = json.loads((output / "results.json").read_text())
-    assert [row["attention"] for row in found["table"]] == ["dense", "shared_local", "exclusive"]
+    assert [row["attention"] for row in found["table"]] == patterns
+    pairs = {run["attention"]: run["pairs"] for run in found["runs"]}
+    assert pairs["exclusive:prefix=2"] == sum(BandPattern.exclusive(8, 32, prefix=2).pairs(32))
 
 
 def test_other_settings_in_the_same_folder_are_refused(compared, text, capsys):

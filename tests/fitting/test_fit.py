@@ -1,6 +1,5 @@
 """Fitted patterns: their budget, what they capture, and the sliding window that they beat."""
 
-import inspect
 import sys
 from fractions import Fraction
 from importlib import import_module
@@ -135,15 +134,19 @@ def test_a_prefix_counts_once_in_pairs_and_capture(prefix, length, local):
     assert task.value(choice) + first == pytest.approx(share, abs=1e-9)
 
 
-def test_a_prefix_goes_to_the_patterns_or_is_refused():
-    profile = made(50)
-    if "prefix" in inspect.signature(P).parameters:
-        patterns = spa.fit(profile, pairs=0.5, prefix=2)
-        assert all(pattern.prefix == 2 for pattern in patterns)
-        assert sum(sum(p.pairs(50)) for p in patterns) <= 0.5 * dense_pairs(50)
-    else:
-        with pytest.raises(ValueError, match=r"`prefix` must be 0, .*got 2"):
-            spa.fit(profile, pairs=0.5, prefix=2)
+def test_a_prefix_goes_to_the_patterns():
+    """Pairs, captured attention and the table are those of the masks with the prefix."""
+    weights = random_weights(LAYERS, HEADS, 50, 3, 1.0)
+    profile = profile_of(weights)
+    patterns = spa.fit(profile, pairs=0.5, prefix=2)
+    assert all(pattern.prefix == 2 for pattern in patterns)
+    pairs = sum(sum(p.pairs(50)) for p in patterns)
+    assert pairs <= 0.5 * dense_pairs(50)
+    assert total_pairs(patterns, 50) == pairs
+    masks = torch.stack([pattern.mask(50) for pattern in patterns])
+    expected = (weights * masks).sum((-1, -2)) / 50
+    torch.testing.assert_close(captured(profile, patterns), expected, rtol=0, atol=1e-2)
+    assert explain(profile, patterns).prefix == 2
 
 
 def test_bands_go_where_heads_look():

@@ -28,6 +28,7 @@ PATTERNS = {
     "gapped": P.gapped(HEADS, SPAN),
     "local_only": P.local_only(HEADS, SPAN),
     "hand_made": SECOND,
+    "prefix": P.exclusive(HEADS, SPAN, prefix=3),
     "head_without_keys": P(intervals=((), (), ((0, 3),), ((2, 24),)), span=SPAN),
 }
 

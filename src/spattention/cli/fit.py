@@ -229,8 +229,8 @@ def _start_sinks(model: Any, profile: Profile, patterns: Sequence[BandPattern]) 
     config = model.config.get_text_config()
     for layer, module in attention_modules(model, config).items():
         pattern = patterns[layer]
-        sees = [getattr(pattern, "prefix", 0) > 0 or head == ((0, pattern.span),)
-                for head in pattern.intervals]  # fmt: skip
+        whole = ((0, pattern.span),)
+        sees = [pattern.prefix > 0 or head == whole for head in pattern.intervals]
         values = starts[layer] - UNUSED_SINK * torch.tensor(sees)
         with torch.no_grad():
             module.sinks.copy_(values.to(module.sinks))

@@ -29,7 +29,7 @@ def captured(profile: Profile, patterns: Sequence[BandPattern]) -> Tensor:
     check_patterns(profile, patterns)
     rows = []
     for layer, pattern in enumerate(patterns):
-        prefix = prefix_of(pattern)
+        prefix = pattern.prefix
         shares = profile.by_distance(prefix)[layer]
         inside = torch.stack([coverage(profile.edges, head) for head in pattern.intervals])
         start = profile.first[layer, :, :prefix].sum(dim=-1)
@@ -51,15 +51,10 @@ def coverage(edges: Sequence[int], intervals: Sequence[tuple[int, int]]) -> Tens
 def total_pairs(patterns: Sequence[BandPattern], length: int) -> int:
     """Attended pairs of all layers and heads over `length` tokens, the prefix included."""
     return sum(
-        head_pairs(head, length, prefix_of(pattern))
+        head_pairs(head, length, pattern.prefix)
         for pattern in patterns
         for head in pattern.intervals
     )
-
-
-def prefix_of(pattern: BandPattern) -> int:
-    """The prefix of a pattern, 0 where patterns have none."""
-    return int(getattr(pattern, "prefix", 0))
 
 
 def check_patterns(profile: Profile, patterns: Sequence[BandPattern]) -> None:
@@ -78,8 +73,8 @@ def check_patterns(profile: Profile, patterns: Sequence[BandPattern]) -> None:
                 f"`patterns` of layer {layer} has {pattern.num_heads} heads but the profile's "
                 f"model has {heads}"
             )
-        if prefix_of(pattern) > profile.prefix_max:
+        if pattern.prefix > profile.prefix_max:
             raise ValueError(
-                f"`patterns` of layer {layer} has a prefix of {prefix_of(pattern)} tokens but the "
+                f"`patterns` of layer {layer} has a prefix of {pattern.prefix} tokens but the "
                 f"profile measured {profile.prefix_max}"
             )

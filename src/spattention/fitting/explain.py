@@ -10,7 +10,7 @@ import torch
 
 from ..bands import BandPattern, Interval
 from .bins import head_pairs
-from .capture import captured, prefix_of
+from .capture import captured
 from .fit import FETCHES
 from .profile import Profile
 
@@ -118,7 +118,7 @@ def explain(
                     layer,
                     head,
                     intervals,
-                    head_pairs(intervals, length, prefix_of(pattern)) / dense,
+                    head_pairs(intervals, length, pattern.prefix) / dense,
                     float(shares[layer, head]),
                     first,
                     median,
@@ -129,7 +129,7 @@ def explain(
     return Explanation(
         tuple(rows),
         length,
-        max(map(prefix_of, patterns)),
+        max(pattern.prefix for pattern in patterns),
         sum(row.pairs for row in rows) / len(rows),
         float(shares.mean()),
         _cache(patterns, profile.model.kv_heads, length),
@@ -165,7 +165,7 @@ def _cache(patterns: Sequence[BandPattern], kv_heads: int, length: int) -> float
         for start in range(0, pattern.num_heads, group):
             heads = pattern.intervals[start : start + group]
             reach = max((far for head in heads for _, far in head), default=0)
-            kept += min(length, reach + (prefix_of(pattern) if reach else 0))
+            kept += min(length, reach + (pattern.prefix if reach else 0))
     return kept / (len(patterns) * kv_heads * length)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from inspect import signature
 
 import torch
 from torch import Tensor
@@ -196,7 +195,7 @@ class Task:
         found = []
         for layer in range(self.profile.model.layers):
             if layer in self.dense_layers:
-                found.append(_pattern(dense, self.span, self.prefix))
+                found.append(BandPattern(dense, self.span, prefix=self.prefix))
                 continue
             first = self.layers.index(layer) * units
             intervals = [
@@ -204,7 +203,7 @@ class Task:
                 for head in choice[first : first + units]
                 for _ in range(self.group)
             ]
-            found.append(_pattern(tuple(intervals), self.span, self.prefix))
+            found.append(BandPattern(tuple(intervals), self.span, prefix=self.prefix))
         return found
 
 
@@ -217,17 +216,6 @@ def _runs(bins: Sequence[bool], edges: Sequence[int]) -> tuple[tuple[int, int], 
         elif chosen:
             runs.append((near, far))
     return tuple(runs)
-
-
-def _pattern(
-    intervals: tuple[tuple[tuple[int, int], ...], ...], span: int, prefix: int
-) -> BandPattern:
-    if not prefix:
-        return BandPattern(intervals, span)
-    make: Callable[..., BandPattern] = BandPattern
-    if "prefix" not in signature(BandPattern).parameters:
-        raise ValueError(f"`prefix` must be 0, since patterns have no prefix yet, got {prefix}")
-    return make(intervals, span, prefix=prefix)
 
 
 def _task(

@@ -133,5 +133,8 @@ def _reach(axis: Any, patterns: Sequence[BandPattern], length: int) -> None:
     axis.set_xscale("log", base=2)
     axis.set(ylim=(len(patterns), 0), xlim=(0.7, length))
     axis.set(xlabel="distance from query to key (tokens)", ylabel="layer, a line per head")
-    axis.set_title("distances that each head attends (red: everything)", fontsize=10, color=INK)
+    prefix = max(pattern.prefix for pattern in patterns)
+    beside = f", beside the first {prefix} tokens" if prefix else ""
+    title = f"distances that each head attends{beside} (red: everything)"
+    axis.set_title(title, fontsize=10, color=INK)
     axis.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..attention import _autocast
 from ..bands import BandPattern
 from ..cache import BandStore
-from ..cache_layout import MAX_ROLLBACK, UNSET, check_int, rollback
+from ..cache_layout import MAX_ROLLBACK, UNSET, check_int, rollback, tokens_in_reach
 from ..cached_attention import band_attention_cached
 from ..checks import readable
 from .config import read_section
@@ -120,8 +120,7 @@ class BandLayer(CacheLayerMixin):
         """True if shapes are static, as in a static cache; the length is a tensor."""
         if self.store is not None:
             return self.store.capacity is None
-        farthest = max((far for head in self.pattern.intervals for _, far in head), default=0)
-        return self.capacity is None or self.capacity >= farthest
+        return self.capacity is None or self.capacity >= tokens_in_reach(self.pattern)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the store for keys `[B, Hkv, n, D]` and values of this shape."""
@@ -244,7 +243,7 @@ class BandLayer(CacheLayerMixin):
         self.dtype, self.device = self.store.dtype, self.store.device
         if not torch.compiler.is_compiling():
             # As Transformers does for its static cache: CUDA graphs may then write to them.
-            for tensor in (self.keys, self.values, self.store.counts):
+            for tensor in (self.keys, self.values, self.store.counts, self.store.documents):
                 torch._dynamo.mark_static_address(tensor)
 
 

@@ -18,7 +18,7 @@ class Options:
 
     Args:
         pattern: dense, shared_local, exclusive, sliding_window, gapped or local_only; options
-            follow a colon, as in shared_local:widths=geometric,local=64.
+            follow a colon, as in shared_local:widths=geometric,local=64,prefix=4.
         heads: Number of heads, at most 128.
         span: Context length that the pattern is made for, in tokens.
         length: Tokens that the masks show; default the span.
