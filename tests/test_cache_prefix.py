@@ -38,7 +38,7 @@ def test_random_lives_of_a_store(first: int) -> None:
 def test_rings_by_a_kernel_and_prefix_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read the rings alone; the prefix joins by log-sum-exp, each token once."""
     for module in (cache, cached_attention):
-        monkeypatch.setattr(module, "kernels_for", lambda query, value, pattern: RingKernels)
+        monkeypatch.setattr(module, "kernels_for", lambda *given: RingKernels)
     for seed in range(60):
         life = Life(seed)
         for _ in range(4):
