@@ -139,6 +139,62 @@ def bad_docstrings(source: Path) -> list[str]:
     return found
 
 
+# Documented methods of NamedTuples, and a suffix of lm-evaluation-harness' files.
+PUBLIC_UNDERSCORES = {"_fields", "_replace", "_asdict", "_make", "_tasks"}
+OUR_MARK = "_spattention_"  # attributes that the package puts on other libraries' objects
+
+
+def own_names(source: Path) -> set[str]:
+    """Names with an underscore that the package itself defines."""
+    names = set(PUBLIC_UNDERSCORES)
+    for path in modules(source).values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names |= {node.attr} if ast.unparse(node.value) in {"self", "cls"} else set()
+    return names
+
+
+def is_private(name: str) -> bool:
+    return any(re.fullmatch(r"_(?!_)\w+", part) for part in name.split("."))
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Underscored names of attributes, absolute imports and strings that are one name."""
+    parts = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and id(node) not in parts:
+            if re.fullmatch(r"[\w.]+", str(node.value)) and is_private(str(node.value)):
+                yield str(node.value)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from filter(is_private, names)
+
+
+def private_uses(source: Path) -> list[str]:
+    """Private names of other libraries outside `compat`."""
+    own = own_names(source)
+    return [
+        f"{path.relative_to(source)} names {name}"
+        for module, path in modules(source).items()
+        if room(module) != "compat"
+        for name in private_names(ast.parse(path.read_text()))
+        if name not in own and not name.startswith(OUR_MARK)
+    ]
+
+
 def long_files(source: Path) -> list[str]:
     lines = {path: len(path.read_text().splitlines()) for path in modules(source).values()}
     return [
@@ -168,12 +224,19 @@ def test_files_are_short():
     assert long_files(SOURCE) == []
 
 
+def test_private_names_are_in_compat_alone():
+    assert private_uses(SOURCE) == []
+
+
 PLANTED = {
     "directions": ("bands.py", "from .attention import band_attention\n"),
     "circles": ("impl/layout.py", "from . import reference\n"),
     "signatures": ("merging.py", f"def f({', '.join(f'a{i}' for i in range(13))}): ...\n"),
     "docstrings": ("merging.py", 'def f():\n    """Whether it is so."""\n'),
     "files": ("merging.py", "# line\n" * 500),
+    "private attribute": ("merging.py", "def f():\n    return torch._C._is_tracing()\n"),
+    "private import": ("merging.py", "from torch._dynamo import config\n"),
+    "private string": ("merging.py", 'def f(x):\n    return getattr(x, "_version")\n'),
 }
 
 
@@ -192,5 +255,6 @@ def test_a_planted_violation_is_found(rule, tmp_path):
         "signatures": lambda: long_signatures(tmp_path),
         "docstrings": lambda: bad_docstrings(tmp_path),
         "files": lambda: long_files(tmp_path),
-    }[rule]()
+        "private": lambda: private_uses(tmp_path),
+    }[rule.split()[0]]()
     assert found

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from transformers.masking_utils import causal_mask_function
 
+from ..compat.huggingface import attention_name
 from ..hf.config import MAX_SPAN
 from ..hf.decoder import attention_modules, check_model
 from ..hf.parallel_guard import guard_parallel
@@ -213,7 +214,7 @@ def attention_forward(
         `([B, Q, H, Dv], None)`.
     """
     config: Any = module.config
-    kind = config._attn_implementation
+    kind = attention_name(config)
     plan: LayerAttention | None = getattr(module, PLAN, None)
     if plan is None:
         raise ValueError(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ..compat.pytorch import recompile_limit
+
 # (head, query position, key position) -> bool; integer tensors that broadcast. Causality is added.
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BLOCK = 128  # of FlexAttention's block mask
@@ -25,7 +27,7 @@ def _flex(*arguments: Any, **keywords: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return _compiled(*arguments, **keywords)
-    with torch._dynamo.config.patch(recompile_limit=SHAPES):
+    with recompile_limit(SHAPES):
         return _compiled(*arguments, **keywords)
 
 

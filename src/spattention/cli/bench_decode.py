@@ -210,7 +210,7 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
     if options.flex:
         from torch.nn.attention.flex_attention import flex_attention
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
         # Its kernel for few queries does not compile for tensors of 2^31 elements and more.
         rows = max(1, (2**31 - 1) // key[0].numel())

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import logging
 
+from ..compat.huggingface import attention_name
 from ..data.packed import SUFFIX, read_packed
 from ..data.prepare import open_stream
 from ..data.tokens import TokenStream, Windows
@@ -164,7 +165,7 @@ def evaluate(
                     limit=options.limit,
                 )
             say("tasks", (number + 1) / len(options.shots))
-    attention = config._attn_implementation
+    attention = attention_name(config)
     return Evaluation(str(folder), digest, attention, loss, scores, heads, tasks)
 
 

@@ -97,7 +97,7 @@ class Flex:
     def __init__(self, inputs: Tensors) -> None:
         from torch.nn.attention.flex_attention import flex_attention
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         self.inputs = inputs
         self.attend = torch.compile(flex_attention, dynamic=False)
 

@@ -15,6 +15,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..baselines.adapter import PLAN
+from ..compat.huggingface import attention_name
 from ..hf.config import NAME as BANDS
 from ..hf.decoder import plan_of
 from ..hf.sinks import current_sinks
@@ -50,7 +51,7 @@ def look_at_heads(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
     Raises:
         ValueError: for another attention implementation, or layers with windows of their own.
     """
-    name = model.config.get_text_config()._attn_implementation
+    name = attention_name(model.config.get_text_config())
     if name not in STOCK and name != BANDS and not _has_baseline(model):
         raise ValueError(f"`model` must have stock attention, bands or a baseline, got {name!r}")
     model.eval()
@@ -147,7 +148,7 @@ def _weights(
     length, heads = key.shape[2], query.shape[1]
     key = key.repeat_interleave(heads // key.shape[1], dim=1).float()
     scores = (query[:, :, start:stop].float() @ key.mT) * scale
-    plan = plan_of(module) if module.config._attn_implementation == BANDS else None
+    plan = plan_of(module) if attention_name(module.config) == BANDS else None
     sinks = scores.new_full((heads,), -torch.inf) if own_sinks is None else own_sinks.float()
     if plan is None or plan.pattern is None:
         position = torch.arange(length, device=query.device)

@@ -14,6 +14,7 @@ from ..cache import BandStore
 from ..cache_layout import MAX_ROLLBACK, UNSET, check_int, rollback
 from ..cached_attention import band_attention_cached
 from ..checks import readable
+from ..compat.pytorch import mark_static_address
 from .config import read_section
 from .mask import Rows
 
@@ -245,7 +246,7 @@ class BandLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             # As Transformers does for its static cache: CUDA graphs may then write to them.
             for tensor in (self.keys, self.values, self.store.counts):
-                torch._dynamo.mark_static_address(tensor)
+                mark_static_address(tensor)
 
 
 class BandHandle:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..bands import BandPattern
+from ..compat.huggingface import set_attention_name
 from .config import NAME, section_of
 from .decoder import (
     LayerPlan,
@@ -62,7 +63,7 @@ def convert(
     replace_windows(model, configs, modules, chosen)
     for config in configs:
         config.spattention = section
-        config._attn_implementation_internal = NAME
+        set_attention_name(config, NAME)
     for index, module in modules.items():
         entry = chosen[index]
         equip(module, LayerPlan(entry, sinks and entry is not None, own))

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from ..compat.huggingface import wrap_missing_keys_check
 from .attention import attention_forward
 from .config import NAME, Section, read_section
 from .conversion import convert
@@ -31,10 +30,7 @@ def register() -> None:
     if NAME in KINDS:
         return
     register_kind(BANDS)
-    # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that it
-    # does not know uninitialised. There is no public place to be stricter.
-    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
-    PreTrainedModel._adjust_missing_and_unexpected_keys = _with_strict_sinks(adjust)
+    wrap_missing_keys_check(_with_strict_sinks)
 
 
 def _equip(module: Any) -> None:

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from ..choice import AttentionChoice
+from ..compat.huggingface import decoder_layer_names
+from ..compat.pytorch import raise_recompile_limit
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
 from ..models import SHAPES
@@ -253,12 +255,11 @@ def compile_layers(model: PreTrainedModel) -> None:
     it. PyTorch runs a layer uncompiled beyond a limit of graphs, which is raised here where the
     model may need more.
     """
-    names = set(model._no_split_modules or ())
+    names = decoder_layer_names(model)
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError(f"`compile` needs decoder layers, {type(model).__name__} names none")
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_LAYER * len(layers))
+    raise_recompile_limit(GRAPHS_PER_LAYER * len(layers))
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
 

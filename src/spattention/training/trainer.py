@@ -17,6 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
+from ..compat.huggingface import to_device
 from ..data.tokens import IGNORED
 
 
@@ -70,7 +71,7 @@ class _PerToken(Trainer):
     _summed: torch.Tensor  # losses, and how many
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-        inputs = self._prepare_inputs(inputs)
+        inputs = to_device(self, inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs).loss.detach()  # the mean of this device's tokens
         count = (inputs["labels"][:, 1:] != IGNORED).sum().cpu().double()
