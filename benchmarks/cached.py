@@ -1,6 +1,6 @@
 """Time per generated token on the CPU over the length of the text before it.
 
-    python benchmarks/cached.py --output benchmarks/results/cached_cpu_DATE.json
+    python -m benchmarks.cached --output benchmarks/results/cached_cpu_DATE.json
 
 One query, batch 1, 16 heads, head_dim 64, span 4096, float32, one thread, medians: a store that
 keeps what the bands reach, `band_attention` with a cache that keeps every key, and dense attention
@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from record import write
 from spattention import BandPattern, BandStore, band_attention, band_attention_cached
+from spattention.benchmarking.results import write_rows
 
 HEADS, HEAD_DIM, SPAN = 16, 64, 4096
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -87,7 +87,7 @@ def main() -> None:
         table.add_row(row["attention"], str(row["length"]), f"{row['milliseconds']:.2f}")
     Console().print(table)
     settings = {"heads": HEADS, "head_dim": HEAD_DIM, "span": SPAN, "repeats": options.repeats}
-    write(options.output, "one query on the CPU over the length of its text", settings, rows)
+    write_rows(options.output, "one query on the CPU over the length of its text", settings, rows)
 
 
 if __name__ == "__main__":

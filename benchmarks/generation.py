@@ -13,7 +13,7 @@ filled at random, for speed: what lies in them costs what a real text would. The
 prompt is compiled layer by layer, and fills Transformers' dynamic cache or a BandCache. Dense
 attention may choose among PyTorch's back ends, cuDNN's first.
 
-    python benchmarks/generation.py --output benchmarks/results/generation_h200.json
+    python -m benchmarks.generation --output benchmarks/results/generation_h200.json
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-import record
 import spattention as spa
-from spattention.cli.generate import cache_bytes
-from spattention.cli.measure import environment
+from spattention.benchmarking.results import environment, write_rows
+from spattention.benchmarking.timing import cache_bytes
 from spattention.models import build, preset
 
 BACKENDS = [
@@ -88,7 +87,7 @@ def main() -> None:
         settings = {k: v for k, v in vars(options).items() if k not in ("output", "commit")}
         settings["dtype"] = str(dtype)
         where = environment() if device.type == "cuda" else {}
-        record.write(
+        write_rows(
             options.output, "generation", settings, rows, commit=options.commit, environment=where
         )
 

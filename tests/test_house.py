@@ -228,6 +228,34 @@ def test_private_names_are_in_compat_alone():
     assert private_uses(SOURCE) == []
 
 
+def benchmark_faults(folder: Path) -> list[str]:
+    """Imports of the command line, and changes of the import path, in benchmarks/."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            bad = [n for n in names if n.startswith("spattention.cli") or n == "sys.path"]
+            found += [f"{path.relative_to(folder)} names {name}" for name in bad]
+    return found
+
+
+def test_benchmarks_are_a_package_below_no_command():
+    assert (ROOT / "benchmarks" / "__init__.py").exists()
+    assert benchmark_faults(ROOT / "benchmarks") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["from spattention.cli import main", "import spattention.cli", "sys.path.insert(0, '')"]
+)
+def test_a_planted_fault_of_benchmarks_is_found(line, tmp_path):
+    (tmp_path / "new.py").write_text(f"import sys\n{line}\n")
+    assert benchmark_faults(tmp_path)
+
+
 PLANTED = {
     "directions": ("bands.py", "from .attention import band_attention\n"),
     "circles": ("impl/layout.py", "from . import reference\n"),

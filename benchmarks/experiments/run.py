@@ -1,6 +1,6 @@
 """Make the runs of plans, in pieces: what is finished is in the ledger, what is not goes on.
 
-    python benchmarks/experiments/run.py benchmarks/experiments/plans/paper.toml \
+    python -m benchmarks.experiments.run benchmarks/experiments/plans/paper.toml \
         --data streams --minutes 8
 
 Checkpoints lie in the work folder; the same command goes on from them. The work folder may be
@@ -36,11 +36,9 @@ from spattention.training.checkpoints import newest_good
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
-from plan import Plan, Run, chosen, read_plan
-from side_by_side import side_by_side
+from .ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
+from .plan import Plan, Run, chosen, read_plan
+from .side_by_side import side_by_side
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
 HEAD_ROWS, HEAD_TOKENS = 4, 32_768  # windows that heads are looked at on
@@ -162,7 +160,7 @@ def _of_one(options: Options, plan: Path, run: Run, commit: str, until: float | 
     }
     named = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     changes = ["--set", *options.set] if options.set else []
-    return [sys.executable, __file__, str(plan), *named, *changes]
+    return [sys.executable, "-m", "benchmarks.experiments.run", str(plan), *named, *changes]
 
 
 def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import tasks  # noqa: E402
-import tasks_page  # noqa: E402
-from ledger import read_entry  # noqa: E402
+from benchmarks.experiments import tasks, tasks_page
+from benchmarks.experiments.ledger import read_entry
 
 PLAN = """
 title = "tiny"

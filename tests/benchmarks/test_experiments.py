@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from benchmarks.experiments import evidence, figures, ledger
+from benchmarks.experiments import run as runner
+from benchmarks.experiments.plan import read_plan
+from benchmarks.experiments.side_by_side import side_by_side
+from benchmarks.experiments.speeds import read_speeds
 from spattention import baselines, hf
 from spattention.choice import attention_choice
 from spattention.data.packed import write_packed
@@ -20,17 +25,6 @@ from spattention.data.tokens import TokenStream
 from spattention.data.training import open_training
 from spattention.evaluation.perplexity import validation_loss
 from spattention.models import preset
-
-EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import evidence  # noqa: E402
-import figures  # noqa: E402
-import ledger  # noqa: E402
-import run as runner  # noqa: E402
-from plan import read_plan  # noqa: E402
-from side_by_side import side_by_side  # noqa: E402
-from speeds import read_speeds  # noqa: E402
 
 PLAN = """
 title = "tiny"
@@ -241,9 +235,7 @@ def test_seeds_come_round_by_round(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", sorted((EXPERIMENTS / "plans").glob("*.toml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(evidence.PLANS.glob("*.toml")), ids=lambda p: p.stem)
 def test_committed_plans_can_be_read(path):
     plan = read_plan(path)
     assert plan.runs[0].label == "dense"

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.experiments import recall_page, trained_recall
 from spattention.evaluation.recall import pairs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "experiments"))
-
-import recall_page
-import trained_recall
 
 OPTIONS = trained_recall.Options(commit="abc", count=4, steps=25)
 

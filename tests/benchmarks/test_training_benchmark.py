@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import training
 from spattention.choice import attention_choice
 from spattention.models import build, preset
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import training  # noqa: E402
 
 PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 

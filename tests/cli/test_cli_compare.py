@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spattention.benchmarking.timing import cache_bytes
 from spattention.cli import main
-from spattention.cli.generate import Options, cache_bytes, special_tokens
+from spattention.cli.generate import Options, special_tokens
 from spattention.loading import model_folder, open_model, open_tokenizer
 from spattention.training.process import RunFailed
 
