@@ -14,6 +14,7 @@ from statistics import mean, stdev
 import tyro
 
 from spattention.choice import STOCK
+from spattention.comparison.plan import Plan, read_plan
 from spattention.files import write_atomically
 
 from .figures import (
@@ -29,7 +30,6 @@ from .figures import (
     tokens_figure,
 )
 from .ledger import HERE, finished, read_ledger
-from .plan import Plan, read_plan
 from .recall_page import section as recall_section
 from .speeds import read_speeds
 from .tasks_page import section as tasks_section

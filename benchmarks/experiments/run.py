@@ -26,6 +26,7 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from spattention import baselines, hf
+from spattention.comparison.plan import Plan, Run, chosen, read_plan
 from spattention.data.training import open_training
 from spattention.evaluation.heads import look_at_heads
 from spattention.evaluation.perplexity import LossByPosition, validation_loss
@@ -37,7 +38,6 @@ from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
 
 from .ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
-from .plan import Plan, Run, chosen, read_plan
 from .side_by_side import side_by_side
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json

@@ -17,8 +17,7 @@ from statistics import quantiles
 from typing import Any
 
 from spattention.choice import STOCK
-
-from .plan import Plan
+from spattention.comparison.plan import Plan
 
 SPEEDS = "speeds"  # below the folder of the plan
 

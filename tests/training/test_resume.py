@@ -16,9 +16,9 @@ from spattention import hf
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.training.checkpoints import checkpoints, newest_good
+from spattention.training.lock import held
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import pretrain
-from spattention.training.results import held
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import STEPS, killed, losses, recipe

@@ -130,7 +130,7 @@ class Flex:
         """On the mask of a pattern."""
         query, key, value, _ = self.inputs
         mask = _block_mask(pattern, query.shape[2])
-        options = None if self.options is None else dict(self.options)
+        options: Any = None if self.options is None else dict(self.options)
         return Attend(
             lambda: self.attend(query, key, value, block_mask=mask, kernel_options=options),
             self.inputs,

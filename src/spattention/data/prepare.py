@@ -23,6 +23,8 @@ from .tokenizer import (
 )
 from .tokens import TokenStream
 
+UNKNOWN = "unknown"  # tokenizer of packed tokens that came without one
+
 
 @dataclass(frozen=True)
 class CorpusFacts:
@@ -97,7 +99,7 @@ def prepare(
         save_tokenizer(used, folder / "tokenizer.json")
     facts = CorpusFacts(
         source="the sample of the package" if data is None else str(data),
-        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else "unknown"),
+        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else UNKNOWN),
         # A multiple of 64 keeps the output layer's rows aligned.
         vocabulary=-(-entries // 64) * 64,
         train_documents=train.num_documents,

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, Dataset
 
 from .packed import SUFFIX, described_end_of_text, read_packed
-from .prepare import open_facts, open_stream
+from .prepare import UNKNOWN, open_facts, open_stream
 from .tokens import TokenStream, Windows
 
 LARGE = 4 * 10**9  # bytes of tokens
@@ -124,7 +124,7 @@ def open_training(
             for path, stream in zip((*data, *validation), (*opened, *others))
         ),
         end_of_text=next(iter(ends), None),
-        tokenizer=folders[0] / "tokenizer.json" if folders else None,
+        tokenizer=next(filter(None, map(_tokenizer, folders)), None),
     )
 
 
@@ -155,13 +155,19 @@ def _check_tokenizers(folders: Sequence[Path]) -> None:
     """Raise ValueError if the folders have different tokenizers."""
     from .tokenizer import load_tokenizer
 
-    known = [load_tokenizer(folder / "tokenizer.json").get_vocab() for folder in folders]
-    for folder, tokens in zip(folders, known):
-        if tokens != known[0]:
+    known = [path for path in map(_tokenizer, folders) if path is not None]
+    vocabularies = [load_tokenizer(path).get_vocab() for path in known]
+    for path, tokens in zip(known, vocabularies):
+        if tokens != vocabularies[0]:
             raise ValueError(
                 "`data` and `validation` must be made with one tokenizer, those of "
-                f"{folders[0]} and {folder} are not the same"
+                f"{known[0].parent} and {path.parent} are not the same"
             )
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    """The tokenizer of a prepared folder; None for one of packed tokens without any."""
+    return None if open_facts(folder).tokenizer == UNKNOWN else folder / "tokenizer.json"
 
 
 def _open(path: Path, end_of_text: int | None, name: str = "train", *, check: bool) -> TokenStream:
@@ -185,8 +191,9 @@ def _largest(path: Path, stream: TokenStream) -> int:
     """The largest token; of a prepared folder the largest that its tokenizer has (the vocabulary
     in its facts is rounded up).
     """
-    if not path.is_dir():
+    tokenizer = _tokenizer(path) if path.is_dir() else None
+    if tokenizer is None:
         return int(stream.tokens.max())
     from .tokenizer import entries_of, load_tokenizer
 
-    return entries_of(load_tokenizer(path / "tokenizer.json")) - 1
+    return entries_of(load_tokenizer(tokenizer)) - 1

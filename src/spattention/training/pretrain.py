@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -74,6 +74,7 @@ def pretrain(
     minutes: float | None = None,
     command: str | None = None,
     send: Callable[[Event], None] = lambda event: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
     """Train, or continue where an earlier call with this folder stopped or was killed.
 
@@ -84,6 +85,7 @@ def pretrain(
         command: command line to record, if there was one.
         send: called on the first rank with what happens: `{"kind": "begin" | "note" | "step" |
             "log", ...}`.
+        callbacks: called before those that write, so that they may add to what is logged.
 
     Raises:
         ValueError: before training starts, if recipe, data and folder do not go together, or a file
@@ -118,7 +120,7 @@ def pretrain(
     check_folder(recipe, folder, data)
     arguments.gradient_accumulation_steps = passes
     with held(folder) if first else nullcontext():
-        return _train(recipe, folder, arguments, data, minutes, command, send)
+        return _train(recipe, folder, arguments, data, minutes, command, send, callbacks)
 
 
 def _train(
@@ -129,6 +131,7 @@ def _train(
     minutes: float | None,
     command: str | None,
     send: Callable[[Event], None],
+    more: Sequence[TrainerCallback],
 ) -> Outcome:
     """Build the model, continue from a checkpoint if there is one, and train.
 
@@ -165,7 +168,7 @@ def _train(
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
         return Outcome(folder, recipe.steps, recipe.steps)
-    callbacks = _callbacks(recipe, folder, model, attention, facts, command, send)
+    callbacks = [*more, *_callbacks(recipe, folder, model, attention, facts, command, send)]
     if minutes is not None:
         callbacks.append(TimeLimitCallback(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)

@@ -1,4 +1,4 @@
-"""Transformers' Trainer over packed windows of tokens, shared by `compare` and `train`."""
+"""Transformers' Trainer over packed windows of tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_trainer(
 
     Args:
         model: model to train.
-        arguments: result of `make_arguments`.
+        arguments: result of `recipe_arguments`.
         train: training windows.
         validation: windows of the validation loss.
         callbacks: callbacks, in the order in which they are called.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import signal
 
-from . import variant
+from . import run
 
-__all__ = ["variant"]
+__all__ = ["run"]
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
