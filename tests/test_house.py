@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "spattention"
 
 MAX_PARAMETERS = 12
 MAX_LINES = 500
+MAX_TEST_NAME = 50
 # Operator schemas and public signatures that follow FlashAttention's conventions.
 MANY_PARAMETERS = {
     "attention.py",
@@ -195,6 +196,34 @@ def private_uses(source: Path) -> list[str]:
     ]
 
 
+def long_test_names(folder: Path) -> list[str]:
+    """Tests whose names are sentences, which belong in their docstrings."""
+    return [
+        f"{path.relative_to(folder)}:{node.name} has {len(node.name)} characters"
+        for path in sorted(folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test")
+        and len(node.name) > MAX_TEST_NAME
+    ]
+
+
+def retired_words() -> list[str]:
+    """The table of docs/design.md: words that the package no longer uses."""
+    text = (ROOT / "docs" / "design.md").read_text().split("| retired | write |")[1]
+    rows = re.findall(r"^\| (`.*?`) \|", text.split("\n\n")[0], re.M)
+    return [word for row in rows for word in re.findall(r"`([\w ]+)`", row)]
+
+
+def retired_uses(source: Path) -> list[str]:
+    pattern = re.compile(r"\b(" + "|".join(retired_words()).replace(" ", r"\s+") + r")\b", re.I)
+    return [
+        f"{path.relative_to(source)} writes {word!r}"
+        for path in modules(source).values()
+        for word in pattern.findall(path.read_text())
+    ]
+
+
 def long_files(source: Path) -> list[str]:
     lines = {path: len(path.read_text().splitlines()) for path in modules(source).values()}
     return [
@@ -226,6 +255,20 @@ def test_files_are_short():
 
 def test_private_names_are_in_compat_alone():
     assert private_uses(SOURCE) == []
+
+
+def test_no_retired_words():
+    assert len(retired_words()) > 10
+    assert retired_uses(SOURCE) == []
+
+
+def test_names_of_tests_are_short():
+    assert long_test_names(ROOT / "tests") == []
+
+
+def test_a_planted_long_name_is_found(tmp_path):
+    (tmp_path / "test_new.py").write_text(f"def test_{'x' * 46}():\n    pass\n")
+    assert long_test_names(tmp_path)
 
 
 def benchmark_faults(folder: Path) -> list[str]:
@@ -262,6 +305,7 @@ PLANTED = {
     "signatures": ("merging.py", f"def f({', '.join(f'a{i}' for i in range(13))}): ...\n"),
     "docstrings": ("merging.py", 'def f():\n    """Whether it is so."""\n'),
     "files": ("merging.py", "# line\n" * 500),
+    "words": ("merging.py", "# Mended, and goes\n# on.\n"),
     "private attribute": ("merging.py", "def f():\n    return torch._C._is_tracing()\n"),
     "private import": ("merging.py", "from torch._dynamo import config\n"),
     "private string": ("merging.py", 'def f(x):\n    return getattr(x, "_version")\n'),
@@ -284,5 +328,6 @@ def test_a_planted_violation_is_found(rule, tmp_path):
         "docstrings": lambda: bad_docstrings(tmp_path),
         "files": lambda: long_files(tmp_path),
         "private": lambda: private_uses(tmp_path),
+        "words": lambda: retired_uses(tmp_path),
     }[rule.split()[0]]()
     assert found

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from spattention import baselines, hf
 from spattention.comparison.plan import Plan, Run, chosen, read_plan
 from spattention.data.training import open_training
-from spattention.evaluation.heads import look_at_heads
+from spattention.evaluation.heads import head_statistics
 from spattention.evaluation.perplexity import LossByPosition, validation_loss
 from spattention.evaluation.recall import questions, recall
 from spattention.provenance import source_commit
@@ -257,7 +257,7 @@ def _looks(model: Any, windows: Any, items: int) -> dict[str, Any]:
     rows = max(1, min(HEAD_ROWS, HEAD_TOKENS // text.shape[1]))
     return {
         "recall": [asdict(score) | {"near_chance": bool(score.near_chance)} for score in scores],
-        "heads": [asdict(layer) for layer in look_at_heads(model, text[:rows])],
+        "heads": [asdict(layer) for layer in head_statistics(model, text[:rows])],
     }
 
 

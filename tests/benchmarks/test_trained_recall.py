@@ -46,7 +46,8 @@ def test_accuracy_is_told_by_the_distance_of_the_value() -> None:
     assert {part["distance"] for part in told} <= {1, 3, 5, 7, 9, 11, 13}
 
 
-def test_only_what_is_asked_has_a_label_and_seeds_differ() -> None:
+def test_labels_are_answers_and_seeds_differ() -> None:
+    """Only what is asked has a label and seeds differ."""
     first, again, other = (next(iter(trained_recall.Questions(4, seed))) for seed in (0, 0, 1))
     assert torch.equal(first["input_ids"], again["input_ids"])
     assert not torch.equal(first["input_ids"], other["input_ids"])

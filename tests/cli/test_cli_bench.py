@@ -123,9 +123,8 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_a_gpu")
-def test_decode_measures_what_runs_and_names_what_does_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_decode_names_what_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decode measures what runs and names what does not."""
     command = ["bench", "decode", "--lengths", "64", "96", "--batches", "1", "2", "--heads", "4"]
     command += ["--key-heads", "2", "--head-dim", "16", "--no-flex", "--commit", "abc"]
     assert main([*command, "--output", str(tmp_path)]) == 0
@@ -161,9 +160,11 @@ def test_the_gate_of_decode_stops_a_wrong_result() -> None:
 
 
 @pytest.mark.usefixtures("without_a_gpu")
-def test_what_is_measured_is_written_before_the_next_case(
+def test_each_case_is_written_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is measured is written before the next case."""
+
     def measured(
         options: Any, batch: int, heads: int, length: int, missing: list[str]
     ) -> list[bench_attention.Row]:

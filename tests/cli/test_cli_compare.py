@@ -78,7 +78,8 @@ def test_it_ends_with_a_table_a_plot_and_a_text(compared):
     assert "| shared_local |" in (output / "results.md").read_text()
 
 
-def test_a_second_run_has_nothing_to_do_and_more_patterns_add_to_it(compared, text, capsys):
+def test_a_second_command_adds_patterns(compared, text, capsys):
+    """A second run has nothing to do and more patterns add to it."""
     output, _ = compared
     kept = output / "runs" / "dense-seed0.json"
     before = kept.stat().st_mtime_ns
@@ -169,7 +170,7 @@ def test_an_interruption_keeps_what_is_finished(text, tmp_path):
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "Interrupted. The same command goes on" in printed
+    assert "Interrupted. The same command continues" in printed
     found = json.loads((output / "results.json").read_text())
     assert found["runs"][0]["attention"] == "dense"
     assert "Not finished" in (output / "results.md").read_text()

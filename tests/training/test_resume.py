@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_before_the_damage(data, whole, tmp_path):
     notes = [event["text"] for event in events if event["kind"] == "note"]
     assert len(notes) == 2
     assert "checkpoint-8/optimizer.pt was changed" in notes[0]
-    assert notes[1] == f"going on from {folder / 'checkpoint-6'}"
+    assert notes[1] == f"resuming from {folder / 'checkpoint-6'}"
     assert losses(folder) == losses(whole)
     assert (folder / "damaged-checkpoint-8").exists()
 

@@ -38,7 +38,7 @@ class MaskAttention:
         num_heads: query heads H.
         make: gives the formula with its tables on a device.
 
-    Whole sequences on CUDA run compiled FlexAttention, but for those of at most 2,048 tokens
+    Whole sequences on CUDA run compiled FlexAttention, except for those of at most 2,048 tokens
     without gradients; these and everything else run PyTorch's `scaled_dot_product_attention` under
     a dense mask.
     """

@@ -77,7 +77,7 @@ def _compare(
         _run_missing(runs, folder, console, report)
     except KeyboardInterrupt:
         show(report(), options.output, console)
-        console.print("Interrupted. The same command goes on with the runs that are missing.")
+        console.print("Interrupted. The same command continues with the missing runs.")
         raise
     show(report(), options.output, console)
 
@@ -166,7 +166,7 @@ def show(report: Report, output: Path, console: Console) -> None:
         console.print(f"\nA text that {shown.attention} continues (in bold):", highlight=False)
         console.print(Text.assemble(shown.prompt or "", (shown.continuation, "bold")))
         console.print(
-            f'\nTo go on: spattention generate {output} "It was a dark night"', highlight=False
+            f'\nTo continue: spattention generate {output} "It was a dark night"', highlight=False
         )
     for what, name in (("plot", "png"), ("page", "md"), ("numbers", "json")):
         console.print(f"{what}: {output / f'results.{name}'}", highlight=False)

@@ -24,7 +24,7 @@ from ..compat.huggingface import attention_name
 from ..data.packed import SUFFIX, read_packed
 from ..data.prepare import open_stream
 from ..data.tokens import TokenStream, Windows
-from ..evaluation.heads import LayerHeads, look_at_heads
+from ..evaluation.heads import LayerHeads, head_statistics
 from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
@@ -147,7 +147,7 @@ def evaluate(
     if "heads" in parts:
         assert texts is not None
         some = [texts[k]["input_ids"] for k in range(min(HEAD_ROWS, len(texts)))]
-        heads = look_at_heads(model, torch.stack(some))
+        heads = head_statistics(model, torch.stack(some))
         say("heads", 1.0)
     if "tasks" in parts:
         tasks = []

@@ -26,7 +26,7 @@ class ResultsFolder:
 
     Args:
         path: the folder; it must be new, empty or a comparison's already. Nothing is written before
-            `claim`, but for what is prepared in `staging`.
+            `claim`, except for what is prepared in `staging`.
 
     Raises:
         ValueError: if it holds something else.

@@ -1,7 +1,7 @@
 """Imported once, by the server that forks a process for each run; by nothing else.
 
-It loads what a run needs, and makes the runs deaf to Ctrl-C from their first moment: the terminal
-sends it to every process, and the parent alone decides what becomes of a run.
+It loads what a run needs. Processes of runs ignore Ctrl-C, which the terminal sends to every
+process: the parent alone ends a run.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def prepare(
             raise ValueError("`end_of_text` is only for packed tokens, a tokenizer has its own")
         documents = read_documents(data or sample_path())
         kept, held = split_documents(documents, held_out)
-        # The tokenizer must not know the text that it is judged on.
+        # The tokenizer must not know the validation text.
         used = used or train_tokenizer(kept, vocabulary)
         train, validation = tokenize(kept, used), tokenize(held, used)
         entries = entries_of(used)

@@ -81,29 +81,29 @@ def open_training(
     if check and size > LARGE:
         say(f"comparing {size / 1e9:.1f} GB of tokens with their digests")
     opened = [_open(Path(path), end_of_text, check=check) for path in data]
-    trained, judged = [], []
+    trained, validated = [], []
     for path, stream in zip(map(Path, data), opened):
         if validation:
             trained.append(stream)
         elif path.is_dir():
             trained.append(stream)
             if open_facts(path).validation_tokens:
-                judged.append(open_stream(path, "validation", check=check))
+                validated.append(open_stream(path, "validation", check=check))
         elif held_out:
             kept, held = stream.hold_out(held_out)
             trained.append(kept)
-            judged.append(held)
+            validated.append(held)
         else:
             trained.append(stream)
     others = [_open(Path(path), end_of_text, "validation", check=check) for path in validation]
-    judged += others
+    validated += others
     train = [Windows(s, context, across_documents=across_documents) for s in trained]
     tests = [
         Windows(s, context, each, across_documents=across_documents)
-        for s, each in zip(judged, _shares(limit, len(judged)))
+        for s, each in zip(validated, _shares(limit, len(validated)))
     ]
     found = hashlib.sha256(repr((context, across_documents)).encode())
-    for stream in (*trained, *judged):
+    for stream in (*trained, *validated):
         # Not the tokens themselves: a corpus may be larger than memory.
         found.update(repr((len(stream), stream.num_documents)).encode())
         found.update(stream.tokens[:4096].tobytes() + stream.tokens[-4096:].tobytes())

@@ -155,7 +155,7 @@ def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
     keys = getattr(held, "keys", None)
     if keys is not None and keys.numel() > 0 and keys.shape[0] != rows:
         raise ValueError(
-            f"`past_key_values` must go on with the batch that it was filled with, {keys.shape[0]} "
+            f"`past_key_values` must keep the batch that it was filled with, {keys.shape[0]} "
             f"rows, got {rows} in layer {layer}"
         )
     room = getattr(held, "max_cache_len", None)

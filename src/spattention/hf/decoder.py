@@ -201,7 +201,7 @@ def check_sinks(module: Any) -> None:
 def own_implementation(
     config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
 ) -> str:
-    """How layers without a pattern go on."""
+    """The attention implementation of layers without a pattern."""
     own = attention_name(config)
     if own == NAME:
         plans = [plan_of(module) for module in modules.values()]

@@ -12,6 +12,7 @@ from .config import NAME, Section, read_section
 from .conversion import convert
 from .decoder import LayerPlan, check_heads, check_sinks, has_sinks, plan_of
 from .equip import CALL, equip
+from .head_weights import band_weights
 from .mask import rows_mask
 from .section import KINDS, AttentionKind, register_kind
 
@@ -87,4 +88,5 @@ BANDS = AttentionKind(
     is_equipped=lambda module: plan_of(module) is not None,
     equip=_equip,
     restore=_restore,
+    weights=band_weights,
 )

@@ -33,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat.huggingface import attention_name, register_fusion, set_attention_name
 from .decoder import is_attention
+from .head_weights import HeadWeights
 from .late import when_imported
 from .weights import allow_weights, checking_notes
 
@@ -54,6 +55,7 @@ class AttentionKind:
         is_equipped: tells whether an attention module has its part of the section.
         equip: gives an attention module its part of the section, while the model is built.
         restore: applies a saved section to a model with stock attention, in place.
+        weights: recomputes the weights of its heads; None where they cannot be looked at.
     """
 
     name: str
@@ -63,6 +65,7 @@ class AttentionKind:
     is_equipped: Callable[[Any], bool]
     equip: Callable[[Any], None]
     restore: Callable[[Any, Any], None]
+    weights: HeadWeights | None = None
 
     @property
     def requirement(self) -> str:

@@ -1,4 +1,4 @@
-"""Attention of one batch of blocks, and its gradients, with all that the blocks reach at hand.
+"""Attention of one batch of blocks, and its gradients, given all that the blocks reach.
 
 `fused` and `fused_gradients` call PyTorch's attention kernel for CPUs, which writes no scores to
 memory. A masked pair has the weight 0 there, so a value that is infinite or NaN reaches every query

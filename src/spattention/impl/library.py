@@ -39,7 +39,7 @@ def register(
         tags: what compilers should know of the operator.
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
-    # A frame that torch.compile gave up runs eagerly, and what it calls would be compiled anew.
+    # A frame that torch.compile gave up runs eagerly, and what it calls would be compiled again.
     compute = private.without_dynamo(compute)
     for key in keys:
         _library.impl(name, compute, key)

@@ -253,7 +253,7 @@ class OrderCallback(TrainerCallback):
     """Adds `order` to what is logged: a digest of all tokens that the model was trained on so far.
 
     Equal digests mean equal data in equal order. It listens at the model itself, so that no loader,
-    worker or prefetching stands in between. A run that continues goes on from the digest of its
+    worker or prefetching stands in between. A run that resumes starts with the digest of its
     checkpoint: a run logs whenever it saves.
     """
 

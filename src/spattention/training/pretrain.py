@@ -145,9 +145,9 @@ def _train(
     for note in notes if first else ():
         send({"kind": "note", "text": note})
     # What a pretrained model loses by new attention is seen before its first step.
-    judged = data.validation is not None
-    arguments.eval_on_start = judged and resume is None and recipe.model not in SHAPES
-    if not judged:
+    validates = data.validation is not None
+    arguments.eval_on_start = validates and resume is None and recipe.model not in SHAPES
+    if not validates:
         arguments.eval_strategy = IntervalStrategy.NO
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)

@@ -31,7 +31,7 @@ def make_trainer(
     optimizer: torch.optim.Optimizer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Trainer:
-    """A Trainer over windows, silent but for the callbacks given.
+    """A Trainer over windows, silent except for the callbacks given.
 
     Args:
         model: model to train.
