@@ -10,9 +10,6 @@ over all keys. The first two must agree before they are timed. Give it the machi
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +18,7 @@ from rich.table import Table
 
 from spattention import BandPattern, BandStore, band_attention, band_attention_cached
 from spattention.benchmarking.results import write_rows
+from spattention.benchmarking.timing import wall_seconds
 
 HEADS, HEAD_DIM, SPAN = 16, 64, 4096
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -28,17 +26,6 @@ PATTERNS = {
     "exclusive": BandPattern.exclusive(HEADS, SPAN),
     "shared_local": BandPattern.shared_local(HEADS, SPAN),
 }
-
-
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
 
 
 def main() -> None:
@@ -57,7 +44,8 @@ def main() -> None:
             {
                 "attention": "dense, all keys",
                 "length": length,
-                "milliseconds": milliseconds(lambda: dense(query, key, value), options.repeats),  # noqa: B023
+                "milliseconds": 1e3
+                * wall_seconds(lambda: dense(query, key, value), options.repeats, warm_up=3),  # noqa: B023
             }
         )
         for name, pattern in PATTERNS.items():
@@ -79,7 +67,7 @@ def main() -> None:
                     {
                         "attention": f"{name}, {kind}",
                         "length": length,
-                        "milliseconds": milliseconds(call, options.repeats),
+                        "milliseconds": 1e3 * wall_seconds(call, options.repeats, warm_up=3),
                     }
                 )
     table = Table("attention", "tokens before", "ms")

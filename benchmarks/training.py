@@ -26,6 +26,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spattention.benchmarking.results import environment, processor
+from spattention.benchmarking.timing import synchronize
 from spattention.choice import AttentionChoice, attention_choice
 from spattention.hf.config import remove_section
 from spattention.models import build, preset
@@ -235,11 +236,6 @@ def profile(model: Any, side: Side, step: Callable[[], float]) -> list[dict[str,
         {"name": e.key[:160], "calls": e.count, "milliseconds": e.self_device_time_total / 1e3}
         for e in events[:25]
     ]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_before(device: torch.device) -> None:

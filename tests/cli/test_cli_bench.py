@@ -286,3 +286,16 @@ def test_a_module_is_imported_below_its_package(
             del sys.modules[name]
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         import_below("no_such_package", "ops")
+
+
+def test_wall_time_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slow calls, then calls of one second: the median of those that count."""
+    now, costs = 0.0, [9.0, 5.0, 1.0, 1.0, 4.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+
+    def call() -> None:
+        nonlocal now
+        now += costs.pop(0)
+
+    assert timing.wall_seconds(call, 3, warm_up=2) == 1.0
+    assert costs == []

@@ -1,4 +1,4 @@
-"""Times on a GPU, by graph replay and by eager calls; host time; memory."""
+"""Times by graph replay, by eager calls and by the host's clock; memory."""
 
 from __future__ import annotations
 
@@ -103,6 +103,33 @@ def eager_milliseconds(call: Call, budget: float = 20.0) -> float:
     for _ in range(2):
         call()
     return _median_milliseconds(call, budget)
+
+
+def wall_seconds(
+    call: Call, repeats: int, *, warm_up: int = 1, device: torch.device | None = None
+) -> float:
+    """Median time of single calls by the host's clock, on any device.
+
+    Args:
+        call: what is measured.
+        repeats: calls that count.
+        warm_up: calls before them.
+        device: waited for before and after each call; None for the CPU.
+    """
+    times = []
+    for _ in range(warm_up + repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[warm_up:])
+
+
+def synchronize(device: torch.device | None) -> None:
+    """Wait for a CUDA device; the CPU is never behind."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def host_microseconds(call: Call, calls: int = 200) -> float:
