@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from spattention import BandPattern
 from spattention.choice import attention_choice
+from spattention.comparison import run as run_module
 from spattention.comparison.folder import ResultsFolder
 from spattention.comparison.memory import resident_bytes
 from spattention.comparison.plan import Run
@@ -106,6 +107,20 @@ def test_a_run_reports_and_ends_with_a_validation_loss(data, tmp_path):
     names = {file.name for file in model.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "losses.json"}
     assert "optimizer.pt" not in names
+
+
+def test_speed_is_that_of_the_median_step(monkeypatch):
+    """Steps take one second each, after three slow ones; what lies between them does not count."""
+    clock = run_module.StepClock()
+    now = [0.0]
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    for cost in (9.0, 8.0, 7.0, 1.0, 1.0, 5.0):
+        clock.on_step_begin()
+        now[0] += cost
+        clock.on_step_end()
+        now[0] += 100.0
+    assert clock.median == 1.0
+    assert run_module.StepClock().median is None
 
 
 def test_packed_tokens_name_the_end_of_text(data, tmp_path):

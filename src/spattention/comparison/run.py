@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, set_seed
 
 from .. import baselines, hf
 from ..data.prepare import open_facts, open_stream
@@ -27,6 +28,29 @@ PROMPT_TOKENS = 40
 CONTINUATION_TOKENS = 100
 
 
+class StepClock(TrainerCallback):
+    """Collects the seconds of each step, without loading data, logging, evaluating and saving."""
+
+    warm_up = 3  # the first steps allocate
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def median(self) -> float | None:
+        """Seconds of the median step; None where no step was taken."""
+        found = self.seconds[self.warm_up :] or self.seconds
+        return median(found) if found else None
+
+
 def train(run: Run, folder: ResultsFolder, send: Callable[[Event], None]) -> Result:
     """Train, or continue an earlier process's run; evaluate, save, continue a text.
 
@@ -41,12 +65,13 @@ def train(run: Run, folder: ResultsFolder, send: Callable[[Event], None]) -> Res
     before = resident_bytes()
     recipe, place = run.recipe, folder.training / run.name
     facts: Event = {}
+    clock = StepClock()
 
     def listen(event: Event) -> None:
         facts.update(event if event["kind"] == "begin" else {})
         send(event)
 
-    outcome = pretrain(recipe, place, send=listen, callbacks=[OrderCallback()])
+    outcome = pretrain(recipe, place, send=listen, callbacks=[clock, OrderCallback()])
     peak = peak_resident_bytes()
     kind = "resident set of the run's own process"
     if torch.cuda.is_available():
@@ -54,7 +79,9 @@ def train(run: Run, folder: ResultsFolder, send: Callable[[Event], None]) -> Res
     entries = read_metrics(place / METRICS)
     losses = [(e["step"], e["loss"]) for e in entries if "loss" in e]
     validation = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
-    speeds = [e["tokens_per_second"] for e in entries if "tokens_per_second" in e]
+    # A process that finds the run trained has taken no step: the log knows its speed about as well.
+    logged = median(e["tokens_per_second"] for e in entries if "tokens_per_second" in e)
+    tokens = recipe.batch * recipe.context
     model = folder.models / run.name
     prompt, continuation = _finish(run, folder, place / f"checkpoint-{outcome.step}", model)
     write_atomically(model / LOSSES, (place / LOSSES).read_text(encoding="utf-8"))
@@ -66,7 +93,7 @@ def train(run: Run, folder: ResultsFolder, send: Callable[[Event], None]) -> Res
         validation_loss=validation[-1][1],
         train_losses=losses,
         validation_losses=validation,
-        tokens_per_second=median(speeds[1:] or speeds),  # the first steps allocate and warm up
+        tokens_per_second=tokens / clock.median if clock.median else logged,
         seconds=time.perf_counter() - began,
         pairs=round(facts["pairs_per_token"] * recipe.context),
         memory_before=before,
