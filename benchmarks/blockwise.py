@@ -1,6 +1,6 @@
 """The blockwise implementation on the CPU against PyTorch's dense attention, in one run.
 
-    python benchmarks/blockwise.py --output benchmarks/results/blockwise_cpu_DATE.json
+    python -m benchmarks.blockwise --output benchmarks/results/blockwise_cpu_DATE.json
 
 Batch 1, 8 heads, head_dim 64, float32, forward and backward, medians. Every case is checked against
 the reference (its own mask, float64) at 512 tokens before it is timed. The cases take turns, so
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from record import write
 from spattention import BandPattern, band_attention
+from spattention.benchmarking.results import write_rows
 from spattention.testing import Case, check_case
 
 HEADS, HEAD_DIM, WINDOW = 8, 64, 512
@@ -136,7 +136,7 @@ def main() -> None:
         )
     Console().print(table)
     settings = {"heads": HEADS, "head_dim": HEAD_DIM, "repeats": options.repeats}
-    write(options.output, "blockwise on the CPU, forward + backward, float32", settings, rows)
+    write_rows(options.output, "blockwise on the CPU, forward + backward, float32", settings, rows)
 
 
 if __name__ == "__main__":

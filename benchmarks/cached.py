@@ -1,6 +1,6 @@
 """Time per generated token on the CPU over the length of the text before it.
 
-    python benchmarks/cached.py --output benchmarks/results/cached_cpu_DATE.json
+    python -m benchmarks.cached --output benchmarks/results/cached_cpu_DATE.json
 
 One query, batch 1, 16 heads, head_dim 64, span 4096, float32, one thread, medians: a store that
 keeps what the bands reach, `band_attention` with a cache that keeps every key, and dense attention
@@ -10,17 +10,15 @@ over all keys. The first two must agree before they are timed. Give it the machi
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from record import write
 from spattention import BandPattern, BandStore, band_attention, band_attention_cached
+from spattention.benchmarking.results import write_rows
+from spattention.benchmarking.timing import wall_seconds
 
 HEADS, HEAD_DIM, SPAN = 16, 64, 4096
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -28,17 +26,6 @@ PATTERNS = {
     "exclusive": BandPattern.exclusive(HEADS, SPAN),
     "shared_local": BandPattern.shared_local(HEADS, SPAN),
 }
-
-
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
 
 
 def main() -> None:
@@ -57,7 +44,8 @@ def main() -> None:
             {
                 "attention": "dense, all keys",
                 "length": length,
-                "milliseconds": milliseconds(lambda: dense(query, key, value), options.repeats),  # noqa: B023
+                "milliseconds": 1e3
+                * wall_seconds(lambda: dense(query, key, value), options.repeats, warm_up=3),  # noqa: B023
             }
         )
         for name, pattern in PATTERNS.items():
@@ -79,7 +67,7 @@ def main() -> None:
                     {
                         "attention": f"{name}, {kind}",
                         "length": length,
-                        "milliseconds": milliseconds(call, options.repeats),
+                        "milliseconds": 1e3 * wall_seconds(call, options.repeats, warm_up=3),
                     }
                 )
     table = Table("attention", "tokens before", "ms")
@@ -87,7 +75,7 @@ def main() -> None:
         table.add_row(row["attention"], str(row["length"]), f"{row['milliseconds']:.2f}")
     Console().print(table)
     settings = {"heads": HEADS, "head_dim": HEAD_DIM, "span": SPAN, "repeats": options.repeats}
-    write(options.output, "one query on the CPU over the length of its text", settings, rows)
+    write_rows(options.output, "one query on the CPU over the length of its text", settings, rows)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ filled at random, for speed: what lies in them costs what a real text would. The
 prompt is compiled layer by layer, and fills Transformers' dynamic cache or a BandCache. Dense
 attention may choose among PyTorch's back ends, cuDNN's first.
 
-    python benchmarks/generation.py --output benchmarks/results/generation_h200.json
+    python -m benchmarks.generation --output benchmarks/results/generation_h200.json
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,10 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-import record
 import spattention as spa
-from spattention.cli.generate import cache_bytes
-from spattention.cli.measure import environment
+from spattention.benchmarking.results import environment, write_rows
+from spattention.benchmarking.timing import cache_bytes, synchronize, wall_seconds
+from spattention.compat.pytorch import raise_recompile_limit
 from spattention.models import build, preset
 
 BACKENDS = [
@@ -88,7 +86,7 @@ def main() -> None:
         settings = {k: v for k, v in vars(options).items() if k not in ("output", "commit")}
         settings["dtype"] = str(dtype)
         where = environment() if device.type == "cuda" else {}
-        record.write(
+        write_rows(
             options.output, "generation", settings, rows, commit=options.commit, environment=where
         )
 
@@ -110,7 +108,7 @@ def first_pass(model: Any, way: str, options: argparse.Namespace) -> dict[str, A
 
     # Layer by layer: compiled as a whole, a dense model makes a mask of tokens x tokens and leaves
     # the causal kernels.
-    torch._dynamo.config.recompile_limit = 4 * len(model.model.layers)
+    raise_recompile_limit(4 * len(model.model.layers))
     forwards = [layer.forward for layer in model.model.layers]
     for layer in [] if options.eager else model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -125,7 +123,7 @@ def first_pass(model: Any, way: str, options: argparse.Namespace) -> dict[str, A
             cache = DynamicCache(config=model.config) if bands is None else bands
             model(ids, past_key_values=cache, logits_to_keep=1)
 
-        taken = seconds(run, options.repeats)
+        taken = wall_seconds(run, options.repeats, device=model.device)
     for layer, forward in zip(model.model.layers, forwards):
         layer.forward = forward
     return {"prefill_seconds": taken}
@@ -158,12 +156,12 @@ def decoding(model: Any, way: str, options: argparse.Namespace) -> dict[str, Any
         began = time.perf_counter()
         for token in ids[:16]:
             step(token)
-        synchronise(model.device)
+        synchronize(model.device)
         warm_up = time.perf_counter() - began
         began = time.perf_counter()
         for token in ids[16:]:
             step(token)
-        synchronise(model.device)
+        synchronize(model.device)
         taken = time.perf_counter() - began
     return {
         "tokens_per_second": options.batch * options.steps / taken,
@@ -186,23 +184,6 @@ def fill(cache: Any, tokens: int) -> None:
             layer.cumulative_length.fill_(tokens)
         else:
             layer.store.counts.fill_(tokens)
-
-
-def seconds(call: Callable[[], None], repeats: int) -> float:
-    """Median time of calls after one that is not counted."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        call()
-        synchronise(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -6,8 +6,8 @@ from turn to turn. Times of the attention table's fifteen cases are medians of g
 times are medians of 1,000 calls, taken in turns with `scaled_dot_product_attention`. The result is
 the median over the turns. A side that is given twice shows the scatter of a side against itself.
 
-    python benchmarks/kernels_in_turns.py --side old=old/src --side new=src --side again=old/src
-    python benchmarks/kernels_in_turns.py --side 3.6=src --side 3.9=src:triton390
+    python -m benchmarks.kernels_in_turns --side old=old/src --side new=src --side again=old/src
+    python -m benchmarks.kernels_in_turns --side 3.6=src --side 3.9=src:triton390
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The losses of runs that `spattention train` recorded, as a picture and a table.
 
-    python benchmarks/losses.py recipes/olmoe-0.25b-1.75b.*.losses.json \
+    python -m benchmarks.losses recipes/olmoe-0.25b-1.75b.*.losses.json \
         --output docs/images/olmoe-0.25b-1.75b.png
 """
 

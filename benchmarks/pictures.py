@@ -1,6 +1,6 @@
 """Draw the pictures of the README and the docs: a small mask of each pattern, and the speed chart.
 
-python benchmarks/pictures.py benchmarks/results/attention_kept_h200_2026-11-26.json
+python -m benchmarks.pictures benchmarks/results/attention_kept_h200_2026-11-26.json
 """
 
 from __future__ import annotations

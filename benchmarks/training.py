@@ -6,8 +6,8 @@ passes with the recipe's loss, auxiliary losses and precision, gradient clipping
 masters. The dense side is PyTorch's `scaled_dot_product_attention` with cuDNN or FlashAttention:
 one of them per run, because a compiled layer keeps the one that it was traced with.
 
-    python benchmarks/training.py --length 4096 --output benchmarks/results/training_h200.4096.json
-    python benchmarks/training.py --merge benchmarks/results/training_h200.*.json --output ...
+    python -m benchmarks.training --length 4096 --output benchmarks/results/training_h200.4096.json
+    python -m benchmarks.training --merge benchmarks/results/training_h200.*.json --output ...
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import record
+from spattention.benchmarking.results import environment, processor
+from spattention.benchmarking.timing import synchronize
 from spattention.choice import AttentionChoice, attention_choice
-from spattention.cli.measure import environment
 from spattention.hf.config import remove_section
 from spattention.models import build, preset
 from spattention.training.pretrain import prepare_model
@@ -164,7 +164,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         entry["over_dense"] = rows[0]["seconds"] / entry["seconds"]
     found = {
         "what": "training throughput",
-        "environment": environment() if device.type == "cuda" else {"cpu": record.processor()},
+        "environment": environment() if device.type == "cuda" else {"cpu": processor()},
         "settings": {k: v for k, v in vars(options).items() if k not in ("merge", "output")},
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
@@ -236,11 +236,6 @@ def profile(model: Any, side: Side, step: Callable[[], float]) -> list[dict[str,
         {"name": e.key[:160], "calls": e.count, "milliseconds": e.self_device_time_total / 1e3}
         for e in events[:25]
     ]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_before(device: torch.device) -> None:

@@ -55,7 +55,8 @@ def distances(head) -> list[int]:
 
 @given(sizes, widths)
 @settings(max_examples=60, deadline=None)
-def test_exclusive_covers_each_distance_in_exactly_one_head(size, rule):
+def test_exclusive_covers_each_distance_once(size, rule):
+    """Exclusive covers each distance in exactly one head."""
     pattern = BandPattern.exclusive(*size, widths=rule)
     seen = Counter(d for head in pattern.intervals for d in distances(head))
     assert seen == Counter(range(size[1]))
@@ -63,7 +64,8 @@ def test_exclusive_covers_each_distance_in_exactly_one_head(size, rule):
 
 @given(sizes)
 @settings(max_examples=60, deadline=None)
-def test_uniform_widths_differ_by_at_most_one_and_the_wider_come_first(size):
+def test_uniform_widths_differ_by_at_most_one(size):
+    """Uniform widths differ by at most one and the wider come first."""
     counts = [len(distances(head)) for head in BandPattern.exclusive(*size).intervals]
     assert max(counts) - min(counts) <= 1
     assert counts == sorted(counts, reverse=True)
@@ -81,7 +83,8 @@ def test_shared_local_is_the_band_and_the_local_window(size):
 
 @given(sizes)
 @settings(max_examples=60, deadline=None)
-def test_the_ablations_keep_half_of_the_band_or_the_local_window(size):
+def test_the_ablations(size):
+    """The ablations keep half of the band or the local window."""
     span = size[1]
     gapped, local_only = BandPattern.gapped(*size), BandPattern.local_only(*size)
     for h, band in enumerate(BandPattern.exclusive(*size).intervals):
@@ -106,11 +109,13 @@ def test_geometric_edges_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize(("span", "local"), [(8192, 256), (4096, 128), (1024, 128), (64, 64)])
-def test_the_geometric_local_window_grows_with_the_span(span, local):
+def test_geometric_local_window_grows(span, local):
+    """The geometric local window grows with the span."""
     assert BandPattern.shared_local(8, span, widths="geometric").intervals[0] == ((0, local),)
 
 
-def test_geometric_shared_local_opens_with_the_local_window():
+def test_geometric_shared_local_opens_locally():
+    """Geometric shared local opens with the local window."""
     pattern = BandPattern.shared_local(16, 4096, widths="geometric")
     assert pattern.intervals[:4] == (((0, 128),),) * 4
     assert pattern.intervals[-1][0] == (0, 128)
@@ -416,6 +421,7 @@ V2 = {"version": 2, "span": 4, "intervals": [[[0, 4]]]}
         (lambda: P.from_dict([]), "must be a mapping, got list"),
     ],
 )
-def test_errors_name_the_argument_the_rule_and_the_value(make, message):
+def test_errors_name_argument_rule_and_value(make, message):
+    """Errors name the argument the rule and the value."""
     with pytest.raises(ValueError, match=message):
         make()

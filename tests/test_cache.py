@@ -133,7 +133,8 @@ def test_documents_inside_a_row():
     check_error("out", torch.cat(actual, dim=2), plain(case)["out"], exact(case)["out"])
 
 
-def test_queries_may_follow_their_keys_within_the_slack():
+def test_queries_follow_keys_within_the_rollback():
+    """Queries may follow their keys within the slack."""
     pattern = PATTERNS["shared_local"]
     query, key, value = text(90)
     store = store_for(pattern, key, value, slack=5)
@@ -147,7 +148,8 @@ def test_queries_may_follow_their_keys_within_the_slack():
         spa.band_attention_cached(query[:, :, :7], store, pattern)
 
 
-def test_what_was_taken_back_leaves_less_room_for_queries():
+def test_rollback_leaves_less_room_for_queries():
+    """What was taken back leaves less room for queries."""
     pattern = PATTERNS["dense"]
     query, key, value = text(40)
     store = store_for(pattern, key, value, slack=5)
@@ -376,7 +378,8 @@ def test_the_page_says_how_large_a_store_is():
             assert float(table[name][column]) == pytest.approx(share, abs=6e-4), name
 
 
-def test_it_compiles_into_one_graph_without_looking_at_positions():
+def test_it_compiles_into_one_graph():
+    """It compiles into one graph without looking at positions."""
     pattern = PATTERNS["shared_local"]
     query, key, value = text(45)
     store = store_for(pattern, key, value)

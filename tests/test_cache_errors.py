@@ -118,7 +118,8 @@ def test_a_store_names_what_it_cannot_do(method, arguments, message):
     check_unchanged(store, before)
 
 
-def test_attention_over_a_store_names_what_does_not_fit():
+def test_attention_names_what_does_not_fit():
+    """Attention over a store names what does not fit."""
     query, key, value = text(4)
     mask = torch.ones(2, 4, dtype=torch.bool)
     none = {"key": None, "value": None}

@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "spattention"
 
 MAX_PARAMETERS = 12
 MAX_LINES = 500
+MAX_TEST_NAME = 50
 # Operator schemas and public signatures that follow FlashAttention's conventions.
 MANY_PARAMETERS = {
     "attention.py",
@@ -139,6 +140,90 @@ def bad_docstrings(source: Path) -> list[str]:
     return found
 
 
+# Documented methods of NamedTuples, and a suffix of lm-evaluation-harness' files.
+PUBLIC_UNDERSCORES = {"_fields", "_replace", "_asdict", "_make", "_tasks"}
+OUR_MARK = "_spattention_"  # attributes that the package puts on other libraries' objects
+
+
+def own_names(source: Path) -> set[str]:
+    """Names with an underscore that the package itself defines."""
+    names = set(PUBLIC_UNDERSCORES)
+    for path in modules(source).values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names |= {node.attr} if ast.unparse(node.value) in {"self", "cls"} else set()
+    return names
+
+
+def is_private(name: str) -> bool:
+    return any(re.fullmatch(r"_(?!_)\w+", part) for part in name.split("."))
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Underscored names of attributes, absolute imports and strings that are one name."""
+    parts = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and id(node) not in parts:
+            if re.fullmatch(r"[\w.]+", str(node.value)) and is_private(str(node.value)):
+                yield str(node.value)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from filter(is_private, names)
+
+
+def private_uses(source: Path) -> list[str]:
+    """Private names of other libraries outside `compat`."""
+    own = own_names(source)
+    return [
+        f"{path.relative_to(source)} names {name}"
+        for module, path in modules(source).items()
+        if room(module) != "compat"
+        for name in private_names(ast.parse(path.read_text()))
+        if name not in own and not name.startswith(OUR_MARK)
+    ]
+
+
+def long_test_names(folder: Path) -> list[str]:
+    """Tests whose names are sentences, which belong in their docstrings."""
+    return [
+        f"{path.relative_to(folder)}:{node.name} has {len(node.name)} characters"
+        for path in sorted(folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test")
+        and len(node.name) > MAX_TEST_NAME
+    ]
+
+
+def retired_words() -> list[str]:
+    """The table of docs/design.md: words that the package no longer uses."""
+    text = (ROOT / "docs" / "design.md").read_text().split("| retired | write |")[1]
+    rows = re.findall(r"^\| (`.*?`) \|", text.split("\n\n")[0], re.M)
+    return [word for row in rows for word in re.findall(r"`([\w ]+)`", row)]
+
+
+def retired_uses(source: Path) -> list[str]:
+    pattern = re.compile(r"\b(" + "|".join(retired_words()).replace(" ", r"\s+") + r")\b", re.I)
+    return [
+        f"{path.relative_to(source)} writes {word!r}"
+        for path in modules(source).values()
+        for word in pattern.findall(path.read_text())
+    ]
+
+
 def long_files(source: Path) -> list[str]:
     lines = {path: len(path.read_text().splitlines()) for path in modules(source).values()}
     return [
@@ -168,12 +253,62 @@ def test_files_are_short():
     assert long_files(SOURCE) == []
 
 
+def test_private_names_are_in_compat_alone():
+    assert private_uses(SOURCE) == []
+
+
+def test_no_retired_words():
+    assert len(retired_words()) > 10
+    assert retired_uses(SOURCE) == []
+
+
+def test_names_of_tests_are_short():
+    assert long_test_names(ROOT / "tests") == []
+
+
+def test_a_planted_long_name_is_found(tmp_path):
+    (tmp_path / "test_new.py").write_text(f"def test_{'x' * 46}():\n    pass\n")
+    assert long_test_names(tmp_path)
+
+
+def benchmark_faults(folder: Path) -> list[str]:
+    """Imports of the command line, and changes of the import path, in benchmarks/."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            bad = [n for n in names if n.startswith("spattention.cli") or n == "sys.path"]
+            found += [f"{path.relative_to(folder)} names {name}" for name in bad]
+    return found
+
+
+def test_benchmarks_are_a_package_below_no_command():
+    assert (ROOT / "benchmarks" / "__init__.py").exists()
+    assert benchmark_faults(ROOT / "benchmarks") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["from spattention.cli import main", "import spattention.cli", "sys.path.insert(0, '')"]
+)
+def test_a_planted_fault_of_benchmarks_is_found(line, tmp_path):
+    (tmp_path / "new.py").write_text(f"import sys\n{line}\n")
+    assert benchmark_faults(tmp_path)
+
+
 PLANTED = {
     "directions": ("bands.py", "from .attention import band_attention\n"),
     "circles": ("impl/layout.py", "from . import reference\n"),
     "signatures": ("merging.py", f"def f({', '.join(f'a{i}' for i in range(13))}): ...\n"),
     "docstrings": ("merging.py", 'def f():\n    """Whether it is so."""\n'),
     "files": ("merging.py", "# line\n" * 500),
+    "words": ("merging.py", "# Mended, and goes\n# on.\n"),
+    "private attribute": ("merging.py", "def f():\n    return torch._C._is_tracing()\n"),
+    "private import": ("merging.py", "from torch._dynamo import config\n"),
+    "private string": ("merging.py", 'def f(x):\n    return getattr(x, "_version")\n'),
 }
 
 
@@ -192,5 +327,7 @@ def test_a_planted_violation_is_found(rule, tmp_path):
         "signatures": lambda: long_signatures(tmp_path),
         "docstrings": lambda: bad_docstrings(tmp_path),
         "files": lambda: long_files(tmp_path),
-    }[rule]()
+        "private": lambda: private_uses(tmp_path),
+        "words": lambda: retired_uses(tmp_path),
+    }[rule.split()[0]]()
     assert found

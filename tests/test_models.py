@@ -54,7 +54,8 @@ def test_wrong_sizes_are_refused(keywords, message):
         models.preset(**{"name": "olmoe-tiny", **keywords})
 
 
-def test_a_built_model_learns_with_its_bands_or_without():
+def test_a_built_model_learns():
+    """A built model learns with its bands or without."""
     chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
     ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
     for pattern, sinks in (("preset", True), (None, False), (spa.BandPattern.dense(8, 32), False)):
@@ -75,7 +76,8 @@ def test_a_built_model_learns_with_its_bands_or_without():
     assert not hasattr(chosen.config, "spattention")  # a preset can be built again
 
 
-def test_equal_seeds_give_equal_weights_with_every_pattern():
+def test_equal_seeds_give_equal_weights():
+    """Equal seeds give equal weights with every pattern."""
     chosen = models.preset("olmoe-tiny", vocab_size=50, context=32, num_layers=1)
     states = []
     for pattern in ("preset", None):
@@ -91,7 +93,8 @@ def test_an_unknown_word_for_a_pattern_is_refused():
         models.build(chosen, pattern="dense")
 
 
-def test_the_page_says_how_large_a_cache_of_each_preset_is():
+def test_the_page_names_cache_sizes():
+    """The page says how large a cache of each preset is."""
     page = Path(__file__).parents[1] / "docs" / "generation.md"
     rows = [line.strip("| ").split(" | ") for line in page.read_text("utf-8").splitlines()]
     found = {(row[0].strip("`"), int(row[1].replace(",", ""))): row[2:] for row in rows

@@ -44,7 +44,8 @@ def test_the_rendered_pixels_are_those_of_the_mask(pattern):
                 assert pixels[len(pixels) - 1 - int(y), int(x)] == pytest.approx(expected, abs=0.01)
 
 
-def test_the_cover_shows_each_interval_at_its_distances():
+def test_the_cover_shows_each_interval():
+    """The cover shows each interval at its distances."""
     pattern = BandPattern.shared_local(8, 1024)
     cover = pattern_figure(pattern).axes[-1]
     bars = sorted((round(b.get_y() + 0.4), b.get_x(), b.get_width()) for b in cover.patches)
@@ -67,7 +68,8 @@ def test_images_at_full_size_and_shorter():
         pattern_figure(pattern, 0)
 
 
-def test_a_long_mask_is_drawn_in_blocks_and_no_band_is_lost():
+def test_a_long_mask_loses_no_band():
+    """A long mask is drawn in blocks and no band is lost."""
     pattern = BandPattern((((0, 3), (5000, 5001)),), 2**20)
     image = mask_image(pattern, 0, 2**20, cells=64)
     assert image.shape == (64, 64, 3)

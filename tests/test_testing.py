@@ -1,6 +1,7 @@
 """The allowed error: it holds for every draw of rounding, and for no error besides."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -120,3 +121,9 @@ def test_noise_is_the_deviation_of_rounded_sums(scale, sinks):
             squares[name] += (tensor - clean[name]).square() / draws
     found = {name: float(tensor.max()) ** 0.5 / amount for name, tensor in squares.items()}
     assert noise(case, grads) == pytest.approx(found, rel=0.3)
+
+
+def test_a_case_is_frozen():
+    case = Case(*torch.randn(3, 1, 2, 8, 4).unbind(), spa.BandPattern.dense(2, 8))
+    with pytest.raises(FrozenInstanceError):
+        case.value = case.key

@@ -1,12 +1,11 @@
 """Write docs/evidence.md, with its plots, from the plans and the ledger: no figure by hand.
 
-python benchmarks/experiments/evidence.py
+python -m benchmarks.experiments.evidence
 """
 
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from statistics import mean, stdev
 
 import tyro
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from figures import (
+from spattention.choice import STOCK
+from spattention.comparison.plan import Plan, read_plan
+from spattention.files import write_atomically
+
+from .figures import (
     TITLES,
     Entry,
     curve,
@@ -28,14 +29,10 @@ from figures import (
     time_figure,
     tokens_figure,
 )
-from ledger import HERE, finished, read_ledger
-from plan import Plan, read_plan
-from recall_page import section as recall_section
-from speeds import read_speeds
-from tasks_page import section as tasks_section
-
-from spattention.choice import STOCK
-from spattention.files import write_atomically
+from .ledger import HERE, finished, read_ledger
+from .recall_page import section as recall_section
+from .speeds import read_speeds
+from .tasks_page import section as tasks_section
 
 ROOT = Path(__file__).parents[2]
 PLANS = Path(__file__).parent / "plans"
@@ -55,13 +52,13 @@ DRAWN = {"tokens": tokens_figure, "time": time_figure, "position": position_figu
 INTRO = """\
 # Evidence: does it keep the quality?
 
-This page is written by `python benchmarks/experiments/evidence.py` from the runs in
+This page is written by `python -m benchmarks.experiments.evidence` from the runs in
 `benchmarks/experiments/ledger`, one JSON each with its configuration, seed, data, commit and GPU.
 Every table names what was not run. A run is made again with
 
 ```
-cd benchmarks/experiments
-python run.py plans/PLAN.toml --data FOLDER --only LABEL
+python -m benchmarks.experiments.run benchmarks/experiments/plans/PLAN.toml \\
+    --data FOLDER --only LABEL
 ```
 
 Within a plan all runs have the same data in the same order, the same steps and, per seed, the same

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,9 +14,7 @@ from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from trained_recall import ENTRIES, FORMAT, Options
+from .trained_recall import ENTRIES, FORMAT, Options
 
 Entry = dict[str, Any]
 Runs = dict[str, list[Entry]]  # by attention, in the order of the command; by seed

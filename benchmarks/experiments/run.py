@@ -1,6 +1,6 @@
 """Make the runs of plans, in pieces: what is finished is in the ledger, what is not goes on.
 
-    python benchmarks/experiments/run.py benchmarks/experiments/plans/paper.toml \
+    python -m benchmarks.experiments.run benchmarks/experiments/plans/paper.toml \
         --data streams --minutes 8
 
 Checkpoints lie in the work folder; the same command goes on from them. The work folder may be
@@ -26,8 +26,9 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from spattention import baselines, hf
+from spattention.comparison.plan import Plan, Run, chosen, read_plan
 from spattention.data.training import open_training
-from spattention.evaluation.heads import look_at_heads
+from spattention.evaluation.heads import head_statistics
 from spattention.evaluation.perplexity import LossByPosition, validation_loss
 from spattention.evaluation.recall import questions, recall
 from spattention.provenance import source_commit
@@ -36,11 +37,8 @@ from spattention.training.checkpoints import newest_good
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
-from plan import Plan, Run, chosen, read_plan
-from side_by_side import side_by_side
+from .ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
+from .side_by_side import side_by_side
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
 HEAD_ROWS, HEAD_TOKENS = 4, 32_768  # windows that heads are looked at on
@@ -162,7 +160,7 @@ def _of_one(options: Options, plan: Path, run: Run, commit: str, until: float | 
     }
     named = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     changes = ["--set", *options.set] if options.set else []
-    return [sys.executable, __file__, str(plan), *named, *changes]
+    return [sys.executable, "-m", "benchmarks.experiments.run", str(plan), *named, *changes]
 
 
 def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | None) -> bool:
@@ -259,7 +257,7 @@ def _looks(model: Any, windows: Any, items: int) -> dict[str, Any]:
     rows = max(1, min(HEAD_ROWS, HEAD_TOKENS // text.shape[1]))
     return {
         "recall": [asdict(score) | {"near_chance": bool(score.near_chance)} for score in scores],
-        "heads": [asdict(layer) for layer in look_at_heads(model, text[:rows])],
+        "heads": [asdict(layer) for layer in head_statistics(model, text[:rows])],
     }
 
 

@@ -2,7 +2,7 @@
 GPU alone, dense attention with the faster of PyTorch's kernels. Files of `benchmarks/training.py`,
 one per kernel of dense attention, lie in ledger/<plan>/speeds.
 
-    python benchmarks/training.py --model small-512 --layers 8 --length 2048 --tokens 32768 \
+    python -m benchmarks.training --model small-512 --layers 8 --length 2048 --tokens 32768 \
         --passes 1 --repeats 15 --loss chunked --dense cudnn --patterns sliding_window \
         --output benchmarks/experiments/ledger/finalists-2048/speeds/cudnn.json
 """
@@ -10,7 +10,6 @@ one per kernel of dense attention, lie in ledger/<plan>/speeds.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,7 @@ from statistics import quantiles
 from typing import Any
 
 from spattention.choice import STOCK
-
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from plan import Plan
+from spattention.comparison.plan import Plan
 
 SPEEDS = "speeds"  # below the folder of the plan
 

@@ -1,6 +1,6 @@
 """Tasks of the lm-evaluation-harness on the models that `run.py` trained, into the ledger.
 
-    python benchmarks/experiments/tasks.py benchmarks/experiments/plans/finalists-2048.toml \
+    python -m benchmarks.experiments.tasks benchmarks/experiments/plans/finalists-2048.toml \
         --items evals --tokenizer tokenizer.json
 
 Models are taken from the work folder of `run.py`. What is in the ledger is not made again, so that
@@ -23,14 +23,12 @@ import tyro
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spattention import baselines, hf
+from spattention.comparison.plan import Plan, Run, chosen, read_plan
 from spattention.evaluation.tasks import LOCAL, MMLU, run_tasks
 from spattention.files import write_atomically
 from spattention.provenance import machine, source_commit
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from ledger import HERE, read_entry
-from plan import Plan, Run, chosen, read_plan
+from .ledger import HERE, read_entry
 
 ENTRIES = "tasks"  # below the folder of the plan
 FORMAT = "spattention-tasks"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from ledger import read_entry
-from tasks import ENTRIES, FORMAT
+from .ledger import read_entry
+from .tasks import ENTRIES, FORMAT
 
 Entry = dict[str, Any]
 Score = dict[str, Any]

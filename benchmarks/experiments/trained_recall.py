@@ -1,7 +1,7 @@
 """Recall that models are trained for: small transformers learn multi-query associative recall
 (Arora et al., 2023, arXiv:2312.04927) with dense attention and with bands.
 
-    python benchmarks/experiments/trained_recall.py --jobs 2
+    python -m benchmarks.experiments.trained_recall --jobs 2
 
 A sequence is `k1 v1 k2 v2 ...` and then the keys again in another order, each with its value, which
 is asked for: the questions of `spattention evaluate`, here fresh ones in every step. The language
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -40,9 +39,7 @@ from spattention.files import write_atomically
 from spattention.provenance import machine, source_commit
 from spattention.training.layers import recipe_attention
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parent))
-from ledger import HERE
+from .ledger import HERE
 
 FORMAT = "spattention-trained-recall"
 ENTRIES = "trained-recall"  # folder of the ledger

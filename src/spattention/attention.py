@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -11,7 +10,7 @@ import torch
 from .bands import BandPattern
 from .checks import check_attention, check_no_tangents, check_tensors, check_varlen
 from .impl import blockwise, reference
-from .impl.layout import without_autocast
+from .impl.layout import score_scale, under_autocast, without_autocast
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -50,7 +49,7 @@ def band_attention(
         scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
         sinks: `[H]` learned logits, unscaled, query's dtype or float32; each joins its head's
             denominator without a value.
-        query_start: position of the first query: an int (in kernels up to 2**29), or an int32
+        query_start: position of the first query: an int, or an int32
             tensor `[]` or `[B]` on query's device. Default `K - Q`: the queries are the last
             positions.
         key_start: int32 `[B]` (left padding) or `[B, Q]`, never decreasing along Q (documents
@@ -60,30 +59,34 @@ def band_attention(
             float64 input) `[B, H, Q]`; -inf for an empty row without sinks. It is differentiable.
         deterministic: True gives the same bits on every run; False allows a faster backward where
             there is one.
-        impl: None follows the rule below; a name runs that implementation or raises.
-
-            1. `"triton"`: kernels, for CUDA tensors where Triton can be imported, in float16,
-               bfloat16 or float32, with head_dim up to 256 and `Dv == D`. At most 16 queries, with
-               at least 8 keys for each, run its decoding kernel if no input needs a gradient.
-            2. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
-
-            `"reference"`, the specification with its dense mask, is never chosen by itself.
+        impl: name of an implementation, which runs or raises; None chooses, see Dispatch.
 
     Returns:
-        `out [B, H, Q, Dv]` with query's dtype and order of axes in memory, but for
-        head_dim, which is innermost; or `(out, lse)`.
+        `out [B, H, Q, Dv]`, or `(out, lse)`; `out` has query's dtype and memory layout, and a
+        contiguous head_dim.
 
     Raises:
-        ValueError: if an argument breaks a rule above; on the CPU the values of tensors are checked
-            too (`spattention.validate` checks them on any device).
+        ValueError: if an argument breaks a rule above, or `query_start` exceeds 2**29 in kernels;
+            on the CPU the values of tensors are checked too (`spattention.validate` checks them on
+            any device).
         NotImplementedError: in forward-mode differentiation, except by `"reference"`.
+
+    Dispatch:
+        `impl=None` runs the first of these that covers the call.
+
+        1. `"triton"`: kernels, for CUDA tensors where Triton can be imported, in float16, bfloat16
+           or float32, with head_dim up to 256 and `Dv == D`. At most 16 queries, with at least 8
+           keys for each, run its decoding kernel if no input needs a gradient.
+        2. `"blockwise"`: pure PyTorch, any device, memory linear in the length.
+
+        `"reference"`, the specification with its dense mask, runs by name alone.
 
     Under autocast, query, key and value are cast to autocast's dtype, as
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
     `"reference"`.
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
-    query, key, value = _autocast(query, key, value)
+    query, key, value = under_autocast(query, key, value)
     check_attention(
         query,
         key,
@@ -103,7 +106,7 @@ def band_attention(
             key,
             value,
             pattern,
-            scale=_scale(query, scale),
+            scale=score_scale(query, scale),
             sinks=sinks,
             query_start=key.shape[2] - query.shape[2] if query_start is None else query_start,
             key_start=key_start,
@@ -152,15 +155,15 @@ def band_attention_varlen(
         impl: as in `band_attention`.
 
     Returns:
-        `out [T, H, Dv]` with query's dtype and order of axes in memory, but for
-        head_dim, which is innermost; or `(out, lse)`.
+        `out [T, H, Dv]`, or `(out, lse)`; `out` has query's dtype and memory layout, and a
+        contiguous head_dim.
 
     Raises:
         ValueError: if an argument breaks a rule above.
         NotImplementedError: as in `band_attention`.
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
-    query, key, value = _autocast(query, key, value)
+    query, key, value = under_autocast(query, key, value)
     check_varlen(
         query,
         key,
@@ -186,7 +189,7 @@ def band_attention_varlen(
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
-            scale=_scale(query, scale),
+            scale=score_scale(query, scale),
             sinks=sinks,
             deterministic=deterministic,
         )
@@ -216,18 +219,3 @@ def _kernels() -> ModuleType:
     from .impl import triton
 
     return triton
-
-
-def _scale(query: torch.Tensor, scale: float | None) -> float:
-    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )

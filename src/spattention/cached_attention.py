@@ -18,13 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .attention import Result, _autocast, _scale, band_attention, kernels_for
+from .attention import Result, band_attention, kernels_for
 from .bands import BandPattern
 from .cache import BandStore
 from .cache_layout import SameReach
 from .cache_prefix import check_held_documents, prefix_slots
 from .checks import check_attention, check_no_tangents, check_tensors, readable
-from .impl.layout import empty_like_query, lse_dtype, without_autocast
+from .impl.layout import (
+    empty_like_query,
+    lse_dtype,
+    score_scale,
+    under_autocast,
+    without_autocast,
+)
 from .merging import merge
 from .padding import padding_first, reorder, restore
 
@@ -91,11 +97,11 @@ def band_attention_cached(
     if pattern != store.pattern:
         raise ValueError(f"`pattern` must be the store's, {store.pattern}, got {pattern}")
     given = [tensor for tensor in (query, key, value) if tensor is not None]
-    query, *tokens = _autocast(*given)
+    query, *tokens = under_autocast(*given)
     _check_query(query, store, tokens, scale, sinks, key_start, mask)
     check_no_tangents(**dict(zip(("query", "key", "value"), given)), sinks=sinks)
     with torch.no_grad(), without_autocast(query):
-        out, lse = _attend(query, store, tokens, _scale(query, scale), sinks, key_start, mask)
+        out, lse = _attend(query, store, tokens, score_scale(query, scale), sinks, key_start, mask)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         out, lse = _WithoutBackward.apply(out, lse, *given)
     return (out, lse) if return_lse else out

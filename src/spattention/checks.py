@@ -14,6 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .bands import BandPattern
+from .compat.pytorch import forward_mode_active, is_batched
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_POSITION = 2**31 - 1  # positions are int32
@@ -243,7 +244,7 @@ def check_no_tangents(**tensors: torch.Tensor | None) -> None:
     """Raise NotImplementedError in forward-mode differentiation (`torch.func.jvp`): PyTorch would
     run the operator without it, and take the derivative for zero.
     """
-    if forward_ad._current_level < 0:
+    if not forward_mode_active():
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -391,11 +392,7 @@ def readable(tensor: torch.Tensor) -> bool:
     value where `torch.vmap` has many."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
-            return False
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return True
+    return not is_batched(tensor)
 
 
 def _check_query_start_values(query_start: torch.Tensor) -> None:

@@ -54,8 +54,10 @@ class StockDense:
     name: str = STOCK
 
     def apply(self, model: PreTrainedModel) -> None:
+        from .compat.huggingface import attention_name
+
         config = model.config.get_text_config()
-        own = config._attn_implementation
+        own = attention_name(config)
         if getattr(config, own, None) is not None:  # its section would be saved with the model
             raise ValueError(f"`model` must have stock attention for {self.name}, got {own}")
         model.set_attn_implementation("sdpa")

@@ -9,6 +9,7 @@ import torch
 from .attention import HAS_TRITON, IMPLEMENTATIONS
 from .bands import BandPattern
 from .checks import validate
+from .impl.layout import under_autocast
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def explain(
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl in ("reference", "blockwise"):
         return Explanation(impl, PYTORCH, (f'`impl="{impl}"` was given.',))
-    query, key, value = (_under_autocast(tensor) for tensor in (query, key, value))
+    query, key, value = under_autocast(query, key, value)
     refusal = _refusal(query, value, impl)
     if refusal is not None:
         if impl is not None:
@@ -113,11 +114,3 @@ def _refusal(query: torch.Tensor, value: torch.Tensor, impl: str | None) -> str 
     from .impl import triton as kernels
 
     return kernels.refusal(query, value)
-
-
-def _under_autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the dtype that the operators cast it to."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))

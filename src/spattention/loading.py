@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from . import baselines, hf
+from .compat.huggingface import ATTENTION_KEYS
 from .files import read_json
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
@@ -298,7 +299,7 @@ def _check_attention(file: Path, content: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{file} must have the section `{named}`, as `attn_implementation` names it; got none"
         )
-    for name in ("attn_implementation", "_attn_implementation"):
+    for name in ATTENTION_KEYS:
         value = content.get(name)
         for each in value.values() if isinstance(value, Mapping) else (value,):
             if isinstance(each, str) and "/" in each:

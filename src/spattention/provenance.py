@@ -17,22 +17,30 @@ from . import __version__
 
 def source_commit() -> str | None:
     """The git commit of the checkout that this package runs from; None where it is installed."""
-    here = Path(__file__)
+    return _git("rev-parse", "HEAD") if _is_checkout() else None
 
-    def git(*command: str) -> str | None:
-        try:
-            found = subprocess.run(
-                ["git", "-C", str(here.parent), *command],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except OSError:  # no git
-            return None
-        return found.stdout.strip() if found.returncode == 0 else None
 
+def source_version() -> str | None:
+    """The commit in twelve digits, `-dirty` behind it where files differ; None if installed."""
+    return _git("describe", "--always", "--dirty", "--abbrev=12") if _is_checkout() else None
+
+
+def _is_checkout() -> bool:
     # An environment inside somebody's checkout is not this project's.
-    return git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", here.name) else None
+    return _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+
+
+def _git(*command: str) -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:

@@ -145,7 +145,8 @@ def test_pairs_are_those_of_the_masks(name, length):
     assert CHOSEN[name].pairs(length, LAYERS) == round(sum(counts) / LAYERS)
 
 
-def test_big_bird_draws_blocks_between_window_and_global_ones():
+def test_big_bird_draws_blocks():
+    """BigBird draws blocks between window and global ones."""
     baseline = BigBird(HEADS, 64, block=2, window=3, global_blocks=2, random=3, seed=7)
     tables = [baseline.blocks(layer) for layer in range(2)]
     for table in tables:
@@ -174,7 +175,8 @@ def test_longformer_has_the_papers_windows_and_gaps():
 
 
 @pytest.mark.parametrize("length", [1024, 8192])
-def test_published_masks_at_the_lengths_that_they_were_run_at(length):
+def test_published_masks_at_published_lengths(length):
+    """Published masks at the lengths that they were run at."""
     seen = [
         PublishedMask(8, length, mask=mask).layer(0, 1).dense(1, length, CPU)[:, 0].nonzero()
         for mask in ("longformer", "bigbird", "reformer")

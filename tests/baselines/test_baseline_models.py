@@ -51,7 +51,8 @@ def test_a_model_runs_the_mask_of_each_layer(name, family):
 
 @each_family
 @pytest.mark.parametrize("name", MASKED)
-def test_an_edit_changes_outputs_after_it_and_none_before(name, family):
+def test_an_edit_changes_later_outputs_alone(name, family):
+    """An edit changes outputs after it and none before."""
     model, ids = model_with(name, family), tokens(1, SPAN)
     before = logits(model, ids)
     for t in (0, 20, SPAN - 1):
@@ -91,7 +92,8 @@ def test_reformer_shares_queries_and_keys(family):
         assert "self_attn" not in name or parameter.grad.abs().sum() > 0, name
 
 
-def test_lora_on_the_queries_of_reformer_is_on_its_keys_too():
+def test_lora_of_reformer_is_on_queries_and_keys():
+    """LoRA on the queries of reformer is on its keys too."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     model = peft.get_peft_model(model_with("reformer", "llama"), settings)
@@ -108,7 +110,8 @@ def test_lora_on_the_queries_of_reformer_is_on_its_keys_too():
 
 @each_family
 @each_baseline
-def test_cached_generation_gives_what_recomputation_gives(name, family):
+def test_cached_generation_equals_recomputation(name, family):
+    """Cached generation gives what recomputation gives."""
     # Reformer's deeper layers see earlier tokens as they were, which recomputation may place anew.
     layers = 1 if name == "reformer" else LAYERS
     model, ids = model_with(name, family, num_hidden_layers=layers), tokens(2, 31)
@@ -261,7 +264,8 @@ def test_what_cannot_be_honoured_raises(name):
 
 
 @each_baseline
-def test_models_that_cannot_have_a_baseline_stay_as_they_are(name):
+def test_models_that_refuse_a_baseline_stay(name):
+    """Models that cannot have a baseline stay as they are."""
     chosen = CHOSEN[name]
     ids = tokens(1, 9)
     banded = spa.hf.apply(build("llama"), spa.BandPattern.exclusive(HEADS, SPAN))
@@ -278,7 +282,7 @@ def test_models_that_cannot_have_a_baseline_stay_as_they_are(name):
 
 
 @each_baseline
-def test_a_model_with_a_baseline_takes_neither_bands_nor_dense(name):
+def test_a_model_with_a_baseline_takes_no_other(name):
     """Its section would be saved beside the other attention's name."""
     model, ids, kind = model_with(name), tokens(1, 9), CHOSEN[name].kind
     before = logits(model, ids)

@@ -71,7 +71,8 @@ def test_gradients_are_those_of_one_query_at_a_time():
         close(mine, other, rtol=0.0, atol=1e-11)
 
 
-def test_an_edit_moves_nothing_before_it_when_buckets_stay():
+def test_an_edit_within_buckets_moves_nothing_before():
+    """An edit moves nothing before it when buckets stay."""
     shared, value, table = drawn(40, 4, 3)
     before = hashed_attention(shared, value, table, 4, 0.4)
     for t in (0, 17, 39):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import tasks  # noqa: E402
-import tasks_page  # noqa: E402
-from ledger import read_entry  # noqa: E402
+from benchmarks.experiments import tasks, tasks_page
+from benchmarks.experiments.ledger import read_entry
 
 PLAN = """
 title = "tiny"
@@ -65,7 +60,8 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tasks.Options:
     )  # fmt: skip
 
 
-def test_scores_are_entered_and_only_what_is_missing_is_made(options, monkeypatch, capsys):
+def test_only_missing_scores_are_made(options, monkeypatch, capsys):
+    """Scores are entered and only what is missing is made."""
     pytest.importorskip("lm_eval", reason="the harness is an extra, spattention[eval]")
     assert not tasks.main(options)
     assert "tiny/dense-seed1" in capsys.readouterr().out
@@ -121,7 +117,8 @@ def written(ledger, *entries):
         (folder / f"{each['label']}-seed{each['seed']}.json").write_text(json.dumps(each))
 
 
-def test_the_page_has_means_over_seeds_and_marks_what_is_near_chance(tmp_path):
+def test_the_page_marks_what_is_near_chance(tmp_path):
+    """The page has means over seeds and marks what is near chance."""
     written(
         tmp_path,
         entry("dense", 0, 0.60),

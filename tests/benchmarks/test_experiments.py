@@ -13,24 +13,18 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from benchmarks.experiments import evidence, figures, ledger
+from benchmarks.experiments import run as runner
+from benchmarks.experiments.side_by_side import side_by_side
+from benchmarks.experiments.speeds import read_speeds
 from spattention import baselines, hf
 from spattention.choice import attention_choice
+from spattention.comparison.plan import read_plan
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.data.training import open_training
 from spattention.evaluation.perplexity import validation_loss
 from spattention.models import preset
-
-EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import evidence  # noqa: E402
-import figures  # noqa: E402
-import ledger  # noqa: E402
-import run as runner  # noqa: E402
-from plan import read_plan  # noqa: E402
-from side_by_side import side_by_side  # noqa: E402
-from speeds import read_speeds  # noqa: E402
 
 PLAN = """
 title = "tiny"
@@ -161,7 +155,9 @@ def test_what_is_finished_is_not_made_again(made, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in made.ledger.rglob("*.json")} == before
 
 
-def test_a_run_that_fails_keeps_none_of_the_others_from_being_made(made, tmp_path, monkeypatch):
+def test_a_failed_run_stops_no_other(made, tmp_path, monkeypatch):
+    """A run that fails keeps none of the others from being made."""
+
     def breaks(recipe, *arguments, **keywords):
         if recipe.attention == "dense":
             raise RuntimeError("out of memory")
@@ -194,7 +190,8 @@ def test_runs_side_by_side_give_what_runs_alone_give(made, tmp_path, capsys):
     assert not runner.main(late)
 
 
-def test_a_process_that_fails_is_named_and_keeps_no_other_from_running(tmp_path, capsys):
+def test_a_failed_process_stops_no_other(tmp_path, capsys):
+    """A process that fails is named and keeps no other from running."""
     bad = [sys.executable, "-c", "raise SystemExit('no memory')"]
     good = [sys.executable, "-c", "print('done')"]
     commands = [("bad", bad), ("good", good)]
@@ -241,9 +238,7 @@ def test_seeds_come_round_by_round(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", sorted((EXPERIMENTS / "plans").glob("*.toml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(evidence.PLANS.glob("*.toml")), ids=lambda p: p.stem)
 def test_committed_plans_can_be_read(path):
     plan = read_plan(path)
     assert plan.runs[0].label == "dense"
@@ -283,7 +278,8 @@ def entry(speeds, losses, tokens=100, step=10):
     }
 
 
-def test_time_is_tokens_at_the_median_speed_without_the_first_line():
+def test_time_is_tokens_at_the_median_speed():
+    """Time is tokens at the median speed without the first line."""
     made = entry([1, 50, 40, 1000], [(5, 4.0), (10, 3.0)])
     assert figures.curve(made) == [(1.0, 4.0), (2.0, 3.0)]
     assert figures.curve(entry([1], [(5, 4.0)])) == []
@@ -358,7 +354,8 @@ def speeds_file(folder, name, rows, length=32, gpu="two"):
     (folder / "tiny" / "speeds" / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_speeds_that_were_measured_apart_replace_those_of_the_runs(made, tmp_path):
+def test_measured_speeds_replace_those_of_runs(made, tmp_path):
+    """Speeds that were measured apart replace those of the runs."""
     (tmp_path / "tiny.toml").write_text(PLAN)
     plan = read_plan(tmp_path / "tiny.toml")
     assert read_speeds(tmp_path, plan) is None
@@ -393,7 +390,8 @@ def test_speeds_that_were_measured_apart_replace_those_of_the_runs(made, tmp_pat
         read_speeds(tmp_path / "bands", plan)
 
 
-def test_differences_are_taken_seed_by_seed_and_against_each_baseline():
+def test_differences_are_taken_seed_by_seed():
+    """Differences are taken seed by seed and against each baseline."""
     done = {
         ("dense", 0): finished_run(4.0, 8.0),
         ("dense", 1): finished_run(5.0, 8.0),
@@ -411,7 +409,8 @@ def test_differences_are_taken_seed_by_seed_and_against_each_baseline():
     assert "`sliding_window`, which costs less: -0.0250 ± 0.1768, ahead in 1 of 2 seeds" in less
 
 
-def test_entries_hold_recall_and_heads_and_the_page_shows_them(made, tmp_path):
+def test_entries_and_page_have_recall_and_heads(made, tmp_path):
+    """Entries hold recall and heads and the page shows them."""
     for found in ledger.read_ledger(made.ledger, "tiny"):
         final = found["final"]
         assert {score["task"] for score in final["recall"]} == {"copying", "pairs"}

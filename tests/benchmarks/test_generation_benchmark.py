@@ -13,10 +13,11 @@ from spattention.cache_layout import ring_lengths
 ROOT = Path(__file__).parents[2]
 
 
-def test_it_measures_every_way_and_writes_what_it_found(tmp_path: Path) -> None:
+def test_every_way_is_measured_and_written(tmp_path: Path) -> None:
+    """It measures every way and writes what it found."""
     output = tmp_path / "generation.json"
     sizes = ["--layers", "1", "--vocabulary", "300", "--context", "256", "--batch", "2"]
-    command = [sys.executable, "benchmarks/generation.py", "--model", "olmoe-tiny", *sizes]
+    command = [sys.executable, "-m", "benchmarks.generation", "--model", "olmoe-tiny", *sizes]
     command += ["--steps", "2", "--repeats", "1", "--eager", "--commit", "abc"]
     done = subprocess.run(
         [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, check=False

@@ -20,7 +20,8 @@ def test_losses_are_drawn_and_their_ends_are_told(tmp_path, capsys):
     assert shown[-1].startswith(f"| `shared_local` | {last:.3f} | ")
 
 
-def test_runs_of_different_recipes_are_not_drawn_together(tmp_path):
+def test_different_recipes_are_not_drawn_together(tmp_path):
+    """Runs of different recipes are not drawn together."""
     other = RECIPES / "tiny-cpu.dense.losses.json"
     with pytest.raises(SystemExit, match="must have one recipe"):
         losses["main"](losses["Options"]((RUNS[0], other), tmp_path / "losses.png"))

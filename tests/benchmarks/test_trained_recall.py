@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.experiments import recall_page, trained_recall
 from spattention.evaluation.recall import pairs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "experiments"))
-
-import recall_page
-import trained_recall
 
 OPTIONS = trained_recall.Options(commit="abc", count=4, steps=25)
 
@@ -51,7 +46,8 @@ def test_accuracy_is_told_by_the_distance_of_the_value() -> None:
     assert {part["distance"] for part in told} <= {1, 3, 5, 7, 9, 11, 13}
 
 
-def test_only_what_is_asked_has_a_label_and_seeds_differ() -> None:
+def test_labels_are_answers_and_seeds_differ() -> None:
+    """Only what is asked has a label and seeds differ."""
     first, again, other = (next(iter(trained_recall.Questions(4, seed))) for seed in (0, 0, 1))
     assert torch.equal(first["input_ids"], again["input_ids"])
     assert not torch.equal(first["input_ids"], other["input_ids"])

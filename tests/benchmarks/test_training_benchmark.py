@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import training
 from spattention.choice import attention_choice
 from spattention.models import build, preset
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import training  # noqa: E402
 
 PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 
@@ -37,7 +33,8 @@ def test_all_sides_are_measured_in_one_model(
     assert rows[0]["over_dense"] == 1
 
 
-def test_a_side_attends_its_own_way_and_leaves_the_model_as_it_was() -> None:
+def test_a_side_leaves_the_model_as_it_was() -> None:
+    """A side attends its own way and leaves the model as it was."""
     chosen = preset("olmoe-tiny", vocab_size=64, context=32, num_layers=1)
     torch.manual_seed(0)
     model = build(chosen, pattern=None).eval()

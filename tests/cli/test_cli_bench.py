@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import pytest
 import torch
 
 from spattention import BandPattern
-from spattention.cli import bench, bench_attention, bench_decode, main, measure, tune
+from spattention.benchmarking import results, timing
+from spattention.benchmarking.competitors import (
+    PATTERNS,
+    Attend,
+    bands,
+    import_below,
+    window_sizes,
+)
+from spattention.cli import bench, bench_attention, bench_decode, main, tune
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -77,7 +86,7 @@ def test_short_calls_are_timed_together(
     def call() -> None:
         clock.now += cost
 
-    found = measure._median_milliseconds(call, budget=20.0, together=together)
+    found = timing._median_milliseconds(call, budget=20.0, together=together)
     between = [round(time / cost) for time in clock.between]
     assert found == pytest.approx(cost + clock.late / between[-1])
     assert between[-1] == pytest.approx(calls, abs=1)
@@ -92,8 +101,8 @@ def test_a_busy_gpu_is_measured_when_it_has_settled(monkeypatch: pytest.MonkeyPa
     def replay() -> None:
         clock.now += 1.0 if clock.now < 300.0 else 2.0
 
-    monkeypatch.setattr(measure, "_captured", lambda call: replay)
-    assert measure.busy_milliseconds(lambda: None) == 2.0
+    monkeypatch.setattr(timing, "_captured", lambda call: replay)
+    assert timing.busy_milliseconds(lambda: None) == 2.0
     assert clock.now < 1200.0
 
 
@@ -106,17 +115,16 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0
 
     monkeypatch.setattr(bench_decode, "DEVICE", "cpu")
-    monkeypatch.setattr(measure, "needs_gpu", lambda command: None)
-    monkeypatch.setattr(measure, "copy_speed", lambda: 4.0)
-    monkeypatch.setattr(measure, "graph_milliseconds", milliseconds)
-    monkeypatch.setattr(measure, "eager_milliseconds", milliseconds)
-    monkeypatch.setattr(measure, "environment", lambda: {"gpu": "None X1", "commit": "?"})
+    monkeypatch.setattr(timing, "needs_gpu", lambda command: None)
+    monkeypatch.setattr(timing, "copy_speed", lambda: 4.0)
+    monkeypatch.setattr(timing, "graph_milliseconds", milliseconds)
+    monkeypatch.setattr(timing, "eager_milliseconds", milliseconds)
+    monkeypatch.setattr(results, "environment", lambda: {"gpu": "None X1", "commit": "?"})
 
 
 @pytest.mark.usefixtures("without_a_gpu")
-def test_decode_measures_what_runs_and_names_what_does_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_decode_names_what_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decode measures what runs and names what does not."""
     command = ["bench", "decode", "--lengths", "64", "96", "--batches", "1", "2", "--heads", "4"]
     command += ["--key-heads", "2", "--head-dim", "16", "--no-flex", "--commit", "abc"]
     assert main([*command, "--output", str(tmp_path)]) == 0
@@ -128,11 +136,11 @@ def test_decode_measures_what_runs_and_names_what_does_not(
     rows = [row for row in found["rows"] if (row["batch"], row["length"]) == (2, 96)]
     assert {row["by"] for row in rows if row["mask"] == "dense"} >= {"dense math"}
     ours = [(row["mask"], row["layout"]) for row in rows if row["by"] == "spattention"]
-    assert ours == [(m, layout) for m in measure.PATTERNS for layout in ("all keys", "BandStore")]
+    assert ours == [(m, layout) for m in PATTERNS for layout in ("all keys", "BandStore")]
     moved = 2 * 96 * 2 * 2 * 16 * 2  # both key/value heads reach everything, together once
     assert rows[0]["speed"] == pytest.approx(moved / 1e9)
     table = results.with_suffix(".md").read_text()
-    assert table.count("| spattention | BandStore |") == 4 * len(measure.PATTERNS)
+    assert table.count("| spattention | BandStore |") == 4 * len(PATTERNS)
     assert "wrote" in capsys.readouterr().out
 
 
@@ -152,10 +160,15 @@ def test_the_gate_of_decode_stops_a_wrong_result() -> None:
 
 
 @pytest.mark.usefixtures("without_a_gpu")
-def test_what_is_measured_is_written_before_the_next_case(
+def test_each_case_is_written_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(options: Any, batch: int, heads: int, length: int) -> list[bench_attention.Row]:
+    """What is measured is written before the next case."""
+
+    def measured(
+        options: Any, batch: int, heads: int, length: int, missing: list[str]
+    ) -> list[bench_attention.Row]:
+        missing[:] = ["flash-sparse-attn: ModuleNotFoundError: no module"]
         if length == 64:
             raise KeyboardInterrupt
         names = ("forward", "total", "eager_forward", "eager_total", "busy_total")
@@ -170,7 +183,6 @@ def test_what_is_measured_is_written_before_the_next_case(
 
     monkeypatch.setattr(bench_attention, "_measure_case", measured)
     monkeypatch.setattr(bench_attention, "_measure_calls", lambda options: {"host": "fast"})
-    monkeypatch.setattr(bench_attention.Flash4, "is_installed", lambda: False)
     options = bench_attention.Options(
         cases=("1x8x16",), lengths=(32, 64), output=tmp_path, flash4=False
     )
@@ -179,8 +191,111 @@ def test_what_is_measured_is_written_before_the_next_case(
     (found,) = tmp_path.glob("attention_*.json")
     assert [row["length"] for row in json.loads(found.read_text())["rows"]] == [16, 16, 32, 32]
     assert "| 1, 8, 16 | exclusive |" in found.with_suffix(".md").read_text()
+    missing = "not measured: flash-sparse-attn: ModuleNotFoundError: no module"
+    assert f"- {missing}" in found.with_suffix(".md").read_text()
+    assert json.loads(found.read_text())["missing"] == [missing.removeprefix("not measured: ")]
     cases = "1x8x16 exclusive, 1x16x32 exclusive"
     assert f"- portable kernels ({cases})" in found.with_suffix(".md").read_text()
     assert "| 1.000 (1.000) |" in found.with_suffix(".md").read_text()
     assert "| 2.00 (1.00) |" in found.with_suffix(".md").read_text()
     assert found.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+class Breaks:
+    """A competitor that cannot be imported, or that cannot express a mask."""
+
+    name = "other"
+
+    def __init__(self, inputs: Any) -> None:
+        raise RuntimeError("needs a GPU of the future\nand more")
+
+
+class Wrong:
+    name = "wrong"
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+
+    def on(self, pattern: BandPattern) -> Attend:
+        return Attend(lambda: self.inputs[2] + 1.0, self.inputs)
+
+
+def test_competitors_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an import that fails nor a wrong output is left out without its reason."""
+    shape = (1, 2, 16, 4)
+    inputs = tuple(torch.randn(shape, requires_grad=True) for _ in range(3))
+    inputs = (*inputs, torch.randn(shape))
+
+    def row(options: Any, *given: Any) -> Any:
+        return given[3]  # the name
+
+    monkeypatch.setattr(bench_attention, "Flex", Breaks)
+    monkeypatch.setattr(bench_attention, "FlexFlash", Wrong)
+    monkeypatch.setattr(bench_attention, "_inputs", lambda *given: inputs)
+    monkeypatch.setattr(bench_attention, "_check", lambda *given: None)
+    monkeypatch.setattr(bench_attention, "dense", lambda given: {"cuDNN": bands})
+    monkeypatch.setattr(bench_attention, "_row", row)
+    monkeypatch.setattr(bench_attention, "_compared", lambda row, dense, flex: row)
+    monkeypatch.setattr(bench_attention, "replace", lambda row, **given: row)
+    options = bench_attention.Options(flash4=False)
+    missing: list[str] = []
+    rows = list(bench_attention._measure_case(options, 1, 2, 16, missing))
+    assert rows == ["dense cuDNN", *["spattention"] * len(PATTERNS)]
+    assert missing[0] == "other: RuntimeError: needs a GPU of the future"
+    assert missing[1].startswith("flash-sparse-attn: ModuleNotFoundError")
+    wrong = [reason for reason in missing if reason.startswith("wrong at 1x2x16, ")]
+    assert len(wrong) == len(PATTERNS)
+    assert all("RuntimeError: the output of wrong on" in reason for reason in wrong)
+
+
+@pytest.mark.parametrize("make", PATTERNS.values(), ids=PATTERNS)
+def test_windows_of_flash_sparse_attn(make: Callable[[int, int], BandPattern]) -> None:
+    """Distances that its kernels keep: `[0, near)` and the window `right` beyond it."""
+    pattern = make(8, 64)
+    distance = torch.arange(64)[:, None] - torch.arange(64)
+    for seen, (sink, left, right, near) in zip(pattern.mask(64), window_sizes(pattern)):
+        first = near + right
+        kept = (distance < near) | ((distance >= first) & (distance < first + left))
+        assert sink == 0
+        assert torch.equal(seen, kept & (distance >= 0))
+
+
+def test_windows_that_cannot_be_expressed() -> None:
+    with pytest.raises(ValueError, match="start with distance 0"):
+        window_sizes(BandPattern((((1, 3), (5, 7)),), 8))
+    assert window_sizes(BandPattern(((), ((2, 5),), ((0, 3),)), 8)) == [
+        (0, 0, 0, 0),
+        (0, 3, 2, 0),
+        (0, 0, 0, 3),
+    ]
+
+
+def test_a_module_is_imported_below_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "heavy_package"
+    (package / "ops").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('needs more')\n")
+    (package / "ops" / "__init__.py").write_text("")
+    (package / "ops" / "cute.py").write_text("VALUE = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert import_below("heavy_package", "ops.cute").VALUE == 3
+    finally:
+        for name in [name for name in sys.modules if name.startswith("heavy_package")]:
+            del sys.modules[name]
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        import_below("no_such_package", "ops")
+
+
+def test_wall_time_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slow calls, then calls of one second: the median of those that count."""
+    now, costs = 0.0, [9.0, 5.0, 1.0, 1.0, 4.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+
+    def call() -> None:
+        nonlocal now
+        now += costs.pop(0)
+
+    assert timing.wall_seconds(call, 3, warm_up=2) == 1.0
+    assert costs == []

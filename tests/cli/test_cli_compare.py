@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from spattention import BandPattern
+from spattention.benchmarking.timing import cache_bytes
 from spattention.cli import main
-from spattention.cli.generate import Options, cache_bytes, special_tokens
+from spattention.cli.generate import Options, special_tokens
+from spattention.comparison.process import RunFailed
 from spattention.loading import model_folder, open_model, open_tokenizer
-from spattention.training.process import RunFailed
 
 SMALL = [
     "--steps",
@@ -70,11 +71,16 @@ def test_it_ends_with_a_table_a_plot_and_a_text(compared):
     assert all(run["continuation"] for run in found["runs"])
     assert found["model"] == "models/shared_local-seed0"
     assert found["missing"] == []
+    assert not list((output / "training").iterdir())  # the state of training goes with its result
+    losses = json.loads((output / "models" / "dense-seed0" / "losses.json").read_text())
+    assert losses["format"] == "spattention-run"
+    assert losses["recipe"]["attention"] == "dense"
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "| shared_local |" in (output / "results.md").read_text()
 
 
-def test_a_second_run_has_nothing_to_do_and_more_patterns_add_to_it(compared, text, capsys):
+def test_a_second_command_adds_patterns(compared, text, capsys):
+    """A second run has nothing to do and more patterns add to it."""
     output, _ = compared
     kept = output / "runs" / "dense-seed0.json"
     before = kept.stat().st_mtime_ns
@@ -168,7 +174,7 @@ def test_an_interruption_keeps_what_is_finished(text, tmp_path):
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "Interrupted. The same command goes on" in printed
+    assert "Interrupted. The same command continues" in printed
     found = json.loads((output / "results.json").read_text())
     assert found["runs"][0]["attention"] == "dense"
     assert "Not finished" in (output / "results.md").read_text()
@@ -295,10 +301,10 @@ def test_a_pattern_that_is_dense_is_told(text, tmp_path, capsys):
 
 
 def test_a_run_that_fails_is_told_in_one_line(text, tmp_path, capsys, monkeypatch):
-    def fails(job, on_event):
-        raise RunFailed(f"{job.name} failed:\nTraceback (most recent call last):\nOSError: full")
+    def fails(run, folder, on_event):
+        raise RunFailed(f"{run.name} failed:\nTraceback (most recent call last):\nOSError: full")
 
-    monkeypatch.setattr("spattention.cli.compare.run_apart", fails)
+    monkeypatch.setattr("spattention.cli.compare.train_in_process", fails)
     output = tmp_path / "out"
     arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
     assert main([*arguments, "--patterns", "dense"]) == 1

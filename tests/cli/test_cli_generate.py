@@ -58,7 +58,8 @@ def test_compare_dense_shows_both(
         assert row in found.err
 
 
-def test_dense_means_the_same_weights_and_stock_attention(saved: Path) -> None:
+def test_dense_is_stock_attention_on_the_weights(saved: Path) -> None:
+    """Dense means the same weights and stock attention."""
     dense, banded, tokenizer = (
         open_model(saved, dense=True),
         open_model(saved),
@@ -76,9 +77,10 @@ def test_dense_means_the_same_weights_and_stock_attention(saved: Path) -> None:
         torch.testing.assert_close(found, dense(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_a_dense_model_generates_and_has_nothing_to_compare(
+def test_a_dense_model_has_nothing_to_compare(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """A dense model generates and has nothing to compare."""
     folder = save(tmp_path, bands=False)
     command = ["generate", str(folder), PROMPT, "--max-new-tokens", "3"]
     assert main(command) == 0

@@ -21,7 +21,8 @@ def pythons_own_handler():
 
 @pytest.mark.usefixtures("pythons_own_handler")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interruption_during_a_finalizer_is_not_lost():
+def test_interruption_in_a_finalizer_is_kept():
+    """An interruption during a finalizer is not lost."""
     with Interrupts() as interrupts:
         interrupts.check()
         Finalized()  # Python prints the exception, and goes on

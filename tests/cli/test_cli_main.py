@@ -56,7 +56,8 @@ def test_each_command_explains_itself(name, capsys):
     assert arguments.split(": ")[-1].split()[0] in described
 
 
-def test_the_help_of_train_names_every_field_of_a_recipe(capsys):
+def test_help_of_train_names_every_field(capsys):
+    """The help of train names every field of a recipe."""
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -125,7 +126,9 @@ def test_draw_without_heads(capsys):
     assert "`--heads` must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_triton_is_found_missing_only_while_a_command_runs(capsys, monkeypatch):
+def test_missing_triton_is_named_by_a_command(capsys, monkeypatch):
+    """Triton is found missing only while a command runs."""
+
     def needs_triton(options):
         import triton.runtime  # noqa: F401
 

@@ -65,7 +65,8 @@ def losses(folder, name):
     return [e[name] for e in read_metrics(folder / METRICS) if name in e]
 
 
-def test_ddp_gives_the_losses_of_one_process_and_goes_on_with_another_number(recipe, tmp_path):
+def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
+    """DDP gives the losses of one process and goes on with another number."""
     train = ("-m", "spattention", "train", recipe, "--output")
     launch(0, *train, tmp_path / "one")
     shown = launch(2, *train, tmp_path / "two")

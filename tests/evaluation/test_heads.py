@@ -15,7 +15,7 @@ from transformers import (
 
 import spattention as spa
 from spattention import baselines
-from spattention.evaluation.heads import look_at_heads
+from spattention.evaluation.heads import head_statistics
 
 HEADS, SPAN, LAYERS = 4, 90, 2
 P = spa.BandPattern
@@ -58,7 +58,7 @@ def test_dense_heads_are_those_of_eager_attention(implementation):
     model, ids = build(implementation), tokens(2, 70)  # more than one block of rows
     with torch.no_grad():
         attentions = build("eager")(ids, output_attentions=True).attentions
-    found = look_at_heads(model, ids)
+    found = head_statistics(model, ids)
     assert len(found) == LAYERS
     for layer, weights in zip(found, attentions):
         entropy, distance, divergence = from_weights(weights)
@@ -74,7 +74,7 @@ def test_bands_are_looked_at_through_their_masks():
     model = spa.hf.apply(build(), pattern)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
-    found = look_at_heads(model, tokens(1, 70))[1]
+    found = head_statistics(model, tokens(1, 70))[1]
     mask = pattern.mask(70)
     counts = mask.sum(dim=-1).double()
     assert found.entropy == pytest.approx(counts.log().mean(dim=1).tolist(), abs=1e-5)
@@ -84,15 +84,16 @@ def test_bands_are_looked_at_through_their_masks():
     assert found.divergence == pytest.approx(divergence, abs=1e-4)
 
 
-def test_queries_without_keys_are_left_out_and_sinks_are_a_place():
+def test_empty_queries_and_sinks():
+    """Queries without keys are left out and sinks are a place."""
     pattern = P.exclusive(HEADS, SPAN)  # the last head has keys from position 68 on
     model = spa.hf.apply(build(), pattern)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
-    bare = look_at_heads(model, tokens(1, 70))[0]
+    bare = head_statistics(model, tokens(1, 70))[0]
     assert bare.entropy[3] == pytest.approx((math.log(1) + math.log(2)) / 2, abs=1e-6)
     spa.hf.apply(model, pattern, sinks=True)  # zero, as likely as any key
-    sunk = look_at_heads(model, tokens(1, 70))[0]
+    sunk = head_statistics(model, tokens(1, 70))[0]
     counts = pattern.mask(70)[3].sum(dim=-1) + 1
     assert sunk.entropy[3] == pytest.approx(float(counts.double().log().mean()), abs=1e-5)
 
@@ -102,7 +103,7 @@ def test_baselines_are_looked_at(name):
     kinds = {"longformer": baselines.Longformer, "reformer": baselines.Reformer}
     model = baselines.apply(build(), kinds[name](HEADS, SPAN))
     before = model(tokens(1, 70)).logits
-    for layer in look_at_heads(model, tokens(1, 70)):
+    for layer in head_statistics(model, tokens(1, 70)):
         assert all(0 < value < math.log(70) for value in layer.entropy)
         assert 0 < layer.divergence < math.log(HEADS)
     assert torch.equal(model(tokens(1, 70)).logits, before)  # nothing stays behind
@@ -112,7 +113,7 @@ def test_other_implementations_are_refused():
     model = build()
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(ValueError, match="must have stock attention, bands or a baseline"):
-        look_at_heads(model, tokens(1, 9))
+        head_statistics(model, tokens(1, 9))
 
 
 def test_a_window_beside_bands_is_refused():
@@ -125,7 +126,7 @@ def test_a_window_beside_bands_is_refused():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     spa.hf.apply(model, [P.exclusive(HEADS, SPAN), None])
     with pytest.raises(ValueError, match="layers must not have windows of their own, got 5"):
-        look_at_heads(model, tokens(1, 20))
+        head_statistics(model, tokens(1, 20))
 
 
 @pytest.mark.parametrize("pattern", [P.dense(HEADS, SPAN), P.shared_local(HEADS, SPAN)])
@@ -142,6 +143,6 @@ def test_sinks_that_the_model_has_count(pattern):
     found = []
     for height in (-30.0, 30.0):
         attention.sinks.data.fill_(height)
-        found.append(look_at_heads(model, tokens(1, 20))[0].entropy)
+        found.append(head_statistics(model, tokens(1, 20))[0].entropy)
     assert min(found[0]) > 1.0
     assert max(found[1]) < 1e-6, "all weight goes to the sink"

@@ -54,7 +54,7 @@ def test_losses_are_those_of_a_loop(model):
         assert part.mean == pytest.approx(sum(values) / 5, abs=1e-5)
 
 
-def test_documents_that_are_kept_apart_and_labels_that_do_not_count(model):
+def test_separate_documents_and_ignored_labels(model):
     """As each document by itself, whose first token nobody predicts."""
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(0, 31, (n,), generator=generator) for n in (9, 4, 7)]

@@ -44,7 +44,7 @@ def test_the_best_two_runs_are_found(bins, forced, seed, price):
 
 @given(st.integers(2, 5), st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=25, deadline=None)
-def test_no_choice_of_as_many_pairs_is_better_where_greedy_ends(bins, seed, share):
+def test_no_choice_of_equal_pairs_is_better(bins, seed, share):
     """The allocation is optimal for the pairs that it takes, up to the last step of one unit."""
     values = random_values(2, bins, seed)
     costs = torch.arange(bins, 0, -1) * 10

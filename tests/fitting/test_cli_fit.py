@@ -145,7 +145,8 @@ def test_packed_tokens_of_the_model_are_data(home, tmp_path):
     assert profile.rows == 3
 
 
-def test_data_prepared_with_another_tokenizer_is_refused(home, tmp_path, capsys):
+def test_data_of_another_tokenizer_is_refused(home, tmp_path, capsys):
+    """Data prepared with another tokenizer is refused."""
     prepared = tmp_path / "prepared"
     arguments = ["--output", str(prepared), "--vocabulary", "280", "--held-out", "0"]
     assert main(["prepare", str(home / "books.txt"), *arguments]) == 0

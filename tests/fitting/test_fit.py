@@ -194,7 +194,8 @@ def test_whole_layers_stay_dense():
     assert len(set(window)) == 1
 
 
-def test_a_span_beyond_the_length_opens_what_ends_with_it():
+def test_a_span_beyond_the_length():
+    """A span beyond the length opens what ends with it."""
     profile = made(50)
     patterns = spa.fit(profile, pairs=0.4, span=200)
     short = spa.fit(profile, pairs=0.4)

@@ -130,7 +130,7 @@ def test_learned_sinks_of_a_model_take_their_share():
     assert float((found.first.sum(-1) + found.distance.sum(-1)).max()) < 1e-4
 
 
-def test_needles_are_shared_by_the_queries_that_predict():
+def test_needles_count_for_predicting_queries():
     """Even attention gives a needle of 3 tokens 3 / (i + 1) of the query at position i."""
     model = cosine_model(((0.0, 0.0),))
     row = tokens(1, 40)[0]
@@ -218,7 +218,8 @@ def test_the_model_is_as_before_whatever_happens(implementation, batches, raised
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_model_profiled_can_still_be_trained_and_given_bands():
+def test_a_profiled_model_trains_and_takes_bands():
+    """The model profiled can still be trained and given bands."""
     model = AutoModelForCausalLM.from_config(Qwen3Config(**SMALL, head_dim=8))
     ids = tokens(1, 12)
     expected = model.eval()(ids).logits

@@ -82,7 +82,8 @@ def test_fsdp2_gives_the_losses_of_one_process(
     assert shards["loss"] != pytest.approx(rounded, abs=1e-6), "the loss was rounded to bfloat16"
 
 
-def test_a_sharded_run_goes_on_and_its_checkpoint_opens(recipe: Path, tmp_path: Path) -> None:
+def test_a_sharded_run_resumes_and_opens(recipe: Path, tmp_path: Path) -> None:
+    """A sharded run goes on and its checkpoint opens."""
     whole = train(tmp_path / "whole", recipe, sharded=True)
     spa.hf.register()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-8")

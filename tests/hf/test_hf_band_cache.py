@@ -85,7 +85,8 @@ def test_every_pattern_in_float32(name, family, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_adds_no_more_error_than_it_has_without_a_cache(kind):
+def test_bfloat16_error_is_that_without_a_cache(kind):
+    """Bfloat16 adds no more error than it has without a cache."""
     ids = tokens(1, LENGTH)
     exact = logits(banded("llama"), ids, use_cache=False)
     model = banded("llama").bfloat16()
@@ -198,7 +199,8 @@ def test_layers_left_alone_keep_their_own_cache():
     assert generated(model, ids[:, :18], BandCache(model.config), attention_mask=mask) == wanted
 
 
-def test_memory_stays_and_is_less_than_that_of_all_keys():
+def test_memory_stays_below_that_of_all_keys():
+    """Memory stays and is less than that of all keys."""
     model = banded("llama")
     cache = BandCache(model.config)
     assert cache.nbytes == 0

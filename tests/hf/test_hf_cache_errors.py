@@ -83,7 +83,8 @@ def test_a_cache_names_what_it_cannot_do():
         cache.offload(0)
 
 
-def test_a_cache_does_not_change_its_mind_about_padding():
+def test_padding_of_a_cache_does_not_change():
+    """A cache does not change its mind about padding."""
     model, cache = filled()
     before = copy.deepcopy(cache)
     ids = tokens(2, 33)

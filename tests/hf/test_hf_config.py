@@ -99,7 +99,7 @@ def test_a_plain_row_needs_no_mask():
     assert rows_mask(2, 3, 8, q_offset=5) is None
 
 
-def test_that_an_attention_mask_was_given_shows_in_the_rows():
+def test_rows_show_that_a_mask_was_given():
     """Dropped because it was all ones, it let `position_ids` split rows on the CPU alone."""
     ones = torch.ones(2, 8, dtype=torch.bool)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])

@@ -105,7 +105,8 @@ def test_the_walk_covers_what_the_models_pass(family, monkeypatch):
     assert {"scaling", "dropout"} <= seen <= set(KEYWORDS)
 
 
-def test_the_walk_covers_the_keywords_that_transformers_declares():
+def test_declared_keywords_are_all_covered():
+    """The walk covers the keywords that Transformers declares."""
     declared = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
     assert declared <= set(KEYWORDS)
     assert set(KEYWORDS) - {"scaling", "dropout"} == (WITHOUT_EFFECT | HONOURED) - {"s_aux"}
@@ -256,7 +257,8 @@ def test_models_that_cannot_run_bands_are_refused():
         spa.hf.apply(eager, pattern)
 
 
-def test_the_implementation_without_a_pattern_is_refused():
+def test_implementation_without_pattern_refused():
+    """The implementation without a pattern is refused."""
     spa.hf.register()
     model = build("llama")
     model.set_attn_implementation("spattention")
@@ -290,7 +292,7 @@ def attend(model, hidden):
 
 @pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("pattern", [FIRST, SECOND], ids=["named", "custom"])
-def test_a_tensor_parallel_rank_needs_its_part_of_the_pattern(pattern, lowered):
+def test_tensor_parallel_needs_its_part(pattern, lowered):
     """Whether a part fits is read off the weights: a pattern's recipe is for readers."""
     stock = build("llama")
     hidden = torch.randn(1, 8, 32, dtype=torch.float64)
@@ -309,7 +311,8 @@ def test_a_tensor_parallel_rank_needs_its_part_of_the_pattern(pattern, lowered):
         spa.hf.apply(stock, pattern.heads(0, 2))
 
 
-def test_a_refused_build_leaves_the_model_that_lent_its_config():
+def test_a_refused_build_leaves_the_other_model():
+    """A refused build leaves the model that lent its config."""
     model, ids = banded("llama", P.exclusive(HEADS, SPAN)), tokens(1, 9)
     before = logits(model, ids)
     with pytest.raises(ValueError, match=r'must be "spattention" for a model .* got "sdpa"'):

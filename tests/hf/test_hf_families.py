@@ -30,7 +30,8 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_stock_attention_under_the_mask(family, monkeypatch):
+def test_stock_attention_under_the_mask_agrees(family, monkeypatch):
+    """Logits and gradients are those of stock attention under the mask."""
     stock = Masked(build(family, "sdpa"), PATTERNS)
     model = banded(family)
     calls = Calls(monkeypatch)
@@ -52,7 +53,8 @@ def test_logits_and_gradients_are_those_of_stock_attention_under_the_mask(family
 @pytest.mark.parametrize(
     ("family", "reentrant"), [*((family, False) for family in FAMILIES), ("llama", True)]
 )
-def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
+def test_gradient_checkpointing_same_gradients(family, reentrant):
+    """Gradient checkpointing gives the same gradients."""
     plain, saving = banded(family, sinks=True), banded(family, sinks=True)
     saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -68,7 +70,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_edit_changes_what_the_bands_reach_after_it_and_nothing_before(family):
+def test_an_edit_changes_what_bands_reach(family):
     """The published code mixed heads within a token instead of tokens, and no test of shapes could
     see it.
     """
@@ -130,7 +132,8 @@ def test_one_layer_may_keep_its_own_attention(family, monkeypatch):
         assert calls.patterns == [SECOND]
 
 
-def test_a_layer_left_alone_sees_padding_packing_and_the_cache_as_before():
+def test_a_layer_left_alone_is_as_before():
+    """A layer left alone sees padding packing and the cache as before."""
     model = spa.hf.apply(build("llama"), (None, spa.BandPattern.dense(HEADS, 64)))
     stock = build("llama")
     ids = tokens(2, 12)
@@ -168,7 +171,8 @@ def test_a_layer_left_alone_sees_padding_packing_and_the_cache_as_before():
     close(torch.cat([first.logits, second.logits], dim=1), logits(stock, ids), **EXACT)
 
 
-def test_patterns_can_be_replaced_and_sinks_keep_their_values():
+def test_replaced_patterns_keep_sinks():
+    """Patterns can be replaced and sinks keep their values."""
     model = banded("llama", sinks=True)
     with torch.no_grad():
         model.model.layers[0].self_attn.sinks.fill_(0.5)

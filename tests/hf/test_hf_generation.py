@@ -76,7 +76,7 @@ def test_rows_may_be_packed_in_different_places(family):
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_position_ids_split_no_row_that_comes_with_an_attention_mask(family, side):
+def test_position_ids_split_no_row_with_a_mask(family, side):
     """Whatever the mask holds and whatever keeps the keys; as in Transformers."""
     stock = Masked(build(family), (FIRST, SECOND))
     model = banded(family)
@@ -101,7 +101,8 @@ def test_position_ids_split_no_row_that_comes_with_an_attention_mask(family, sid
     assert (apart[0] - wanted[0]).abs().max() > 1e-3
 
 
-def test_packed_rows_have_the_gradients_of_separate_documents():
+def test_packed_gradients_equal_separate_ones():
+    """Packed rows have the gradients of separate documents."""
     lengths = (7, 5)
     ids = tokens(1, 12)
     packed, flat, separate = banded("llama"), banded("llama"), banded("llama")
@@ -135,7 +136,7 @@ def test_generation_with_every_cache_is_the_same(family):
 
 @pytest.mark.parametrize("padding", [4, 5, 6, 11])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_a_prompt_may_be_filled_in_chunks_of_padding_alone(padding, cache):
+def test_prompt_in_chunks_of_padding_alone(padding, cache):
     """The positions 1, 1, 1, ... that Transformers gives to padding are no documents."""
     model = banded("llama", sinks=True)
     ids = tokens(2, 18)
@@ -148,7 +149,8 @@ def test_a_prompt_may_be_filled_in_chunks_of_padding_alone(padding, cache):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beam_search_with_and_without_a_cache_is_the_same(family):
+def test_beam_search_with_and_without_a_cache(family):
+    """Beam search with and without a cache is the same."""
     model = banded(family)
     ids = tokens(2, 10)
     settings = {
@@ -164,7 +166,8 @@ def test_beam_search_with_and_without_a_cache_is_the_same(family):
     assert static.tolist() == plain.tolist()
 
 
-def test_the_unfilled_end_of_a_static_cache_is_never_read():
+def test_unfilled_static_cache_is_never_read():
+    """The unfilled end of a static cache is never read."""
     model = banded("llama")
     ids = tokens(1, 9)
     cache = static_cache(model, 20)
@@ -176,7 +179,8 @@ def test_the_unfilled_end_of_a_static_cache_is_never_read():
     close(torch.cat([first, rest], dim=1), logits(model, ids), **EXACT)
 
 
-def test_a_cache_filled_under_another_pattern_is_refused():
+def test_a_cache_of_another_pattern_is_refused():
+    """A cache filled under another pattern is refused."""
     ids = tokens(1, 9)
     model = banded("llama")
     for cache in (transformers.DynamicCache(config=model.config), static_cache(model, 20)):
@@ -194,7 +198,8 @@ def test_a_cache_filled_under_another_pattern_is_refused():
         logits(model, ids, past_key_values=cache)
 
 
-def test_a_cache_rebuilt_from_its_tensors_is_vouched_for():
+def test_a_cache_rebuilt_from_its_tensors():
+    """A cache rebuilt from its tensors is vouched for."""
     model, ids = banded("llama"), tokens(2, 20)
     cache = transformers.DynamicCache(config=model.config)
     logits(model, ids[:, :12], past_key_values=cache)
@@ -240,7 +245,7 @@ def test_positions_that_jump_forward_are_refused(cache):
     close(found, wanted, **EXACT)
 
 
-def test_packing_under_an_attention_mask_is_warned_of_once():
+def test_packing_under_a_mask_is_warned_of_once():
     """Documents then see one another, as in Transformers."""
     model, ids = banded("llama"), tokens(1, 12)
     packed = {"position_ids": packed_positions(7, 5)}

@@ -188,7 +188,8 @@ def test_drafts_after_padding_between_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "band"])
-def test_a_cache_with_padding_is_cropped_split_and_repeated(kind):
+def test_a_padded_cache_is_cropped_and_repeated(kind):
+    """A cache with padding is cropped split and repeated."""
     model, ids = banded("llama"), tokens(len(MASK), LENGTH)
     cache = make_cache(kind, model)
     in_pieces(model, ids[:, :17], MASK[:, :17], [17], cache)
@@ -242,7 +243,8 @@ def test_layers_left_alone_see_no_padding():
             close(found[MASK.bool()], wanted, **tolerance)
 
 
-def test_own_sliding_windows_count_padding_as_in_transformers():
+def test_own_windows_count_padding():
+    """Own sliding windows count padding as in Transformers."""
     ids = tokens(len(MASK), LENGTH)
     windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     config = transformers.Qwen2Config(**COMMON, **GROUPED, **windows, initializer_range=0.2)

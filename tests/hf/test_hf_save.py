@@ -227,7 +227,8 @@ def test_sinks_are_loaded_strictly(saved, tmp_path):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_saved_model_is_not_loaded_with_another_attention(saved):
+def test_a_saved_model_takes_no_other_attention(saved):
+    """A saved model is not loaded with another attention."""
     spa.hf.register()
     with pytest.raises(ValueError, match='must be "spattention" for a model with'):
         transformers.AutoModelForCausalLM.from_pretrained(
@@ -235,7 +236,8 @@ def test_a_saved_model_is_not_loaded_with_another_attention(saved):
         )
 
 
-def test_a_model_can_be_built_from_a_config_with_the_section():
+def test_a_config_with_the_section_builds_a_model():
+    """A model can be built from a config with the section."""
     config = banded("llama", sinks=True).config
     fresh = type(config)(**json.loads(config.to_json_string()))
     model = transformers.AutoModelForCausalLM.from_config(fresh)
@@ -250,7 +252,8 @@ def test_a_model_can_be_pickled():
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), ids), logits(model, ids))
 
 
-def test_the_state_dict_loads_into_a_model_with_the_same_bands():
+def test_the_state_dict_needs_the_same_bands():
+    """The state dict loads into a model with the same bands."""
     model, other = banded("llama", sinks=True), banded("llama", sinks=True, seed=1)
     fill_sinks(model)
     other.load_state_dict(model.state_dict())

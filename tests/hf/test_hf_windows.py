@@ -49,7 +49,8 @@ def test_sliding_layers_are_kept(own):
     assert model.config.layer_types == MIXED["layer_types"]
 
 
-def test_sliding_layers_are_kept_with_padding_packing_and_caches():
+def test_sliding_layers_keep_padding_and_caches():
+    """Sliding layers are kept with padding packing and caches."""
     model = spa.hf.apply(build("qwen3", **MIXED), FIRST)
     ids = tokens(2, 17)
     plain = logits(model, ids, use_cache=False)
@@ -93,7 +94,7 @@ def test_a_window_is_replaced_when_told(named, tmp_path):
         close(logits(again, ids), wanted, **EXACT)
 
 
-def test_a_window_that_the_span_stays_within_is_no_obstacle():
+def test_a_window_beyond_the_span_is_no_obstacle():
     """Mistral's default window is 4096 tokens in every layer."""
     ids = tokens(1, 17)
     model = spa.hf.apply(build("mistral", sliding_window=FIRST.span), FIRST)
@@ -103,7 +104,8 @@ def test_a_window_that_the_span_stays_within_is_no_obstacle():
     assert found.tolist() == model.generate(ids, use_cache=False, **GREEDY).tolist()
 
 
-def test_one_window_for_all_layers_is_replaced_in_all_or_none():
+def test_a_shared_window_is_replaced_in_all_or_none():
+    """One window for all layers is replaced in all or none."""
     overrides = {"sliding_window": WINDOW}
     model = build("mistral", **overrides)
     stock = logits(model, tokens(1, 17))
@@ -114,7 +116,8 @@ def test_one_window_for_all_layers_is_replaced_in_all_or_none():
     assert torch.equal(logits(model, tokens(1, 17)), stock)
 
 
-def test_a_window_with_positions_of_its_own_is_not_replaced():
+def test_a_window_with_own_positions_stays():
+    """A window with positions of its own is not replaced."""
     config = transformers.Gemma3TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -173,7 +176,8 @@ def test_gpt_oss_keeps_its_sinks():
     close(logits(model, tokens(1, 17)), wanted.detach(), rtol=0.0, atol=1e-6)
 
 
-def test_only_the_text_decoder_of_a_vision_language_model_changes(tmp_path):
+def test_only_the_text_decoder_changes(tmp_path):
+    """Only the text decoder of a vision language model changes."""
     text = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,

@@ -51,7 +51,8 @@ print(grown - kept)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["shared_local", "dense"])
-def test_peak_memory_beyond_inputs_outputs_and_gradients(name):
+def test_peak_memory_beyond_the_tensors(name):
+    """Peak memory beyond inputs outputs and gradients."""
     result = subprocess.run(
         [sys.executable, "-c", PEAK, name, "8192"], capture_output=True, text=True, check=True
     )
@@ -191,7 +192,7 @@ def unequal(key_dim, value_dim, scale, seed):
 
 @pytest.mark.parametrize("scale", [-0.7, 0.25])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (16, 5), (5, 16)])
-def test_gradient_of_the_log_sum_exp_and_unequal_head_dims(key_dim, value_dim, scale):
+def test_gradient_of_lse_and_unequal_head_dims(key_dim, value_dim, scale):
     """They are columns added to what PyTorch's kernel sees."""
     check_case(unequal(key_dim, value_dim, scale, seed=0), impl="blockwise")
 
@@ -232,3 +233,15 @@ def test_scores_are_rounded_alike_forward_and_backward(heads, tokens):
     out = spa.band_attention(query, key, value, pattern, scale=0.7, impl="blockwise")
     out.backward(torch.ones_like(out))
     assert torch.equal(value.grad, torch.ones_like(value))
+
+
+@pytest.mark.parametrize("ahead", range(-6, 7))
+@pytest.mark.parametrize("width", [1, 3, 9])
+def test_early_and_late_queries_of_a_block(ahead, width):
+    """The picture of `Run`: queries without a key come first and last, and `inside` is all."""
+    run = blocks.Run(0, 0, 8, 4, 1, 1, ahead, width, True)
+    gap = ahead + torch.arange(8)[:, None] - torch.arange(4)
+    seen = (gap >= 0) & (gap < width)
+    assert run.early == int((gap < 0).all(1).sum())
+    assert run.late == int((gap >= width).all(1).sum())
+    assert run.inside == bool(seen.all())

@@ -68,7 +68,7 @@ def test_tokens_survive_a_full_cache(tmp_path: Path) -> None:
     assert run["interrupted"] > 0
 
 
-def test_one_window_for_all_heads_gives_the_same_tokens(tmp_path: Path) -> None:
+def test_one_window_gives_the_same_tokens(tmp_path: Path) -> None:
     """vLLM's manager of several windows may be off, as with some of its options."""
     folder = folders.save(tmp_path)
     settings = {"disable_hybrid_kv_cache_manager": True}

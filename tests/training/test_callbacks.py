@@ -335,10 +335,10 @@ def test_the_command_shows_losses_and_goes_on(data, tmp_path, capsys):
     assert (found["step"], [e["step"] for e in found["train"]]) == (1, [1])
     shown = capsys.readouterr().out
     assert "step 1: loss 5." in shown
-    assert "Stopped at step 1 of 4; the same command goes on." in shown
+    assert "Stopped at step 1 of 4; the same command resumes." in shown
     assert main(command) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "going on from" in shown
+    assert "resuming from" in shown
     assert "step 4: validation loss" in shown
     assert "tokens/s" in shown
     assert "MFU" not in shown, "on a CPU it says nothing"

@@ -16,9 +16,9 @@ from spattention import hf
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.training.checkpoints import checkpoints, newest_good
+from spattention.training.lock import held
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import pretrain
-from spattention.training.results import held
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import STEPS, killed, losses, recipe
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_before_the_damage(data, whole, tmp_path):
     notes = [event["text"] for event in events if event["kind"] == "note"]
     assert len(notes) == 2
     assert "checkpoint-8/optimizer.pt was changed" in notes[0]
-    assert notes[1] == f"going on from {folder / 'checkpoint-6'}"
+    assert notes[1] == f"resuming from {folder / 'checkpoint-6'}"
     assert losses(folder) == losses(whole)
     assert (folder / "damaged-checkpoint-8").exists()
 

@@ -20,7 +20,6 @@ from spattention.training.checkpoints import checkpoints, newest_good
 from spattention.training.metrics import METRICS, append_metrics, read_metrics
 from spattention.training.pretrain import pretrain
 from spattention.training.record import LOSSES
-from spattention.training.results import ResultsFolder
 from spattention.training.run_folder import MARK
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -299,26 +298,6 @@ def test_damage_is_returned_with_the_older_checkpoint(whole, tmp_path, edit):
         assert str(newest) in problems[0]
     else:
         assert problems == []
-
-
-def test_damaged_results_of_a_comparison_are_named(tmp_path):
-    from test_results import SETTINGS, result
-
-    from spattention.training.variant import Job
-
-    results = ResultsFolder(tmp_path)
-    results.claim(SETTINGS)
-    job = Job("dense", 0, SETTINGS, results.data, results.models)
-    results.add(job, result())
-    path = results.runs / "dense-seed0.json"
-    good = path.read_text()
-    for content in ("{}", "[]", "{", json.dumps(json.loads(good) | {"validation_loss": "low"})):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=r"dense-seed0\.json must hold "):
-            results.find(job)
-    (tmp_path / "comparison.json").write_text('{"settings": 3}')
-    with pytest.raises(ValueError, match=r"comparison\.json must hold `settings`, an object"):
-        ResultsFolder(tmp_path).claim(SETTINGS)
 
 
 def test_json_is_read_within_its_limit(tmp_path):

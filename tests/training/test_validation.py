@@ -58,3 +58,11 @@ def test_a_run_without_validation(streams, tmp_path):
     entries = read_metrics(tmp_path / "run" / METRICS)
     assert not any("eval_loss" in entry for entry in entries)
     assert sum("loss" in entry for entry in entries) == 8
+
+
+def test_a_run_ends_with_a_validation_loss(streams, tmp_path):
+    """Also where `evaluate_every` does not divide its steps."""
+    changes = {"validation": str(streams[1]), "evaluate_every": 3}
+    pretrain(recipe(streams[0], **changes), tmp_path / "run")
+    entries = read_metrics(tmp_path / "run" / METRICS)
+    assert [e["step"] for e in entries if "eval_loss" in e] == [3, 6, 8]

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from transformers.masking_utils import causal_mask_function
 
+from ..compat.huggingface import attention_name
 from ..hf.config import MAX_SPAN
 from ..hf.decoder import attention_modules, check_model
 from ..hf.parallel_guard import guard_parallel
@@ -144,6 +145,7 @@ def register(kind: type[Baseline]) -> None:
             is_equipped=lambda module: hasattr(module, PLAN),
             equip=lambda module: _equip_from_config(kind, module),
             restore=lambda model, section: apply(model, kind.from_section(section)),
+            weights=_head_weights,
         )
     )
 
@@ -213,7 +215,7 @@ def attention_forward(
         `([B, Q, H, Dv], None)`.
     """
     config: Any = module.config
-    kind = config._attn_implementation
+    kind = attention_name(config)
     plan: LayerAttention | None = getattr(module, PLAN, None)
     if plan is None:
         raise ValueError(
@@ -313,3 +315,18 @@ def _equip_from_config(kind: type[Baseline], module: Any) -> None:
     baseline = kind.from_section(getattr(config, kind.kind))
     _check_heads(baseline, config)
     _equip(baseline, module, config.num_hidden_layers)
+
+
+def _head_weights(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    start: int,
+    stop: int,
+) -> torch.Tensor:
+    """See `hf.head_weights.HeadWeights`; baselines have no sinks."""
+    weights = getattr(module, PLAN).weights(query, key, scale, start, stop)
+    return torch.nn.functional.pad(weights, (0, 1))

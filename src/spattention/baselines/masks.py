@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ..compat.pytorch import recompile_limit
+
 # (head, query position, key position) -> bool; integer tensors that broadcast. Causality is added.
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BLOCK = 128  # of FlexAttention's block mask
@@ -25,7 +27,7 @@ def _flex(*arguments: Any, **keywords: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return _compiled(*arguments, **keywords)
-    with torch._dynamo.config.patch(recompile_limit=SHAPES):
+    with recompile_limit(SHAPES):
         return _compiled(*arguments, **keywords)
 
 
@@ -36,7 +38,7 @@ class MaskAttention:
         num_heads: query heads H.
         make: gives the formula with its tables on a device.
 
-    Whole sequences on CUDA run compiled FlexAttention, but for those of at most 2,048 tokens
+    Whole sequences on CUDA run compiled FlexAttention, except for those of at most 2,048 tokens
     without gradients; these and everything else run PyTorch's `scaled_dot_product_attention` under
     a dense mask.
     """

@@ -6,21 +6,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ..bands import BandPattern
+from ..benchmarking import results, timing
+from ..benchmarking.competitors import (
+    DTYPES,
+    PATTERNS,
+    Attend,
+    Competitor,
+    Flash4,
+    FlashSparse,
+    Flex,
+    FlexFlash,
+    Tensors,
+    bands,
+    dense,
+    package_versions,
+)
 from ..explanation import explain
 from ..testing import Case, check_case
-from . import measure
-from .rivals import Attend, Flash4, Flex, Tensors, bands, dense
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
 REST = 0.25  # seconds before each measurement: a power limit looks back over a tenth or two
-RIVAL_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
+T = TypeVar("T")
+COMPETITOR_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
 
 
 @dataclass(frozen=True)
@@ -40,13 +54,14 @@ class Options:
         head_dim: D.
         dtype: of query, key and value.
         flex: also time compiled FlexAttention on the same masks (seconds of compilation per case).
-        flash4: also time FlashAttention-4, dense and with block sparsity on the same masks, where
-            `flash_attn.cute` is installed.
+        flex_flash: also time FlexAttention on its FLASH back end.
+        flash4: also time FlashAttention-4, dense and with block sparsity on the same masks.
+        flash_sparse: also time flash-sparse-attn on the same masks.
         peak_tflops: Ceiling of the floor: matrix products, in TFLOP/s.
         peak_tbs: Ceiling of the floor: memory, in TB/s.
         seed: Of the random inputs.
         commit: The commit to record, where git cannot tell.
-        output: Folder for the results: JSON, a table and a plot, written anew after each case.
+        output: Folder for the results: JSON, a table and a plot, written again after each case.
             Nothing is written without it.
     """
 
@@ -55,7 +70,9 @@ class Options:
     head_dim: int = 128
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     flex: bool = True
+    flex_flash: bool = True
     flash4: bool = True
+    flash_sparse: bool = True
     peak_tflops: float = 700.0
     peak_tbs: float = 4.2
     seed: int = 0
@@ -91,24 +108,24 @@ class Row:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
-    measure.needs_gpu("bench attention")
+    timing.needs_gpu("bench attention")
     shapes = [_shape(case) for case in options.cases]
     plotted = [(1, 16, length) for length in options.lengths]
-    record = measure.record(options)
-    if Flash4.is_installed():
-        record["environment"][Flash4.package] = version(Flash4.package)
+    record = results.run_header(options)
+    record["environment"] |= package_versions()
+    missing: list[str] = []
     record["calls"] = _measure_calls(options)
     rows: list[Row] = []
     for batch, heads, length in dict.fromkeys([*shapes, *plotted]):
-        rows += _measure_case(options, batch, heads, length)
-        record["rows"] = [asdict(row) for row in rows]
+        rows += _measure_case(options, batch, heads, length, missing)
+        record |= {"missing": missing, "rows": [asdict(row) for row in rows]}
         print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
         if options.output is not None:
             stem = _write(options.output, record, rows, plotted)
     title = "milliseconds by graph replay (busy GPU); useful TFLOP/s; ratios of forward + backward"
-    measure.show(title, HEADINGS, map(_cells, rows))
+    results.show(title, HEADINGS, map(_cells, rows))
     print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
-    print("\n".join(kernels_that_ran(rows)))
+    print("\n".join(kernels_that_ran(rows) + not_measured(missing)))
     if options.output is not None:
         print(f"wrote {stem}.json, .md{' and .png' if plotted else ''}")
 
@@ -121,6 +138,26 @@ def kernels_that_ran(rows: Iterable[Row]) -> list[str]:
             case = f"{row.batch}x{row.heads}x{row.length} {row.mask}"
             cases.setdefault(row.kernels, []).append(case)
     return [f"{kernels} ({', '.join(names)})" for kernels, names in cases.items()]
+
+
+def not_measured(missing: Iterable[str]) -> list[str]:
+    """One line for each competitor that did not run, with its reason."""
+    return [f"not measured: {reason}" for reason in missing]
+
+
+def attempt(name: str, missing: list[str], make: Callable[[], T]) -> T | None:
+    """The result of a competitor's call; None with the reason added to `missing` where it fails.
+
+    Competitors are optional packages that raise whatever they like where they do not cover a case.
+    """
+    try:
+        return make()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        reason = f"{name}: {type(error).__name__}: {lines[0]}"
+        if reason not in missing:
+            missing.append(reason)
+        return None
 
 
 def _shape(case: str) -> tuple[int, int, int]:
@@ -137,42 +174,78 @@ def _inputs(options: Options, batch: int, heads: int, length: int) -> Tensors:
     generator = torch.Generator("cuda").manual_seed(options.seed)
     shape = (batch, heads, length, options.head_dim)
     query, key, value, d_out = (
-        torch.randn(shape, generator=generator, device="cuda", dtype=measure.DTYPES[options.dtype])
+        torch.randn(shape, generator=generator, device="cuda", dtype=DTYPES[options.dtype])
         for _ in range(4)
     )
     return *(tensor.requires_grad_() for tensor in (query, key, value)), d_out
 
 
-def _measure_case(options: Options, batch: int, heads: int, length: int) -> Iterator[Row]:
+def _measure_case(
+    options: Options, batch: int, heads: int, length: int, missing: list[str]
+) -> Iterator[Row]:
+    """Dense attention, then every pattern with its competitors; what does not run is named in
+    `missing`.
+    """
     inputs = _inputs(options, batch, heads, length)
-    flash4 = Flash4(inputs) if options.flash4 and Flash4.is_installed() else None
-    attends = dense(inputs) | ({} if flash4 is None else {flash4.name: flash4.dense})
+    competitors = _competitors(options, inputs, missing)
     everything = BandPattern.dense(heads, length)
     dense_row = None
-    for name, attend in attends.items():
+    for name, attend in dense(inputs).items():
         row = _row(options, inputs, everything, "dense", f"dense {name}", attend)
         dense_row = dense_row or row  # cuDNN's, the first
         yield _compared(row, dense_row, None)
     assert dense_row is not None
-    flex = Flex(inputs) if options.flex else None
-    for mask, make in measure.PATTERNS.items():
+    case = f"{batch}x{heads}x{length}"
+    for competitor in competitors:
+        if isinstance(competitor, Flash4):
+            attend, name = competitor.dense, f"dense {competitor.name}"
+            run = partial(_row, options, inputs, everything, "dense", name, attend)
+            found = attempt(f"{name} at {case}", missing, run)
+            if found is not None:
+                yield _compared(found, dense_row, None)
+    for mask, make in PATTERNS.items():
         pattern = make(heads, length)
         _check(options, make, heads, min(length, CHECKED_LENGTH))
         ours = bands(inputs, pattern)
         flex_row = None
-        for rival in (flex, flash4):
-            if rival is None:
+        for competitor in competitors:
+            run = partial(_competitor_row, options, inputs, competitor, mask, pattern, ours)
+            found = attempt(f"{competitor.name} at {case}, {mask}", missing, run)
+            if found is None:
+                torch.cuda.empty_cache()
                 continue
-            attend = rival.on(pattern)
-            _check_rival(rival.name, mask, attend, ours)
-            row = _row(options, inputs, pattern, mask, rival.name, attend)
-            if rival is flex:
-                flex_row = row
-            yield _compared(row, dense_row, flex_row)
+            if type(competitor) is Flex:
+                flex_row = found
+            yield _compared(found, dense_row, flex_row)
         row = _row(options, inputs, pattern, mask, "spattention", ours)
         query, key, value, _ = inputs
         row = replace(row, kernels=explain(query, key, value, pattern, impl="triton").kernels)
         yield _compared(row, dense_row, flex_row)
+
+
+def _competitors(options: Options, inputs: Tensors, missing: list[str]) -> list[Competitor]:
+    """Those that were asked for and can be imported."""
+    asked: list[tuple[bool, Callable[[Tensors], Competitor], str]] = [
+        (options.flex, Flex, Flex.name),
+        (options.flex_flash, FlexFlash, FlexFlash.name),
+        (options.flash4, Flash4, Flash4.name),
+        (options.flash_sparse, FlashSparse, FlashSparse.name),
+    ]
+    found = (attempt(name, missing, partial(make, inputs)) for on, make, name in asked if on)
+    return [competitor for competitor in found if competitor is not None]
+
+
+def _competitor_row(
+    options: Options,
+    inputs: Tensors,
+    competitor: Competitor,
+    mask: str,
+    pattern: BandPattern,
+    ours: Attend,
+) -> Row:
+    attend = competitor.on(pattern)
+    _check_competitor(competitor.name, mask, attend, ours)
+    return _row(options, inputs, pattern, mask, competitor.name, attend)
 
 
 def _compared(row: Row, dense_row: Row, flex_row: Row | None) -> Row:
@@ -191,14 +264,14 @@ def _compared(row: Row, dense_row: Row, flex_row: Row | None) -> Row:
 
 
 @torch.no_grad()
-def _check_rival(name: str, mask: str, attend: Attend, ours: Attend) -> None:
+def _check_competitor(name: str, mask: str, attend: Attend, ours: Attend) -> None:
     """The same mask, or the comparison is none. RuntimeError unless the outputs agree."""
     out, other = ours(), attend()
     if other.shape != out.shape:
         other = other.transpose(1, 2)
     seen = out.abs().amax(-1, keepdim=True) > 0  # what a query without keys gets is everyone's own
     error = ((other - out) * seen).abs().max().item()
-    if not error < RIVAL_ERROR:
+    if not error < COMPETITOR_ERROR:
         raise RuntimeError(f"the output of {name} on {mask} differs by {error}")
 
 
@@ -238,7 +311,7 @@ def _row(
     moved = (4 + 8) * query.numel() * query.element_size()
     floor = max(work / options.peak_tflops / 1e12, moved / options.peak_tbs / 1e12) * 1e3
     forward_time, total_time = (
-        measure.graph_milliseconds(call, rest=REST) for call in (forward, total)
+        timing.graph_milliseconds(call, rest=REST) for call in (forward, total)
     )
     return Row(
         batch=batch,
@@ -248,14 +321,14 @@ def _row(
         by=by,
         forward=forward_time,
         total=total_time,
-        eager_forward=measure.eager_milliseconds(forward),
-        eager_total=measure.eager_milliseconds(total),
-        busy_total=measure.busy_milliseconds(total),
+        eager_forward=timing.eager_milliseconds(forward),
+        eager_total=timing.eager_milliseconds(total),
+        busy_total=timing.busy_milliseconds(total),
         useful_forward=4 * head_dim * pairs / forward_time / 1e9,
         useful_total=work / total_time / 1e9,
         floor=floor,
         share_of_floor=floor / total_time,
-        peak_memory=measure.peak_bytes(total) / 2**20,
+        peak_memory=timing.peak_bytes(total) / 2**20,
     )
 
 
@@ -281,12 +354,12 @@ def _measure_calls(options: Options) -> dict[str, str]:
             torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True)
 
         with torch.no_grad():
-            forward_time = measure.host_microseconds(attend)
-        backward_time = measure.host_microseconds(backward)
+            forward_time = timing.host_microseconds(attend)
+        backward_time = timing.host_microseconds(backward)
         found[f"host time of {name}"] = (
             f"{forward_time:.0f} us forward, {backward_time:.0f} us backward"
         )
-    found["first call of a process with an empty cache"] = measure.first_call(
+    found["first call of a process with an empty cache"] = timing.first_call(
         options.head_dim, options.dtype
     )
     return found
@@ -336,13 +409,14 @@ def _ratio(rested: float | None, busy: float | None) -> str:
 def _write(
     folder: Path, record: dict[str, Any], rows: list[Row], plotted: list[tuple[int, int, int]]
 ) -> Path:
-    stem = measure.write(
+    stem = results.write_page(
         folder,
         "attention",
         record,
         (
             *(f"- {name}: {value}" for name, value in record["calls"].items()),
             *(f"- {line}" for line in kernels_that_ran(rows)),
+            *(f"- {line}" for line in not_measured(record["missing"])),
             "",
             "Milliseconds, medians of graph replays on a rested GPU (`eager total`: plain calls); "
             "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "

@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import band_attention
 from ..bands import BandPattern
+from ..benchmarking import results, timing
+from ..benchmarking.competitors import DTYPES, PATTERNS
 from ..cache import BandStore
 from ..cached_attention import band_attention_cached
 from ..testing import Case, check_error, exact, plain
-from . import measure
 
 DEVICE = "cuda"
 DENSE = {
@@ -96,8 +97,8 @@ class Cache:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
-    measure.needs_gpu("bench decode")
-    copy = measure.copy_speed()
+    timing.needs_gpu("bench decode")
+    copy = timing.copy_speed()
     rows: list[Row] = []
     missing: list[str] = []
     for length in options.lengths:
@@ -105,7 +106,7 @@ def main(options: Options) -> None:
             rows += _measure_case(options, batch, length, copy, missing)
             torch.cuda.empty_cache()
             print(f"measured batch {batch}, length {length}", flush=True)
-    record = measure.record(options)
+    record = results.run_header(options)
     record |= {"copy": copy, "missing": missing, "rows": [asdict(row) for row in rows]}
     cells = [_cells(row) for row in rows]
     notes = [
@@ -113,10 +114,10 @@ def main(options: Options) -> None:
         "calls). TB/s count compulsory bytes; `x dense` is against the fastest dense decoding.",
         *(f"- not measured: {reason}" for reason in missing),
     ]
-    measure.show(notes[0], HEADINGS, cells)
+    results.show(notes[0], HEADINGS, cells)
     print("\n".join(notes[1:]))
     if options.output is not None:
-        stem = measure.write(options.output, "decode", record, ["", *notes], HEADINGS, cells)
+        stem = results.write_page(options.output, "decode", record, ["", *notes], HEADINGS, cells)
         plot(stem.with_suffix(".png"), rows, record["environment"]["gpu"])
         print(f"wrote {stem}.json, .md and .png")
 
@@ -132,9 +133,9 @@ def _measure_case(
     whole = batch * key_heads * length * cache.token_bytes
 
     def row(mask: str, by: str, layout: str, moved: int, held: int, attend: Attend) -> Row:
-        time = measure.graph_milliseconds(attend)
+        time = timing.graph_milliseconds(attend)
         speed = moved / time / 1e9
-        eager = measure.eager_milliseconds(attend)
+        eager = timing.eager_milliseconds(attend)
         return Row(
             batch, length, mask, by, layout, time, eager, speed, speed / copy, held / 2**20
         )  # fmt: skip
@@ -149,7 +150,7 @@ def _measure_case(
             torch.cuda.empty_cache()
     fastest = min(found.time for found in dense)
     yield from (replace(found, over_dense=fastest / found.time) for found in dense)
-    for mask, make in measure.PATTERNS.items():
+    for mask, make in PATTERNS.items():
         pattern = make(options.heads, length)
         moved = batch * cache.token_bytes * compulsory(pattern, key_heads, options.queries, length)
         store = _store(cache, pattern)
@@ -170,7 +171,7 @@ def _cache(options: Options, batch: int, length: int) -> Cache:
 
     def draw(heads: int, tokens: int) -> torch.Tensor:
         shape = (batch, heads, tokens, options.head_dim)
-        made = torch.empty(shape, device=DEVICE, dtype=measure.DTYPES[options.dtype])
+        made = torch.empty(shape, device=DEVICE, dtype=DTYPES[options.dtype])
         for row in made:  # a row at a time: some of these tensors are large
             row.normal_(generator=generator)
         return made
@@ -210,7 +211,7 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
     if options.flex:
         from torch.nn.attention.flex_attention import flex_attention
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
         # Its kernel for few queries does not compile for tensors of 2^31 elements and more.
         rows = max(1, (2**31 - 1) // key[0].numel())

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,19 +16,22 @@ from rich.table import Table
 from rich.text import Text
 
 from ..choice import Bands, attention_choice, is_dense
+from ..comparison.folder import ResultsFolder
+from ..comparison.plan import Run, plan_of
+from ..comparison.process import train_in_process
+from ..comparison.report import HEADER, Report
+from ..comparison.summary import check_equal_order
 from ..data.prepare import CorpusFacts, open_stream, prepare
 from ..data.tokens import Windows
 from ..models import preset
 from ..training.callbacks import Event
-from ..training.process import run_apart
-from ..training.report import HEADER, Report
-from ..training.results import ResultsFolder, held
-from ..training.settings import Settings
-from ..training.summary import check_equal_order
-from ..training.variant import Job, Result
+from ..training.lock import held
 from .interrupt import Interrupts
 from .options.compare import Options
 from .progress import RunProgress
+
+TITLE = "Dense and banded attention compared"
+EVALUATIONS = 3  # validation losses of a run, the one at its end included
 
 
 def main(options: Options) -> None:
@@ -51,28 +55,29 @@ def _compare(
             tokenizer=options.tokenizer,
             end_of_text=options.end_of_text,
         )
-        settings = settings_from(options, facts)
+        shared = shared_fields(options, facts.vocabulary, folder.data)
+        settings = settings_from(shared, facts)
         facts = evaluated_facts(options, prepared, facts)
         # Nothing is refused after this: what the folder held is replaced here at the earliest.
         folder.claim(settings, restart=options.restart)
     for remark in remarks:
         print(f"warning: {remark}", file=sys.stderr)
-    jobs = plan(options, settings, folder)
+    runs = plan_of(TITLE, shared, options.patterns, options.seeds).runs
     console.print(
-        f"Runs: {len(jobs)}, each of {settings.steps} steps on {facts.train_tokens:,} tokens "
+        f"Runs: {len(runs)}, each of {options.steps} steps on {facts.train_tokens:,} tokens "
         f"({facts.source}). Results go to {options.output}."
     )
 
     def report() -> Report:
-        made = make_report(jobs, folder, facts, settings)
+        made = make_report(runs, folder, facts, settings)
         made.write(options.output)
         return made
 
     try:
-        _run_missing(jobs, folder, console, report)
+        _run_missing(runs, folder, console, report)
     except KeyboardInterrupt:
         show(report(), options.output, console)
-        console.print("Interrupted. The same command goes on with the runs that are missing.")
+        console.print("Interrupted. The same command continues with the missing runs.")
         raise
     show(report(), options.output, console)
 
@@ -86,44 +91,48 @@ def evaluated_facts(options: Options, folder: Path, facts: CorpusFacts) -> Corpu
     return replace(facts, unigram_entropy=used.unigram_entropy(), validation_tokens=len(used))
 
 
-def settings_from(options: Options, facts: CorpusFacts) -> Settings:
-    """The settings that all runs share."""
-    return _settings(options, facts.vocabulary, facts.digest)
+def settings_from(shared: dict[str, Any], facts: CorpusFacts) -> dict[str, Any]:
+    """Everything that runs must share to be compared: the fields of their recipes, the tokens."""
+    return {**shared, "data": facts.digest}
 
 
-def _settings(options: Options, vocabulary: int, data: str) -> Settings:
-    return Settings(
-        model=options.model,
-        layers=options.layers,
-        vocabulary=vocabulary,
-        context=options.context,
-        batch=options.batch,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        evaluations=3,
-        validation_windows=options.validation_windows,
-        threads=options.threads,
-        data=data,
-    )
-
-
-def plan(options: Options, settings: Settings, folder: ResultsFolder) -> list[Job]:
-    """All runs, seed by seed, so that an interruption leaves whole comparisons."""
-    return [
-        Job(attention, seed, settings, folder.data, folder.models)
-        for seed in options.seeds
-        for attention in options.patterns
-    ]
+def shared_fields(options: Options, vocabulary: int, data: Path) -> dict[str, Any]:
+    """The fields of the recipe that all runs share."""
+    evaluate_every = max(1, -(-options.steps // EVALUATIONS))
+    return {
+        "model": options.model,
+        "layers": options.layers,
+        "vocabulary": vocabulary,
+        "data": [str(data)],
+        "context": options.context,
+        "steps": options.steps,
+        "batch": options.batch,
+        "micro_batch": options.batch,
+        "learning_rate": options.learning_rate,
+        "warmup": max(1, options.steps // 10),
+        "beta2": 0.98,  # short runs: the average over 1 / (1 - 0.98) = 50 steps
+        "balance_loss": 0.0,
+        "z_loss": 0.0,
+        "precision": "float32",
+        "loss": "plain",
+        "threads": options.threads,
+        "log_every": max(1, options.steps // 60),
+        "evaluate_every": evaluate_every,
+        "validation_windows": options.validation_windows,
+        "save_every": evaluate_every,
+        "keep": 1,
+        "tensorboard": False,
+    }
 
 
 def make_report(
-    jobs: Sequence[Job], folder: ResultsFolder, facts: CorpusFacts, settings: Settings
+    runs: Sequence[Run], folder: ResultsFolder, facts: CorpusFacts, settings: dict[str, Any]
 ) -> Report:
     """The report on what is finished."""
-    results = folder.finished(jobs)
+    results = folder.finished(runs)
     check_equal_order(results)
     done = {(r.attention, r.seed) for r in results}
-    missing = [job.name for job in jobs if (job.attention, job.seed) not in done]
+    missing = [run.name for run in runs if (run.label, run.seed) not in done]
     command = shlex.join(["spattention", *sys.argv[1:]])
     return Report(facts, settings, results, missing, command)
 
@@ -133,7 +142,7 @@ def show(report: Report, output: Path, console: Console) -> None:
     if not report.results:
         return
     table = Table(
-        title="Dense and banded attention compared",
+        title=TITLE,
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -157,7 +166,7 @@ def show(report: Report, output: Path, console: Console) -> None:
         console.print(f"\nA text that {shown.attention} continues (in bold):", highlight=False)
         console.print(Text.assemble(shown.prompt or "", (shown.continuation, "bold")))
         console.print(
-            f'\nTo go on: spattention generate {output} "It was a dark night"', highlight=False
+            f'\nTo continue: spattention generate {output} "It was a dark night"', highlight=False
         )
     for what, name in (("plot", "png"), ("page", "md"), ("numbers", "json")):
         console.print(f"{what}: {output / f'results.{name}'}", highlight=False)
@@ -176,7 +185,7 @@ def _check(options: Options) -> list[str]:
     for seed in options.seeds:
         if not 0 <= seed < 2**32:
             raise ValueError(f"`--seeds` must be between 0 and 2**32 - 1, got {seed}")
-    _settings(options, options.vocabulary, "")  # raises for a value out of range
+    _ = Run("", 0, shared_fields(options, options.vocabulary, options.output)).recipe
     chosen = preset(options.model, context=options.context, num_layers=options.layers)
     choices = [
         attention_choice(attention, chosen.pattern.num_heads, options.context)
@@ -190,24 +199,24 @@ def _check(options: Options) -> list[str]:
 
 
 def _run_missing(
-    jobs: Sequence[Job],
+    runs: Sequence[Run],
     folder: ResultsFolder,
     console: Console,
     after_each: Callable[[], object],
 ) -> None:
-    missing = [job for job in jobs if folder.find(job) is None]
-    if len(missing) < len(jobs):
-        console.print(f"{len(jobs) - len(missing)} of them are there already.")
+    missing = [run for run in runs if folder.find(run) is None]
+    if len(missing) < len(runs):
+        console.print(f"{len(runs) - len(missing)} of them are there already.")
     with Interrupts() as interrupts, RunProgress(missing, console) as progress:
 
         def on_event(event: Event) -> None:
             interrupts.check()
             progress.update(event)
 
-        for job in missing:
+        for run in missing:
             interrupts.check()
-            progress.begin(job)
-            result: Result = run_apart(job, on_event)
-            folder.add(job, result)
+            progress.begin(run)
+            result = train_in_process(run, folder, on_event)
+            folder.add(run, result)
             progress.finish(result)
             after_each()  # what is finished is readable, whatever happens next

@@ -6,8 +6,8 @@ import io
 import sys
 
 from ..choice import named_pattern, pattern_remarks
+from ..files import write_atomically
 from ..plots import pattern_figure
-from ..training.results import write_atomically
 from .bounds import LARGEST, check_range
 from .options.draw import Options
 

@@ -20,10 +20,11 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import logging
 
+from ..compat.huggingface import attention_name
 from ..data.packed import SUFFIX, read_packed
 from ..data.prepare import open_stream
 from ..data.tokens import TokenStream, Windows
-from ..evaluation.heads import LayerHeads, look_at_heads
+from ..evaluation.heads import LayerHeads, head_statistics
 from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
@@ -146,7 +147,7 @@ def evaluate(
     if "heads" in parts:
         assert texts is not None
         some = [texts[k]["input_ids"] for k in range(min(HEAD_ROWS, len(texts)))]
-        heads = look_at_heads(model, torch.stack(some))
+        heads = head_statistics(model, torch.stack(some))
         say("heads", 1.0)
     if "tasks" in parts:
         tasks = []
@@ -164,7 +165,7 @@ def evaluate(
                     limit=options.limit,
                 )
             say("tasks", (number + 1) / len(options.shots))
-    attention = config._attn_implementation
+    attention = attention_name(config)
     return Evaluation(str(folder), digest, attention, loss, scores, heads, tasks)
 
 

@@ -6,7 +6,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, logging, set_seed
 
 from .. import hf
+from ..benchmarking.timing import cache_bytes
 from ..data.text import check_text
 from ..loading import model_folder, named_errors, open_model, open_tokenizer
 from .bounds import LARGEST, LARGEST_SEED, check_range
@@ -189,17 +189,6 @@ def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
         ends = found["eos_token_id"]
         found["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     return found
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache of Transformers holds for its layers."""
-    return sum(t.nbytes for layer in cache.layers for t in _tensors(layer))
-
-
-def _tensors(layer: Any) -> Iterable[torch.Tensor]:
-    # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
-    found = {t.data_ptr(): t for t in vars(layer).values() if isinstance(t, torch.Tensor)}
-    return found.values()
 
 
 def _check(options: Options) -> None:

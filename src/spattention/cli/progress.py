@@ -8,14 +8,15 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..comparison.plan import Run
+from ..comparison.summary import Result
 from ..training.callbacks import Event
-from ..training.variant import Job, Result
 
 
 class RunProgress:
     """A bar for the current run and one for all runs; a finished run leaves a line."""
 
-    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
+    def __init__(self, runs: Sequence[Run], console: Console) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -28,12 +29,12 @@ class RunProgress:
             console=console,
             speed_estimate_period=120,
         )
-        steps = sum(job.settings.steps for job in jobs)
-        self._all = self._progress.add_task("all runs", total=steps, facts="", visible=bool(jobs))
+        steps = sum(run.recipe.steps for run in runs)
+        self._all = self._progress.add_task("all runs", total=steps, facts="", visible=bool(runs))
         self._run = self._progress.add_task("", total=None, facts="", visible=False)
-        self._seeds = len({job.seed for job in jobs})
+        self._seeds = len({run.seed for run in runs})
         self._before = 0
-        self._loss = ""
+        self._facts = ""
 
     def __enter__(self) -> RunProgress:
         self._progress.start()
@@ -47,26 +48,29 @@ class RunProgress:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, run: Run) -> None:
         """Show that a run starts."""
-        self._loss = ""
+        self._facts = "loading"
         self._progress.reset(
             self._run,
-            total=job.settings.steps,
-            description=job.attention + (f", seed {job.seed}" if self._seeds > 1 else ""),
+            total=run.recipe.steps,
+            description=run.label + (f", seed {run.seed}" if self._seeds > 1 else ""),
             facts="loading",
             visible=True,
         )
 
     def update(self, event: Event) -> None:
-        """Show an event of `training.callbacks.Watch`."""
+        """Show an event of `pretrain`."""
+        kind = event["kind"]
+        if kind == "note":
+            self._console.print(event["text"], highlight=False)
+            return
+        if "loss" in event:
+            speed = event.get("tokens_per_second", 0)
+            self._facts = f"loss {event['loss']:.3f}, {speed:,.0f} tokens/s,"
         step = event["step"]
-        if event["kind"] == "step":
-            facts = f"{self._loss}{event['speed']:,.0f} tokens/s,"
-            self._progress.update(self._run, completed=step, facts=facts)
-            self._progress.update(self._all, completed=self._before + step)
-        elif event["kind"] == "train":
-            self._loss = f"loss {event['loss']:.3f}, "
+        self._progress.update(self._run, completed=step, facts=self._facts)
+        self._progress.update(self._all, completed=self._before + step)
 
     def finish(self, result: Result) -> None:
         """Show that a run is finished."""

@@ -66,7 +66,7 @@ def main(options: Options) -> None:
         console.print(f"Finished: {output}/checkpoint-{outcome.step}", highlight=False)
     else:
         console.print(
-            f"Stopped at step {outcome.step} of {outcome.steps}; the same command goes on.",
+            f"Stopped at step {outcome.step} of {outcome.steps}; the same command resumes.",
             highlight=False,
         )
 

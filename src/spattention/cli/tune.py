@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..bands import BandPattern
-from . import measure
+from ..benchmarking import timing
 
 if TYPE_CHECKING:
     from ..impl.triton.config import LaunchConfig
@@ -74,7 +74,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Try every launch of every pass, on `shared_local` bands."""
-    measure.needs_gpu("tune")
+    timing.needs_gpu("tune")
     run = None if options.kernels == "portable" else _runner(options, hopper=True)
     if options.kernels == "hopper" and run is None:
         raise ValueError("`--kernels hopper` does not cover this GPU, dtype or head_dim")
@@ -151,7 +151,7 @@ def _time(run: Callable[..., None], name: str, launch: LaunchConfig) -> float | 
     from triton.runtime.errors import OutOfResources
 
     try:
-        return measure.graph_milliseconds(lambda: run(name, launch), budget=5.0)
+        return timing.graph_milliseconds(lambda: run(name, launch), budget=5.0)
     except OutOfResources:
         return "too large for this GPU"
     except RuntimeError as error:

@@ -223,7 +223,7 @@ def _write(
             continue
         stream = encoder.encode(texts)
         for k in range(stream.num_documents):
-            # So many of the first n are held out, in exact arithmetic: any share, evenly.
+            # The number of the first n that are held out, in exact arithmetic: any share, evenly.
             before, after = (math.ceil(n * share - HALF) for n in (count + k, count + k + 1))
             writers[before < after].add(stream.tokens[stream.starts[k] : stream.starts[k + 1]])
         count += stream.num_documents

@@ -23,6 +23,8 @@ from .tokenizer import (
 )
 from .tokens import TokenStream
 
+UNKNOWN = "unknown"  # tokenizer of packed tokens that came without one
+
 
 @dataclass(frozen=True)
 class CorpusFacts:
@@ -83,7 +85,7 @@ def prepare(
             raise ValueError("`end_of_text` is only for packed tokens, a tokenizer has its own")
         documents = read_documents(data or sample_path())
         kept, held = split_documents(documents, held_out)
-        # The tokenizer must not know the text that it is judged on.
+        # The tokenizer must not know the validation text.
         used = used or train_tokenizer(kept, vocabulary)
         train, validation = tokenize(kept, used), tokenize(held, used)
         entries = entries_of(used)
@@ -97,7 +99,7 @@ def prepare(
         save_tokenizer(used, folder / "tokenizer.json")
     facts = CorpusFacts(
         source="the sample of the package" if data is None else str(data),
-        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else "unknown"),
+        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else UNKNOWN),
         # A multiple of 64 keeps the output layer's rows aligned.
         vocabulary=-(-entries // 64) * 64,
         train_documents=train.num_documents,

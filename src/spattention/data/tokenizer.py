@@ -37,7 +37,7 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
 
 
 def check_vocabulary(vocabulary: int) -> None:
-    """Raise ValueError unless `train_tokenizer` can train so many entries."""
+    """Raise ValueError unless `train_tokenizer` can train that number of entries."""
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if not smallest <= vocabulary <= LARGEST_VOCABULARY:
         raise ValueError(

@@ -177,7 +177,7 @@ class InOrder(Dataset[Any]):
 
     Item k is item `order[k % n]` of the dataset's n, where each epoch `k // n` has an order of its
     own. The order depends on the seed and n alone: not on ranks, workers, or where a run began, so
-    that whoever reads items k, k + 1, ... from the front of what is missing goes on exactly.
+    that whoever reads items k, k + 1, ... from the front of what is missing continues exactly.
 
     Args:
         dataset: map-style dataset to read.

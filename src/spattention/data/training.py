@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, Dataset
 
 from .packed import SUFFIX, described_end_of_text, read_packed
-from .prepare import open_facts, open_stream
+from .prepare import UNKNOWN, open_facts, open_stream
 from .tokens import TokenStream, Windows
 
 LARGE = 4 * 10**9  # bytes of tokens
@@ -81,29 +81,29 @@ def open_training(
     if check and size > LARGE:
         say(f"comparing {size / 1e9:.1f} GB of tokens with their digests")
     opened = [_open(Path(path), end_of_text, check=check) for path in data]
-    trained, judged = [], []
+    trained, validated = [], []
     for path, stream in zip(map(Path, data), opened):
         if validation:
             trained.append(stream)
         elif path.is_dir():
             trained.append(stream)
             if open_facts(path).validation_tokens:
-                judged.append(open_stream(path, "validation", check=check))
+                validated.append(open_stream(path, "validation", check=check))
         elif held_out:
             kept, held = stream.hold_out(held_out)
             trained.append(kept)
-            judged.append(held)
+            validated.append(held)
         else:
             trained.append(stream)
     others = [_open(Path(path), end_of_text, "validation", check=check) for path in validation]
-    judged += others
+    validated += others
     train = [Windows(s, context, across_documents=across_documents) for s in trained]
     tests = [
         Windows(s, context, each, across_documents=across_documents)
-        for s, each in zip(judged, _shares(limit, len(judged)))
+        for s, each in zip(validated, _shares(limit, len(validated)))
     ]
     found = hashlib.sha256(repr((context, across_documents)).encode())
-    for stream in (*trained, *judged):
+    for stream in (*trained, *validated):
         # Not the tokens themselves: a corpus may be larger than memory.
         found.update(repr((len(stream), stream.num_documents)).encode())
         found.update(stream.tokens[:4096].tobytes() + stream.tokens[-4096:].tobytes())
@@ -124,7 +124,7 @@ def open_training(
             for path, stream in zip((*data, *validation), (*opened, *others))
         ),
         end_of_text=next(iter(ends), None),
-        tokenizer=folders[0] / "tokenizer.json" if folders else None,
+        tokenizer=next(filter(None, map(_tokenizer, folders)), None),
     )
 
 
@@ -155,13 +155,19 @@ def _check_tokenizers(folders: Sequence[Path]) -> None:
     """Raise ValueError if the folders have different tokenizers."""
     from .tokenizer import load_tokenizer
 
-    known = [load_tokenizer(folder / "tokenizer.json").get_vocab() for folder in folders]
-    for folder, tokens in zip(folders, known):
-        if tokens != known[0]:
+    known = [path for path in map(_tokenizer, folders) if path is not None]
+    vocabularies = [load_tokenizer(path).get_vocab() for path in known]
+    for path, tokens in zip(known, vocabularies):
+        if tokens != vocabularies[0]:
             raise ValueError(
                 "`data` and `validation` must be made with one tokenizer, those of "
-                f"{folders[0]} and {folder} are not the same"
+                f"{known[0].parent} and {path.parent} are not the same"
             )
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    """The tokenizer of a prepared folder; None for one of packed tokens without any."""
+    return None if open_facts(folder).tokenizer == UNKNOWN else folder / "tokenizer.json"
 
 
 def _open(path: Path, end_of_text: int | None, name: str = "train", *, check: bool) -> TokenStream:
@@ -185,8 +191,9 @@ def _largest(path: Path, stream: TokenStream) -> int:
     """The largest token; of a prepared folder the largest that its tokenizer has (the vocabulary
     in its facts is rounded up).
     """
-    if not path.is_dir():
+    tokenizer = _tokenizer(path) if path.is_dir() else None
+    if tokenizer is None:
         return int(stream.tokens.max())
     from .tokenizer import entries_of, load_tokenizer
 
-    return entries_of(load_tokenizer(path / "tokenizer.json")) - 1
+    return entries_of(load_tokenizer(tokenizer)) - 1

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..baselines.adapter import PLAN
-from ..hf.config import NAME as BANDS
+from ..compat.huggingface import attention_name
 from ..hf.decoder import plan_of
-from ..hf.sinks import current_sinks
+from ..hf.head_weights import HeadWeights, stock_weights
+from ..hf.section import KINDS
 
 ROWS = 64  # queries at a time
 STOCK = ("sdpa", "eager")
@@ -40,7 +40,7 @@ class LayerHeads:
     divergence: float
 
 
-def look_at_heads(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
+def head_statistics(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
     """Run a causal language model once and measure each layer's heads.
 
     Args:
@@ -50,8 +50,9 @@ def look_at_heads(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
     Raises:
         ValueError: for another attention implementation, or layers with windows of their own.
     """
-    name = model.config.get_text_config()._attn_implementation
-    if name not in STOCK and name != BANDS and not _has_baseline(model):
+    name = attention_name(model.config.get_text_config())
+    kind = KINDS.get(name)
+    if name not in STOCK and (kind is None or kind.weights is None):
         raise ValueError(f"`model` must have stock attention, bands or a baseline, got {name!r}")
     model.eval()
     found: list[LayerHeads] = []
@@ -60,7 +61,7 @@ def look_at_heads(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
     if stock:
         model.set_attn_implementation("sdpa")
     try:
-        with torch.no_grad(), _watched("sdpa" if stock else name, found):
+        with torch.no_grad(), _intercept_attention("sdpa" if stock else name, found):
             model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         if stock:
@@ -68,16 +69,17 @@ def look_at_heads(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
     return found
 
 
-def _has_baseline(model: Any) -> bool:
-    return any(hasattr(module, PLAN) for module in model.modules())
+def _head_weights(module: Any) -> HeadWeights:
+    kind = KINDS.get(attention_name(module.config))
+    return stock_weights if kind is None or kind.weights is None else kind.weights
 
 
 @contextmanager
-def _watched(name: str, found: list[LayerHeads]) -> Iterator[None]:
+def _intercept_attention(name: str, found: list[LayerHeads]) -> Iterator[None]:
     """Replace the attention function by one that also adds statistics to `found`."""
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
-    def watched(
+    def intercepted(
         module: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **more: Any
     ) -> Any:
         window, plan = more.get("sliding_window"), plan_of(module)
@@ -86,7 +88,7 @@ def _watched(name: str, found: list[LayerHeads]) -> Iterator[None]:
         found.append(_measure(module, query, key, more.get("scaling"), more.get("s_aux")))
         return attend(module, query, key, *rest, **more)
 
-    ALL_ATTENTION_FUNCTIONS[name] = watched
+    ALL_ATTENTION_FUNCTIONS[name] = intercepted
     try:
         yield
     finally:
@@ -101,12 +103,15 @@ def _measure(
     own_sinks: torch.Tensor | None,
 ) -> LayerHeads:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    recompute = _head_weights(module)
     length, heads = query.shape[2], query.shape[1]
     totals = torch.zeros(3, heads, dtype=torch.float64, device=query.device)
     divergence = torch.zeros(2, dtype=torch.float64, device=query.device)
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
-        weights = _weights(module, query, key, scale, own_sinks, start, stop)  # [B, H, rows, N + 1]
+        weights = recompute(  # [B, H, rows, N + 1]
+            module, query, key, scale=scale, sinks=own_sinks, start=start, stop=stop
+        )
         there = weights.sum(dim=-1) > 0.5  # rows without keys and sinks are zero
         entropy = _entropy(weights)
         distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
@@ -128,37 +133,6 @@ def _measure(
         tuple((totals[1] / counts).tolist()),
         float(divergence[0] / divergence[1]),
     )
-
-
-def _weights(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    own_sinks: torch.Tensor | None,
-    start: int,
-    stop: int,
-) -> torch.Tensor:
-    """Weights of queries `start` to `stop`, the sink's last: float32 `[B, H, rows, N + 1]`."""
-    baseline = getattr(module, PLAN, None)
-    if baseline is not None:
-        weights = baseline.weights(query, key, scale, start, stop)
-        return torch.nn.functional.pad(weights, (0, 1))
-    length, heads = key.shape[2], query.shape[1]
-    key = key.repeat_interleave(heads // key.shape[1], dim=1).float()
-    scores = (query[:, :, start:stop].float() @ key.mT) * scale
-    plan = plan_of(module) if module.config._attn_implementation == BANDS else None
-    sinks = scores.new_full((heads,), -torch.inf) if own_sinks is None else own_sinks.float()
-    if plan is None or plan.pattern is None:
-        position = torch.arange(length, device=query.device)
-        mask = (position <= position[start:stop, None])[None]
-    else:
-        rows = stop - start
-        mask = plan.pattern.mask(rows, length, query_start=start, device=query.device)
-        sinks = current_sinks(module).float() if plan.sinks else sinks
-    scores = scores.masked_fill(~mask, -torch.inf)
-    column = sinks[:, None, None].expand(*scores.shape[:3], 1)
-    return torch.cat([scores, column], dim=-1).softmax(dim=-1).nan_to_num(0.0)
 
 
 def _entropy(weights: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,13 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention import _autocast
 from ..bands import BandPattern
 from ..cache import BandStore
 from ..cache_layout import MAX_ROLLBACK, UNSET, check_int, rollback, tokens_in_reach
 from ..cached_attention import band_attention_cached
 from ..checks import readable
+from ..compat.pytorch import mark_static_address
+from ..impl.layout import under_autocast
 from .config import read_section
 from .mask import Rows
 
@@ -124,7 +125,7 @@ class BandLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the store for keys `[B, Hkv, n, D]` and values of this shape."""
-        kind = _autocast(key_states)[0]
+        kind = under_autocast(key_states)[0]
         capacity = self.capacity
         if capacity is not None:
             capacity = max(capacity, key_states.shape[2])
@@ -244,7 +245,7 @@ class BandLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             # As Transformers does for its static cache: CUDA graphs may then write to them.
             for tensor in (self.keys, self.values, self.store.counts, self.store.documents):
-                torch._dynamo.mark_static_address(tensor)
+                mark_static_address(tensor)
 
 
 class BandHandle:

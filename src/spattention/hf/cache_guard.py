@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..bands import BandPattern
 from ..checks import readable
+from ..compat.huggingface import attention_name
 from .attention import PACKING
 from .cache import BandCache, BandLayer
 from .config import NAME, Section, read_section
@@ -32,7 +33,7 @@ def before_forward(
     next.
     """
     plan, section = plan_of(module), read_section(module.config)
-    if plan is None or module.config._attn_implementation != NAME or section is None:
+    if plan is None or attention_name(module.config) != NAME or section is None:
         return None
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
@@ -154,7 +155,7 @@ def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
     keys = getattr(held, "keys", None)
     if keys is not None and keys.numel() > 0 and keys.shape[0] != rows:
         raise ValueError(
-            f"`past_key_values` must go on with the batch that it was filled with, {keys.shape[0]} "
+            f"`past_key_values` must keep the batch that it was filled with, {keys.shape[0]} "
             f"rows, got {rows} in layer {layer}"
         )
     room = getattr(held, "max_cache_len", None)

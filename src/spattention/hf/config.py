@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bands import BandPattern
+from ..compat.huggingface import attention_name
 
 NAME = "spattention"
 VERSION = 1
@@ -88,7 +89,7 @@ def remove_section(config: Any) -> None:
     the config and `attn_implementation="sdpa"` is dense.
     """
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name in (NAME, part._attn_implementation, "attn_implementation"):
+        for name in (NAME, attention_name(part), "attn_implementation"):
             if name is not None and hasattr(part, name):
                 delattr(part, name)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..bands import BandPattern
+from ..compat.huggingface import set_attention_name
 from .config import NAME, section_of
 from .decoder import (
     LayerPlan,
@@ -67,7 +68,7 @@ def convert(
     replace_windows(model, configs, modules, chosen)
     for config in configs:
         config.spattention = section
-        config._attn_implementation_internal = NAME
+        set_attention_name(config, NAME)
     for index, module in modules.items():
         entry = chosen[index]
         equip(module, LayerPlan(entry, has_sinks and entry is not None, own))

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..bands import BandPattern
+from ..compat.huggingface import attention_name, follows_attention_interface
 from .config import NAME
 from .windows import keeps_window
 
@@ -85,9 +86,7 @@ def check_model(model: Any, config: Any, modules: dict[int, Any]) -> None:
             f"interface, got {type(model).__name__}"
         )
     decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    if any(
-        type(m.config) is type(config) and not m._can_set_attn_implementation() for m in decoders
-    ):
+    if any(type(m.config) is type(config) and not follows_attention_interface(m) for m in decoders):
         raise ValueError(
             f"`model` must use Transformers' attention interface, which {type(model).__name__} "
             "does not"
@@ -202,8 +201,8 @@ def check_sinks(module: Any) -> None:
 def own_implementation(
     config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
 ) -> str:
-    """How layers without a pattern go on."""
-    own = config._attn_implementation
+    """The attention implementation of layers without a pattern."""
+    own = attention_name(config)
     if own == NAME:
         plans = [plan_of(module) for module in modules.values()]
         return next((plan.own for plan in plans if plan is not None), "sdpa")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..compat.pytorch import has_pre_hook
 from .cache_guard import before_forward
 from .config import NAME
 from .decoder import LayerPlan, has_sinks, plan_of
@@ -24,7 +25,7 @@ def equip(module: Any, plan: LayerPlan) -> None:
         assert plan.pattern is not None
         module.sinks = new_sinks(module, plan.pattern.num_heads)
     module.spattention = plan
-    if not any(hook is before_forward for hook in module._forward_pre_hooks.values()):
+    if not has_pre_hook(module, before_forward):
         module.register_forward_pre_hook(before_forward, with_kwargs=True)
     guard_parallel(module)
     note_weights(module, _note)

@@ -292,7 +292,7 @@ def decidable(tensor: torch.Tensor) -> bool:
 
 
 def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: int) -> Rows:
-    """Rows under a mask of the keys at hand, bool `[B, K]`."""
+    """Rows under a mask of the keys of this call, bool `[B, K]`."""
     end = query_start + query_len
     column = torch.arange(valid.shape[1], device=valid.device)
     valid = valid & (column < end)  # what comes after the last query is seen by none

@@ -6,13 +6,8 @@ from typing import Any
 
 import torch
 
-# While PyTorch's `context_parallel` (or Accelerate's around it) is active, a function of one of
-# these modules stands in for `scaled_dot_product_attention`. Nothing else tells.
-CONTEXT_PARALLEL = (
-    "torch.distributed.tensor.experimental._context_parallel._attention",
-    "torch.distributed.tensor.experimental._attention",
-)
-STOCK = torch._C._nn.scaled_dot_product_attention
+from ..compat.huggingface import attention_name
+from ..compat.pytorch import CONTEXT_PARALLEL_MODULES, STOCK_ATTENTION, has_pre_hook
 
 
 def refuse_context_parallel(module: Any, args: tuple[Any, ...]) -> None:
@@ -20,9 +15,9 @@ def refuse_context_parallel(module: Any, args: tuple[Any, ...]) -> None:
     raises `NotImplementedError`.
     """
     attend = torch.nn.functional.scaled_dot_product_attention
-    if attend is not STOCK and attend.__module__ in CONTEXT_PARALLEL:
+    if attend is not STOCK_ATTENTION and attend.__module__ in CONTEXT_PARALLEL_MODULES:
         raise NotImplementedError(
-            f'attn_implementation="{module.config._attn_implementation}" must not run under '
+            f'attn_implementation="{attention_name(module.config)}" must not run under '
             "`context_parallel` (or Accelerate's `maybe_context_parallel`), which gives each rank "
             "a part of every row; give each rank whole rows: data parallelism, FSDP or tensor "
             "parallelism"
@@ -31,5 +26,5 @@ def refuse_context_parallel(module: Any, args: tuple[Any, ...]) -> None:
 
 def guard_parallel(module: Any) -> None:
     """Have an attention module refuse `context_parallel` in every forward pass."""
-    if not any(hook is refuse_context_parallel for hook in module._forward_pre_hooks.values()):
+    if not has_pre_hook(module, refuse_context_parallel):
         module.register_forward_pre_hook(refuse_context_parallel)

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
 from transformers import PreTrainedModel
 
+from ..compat.huggingface import UNLOAD, adapters_disabled, download_keywords, set_adapters_disabled
 from .adapters import (
     READ,
     WRITTEN,
@@ -130,7 +131,7 @@ def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load_adapter)
     def load(self: Any, model_id: Any, adapter_name: str, *args: Any, **keywords: Any) -> Any:
         if adapter_name in self.peft_config:
-            where, _ = self._split_kwargs(dict(keywords))
+            where = download_keywords(self, keywords)
             config = peft.PeftConfig.from_pretrained(model_id, **where)
             bring_back(base_model(self), config, adapter_name)
             follow(self)
@@ -173,15 +174,15 @@ def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
     @contextmanager
     def disabled(self: Any) -> Iterator[None]:
         found = adapter_sinks(self)
-        before = [sinks._disable_adapters for sinks in found]
+        before = [adapters_disabled(sinks) for sinks in found]
         with disable_adapter(self):
             for sinks in found:
-                sinks._disable_adapters = True
+                set_adapters_disabled(sinks, True)
             try:
                 yield
             finally:
                 for sinks, was in zip(found, before):
-                    sinks._disable_adapters = was
+                    set_adapters_disabled(sinks, was)
 
     return disabled
 
@@ -248,7 +249,7 @@ def _install() -> None:
     for tuner in set(_tuners(BaseTuner)):
         for name, make in (
             ("inject_adapter", _meeting_model),
-            ("_unload_and_optionally_merge", _unwrapping_sinks),
+            (UNLOAD, _unwrapping_sinks),
         ):
             if name in vars(tuner):
                 _around(tuner, name, make)

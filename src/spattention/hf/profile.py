@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..compat.huggingface import attention_name, set_attention_name
 from ..fitting.bins import distance_edges
 from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
 from .attention import HONOURED, PACKING, WITHOUT_EFFECT
@@ -126,7 +127,7 @@ class _Subject:
             raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
         self.model = model
         self.config = config.get_text_config()
-        own = self.config._attn_implementation
+        own = attention_name(self.config)
         if own == NAME or getattr(self.config, str(own), None) is not None:
             raise ValueError(f'`model` must be dense, with its own attention, got one with "{own}"')
         self.modules = attention_modules(model, self.config)
@@ -156,17 +157,17 @@ def _watching(subject: _Subject, sums: _Sums) -> Iterator[None]:
     """Evaluation mode, and attention that adds to `sums`; both end with the context."""
     name = f"{NAME}_profile_{id(sums)}"
     modes = {module: module.training for module in subject.model.modules()}
-    own = {id(config): config._attn_implementation_internal for config in subject.configs}
+    own = {id(config): attention_name(config) for config in subject.configs}
     ALL_ATTENTION_FUNCTIONS[name] = sums.attend
     ALL_MASK_ATTENTION_FUNCTIONS[name] = rows_mask
     try:
         for config in subject.configs:
-            config._attn_implementation_internal = name
+            set_attention_name(config, name)
         subject.model.eval()
         yield
     finally:
         for config in subject.configs:
-            config._attn_implementation_internal = own[id(config)]
+            set_attention_name(config, own[id(config)])
         for module, training in modes.items():
             module.training = training
         del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
@@ -354,7 +355,7 @@ def identity(model: Any, kv_heads: int | None = None) -> ModelIdentity:
     heads = config.num_attention_heads
     found = getattr(config, "num_key_value_heads", None) or heads
     return ModelIdentity(
-        name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        name=str(model.config.name_or_path or type(model).__name__),
         layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=found if kv_heads is None else kv_heads,

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from ..compat.huggingface import wrap_missing_keys_check
 from .attention import attention_forward
 from .config import NAME, Section, read_section
 from .conversion import convert
 from .decoder import LayerPlan, check_heads, check_sinks, has_sinks, plan_of
 from .equip import CALL, equip
+from .head_weights import band_weights
 from .mask import rows_mask
 from .section import KINDS, AttentionKind, register_kind
 
@@ -31,10 +31,7 @@ def register() -> None:
     if NAME in KINDS:
         return
     register_kind(BANDS)
-    # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that it
-    # does not know uninitialised. There is no public place to be stricter.
-    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
-    PreTrainedModel._adjust_missing_and_unexpected_keys = _with_strict_sinks(adjust)
+    wrap_missing_keys_check(_with_strict_sinks)
 
 
 def _equip(module: Any) -> None:
@@ -91,4 +88,5 @@ BANDS = AttentionKind(
     is_equipped=lambda module: plan_of(module) is not None,
     equip=_equip,
     restore=_restore,
+    weights=band_weights,
 )

@@ -29,10 +29,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..compat.huggingface import attention_name, register_fusion, set_attention_name
 from .decoder import is_attention
+from .head_weights import HeadWeights
 from .late import when_imported
 from .weights import allow_weights, checking_notes
 
@@ -54,6 +55,7 @@ class AttentionKind:
         is_equipped: tells whether an attention module has its part of the section.
         equip: gives an attention module its part of the section, while the model is built.
         restore: applies a saved section to a model with stock attention, in place.
+        weights: recomputes the weights of its heads; None where they cannot be looked at.
     """
 
     name: str
@@ -63,6 +65,7 @@ class AttentionKind:
     is_equipped: Callable[[Any], bool]
     equip: Callable[[Any], None]
     restore: Callable[[Any, Any], None]
+    weights: HeadWeights | None = None
 
     @property
     def requirement(self) -> str:
@@ -100,7 +103,7 @@ def register_kind(kind: AttentionKind) -> None:
     allow_weights(kind.name)
     AttentionInterface.register(kind.name, kind.forward)
     AttentionMaskInterface.register(kind.name, kind.mask)
-    _FUSION_REGISTRY[kind.requirement] = ModuleFusionSpec()
+    register_fusion(kind.requirement)
 
 
 def kinds_of(config: Any) -> Iterator[AttentionKind]:
@@ -122,10 +125,10 @@ def _equip_when_built(parent: torch.nn.Module, name: str, module: Any) -> None:
     for kind in kinds_of(module.config):
         if kind.is_equipped(module):
             continue
-        named = module.config._attn_implementation
+        named = attention_name(module.config)
         if named != kind.name:
             # The config may be a live model's, which Transformers has changed already.
-            module.config._attn_implementation_internal = kind.name
+            set_attention_name(module.config, kind.name)
             raise ValueError(
                 f'`attn_implementation` must be "{kind.name}" for a model with '
                 f'`config.{kind.name}`, got "{named}", which would run it without; load it with '

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..compat.huggingface import keep_initial_value, offload_hook
+
 # What the operator computes with; storage formats such as float8 are none of these.
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,7 +47,7 @@ def new_sinks(module: Any, num_heads: int) -> torch.nn.Parameter:
     sinks = torch.nn.Parameter(
         torch.zeros(num_heads, dtype=_compute_dtype(module), device=_execution_device(module))
     )
-    sinks._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' mark: keep
+    keep_initial_value(sinks)
     return sinks
 
 
@@ -116,7 +118,7 @@ def _execution_device(module: Any) -> torch.device | str | int | None:
         if parameter.device.type != "meta":
             return parameter.device
     for child in module.modules():
-        hook = getattr(child, "_hf_hook", None)  # Accelerate's, on modules that it offloads
+        hook = offload_hook(child)
         for part in getattr(hook, "hooks", (hook,)):
             found = getattr(part, "execution_device", None)
             if found is not None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..compat.pytorch import state_dict_metadata
+
 NOTE = "spattention"  # in the metadata of a module
 REGISTERED: set[str] = set()  # kinds whose weights this process may open
 
@@ -80,7 +82,7 @@ def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(load_state_dict)
     def load(self: Any, state_dict: Any, *args: Any, **keywords: Any) -> Any:
-        for name, metadata in (getattr(state_dict, "_metadata", None) or {}).items():
+        for name, metadata in state_dict_metadata(state_dict).items():
             note = metadata.get(NOTE)
             if note is not None and note.is_from_file:
                 _check(self, name, note)

@@ -1,4 +1,4 @@
-"""Attention of one batch of blocks, and its gradients, with all that the blocks reach at hand.
+"""Attention of one batch of blocks, and its gradients, given all that the blocks reach.
 
 `fused` and `fused_gradients` call PyTorch's attention kernel for CPUs, which writes no scores to
 memory. A masked pair has the weight 0 there, so a value that is infinite or NaN reaches every query
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..compat.pytorch import cpu_attention, cpu_attention_backward
 from .blocks import Run
 from .masked import sum_of_seen
 
@@ -79,9 +80,7 @@ def fused(
     keys is undefined."""
     head_dim = v.shape[-1]
     q, k, v = _padded(q, k, v)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=bias, scale=scale
-    )
+    out, lse = cpu_attention(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     return out[..., :head_dim], lse
 
 
@@ -141,7 +140,7 @@ def fused_gradients(
     if halves:  # the kernel has a thread for each block
         q, out, lse, d_out = (t.expand(-1, 2, -1, -1) for t in (q, out, lse, d_out))
         k, v, bias = _split_keys(k, v, bias)
-    d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    d_q, d_k, d_v = cpu_attention_backward(
         d_out, q, k, v, out, lse[..., 0], 0.0, False, attn_mask=bias, scale=scale
     )
     if halves:

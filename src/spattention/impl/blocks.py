@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 19  # of a view: blocks and heads are joined up to so many
+_ELEMENTS = 1 << 19  # most elements of a view that joins blocks and heads
 _LONGEST = 4096  # queries or keys that a block reaches at once
 _PAIRS = 1 << 20  # of a block of the prefix
 _VECTOR = 16
@@ -34,18 +34,48 @@ class Segment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`repeats` blocks of `queries` by `keys`, each `step` tokens beyond the one before; in `heads`
-    heads, each `query_shift` and `key_shift` tokens beyond the one before."""
+    """A batch of equally shaped blocks along one band `[near, near + width)`.
 
-    query: int  # the first one's place
+    `repeats` blocks of `queries` x `keys`, `step` tokens apart, repeated for `heads` heads whose
+    blocks are offset by `query_shift` and `key_shift` tokens. In a block, query r sees key c if
+    `0 <= ahead + r - c < width`. With 8 queries, 4 keys, `ahead` = -1 and `width` = 3:
+
+        key       0 1 2 3
+        query 0   . . . .   early = 1: every key is nearer than `near`
+              1   # . . .
+              2   # # . .
+              3   # # # .
+              4   . # # #
+              5   . . # #
+              6   . . . #
+              7   . . . .   late = 1: every key is at `near + width` or farther
+
+    Attributes:
+        query: index of the first block's first query.
+        key: index of the first block's first key.
+        queries: queries of a block.
+        keys: keys of a block.
+        repeats: blocks of a head.
+        step: tokens from the start of one block to the start of the next.
+        ahead: distance of a block's first query and first key, minus `near`.
+        width: distances of the band.
+        first: True if no earlier blocks have these queries, whose results are then written, not
+            merged. Unused for blocks of keys (`by_keys`).
+        head: the first query head.
+        heads: consecutive heads with such blocks.
+        query_shift: tokens from a head's first query to the next head's.
+        key_shift: tokens from a head's first key to the next head's.
+    """
+
+    query: int
     key: int
     queries: int
     keys: int
     repeats: int
     step: int
-    ahead: int  # by how much the distance of the first query and key exceeds the band's nearest
-    width: int  # of the band
-    first: bool  # of those that have these queries; not so with `by_keys`
+    ahead: int
+    width: int
+    first: bool
     head: int = 0
     heads: int = 1
     query_shift: int = 0
@@ -62,12 +92,12 @@ class Run(NamedTuple):
 
     @property
     def early(self) -> int:
-        """The number of a block's first queries that lie before every key's band."""
+        """Number of a block's first queries for which every key is too near."""
         return min(self.queries, max(0, -self.ahead))
 
     @property
     def late(self) -> int:
-        """The number of its last ones that lie beyond."""
+        """Number of a block's last queries for which every key is too far."""
         return min(self.queries, max(0, self.ahead + self.queries - self.width - self.keys + 1))
 
     def query_view(self, tensor: Tensor, rows: slice) -> Tensor:
@@ -80,7 +110,7 @@ class Run(NamedTuple):
         return self._view(tensor, rows, head, self.key, self.keys, self.key_shift)
 
     def apart(self) -> Iterator[tuple[slice, Run]]:
-        """The blocks that lie in `[:, i::n]` of a batch, of which no two share a token."""
+        """Parts `[:, i::n]` of the batch, in each of which no two blocks share a token."""
         longest = max(self.queries, self.keys)
         n = min(self.repeats, -(-longest // self.step))
         for i in range(n):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -62,3 +64,20 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as `scaled_dot_product_attention` casts."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def score_scale(query: Tensor, scale: float | None) -> float:
+    """Factor of the scores: `1 / sqrt(head_dim)` by default."""
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)

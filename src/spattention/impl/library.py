@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+
+from ..compat import pytorch as private
 
 _library = torch.library.Library("spattention", "FRAGMENT")
 
@@ -27,7 +27,7 @@ def register(
     *,
     keys: Sequence[str] = ("CPU", "CUDA"),
     tags: Sequence[torch.Tag] = (),
-) -> torch._ops.OpOverload:
+) -> private.Operator:
     """Register `spattention::name` without the per-call overhead of `torch.library.custom_op`.
 
     Args:
@@ -39,8 +39,8 @@ def register(
         tags: what compilers should know of the operator.
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
-    # A frame that torch.compile gave up runs eagerly, and what it calls would be compiled anew.
-    compute = torch._disable_dynamo(compute)
+    # A frame that torch.compile gave up runs eagerly, and what it calls would be compiled again.
+    compute = private.without_dynamo(compute)
     for key in keys:
         _library.impl(name, compute, key)
     torch.library.register_fake(f"spattention::{name}", fake, lib=_library)
@@ -48,7 +48,7 @@ def register(
 
 
 def differentiable(
-    operator: torch._ops.OpOverload,
+    operator: private.Operator,
     save: Callable[..., None] | None = None,
     gradients: Callable[..., Any] | None = None,
     tangents: Callable[..., Any] | None = None,
@@ -69,12 +69,12 @@ def differentiable(
     """
 
     def below(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return operator(*inputs)
 
     def below_one_transform(*inputs: Any) -> Any:
         # The transforms outside this one record too, as they do for PyTorch's own operators.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with torch.enable_grad(), private.forward_grad_enabled(True):
             return below(*inputs)
 
     save = save or _save_nothing
@@ -90,7 +90,7 @@ def differentiable(
         "jvp": tangents or _refuse,
     }
     static = {name: staticmethod(method) for name, method in methods.items()}
-    name = operator._schema.name.partition("::")[2]
+    name = private.schema(operator).name.partition("::")[2]
     # With `setup_context`, PyTorch would examine the signature of `forward` in every call.
     recorded: Any = type(
         name,
@@ -104,21 +104,21 @@ def differentiable(
     # The dispatcher visits one functorch transform at a time: so does what records there.
     recorded_in_transform: Any = type(
         name,
-        (torch.autograd.function._SingleLevelFunction,),
+        (private.SingleLevelFunction,),
         {**static, "forward": staticmethod(below_one_transform)},
     )
 
     def dispatch(*inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
+        if private.in_transform():
+            with private.single_level():
                 return recorded_in_transform.apply(*inputs)
-        # PyTorch looks for tangents itself. A compiled graph has them without a `_current_level`,
+        # PyTorch looks for tangents itself. A compiled graph has them without a level,
         # but it was traced with one, so an operator that refuses them has refused by then.
-        forward_mode = tangents is not None or forward_ad._current_level >= 0
+        forward_mode = tangents is not None or private.forward_mode_active()
         needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
         return recorded.apply(*inputs) if needs_grad or forward_mode else below(*inputs)
 
-    eager = torch._disable_dynamo(dispatch)
+    eager = private.without_dynamo(dispatch)
     _library.impl(name, eager, "Autograd")
     return eager
 
@@ -135,7 +135,7 @@ def _refuse(ctx: Any, *given: Any) -> Any:
     )
 
 
-def batched(operator: torch._ops.OpOverload, *, packed: str, sums_sinks: bool = False) -> None:
+def batched(operator: private.Operator, *, packed: str, sums_sinks: bool = False) -> None:
     """Register `torch.vmap`: the batch joins the batch entries of one call where it can, and is
     computed one call after the other elsewhere.
 
@@ -145,7 +145,7 @@ def batched(operator: torch._ops.OpOverload, *, packed: str, sums_sinks: bool = 
         packed: the argument that is given in packed calls alone, which have no batch entries.
         sums_sinks: the last result is the gradient of `sinks`, a sum over batch entries.
     """
-    names = [argument.name for argument in operator._schema.arguments]
+    names = [argument.name for argument in private.schema(operator).arguments]
 
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> Any:
         size = info.batch_size
@@ -173,7 +173,7 @@ def batched(operator: torch._ops.OpOverload, *, packed: str, sums_sinks: bool = 
             results = [torch.stack(same) for same in zip(*each)]
         return tuple(results), (0,) * len(results)
 
-    torch.library.register_vmap(operator._schema.name, vmap, lib=_library)
+    torch.library.register_vmap(private.schema(operator).name, vmap, lib=_library)
 
 
 def _joined(value: Any, dim: int | None, size: int, entries: int) -> Any:

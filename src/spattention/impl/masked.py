@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat.pytorch import schema
 from .library import differentiable, register
 
 
@@ -82,7 +83,7 @@ def _batched(product: Any) -> None:
         )
         return product(*aligned), 0
 
-    torch.library.register_vmap(product._schema.name, vmap)
+    torch.library.register_vmap(schema(product).name, vmap)
 
 
 _SCHEMA = "(Tensor {}, Tensor {}, Tensor seen) -> Tensor"

@@ -14,7 +14,7 @@ from ..bands import BandPattern
 Tensors = dict[str, torch.Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     """Inputs of one call. With `cu_seqlens_q` among the options the call is packed, `[T, H, D]`."""
 

@@ -7,7 +7,7 @@ Twice the error of `plain` is enough wherever many elements are about as exact a
 draws of the same rounding error then have nearly the same maximum. It is not where one row decides,
 such as one with two nearly equal large scores: its single error may be near 0 by luck in `plain`,
 and no factor helps. `noise` is that row's standard deviation, which is not a matter of luck
-(`rounding.py`), and four of them contain an error of a normal distribution but for 1 in 16,000. The
+(`rounding.py`), and four of them contain all but 1 in 16,000 errors of a normal distribution. The
 model assumes one accumulator, which real products improve on, so what is seen stays below three.
 The last term is the rounding of the result itself.
 

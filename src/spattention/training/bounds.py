@@ -62,8 +62,6 @@ BOUNDS = {
     "keep": Bounds(1, 10**6),
     "divergence": Bounds(0, 1000),
     "peak_tflops": Bounds(0, 10**6, open_low=True),
-    # Of a comparison alone.
-    "evaluations": Bounds(1, 10**6),
 }
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .checkpoints import commit, rotate
 from .metrics import METRICS, append_metrics, read_metrics, sync_metrics, write_metrics
@@ -76,15 +82,21 @@ class ThroughputCallback(TrainerCallback):
 
 
 class IntervalCallback(TrainerCallback):
-    """Restores the recipe's intervals of logging, evaluation and saving when a run continues.
-
-    The Trainer takes those of the checkpoint.
+    """Restores the recipe's intervals of logging, evaluation and saving when a run continues, where
+    the Trainer takes those of the checkpoint; and ends every run with a validation loss.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         state.compute_steps(args, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        last = state.global_step >= state.max_steps
+        if last and args.eval_strategy != IntervalStrategy.NO:
+            control.should_evaluate = True
 
 
 class MetricsCallback(TrainerCallback):
@@ -237,89 +249,45 @@ def _any_rank(here: bool, device: torch.device) -> bool:
     return bool(found.item())
 
 
-class LossRecorder(TrainerCallback):
-    """Collects the losses of a run in memory and sends them as plain dictionaries.
+class OrderCallback(TrainerCallback):
+    """Adds `order` to what is logged: a digest of all tokens that the model was trained on so far.
 
-    Args:
-        tokens_per_step: tokens per step.
-        send: called with `{"kind": "step" | "train" | "validation", "step": int, ...}`.
-
-    Attributes:
-        train_losses: `(step, loss)`, each the mean since the one before.
-        validation_losses: `(step, loss)`.
+    Equal digests mean equal data in equal order. It listens at the model itself, so that no loader,
+    worker or prefetching stands in between. A run that resumes starts with the digest of its
+    checkpoint: a run logs whenever it saves.
     """
 
-    # The first steps allocate and warm up: they say nothing about speed.
-    warm_up = 3
+    def __init__(self) -> None:
+        self.digest = ""
 
-    def __init__(self, tokens_per_step: int, send: Callable[[Event], None]) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.send = send
-        self.train_losses: list[tuple[int, float]] = []
-        self.validation_losses: list[tuple[int, float]] = []
-        self._seconds: list[float] = []
-        self._began = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of the median step; evaluation is not counted."""
-        return self._speed(self._seconds[self.warm_up :])
-
-    def _speed(self, seconds: Sequence[float]) -> float:
-        return self.tokens_per_step / median(seconds or self._seconds)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
     ) -> None:
-        self._began = time.perf_counter()
+        assert model is not None
+        found = [entry["order"] for entry in state.log_history if "order" in entry]
+        self.digest = found[-1] if found else ""
+        self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds.append(time.perf_counter() - self._began)
-        speed = self._speed(self._seconds[self.warm_up :][-50:])
-        self.send({"kind": "step", "step": state.global_step, "speed": speed})
+    def _listen(self, model: torch.nn.Module, args: Any, keywords: Mapping[str, Any]) -> None:
+        if model.training:
+            tokens = keywords["input_ids"].cpu().contiguous().numpy()
+            self.digest = hashlib.sha256(self.digest.encode() + tokens.tobytes()).hexdigest()
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        for name, kind, losses in (
-            ("loss", "train", self.train_losses),
-            ("eval_loss", "validation", self.validation_losses),
-        ):
-            if logs is None or name not in logs:
-                continue
-            loss = float(logs[name])
-            losses.append((state.global_step, loss))
-            self.send({"kind": kind, "step": state.global_step, "loss": loss})
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the {kind} loss became {loss} at step {state.global_step}"
-                )
+        if logs is not None and "loss" in logs:
+            logs["order"] = state.log_history[-1]["order"] = self.digest
 
-
-class OrderDigest:
-    """A digest of the tokens that a model trains on; equal ones mean equal data in equal order.
-
-    It listens at the model itself, so that no loader, worker or prefetching stands in between.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._found = hashlib.sha256()
-        self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
-
-    def _listen(self, model: torch.nn.Module, args: Any, keywords: Mapping[str, Any]) -> None:
-        if model.training:
-            self._found.update(keywords["input_ids"].cpu().contiguous().numpy())
-
-    def close(self) -> str:
-        """Stop listening and return the SHA-256 in hexadecimal."""
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self._hook.remove()
-        return self._found.hexdigest()

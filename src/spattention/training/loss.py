@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.tokens import IGNORED
 
-ROWS = 4096  # logits of so many tokens exist at a time
+ROWS = 4096  # tokens whose logits exist at a time
 # What models of Transformers call the bound of their logits, which is no linear function of them.
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ..compat.pytorch import copy_each
+
 MASTERS = "masters"  # entry of the optimizer's state dict
 
 
@@ -68,7 +70,7 @@ def to_bfloat16(model: torch.nn.Module, weight_decay: float, **adamw: Any) -> to
 
     @torch.no_grad()
     def round_into_model(*_: Any) -> None:
-        torch._foreach_copy_(rounded, exact)
+        copy_each(rounded, exact)
         for master in exact:
             master.grad = None
 
@@ -85,7 +87,7 @@ def to_bfloat16(model: torch.nn.Module, weight_decay: float, **adamw: Any) -> to
             )
         for name, master in masters:
             master.copy_(found[name])
-        torch._foreach_copy_(rounded, exact)
+        copy_each(rounded, exact)
 
     optimizer.register_step_pre_hook(take_gradients)
     optimizer.register_step_post_hook(round_into_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from ..choice import AttentionChoice
+from ..compat.huggingface import decoder_layer_names
+from ..compat.pytorch import raise_recompile_limit
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
 from ..models import SHAPES
@@ -72,6 +74,7 @@ def pretrain(
     minutes: float | None = None,
     command: str | None = None,
     send: Callable[[Event], None] = lambda event: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
     """Train, or continue where an earlier call with this folder stopped or was killed.
 
@@ -82,6 +85,7 @@ def pretrain(
         command: command line to record, if there was one.
         send: called on the first rank with what happens: `{"kind": "begin" | "note" | "step" |
             "log", ...}`.
+        callbacks: called before those that write, so that they may add to what is logged.
 
     Raises:
         ValueError: before training starts, if recipe, data and folder do not go together, or a file
@@ -116,7 +120,7 @@ def pretrain(
     check_folder(recipe, folder, data)
     arguments.gradient_accumulation_steps = passes
     with held(folder) if first else nullcontext():
-        return _train(recipe, folder, arguments, data, minutes, command, send)
+        return _train(recipe, folder, arguments, data, minutes, command, send, callbacks)
 
 
 def _train(
@@ -127,6 +131,7 @@ def _train(
     minutes: float | None,
     command: str | None,
     send: Callable[[Event], None],
+    more: Sequence[TrainerCallback],
 ) -> Outcome:
     """Build the model, continue from a checkpoint if there is one, and train.
 
@@ -140,9 +145,9 @@ def _train(
     for note in notes if first else ():
         send({"kind": "note", "text": note})
     # What a pretrained model loses by new attention is seen before its first step.
-    judged = data.validation is not None
-    arguments.eval_on_start = judged and resume is None and recipe.model not in SHAPES
-    if not judged:
+    validates = data.validation is not None
+    arguments.eval_on_start = validates and resume is None and recipe.model not in SHAPES
+    if not validates:
         arguments.eval_strategy = IntervalStrategy.NO
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)
@@ -163,7 +168,7 @@ def _train(
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
         return Outcome(folder, recipe.steps, recipe.steps)
-    callbacks = _callbacks(recipe, folder, model, attention, facts, command, send)
+    callbacks = [*more, *_callbacks(recipe, folder, model, attention, facts, command, send)]
     if minutes is not None:
         callbacks.append(TimeLimitCallback(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)
@@ -253,12 +258,11 @@ def compile_layers(model: PreTrainedModel) -> None:
     it. PyTorch runs a layer uncompiled beyond a limit of graphs, which is raised here where the
     model may need more.
     """
-    names = set(model._no_split_modules or ())
+    names = decoder_layer_names(model)
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError(f"`compile` needs decoder layers, {type(model).__name__} names none")
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_LAYER * len(layers))
+    raise_recompile_limit(GRAPHS_PER_LAYER * len(layers))
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
 

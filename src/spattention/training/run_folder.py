@@ -81,9 +81,9 @@ def claim(recipe: Recipe, folder: Path, data: TrainingData) -> tuple[Path | None
         if resume is None or step_of(path) > step_of(resume):
             path.rename(_unused(path.with_name(f"damaged-{path.name}")))
     if resume is not None:
-        notes.append(f"going on from {resume}")
+        notes.append(f"resuming from {resume}")
     elif problems:
-        notes.append("no checkpoint is whole: beginning anew")
+        notes.append("no checkpoint is whole: starting again")
     return resume, notes
 
 

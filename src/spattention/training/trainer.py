@@ -1,4 +1,4 @@
-"""Transformers' Trainer over packed windows of tokens, shared by `compare` and `train`."""
+"""Transformers' Trainer over packed windows of tokens."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
+from ..compat.huggingface import to_device
 from ..data.tokens import IGNORED
 
 
@@ -30,11 +31,11 @@ def make_trainer(
     optimizer: torch.optim.Optimizer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Trainer:
-    """A Trainer over windows, silent but for the callbacks given.
+    """A Trainer over windows, silent except for the callbacks given.
 
     Args:
         model: model to train.
-        arguments: result of `make_arguments`.
+        arguments: result of `recipe_arguments`.
         train: training windows.
         validation: windows of the validation loss.
         callbacks: callbacks, in the order in which they are called.
@@ -70,7 +71,7 @@ class _PerToken(Trainer):
     _summed: torch.Tensor  # losses, and how many
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-        inputs = self._prepare_inputs(inputs)
+        inputs = to_device(self, inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs).loss.detach()  # the mean of this device's tokens
         count = (inputs["labels"][:, 1:] != IGNORED).sum().cpu().double()

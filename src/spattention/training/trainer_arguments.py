@@ -1,4 +1,4 @@
-"""Arguments of Transformers' Trainer: for any run, and for one by a recipe."""
+"""Arguments of Transformers' Trainer for a recipe."""
 
 from __future__ import annotations
 
@@ -11,55 +11,6 @@ from transformers import TrainingArguments
 
 from .precision import sharded_precision
 from .recipe import Recipe
-
-
-def make_arguments(
-    folder: Path,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    warmup: int,
-    seed: int,
-    **more: Any,
-) -> TrainingArguments:
-    """Arguments for AdamW with warm-up and cosine decay; the Trainer prints and saves nothing.
-
-    Args:
-        folder: folder in which the Trainer may write.
-        steps: optimizer steps.
-        batch: windows per device and pass.
-        learning_rate: peak learning rate; it decays to a tenth.
-        warmup: steps of linear warm-up.
-        seed: RNG seed of the Trainer.
-        more: other arguments of `TrainingArguments`, or other values for those set here.
-    """
-    values: dict[str, Any] = {
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "optim": "adamw_torch_fused",
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "logging_strategy": "steps",
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "prediction_loss_only": True,
-        "data_seed": seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "log_level": "error",
-    }
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        seed=seed,
-        **(values | more),
-    )
 
 
 def recipe_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -98,14 +49,18 @@ def recipe_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         }
     if recipe.shard_size:
         more["parallelism_config"] = _groups(recipe, launched)
-    arguments = make_arguments(
-        folder,
-        steps=recipe.steps,
-        batch=recipe.micro_batch,
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        per_device_eval_batch_size=recipe.micro_batch,
         learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup,
-        seed=recipe.seed,
+        warmup_steps=recipe.warmup,
+        lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate},
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        optim="adamw_torch_fused",
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.beta1,
         adam_beta2=recipe.beta2,
@@ -114,12 +69,18 @@ def recipe_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         train_sampling_strategy="sequential",  # `InOrder` has the order
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        logging_strategy="steps",
         logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=recipe.evaluate_every,
+        prediction_loss_only=True,
         save_strategy="steps",
         save_steps=recipe.save_every,
         ddp_find_unused_parameters=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
         **more,
     )
     if arguments.fsdp_plugin_args is not None:  # Accelerate's; the Trainer has no word for this one

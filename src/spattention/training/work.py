@@ -15,7 +15,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def active_parameters(model: Any) -> int:
-    """Parameters that one token uses: all, but for the experts that it does not visit."""
+    """Parameters that one token uses: all, except the experts that it does not visit."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     config = model.config.get_text_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,7 +120,8 @@ def test_any_memory_order_gives_the_same(view: str, place: int) -> None:
 def test_strides_are_taken_as_they_are() -> None:
     case = _case(P.exclusive(2, 130), batch=1)
     wide = torch.randn(1, 130, 2, 40, generator=torch.Generator().manual_seed(1))
-    case.key, case.value = wide[..., :16].transpose(1, 2), wide[..., 24:].transpose(1, 2)
+    key, value = wide[..., :16].transpose(1, 2), wide[..., 24:].transpose(1, 2)
+    case = replace(case, key=key, value=value)
     check_case(case, impl="triton", backward=False)
 
 
@@ -172,7 +174,7 @@ def test_rings_past_their_span(name: str) -> None:
     sinks = torch.linspace(-1, 1, pattern.num_heads)
     start = int32([9])
     case = _case(pattern, total, total, key_heads, batch=1)
-    case.options = {"sinks": sinks, "key_start": start}
+    case = replace(case, options={"sinks": sinks, "key_start": start})
     store = spa.BandStore(pattern, 1, key_heads, 16)
     outs, lses = [], []
     parts = (t.split(PIECES, dim=2) for t in (case.query, case.key, case.value))

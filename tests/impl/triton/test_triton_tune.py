@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from triton.runtime.errors import OutOfResources
 
-from spattention.cli import main, measure, tune
+from spattention.benchmarking import timing
+from spattention.cli import main, tune
 from spattention.impl.triton.config import LaunchConfig
 from spattention.impl.triton.portable import launch as portable
 
@@ -28,8 +29,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return times.pop() if times else 1.0
 
     monkeypatch.setattr(tune, "DEVICE", "cpu")
-    monkeypatch.setattr(measure, "needs_gpu", lambda command: None)
-    monkeypatch.setattr(measure, "graph_milliseconds", milliseconds)
+    monkeypatch.setattr(timing, "needs_gpu", lambda command: None)
+    monkeypatch.setattr(timing, "graph_milliseconds", milliseconds)
     return times
 
 

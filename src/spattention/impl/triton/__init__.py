@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
+from ...compat.pytorch import in_transform
 from . import launch, op
 from .arguments import Positions
 from .call import Call, ensure_inner_contiguous
@@ -202,7 +203,7 @@ def _is_decoding(
     queries = query.shape[2]
     if queries > MAX_QUERIES or key.shape[2] < DECODE_KEYS * queries:
         return False
-    if torch._C._are_functorch_transforms_active():
+    if in_transform():
         return False  # what `vmap` wraps does not show whether it needs a gradient
     inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from ...compat.pytorch import in_transform
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
@@ -204,7 +205,7 @@ def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callab
     def call(*inputs: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
+            or in_transform()
             or torch.overrides.has_torch_function(inputs)
         ):
             return operator(*inputs)

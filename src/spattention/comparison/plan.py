@@ -3,7 +3,7 @@
 title = "what is compared"
 seeds = [0]
 
-[recipe]                     # fields of spattention.training.recipe.Recipe, the same for all
+[recipe]                     # fields of `training.recipe.Recipe`, the same for all
 model = "small-512"
 
 [[run]]                      # in the order in which they are made, seed by seed
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spattention.training.recipe import recipe_from
+from ..training.recipe import Recipe, recipe_from
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
     Attributes:
         label: how tables call it.
         seed: of weights and order of the data.
-        fields: of the recipe; `data` and `validation` are names of files in a folder that the
+        fields: of the recipe; in a file, `data` and `validation` may be names in a folder that the
             runner is told.
     """
 
@@ -48,10 +48,15 @@ class Run:
         """Unique in its plan, and fit for a file's name."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.label}-seed{self.seed}")
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of its fields; ValueError for a field that is no recipe's or out of range."""
+        return recipe_from(self.fields)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """Runs that are compared.
 
     Attributes:
         name: the file's.
@@ -63,6 +68,18 @@ class Plan:
     name: str
     title: str
     runs: tuple[Run, ...]
+
+
+def plan_of(
+    title: str, shared: dict[str, Any], attention: Sequence[str], seeds: Sequence[int]
+) -> Plan:
+    """Every attention with every seed, on the same fields otherwise; all first seeds first."""
+    runs = (
+        Run(name, seed, {**shared, "attention": name, "seed": seed})
+        for seed in seeds
+        for name in attention
+    )
+    return Plan("compare", title, tuple(runs))
 
 
 def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
@@ -100,8 +117,7 @@ def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
     for run in runs:
         if not run.fields.get("validation"):
             raise ValueError(f"{path} must name `validation` data, got none for {run.name}")
-        # What is wrong is known before the first run begins.
-        recipe_from(run.fields)
+        _ = run.recipe  # what is wrong is known before the first run begins
     return plan
 
 

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ..files import is_unfinished, read_json, remove_unfinished, shown, sync, write_atomically
-from .lock import LOCK, held
-from .settings import Settings
-from .variant import Job, Result
+from ..training.lock import LOCK
+from .plan import Run
+from .summary import Result
 
 RESULT_BYTES = 2**26
-__all__ = ["ResultsFolder", "held", "result_from", "write_atomically"]
+VERSION = 2  # of comparison.json; settings of version 1 were no fields of a recipe
 
 
 class ResultsFolder:
-    """Finished runs of one comparison, one JSON each, and the models that they trained.
+    """Finished runs of one comparison, one JSON each, the models that they trained, and the folders
+    of runs that are not finished.
 
     Args:
         path: the folder; it must be new, empty or a comparison's already. Nothing is written before
-            `claim`, but for what is prepared in `staging`.
+            `claim`, except for what is prepared in `staging`.
 
     Raises:
         ValueError: if it holds something else.
@@ -35,6 +36,7 @@ class ResultsFolder:
         self.path = path
         self.runs = path / "runs"
         self.models = path / "models"
+        self.training = path / "training"
         self.data = path / "data"
         self.staging = path / ".preparing"
         self._mark = path / "comparison.json"
@@ -59,7 +61,7 @@ class ResultsFolder:
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
 
-    def claim(self, settings: Settings, *, restart: bool = False) -> None:
+    def claim(self, settings: dict[str, Any], *, restart: bool = False) -> None:
         """Hold runs with these settings from now on, on the data in `staging` if there is any.
 
         Args:
@@ -72,10 +74,13 @@ class ResultsFolder:
         """
         if not restart:
             self._check(settings)
-        for folder in (self.runs, self.models) if restart else ():
+        old = [self.runs, self.models, self.training] if restart else []
+        if not restart and self._differences(settings):
+            old = [self.training]  # a run of other settings, which is not finished
+        for folder in old:
             if folder.exists():
                 shutil.rmtree(folder)
-        content = {"version": 1, "settings": asdict(settings)}
+        content = {"version": VERSION, "settings": settings}
         write_atomically(self._mark, json.dumps(content, indent=2) + "\n")
         if self.staging.exists():
             if self.data.exists():
@@ -85,27 +90,33 @@ class ResultsFolder:
         for folder in (self.path, self.runs):
             remove_unfinished(folder)
 
-    def _check(self, settings: Settings) -> None:
-        if not self._mark.exists() or not self.runs.exists():
-            return
-        wanted = asdict(settings)
-        found = read_json(self._mark).get("settings")
-        if not isinstance(found, dict):
-            raise ValueError(f"{self._mark} must hold `settings`, an object, got {shown(found)}")
-        different = [
-            f"{name} was {found.get(name)}, now {wanted[name]}"
-            for name in wanted
-            if found.get(name) != wanted[name]
-        ]
+    def _check(self, settings: dict[str, Any]) -> None:
+        different = self._differences(settings) if self.runs.exists() else []
         if different:
             raise ValueError(
                 f"`--output` {self.path} holds runs with other settings ({'; '.join(different)}): "
                 "name another folder, or give --restart to replace them"
             )
 
-    def find(self, job: Job) -> Result | None:
-        """The result of this job, if it is finished."""
-        file = self.runs / f"{job.name}.json"
+    def _differences(self, settings: dict[str, Any]) -> list[str]:
+        """Settings that are not those of the comparison that is there."""
+        if not self._mark.exists():
+            return []
+        content = read_json(self._mark)
+        found = content.get("settings")
+        if not isinstance(found, dict):
+            raise ValueError(f"{self._mark} must hold `settings`, an object, got {shown(found)}")
+        if content.get("version") != VERSION:
+            return [f"version was {shown(content.get('version'))}, now {VERSION}"]
+        return [
+            f"{name} was {shown(found.get(name))}, now {value}"
+            for name, value in settings.items()
+            if found.get(name) != value
+        ]
+
+    def find(self, run: Run) -> Result | None:
+        """The result of this run, if it is finished."""
+        file = self.runs / f"{run.name}.json"
         if not file.exists():
             return None
         try:
@@ -116,15 +127,16 @@ class ResultsFolder:
                 "this run again"
             ) from error
 
-    def add(self, job: Job, result: Result) -> None:
-        """Keep a finished run."""
+    def add(self, run: Run, result: Result) -> None:
+        """Keep the result of a finished run, and remove the state of its training."""
         write_atomically(
-            self.runs / f"{job.name}.json", json.dumps(asdict(result), indent=2) + "\n"
+            self.runs / f"{run.name}.json", json.dumps(asdict(result), indent=2) + "\n"
         )
+        shutil.rmtree(self.training / run.name, ignore_errors=True)
 
-    def finished(self, jobs: Sequence[Job]) -> list[Result]:
-        """Results of those jobs that are finished, in the order of the jobs."""
-        return [found for job in jobs if (found := self.find(job)) is not None]
+    def finished(self, runs: Sequence[Run]) -> list[Result]:
+        """Results of those runs that are finished, in the order of the runs."""
+        return [found for run in runs if (found := self.find(run)) is not None]
 
 
 def result_from(data: dict[str, Any]) -> Result:

@@ -5,20 +5,26 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from spattention.cli.compare import show
+from spattention.cli.compare import shared_fields, show
+from spattention.cli.options.compare import Options
+from spattention.comparison.folder import ResultsFolder
+from spattention.comparison.plan import Run, plan_of
+from spattention.comparison.report import HEADER, Report
+from spattention.comparison.summary import Result, check_equal_order, summarize
 from spattention.data.prepare import CorpusFacts
+from spattention.files import write_atomically
 from spattention.training import lock
-from spattention.training.report import HEADER, Report
-from spattention.training.results import ResultsFolder, held, write_atomically
-from spattention.training.settings import Settings
-from spattention.training.summary import check_equal_order, summarize
-from spattention.training.variant import Job, Result
+from spattention.training.lock import held
 
-SETTINGS = Settings("olmoe-tiny", 1, 320, 64, 1, 4, 1e-2, 2, 8, 1, "abc")
+SETTINGS = {
+    **shared_fields(Options(steps=4, context=64, layers=1), 320, Path("data")),
+    "data": "abc",
+}
 FACTS = CorpusFacts("books", "byte-level BPE", 320, 9, 9000, 1, 1000, 5.0, "abc")
 
 
@@ -51,7 +57,7 @@ def report(*results, missing=()):
 
 def test_a_result_comes_back_as_it_was(tmp_path):
     folder = ResultsFolder(tmp_path / "out")
-    job = Job("shared_local:widths=geometric", 3, SETTINGS, folder.data, folder.models)
+    job = Run("shared_local:widths=geometric", 3, {})
     assert folder.find(job) is None
     folder.add(job, result())
     assert folder.find(job) == result()
@@ -60,13 +66,13 @@ def test_a_result_comes_back_as_it_was(tmp_path):
 
 def test_runs_bind_a_folder_to_its_settings(tmp_path):
     folder = ResultsFolder(tmp_path)
-    folder.claim(replace(SETTINGS, steps=9))
+    folder.claim(SETTINGS | {"steps": 9})
     folder.claim(SETTINGS)  # nothing was run with the others
-    folder.add(Job("dense", 0, SETTINGS, folder.data, folder.models), result())
+    folder.add(Run("dense", 0, {}), result())
     ResultsFolder(tmp_path).claim(SETTINGS)
     with pytest.raises(ValueError, match=r"other settings \(steps was 4, now 5\): name another"):
-        folder.claim(replace(SETTINGS, steps=5))
-    folder.claim(replace(SETTINGS, steps=5), restart=True)
+        folder.claim(SETTINGS | {"steps": 5})
+    folder.claim(SETTINGS | {"steps": 5}, restart=True)
     assert not folder.runs.exists()
 
 
@@ -221,11 +227,69 @@ def test_memory_that_a_system_does_not_tell():
     assert row[-1] == ""
 
 
-@pytest.mark.parametrize("name", ["context", "batch", "steps", "evaluations"])
-def test_settings_refuse(name):
+def test_a_plan_is_of_seeds_first():
+    """An interruption leaves whole comparisons; runs differ in attention and seed alone."""
+    runs = plan_of("title", SETTINGS, ("dense", "exclusive"), (0, 3)).runs
+    assert [(run.label, run.seed) for run in runs] == [
+        ("dense", 0),
+        ("exclusive", 0),
+        ("dense", 3),
+        ("exclusive", 3),
+    ]
+    different = {
+        name for run in runs for name, value in run.fields.items() if SETTINGS.get(name) != value
+    }
+    assert different == {"attention", "seed"}
+
+
+@pytest.mark.parametrize("name", ["context", "batch", "steps"])
+def test_plans_refuse(name):
+    fields = SETTINGS | {"data": ["data"], "attention": "dense"}
     with pytest.raises(ValueError, match=rf"`{name}` must be in \[\d, [\d,]+\], got 0"):
-        replace(SETTINGS, **{name: 0})
+        _ = Run("dense", 0, fields | {name: 0}).recipe
     with pytest.raises(ValueError, match=r"`learning_rate` must be in \(0, 10\], got 0"):
-        replace(SETTINGS, learning_rate=0)
+        _ = Run("dense", 0, fields | {"learning_rate": 0}).recipe
     with pytest.raises(ValueError, match=r"`learning_rate` must be in \(0, 10\], got inf"):
-        replace(SETTINGS, learning_rate=float("inf"))
+        _ = Run("dense", 0, fields | {"learning_rate": float("inf")}).recipe
+
+
+def test_other_settings_forget_unfinished_runs(tmp_path):
+    """The state of a run that is not finished belongs to its settings, and to its result."""
+    folder = ResultsFolder(tmp_path)
+    folder.claim(SETTINGS)
+    run = Run("dense", 0, {})
+    state = folder.training / run.name
+    state.mkdir(parents=True)
+    ResultsFolder(tmp_path).claim(SETTINGS)
+    assert state.is_dir()
+    folder.claim(SETTINGS | {"steps": 5})
+    assert not state.exists()
+    state.mkdir(parents=True)
+    folder.add(run, result())
+    assert not state.exists()
+
+
+def test_an_earlier_version_is_named(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.claim(SETTINGS)
+    folder.add(Run("dense", 0, {}), result())
+    mark = tmp_path / "comparison.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"version": 1}))
+    with pytest.raises(ValueError, match=r"other settings \(version was 1, now 2\)"):
+        ResultsFolder(tmp_path).claim(SETTINGS)
+
+
+def test_damaged_results_of_a_comparison_are_named(tmp_path):
+    results = ResultsFolder(tmp_path)
+    results.claim(SETTINGS)
+    job = Run("dense", 0, {})
+    results.add(job, result())
+    path = results.runs / "dense-seed0.json"
+    good = path.read_text()
+    for content in ("{}", "[]", "{", json.dumps(json.loads(good) | {"validation_loss": "low"})):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"dense-seed0\.json must hold "):
+            results.find(job)
+    (tmp_path / "comparison.json").write_text('{"settings": 3}')
+    with pytest.raises(ValueError, match=r"comparison\.json must hold `settings`, an object"):
+        ResultsFolder(tmp_path).claim(SETTINGS)

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 
-from .callbacks import Event
-from .variant import Job, Result, run
+from ..training.callbacks import Event
+from .folder import ResultsFolder
+from .plan import Run
+from .run import train
+from .summary import Result
 
-PRELOADED = ["spattention.training.server"]
+PRELOADED = ["spattention.comparison.server"]
 
 
 class RunFailed(RuntimeError):
     """A run ended without a result; the message holds its traceback."""
 
 
-def run_apart(job: Job, on_event: Callable[[Event], None]) -> Result:
-    """`variant.run` in a fresh process.
+def train_in_process(run: Run, folder: ResultsFolder, on_event: Callable[[Event], None]) -> Result:
+    """`run.train` in a fresh process.
 
     Args:
-        job: what to run.
+        run: what to train.
+        folder: of the comparison.
         on_event: called with each event as it arrives.
 
     Raises:
@@ -32,11 +37,11 @@ def run_apart(job: Job, on_event: Callable[[Event], None]) -> Result:
     """
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, sender), daemon=True)
+    process = context.Process(target=_work, args=(run, folder, sender), daemon=True)
     try:
         process.start()
         sender.close()
-        return _result(job, process, receiver, on_event)
+        return _result(run.name, process, receiver, on_event)
     finally:
         if process.pid is not None:
             process.terminate()  # does nothing to one that has ended
@@ -45,7 +50,7 @@ def run_apart(job: Job, on_event: Callable[[Event], None]) -> Result:
 
 
 def _result(
-    job: Job,
+    name: str,
     process: ForkServerProcess | SpawnProcess,
     receiver: Connection,
     on_event: Callable[[Event], None],
@@ -56,13 +61,13 @@ def _result(
         except EOFError:
             process.join()
             raise RunFailed(
-                f"the process of {job.name} ended with status {process.exitcode} and no result"
+                f"the process of {name} ended with status {process.exitcode} and no result"
             ) from None
         if kind == "result":
             process.join()
             return content
         if kind == "error":
-            raise RunFailed(f"{job.name} failed:\n{content}")
+            raise RunFailed(f"{name} failed:\n{content}")
         on_event(content)
 
 
@@ -75,10 +80,11 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _work(job: Job, sender: Connection) -> None:
+def _work(run: Run, folder: ResultsFolder, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for a spawned process; see `server`
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a run is one process, on one GPU
     try:
-        sender.send(("result", run(job, lambda event: sender.send(("event", event)))))
+        sender.send(("result", train(run, folder, lambda event: sender.send(("event", event)))))
     except BrokenPipeError:
         pass  # the parent has gone, nobody waits for the rest
     except Exception:  # whatever it was, the parent reports it

@@ -11,11 +11,9 @@ from typing import Any
 from ..choice import STOCK
 from ..data.prepare import CorpusFacts
 from ..files import write_atomically
-from ..plots import comparison_figure
 from ..provenance import machine, versions
-from .settings import Settings
-from .summary import Row, summarize
-from .variant import Result
+from .figure import comparison_figure
+from .summary import Result, Row, summarize
 
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 HEADER = (
@@ -34,7 +32,7 @@ class Report:
     """The results of a comparison, finished or not, with settings and data."""
 
     facts: CorpusFacts
-    settings: Settings
+    settings: dict[str, Any]
     results: list[Result]
     missing: list[str]
     command: str
@@ -55,6 +53,7 @@ class Report:
     def notes(self) -> list[str]:
         """Notes that explain the table."""
         facts, settings, rows = self.facts, self.settings, self.rows
+        context = settings["context"]
         notes = [
             f"Unigram entropy of the evaluated windows: {facts.unigram_entropy:.3f} nats, the loss "
             "of the best model that ignores context. Losses are nats per token.",
@@ -62,9 +61,9 @@ class Report:
             f"{facts.train_documents} documents, "
             f"{facts.validation_tokens:,} tokens in the evaluated windows, which are cut from "
             f"{facts.validation_documents} held-out documents; tokenizer: {facts.tokenizer}.",
-            f"Every run: {settings.steps} steps of {settings.batch} x {settings.context} tokens at "
-            f"context {settings.context}, {settings.threads or 'all'} thread(s), equal weights at "
-            "the start, equal data in equal order.",
+            f"Every run: {settings['steps']} steps of {settings['batch']} x {context} tokens at "
+            f"context {context}, {settings['threads'] or 'all'} thread(s), equal weights at the "
+            "start, equal data in equal order.",
             "Attended pairs: (query, key) pairs per layer and window, all heads together; in "
             "brackets how many times fewer or more than dense.",
         ]
@@ -102,7 +101,7 @@ class Report:
             "format": "spattention-comparison",
             "version": 1,
             "command": self.command,
-            "settings": asdict(self.settings),
+            "settings": self.settings,
             "data": asdict(self.facts),
             "machine": machine(),
             "versions": versions(LIBRARIES),

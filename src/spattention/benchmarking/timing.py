@@ -1,42 +1,19 @@
-"""Measuring on a GPU: times by graph replay and by eager calls, host time, memory; where it was
-measured, and how results are shown and written.
-"""
+"""Times by graph replay, by eager calls and by the host's clock; memory."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-
-from ..bands import BandPattern
 
 Call = Callable[[], Any]
-
-PATTERNS: dict[str, Callable[[int, int], BandPattern]] = {
-    "exclusive": BandPattern.exclusive,
-    "shared_local": BandPattern.shared_local,
-    "shared_local geometric": lambda heads, span: BandPattern.shared_local(
-        heads, span, widths="geometric"
-    ),
-}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-TEXT = ("B, H, N", "B, N", "mask", "by", "layout")  # columns that are not numbers
 
 FIRST_CALL = """
 import sys, time, torch
@@ -128,6 +105,33 @@ def eager_milliseconds(call: Call, budget: float = 20.0) -> float:
     return _median_milliseconds(call, budget)
 
 
+def wall_seconds(
+    call: Call, repeats: int, *, warm_up: int = 1, device: torch.device | None = None
+) -> float:
+    """Median time of single calls by the host's clock, on any device.
+
+    Args:
+        call: what is measured.
+        repeats: calls that count.
+        warm_up: calls before them.
+        device: waited for before and after each call; None for the CPU.
+    """
+    times = []
+    for _ in range(warm_up + repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[warm_up:])
+
+
+def synchronize(device: torch.device | None) -> None:
+    """Wait for a CUDA device; the CPU is never behind."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def host_microseconds(call: Call, calls: int = 200) -> float:
     """Mean time that a call keeps the host busy; the GPU's work must be short."""
     for _ in range(10):
@@ -163,6 +167,17 @@ def peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache of Transformers holds for its layers."""
+    return sum(t.nbytes for layer in cache.layers for t in _tensors(layer))
+
+
+def _tensors(layer: Any) -> Iterable[torch.Tensor]:
+    # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
+    found = {t.data_ptr(): t for t in vars(layer).values() if isinstance(t, torch.Tensor)}
+    return found.values()
+
+
 def copy_speed(size: int = 1 << 30) -> float:
     """TB/s of a copy on the device, bytes read and bytes written: what memory can give. The faster
     of the copy engine's and a kernel's.
@@ -175,87 +190,6 @@ def copy_speed(size: int = 1 << 30) -> float:
     engine = graph_milliseconds(lambda: target.copy_(source))
     kernel = graph_milliseconds(lambda: torch.add(source, 1.0, out=target))
     return 2 * size / min(engine, kernel) / 1e9
-
-
-def record(options: Any) -> dict[str, Any]:
-    """Where, when and how: what every file of results begins with.
-
-    Args:
-        options: of the command, a dataclass with `commit` and `output`.
-    """
-    found = environment()
-    found["commit"] = options.commit or found["commit"]
-    return {
-        "environment": found,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["spattention", *sys.argv[1:]]),
-        "options": asdict(replace(options, output=None)),
-    }
-
-
-def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table."""
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in TEXT else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=150).print(table)
-
-
-def write(
-    folder: Path,
-    name: str,
-    record: dict[str, Any],
-    notes: Iterable[str],
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str]],
-) -> Path:
-    """Write `<name>_<gpu>_<date>.json` and `.md`, each at once; returns the path without suffix.
-
-    Args:
-        folder: made if it is not there.
-        name: what was measured, one word.
-        record: what `record` gave, and the results.
-        notes: lines of the page before its table.
-        headings: of the table.
-        rows: its cells.
-    """
-    gpu = record["environment"]["gpu"]
-    stem = folder / f"{name}_{gpu.split()[-1].lower()}_{record['date']}"
-    lines = [
-        f"# {name.capitalize()} on {gpu}, {record['date']}",
-        "",
-        f"`{record['command']}`",
-        "",
-        *(f"- {name}: {value}" for name, value in record["environment"].items()),
-        f"- options: {json.dumps(record['options'])}",
-        *notes,
-        "",
-        "| " + " | ".join(headings) + " |",
-        "|" + " --- |" * len(headings),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {".json": json.dumps(record, indent=1), ".md": "\n".join(lines)}
-    for suffix, text in texts.items():
-        partial = stem.with_suffix(f"{suffix}.partial")
-        partial.write_text(text + "\n")
-        partial.replace(stem.with_suffix(suffix))
-    return stem
-
-
-def environment() -> dict[str, str]:
-    """GPU, versions, and the commit of this checkout."""
-    found = {"gpu": torch.cuda.get_device_name(), "python": platform.python_version()}
-    for package in ("torch", "triton", "spattention"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    found["cuda"] = str(torch.version.cuda)
-    found["commit"] = _commit()
-    return found
 
 
 def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> float:
@@ -275,14 +209,3 @@ def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> fl
     calls = max(1, min(20, round(together / once)))
     repeats = max(9, min(60, int(budget / (once * calls))))
     return statistics.median(mean(calls) for _ in range(repeats))
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

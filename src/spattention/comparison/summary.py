@@ -7,7 +7,29 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from ..choice import STOCK
-from .variant import Result
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of a run. Losses in nats per token, memory in bytes, pairs per layer and window."""
+
+    attention: str
+    seed: int
+    context: int
+    parameters: int
+    validation_loss: float
+    train_losses: list[tuple[int, float]]
+    validation_losses: list[tuple[int, float]]
+    tokens_per_second: float
+    seconds: float
+    pairs: int
+    memory_before: int | None
+    memory_peak: int | None
+    memory_kind: str
+    order: str
+    model: str
+    prompt: str | None
+    continuation: str | None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Runs of a comparison: equal data, memory of their own, failures that reach the parent."""
 
+import shutil
 import subprocess
 import sys
 
@@ -10,15 +11,18 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from spattention import BandPattern
 from spattention.choice import attention_choice
+from spattention.comparison import run as run_module
+from spattention.comparison.folder import ResultsFolder
+from spattention.comparison.memory import resident_bytes
+from spattention.comparison.plan import Run
+from spattention.comparison.process import RunFailed, train_in_process
+from spattention.comparison.run import train
 from spattention.data.packed import write_packed
 from spattention.data.prepare import open_facts, open_stream, prepare
 from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
-from spattention.training import variant
-from spattention.training.memory import resident_bytes
-from spattention.training.process import RunFailed, run_apart
-from spattention.training.settings import Settings
-from spattention.training.variant import Job, run
+from spattention.training import load, pretrain
+from spattention.training.callbacks import Diverged
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +34,44 @@ def data(tmp_path_factory):
     return folder / "out", prepare(folder / "out", text, vocabulary=300, held_out=0.1)
 
 
-def job(data, models, attention="dense", seed=0, **changes):
-    folder, facts = data
+def job(data, output, attention="dense", seed=0, **changes):
+    """A run and the folder of its comparison, with the data in place."""
+    source, facts = data
+    folder = ResultsFolder(output)
+    if not folder.data.exists():
+        shutil.copytree(source, folder.data)
     values = {
         "model": "olmoe-tiny",
         "layers": 1,
         "vocabulary": facts.vocabulary,
+        "data": [str(folder.data)],
         "context": 32,
         "batch": 2,
+        "micro_batch": 2,
         "steps": 5,
         "learning_rate": 1e-2,
-        "evaluations": 2,
+        "warmup": 1,
+        "precision": "float32",
+        "loss": "plain",
+        "balance_loss": 0,
+        "z_loss": 0,
+        "log_every": 1,
+        "evaluate_every": 3,
+        "save_every": 3,
+        "keep": 1,
         "validation_windows": 4,
         "threads": 1,
-        "data": facts.digest,
+        "tensorboard": False,
+        "attention": attention,
+        "seed": seed,
     }
-    return Job(attention, seed, Settings(**(values | changes)), folder, models)
+    (output / "comparison.json").write_text("{}")
+    return Run(attention, seed, values | changes), folder
 
 
 def test_variants_share_data_and_seeds_do_not(data, tmp_path):
     runs = {
-        key: run(job(data, tmp_path, *key), lambda event: None)
+        key: train(*job(data, tmp_path, *key), lambda event: None)
         for key in (("dense", 0), ("exclusive", 0), ("exclusive", 1))
     }
     assert runs["dense", 0].order == runs["exclusive", 0].order
@@ -64,26 +85,42 @@ def test_a_step_has_as_many_windows_as_it_says(data, tmp_path, monkeypatch):
     """Also where the data have fewer: every step has as many windows, epoch after epoch."""
     seen = []
 
-    class Spy(variant.InOrder):
+    class Spy(pretrain.InOrder):
         def __getitem__(self, index):
             seen.append(index)
             return super().__getitem__(index)
 
-    monkeypatch.setattr(variant, "InOrder", Spy)
-    run(job(data, tmp_path, batch=256, steps=2), lambda event: None)
+    monkeypatch.setattr(pretrain, "InOrder", Spy)
+    train(*job(data, tmp_path, batch=256, micro_batch=256, steps=2), lambda event: None)
     assert sorted(seen) == list(range(512))
 
 
 def test_a_run_reports_and_ends_with_a_validation_loss(data, tmp_path):
     events = []
-    result = run(job(data, tmp_path), events.append)
+    result = train(*job(data, tmp_path), events.append)
     assert [e["step"] for e in events if e["kind"] == "step"] == [1, 2, 3, 4, 5]
     assert [step for step, _ in result.validation_losses] == [3, 5]
     assert result.validation_loss == result.validation_losses[-1][1]
     assert result.train_losses[-1][1] < result.train_losses[0][1]
     assert result.continuation
-    assert (tmp_path / "dense-seed0" / "model.safetensors").exists()
-    assert (tmp_path / "dense-seed0" / "tokenizer.json").exists()
+    model = tmp_path / "models" / "dense-seed0"
+    names = {file.name for file in model.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "losses.json"}
+    assert "optimizer.pt" not in names
+
+
+def test_speed_is_that_of_the_median_step(monkeypatch):
+    """Steps take one second each, after three slow ones; what lies between them does not count."""
+    clock = run_module.StepClock()
+    now = [0.0]
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    for cost in (9.0, 8.0, 7.0, 1.0, 1.0, 5.0):
+        clock.on_step_begin()
+        now[0] += cost
+        clock.on_step_end()
+        now[0] += 100.0
+    assert clock.median == 1.0
+    assert run_module.StepClock().median is None
 
 
 def test_packed_tokens_name_the_end_of_text(data, tmp_path):
@@ -108,18 +145,19 @@ def test_packed_tokens_name_the_end_of_text(data, tmp_path):
             end_of_text=end,
         )
         assert open_facts(tmp_path / name) == facts
-        made = job((tmp_path / name, facts), tmp_path / "models" / name, steps=1)
-        run(made, lambda event: None)
-        config = GenerationConfig.from_pretrained(made.model)
+        run, folder = job((tmp_path / name, facts), tmp_path / "compared" / name, steps=1)
+        train(run, folder, lambda event: None)
+        model = folder.models / run.name
+        config = GenerationConfig.from_pretrained(model)
         assert config.eos_token_id == facts.end_of_text == 9
         if tokenizer:
-            saved = AutoTokenizer.from_pretrained(made.model)
+            saved = AutoTokenizer.from_pretrained(model)
             assert (saved.eos_token_id, len(saved)) == (9, known.get_vocab_size())
 
 
 def test_a_run_apart_gives_the_same_losses(data, tmp_path):
-    here = run(job(data, tmp_path, "exclusive"), lambda event: None)
-    apart = run_apart(job(data, tmp_path, "exclusive"), lambda event: None)
+    here = train(*job(data, tmp_path / "here", "exclusive"), lambda event: None)
+    apart = train_in_process(*job(data, tmp_path / "apart", "exclusive"), lambda event: None)
     assert apart.validation_loss == pytest.approx(here.validation_loss, rel=1e-5)
     assert apart.order == here.order
     if apart.memory_peak is not None:
@@ -128,7 +166,7 @@ def test_a_run_apart_gives_the_same_losses(data, tmp_path):
 
 def test_a_failure_in_the_process_reaches_the_parent(data, tmp_path):
     with pytest.raises(RunFailed, match=r"(?s)dense-seed0 failed:.*at most the \d+ tokens"):
-        run_apart(job(data, tmp_path, context=2**20), lambda event: None)
+        train_in_process(*job(data, tmp_path, context=2**20), lambda event: None)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
@@ -137,9 +175,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
         next(model.parameters()).data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(variant, "build", poisoned)
-    with pytest.raises(FloatingPointError, match="loss became nan"):
-        run(job(data, tmp_path), lambda event: None)
+    monkeypatch.setattr(load, "build", poisoned)
+    with pytest.raises(Diverged, match="became nan"):
+        train(*job(data, tmp_path), lambda event: None)
+
+
+def test_a_stopped_run_continues_exactly(data, tmp_path):
+    """Losses, and the digest of all tokens, are those of a run that nobody stopped."""
+
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 4:
+            raise KeyboardInterrupt
+
+    whole = train(*job(data, tmp_path / "whole"), lambda event: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(*job(data, tmp_path / "stopped"), stop)
+    run, folder = job(data, tmp_path / "stopped")
+    assert (folder.training / run.name / "checkpoint-3").is_dir()
+    steps = []
+    found = train(run, folder, lambda event: steps.append(event.get("step")))
+    assert min(step for step in steps if step) >= 3
+    assert found.order == whole.order
+    assert found.validation_losses == whole.validation_losses
+    assert found.train_losses == whole.train_losses
 
 
 def test_peak_memory_counts_what_was_freed_again():
@@ -148,7 +206,7 @@ def test_peak_memory_counts_what_was_freed_again():
         pytest.skip("this system does not tell the resident set")
     code = (
         "import numpy as np\n"
-        "from spattention.training.memory import peak_resident_bytes, resident_bytes\n"
+        "from spattention.comparison.memory import peak_resident_bytes, resident_bytes\n"
         "before = resident_bytes()\n"
         "block = np.ones(2**26, np.uint8)\n"
         "del block\n"

@@ -1,0 +1,1 @@
+"""Measurements that the docs cite; each module runs by `python -m benchmarks.NAME`."""

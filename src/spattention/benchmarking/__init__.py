@@ -1,0 +1,1 @@
+"""Timing, competitors and results files of `spattention bench` and of benchmarks/."""

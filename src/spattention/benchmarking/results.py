@@ -1,0 +1,155 @@
+"""Tables and files of results, with all that is needed to make them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..files import write_atomically
+from ..provenance import source_commit, source_version
+
+TEXT = ("B, H, N", "B, N", "mask", "by", "layout")  # columns that are not numbers
+
+
+def run_header(options: Any) -> dict[str, Any]:
+    """Machine, date and command that a file of results starts with.
+
+    Args:
+        options: of the command, a dataclass with `commit` and `output`.
+    """
+    found = environment()
+    found["commit"] = options.commit or found["commit"]
+    return {
+        "environment": found,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["spattention", *sys.argv[1:]]),
+        "options": asdict(replace(options, output=None)),
+    }
+
+
+def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in TEXT else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=150).print(table)
+
+
+def write_page(
+    folder: Path,
+    name: str,
+    record: dict[str, Any],
+    notes: Iterable[str],
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+) -> Path:
+    """Write `<name>_<gpu>_<date>.json` and `.md`, each at once; returns the path without suffix.
+
+    Args:
+        folder: made if it is not there.
+        name: what was measured, one word.
+        record: what `run_header` gave, and the results.
+        notes: lines of the page before its table.
+        headings: of the table.
+        rows: its cells.
+    """
+    gpu = record["environment"]["gpu"]
+    stem = folder / f"{name}_{gpu.split()[-1].lower()}_{record['date']}"
+    lines = [
+        f"# {name.capitalize()} on {gpu}, {record['date']}",
+        "",
+        f"`{record['command']}`",
+        "",
+        *(f"- {name}: {value}" for name, value in record["environment"].items()),
+        f"- options: {json.dumps(record['options'])}",
+        *notes,
+        "",
+        "| " + " | ".join(headings) + " |",
+        "|" + " --- |" * len(headings),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_atomically(stem.with_suffix(".md"), "\n".join(lines) + "\n")
+    return stem
+
+
+def environment() -> dict[str, str]:
+    """GPU, versions, and the commit of this checkout."""
+    found = {"gpu": torch.cuda.get_device_name(), "python": platform.python_version()}
+    for package in ("torch", "triton", "spattention"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["cuda"] = str(torch.version.cuda)
+    found["commit"] = source_version() or "unknown"
+    return found
+
+
+def processor() -> str:
+    """The processor's model name where Linux tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_rows(
+    output: Path,
+    what: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    *,
+    commit: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> None:
+    """Write the rows, atomically, with machine, versions, commit, seed and command.
+
+    Args:
+        output: JSON file.
+        what: was measured.
+        settings: of the run.
+        rows: its results.
+        commit: to record where git cannot tell.
+        environment: more about the machine, such as its GPU.
+    """
+    commit = commit or source_commit()
+    result = {
+        "what": what,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **(environment or {}),
+        "commit": commit,
+        "seed": 0,
+        "command": command_line(),
+        "settings": settings,
+        "rows": rows,
+    }
+    write_atomically(output, json.dumps(result, indent=1) + "\n")
+
+
+def command_line() -> str:
+    """The command of this process, `python -m ...` for a module of a package."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name] if spec is not None else [sys.argv[0]]
+    return shlex.join(["python", *program, *sys.argv[1:]])

@@ -1,0 +1,93 @@
+"""Private symbols of PyTorch, seen in 2.11 and 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+# The type of `torch.ops.<library>.<name>.<overload>`, which has no public name.
+Operator: TypeAlias = torch._ops.OpOverload
+
+# Like `torch.compiler.disable`, which imports torch._dynamo (a second) when it is called.
+without_dynamo: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._disable_dynamo
+
+# A context in which an operator runs below its autograd key; public for C++ extensions alone.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# True inside `torch.func`'s transforms; nothing public tells it without a tensor.
+in_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# The autograd function of one level of transforms, and the context that it needs. Public ones hide
+# the levels, so that an operator which is itself an autograd kernel cannot take its turn.
+SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+single_level = enable_single_level_autograd_function
+
+# A context that sets forward-mode recording; `forward_ad.dual_level` would open a level.
+forward_grad_enabled: Callable[[bool], AbstractContextManager[None]] = (
+    forward_ad._set_fwd_grad_enabled
+)
+
+# CPU flash attention that returns the log-sum-exp; `scaled_dot_product_attention` drops it.
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Copies a list of tensors in one launch.
+copy_each: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_copy_
+
+# `scaled_dot_product_attention` as it is without `context_parallel`, which replaces the public name
+# by a function of one of these modules. Nothing else tells that it is active.
+STOCK_ATTENTION = torch._C._nn.scaled_dot_product_attention
+CONTEXT_PARALLEL_MODULES = (
+    "torch.distributed.tensor.experimental._context_parallel._attention",
+    "torch.distributed.tensor.experimental._attention",
+)
+
+
+def forward_mode_active() -> bool:
+    """True inside forward-mode differentiation, which has no public test."""
+    return forward_ad._current_level >= 0
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """True for a tensor that `torch.vmap` wraps, below whatever other transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def schema(operator: Any) -> Any:
+    """Name and arguments of an operator; what is public is text alone."""
+    return operator._schema
+
+
+def has_pre_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:
+    """True if `register_forward_pre_hook` was given this hook; hooks cannot be listed publicly."""
+    return any(found is hook for found in module._forward_pre_hooks.values())
+
+
+def state_dict_metadata(state_dict: Any) -> dict[str, Any]:
+    """Notes of modules in a state dict, by their names; documented as this attribute."""
+    return getattr(state_dict, "_metadata", None) or {}
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Promise torch.compile that a tensor stays in place, so that CUDA graphs may write to it."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """A context with this limit of graphs per function; no public option sets it."""
+    return torch._dynamo.config.patch(recompile_limit=limit)
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Raise the limit of graphs per function for the whole process; never lower it."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, limit)
