@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,10 @@ BASELINES: dict[str, tuple[str, dict[str, str]]] = {
     "published_longformer": ("PublishedMask", {"mask": "longformer"}),
     "published_bigbird": ("PublishedMask", {"mask": "bigbird"}),
     "published_reformer": ("PublishedMask", {"mask": "reformer"}),
+}
+# the same for classes in `spattention.related`
+RELATED: dict[str, tuple[str, dict[str, str]]] = {
+    "mea": ("MEA", {}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
 WIDTHS = ("uniform", "geometric", "equal_work")
@@ -82,7 +86,7 @@ class Bands:
 
 @dataclass
 class Other:
-    """A baseline: another sparse attention.
+    """A baseline or a related system: another attention.
 
     Attributes:
         num_layers: layers of the model that it was last applied to, whose work may differ.
@@ -113,8 +117,9 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
             `exclusive`, `shared_local:widths=geometric,local=64`, `exclusive:widths=0/64/512` (the
             edges of two heads), `shared_local:local=64/512` (a window for each head),
             `shared_local:kv_heads=4` (a band for each of 4 key/value heads) or
-            `sliding_window:window=128`, or a baseline with its options, as in `bigbird:random=2` or
-            `published_longformer`.
+            `sliding_window:window=128`, or a baseline or related system with its options, as in
+            `bigbird:random=2`, `published_longformer` or `mea:norm=0,bands=exclusive`. `bands` is
+            the name of a pattern with its options, and comes last.
         num_heads: query heads of the model.
         span: context length of the model, in tokens.
 
@@ -124,12 +129,17 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
     name = text.partition(":")[0]
     if text == STOCK:
         return StockDense(num_heads)
-    if name in BASELINES:
-        return Other(text, _baseline(text, num_heads, span))
+    if is_other(text):
+        return Other(text, other_attention(text, num_heads, span))
     if name not in (STOCK, *PATTERNS):
-        known = (STOCK, *PATTERNS, *BASELINES)
+        known = (STOCK, *PATTERNS, *BASELINES, *RELATED)
         raise ValueError(f"a pattern must be one of {known}, got {name!r}{_near(name, known)}")
     return Bands(text, named_pattern(text, num_heads, span))
+
+
+def is_other(text: str) -> bool:
+    """True if a name is that of a baseline or a related system."""
+    return text.partition(":")[0] in (*BASELINES, *RELATED)
 
 
 def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
@@ -177,20 +187,42 @@ def _near(name: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _baseline(text: str, num_heads: int, span: int) -> Baseline:
-    """Read the name of a baseline, as in `attention_choice`."""
-    from . import baselines
+def other_attention(text: str, num_heads: int, span: int) -> Baseline:
+    """Read the name of a baseline or a related system, as in `attention_choice`."""
+    from . import baselines, related
 
     name, colon, rest = text.partition(":")
-    kind, given = BASELINES[name]
-    constructor = getattr(baselines, kind)
-    fixed = ("num_heads", "span", *given)
-    known = [p for p in inspect.signature(constructor).parameters if p not in fixed]
-    return constructor(num_heads, span, **given, **_options(name, rest if colon else None, known))
+    kind, given = (BASELINES | RELATED)[name]
+    constructor = getattr(baselines if name in BASELINES else related, kind)
+    parameters = inspect.signature(constructor).parameters
+    known = [p for p in parameters if p not in ("num_heads", "span", *given)]
+    options: dict[str, Any] = {}
+    if "bands" in known:  # their options have colons and commas too
+        rest, found, pattern = rest.partition("bands=")
+        if found and rest and not rest.endswith(","):
+            raise ValueError(f"options of `{name}` must be separated by commas, got {text!r}")
+        if "," in pattern.partition(":")[0]:
+            raise ValueError(f"`bands` of `{name}` must come last, got {text!r}")
+        if found:
+            options["bands"] = named_pattern(pattern, num_heads, span)
+            rest = rest.removesuffix(",")
+            colon = rest
+    decimals = {p for p in known if parameters[p].annotation == "float"}
+    return constructor(
+        num_heads,
+        span,
+        **given,
+        **options,
+        **_options(name, rest if colon else None, known, decimals),
+    )
 
 
-def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any]:
-    """Read the options behind the colon, NAME=VALUE separated by commas; None without a colon."""
+def _options(
+    name: str, text: str | None, known: Sequence[str], decimals: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read the options behind the colon, NAME=VALUE separated by commas; None without a colon.
+    Values of `decimals` are decimal numbers.
+    """
     options: dict[str, Any] = {}
     for item in () if text is None else text.split(","):
         key, equals, value = item.partition("=")
@@ -201,7 +233,7 @@ def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any
             )
         if key in options:
             raise ValueError(f"option `{key}` of `{name}` must be given once, got {name}:{text}")
-        options[key] = _value(name, key, value)
+        options[key] = _decimal(name, key, value) if key in decimals else _value(name, key, value)
     return options
 
 
@@ -226,3 +258,10 @@ def _value(name: str, key: str, text: str) -> int | str | tuple[int, ...]:
     if not re.fullmatch("-?[0-9]+", text):
         raise ValueError(f"option `{key}` of `{name}` must be an integer, got {text!r}")
     return int(text)
+
+
+def _decimal(name: str, key: str, text: str) -> float:
+    """Read a decimal number, as in 0.95 or 1e-3."""
+    if len(text) > LONGEST_VALUE or not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?(e-?[0-9]{1,3})?", text):
+        raise ValueError(f"option `{key}` of `{name}` must be a number, got {text[:100]!r}")
+    return float(text)

@@ -1,0 +1,29 @@
+"""Systems that stand beside Sparse Patterned Attention, in models and alone or combined with bands.
+
+    from spattention.related import MEA, apply, register
+
+    apply(model, MEA(num_heads=8, span=1024))  # in place, saved with the model
+    register()  # before loading a model that was saved with one of them
+
+Each file names its source, and how far it can be faithful to it. The band code knows nothing of
+them.
+"""
+
+from __future__ import annotations
+
+from ..baselines.adapter import apply
+from ..baselines.adapter import register as _register
+from .mea import MEA, fold
+from .method import Related
+
+KINDS: tuple[type[Related], ...] = (MEA,)
+
+__all__ = ["KINDS", "MEA", "Related", "apply", "fold", "register"]
+
+
+def register() -> None:
+    """Make every related system known to Transformers, for this process. A second call does
+    nothing.
+    """
+    for kind in KINDS:
+        _register(kind)
