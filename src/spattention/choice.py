@@ -7,7 +7,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .bands import BandPattern
@@ -31,6 +31,7 @@ BASELINES: dict[str, tuple[str, dict[str, str]]] = {
 # the same for classes in `spattention.related`
 RELATED: dict[str, tuple[str, dict[str, str]]] = {
     "mea": ("MEA", {}),
+    "cca": ("CCA", {}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
 WIDTHS = ("uniform", "geometric", "equal_work")
@@ -196,25 +197,26 @@ def other_attention(text: str, num_heads: int, span: int) -> Baseline:
     constructor = getattr(baselines if name in BASELINES else related, kind)
     parameters = inspect.signature(constructor).parameters
     known = [p for p in parameters if p not in ("num_heads", "span", *given)]
-    options: dict[str, Any] = {}
-    if "bands" in known:  # their options have colons and commas too
-        rest, found, pattern = rest.partition("bands=")
+    pattern = None
+    if "bands" in known:  # its options have colons and commas too, so it comes last
+        known.remove("bands")
+        rest, found, after = rest.partition("bands=")
+        pattern = after if found else None
         if found and rest and not rest.endswith(","):
             raise ValueError(f"options of `{name}` must be separated by commas, got {text!r}")
-        if "," in pattern.partition(":")[0]:
+        if found and "," in after.partition(":")[0]:
             raise ValueError(f"`bands` of `{name}` must come last, got {text!r}")
         if found:
-            options["bands"] = named_pattern(pattern, num_heads, span)
             rest = rest.removesuffix(",")
             colon = rest
     decimals = {p for p in known if parameters[p].annotation == "float"}
-    return constructor(
-        num_heads,
-        span,
-        **given,
-        **options,
-        **_options(name, rest if colon else None, known, decimals),
-    )
+    options = _options(name, rest if colon else None, known, decimals)
+    other: Baseline = constructor(num_heads, span, **given, **options)
+    if pattern is None:
+        return other
+    assert isinstance(other, related.Related)
+    bands = named_pattern(pattern, num_heads, other.band_span)
+    return replace(other, bands=bands)  # type: ignore[call-arg]  # those with `bands` alone
 
 
 def _options(

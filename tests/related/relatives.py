@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from spattention import BandPattern
-from spattention.related import MEA, Related
+from spattention.related import CCA, MEA, Related
 
 HEADS, SPAN, LAYERS, VOCABULARY = 4, 48, 3, 61
 EXCLUSIVE = BandPattern.exclusive(HEADS, SPAN)
@@ -18,6 +18,8 @@ CHOSEN: dict[str, Related] = {
     "mea_without_norm": MEA(HEADS, SPAN, norm=0),
     "head_norm": MEA(HEADS, SPAN, mix=0),
     "virtual_heads": MEA(HEADS, SPAN, components=1),
+    "cca": CCA(HEADS, SPAN, group=4, window=8),
+    "cca_exclusive": CCA(HEADS, SPAN, BandPattern.exclusive(HEADS, 10), group=4, window=8),
 }
 LLAMA_ALONE = ("virtual_heads",)  # they mix behind the norm of the keys
 

@@ -28,7 +28,7 @@ from spattention.baselines import seen
 from spattention.choice import attention_choice
 from spattention.cli import main
 from spattention.evaluation.heads import look_at_heads
-from spattention.related import MEA
+from spattention.related import CCA, MEA
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-9}
@@ -238,6 +238,11 @@ NAMES = {
     "mea:bands=exclusive": MEA(HEADS, SPAN, EXCLUSIVE),
     "mea:mix=0,bands=shared_local:widths=geometric,local=6": MEA(
         HEADS, SPAN, BandPattern.shared_local(HEADS, SPAN, widths="geometric", local=6), mix=0
+    ),
+    "cca": CCA(HEADS, SPAN, group=16, window=16),
+    "cca:group=4,window=12": CCA(HEADS, SPAN, group=4, window=12),
+    "cca:group=4,bands=exclusive": CCA(
+        HEADS, SPAN, BandPattern.exclusive(HEADS, 9), group=4, window=12
     ),
 }
 

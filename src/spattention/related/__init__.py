@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from ..baselines.adapter import apply
 from ..baselines.adapter import register as _register
+from .cca import CCA
 from .mea import MEA, fold
 from .method import Related
 
-KINDS: tuple[type[Related], ...] = (MEA,)
+KINDS: tuple[type[Related], ...] = (MEA, CCA)
 
-__all__ = ["KINDS", "MEA", "Related", "apply", "fold", "register"]
+__all__ = ["CCA", "KINDS", "MEA", "Related", "apply", "fold", "register"]
 
 
 def register() -> None:

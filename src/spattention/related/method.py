@@ -24,6 +24,11 @@ class Related(Baseline):
 
     call: ClassVar[str] = "spattention.related.register()"
 
+    @property
+    def band_span(self) -> int:
+        """Span of the bands that it takes."""
+        return self.span
+
     def section(self) -> dict[str, Any]:
         """See `Baseline.section`; bands are saved as `BandPattern.to_dict` writes them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -40,10 +45,10 @@ class Related(Baseline):
         return super().from_section(section)
 
 
-def check_bands(method: Related, bands: Any, span: int | None = None) -> None:
-    """Heads and span of a system are in range, and its bands have them."""
+def check_bands(method: Related, bands: Any) -> None:
+    """Heads and span of a system are in range, and its bands have those that it takes."""
     check_size(method)
-    span = method.span if span is None else span
+    span = method.band_span
     if bands is None:
         return
     if not isinstance(bands, BandPattern):
