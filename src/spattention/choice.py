@@ -32,6 +32,7 @@ BASELINES: dict[str, tuple[str, dict[str, str]]] = {
 RELATED: dict[str, tuple[str, dict[str, str]]] = {
     "mea": ("MEA", {}),
     "cca": ("CCA", {}),
+    "rrattention": ("RRAttention", {}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
 WIDTHS = ("uniform", "geometric", "equal_work")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from spattention import BandPattern
-from spattention.related import CCA, MEA, Related
+from spattention.related import CCA, MEA, Related, RRAttention
 
 HEADS, SPAN, LAYERS, VOCABULARY = 4, 48, 3, 61
 EXCLUSIVE = BandPattern.exclusive(HEADS, SPAN)
@@ -20,7 +20,12 @@ CHOSEN: dict[str, Related] = {
     "virtual_heads": MEA(HEADS, SPAN, components=1),
     "cca": CCA(HEADS, SPAN, group=4, window=8),
     "cca_exclusive": CCA(HEADS, SPAN, BandPattern.exclusive(HEADS, 10), group=4, window=8),
+    "rrattention_all": RRAttention(HEADS, SPAN, block=8, stride=4, tau=1),
+    "rrattention": RRAttention(HEADS, SPAN, block=8, stride=4, tau=0.5),
+    "rrattention_exclusive": RRAttention(HEADS, SPAN, EXCLUSIVE, block=8, stride=4, tau=0.5),
 }
+# Within a block of queries, later ones take part in the choice of keys.
+NOT_CAUSAL = ("rrattention", "rrattention_exclusive")
 LLAMA_ALONE = ("virtual_heads",)  # they mix behind the norm of the keys
 
 COMMON: dict[str, Any] = {

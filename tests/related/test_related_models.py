@@ -16,6 +16,7 @@ from relatives import (
     HEADS,
     LAYERS,
     LLAMA_ALONE,
+    NOT_CAUSAL,
     SPAN,
     build,
     logits,
@@ -28,13 +29,13 @@ from spattention.baselines import seen
 from spattention.choice import attention_choice
 from spattention.cli import main
 from spattention.evaluation.heads import look_at_heads
-from spattention.related import CCA, MEA
+from spattention.related import CCA, MEA, RRAttention
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-9}
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
 each = pytest.mark.parametrize("name", CHOSEN)
-NOT_CAUSAL: tuple[str, ...] = ()
+causal = pytest.mark.parametrize("name", [name for name in CHOSEN if name not in NOT_CAUSAL])
 WEIGHTED = [name for name in CHOSEN if CHOSEN[name].kind == "mea"]
 
 
@@ -51,7 +52,7 @@ def families(name):
     return ("llama",) if name in LLAMA_ALONE else ("llama", "olmoe")
 
 
-@pytest.mark.parametrize("name", [name for name in CHOSEN if name not in NOT_CAUSAL])
+@causal
 def test_an_edit_changes_outputs_after_it_and_none_before(name):
     for family in families(name):
         model, ids = model_with(name, family), tokens(1, SPAN)
@@ -66,7 +67,7 @@ def test_an_edit_changes_outputs_after_it_and_none_before(name):
             assert t == SPAN - 1 or changed[t + 1 :].any()
 
 
-@each
+@causal
 def test_cached_generation_gives_what_recomputation_gives(name):
     for family in families(name):
         model, ids = model_with(name, family), tokens(2, 31)
@@ -74,7 +75,7 @@ def test_cached_generation_gives_what_recomputation_gives(name):
         assert model.generate(ids, **GREEDY).tolist() == wanted.tolist()
 
 
-@each
+@causal
 def test_every_step_of_a_cache_equals_the_whole(name):
     """Token by token, and a prompt in two chunks: the logits at all positions."""
     model, ids = model_with(name), tokens(2, SPAN)
@@ -86,7 +87,7 @@ def test_every_step_of_a_cache_equals_the_whole(name):
         close(torch.cat(found, dim=1), wanted, **EXACT)
 
 
-@each
+@causal
 def test_beams_follow_their_rows(name):
     model, ids = model_with(name), tokens(2, 21)
     settings = {**GREEDY, "num_beams": 3}
@@ -244,6 +245,10 @@ NAMES = {
     "cca:group=4,bands=exclusive": CCA(
         HEADS, SPAN, BandPattern.exclusive(HEADS, 9), group=4, window=12
     ),
+    "rrattention": RRAttention(HEADS, SPAN),
+    "rrattention:block=8,tau=0.8,bands=exclusive": RRAttention(
+        HEADS, SPAN, EXCLUSIVE, block=8, tau=0.8
+    ),
 }
 
 
@@ -265,6 +270,8 @@ def test_commands_name_them(text):
         ("mea:bands=exclusiv", "did you mean 'exclusive'"),
         ("mea:norm=0bands=exclusive", "must be separated by commas"),
         ("mea:bands=exclusive,norm=0", "`bands` of `mea` must come last"),
+        ("rrattention:tau=x", "option `tau` of `rrattention` must be a number, got 'x'"),
+        ("rrattention:tau=1.5", "must be above 0 and at most 1, got 1.5"),
         ("mae", "must be one of"),
     ],
 )

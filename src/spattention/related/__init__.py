@@ -16,10 +16,11 @@ from ..baselines.adapter import register as _register
 from .cca import CCA
 from .mea import MEA, fold
 from .method import Related
+from .rrattention import RRAttention
 
-KINDS: tuple[type[Related], ...] = (MEA, CCA)
+KINDS: tuple[type[Related], ...] = (MEA, CCA, RRAttention)
 
-__all__ = ["CCA", "KINDS", "MEA", "Related", "apply", "fold", "register"]
+__all__ = ["CCA", "KINDS", "MEA", "RRAttention", "Related", "apply", "fold", "register"]
 
 
 def register() -> None:
