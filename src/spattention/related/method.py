@@ -60,6 +60,17 @@ def check_bands(method: Related, bands: Any) -> None:
         )
 
 
+def check_number(kind: str, **values: tuple[Any, float, float]) -> None:
+    """Each value is a number above the first that follows it, and at most the second."""
+    for name, (value, above, most) in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"`{name}` of `{kind}` must be a number, got {value!r}")
+        if not above < value <= most:
+            raise ValueError(
+                f"`{name}` of `{kind}` must be above {above:g} and at most {most:g}, got {value}"
+            )
+
+
 def causal_attention(
     query: torch.Tensor,
     key: torch.Tensor,

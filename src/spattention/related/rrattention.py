@@ -40,7 +40,14 @@ from ..bands import BandPattern, in_bands
 from ..baselines.adapter import check_integers
 from ..baselines.masks import BLOCK as FLEX_BLOCK
 from ..baselines.masks import compiled_flex, listed
-from .method import Related, causal_attention, causal_pairs, causal_weights, check_bands
+from .method import (
+    Related,
+    causal_attention,
+    causal_pairs,
+    causal_weights,
+    check_bands,
+    check_number,
+)
 
 SCORES = 2**27  # of strides at a time, float32
 
@@ -82,12 +89,7 @@ class RRAttention(Related):
             raise ValueError(
                 f"`stride` of `rrattention` must divide `block` = {self.block}, got {self.stride}"
             )
-        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float):
-            raise ValueError(f"`tau` of `rrattention` must be a number, got {self.tau!r}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(
-                f"`tau` of `rrattention` must be above 0 and at most 1, got {self.tau}"
-            )
+        check_number(self.kind, tau=(self.tau, 0.0, 1.0))
 
     def layer(self, index: int, num_layers: int) -> RoundRobinAttention:
         """See `Baseline.layer`."""
