@@ -109,6 +109,7 @@ class RoundRobinAttention:
 
     def __init__(self, method: RRAttention) -> None:
         self.method = method
+        self._strides: dict[tuple[int, torch.device], tuple[torch.Tensor, list[int]]] = {}
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -214,15 +215,14 @@ class RoundRobinAttention:
         key = key.unflatten(2, (strides, stride)).repeat_interleave(group, dim=1)
         sums = key.sum(dim=3)
         step = max(1, SCORES // max(1, sampled.shape[:2].numel() * strides * per_block))
-        visible = self._visible_tokens(length, strides, offset)
+        visible, cut = self._visible_tokens(length, query.device)
         some = visible.any(dim=2)  # [H, strides], by the distance in strides
-        cut = some & ~visible.all(dim=2)
         found = []
         for start in range(0, blocks, step):
             rows = slice(start * per_block, min(blocks, start + step) * per_block)
             queries, apart = sampled[:, :, rows], row[rows, None] - row
             scores = queries @ sums.mT * (scale / stride)
-            for distance in cut.any(dim=0).nonzero()[:, 0].tolist():
+            for distance in cut:
                 # Strides that the query of some head sees in part: those tokens are summed alone.
                 inside = row[rows] >= distance
                 at = row[rows][inside] - distance
@@ -283,12 +283,16 @@ class RoundRobinAttention:
         mask = in_bands(distance, self._bands(key_len).intervals)
         return kept[:, :, rows // size][..., column // size] & mask
 
-    def _visible_tokens(self, length: int, strides: int, offset: torch.Tensor) -> torch.Tensor:
+    def _visible_tokens(self, length: int, device: torch.device) -> tuple[torch.Tensor, list[int]]:
         """The tokens of a stride that the sampled query of each head sees, by the distance in
-        strides: bool `[H, strides, S]`.
+        strides: bool `[H, strides, S]`; and the distances at which some head sees a part of one.
         """
-        stride, device = self.method.stride, offset.device
-        apart = stride * torch.arange(strides, device=device)[:, None]
-        distance = apart - torch.arange(stride, device=device)
-        heads = enumerate(self._bands(length).intervals)
-        return torch.cat([in_bands(distance + offset[h], (each,)) for h, each in heads])
+        if (length, device) not in self._strides:  # the last is kept
+            stride, size = self.method.stride, self.method.block
+            strides = -(-length // size) * (size // stride)
+            distance = stride * torch.arange(strides)[:, None] - torch.arange(stride)
+            heads = enumerate(self._bands(length).intervals)
+            visible = torch.cat([in_bands(distance + h % stride, (each,)) for h, each in heads])
+            cut = (visible.any(dim=2) & ~visible.all(dim=2)).any(dim=0).nonzero()[:, 0]
+            self._strides = {(length, device): (visible.to(device), cut.tolist())}
+        return self._strides[length, device]
