@@ -33,6 +33,7 @@ RELATED: dict[str, tuple[str, dict[str, str]]] = {
     "mea": ("MEA", {}),
     "cca": ("CCA", {}),
     "rrattention": ("RRAttention", {}),
+    "dga": ("DGA", {}),
     "elementwise": ("Elementwise", {}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too

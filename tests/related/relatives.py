@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from spattention import BandPattern
-from spattention.related import CCA, MEA, Elementwise, Related, RRAttention
+from spattention.related import CCA, DGA, MEA, Elementwise, Related, RRAttention
 
 HEADS, SPAN, LAYERS, VOCABULARY = 4, 48, 3, 61
 EXCLUSIVE = BandPattern.exclusive(HEADS, SPAN)
@@ -23,11 +23,13 @@ CHOSEN: dict[str, Related] = {
     "rrattention_all": RRAttention(HEADS, SPAN, block=8, stride=4, tau=1),
     "rrattention": RRAttention(HEADS, SPAN, block=8, stride=4, tau=0.5),
     "rrattention_exclusive": RRAttention(HEADS, SPAN, EXCLUSIVE, block=8, stride=4, tau=0.5),
+    "dga": DGA(HEADS, SPAN, group=4, share=0.25, samples=8),
+    "dga_causal": DGA(HEADS, SPAN, group=3, share=0.25, block=10),
     "elementwise": Elementwise(HEADS, SPAN),
     "elementwise_exclusive": Elementwise(HEADS, SPAN, EXCLUSIVE, order=4),
 }
-# Within a block of queries, later ones take part in the choice of keys.
-NOT_CAUSAL = ("rrattention", "rrattention_exclusive")
+# Later queries take part in the choice of keys: of a block, or of the whole sequence.
+NOT_CAUSAL = ("dga", "rrattention", "rrattention_exclusive")
 LLAMA_ALONE = ("virtual_heads",)  # they mix behind the norm of the keys
 
 COMMON: dict[str, Any] = {

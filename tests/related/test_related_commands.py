@@ -18,7 +18,7 @@ from spattention.training.recipe import recipe_from
 
 SMALL = ["--steps", "3", "--context", "64", "--layers", "1", "--vocabulary", "300"]
 NAMES = ["mea:bands=exclusive", "cca:group=4,window=8", "rrattention:block=16,tau=0.5"]
-NAMES += ["elementwise:order=2"]
+NAMES += ["dga:group=4", "elementwise:order=2"]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from spattention.baselines import seen
 from spattention.choice import attention_choice
 from spattention.cli import main
 from spattention.evaluation.heads import look_at_heads
-from spattention.related import CCA, MEA, Elementwise, RRAttention
+from spattention.related import CCA, DGA, MEA, Elementwise, RRAttention
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-9}
@@ -249,6 +249,8 @@ NAMES = {
     "rrattention:block=8,tau=0.8,bands=exclusive": RRAttention(
         HEADS, SPAN, EXCLUSIVE, block=8, tau=0.8
     ),
+    "dga:group=4,share=0.25": DGA(HEADS, SPAN, group=4, share=0.25),
+    "dga:group=4,block=24": DGA(HEADS, SPAN, group=4, block=24),
     "elementwise:order=2,scale=1,bound=3": Elementwise(HEADS, SPAN, order=2, scale=1.0, bound=3.0),
     "elementwise:bands=exclusive": Elementwise(HEADS, SPAN, EXCLUSIVE),
 }

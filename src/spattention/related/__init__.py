@@ -14,14 +14,15 @@ from __future__ import annotations
 from ..baselines.adapter import apply
 from ..baselines.adapter import register as _register
 from .cca import CCA
+from .dga import DGA
 from .elementwise import Elementwise
 from .mea import MEA, fold
 from .method import Related
 from .rrattention import RRAttention
 
-KINDS: tuple[type[Related], ...] = (MEA, CCA, RRAttention, Elementwise)
+KINDS: tuple[type[Related], ...] = (MEA, CCA, RRAttention, DGA, Elementwise)
 
-__all__ = ["CCA", "KINDS", "MEA", "Elementwise", "RRAttention", "Related", "apply", "fold"]
+__all__ = ["CCA", "DGA", "KINDS", "MEA", "Elementwise", "RRAttention", "Related", "apply", "fold"]
 __all__ += ["register"]
 
 

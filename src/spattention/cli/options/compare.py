@@ -24,7 +24,7 @@ class Options:
         patterns: Attention of each run: dense, shared_local, exclusive, sliding_window, gapped,
             local_only, or a baseline: longformer, bigbird, reformer, published_longformer,
             published_bigbird, published_reformer, or a related system: mea, cca, rrattention,
-            elementwise. Options follow a colon, as in shared_local:widths=geometric,local=64,
+            dga, elementwise. Options follow a colon, as in shared_local:widths=geometric,local=64,
             sliding_window:window=128 or mea:norm=0,bands=exclusive. By default a sliding window is
             one token wider than a uniform band.
         steps: Optimizer steps of each run.
