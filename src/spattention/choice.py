@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STOCK = "dense"
 PATTERNS = ("shared_local", "exclusive", "sliding_window", "gapped", "local_only")
 # name on the command line -> class in `spattention.baselines`, and what the name says already
-BASELINES: dict[str, tuple[str, dict[str, str]]] = {
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("Longformer", {}),
     "bigbird": ("BigBird", {}),
     "reformer": ("Reformer", {}),
@@ -29,12 +29,13 @@ BASELINES: dict[str, tuple[str, dict[str, str]]] = {
     "published_reformer": ("PublishedMask", {"mask": "reformer"}),
 }
 # the same for classes in `spattention.related`
-RELATED: dict[str, tuple[str, dict[str, str]]] = {
+RELATED: dict[str, tuple[str, dict[str, Any]]] = {
     "mea": ("MEA", {}),
     "cca": ("CCA", {}),
     "rrattention": ("RRAttention", {}),
     "dga": ("DGA", {}),
     "elementwise": ("Elementwise", {}),
+    "recurrent_near": ("RecurrentNear", {"heads": None}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
 WIDTHS = ("uniform", "geometric", "equal_work")

@@ -7,7 +7,7 @@ import torch
 
 from spattention import BandPattern
 from spattention.baselines.state import State
-from spattention.related import CCA, MEA, Elementwise, Related, RRAttention
+from spattention.related import CCA, DGA, MEA, Elementwise, RecurrentNear, Related, RRAttention
 
 HEADS, SPAN, WIDTH = 8, 1024, 64
 CORES = 48  # core tokens of the last query, with a window of 256
@@ -16,6 +16,7 @@ CHOSEN: dict[str, Related] = {
     "mea_exclusive": MEA(HEADS, SPAN, BandPattern.exclusive(HEADS, SPAN)),
     "cca": CCA(HEADS, SPAN, group=16, window=256),
     "cca_exclusive": CCA(HEADS, SPAN, BandPattern.exclusive(HEADS, CORES), group=16, window=256),
+    "dga_causal": DGA(HEADS, SPAN, block=160),
     "elementwise": Elementwise(HEADS, SPAN),
     "elementwise_exclusive": Elementwise(HEADS, SPAN, BandPattern.exclusive(HEADS, SPAN)),
 }
@@ -55,7 +56,27 @@ def test_the_gpu_gives_what_the_cpu_gives(name: str, length: int, dtype: torch.d
         check(mine, other, dtype)
 
 
-@pytest.mark.parametrize("name", ["cca", "cca_exclusive", "elementwise", "elementwise_exclusive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recurrent_heads_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    """By the kernel of flash-linear-attention where it is installed, gradients of decays too."""
+    bands = BandPattern.exclusive(HEADS, SPAN)
+    layer = RecurrentNear(HEADS, SPAN, bands, recurrent=4).layer(0, 1)
+    given = [t.requires_grad_() for t in drawn(1000, dtype)]
+    exact = [t.detach().cpu().double().requires_grad_() for t in given]
+    found, wanted = (layer.attend(*each, WIDTH**-0.5) for each in (given, exact))
+    # The kernel multiplies in TF32 or bfloat16, and the norm of a head passes its errors on.
+    allowed = 2e-2 * wanted.abs().max().item()
+    torch.testing.assert_close(found.detach().cpu().double(), wanted.detach(), rtol=0, atol=allowed)
+    gradients = torch.autograd.grad(found.sum(), given)
+    for mine, other in zip(gradients, torch.autograd.grad(wanted.sum(), exact)):
+        error = (mine.cpu().double() - other).norm() / other.norm()
+        assert error < 3e-2
+
+
+STATED = ["cca", "cca_exclusive", "dga_causal", "elementwise", "elementwise_exclusive"]
+
+
+@pytest.mark.parametrize("name", STATED)
 def test_a_state_continues_on_the_gpu(name: str) -> None:
     layer, given = CHOSEN[name].layer(0, 1), drawn(700, torch.float32)
     wanted = layer.attend(*(t.cpu().double() for t in given), WIDTH**-0.5)

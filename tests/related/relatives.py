@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from spattention import BandPattern
-from spattention.related import CCA, DGA, MEA, Elementwise, Related, RRAttention
+from spattention.related import CCA, DGA, MEA, Elementwise, RecurrentNear, Related, RRAttention
 
 HEADS, SPAN, LAYERS, VOCABULARY = 4, 48, 3, 61
 EXCLUSIVE = BandPattern.exclusive(HEADS, SPAN)
@@ -27,6 +27,11 @@ CHOSEN: dict[str, Related] = {
     "dga_causal": DGA(HEADS, SPAN, group=3, share=0.25, block=10),
     "elementwise": Elementwise(HEADS, SPAN),
     "elementwise_exclusive": Elementwise(HEADS, SPAN, EXCLUSIVE, order=4),
+}
+CHOSEN |= {
+    "recurrent_near": RecurrentNear(HEADS, SPAN, recurrent=2),
+    "recurrent_exclusive": RecurrentNear(HEADS, SPAN, EXCLUSIVE, recurrent=2),
+    "recurrent_by_layer": RecurrentNear(HEADS, SPAN, heads=((2, 3), (), (0, 1, 2, 3))),
 }
 # Later queries take part in the choice of keys: of a block, or of the whole sequence.
 NOT_CAUSAL = ("dga", "rrattention", "rrattention_exclusive")

@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import spattention as spa
 from spattention import related
-from spattention.related.mea import MEA, fold, mix_heads, norm_heads, split_heads
+from spattention.related.mea import MEA, fold, mix_heads, split_heads
+from spattention.related.method import norm_heads
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-10}

@@ -29,7 +29,7 @@ from spattention.baselines import seen
 from spattention.choice import attention_choice
 from spattention.cli import main
 from spattention.evaluation.heads import look_at_heads
-from spattention.related import CCA, DGA, MEA, Elementwise, RRAttention
+from spattention.related import CCA, DGA, MEA, Elementwise, RecurrentNear, RRAttention
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-9}
@@ -251,6 +251,10 @@ NAMES = {
     ),
     "dga:group=4,share=0.25": DGA(HEADS, SPAN, group=4, share=0.25),
     "dga:group=4,block=24": DGA(HEADS, SPAN, group=4, block=24),
+    "recurrent_near:recurrent=2": RecurrentNear(HEADS, SPAN, recurrent=2),
+    "recurrent_near:recurrent=2,bands=exclusive": RecurrentNear(
+        HEADS, SPAN, EXCLUSIVE, recurrent=2
+    ),
     "elementwise:order=2,scale=1,bound=3": Elementwise(HEADS, SPAN, order=2, scale=1.0, bound=3.0),
     "elementwise:bands=exclusive": Elementwise(HEADS, SPAN, EXCLUSIVE),
 }

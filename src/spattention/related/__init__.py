@@ -18,12 +18,13 @@ from .dga import DGA
 from .elementwise import Elementwise
 from .mea import MEA, fold
 from .method import Related
+from .recurrent_near import RecurrentNear, near_heads, recency_ratio
 from .rrattention import RRAttention
 
-KINDS: tuple[type[Related], ...] = (MEA, CCA, RRAttention, DGA, Elementwise)
+KINDS: tuple[type[Related], ...] = (MEA, CCA, RRAttention, DGA, Elementwise, RecurrentNear)
 
 __all__ = ["CCA", "DGA", "KINDS", "MEA", "Elementwise", "RRAttention", "Related", "apply", "fold"]
-__all__ += ["register"]
+__all__ += ["RecurrentNear", "near_heads", "recency_ratio", "register"]
 
 
 def register() -> None:

@@ -40,9 +40,15 @@ from ..baselines.adapter import apply, check_integers, remove
 from ..hf.apply import apply as apply_bands
 from ..hf.decoder import attention_modules
 from ..hf.sinks import new_parameter
-from .method import Related, causal_attention, causal_pairs, causal_weights, check_bands
+from .method import (
+    Related,
+    causal_attention,
+    causal_pairs,
+    causal_weights,
+    check_bands,
+    norm_heads,
+)
 
-EPS = 1e-5  # of the head norm
 PROJECTIONS = ("k_proj", "v_proj")
 
 
@@ -217,14 +223,6 @@ def mix_heads(components: torch.Tensor, mixing: torch.Tensor, dim: int) -> torch
     """Eq. 10, `mixed_a = sum_c mixing[c, a] component_c`, along the axis `dim` of heads."""
     mixed = components.movedim(dim, -1) @ mixing.to(components.dtype)
     return mixed.movedim(-1, dim)
-
-
-def norm_heads(out: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the channels of each head `[..., d]`, in float32 or more; a row of zeros stays
-    one.
-    """
-    work = out if out.dtype == torch.float64 else out.float()
-    return torch.nn.functional.rms_norm(work, gain.shape, gain.to(work.dtype), EPS).to(out.dtype)
 
 
 def split_heads(

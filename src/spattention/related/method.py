@@ -12,6 +12,8 @@ from ..attention import band_attention
 from ..bands import BandPattern
 from ..baselines.adapter import VERSION, Baseline, check_size
 
+EPS = 1e-5  # of the norm of a head
+
 
 @dataclass(frozen=True)
 class Related(Baseline):
@@ -124,3 +126,11 @@ def causal_pairs(num_heads: int, seq_len: int, bands: BandPattern | None = None)
     if bands is not None:
         return sum(bands.pairs(seq_len))
     return num_heads * seq_len * (seq_len + 1) // 2
+
+
+def norm_heads(out: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the channels of each head `[..., d]`, in float32 or more; a row of zeros stays
+    one.
+    """
+    work = out if out.dtype == torch.float64 else out.float()
+    return torch.nn.functional.rms_norm(work, gain.shape, gain.to(work.dtype), EPS).to(out.dtype)
