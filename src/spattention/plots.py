@@ -125,7 +125,8 @@ def seen_figure(seen: np.ndarray, title: str) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     causal = length * (length + 1) // 2
     share = 100 * np.count_nonzero(seen) / (causal * heads)
-    figure.suptitle(f"{title}: {share:.1f} % of dense attention's pairs", color=INK, fontsize=11)
+    text = f"{title}: reaches {share:.1f} % of dense attention's pairs"
+    figure.suptitle(text, color=INK, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False)
     for head, axis in enumerate(axes.flat):
         if head >= heads:

@@ -11,6 +11,7 @@ from relatives import EXCLUSIVE, HEADS, SPAN, build, inputs, logits, scatter, to
 
 import spattention as spa
 from spattention import BandPattern, related
+from spattention.baselines import seen
 from spattention.fitting.bins import distance_edges
 from spattention.fitting.profile import ModelIdentity, Profile
 from spattention.related import RecurrentNear, near_heads, recency_ratio
@@ -85,6 +86,13 @@ def test_other_heads_attend_as_before(bands):
     plain, _ = reference(query[:, :2], key[:, [0, 0]], value[:, [0, 0]], decay, 0.35)
     norm = (plain.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
     close(out[:, :2], plain / norm, rtol=0.0, atol=1e-6)  # decays start in float32
+
+
+def test_a_picture_shows_recurrent_heads_as_groups():
+    found = seen(RecurrentNear(HEADS, SPAN, EXCLUSIVE, recurrent=2), SPAN)
+    past = torch.ones(SPAN, SPAN, dtype=torch.uint8).tril()
+    assert torch.equal(found[:2], 2 * past.expand(2, -1, -1))
+    assert torch.equal(found[2:], EXCLUSIVE.mask(SPAN)[2:].to(torch.uint8))
 
 
 def test_memories_start_at_powers_of_two():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -36,7 +37,7 @@ EXACT = {"rtol": 0.0, "atol": 1e-9}
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
 each = pytest.mark.parametrize("name", CHOSEN)
 causal = pytest.mark.parametrize("name", [name for name in CHOSEN if name not in NOT_CAUSAL])
-WEIGHTED = [name for name in CHOSEN if CHOSEN[name].kind == "mea"]
+WEIGHTED = [name for name in CHOSEN if CHOSEN[name].kind in ("mea", "recurrent_near")]
 
 
 def family_of(name):
@@ -133,13 +134,22 @@ def test_a_copied_model_is_a_model_of_its_own(name):
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_a_checkpoint_without_its_weights_fails(name, tmp_path):
     """Transformers would only warn, and leave them as memory happened to be."""
-    model = model_with(name)
-    state = model.state_dict()
-    for key in sorted(key for key in state if key.endswith(("mixing", "gain")))[:1]:
-        del state[key]
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"weights that `config\.mea`"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model, kind = model_with(name), CHOSEN[name].kind
+    key = min(key for key in model.state_dict() if key.endswith(("mixing", "gain", "decay")))
+    for number, (change, got) in enumerate(
+        (
+            ({key: None}, f"no {key}"),
+            ({key: torch.zeros(77)}, f"{key} of another shape"),
+            ({f"{key}s": torch.zeros(1)}, f"{key}s, which has no place in it"),
+        )
+    ):
+        state = {n: t for n, t in (model.state_dict() | change).items() if t is not None}
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder, state_dict=state)
+        with pytest.raises(ValueError, match=re.escape(f"`config.{kind}` asks for, got {got}")):
+            transformers.AutoModelForCausalLM.from_pretrained(
+                folder, ignore_mismatched_sizes=True, experts_implementation="eager"
+            )
 
 
 @each

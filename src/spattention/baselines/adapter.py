@@ -239,14 +239,14 @@ def check_weights(kind: type[Baseline], model: Any, loading_info: Any) -> None:
         if not hasattr(module, PLAN) or getattr(module.config, kind.kind, None) is None:
             continue
         for keys, problem in (
-            (loading_info.missing_keys, "no"),
-            (loading_info.unexpected_keys, "besides"),
-            (mismatched, "another shape of"),
+            (loading_info.missing_keys, "no {}"),
+            (loading_info.unexpected_keys, "{}, which has no place in it"),
+            (mismatched, "{} of another shape"),
         ):
             if found := sorted(key for key in keys if key.startswith(f"{name}.")):
                 raise ValueError(
                     f"the checkpoint must hold the attention weights that `config.{kind.kind}` "
-                    f"asks for, got {problem} {found[0]}"
+                    f"asks for, got {problem.format(found[0])}"
                 )
 
 

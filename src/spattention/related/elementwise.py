@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from ..bands import BandPattern, in_bands
 from ..baselines.adapter import check_integers
 from ..baselines.state import State
-from .method import Related, check_bands, check_number
+from .method import Related, check_bands, check_number, tokens_kept
 
 MOST_DECAY = 64.0  # c bound^2: exp(-64) is a normal float32 number
 
@@ -133,8 +133,7 @@ class ChannelAttention:
             key = torch.cat([state.tensors["key"], key], dim=2)
             value = torch.cat([state.tensors["value"], value], dim=2)
         out = self._attend(query, key, value, None)[0]
-        reach = max((far for head in self.bands.intervals for _, far in head), default=0)
-        drop = max(0, key.shape[2] - max(0, reach - 1))
+        drop = max(0, key.shape[2] - (tokens_kept(self.bands) or 0))
         state.keep(key=key[:, :, drop:].clone(), value=value[:, :, drop:].clone())
         return out
 

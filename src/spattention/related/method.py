@@ -121,6 +121,13 @@ def causal_weights(
     return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
 
 
+def tokens_kept(bands: BandPattern | None) -> int | None:
+    """Earlier tokens that a cache must keep for the next query; None: all of them."""
+    if bands is None:
+        return None
+    return max(0, max((far for head in bands.intervals for _, far in head), default=0) - 1)
+
+
 def causal_pairs(num_heads: int, seq_len: int, bands: BandPattern | None = None) -> int:
     """Attended pairs of all heads, dense or within bands."""
     if bands is not None:

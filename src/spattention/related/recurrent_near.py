@@ -41,6 +41,7 @@ from .method import (
     causal_weights,
     check_bands,
     norm_heads,
+    tokens_kept,
 )
 
 CHUNK = 64
@@ -202,6 +203,7 @@ class NearAndFar:
         self.near = list(near)
         self.far = [head for head in range(method.num_heads) if head not in near]
         self.bands = _part(method.bands, self.far)
+        self.kept = tokens_kept(self.bands)
         self.weights_near = weights
 
     def attend(
@@ -265,13 +267,21 @@ class NearAndFar:
                 keys = torch.cat([state.tensors["key"], keys], dim=2)
                 values = torch.cat([state.tensors["value"], values], dim=2)
             parts.append(causal_attention(query[:, self.far], keys, values, scale, self.bands))
-            drop = 0
-            if self.bands is not None:
-                reach = max((far for head in self.bands.intervals for _, far in head), default=0)
-                drop = max(0, keys.shape[2] - max(0, reach - 1))
+            drop = 0 if self.kept is None else max(0, keys.shape[2] - self.kept)
             state.keep(key=keys[:, :, drop:], value=values[:, :, drop:])
         order = torch.tensor(self.near + self.far, device=query.device).argsort()
         return torch.cat(parts, dim=1).index_select(1, order)
+
+    def grouped(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
+    ) -> torch.Tensor:
+        """The pairs of `weights` that are seen through a state, bool of the same shape."""
+        past = torch.arange(key.shape[2], device=key.device) <= torch.arange(
+            start, stop, device=key.device
+        ).unsqueeze(1)
+        found = past.expand(*query.shape[:2], -1, -1).clone()
+        found[:, self.far] = False
+        return found
 
     def decays(self, query: torch.Tensor) -> torch.Tensor:
         """`log(gamma)` of the recurrent heads, float32 or more."""
