@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from relatives import CHOSEN, build, tokens
 
+from spattention import related
 from spattention.cli import main
+from spattention.cli.generate import cache_bytes
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.loading import model_folder, open_model
@@ -45,6 +48,15 @@ def test_compare_and_evaluate_know_them(text, tmp_path, capsys):
         assert evaluated["attention"] == name.partition(":")[0]
         assert evaluated["loss"]["loss"]["mean"] == pytest.approx(run["validation_loss"], abs=1e-4)
         assert len(evaluated["heads"][0]["distance"]) == 8
+
+
+def test_the_bytes_of_a_state_are_counted():
+    """`generate` prints them."""
+    model = related.apply(build("llama"), CHOSEN["cca"])
+    with torch.no_grad():
+        cache = model(tokens(1, 40), use_cache=True).past_key_values
+    found = cache_bytes(cache)
+    assert found == sum(layer.nbytes for layer in cache.layers) > 0
 
 
 @pytest.mark.parametrize("name", ["mea", "cca:group=4,window=8", "recurrent_near"])

@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, logging, set_seed
 
 from .. import hf
+from ..baselines.state import StateLayer
 from ..data.text import check_text
 from ..loading import model_folder, named_errors, open_model, open_tokenizer
 from .bounds import LARGEST, LARGEST_SEED, check_range
@@ -198,8 +199,10 @@ def cache_bytes(cache: Any) -> int:
 
 def _tensors(layer: Any) -> Iterable[torch.Tensor]:
     # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
-    found = {t.data_ptr(): t for t in vars(layer).values() if isinstance(t, torch.Tensor)}
-    return found.values()
+    held = [*vars(layer).values()]
+    if isinstance(layer, StateLayer):
+        held += layer.state.tensors.values()
+    return {t.data_ptr(): t for t in held if isinstance(t, torch.Tensor)}.values()
 
 
 def _check(options: Options) -> None:
