@@ -24,11 +24,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from spattention.cli.measure import graph_milliseconds
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import spattention as spa
 from spattention.cli import measure
-from spattention.cli.measure import graph_milliseconds
 from spattention.files import write_atomically
 from spattention.impl.triton import launch
 

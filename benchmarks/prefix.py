@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import triton
-
-import record
-import spattention as spa
 from kernels_in_turns import calls, replayed
+
+import spattention as spa
 from spattention.testing import Case, check_case
 
 PREFIXES = (0, 4, 64)

@@ -14,6 +14,8 @@ from spattention.plots import (
     head_colors,
     mask_image,
     pattern_figure,
+    seen_figure,
+    seen_image,
 )
 
 PATTERNS = [
@@ -142,3 +144,20 @@ def test_the_evaluation_names_model_and_shading():
     assert [t.get_text() for t in axis.get_legend().get_texts()] == [
         "± one standard error, over windows"
     ]
+
+
+def test_what_a_method_sees_is_drawn_pair_by_pair():
+    """A pair seen through a group is paler, and a block of pairs shows the strongest of them."""
+    seen = np.zeros((2, 6, 6), dtype=np.uint8)
+    seen[1] = np.tril(np.ones((6, 6)))
+    seen[1, 5, 0] = 2
+    image = seen_image(seen, 1)
+    color = np.array(head_colors(2)[1])
+    assert image[4, 0] == pytest.approx(color)
+    assert image[5, 0] == pytest.approx((color + 2) / 3)
+    assert image[0, 5] == pytest.approx(FUTURE)
+    assert seen_image(seen, 0)[5, 0] == pytest.approx(UNSEEN)
+    assert seen_image(seen, 1, cells=3).shape == (3, 3, 3)
+    assert seen_image(seen, 1, cells=3)[2, 0] == pytest.approx((color + 2) / 3)
+    title = seen_figure(seen, "cca").get_suptitle()
+    assert title == "cca: reaches 50.0 % of dense attention's pairs"

@@ -26,15 +26,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import choices
 import flex
+import record
 from measure import PARTS, Sizes, measure
 from rows import ROWS, Budget, Row
+from spattention.cli.measure import environment
 from text import Text, read_text
 from train import Schedule, train, with_lora
 
-import record
 import spattention as spa
 from spattention.bands import BandPattern
-from spattention.cli.measure import environment
 from spattention.files import write_atomically
 from spattention.fitting import Profile, captured, explain
 from spattention.fitting.sinks import starting_sinks

@@ -6,8 +6,8 @@ import difflib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .bands import BandPattern
@@ -20,13 +20,22 @@ if TYPE_CHECKING:
 STOCK = "dense"
 PATTERNS = ("shared_local", "exclusive", "sliding_window", "gapped", "local_only")
 # name on the command line -> class in `spattention.baselines`, and what the name says already
-BASELINES: dict[str, tuple[str, dict[str, str]]] = {
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("Longformer", {}),
     "bigbird": ("BigBird", {}),
     "reformer": ("Reformer", {}),
     "published_longformer": ("PublishedMask", {"mask": "longformer"}),
     "published_bigbird": ("PublishedMask", {"mask": "bigbird"}),
     "published_reformer": ("PublishedMask", {"mask": "reformer"}),
+}
+# the same for classes in `spattention.related`
+RELATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mea": ("MEA", {}),
+    "cca": ("CCA", {}),
+    "rrattention": ("RRAttention", {}),
+    "dga": ("DGA", {}),
+    "elementwise": ("Elementwise", {}),
+    "recurrent_near": ("RecurrentNear", {"heads": None}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
 WIDTHS = ("uniform", "geometric", "equal_work")
@@ -84,7 +93,7 @@ class Bands:
 
 @dataclass
 class Other:
-    """A baseline: another sparse attention.
+    """A baseline or a related system: another attention.
 
     Attributes:
         num_layers: layers of the model that it was last applied to, whose work may differ.
@@ -114,9 +123,11 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
         text: `dense` (stock attention), a pattern of `BandPattern` with its options, as in
             `exclusive`, `shared_local:widths=geometric,local=64`, `exclusive:widths=0/64/512` (the
             edges of two heads), `shared_local:local=64/512` (a window for each head),
-            `shared_local:kv_heads=4` (a band for each of 4 key/value heads),
+            `shared_local:kv_heads=4` (a band for each of 4 key/value heads) or
             `sliding_window:window=128,prefix=4` (the first 4 tokens beside every band), or a
-            baseline with its options, as in `bigbird:random=2` or `published_longformer`.
+            baseline or related system with its options, as in `bigbird:random=2`,
+            `published_longformer` or `mea:norm=0,bands=exclusive`. `bands` is the name of a pattern
+            with its options, and comes last.
         num_heads: query heads of the model.
         span: context length of the model, in tokens.
 
@@ -126,12 +137,17 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
     name = text.partition(":")[0]
     if text == STOCK:
         return StockDense(num_heads)
-    if name in BASELINES:
-        return Other(text, _baseline(text, num_heads, span))
+    if is_other(text):
+        return Other(text, other_attention(text, num_heads, span))
     if name not in (STOCK, *PATTERNS):
-        known = (STOCK, *PATTERNS, *BASELINES)
+        known = (STOCK, *PATTERNS, *BASELINES, *RELATED)
         raise ValueError(f"a pattern must be one of {known}, got {name!r}{_near(name, known)}")
     return Bands(text, named_pattern(text, num_heads, span))
+
+
+def is_other(text: str) -> bool:
+    """True if a name is that of a baseline or a related system."""
+    return text.partition(":")[0] in (*BASELINES, *RELATED)
 
 
 def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
@@ -179,20 +195,43 @@ def _near(name: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _baseline(text: str, num_heads: int, span: int) -> Baseline:
-    """Read the name of a baseline, as in `attention_choice`."""
-    from . import baselines
+def other_attention(text: str, num_heads: int, span: int) -> Baseline:
+    """Read the name of a baseline or a related system, as in `attention_choice`."""
+    from . import baselines, related
 
     name, colon, rest = text.partition(":")
-    kind, given = BASELINES[name]
-    constructor = getattr(baselines, kind)
-    fixed = ("num_heads", "span", *given)
-    known = [p for p in inspect.signature(constructor).parameters if p not in fixed]
-    return constructor(num_heads, span, **given, **_options(name, rest if colon else None, known))
+    kind, given = (BASELINES | RELATED)[name]
+    constructor = getattr(baselines if name in BASELINES else related, kind)
+    parameters = inspect.signature(constructor).parameters
+    known = [p for p in parameters if p not in ("num_heads", "span", *given)]
+    pattern = None
+    if "bands" in known:  # its options have colons and commas too, so it comes last
+        known.remove("bands")
+        rest, found, after = rest.partition("bands=")
+        pattern = after if found else None
+        if found and rest and not rest.endswith(","):
+            raise ValueError(f"options of `{name}` must be separated by commas, got {text!r}")
+        if found and "," in after.partition(":")[0]:
+            raise ValueError(f"`bands` of `{name}` must come last, got {text!r}")
+        if found:
+            rest = rest.removesuffix(",")
+            colon = rest
+    decimals = {p for p in known if parameters[p].annotation == "float"}
+    options = _options(name, rest if colon else None, known, decimals)
+    other: Baseline = constructor(num_heads, span, **given, **options)
+    if pattern is None:
+        return other
+    assert isinstance(other, related.Related)
+    bands = named_pattern(pattern, num_heads, other.band_span)
+    return replace(other, bands=bands)  # type: ignore[call-arg]  # those with `bands` alone
 
 
-def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any]:
-    """Read the options behind the colon, NAME=VALUE separated by commas; None without a colon."""
+def _options(
+    name: str, text: str | None, known: Sequence[str], decimals: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read the options behind the colon, NAME=VALUE separated by commas; None without a colon.
+    Values of `decimals` are decimal numbers.
+    """
     options: dict[str, Any] = {}
     for item in () if text is None else text.split(","):
         key, equals, value = item.partition("=")
@@ -203,7 +242,7 @@ def _options(name: str, text: str | None, known: Sequence[str]) -> dict[str, Any
             )
         if key in options:
             raise ValueError(f"option `{key}` of `{name}` must be given once, got {name}:{text}")
-        options[key] = _value(name, key, value)
+        options[key] = _decimal(name, key, value) if key in decimals else _value(name, key, value)
     return options
 
 
@@ -228,3 +267,10 @@ def _value(name: str, key: str, text: str) -> int | str | tuple[int, ...]:
     if not re.fullmatch("-?[0-9]+", text):
         raise ValueError(f"option `{key}` of `{name}` must be an integer, got {text!r}")
     return int(text)
+
+
+def _decimal(name: str, key: str, text: str) -> float:
+    """Read a decimal number, as in 0.95 or 1e-3."""
+    if len(text) > LONGEST_VALUE or not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?(e-?[0-9]{1,3})?", text):
+        raise ValueError(f"option `{key}` of `{name}` must be a number, got {text[:100]!r}")
+    return float(text)

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from . import baselines, hf
+from . import baselines, hf, related
 from .compat.huggingface import ATTENTION_KEYS
 from .files import read_json
 from .hf.config import NAME as BANDS
@@ -109,6 +109,7 @@ def open_config(folder: Path) -> Any:
     """The config of a saved model, with its values checked."""
     hf.register()
     baselines.register()
+    related.register()
     file = folder / CONFIG
     content = read_json(file, LARGEST_JSON)
     if (folder / GENERATION).exists():  # Transformers passes over a damaged one in silence
@@ -292,9 +293,9 @@ def _check_counts(file: Path, content: Any) -> None:
 
 
 def _check_attention(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuse attention from the hub, and bands or a baseline without their section."""
+    """Refuse attention from the hub, and bands or another attention without their section."""
     named = content.get("attn_implementation")
-    sections = (BANDS, *(kind.kind for kind in baselines.KINDS))
+    sections = (BANDS, *(kind.kind for kind in (*baselines.KINDS, *related.KINDS)))
     if named in sections and content.get(named) is None:
         raise ValueError(
             f"{file} must have the section `{named}`, as `attn_implementation` names it; got none"

@@ -109,6 +109,55 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
     return figure
 
 
+def seen_figure(seen: np.ndarray, title: str) -> Figure:
+    """Pairs that each head attends: in its colour, and paler where a group of tokens is attended as
+    one.
+
+    Args:
+        seen: uint8 `[H, N, N]`, as `spattention.baselines.seen` returns it.
+        title: text above; the share of dense attention's pairs follows it.
+    """
+    heads, length = seen.shape[:2]
+    columns = min(4, heads) if heads <= 16 else 8
+    rows = -(-heads // columns)
+    cell = 1.6 if columns > 4 else 2.6
+    size = max(cell * columns + 0.9, 6.0), rows * (cell + 0.3) + 1.0
+    figure = Figure(figsize=size, layout="constrained")
+    causal = length * (length + 1) // 2
+    share = 100 * np.count_nonzero(seen) / (causal * heads)
+    text = f"{title}: reaches {share:.1f} % of dense attention's pairs"
+    figure.suptitle(text, color=INK, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for head, axis in enumerate(axes.flat):
+        if head >= heads:
+            axis.set_axis_off()
+            continue
+        _draw_pairs(axis, seen_image(seen, head), length)
+        part = 100 * np.count_nonzero(seen[head]) / causal
+        axis.set_title(f"head {head}: {part:.1f} %", fontsize=8, color=INK)
+        if head % columns == 0:
+            axis.set_ylabel("query position", fontsize=8, color=INK)
+        if head + columns >= heads:
+            axis.set_xlabel("key position", fontsize=8, color=INK)
+    return figure
+
+
+def seen_image(seen: np.ndarray, head: int, cells: int = 1024) -> np.ndarray:
+    """The pairs of a head as colours; arguments as in `seen_figure` and `mask_image`."""
+    length = seen.shape[1]
+    block = -(-length // cells)
+    rows = -(-length // block)
+    padded = np.pad(seen[head], ((0, rows * block - length),) * 2)
+    blocks = padded.reshape(rows, block, rows, block).max(axis=(1, 3))
+    image = np.empty((rows, rows, 3))
+    image[:] = UNSEEN
+    image[np.triu_indices(rows, 1)] = FUTURE
+    color = np.array(head_colors(len(seen))[head])
+    image[blocks == 1] = color
+    image[blocks == 2] = (color + 2 * np.array(FUTURE)) / 3
+    return image
+
+
 def evaluation_figure(
     loss: LossByPosition | None,
     scores: Sequence[Score] | None,
@@ -180,9 +229,13 @@ def _draw_recall(axis: Axes, scores: Sequence[Score]) -> None:
 
 
 def _draw_mask(axis: Axes, pattern: BandPattern, head: int, length: int) -> None:
+    _draw_pairs(axis, mask_image(pattern, head, length), length)
+
+
+def _draw_pairs(axis: Axes, image: np.ndarray, length: int) -> None:
     # Edges between pixels, so that position p spans [p, p + 1) on both axes.
     axis.imshow(
-        mask_image(pattern, head, length),
+        image,
         interpolation="nearest" if length <= 512 else "auto",
         extent=(0, length, length, 0),
     )

@@ -16,11 +16,12 @@ from .bigbird import BigBird
 from .longformer import Longformer
 from .published_masks import PublishedMask
 from .reformer import Reformer
+from .seen import seen
 
 KINDS: tuple[type[Baseline], ...] = (Longformer, BigBird, Reformer, PublishedMask)
 
 __all__ = ["KINDS", "Baseline", "BigBird", "Longformer", "PublishedMask", "Reformer", "apply"]
-__all__ += ["register"]
+__all__ += ["register", "seen"]
 
 
 def register() -> None:

@@ -4,7 +4,8 @@ object per layer that does the work.
     config.<kind> = {"version": 1, <the fields of the baseline>}
 
 Every baseline takes whole sequences, and a growing cache of one document per row. Padding, packed
-documents, static caches, dropout, caps and attention weights raise.
+documents, static caches, dropout, caps and attention weights raise. The systems of
+`spattention.related` enter models the same way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
 from ..hf.weights import Note, note_weights
 from ..impl.layout import without_autocast
+from .state import Handle, State, keep_state, stop_keeping_state
 
 VERSION = 1
 MAX_HEADS = 2**16
@@ -75,6 +77,8 @@ class Baseline(ABC):
     """
 
     kind: ClassVar[str]  # attention name and config section
+    call: ClassVar[str] = "spattention.baselines.register()"  # named in errors
+    keeps_state: ClassVar[bool] = False  # its layers have `attend_after`, for a cache of its own
 
     num_heads: int
     span: int
@@ -89,12 +93,24 @@ class Baseline(ABC):
         mean over the layers.
         """
 
+    def check(self, module: Any) -> None:  # noqa: B027
+        """Raise `ValueError` unless an attention module can be equipped; most can."""
+
     def equip(self, module: Any) -> None:  # noqa: B027
         """Change an attention module before its weights are loaded; most baselines do not."""
+
+    def layer_in(self, module: Any, num_layers: int) -> LayerAttention:
+        """The attention of an equipped module; most depend on its index alone."""
+        return self.layer(module.layer_idx, num_layers)
 
     def section(self) -> dict[str, Any]:
         """The section that is saved in the model's config."""
         return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def restore(cls, model: Any, section: Any) -> None:
+        """Apply a saved section to a model with stock attention, in place."""
+        apply(model, cls.from_section(section))
 
     @classmethod
     def from_section(cls, section: Any) -> Self:
@@ -139,13 +155,14 @@ def register(kind: type[Baseline]) -> None:
     register_kind(
         AttentionKind(
             name=kind.kind,
-            call="spattention.baselines.register()",
+            call=kind.call,
             forward=attention_forward,
             mask=no_mask,
             is_equipped=lambda module: hasattr(module, PLAN),
             equip=lambda module: _equip_from_config(kind, module),
-            restore=lambda model, section: apply(model, kind.from_section(section)),
+            restore=lambda model, section: kind.restore(model, section),
             weights=_head_weights,
+            check_weights=lambda model, info: check_weights(kind, model, info),
         )
     )
 
@@ -190,6 +207,8 @@ def apply(model: Any, baseline: Baseline) -> Any:
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(f"`model` must not be split over ranks for {kind}, got {model.tp_size}")
     _check_heads(baseline, config)
+    for module in modules.values():
+        baseline.check(module)
     register(type(baseline))
     for module in modules.values():
         _equip(baseline, module, layers)
@@ -199,17 +218,52 @@ def apply(model: Any, baseline: Baseline) -> Any:
     return model
 
 
+def remove(model: Any) -> Any:
+    """Give a model with a baseline its stock attention back, in place; its modules keep the
+    changes that `equip` made.
+    """
+    config = model.config
+    for kind in list(kinds_of(config)):
+        delattr(config, kind.name)
+    for module in attention_modules(model, config).values():
+        if hasattr(module, PLAN):
+            delattr(module, PLAN)
+        stop_keeping_state(module)
+    model.set_attn_implementation("sdpa")
+    section_changed(model)
+    return model
+
+
+def check_weights(kind: type[Baseline], model: Any, loading_info: Any) -> None:
+    """Check that a checkpoint has all weights of equipped attention modules, and no others."""
+    mismatched = {key for key, *_ in loading_info.mismatched_keys}
+    for name, module in model.named_modules():
+        if not hasattr(module, PLAN) or getattr(module.config, kind.kind, None) is None:
+            continue
+        for keys, problem in (
+            (loading_info.missing_keys, "no {}"),
+            (loading_info.unexpected_keys, "{}, which has no place in it"),
+            (mismatched, "{} of another shape"),
+        ):
+            if found := sorted(key for key in keys if key.startswith(f"{name}.")):
+                raise ValueError(
+                    f"the checkpoint must hold the attention weights that `config.{kind.kind}` "
+                    f"asks for, got {problem.format(found[0])}"
+                )
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Any,
+    value: Any,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function of every baseline; arguments are those of Transformers' interface.
+    Key and value are tensors, or the handles of a `StateLayer`.
 
     Returns:
         `([B, Q, H, Dv], None)`.
@@ -235,11 +289,14 @@ def attention_forward(
     if keywords.get("is_causal") is False:
         raise ValueError(f"the model must be causal for {kind}, got `is_causal=False`")
     _check_positions(kind, keywords.get("position_ids"))
-    span = getattr(config, kind)["span"]
-    if key.shape[2] > span:
+    state: State | None = None
+    if isinstance(key, Handle):
+        handle: Handle = key
+        state, key, value = handle.state, handle.key, handle.value
+    span, length = getattr(config, kind)["span"], key.shape[2] + (state.length if state else 0)
+    if length > span:
         raise ValueError(
-            f"inputs must have at most the {span} tokens that {kind} was made for, got "
-            f"{key.shape[2]}"
+            f"inputs must have at most the {span} tokens that {kind} was made for, got {length}"
         )
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -247,7 +304,11 @@ def attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with without_autocast(query):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = plan.attend(query, key, value, scale)
+        if state is None:
+            out = plan.attend(query, key, value, scale)
+        else:
+            out = plan.attend_after(state, query, key, value, scale)  # type: ignore[attr-defined]
+            state.length = length
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -298,7 +359,9 @@ def _check_heads(baseline: Baseline, config: Any) -> None:
 
 def _equip(baseline: Baseline, module: Any, num_layers: int) -> None:
     baseline.equip(module)
-    setattr(module, PLAN, baseline.layer(module.layer_idx, num_layers))
+    setattr(module, PLAN, baseline.layer_in(module, num_layers))
+    if baseline.keeps_state:
+        keep_state(module)
     guard_parallel(module)
     note_weights(module, _note)
 
@@ -314,6 +377,7 @@ def _equip_from_config(kind: type[Baseline], module: Any) -> None:
     config = module.config
     baseline = kind.from_section(getattr(config, kind.kind))
     _check_heads(baseline, config)
+    baseline.check(module)
     _equip(baseline, module, config.num_hidden_layers)
 
 

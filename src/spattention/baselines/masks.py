@@ -21,7 +21,7 @@ SHAPES = 256  # that FlexAttention is compiled for in one process
 _compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _flex(*arguments: Any, **keywords: Any) -> Any:
+def compiled_flex(*arguments: Any, **keywords: Any) -> Any:
     """Compiled FlexAttention. Each shape is a graph, and evaluation asks for more than PyTorch's
     limit of 8; code that is itself compiled has taken `_compiled` in.
     """
@@ -54,7 +54,7 @@ class MaskAttention:
         """See `LayerAttention.attend`."""
         small = key.shape[2] <= SHORT and not torch.is_grad_enabled()
         if query.is_cuda and query.shape[2] == key.shape[2] and not small:
-            return self.attend_blocks(query, key, value, scale, flex=_flex)
+            return self.attend_blocks(query, key, value, scale, flex=compiled_flex)
         mask = self.dense(query.shape[2], key.shape[2], query.device)
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
@@ -113,8 +113,8 @@ class MaskAttention:
             return visible(head, query, key) & (key <= query)
 
         return BlockMask.from_kv_blocks(
-            *_listed(partial),
-            *_listed(whole),
+            *listed(partial),
+            *listed(whole),
             BLOCK_SIZE=BLOCK,
             mask_mod=rule,
             seq_lengths=(length, length),
@@ -142,7 +142,7 @@ def count_distances(distances: np.ndarray, first: int, seq_len: int) -> int:
     return int((seq_len - near).sum() + (seq_len - shared - seen).sum())
 
 
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many blocks of each row are set, and their columns first: int32."""
     columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), columns.to(torch.int32)

@@ -76,16 +76,19 @@ class Reformer(Baseline):
         chunks = -(-seq_len // self.chunk)
         return self.num_heads * self.rounds * (2 * chunks - 1) * self.chunk**2
 
+    def check(self, module: Any) -> None:
+        """See `Baseline.check`."""
+        if not hasattr(module, "q_proj") or not hasattr(module, "k_proj"):
+            raise ValueError(
+                "`model` must have separate projections q_proj and k_proj for reformer, which "
+                f"{type(module).__name__} has not"
+            )
+
     def equip(self, module: Any) -> None:
         """Keys come from the projection (and the norm) of the queries; their own are removed."""
         for own, shared in (("k_proj", "q_proj"), ("k_norm", "q_norm")):
             if hasattr(module, own):
                 setattr(module, own, Shared(module, shared))
-        if not isinstance(getattr(module, "k_proj", None), Shared):
-            raise ValueError(
-                "`model` must have separate projections q_proj and k_proj for reformer, which "
-                f"{type(module).__name__} has not"
-            )
 
 
 class Shared(torch.nn.Module):

@@ -174,8 +174,10 @@ def cache_bytes(cache: Any) -> int:
 
 def _tensors(layer: Any) -> Iterable[torch.Tensor]:
     # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
-    found = {t.data_ptr(): t for t in vars(layer).values() if isinstance(t, torch.Tensor)}
-    return found.values()
+    # Related systems keep what is not keys and values in a state with named tensors.
+    state = getattr(layer, "state", None)
+    held = [*vars(layer).values(), *getattr(state, "tensors", {}).values()]
+    return {t.data_ptr(): t for t in held if isinstance(t, torch.Tensor)}.values()
 
 
 def copy_speed(size: int = 1 << 30) -> float:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import sys
 
-from ..choice import named_pattern, pattern_remarks
+from matplotlib.figure import Figure
+
+from ..choice import is_other, named_pattern, other_attention, pattern_remarks
 from ..files import write_atomically
-from ..plots import pattern_figure
+from ..plots import pattern_figure, seen_figure
 from .bounds import LARGEST, check_range
 from .options.draw import Options
 
 MOST_HEADS = 128
+MOST_PAIRS = 2**28  # of all heads, one byte each
 MOST_PIXELS = 2**28  # of a .png, 1 GiB in memory
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -30,11 +33,7 @@ def main(options: Options) -> None:
         length=(1, LARGEST),
         dots_per_inch=(1, LARGEST),
     )
-    pattern = named_pattern(options.pattern, options.heads, options.span)
-    for remark in pattern_remarks(pattern):
-        print(f"warning: {remark}", file=sys.stderr)
-    title = f"{options.pattern}, {options.heads} heads, span {options.span}"
-    figure = pattern_figure(pattern, options.length, title)
+    figure = _figure(options)
     width, height = (round(side * options.dots_per_inch) for side in figure.get_size_inches())
     if suffix == ".png" and (max(width, height) >= 2**16 or width * height > MOST_PIXELS):
         raise ValueError(
@@ -45,3 +44,27 @@ def main(options: Options) -> None:
     figure.savefig(picture, dpi=options.dots_per_inch, format=suffix[1:])
     write_atomically(options.output, picture.getvalue())
     print(f"wrote {options.output}")
+
+
+def _figure(options: Options) -> Figure:
+    title = f"{options.pattern}, {options.heads} heads, span {options.span}"
+    if not is_other(options.pattern):
+        pattern = named_pattern(options.pattern, options.heads, options.span)
+        for remark in pattern_remarks(pattern):
+            print(f"warning: {remark}", file=sys.stderr)
+        return pattern_figure(pattern, options.length, title)
+    from ..baselines import seen
+
+    other = other_attention(options.pattern, options.heads, options.span)
+    length = options.span if options.length is None else options.length
+    if length > options.span:
+        raise ValueError(
+            f"`--length` must be at most `--span` = {options.span} for {options.pattern}, got "
+            f"{length}"
+        )
+    if (pairs := options.heads * length**2) > MOST_PAIRS:
+        raise ValueError(
+            f"`--heads` and `--length` must make at most {MOST_PAIRS:,} pairs for "
+            f"{options.pattern}, which draws each of them, got {pairs:,}"
+        )
+    return seen_figure(seen(other, length).numpy(), title)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
-from ..compat.huggingface import wrap_missing_keys_check
 from .attention import attention_forward
 from .config import NAME, Section, read_section
 from .conversion import convert
@@ -14,7 +11,7 @@ from .decoder import LayerPlan, check_heads, check_sinks, has_sinks, plan_of
 from .equip import CALL, equip
 from .head_weights import band_weights
 from .mask import rows_mask
-from .section import KINDS, AttentionKind, register_kind
+from .section import AttentionKind, register_kind
 
 
 def register() -> None:
@@ -28,10 +25,7 @@ def register() -> None:
     Raises:
         ValueError: if something else has registered an attention function of that name.
     """
-    if NAME in KINDS:
-        return
     register_kind(BANDS)
-    wrap_missing_keys_check(_with_strict_sinks)
 
 
 def _equip(module: Any) -> None:
@@ -51,33 +45,27 @@ def _restore(model: Any, section: Any) -> None:
     convert(model, read.layer_patterns, None, read.sinks)
 
 
-def _with_strict_sinks(adjust: Callable[..., None]) -> Callable[..., None]:
-    @wraps(adjust)
-    def strict(self: Any, loading_info: Any) -> None:
-        mismatched = {key: shape for key, shape, *_ in loading_info.mismatched_keys}
-        for name, module in self.named_modules():
-            key = f"{name}.sinks"
-            if plan_of(module) is None:
-                continue
-            if not has_sinks(module):
-                if key in loading_info.unexpected_keys:
-                    raise ValueError(
-                        "`config.spattention` must name the sinks that the checkpoint holds, got "
-                        f"{key} in a layer without sinks"
-                    )
-            elif key in loading_info.missing_keys:
+def _check_sinks(model: Any, loading_info: Any) -> None:
+    mismatched = {key: shape for key, shape, *_ in loading_info.mismatched_keys}
+    for name, module in model.named_modules():
+        key = f"{name}.sinks"
+        if plan_of(module) is None:
+            continue
+        if not has_sinks(module):
+            if key in loading_info.unexpected_keys:
                 raise ValueError(
-                    "the checkpoint must hold the sinks that `config.spattention` names, got no "
-                    f"{key}"
+                    "`config.spattention` must name the sinks that the checkpoint holds, got "
+                    f"{key} in a layer without sinks"
                 )
-            elif key in mismatched:
-                raise ValueError(
-                    f"the checkpoint must hold a sink per head, {list(module.sinks.shape)}, got "
-                    f"{key} of shape {list(mismatched[key])}"
-                )
-        adjust(self, loading_info)
-
-    return strict
+        elif key in loading_info.missing_keys:
+            raise ValueError(
+                f"the checkpoint must hold the sinks that `config.spattention` names, got no {key}"
+            )
+        elif key in mismatched:
+            raise ValueError(
+                f"the checkpoint must hold a sink per head, {list(module.sinks.shape)}, got {key} "
+                f"of shape {list(mismatched[key])}"
+            )
 
 
 BANDS = AttentionKind(
@@ -89,4 +77,5 @@ BANDS = AttentionKind(
     equip=_equip,
     restore=_restore,
     weights=band_weights,
+    check_weights=_check_sinks,
 )

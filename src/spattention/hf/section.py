@@ -1,4 +1,4 @@
-"""Attention kinds that a section of a model's config describes: bands, and the baselines.
+"""Attention kinds that a section of a model's config describes: bands, baselines and relatives.
 
     config.<kind> = {"version": 1, ...}
 
@@ -31,7 +31,12 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat.huggingface import attention_name, register_fusion, set_attention_name
+from ..compat.huggingface import (
+    attention_name,
+    register_fusion,
+    set_attention_name,
+    wrap_missing_keys_check,
+)
 from .decoder import is_attention
 from .head_weights import HeadWeights
 from .late import when_imported
@@ -56,6 +61,9 @@ class AttentionKind:
         equip: gives an attention module its part of the section, while the model is built.
         restore: applies a saved section to a model with stock attention, in place.
         weights: recomputes the weights of its heads; None where they cannot be looked at.
+        check_weights: raises ValueError if a checkpoint lacks weights that the section asks for, or
+            holds others; takes a model and Transformers' facts of the loading. None: nothing to
+            check.
     """
 
     name: str
@@ -66,6 +74,7 @@ class AttentionKind:
     equip: Callable[[Any], None]
     restore: Callable[[Any, Any], None]
     weights: HeadWeights | None = None
+    check_weights: Callable[[Any, Any], None] | None = None
 
     @property
     def requirement(self) -> str:
@@ -98,6 +107,9 @@ def register_kind(kind: AttentionKind) -> None:
         register_module_module_registration_hook(_equip_when_built)
         PreTrainedConfig.to_dict = _with_marks(PreTrainedConfig.to_dict)
         PreTrainedModel.load_state_dict = checking_notes(PreTrainedModel.load_state_dict)
+        # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that
+        # it does not know uninitialised. There is no public place to be stricter.
+        wrap_missing_keys_check(_with_strict_weights)
         when_imported("peft", GUARD)
     KINDS[kind.name] = kind
     allow_weights(kind.name)
@@ -136,6 +148,17 @@ def _equip_when_built(parent: torch.nn.Module, name: str, module: Any) -> None:
                 "meant"
             )
         kind.equip(module)
+
+
+def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
+    @wraps(adjust)
+    def strict(self: Any, loading_info: Any) -> None:
+        for kind in KINDS.values():
+            if kind.check_weights is not None:
+                kind.check_weights(self, loading_info)
+        adjust(self, loading_info)
+
+    return strict
 
 
 def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

@@ -38,17 +38,26 @@ def current_sinks(module: Any) -> torch.Tensor:
 
 
 def new_sinks(module: Any, num_heads: int) -> torch.nn.Parameter:
-    """Zeros `[num_heads]` in the dtype that an attention module computes in, where it runs.
+    """Zeros `[num_heads]`, as `new_parameter` places them."""
+    return new_parameter(module, torch.zeros(num_heads))
+
+
+def new_parameter(module: Any, values: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter in the dtype that an attention module computes in, where it runs.
 
     The weights of an offloaded module are on the meta device while it waits, and quantised weights
-    have a dtype of storage. Sinks of a model that is not loaded yet are on PyTorch's default
+    have a dtype of storage. Parameters of a model that is not loaded yet are on PyTorch's default
     device: the meta device while Transformers builds it.
+
+    Args:
+        module: the attention module.
+        values: of the parameter, on PyTorch's default device or the module's.
     """
-    sinks = torch.nn.Parameter(
-        torch.zeros(num_heads, dtype=_compute_dtype(module), device=_execution_device(module))
-    )
-    keep_initial_value(sinks)
-    return sinks
+    device = _execution_device(module)
+    placed = values.to(dtype=_compute_dtype(module), device=device)
+    parameter = torch.nn.Parameter(placed)
+    keep_initial_value(parameter)
+    return parameter
 
 
 def sink_values(

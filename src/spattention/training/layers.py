@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from .. import hf
 from ..bands import BandPattern
 from ..choice import (
-    BASELINES,
     STOCK,
     AttentionChoice,
     StockDense,
     attention_choice,
+    is_other,
     named_pattern,
 )
 
@@ -71,10 +71,10 @@ def recipe_attention(
             f"{len(names)}"
         )
     for name in names:
-        if name.partition(":")[0] in BASELINES:
+        if is_other(name):
             raise ValueError(
                 f"`attention` must be dense or a pattern for single layers or sinks, and {name} is "
-                "a baseline, for a whole model without them"
+                "another attention, for a whole model without them"
             )
     patterns = tuple(None if n == STOCK else named_pattern(n, num_heads, span) for n in names)
     if sinks and not any(patterns):

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .. import baselines, hf
+from .. import baselines, hf, related
 from ..choice import AttentionChoice, Other
 from ..data.tokenizer import for_transformers, load_tokenizer
 from ..data.training import TrainingData
@@ -128,6 +128,7 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
             )
     hf.register()
     baselines.register()
+    related.register()
     options: dict[str, Any] = {}
     try:
         if is_stock(recipe.attention):  # also of a model that had other attention

@@ -34,8 +34,8 @@ class Recipe:
             model to continue from.
         layers: decoder layers, instead of the preset's.
         vocabulary: entries of the embedding, instead of the preset's.
-        attention: dense, a pattern or a baseline, as `spattention compare` names them; one, or a
-            list with one per layer.
+        attention: dense, a pattern, a baseline or a related system, as `spattention compare` names
+            them; one, or a list of dense and patterns with one per layer.
         sinks: whether layers with a pattern have attention sinks.
         data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
         validation: the same, for the validation loss; empty for what the folders of `data` hold

@@ -23,9 +23,11 @@ class Options:
     Args:
         patterns: Attention of each run: dense, shared_local, exclusive, sliding_window, gapped,
             local_only, or a baseline: longformer, bigbird, reformer, published_longformer,
-            published_bigbird, published_reformer. Options follow a colon, as in
-            shared_local:widths=geometric,prefix=4 or sliding_window:window=128. By default a
-            sliding window is one token wider than a uniform band.
+            published_bigbird, published_reformer, or a related system: mea, cca, rrattention,
+            dga, elementwise, recurrent_near. Options follow a colon, as in
+            shared_local:widths=geometric,prefix=4, sliding_window:window=128 or
+            mea:norm=0,bands=exclusive. By default a sliding window is one token wider than a
+            uniform band.
         steps: Optimizer steps of each run.
         seeds: Seeds of weights and data order. With two or more, differences within the spread
             between seeds are marked.
