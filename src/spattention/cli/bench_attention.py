@@ -4,6 +4,7 @@ before they are timed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,12 +15,27 @@ import torch
 
 from ..bands import BandPattern
 from ..explanation import explain
+from ..files import shown
 from ..testing import Case, check_case
 from . import measure
+from .bounds import (
+    LARGEST,
+    LARGEST_GRID,
+    LARGEST_HEAD_DIM,
+    LARGEST_LENGTH,
+    LARGEST_SEED,
+    check_commit,
+    check_each,
+    check_output,
+    check_range,
+    check_size,
+)
 from .rivals import Attend, Flash4, Flex, Tensors, bands, dense
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
 REST = 0.25  # seconds before each measurement: a power limit looks back over a tenth or two
+SLOWEST = 1e-3  # TFLOP/s and TB/s of a ceiling; a floor is a quotient by it
+Shape = tuple[int, int, int]  # batch, heads, length
 RIVAL_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
 
 
@@ -91,9 +107,8 @@ class Row:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
+    shapes, plotted = check(options)
     measure.needs_gpu("bench attention")
-    shapes = [_shape(case) for case in options.cases]
-    plotted = [(1, 16, length) for length in options.lengths]
     record = measure.record(options)
     if Flash4.is_installed():
         record["environment"][Flash4.package] = version(Flash4.package)
@@ -113,6 +128,33 @@ def main(options: Options) -> None:
         print(f"wrote {stem}.json, .md{' and .png' if plotted else ''}")
 
 
+def check(options: Options) -> tuple[list[Shape], list[Shape]]:
+    """The shapes of the table and of the plot; ValueError for an option that breaks a rule."""
+    check_range(
+        options,
+        head_dim=(1, LARGEST_HEAD_DIM),
+        peak_tflops=(SLOWEST, LARGEST),
+        peak_tbs=(SLOWEST, LARGEST),
+        seed=(0, LARGEST_SEED),
+    )
+    if not options.cases and not options.lengths:
+        raise ValueError("`--cases` or `--lengths` must name at least one, got none")
+    shapes = [_shape(case) for case in options.cases]
+    for batch, heads, length in shapes:
+        check_each("--cases", [batch], 1, LARGEST_GRID)
+        check_each("--cases", [heads], 1, LARGEST_GRID)
+        check_each("--cases", [length], 1, LARGEST_LENGTH)
+        check_size("--cases", batch=batch, heads=heads, length=length, head_dim=options.head_dim)
+    if options.lengths:
+        check_each("--lengths", options.lengths, 1, LARGEST_LENGTH)
+    plotted = [(1, 16, length) for length in options.lengths]
+    for _, heads, length in plotted:
+        check_size("--lengths", heads=heads, length=length, head_dim=options.head_dim)
+    check_commit(options.commit)
+    check_output(options.output)
+    return shapes, plotted
+
+
 def kernels_that_ran(rows: Iterable[Row]) -> list[str]:
     """One line for each form of our kernels: its name, and the cases that ran it."""
     cases: dict[str, list[str]] = {}
@@ -123,13 +165,12 @@ def kernels_that_ran(rows: Iterable[Row]) -> list[str]:
     return [f"{kernels} ({', '.join(names)})" for kernels, names in cases.items()]
 
 
-def _shape(case: str) -> tuple[int, int, int]:
-    try:
-        batch, heads, length = (int(part) for part in case.split("x"))
-    except ValueError:
+def _shape(case: str) -> Shape:
+    if not re.fullmatch(r"[0-9]{1,10}x[0-9]{1,10}x[0-9]{1,10}", case):
         raise ValueError(
-            f"`--cases` must be batch x heads x length, as in 4x16x4096, got {case!r}"
-        ) from None
+            f"`--cases` must be batch x heads x length, as in 4x16x4096, got {shown(case)}"
+        )
+    batch, heads, length = (int(part) for part in case.split("x"))
     return batch, heads, length
 
 

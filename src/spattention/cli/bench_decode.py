@@ -16,8 +16,20 @@ from ..cache import BandStore
 from ..cached_attention import band_attention_cached
 from ..testing import Case, check_error, exact, plain
 from . import measure
+from .bounds import (
+    LARGEST_GRID,
+    LARGEST_HEAD_DIM,
+    LARGEST_LENGTH,
+    LARGEST_SEED,
+    check_commit,
+    check_each,
+    check_output,
+    check_range,
+    check_size,
+)
 
 DEVICE = "cuda"
+MAX_QUERIES = 16  # of the decoding kernel
 DENSE = {
     "dense FlashAttention": SDPBackend.FLASH_ATTENTION,
     "dense cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -96,6 +108,7 @@ class Cache:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
+    check_options(options)
     measure.needs_gpu("bench decode")
     copy = measure.copy_speed()
     rows: list[Row] = []
@@ -119,6 +132,33 @@ def main(options: Options) -> None:
         stem = measure.write(options.output, "decode", record, ["", *notes], HEADINGS, cells)
         plot(stem.with_suffix(".png"), rows, record["environment"]["gpu"])
         print(f"wrote {stem}.json, .md and .png")
+
+
+def check_options(options: Options) -> None:
+    """Raise ValueError for an option that breaks a rule."""
+    check_range(
+        options,
+        heads=(1, LARGEST_GRID),
+        key_heads=(1, LARGEST_GRID),
+        queries=(1, MAX_QUERIES),
+        head_dim=(1, LARGEST_HEAD_DIM),
+        seed=(0, LARGEST_SEED),
+    )
+    if options.key_heads is not None and options.heads % options.key_heads:
+        raise ValueError(
+            f"`--key-heads` must divide `--heads` = {options.heads}, got {options.key_heads}"
+        )
+    check_each("--lengths", options.lengths, options.queries, LARGEST_LENGTH)
+    check_each("--batches", options.batches, 1, LARGEST_GRID)
+    check_size(
+        "--lengths",
+        batch=max(options.batches),
+        heads=options.key_heads or options.heads,
+        length=max(options.lengths),
+        head_dim=options.head_dim,
+    )
+    check_commit(options.commit)
+    check_output(options.output)
 
 
 def _measure_case(

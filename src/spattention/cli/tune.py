@@ -21,6 +21,15 @@ from rich.table import Table
 
 from ..bands import BandPattern
 from . import measure
+from .bounds import (
+    LARGEST,
+    LARGEST_GRID,
+    LARGEST_HEAD_DIM,
+    LARGEST_LENGTH,
+    check_each,
+    check_range,
+    check_size,
+)
 
 if TYPE_CHECKING:
     from ..impl.triton.config import LaunchConfig
@@ -31,6 +40,7 @@ Pass = Literal["forward", "forward_persistent", "query_gradient", "key_gradient"
 PORTABLE: tuple[Pass, ...] = ("forward", "query_gradient", "key_gradient")
 HOPPER: tuple[Pass, ...] = ("forward", "forward_persistent", "backward")
 DEVICE = "cuda"
+MOST_STAGES = 16  # blocks in flight; shared memory holds fewer
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -74,11 +84,13 @@ class Options:
 
 def main(options: Options) -> None:
     """Try every launch of every pass, on `shared_local` bands."""
+    check(options)
     measure.needs_gpu("tune")
     run = None if options.kernels == "portable" else _runner(options, hopper=True)
     if options.kernels == "hopper" and run is None:
         raise ValueError("`--kernels hopper` does not cover this GPU, dtype or head_dim")
     hopper = run is not None
+    _check_launches(options, hopper)
     run = run or _runner(options, hopper=False)
     assert run is not None
     console = Console(width=None if Console().is_terminal else 120)
@@ -90,6 +102,45 @@ def main(options: Options) -> None:
         for milliseconds, launch in found[: options.best]:
             table.add_row(f"{milliseconds:.4f}", str(launch))
         console.print(table)
+
+
+def check(options: Options) -> None:
+    """Raise ValueError for an option that breaks a rule on every GPU."""
+    check_range(
+        options,
+        head_dim=(1, LARGEST_HEAD_DIM),
+        batch=(1, LARGEST_GRID),
+        heads=(1, LARGEST_GRID),
+        length=(1, LARGEST_LENGTH),
+        best=(1, LARGEST),
+    )
+    check_size(
+        "--length",
+        batch=options.batch,
+        heads=options.heads,
+        length=options.length,
+        head_dim=options.head_dim,
+    )
+    for name, least, most in (("blocks", 16, 256), ("warps", 1, 32)):
+        values = getattr(options, name)
+        check_each(f"--{name}", values, least, most)
+        for value in values:
+            if value & (value - 1):
+                raise ValueError(f"`--{name}` must be powers of two, got {value}")
+    check_each("--stages", options.stages, 1, MOST_STAGES)
+    if len(set(options.passes)) != len(options.passes):
+        raise ValueError(f"`--passes` must name each once, got {' '.join(options.passes)}")
+    if options.kernels != "default":  # which the GPU decides
+        _check_launches(options, hopper=options.kernels == "hopper")
+
+
+def _check_launches(options: Options, hopper: bool) -> None:
+    for name in passes(options, hopper):
+        if not candidates(options, name, hopper):
+            raise ValueError(
+                f"`--blocks` and `--warps` must fit a launch of {name}, got {options.blocks} with "
+                f"{options.warps}"
+            )
 
 
 def passes(options: Options, hopper: bool) -> tuple[Pass, ...]:
