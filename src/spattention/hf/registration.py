@@ -15,6 +15,7 @@ from .decoder import LayerPlan, check_heads, check_sinks, has_sinks, plan_of
 from .equip import CALL, equip
 from .mask import rows_mask
 from .section import KINDS, AttentionKind, register_kind
+from .windows import check_traded
 
 
 def register() -> None:
@@ -43,6 +44,7 @@ def _equip(module: Any) -> None:
     pattern = section.layer_patterns[module.layer_idx]
     if pattern is not None:
         check_heads(module, module.config, pattern)
+        check_traded(module.config, module.layer_idx, pattern)
         if section.sinks:
             check_sinks(module)
     equip(module, LayerPlan(pattern, section.sinks and pattern is not None))
