@@ -209,7 +209,7 @@ def test_draw_refuses_by_name(
         (["{files}/letter.docx"], "letter.docx must be text (.txt), JSON lines (.jsonl)"),
         (["{files}/text.txt", "--held-out", "nan"], "`held_out` must lie between 0 and 0.5"),
         (["{files}/text.txt", "--vocabulary", "3"], "`vocabulary` must be at least 257"),
-        (["{files}/text.txt", "--tokenizer", "{files}/gone"], "gone is not a file"),
+        (["{files}/text.txt", "--tokenizer", "{files}/gone"], "gone is neither a file nor a f"),
         (["{files}/text.txt", "--tokenizer", "{files}/list.toml"], "list.toml must be a tokenizer"),
         (["{files}/text.txt", "--output", "{files}/text.txt"], "`--output` must be a new folder"),
         (["{files}/text.txt", "--output", "{files}/text.txt/a"], "text.txt"),

@@ -242,7 +242,7 @@ def test_an_interrupt_leaves_nothing_half_written(command, inside, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("\f".join(f"words of document {k}" for k in range(40)))
+    Path("text.txt").write_text("\f".join(f"words of document {k}" for k in range(120)))
     monkeypatch.setattr(inside, interrupted)
     output = "out.png" if command == ["draw"] else "out"
     assert main([*command, "--output", output]) == 130

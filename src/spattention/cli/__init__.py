@@ -44,6 +44,7 @@ EXTRAS = {
     "transformers": "train",
     "triton": "gpu",
     "tyro": "train",
+    "zstandard": "train",
 }
 
 

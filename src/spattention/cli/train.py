@@ -15,6 +15,7 @@ from accelerate.utils import get_int_from_env
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..files import check_local, shown
 from ..loading import open_config, open_weights
 from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
@@ -80,18 +81,15 @@ def _check_model(name: str) -> None:
         open_config(path)
         open_weights(path)
         return
-    close = difflib.get_close_matches(name, SHAPES, n=1)
-    looks_local = (
-        path.exists()
-        or name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or ("/" in name and path.parent.is_dir())
+    rule = (
+        f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the hub"
     )
-    if looks_local or close:
+    close = difflib.get_close_matches(name, SHAPES, n=1)
+    if close or path.exists():
         raise ValueError(
-            f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the "
-            f"hub, got {name!r}{f', did you mean {close[0]!r}?' if close else ''}"
+            f"{rule}, got {shown(name)}{f', did you mean {close[0]!r}?' if close else ''}"
         )
+    check_local(name, rule)
 
 
 class TrainProgress:
@@ -133,7 +131,8 @@ class TrainProgress:
                 f"{event['parameters'] / 1e6:,.1f} M parameters, "
                 f"{event['active_parameters'] / 1e6:,.1f} M active; "
                 f"attention {event['attention']}; {event['tokens']:,} training tokens, "
-                f"{event['epochs']:.2f} epochs; {event['devices']} device(s)",
+                f"{event['epochs']:.2f} epochs; {event['devices']} device(s), "
+                f"{event['threads']} CPU thread(s) each",
                 highlight=False,
             )
             self._progress.update(
