@@ -21,7 +21,7 @@ from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
-from ..training.recipe import read_recipe
+from ..training.recipe import find_recipe, read_recipe
 from .options.train import Options
 
 
@@ -29,9 +29,10 @@ def main(options: Options) -> None:
     """Read the recipe, train, and show progress."""
     if options.minutes is not None and not 0 <= options.minutes < math.inf:
         raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
-    recipe = read_recipe(options.recipe, list(itertools.chain.from_iterable(options.set)))
+    path = find_recipe(options.recipe)
+    recipe = read_recipe(path, list(itertools.chain.from_iterable(options.set)))
     _check_model(recipe.model)
-    output = options.output or Path("runs") / options.recipe.stem
+    output = options.output or Path("runs") / path.stem
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output` must be a folder, {output} is a file")
     first = get_int_from_env(["RANK"], 0) == 0  # torchrun's

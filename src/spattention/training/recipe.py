@@ -160,6 +160,31 @@ class Recipe:
         }
 
 
+def find_recipe(name: str) -> Path:
+    """The recipe's file that a user names: a path, or the name of one that the package ships.
+
+    Raises:
+        ValueError: if there is neither; the message lists the names.
+    """
+    if (path := Path(name)).exists():
+        return path
+    known = {each.stem: each for each in shipped_recipes()}
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"`RECIPE` must be a recipe in TOML or one of {', '.join(known)}; {name} is no file{hint}"
+    )
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes of an installed package; those beside `src` in a checkout."""
+    here = Path(__file__).parents[1]
+    installed = here / "recipes"
+    return sorted((installed if installed.is_dir() else here.parents[1] / "recipes").glob("*.toml"))
+
+
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `NAME=VALUE` changes.
 
