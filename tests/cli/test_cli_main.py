@@ -98,7 +98,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error == (
         "error: `spattention compare` needs the package 'tyro', which is not installed: "
-        "pip install 'spattention[train]'\n"
+        "pip install 'spattention[train]', or in a clone pip install -e '.[train]'\n"
     )
 
 

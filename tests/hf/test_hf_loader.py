@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from saved_model import save
 from tiny import HEADS, banded, build, tokens
 
 import spattention as spa
@@ -105,3 +106,33 @@ def test_our_own_commands_run_no_loader(tmp_path, monkeypatch):
     (tmp_path / "modeling_spattention.py").write_text("raise SystemExit('was run')")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(model) is transformers.LlamaForCausalLM
+
+
+HARNESS = """
+import sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+options = {"trust_remote_code": True, "device": "cpu", "dtype": "float32", "prefix_token_id": 0}
+model = HFLM(pretrained=sys.argv[1], **options)
+assert model.model.config._attn_implementation == "spattention"
+request = Instance("loglikelihood", {}, ("It was a", " dark night"), 0)
+print(model.loglikelihood([request])[0][0])
+"""
+
+
+@pytest.mark.slow
+def test_the_harness_opens_bands(tmp_path):
+    """lm_eval calls no `register()`; it takes `trust_remote_code=True` from its user."""
+    pytest.importorskip("lm_eval")
+    folder = save(tmp_path)
+    spa.hf.add_loader(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert -1000 < float(done.stdout.split()[-1]) < 0

@@ -103,9 +103,10 @@ def _run(arguments: list[str]) -> int:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
+        extra = EXTRAS[package]
         return _fail(
             f"`spattention {name}` needs the package {package!r}, which is not installed: "
-            f"pip install 'spattention[{EXTRAS[package]}]'"
+            f"pip install 'spattention[{extra}]', or in a clone pip install -e '.[{extra}]'"
         )
     return 0
 
