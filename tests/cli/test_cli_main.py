@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spattention.cli import COMMANDS, EXTRAS, WITH_OPTIONS, main
+from spattention.cli import COMMANDS, EXTRAS, main
 from spattention.training.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ def test_the_overview_names_every_command(capsys):
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "accelerate")
 
 
-@pytest.mark.parametrize("name", [None, *sorted(set(COMMANDS) - set(WITH_OPTIONS))])
+@pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_imports_nothing_heavy(name):
     """PyTorch and Transformers take seconds; without them `--help` is there at once."""
     arguments = [name, "--help"] if name else ["--help"]

@@ -250,3 +250,11 @@ def test_a_path_that_is_none_is_not_asked_of_the_hub(tmp_path, tokenizer, name, 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     with pytest.raises(ValueError, match=r"`--tokenizer` must be .* is neither a file nor a fold"):
         find_tokenizer(name.format(folder=tmp_path))
+
+
+def test_a_folder_without_validation_says_so(tmp_path, tokenizer):
+    source = Source("one", ["a long text"])
+    prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=0.0)
+    assert len(open_stream(tmp_path / "out", "train"))
+    with pytest.raises(ValueError, match=r"out must hold validation tokens, but none were held"):
+        open_stream(tmp_path / "out", "validation")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,6 +30,7 @@ from .bounds import (
     check_range,
     check_size,
 )
+from .options.bench_attention import Options
 from .rivals import Attend, Flash4, Flex, Tensors, bands, dense
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
@@ -37,46 +38,6 @@ REST = 0.25  # seconds before each measurement: a power limit looks back over a 
 SLOWEST = 1e-3  # TFLOP/s and TB/s of a ceiling; a floor is a quotient by it
 Shape = tuple[int, int, int]  # batch, heads, length
 RIVAL_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
-
-
-@dataclass(frozen=True)
-class Options:
-    """Time attention, forward and forward + backward, beside what one would use otherwise.
-
-    Every pattern is first checked against float64; a wrong kernel is not timed. Times are medians
-    of graph replays (the GPU's own time), rested before, and of eager calls; in brackets, those of
-    a GPU that has been busy with the same call for 0.4 s: its power limit may slow its clock.
-    "Useful" work counts attended pairs alone: 4 D floating-point operations a pair forward and 10 D
-    backward. The floor of a case is the larger of useful work over --peak-tflops and the bytes that
-    must move over --peak-tbs.
-
-    Args:
-        cases: batch x heads x length, such as 4x16x4096.
-        lengths: lengths of the plot, with batch 1 and 16 heads; none for no plot.
-        head_dim: D.
-        dtype: of query, key and value.
-        flex: also time compiled FlexAttention on the same masks (seconds of compilation per case).
-        flash4: also time FlashAttention-4, dense and with block sparsity on the same masks, where
-            `flash_attn.cute` is installed.
-        peak_tflops: Ceiling of the floor: matrix products, in TFLOP/s.
-        peak_tbs: Ceiling of the floor: memory, in TB/s.
-        seed: Of the random inputs.
-        commit: The commit to record, where git cannot tell.
-        output: Folder for the results: JSON, a table and a plot, written anew after each case.
-            Nothing is written without it.
-    """
-
-    cases: tuple[str, ...] = ("1x8x4096", "4x16x4096", "16x8x1024", "1x16x16384", "1x16x65536")
-    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    head_dim: int = 128
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    flex: bool = True
-    flash4: bool = True
-    peak_tflops: float = 700.0
-    peak_tbs: float = 4.2
-    seed: int = 0
-    commit: str | None = None
-    output: Path | None = None
 
 
 @dataclass(frozen=True)
