@@ -379,3 +379,21 @@ def test_what_is_hardly_meant_is_noted(data, tmp_path):
     said.clear()
     pretrain(recipe(data, steps=1), tmp_path / "quiet", send=said.append)
     assert not [event for event in said if event["kind"] == "note"]
+
+
+@pytest.mark.parametrize(
+    ("at", "said"), [(1, "Interrupted before the first checkpoint in"), (3, "resumes from")]
+)
+def test_an_interrupted_run_says_how_to_resume(data, tmp_path, monkeypatch, capsys, at, said):
+    def interrupt(self, event):
+        if event == {"kind": "step", "step": at}:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("spattention.cli.train.TrainProgress.update", interrupt)
+    path = tmp_path / "r.toml"
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in recipe(data).to_dict().items()
+                            if v is not None))  # fmt: skip
+    assert main(["train", str(path), "--output", str(tmp_path / "run")]) == 130
+    told = capsys.readouterr()
+    assert said in told.out.replace("\n", " ")
+    assert told.err == "interrupted\n"
