@@ -175,8 +175,14 @@ def prepare_corpus(
         ) from error
     try:
         used = None if tokenizer is None else load_tokenizer(tokenizer)
+        # Both raise before a document is read.
         if used is not None:
-            end_of_text_id(used, end_of_text)  # raises before a document is read
+            end_of_text_id(used, end_of_text)
+        elif end_of_text != END_OF_TEXT:
+            raise ValueError(
+                f"the tokenizer must have the token {end_of_text}, and one that is trained has "
+                f"{END_OF_TEXT} alone"
+            )
         documents = _enough(source, held_out)
         first: list[str] = []
         if used is None:
