@@ -38,6 +38,7 @@ RELATED: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent_near": ("RecurrentNear", {"heads": None}),
 }
 LONGEST_VALUE = 4000  # characters of an option, which Python's conversion of integers allows too
+MOST_EQUAL = 0.75  # of the heads of a pattern; the first of geometric bands always are
 WIDTHS = ("uniform", "geometric", "equal_work")
 
 
@@ -172,9 +173,18 @@ def is_dense(pattern: BandPattern) -> bool:
     return all(head == ((0, pattern.span),) for head in pattern.intervals)
 
 
-def pattern_remarks(pattern: BandPattern) -> list[str]:
-    """Remarks on a pattern that is valid and hardly meant: dense, or with equal or empty heads."""
-    name = pattern.recipe["name"] if pattern.recipe else "the pattern"
+def pattern_remarks(
+    pattern: BandPattern, name: str | None = None, most_equal: float = 0.0
+) -> list[str]:
+    """Remarks on a pattern that is valid and hardly meant: dense, or with equal or empty heads.
+
+    Args:
+        pattern: the bands.
+        name: how the remarks call it; its constructor without it.
+        most_equal: share of heads that may attend the same distances without a remark.
+    """
+    kind = pattern.recipe["name"] if pattern.recipe else None
+    name = name or kind or "the pattern"
     heads = pattern.num_heads
     if is_dense(pattern) and name != STOCK:
         return [f"every head of {name} attends all distances: this is dense attention"]
@@ -182,10 +192,11 @@ def pattern_remarks(pattern: BandPattern) -> list[str]:
     if empty := sum(not head for head in pattern.intervals):
         remarks.append(f"{empty} of {heads} heads of {name} attend nothing")
     most, count = Counter(pattern.intervals).most_common(1)[0]
-    if name in ("shared_local", "exclusive", "gapped") and most and count > 1:
+    distinct = kind in ("shared_local", "exclusive", "gapped")
+    if distinct and most and count > max(1, most_equal * heads):
         bands = " ".join(f"[{near}, {far})" for near, far in most)
         remarks.append(f"{count} of {heads} heads of {name} attend the same distances {bands}")
-        if name == "shared_local":
+        if kind == "shared_local":
             remarks[-1] += ": their own bands lie within the local window; a smaller `local` helps"
     return remarks
 

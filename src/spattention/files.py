@@ -6,9 +6,11 @@ array's header and the depth of its JSON are checked before memory is spent on t
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +68,28 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a name that means a path which does not exist, before the hub is asked for it.
+
+    Args:
+        name: a path, or a name on the Hugging Face hub.
+        rule: start of the message, such as "`--tokenizer` must be a file or a name on the hub".
+        suffixes: ends of names that no repository on the hub has.
+
+    Raises:
+        ValueError: with the nearest name in the same folder.
+    """
+    path = Path(name)
+    on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)
+    local = not on_hub or ("/" in name and path.parent.is_dir()) or path.suffix in suffixes
+    if path.exists() or not local:
+        return
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    hint = f", did you mean {path.parent / close[0]}?" if close else ""
+    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{hint}")
+
+
 def is_unfinished(path: Path) -> bool:
     """True for a file that `write_atomically` left when its process was killed."""
     return path.name.startswith(".") and path.name.endswith(UNFINISHED)
@@ -120,6 +144,11 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
+
+
+def shown_path(name: str) -> str:
+    """A path for a message, cut where it is long."""
+    return name if len(name) <= 200 else f"{name[:197]}..."
 
 
 def shown(value: object) -> str:

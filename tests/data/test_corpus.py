@@ -1,7 +1,9 @@
 """Corpora of any size: the same tokens as a plain reading, all or nothing, from every source."""
 
 import json
+import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
@@ -10,7 +12,12 @@ from spattention.cli import main
 from spattention.data.corpus import BATCH, Source, open_source, prepare_corpus
 from spattention.data.prepare import open_facts, open_stream
 from spattention.data.text import read_documents
-from spattention.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from spattention.data.tokenizer import (
+    find_tokenizer,
+    load_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
 
 WORDS = ["one", "two", "three", "four", "naïve"]
 
@@ -163,7 +170,7 @@ def test_options_of_datasets_are_not_ignored_for_text(tmp_path):
 @pytest.mark.parametrize(
     ("text", "changes", "error"),
     [
-        ("one", {}, "`held_out` must be 0 for a source of 1 documents, got 0.005"),
+        ("one", {}, "`held_out` must be 0 for a source of 1 document, got 0.005; a form feed ends"),
         ("a\fb\fc", {}, "must be 0, for none, or more than 1 / 6 for a source of 3 documents"),
         ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
         ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
@@ -188,3 +195,66 @@ def test_the_command(tmp_path, capsys):
     assert len(read_documents(tmp_path / "a.txt")) == 300 == facts.train_documents + 1
     assert main(arguments) == 2
     assert "must be a new folder" in capsys.readouterr().err
+
+
+def test_too_few_documents_are_told_before_tokenizing(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one long book")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": " "}\n{"text": "two"}\n')
+    (tmp_path / "f").mkdir()
+    shutil.copy(tmp_path / "a.txt", tmp_path / "f")
+    done = []
+    for name, said in (
+        ("a.txt", "of 1 document, got 0.1; a form feed ends a document in a .txt file"),
+        ("f", "of 1 document, got 0.1; a form feed ends a document in a .txt file"),
+        ("a.jsonl", "of 2 documents, got 0.1$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            prepare_corpus(
+                tmp_path / "out",
+                open_source(str(tmp_path / name)),
+                tokenizer=tokenizer,
+                held_out=0.1,
+                on_progress=lambda *count: done.append(count),
+            )
+    assert not done
+    source = Source("six", ["a", "b", "c", " ", "d", "e", "f"])  # just enough
+    facts = prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=0.1)
+    assert (facts.train_documents, facts.validation_documents) == (5, 1)
+
+
+def test_a_tokenizer_by_file_folder_or_name(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"a folder with a tokenizer\.json, .*model has none"):
+        find_tokenizer(str(folder))
+    shutil.copy(tokenizer, folder)
+    assert find_tokenizer(str(folder)) == folder / "tokenizer.json"
+    assert find_tokenizer(str(tokenizer)) == tokenizer
+
+    def download(repo, name):
+        if repo != "owner/name":
+            raise OSError("404\nmore")
+        assert name == "tokenizer.json"
+        return str(tokenizer)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert find_tokenizer("owner/name") == tokenizer
+    with pytest.raises(ValueError, match=r"or a model on the hub that has one, got gpt2: 404$"):
+        find_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize(
+    "name", ["{folder}/tokeniser.json", "./gone", "a/b/c", "gone.json", "~/gone", "my tokenizer"]
+)
+def test_a_path_that_is_none_is_not_asked_of_the_hub(tmp_path, tokenizer, name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(ValueError, match=r"`--tokenizer` must be .* is neither a file nor a fold"):
+        find_tokenizer(name.format(folder=tmp_path))
+
+
+def test_a_folder_without_validation_says_so(tmp_path, tokenizer):
+    source = Source("one", ["a long text"])
+    prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=0.0)
+    assert len(open_stream(tmp_path / "out", "train"))
+    with pytest.raises(ValueError, match=r"out must hold validation tokens, but none were held"):
+        open_stream(tmp_path / "out", "validation")

@@ -1,5 +1,6 @@
 """From files of text to streams and a tokenizer."""
 
+import gzip
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from spattention.data.text import read_documents, sample_path
 from spattention.data.tokenizer import entries_of, load_tokenizer, tokenize, train_tokenizer
 from spattention.data.tokens import TokenStream
 
+CUT_OFF = gzip.compress(b"some text")[:-6]
 WORDS = "the quick brown fox jumps over the lazy dog and the dog sleeps on, naïve as ever\n"
 
 
@@ -46,6 +48,11 @@ def test_text_json_lines_and_folders(text, tmp_path):
         ("a.txt", b" \n ", "must hold text, got none"),
         ("a.txt", b"\xff\xfe\xfa", r"must be UTF-8 text"),
         ("a.u16.xz", b"x", "holds tokens already, which need no preparing"),
+        ("a.txt.gz", b"x", r"a\.txt\.gz must be a whole \.gz file: Not a gzipped file"),
+        ("a.txt.gz", CUT_OFF, "must be a whole .gz file: Compressed"),
+        ("a.txt.gz", gzip.compress(b"\xff\xfe\xfa"), "must be UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": 3}'), "line 1: `text` must be a string"),
+        ("a.pdf.gz", b"x", r"must be text \(\.txt\), JSON lines"),
         ("a.pdf", b"x", r"must be text \(\.txt\), JSON lines"),
     ],
 )
@@ -55,10 +62,30 @@ def test_unreadable_files(tmp_path, name, content, error):
         read_documents(tmp_path / name)
 
 
+def test_compressed_text_is_read(tmp_path):
+    texts = {"a.txt": "one\ftwo", "b.jsonl": '{"text": "three"}\n'}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_documents(tmp_path / "a.txt.gz") == ["one", "two"]
+    assert read_documents(tmp_path) == ["one", "two", "three"]
+
+
+def test_text_of_zstandard_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "b.jsonl.zst"
+    whole = zstandard.compress(b'{"text": "three"}\n' * 9)
+    path.write_bytes(whole)
+    assert read_documents(path) == ["three"] * 9
+    for damaged in (b"x", whole[:-4]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"must be a whole \.zst file|must hold text"):
+            read_documents(path)
+
+
 def test_missing_paths(tmp_path):
     with pytest.raises(ValueError, match="neither a file nor a folder"):
         read_documents(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match=r"must hold \.txt or \.jsonl files, got none"):
+    with pytest.raises(ValueError, match=r"must hold \.txt or \.jsonl files .*, got none"):
         read_documents(tmp_path)
 
 

@@ -318,3 +318,19 @@ def test_a_refused_build_leaves_the_other_model():
     with pytest.raises(ValueError, match=r'must be "spattention" for a model .* got "sdpa"'):
         transformers.AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
     assert torch.equal(logits(model, ids), before)
+
+
+def test_the_advice_on_dropout_helps(tmp_path):
+    """GPT-2 reads its config when it is built, and calls its entry otherwise."""
+    shape = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0, use_cache=False)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    pattern = spa.BandPattern.shared_local(4, 64)
+
+    def train(**options):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        spa.hf.apply(model, pattern).train()(torch.arange(8)[None])
+
+    with pytest.raises(ValueError, match=r"load the model with `attn_pdrop=0\.0`, or put that"):
+        train()
+    train(attn_pdrop=0.0)

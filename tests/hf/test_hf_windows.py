@@ -308,3 +308,31 @@ def test_the_window_of_a_family_is_only_a_mask(model_type):
 def test_the_reader_finds_what_else_depends_on_it(model_type, names):
     found = {name for kind in attention_classes(model_type) for name in what_else(kind)}
     assert found == names
+
+
+NO_WINDOW = "`sliding_window` of the model's config must be at least 1, or None for attention"
+
+
+@pytest.mark.parametrize("window", [-1, 0])
+@pytest.mark.parametrize("layers", [None, [0, 1]])
+def test_a_window_of_nothing_is_named(window, layers):
+    """Transformers masks every key by it; elsewhere -1 stands for no window."""
+    model = build("mistral", sliding_window=window)
+    with pytest.raises(ValueError, match=NO_WINDOW):
+        spa.hf.apply(model, FIRST, layers=layers)
+
+
+@pytest.mark.parametrize("window", [-1, 0, WINDOW, 4096])
+def test_a_window_under_bands_is_named(window):
+    """Its mask would be taken for packed documents, and its cache drops keys that bands need."""
+    model = spa.hf.apply(build("mistral"), FIRST)
+    config = copy.deepcopy(model.config)
+    config.sliding_window = window
+    with pytest.raises(ValueError, match=f"`sliding_window` of .* got {window}"):
+        transformers.AutoModelForCausalLM.from_config(config)
+    model.config.sliding_window = window
+    for cache in (None, spa.hf.BandCache(model.config)):
+        with pytest.raises(ValueError, match=f"`sliding_window` of .* got {window}"):
+            model(tokens(1, 5), past_key_values=cache, use_cache=False)
+    model.config.sliding_window = None
+    spa.hf.apply(build("mistral", sliding_window=4096), FIRST)(tokens(1, 5))

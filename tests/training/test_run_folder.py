@@ -17,6 +17,7 @@ from spattention.data.tokens import TokenStream
 from spattention.files import is_unfinished, read_json, write_atomically
 from spattention.training import load
 from spattention.training.checkpoints import checkpoints, newest_good
+from spattention.training.loss import check_loss
 from spattention.training.metrics import METRICS, append_metrics, read_metrics
 from spattention.training.pretrain import pretrain
 from spattention.training.record import LOSSES
@@ -317,3 +318,61 @@ def test_the_command_refuses_a_recipe_in_one_line(tmp_path, capsys, data):
     assert "Traceback" not in said
     assert torch.get_num_threads() == 1
     assert not checkpoints(tmp_path)
+
+
+def test_a_finished_run_says_how_to_train_longer(data, whole, tmp_path):
+    """Its schedule ends with its steps; a new run starts from its weights."""
+    last = whole / f"checkpoint-{STEPS}"
+    with pytest.raises(ValueError, match=f"a new run with `model` = '{last}' starts from its"):
+        pretrain(recipe(data, steps=STEPS + 2), whole)
+    with pytest.raises(ValueError, match=r"name another folder$"):
+        pretrain(recipe(data, steps=STEPS - 2), whole)
+    changes = {"model": str(last), "layers": None, "vocabulary": None, "steps": 1}
+    assert pretrain(recipe(data, **changes), tmp_path / "more").finished
+    before, after = losses(whole)[-1][1], losses(tmp_path / "more")[-1][1]
+    assert after == pytest.approx(before, abs=0.5)
+
+
+def test_a_loss_for_gpus_is_refused_before_the_model(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("spattention.training.pretrain.load_model", None)
+    monkeypatch.setattr("spattention.training.pretrain.open_training", None)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='`loss` must be "chunked" or "plain" on the CPU'):
+            pretrain(recipe(data, loss="liger"), tmp_path / "run")
+    monkeypatch.setattr("spattention.training.loss.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="needs liger-kernel"):
+        check_loss("liger", torch.device("cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_hardly_meant_is_noted(data, tmp_path):
+    said = []
+    changes = {"vocabulary": None, "steps": 1, "attention": "shared_local:widths=geometric"}
+    pretrain(recipe(data, **changes), tmp_path / "run", send=said.append)
+    notes = [event["text"] for event in said if event["kind"] == "note"]
+    assert any("tokens below 320, and the model's embedding 4,096 entries" in n for n in notes)
+    assert any("geometric attends all distances: this is dense attention" in n for n in notes)
+    begin = next(event for event in said if event["kind"] == "begin")
+    assert begin["threads"] == 1
+    assert json.loads((tmp_path / "run" / LOSSES).read_text())["facts"]["threads"] == 1
+    said.clear()
+    pretrain(recipe(data, steps=1), tmp_path / "quiet", send=said.append)
+    assert not [event for event in said if event["kind"] == "note"]
+
+
+@pytest.mark.parametrize(
+    ("at", "said"), [(1, "Interrupted before the first checkpoint in"), (3, "resumes from")]
+)
+def test_an_interrupted_run_says_how_to_resume(data, tmp_path, monkeypatch, capsys, at, said):
+    def interrupt(self, event):
+        if event == {"kind": "step", "step": at}:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("spattention.cli.train.TrainProgress.update", interrupt)
+    path = tmp_path / "r.toml"
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in recipe(data).to_dict().items()
+                            if v is not None))  # fmt: skip
+    assert main(["train", str(path), "--output", str(tmp_path / "run")]) == 130
+    told = capsys.readouterr()
+    assert said in told.out.replace("\n", " ")
+    assert told.err == "interrupted\n"

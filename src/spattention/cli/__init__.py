@@ -1,8 +1,8 @@
 """The command line: `spattention COMMAND`. One module per command, imported only when it is chosen.
 
 A command module has a frozen dataclass `Options`, whose docstrings are its help, unless a function
-`description()` says more, and `main(options)`. Most have their options in `cli.options`, which
-imports nothing heavy, so that `--help` and a slip in the options take no time. A user's error is a
+`description()` says more, and `main(options)`. The options are in `cli.options`, which imports
+nothing heavy, so that `--help` and a slip in the options take no time. A user's error is a
 ValueError or an OSError, whose message becomes the one line that is shown. Any other exception is a
 bug.
 """
@@ -25,7 +25,6 @@ COMMANDS = {
     "train": "pre-train or fine-tune a model by a recipe",
     "tune": "find the fastest launches of the kernels on this GPU",
 }
-WITH_OPTIONS = ("bench", "tune")  # their options are in the command's module
 TRACEBACK = "--traceback"
 LONGEST = 500  # characters of an unexpected exception's message
 # package -> the extra that installs it, whichever command misses it
@@ -44,6 +43,7 @@ EXTRAS = {
     "transformers": "train",
     "triton": "gpu",
     "tyro": "train",
+    "zstandard": "train",
 }
 
 
@@ -89,8 +89,7 @@ def _run(arguments: list[str]) -> int:
     try:
         import tyro
 
-        apart = "" if name in WITH_OPTIONS else ".options"
-        described = import_module(f"spattention.cli{apart}.{name}")
+        described = import_module(f"spattention.cli.options.{name}")
         options = tyro.cli(
             described.Options,
             prog=f"spattention {name}",
@@ -102,9 +101,10 @@ def _run(arguments: list[str]) -> int:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
+        extra = EXTRAS[package]
         return _fail(
             f"`spattention {name}` needs the package {package!r}, which is not installed: "
-            f"pip install 'spattention[{EXTRAS[package]}]'"
+            f"pip install 'spattention[{extra}]', or in a clone pip install -e '.[{extra}]'"
         )
     return 0
 

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
-
 from . import bench_attention, bench_decode
-
-Attention = Annotated[bench_attention.Options, tyro.conf.subcommand("attention", prefix_name=False)]
-Decode = Annotated[bench_decode.Options, tyro.conf.subcommand("decode", prefix_name=False)]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Time the kernels beside what one would use otherwise, on this GPU.
-
-    `attention` measures training and first passes, `decode` one query against a long cache.
-
-    Args:
-        what: attention if nothing is said; each has options of its own.
-    """
-
-    what: Annotated[Attention | Decode, tyro.conf.arg(name="")] = field(
-        default_factory=bench_attention.Options
-    )
+from .options import bench_decode as decode_options
+from .options.bench import Options
 
 
 def main(options: Options) -> None:
     """Measure what was asked for."""
-    if isinstance(options.what, bench_decode.Options):
+    if isinstance(options.what, decode_options.Options):
         bench_decode.main(options.what)
     else:
         bench_attention.main(options.what)

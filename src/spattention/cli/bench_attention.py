@@ -4,11 +4,12 @@ before they are timed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,55 +30,28 @@ from ..benchmarking.competitors import (
     package_versions,
 )
 from ..explanation import explain
+from ..files import shown
 from ..testing import Case, check_case
+from .bounds import (
+    LARGEST,
+    LARGEST_GRID,
+    LARGEST_HEAD_DIM,
+    LARGEST_LENGTH,
+    LARGEST_SEED,
+    check_commit,
+    check_each,
+    check_output,
+    check_range,
+    check_size,
+)
+from .options.bench_attention import Options
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
 REST = 0.25  # seconds before each measurement: a power limit looks back over a tenth or two
+SLOWEST = 1e-3  # TFLOP/s and TB/s of a ceiling; a floor is a quotient by it
+Shape = tuple[int, int, int]  # batch, heads, length
 T = TypeVar("T")
 COMPETITOR_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
-
-
-@dataclass(frozen=True)
-class Options:
-    """Time attention, forward and forward + backward, beside what one would use otherwise.
-
-    Every pattern is first checked against float64; a wrong kernel is not timed. Times are medians
-    of graph replays (the GPU's own time), rested before, and of eager calls; in brackets, those of
-    a GPU that has been busy with the same call for 0.4 s: its power limit may slow its clock.
-    "Useful" work counts attended pairs alone: 4 D floating-point operations a pair forward and 10 D
-    backward. The floor of a case is the larger of useful work over --peak-tflops and the bytes that
-    must move over --peak-tbs.
-
-    Args:
-        cases: batch x heads x length, such as 4x16x4096.
-        lengths: lengths of the plot, with batch 1 and 16 heads; none for no plot.
-        head_dim: D.
-        dtype: of query, key and value.
-        flex: also time compiled FlexAttention on the same masks (seconds of compilation per case).
-        flex_flash: also time FlexAttention on its FLASH back end.
-        flash4: also time FlashAttention-4, dense and with block sparsity on the same masks.
-        flash_sparse: also time flash-sparse-attn on the same masks.
-        peak_tflops: Ceiling of the floor: matrix products, in TFLOP/s.
-        peak_tbs: Ceiling of the floor: memory, in TB/s.
-        seed: Of the random inputs.
-        commit: The commit to record, where git cannot tell.
-        output: Folder for the results: JSON, a table and a plot, written again after each case.
-            Nothing is written without it.
-    """
-
-    cases: tuple[str, ...] = ("1x8x4096", "4x16x4096", "16x8x1024", "1x16x16384", "1x16x65536")
-    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    head_dim: int = 128
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    flex: bool = True
-    flex_flash: bool = True
-    flash4: bool = True
-    flash_sparse: bool = True
-    peak_tflops: float = 700.0
-    peak_tbs: float = 4.2
-    seed: int = 0
-    commit: str | None = None
-    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +82,8 @@ class Row:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
+    shapes, plotted = check(options)
     timing.needs_gpu("bench attention")
-    shapes = [_shape(case) for case in options.cases]
-    plotted = [(1, 16, length) for length in options.lengths]
     record = results.run_header(options)
     record["environment"] |= package_versions()
     missing: list[str] = []
@@ -128,6 +101,33 @@ def main(options: Options) -> None:
     print("\n".join(kernels_that_ran(rows) + not_measured(missing)))
     if options.output is not None:
         print(f"wrote {stem}.json, .md{' and .png' if plotted else ''}")
+
+
+def check(options: Options) -> tuple[list[Shape], list[Shape]]:
+    """The shapes of the table and of the plot; ValueError for an option that breaks a rule."""
+    check_range(
+        options,
+        head_dim=(1, LARGEST_HEAD_DIM),
+        peak_tflops=(SLOWEST, LARGEST),
+        peak_tbs=(SLOWEST, LARGEST),
+        seed=(0, LARGEST_SEED),
+    )
+    if not options.cases and not options.lengths:
+        raise ValueError("`--cases` or `--lengths` must name at least one, got none")
+    shapes = [_shape(case) for case in options.cases]
+    for batch, heads, length in shapes:
+        check_each("--cases", [batch], 1, LARGEST_GRID)
+        check_each("--cases", [heads], 1, LARGEST_GRID)
+        check_each("--cases", [length], 1, LARGEST_LENGTH)
+        check_size("--cases", batch=batch, heads=heads, length=length, head_dim=options.head_dim)
+    if options.lengths:
+        check_each("--lengths", options.lengths, 1, LARGEST_LENGTH)
+    plotted = [(1, 16, length) for length in options.lengths]
+    for _, heads, length in plotted:
+        check_size("--lengths", heads=heads, length=length, head_dim=options.head_dim)
+    check_commit(options.commit)
+    check_output(options.output)
+    return shapes, plotted
 
 
 def kernels_that_ran(rows: Iterable[Row]) -> list[str]:
@@ -160,13 +160,12 @@ def attempt(name: str, missing: list[str], make: Callable[[], T]) -> T | None:
         return None
 
 
-def _shape(case: str) -> tuple[int, int, int]:
-    try:
-        batch, heads, length = (int(part) for part in case.split("x"))
-    except ValueError:
+def _shape(case: str) -> Shape:
+    if not re.fullmatch(r"[0-9]{1,10}x[0-9]{1,10}x[0-9]{1,10}", case):
         raise ValueError(
-            f"`--cases` must be batch x heads x length, as in 4x16x4096, got {case!r}"
-        ) from None
+            f"`--cases` must be batch x heads x length, as in 4x16x4096, got {shown(case)}"
+        )
+    batch, heads, length = (int(part) for part in case.split("x"))
     return batch, heads, length
 
 

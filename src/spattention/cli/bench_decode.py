@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,8 +16,21 @@ from ..benchmarking.competitors import DTYPES, PATTERNS
 from ..cache import BandStore
 from ..cached_attention import band_attention_cached
 from ..testing import Case, check_error, exact, plain
+from .bounds import (
+    LARGEST_GRID,
+    LARGEST_HEAD_DIM,
+    LARGEST_LENGTH,
+    LARGEST_SEED,
+    check_commit,
+    check_each,
+    check_output,
+    check_range,
+    check_size,
+)
+from .options.bench_decode import Options
 
 DEVICE = "cuda"
+MAX_QUERIES = 16  # of the decoding kernel
 DENSE = {
     "dense FlashAttention": SDPBackend.FLASH_ATTENTION,
     "dense cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -26,42 +38,6 @@ DENSE = {
     "dense math": SDPBackend.MATH,
 }
 Attend = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Time decoding: a query for every row of a batch, against keys and values of a long text.
-
-    Bands are timed over a cache that keeps every token, and over a BandStore, which keeps what the
-    bands reach. Both are first checked against float64 at the size that is timed. Times are medians
-    of graph replays (the GPU's own time) and of eager calls. Compulsory bytes are the keys and
-    values that some query sees; their speed is also given as a share of a copy's.
-
-    Args:
-        lengths: tokens of the text.
-        batches: rows of the batch.
-        heads: query heads.
-        key_heads: key/value heads; as many as query heads if not given.
-        queries: tokens per row, 1 to 16.
-        head_dim: D.
-        dtype: of query, key and value.
-        flex: also time compiled FlexAttention over all keys.
-        seed: Of the random inputs.
-        commit: The commit to record, where git cannot tell.
-        output: Folder for the results: JSON, a table and a plot. Nothing is written without it.
-    """
-
-    lengths: tuple[int, ...] = (4096, 16384, 65536)
-    batches: tuple[int, ...] = (1, 8, 32)
-    heads: int = 16
-    key_heads: int | None = None
-    queries: int = 1
-    head_dim: int = 128
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    flex: bool = True
-    seed: int = 0
-    commit: str | None = None
-    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +73,7 @@ class Cache:
 
 def main(options: Options) -> None:
     """Measure, print, write."""
+    check_options(options)
     timing.needs_gpu("bench decode")
     copy = timing.copy_speed()
     rows: list[Row] = []
@@ -120,6 +97,33 @@ def main(options: Options) -> None:
         stem = results.write_page(options.output, "decode", record, ["", *notes], HEADINGS, cells)
         plot(stem.with_suffix(".png"), rows, record["environment"]["gpu"])
         print(f"wrote {stem}.json, .md and .png")
+
+
+def check_options(options: Options) -> None:
+    """Raise ValueError for an option that breaks a rule."""
+    check_range(
+        options,
+        heads=(1, LARGEST_GRID),
+        key_heads=(1, LARGEST_GRID),
+        queries=(1, MAX_QUERIES),
+        head_dim=(1, LARGEST_HEAD_DIM),
+        seed=(0, LARGEST_SEED),
+    )
+    if options.key_heads is not None and options.heads % options.key_heads:
+        raise ValueError(
+            f"`--key-heads` must divide `--heads` = {options.heads}, got {options.key_heads}"
+        )
+    check_each("--lengths", options.lengths, options.queries, LARGEST_LENGTH)
+    check_each("--batches", options.batches, 1, LARGEST_GRID)
+    check_size(
+        "--lengths",
+        batch=max(options.batches),
+        heads=options.key_heads or options.heads,
+        length=max(options.lengths),
+        head_dim=options.head_dim,
+    )
+    check_commit(options.commit)
+    check_output(options.output)
 
 
 def _measure_case(

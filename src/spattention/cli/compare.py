@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..choice import Bands, attention_choice, is_dense
+from ..choice import MOST_EQUAL, Bands, attention_choice, pattern_remarks
 from ..comparison.folder import ResultsFolder
 from ..comparison.plan import Run, plan_of
 from ..comparison.process import train_in_process
 from ..comparison.report import HEADER, Report
 from ..comparison.summary import check_equal_order
 from ..data.prepare import CorpusFacts, open_stream, prepare
+from ..data.tokenizer import find_tokenizer
 from ..data.tokens import Windows
 from ..models import preset
 from ..training.callbacks import Event
@@ -52,7 +53,7 @@ def _compare(
             options.data,
             vocabulary=options.vocabulary,
             held_out=options.held_out,
-            tokenizer=options.tokenizer,
+            tokenizer=None if options.tokenizer is None else find_tokenizer(options.tokenizer),
             end_of_text=options.end_of_text,
         )
         shared = shared_fields(options, facts.vocabulary, folder.data)
@@ -192,9 +193,10 @@ def _check(options: Options) -> list[str]:
         for attention in options.patterns
     ]
     return [
-        f"every head of {choice.name} attends all distances: this is dense attention"
+        remark
         for choice in choices
-        if isinstance(choice, Bands) and is_dense(choice.pattern)
+        if isinstance(choice, Bands)
+        for remark in pattern_remarks(choice.pattern, choice.name, MOST_EQUAL)
     ]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..data.corpus import open_source, prepare_corpus
-from ..data.tokenizer import END_OF_TEXT
+from ..data.text import sample_path
+from ..data.tokenizer import END_OF_TEXT, find_tokenizer
+from ..files import check_local
 from .options.prepare import Options
 
 # No dataset on the hub has a name that ends like this.
@@ -19,9 +18,11 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".xz", ".gz", ".zst")
 def main(options: Options) -> None:
     """Tokenize and print the number of tokens."""
     console = Console()
-    _check_source(options.source)
+    named = str(sample_path()) if options.source is None else options.source
+    check_local(named, "`SOURCE` must be text or a dataset on the hub", SUFFIXES)
+    tokenizer = None if options.tokenizer is None else find_tokenizer(options.tokenizer)
     source = open_source(
-        options.source,
+        named,
         name=options.name,
         split=options.split,
         column=options.column,
@@ -38,7 +39,7 @@ def main(options: Options) -> None:
         facts = prepare_corpus(
             options.output,
             source,
-            tokenizer=options.tokenizer,
+            tokenizer=tokenizer,
             vocabulary=options.vocabulary,
             end_of_text=END_OF_TEXT if options.end_of_text is None else options.end_of_text,
             held_out=options.held_out,
@@ -53,20 +54,3 @@ def main(options: Options) -> None:
         f"{facts.end_of_text}.",
         highlight=False,
     )
-
-
-def _check_source(source: str) -> None:
-    """Refuse a path that does not exist, before it is looked up as a dataset on the hub."""
-    path = Path(source)
-    looks_local = (
-        source.startswith((".", "/", "~"))
-        or source.count("/") > 1
-        or ("/" in source and path.parent.is_dir())
-        or path.suffix in SUFFIXES
-    )
-    if path.exists() or not looks_local:
-        return
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    hint = f", did you mean {path.parent / close[0]}?" if close else ""
-    raise ValueError(f"{source} is neither a file nor a folder{hint}")

@@ -15,12 +15,13 @@ from accelerate.utils import get_int_from_env
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..files import check_local, shown
 from ..loading import open_config, open_weights
 from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
-from ..training.recipe import read_recipe
+from ..training.recipe import find_recipe, read_recipe
 from .options.train import Options
 
 
@@ -28,9 +29,10 @@ def main(options: Options) -> None:
     """Read the recipe, train, and show progress."""
     if options.minutes is not None and not 0 <= options.minutes < math.inf:
         raise ValueError(f"`--minutes` must be a number from 0 on, got {options.minutes}")
-    recipe = read_recipe(options.recipe, list(itertools.chain.from_iterable(options.set)))
+    path = find_recipe(options.recipe)
+    recipe = read_recipe(path, list(itertools.chain.from_iterable(options.set)))
     _check_model(recipe.model)
-    output = options.output or Path("runs") / options.recipe.stem
+    output = options.output or Path("runs") / path.stem
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output` must be a folder, {output} is a file")
     first = get_int_from_env(["RANK"], 0) == 0  # torchrun's
@@ -80,18 +82,15 @@ def _check_model(name: str) -> None:
         open_config(path)
         open_weights(path)
         return
-    close = difflib.get_close_matches(name, SHAPES, n=1)
-    looks_local = (
-        path.exists()
-        or name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or ("/" in name and path.parent.is_dir())
+    rule = (
+        f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the hub"
     )
-    if looks_local or close:
+    close = difflib.get_close_matches(name, SHAPES, n=1)
+    if close or path.exists():
         raise ValueError(
-            f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the "
-            f"hub, got {name!r}{f', did you mean {close[0]!r}?' if close else ''}"
+            f"{rule}, got {shown(name)}{f', did you mean {close[0]!r}?' if close else ''}"
         )
+    check_local(name, rule)
 
 
 class TrainProgress:
@@ -133,7 +132,8 @@ class TrainProgress:
                 f"{event['parameters'] / 1e6:,.1f} M parameters, "
                 f"{event['active_parameters'] / 1e6:,.1f} M active; "
                 f"attention {event['attention']}; {event['tokens']:,} training tokens, "
-                f"{event['epochs']:.2f} epochs; {event['devices']} device(s)",
+                f"{event['epochs']:.2f} epochs; {event['devices']} device(s), "
+                f"{event['threads']} CPU thread(s) each",
                 highlight=False,
             )
             self._progress.update(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -21,64 +21,38 @@ from rich.table import Table
 
 from ..bands import BandPattern
 from ..benchmarking import timing
+from .bounds import (
+    LARGEST,
+    LARGEST_GRID,
+    LARGEST_HEAD_DIM,
+    LARGEST_LENGTH,
+    check_each,
+    check_range,
+    check_size,
+)
+from .options.tune import Options, Pass
 
 if TYPE_CHECKING:
     from ..impl.triton.config import LaunchConfig
 
-Pass = Literal["forward", "forward_persistent", "query_gradient", "key_gradient", "backward"]
 # The portable kernels have a launch for each gradient. Those for Hopper have one for all gradients,
 # and a persistent forward pass for long bands.
 PORTABLE: tuple[Pass, ...] = ("forward", "query_gradient", "key_gradient")
 HOPPER: tuple[Pass, ...] = ("forward", "forward_persistent", "backward")
 DEVICE = "cuda"
+MOST_STAGES = 16  # blocks in flight; shared memory holds fewer
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Time the kernels with other block sizes, warps and stages, and print the fastest.
-
-    Nothing is changed by it: the launches that users get are the written rule in
-    `impl/triton/config.py`, and what this command prints is in the form that stands there. Every
-    launch is compiled first, about a second each; where the output is no terminal, each is a line.
-
-    Args:
-        kernels: Which to time: those that this GPU would run, the portable ones, or those for
-            Hopper.
-        passes: Which passes, none for all. The portable kernels have forward, query_gradient and
-            key_gradient; those for Hopper forward, forward_persistent (for long bands) and
-            backward.
-        head_dim: D.
-        dtype: Of query, key and value.
-        batch: Batch size of the timed case.
-        heads: Its heads.
-        length: Its length, in tokens.
-        blocks: Block sizes to try, for queries and for keys.
-        warps: Warps to try.
-        stages: Blocks in flight to try; the Hopper kernels have their own.
-        best: How many to print of each pass.
-    """
-
-    kernels: Literal["default", "portable", "hopper"] = "default"
-    passes: tuple[Pass, ...] = ()
-    head_dim: int = 128
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    batch: int = 1
-    heads: int = 16
-    length: int = 16384
-    blocks: tuple[int, ...] = (32, 64, 128)
-    warps: tuple[int, ...] = (4, 8)
-    stages: tuple[int, ...] = (2,)
-    best: int = 3
 
 
 def main(options: Options) -> None:
     """Try every launch of every pass, on `shared_local` bands."""
+    check(options)
     timing.needs_gpu("tune")
     run = None if options.kernels == "portable" else _runner(options, hopper=True)
     if options.kernels == "hopper" and run is None:
         raise ValueError("`--kernels hopper` does not cover this GPU, dtype or head_dim")
     hopper = run is not None
+    _check_launches(options, hopper)
     run = run or _runner(options, hopper=False)
     assert run is not None
     console = Console(width=None if Console().is_terminal else 120)
@@ -90,6 +64,45 @@ def main(options: Options) -> None:
         for milliseconds, launch in found[: options.best]:
             table.add_row(f"{milliseconds:.4f}", str(launch))
         console.print(table)
+
+
+def check(options: Options) -> None:
+    """Raise ValueError for an option that breaks a rule on every GPU."""
+    check_range(
+        options,
+        head_dim=(1, LARGEST_HEAD_DIM),
+        batch=(1, LARGEST_GRID),
+        heads=(1, LARGEST_GRID),
+        length=(1, LARGEST_LENGTH),
+        best=(1, LARGEST),
+    )
+    check_size(
+        "--length",
+        batch=options.batch,
+        heads=options.heads,
+        length=options.length,
+        head_dim=options.head_dim,
+    )
+    for name, least, most in (("blocks", 16, 256), ("warps", 1, 32)):
+        values = getattr(options, name)
+        check_each(f"--{name}", values, least, most)
+        for value in values:
+            if value & (value - 1):
+                raise ValueError(f"`--{name}` must be powers of two, got {value}")
+    check_each("--stages", options.stages, 1, MOST_STAGES)
+    if len(set(options.passes)) != len(options.passes):
+        raise ValueError(f"`--passes` must name each once, got {' '.join(options.passes)}")
+    if options.kernels != "default":  # which the GPU decides
+        _check_launches(options, hopper=options.kernels == "hopper")
+
+
+def _check_launches(options: Options, hopper: bool) -> None:
+    for name in passes(options, hopper):
+        if not candidates(options, name, hopper):
+            raise ValueError(
+                f"`--blocks` and `--warps` must fit a launch of {name}, got {options.blocks} with "
+                f"{options.warps}"
+            )
 
 
 def passes(options: Options, hopper: bool) -> tuple[Pass, ...]:

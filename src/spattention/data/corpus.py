@@ -22,7 +22,7 @@ import numpy as np
 from ..files import make_folder, naming, remove_empty, sync, sync_tree
 from .arrays import save_array
 from .prepare import CorpusFacts, stored_stream, write_facts
-from .text import check_text, iterate_documents
+from .text import check_text, iterate_documents, text_kind
 from .tokenizer import (
     END_OF_TEXT,
     DocumentEncoder,
@@ -48,11 +48,13 @@ class Source:
         name: path or name to show in messages.
         documents: the texts.
         total: number of documents, if it is known.
+        separator: what ends a document, to be said where there are too few.
     """
 
     name: str
     documents: Iterable[str]
     total: int | None = None
+    separator: str | None = None
 
 
 def open_source(
@@ -84,7 +86,9 @@ def open_source(
                 f"`name`, `split` and `streaming` are for datasets, {what} holds text; got {name}, "
                 f"{split}, {streaming}"
             )
-        return Source(what, iterate_documents(path, column))
+        plain = text_kind(path) == ".txt" or any(text_kind(f) == ".txt" for f in path.glob("*"))
+        separator = "a form feed ends a document in a .txt file" if plain else None
+        return Source(what, iterate_documents(path, column), separator=separator)
     if path.is_absolute() and not path.exists():
         raise ValueError(f"{path} is neither a file nor a folder")
     import datasets
@@ -170,13 +174,20 @@ def prepare_corpus(
             "exists. Where none is at work, one was killed: remove that folder"
         ) from error
     try:
-        documents = iter(source.documents)
+        used = None if tokenizer is None else load_tokenizer(tokenizer)
+        # Both raise before a document is read.
+        if used is not None:
+            end_of_text_id(used, end_of_text)
+        elif end_of_text != END_OF_TEXT:
+            raise ValueError(
+                f"the tokenizer must have the token {end_of_text}, and one that is trained has "
+                f"{END_OF_TEXT} alone"
+            )
+        documents = _enough(source, held_out)
         first: list[str] = []
-        if tokenizer is None:
+        if used is None:
             first = [text for text in itertools.islice(documents, sample) if text.strip()]
             used = train_tokenizer(first, vocabulary)
-        else:
-            used = load_tokenizer(tokenizer)
         encoder = DocumentEncoder(used, end_of_text_id(used, end_of_text))
         train, validation = _write(
             staging, itertools.chain(first, documents), encoder, held_out, on_progress
@@ -234,11 +245,35 @@ def _write(
     if not train.num_tokens:
         raise ValueError("the source must hold text, got none")
     if held_out and not validation.num_tokens:
-        more = f", for none, or more than 1 / {2 * count}" if count > 1 else ""
-        raise ValueError(
-            f"`held_out` must be 0{more} for a source of {count} documents, got {held_out}"
-        )
+        raise _too_few(count, held_out)
     return train, validation
+
+
+def _enough(source: Source, held_out: float) -> Iterator[str]:
+    """The documents of a source, once it is known that some of them will be held out.
+
+    Raises:
+        ValueError: if there are too few; a source that needs more than a batch is not looked at.
+    """
+    documents = iter(source.documents)
+    needed = math.floor(HALF / Fraction(str(held_out))) + 1 if held_out else 0
+    if needed > BATCH:
+        return documents
+    first = [text for text in itertools.islice(documents, needed) if text and text.strip()]
+    if first and len(first) < needed:
+        first += itertools.islice((t for t in documents if t and t.strip()), needed - len(first))
+        if len(first) < needed:
+            raise _too_few(len(first), held_out, source.separator)
+    return itertools.chain(first, documents)
+
+
+def _too_few(count: int, held_out: float, separator: str | None = None) -> ValueError:
+    more = f", for none, or more than 1 / {2 * count}" if count > 1 else ""
+    said = f"; {separator}" if separator else ""
+    return ValueError(
+        f"`held_out` must be 0{more} for a source of {count} document{'s' * (count != 1)}, got "
+        f"{held_out}{said}"
+    )
 
 
 class StreamWriter:

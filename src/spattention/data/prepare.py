@@ -159,12 +159,16 @@ def open_stream(folder: Path, name: str, *, check: bool = True) -> TokenStream:
         ValueError: if a file is missing, truncated, foreign, or not as it was written.
     """
     facts = open_facts(folder)
-    stream = stored_stream(folder, name)
     expected: tuple[int, int]
     if name == "train":
         expected, place = (facts.train_tokens, facts.train_documents), 0
     else:
         expected, place = (facts.validation_tokens, facts.validation_documents), -1
+    if not expected[0]:
+        raise ValueError(
+            f"{folder} must hold {name} tokens, but none were held out when it was prepared"
+        )
+    stream = stored_stream(folder, name)
     if (len(stream), stream.num_documents) != expected:
         raise ValueError(
             f"{folder} must hold {expected[0]} {name} tokens in {expected[1]} documents, got "

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 SEPARATOR = "\f"
 LONGEST_LINE = 2**26  # characters of a JSON line
 LONGEST_DOCUMENT = 2**30  # characters between two separators of a text file
 CHUNK = 2**20
+COMPRESSED = (".gz", ".zst")
+ENCODING: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "\n"}
 
 
 def read_documents(path: Path) -> list[str]:
@@ -24,8 +29,9 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
     """The documents in a text file, a JSONL file, or a folder of both, one after the other.
 
     A form feed separates documents in a `.txt` file; without one the file is one document. A line
-    of a `.jsonl` file is an object whose entry `column` is one document. A folder gives the
-    documents of its files in the order of their names. Files are read document by document.
+    of a `.jsonl` file is an object whose entry `column` is one document. Either may be compressed,
+    with `.gz` or `.zst` after its name. A folder gives the documents of its files in the order of
+    their names. Files are read document by document.
 
     Raises:
         ValueError: if there is no such file, it is of another kind, not UTF-8, or holds no text; a
@@ -33,9 +39,9 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
             2**30.
     """
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
+        files = sorted(f for f in path.iterdir() if text_kind(f))
         if not files:
-            raise ValueError(f"{path} must hold .txt or .jsonl files, got none")
+            raise ValueError(f"{path} must hold .txt or .jsonl files (or .gz, .zst), got none")
         for entry in files:
             yield from iterate_documents(entry, column)
         return
@@ -43,23 +49,57 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
         raise ValueError(f"{path} is neither a file nor a folder")
     if path.name.endswith(".u16.xz"):
         raise ValueError(f"{path} holds tokens already, which need no preparing: name it as data")
-    if path.suffix not in (".txt", ".jsonl"):
+    kind = text_kind(path)
+    if kind is None:
         raise ValueError(
-            f"{path} must be text (.txt), JSON lines (.jsonl) or packed tokens (.u16.xz)"
+            f"{path} must be text (.txt), JSON lines (.jsonl), one of these compressed (.gz, .zst) "
+            "or packed tokens (.u16.xz)"
         )
     found = False
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            separated = path.suffix == ".txt"
-            parts = _separated(path, file) if separated else _json_lines(path, file, column)
+        with _open(path) as file:
+            parts = _separated(path, file) if kind == ".txt" else _json_lines(path, file, column)
             for part in parts:
                 if part.strip():
                     found = True
                     yield part
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+    except _Damaged as error:
+        raise ValueError(f"{path} must be a whole {path.suffix} file: {error}") from error
     if not found:
         raise ValueError(f"{path} must hold text, got none")
+
+
+def text_kind(path: Path) -> str | None:
+    """`.txt` or `.jsonl`, by the name of a file that may be compressed; None for another."""
+    name = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return name.suffix if name.suffix in (".txt", ".jsonl") else None
+
+
+class _Damaged(Exception):
+    """A compressed file that ends early or is none."""
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    if path.suffix not in COMPRESSED:
+        with path.open(**ENCODING) as file:
+            yield file
+        return
+    opening: Any
+    damage: tuple[type[Exception], ...]
+    if path.suffix == ".gz":
+        opening, damage = gzip.open, (gzip.BadGzipFile, EOFError, zlib.error)
+    else:
+        import zstandard
+
+        opening, damage = zstandard.open, (zstandard.ZstdError, EOFError)
+    try:
+        with opening(path, "rt", **ENCODING) as file:
+            yield file
+    except damage as error:
+        raise _Damaged(error) from error
 
 
 def sample_path() -> Path:

@@ -11,11 +11,12 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..files import shown, write_atomically
+from ..files import check_local, shown, shown_path, write_atomically
 from .limits import LARGEST_VOCABULARY
 from .tokens import TokenStream
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER = "tokenizer.json"
 TOKENIZER_BYTES = 2**28
 UNREACHABLE = "\U0010ffff"  # a noncharacter: text does not hold it
 
@@ -49,6 +50,35 @@ def check_vocabulary(vocabulary: int) -> None:
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write a `tokenizer.json`."""
     write_atomically(path, tokenizer.to_str(pretty=True))
+
+
+def find_tokenizer(name: str) -> Path:
+    """The `tokenizer.json` that a user names.
+
+    Args:
+        name: that file, a folder that holds one, or a model or a tokenizer on the Hugging Face hub.
+
+    Raises:
+        ValueError: if there is none; the message says why.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / TOKENIZER).is_file():
+            raise ValueError(f"`--tokenizer` must be a folder with a {TOKENIZER}, {path} has none")
+        return path / TOKENIZER
+    if path.exists():
+        return path
+    check_local(name, f"`--tokenizer` must be a {TOKENIZER}, its folder or a model", (".json",))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, TOKENIZER))
+    except Exception as error:  # of the hub, the network and the cache, of many types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"`--tokenizer` must be a {TOKENIZER}, its folder or a model on the hub that has one, "
+            f"got {shown_path(name)}: {reason}"
+        ) from error
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

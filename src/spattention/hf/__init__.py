@@ -15,7 +15,8 @@ from .apply import apply
 from .cache import BandCache
 from .cache_guard import trust_cache
 from .config import NAME
+from .loader import add_loader
 from .profile import profile
 from .registration import register
 
-__all__ = ["NAME", "BandCache", "apply", "profile", "register", "trust_cache"]
+__all__ = ["NAME", "BandCache", "add_loader", "apply", "profile", "register", "trust_cache"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -223,11 +224,18 @@ def _own_attention(
     return forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **keywords)
 
 
+def _dropout_fields(config: Any) -> str:
+    """The entries of a config that set attention's dropout, as keywords of `from_pretrained`."""
+    names = [name for name in vars(config) if re.search("^att.*drop", name)]
+    return " and ".join(f"`{name}=0.0`" for name in names or ["attention_dropout"])
+
+
 def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str, Any]) -> None:
     if dropout > 0:
         raise ValueError(
-            f"attention dropout must be 0 for spattention, got {dropout}: set "
-            "`attention_dropout` of the model's config to 0 (`attn_pdrop` in GPT-2 and its kin)"
+            f"attention dropout must be 0 for spattention, got {dropout}: load the model with "
+            f"{_dropout_fields(module.config)}, or put that into its config.json; a model that is "
+            "built already keeps its own"
         )
     if keywords.get("output_attentions"):
         raise ValueError(

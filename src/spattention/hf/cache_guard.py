@@ -16,6 +16,7 @@ from .cache import BandCache, BandLayer
 from .config import NAME, Section, read_section
 from .decoder import plan_of
 from .mask import Rows, add_restarts, decidable, decode, is_packed
+from .windows import check_traded
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
 WARNED = f"{NAME}_warned"  # mark of a module whose user was warned already
@@ -35,6 +36,8 @@ def before_forward(
     plan, section = plan_of(module), read_section(module.config)
     if plan is None or attention_name(module.config) != NAME or section is None:
         return None
+    if plan.pattern is not None and not torch.compiler.is_compiling():
+        check_traded(module.config, module.layer_idx, plan.pattern)  # a config can be changed
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] == 1):

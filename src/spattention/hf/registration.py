@@ -12,6 +12,7 @@ from .equip import CALL, equip
 from .head_weights import band_weights
 from .mask import rows_mask
 from .section import AttentionKind, register_kind
+from .windows import check_traded
 
 
 def register() -> None:
@@ -34,6 +35,7 @@ def _equip(module: Any) -> None:
     pattern = section.layer_patterns[module.layer_idx]
     if pattern is not None:
         check_heads(module, module.config, pattern)
+        check_traded(module.config, module.layer_idx, pattern)
         if section.sinks:
             check_sinks(module)
     equip(module, LayerPlan(pattern, section.sinks and pattern is not None))

@@ -16,7 +16,7 @@ a config with a section also writes
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -44,6 +44,7 @@ from .weights import allow_weights, checking_notes
 
 ARCHITECTURE_PREFIX = "Spattention"
 REQUIREMENT = " must be called before this model is loaded"
+LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
 ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
 
@@ -148,6 +149,25 @@ def _equip_when_built(parent: torch.nn.Module, name: str, module: Any) -> None:
                 "meant"
             )
         kind.equip(module)
+        _forget_loader(module.config)
+
+
+def _forget_loader(config: Any) -> None:
+    """Take the name of a loader off a live config: Transformers writes it again for a model that
+    came through one, together with the module, and must not for any other.
+    """
+    auto_map = getattr(config, "auto_map", None)
+    if auto_map and all(str(name).startswith(f"{LOADER}.") for name in auto_map.values()):
+        del config.auto_map
+
+
+def registered_call(saved: Mapping[str, Any]) -> str | None:
+    """The call that makes the attention of a saved config known; None for stock attention."""
+    for name in saved.get("fusion_config") or ():
+        kind, _, call = str(name).removesuffix(REQUIREMENT).partition(": ")
+        if kind in KINDS and str(name).endswith(REQUIREMENT) and call == KINDS[kind].call:
+            return call
+    return None
 
 
 def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:

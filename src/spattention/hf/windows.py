@@ -51,7 +51,13 @@ def _window(config: Any, layer: int) -> int | None:
     types = getattr(config, "layer_types", None)
     if types is not None and types[layer] == "full_attention":
         return None
-    return getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise ValueError(
+            "`sliding_window` of the model's config must be at least 1, or None for attention "
+            f"without a window, got {window}"
+        )
+    return window
 
 
 def keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
@@ -62,6 +68,19 @@ def keeps_window(config: Any, layer: int, pattern: BandPattern) -> bool:
     # Where all layers share one window (Mistral's default is 4096), a span within it takes nothing
     # away from them.
     return getattr(config, "layer_types", None) is not None or window < pattern.span
+
+
+def check_traded(config: Any, layer: int, pattern: BandPattern) -> None:
+    """Check that a config which gives a layer bands has no sliding window there, as `apply` leaves
+    it: Transformers makes masks and caches of a window that it finds.
+    """
+    window = _window(config, layer)
+    if window is not None:
+        raise ValueError(
+            "`sliding_window` of a config must not reach layers with a pattern in "
+            f"`config.spattention`, got {window} in layer {layer} with a span of {pattern.span}; "
+            'set it to None, or "full_attention" for this layer in `layer_types`'
+        )
 
 
 def _replaced(config: Any, chosen: Sequence[BandPattern | None]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -74,6 +75,21 @@ def defer_loss(model: Any, kind: str, *, compiled: bool = False) -> None:
         return total / count
 
     model.loss_function = loss_function
+
+
+def check_loss(kind: str, device: torch.device) -> None:
+    """Check that a loss runs here, before a model is built.
+
+    Raises:
+        ModuleNotFoundError: if Liger is asked for and not installed.
+        ValueError: if Liger is asked for without a GPU.
+    """
+    if kind != "liger":
+        return
+    if device.type == "cpu":
+        raise ValueError('`loss` must be "chunked" or "plain" on the CPU, got "liger"')
+    if find_spec("liger_kernel") is None:
+        raise ModuleNotFoundError('`loss` = "liger" needs liger-kernel', name="liger_kernel")
 
 
 def chunked_cross_entropy(

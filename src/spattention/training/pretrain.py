@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ..choice import AttentionChoice
+from ..choice import MOST_EQUAL, AttentionChoice, Bands, pattern_remarks
 from ..compat.huggingface import decoder_layer_names
 from ..compat.pytorch import raise_recompile_limit
 from ..data.tokens import InOrder
@@ -39,9 +39,10 @@ from .callbacks import (
     TimeLimitCallback,
 )
 from .checkpoints import STAGING, clean, step_of
+from .layers import Layered
 from .load import check_memory, load_model, load_saved_tokenizer, load_weights
 from .lock import held
-from .loss import defer_loss
+from .loss import check_loss, defer_loss
 from .precision import to_bfloat16
 from .recipe import Recipe
 from .record import RecordCallback, recorded_step
@@ -105,6 +106,7 @@ def pretrain(
     first = arguments.process_index == 0
     passes = recipe.passes(arguments.world_size)
     _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
+    check_loss(recipe.loss, arguments.device)
     check_memory(recipe, arguments.device, arguments.world_size)
     data = open_training(
         recipe.data,
@@ -163,8 +165,11 @@ def _train(
         "epochs": recipe.steps * recipe.batch / len(data.train),  # type: ignore[arg-type]
         "attention": attention.name,
         "devices": arguments.world_size,
+        "threads": torch.get_num_threads(),
     }
     if first:
+        for text in _remarks(recipe, model, attention, data):
+            send({"kind": "note", "text": f"warning: {text}"})
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
         return Outcome(folder, recipe.steps, recipe.steps)
@@ -183,6 +188,26 @@ def _train(
     )
     _run(trainer, folder, resume)
     return Outcome(folder, trainer.state.global_step, recipe.steps)
+
+
+def _remarks(
+    recipe: Recipe, model: PreTrainedModel, attention: AttentionChoice, data: TrainingData
+) -> list[str]:
+    """Remarks on a recipe that is valid and hardly meant."""
+    found = []
+    entries = -(-(data.largest + 1) // 64) * 64  # rounded up, as `prepare` says it
+    size = model.config.get_text_config().vocab_size
+    if recipe.model in SHAPES and recipe.vocabulary is None and entries < size:
+        found.append(
+            f"the data has tokens below {data.largest + 1:,}, and the model's embedding {size:,} "
+            f"entries; `vocabulary = {entries}` leaves out those that no token uses"
+        )
+    patterns = [attention.pattern] if isinstance(attention, Bands) else []
+    if isinstance(attention, Layered):
+        patterns = [pattern for pattern in dict.fromkeys(attention.patterns) if pattern]
+    for pattern in patterns:
+        found += pattern_remarks(pattern, attention.name, MOST_EQUAL)
+    return found
 
 
 def _run(trainer: Trainer, folder: Path, resume: Path | None) -> None:

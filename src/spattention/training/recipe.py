@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 import types
 import typing
@@ -69,7 +70,8 @@ class Recipe:
         shard_size: devices that share one copy under "fsdp2", such as those of a node; whole copies
             are then averaged between the groups. 0 shards over all.
         workers: data loader processes per device.
-        threads: CPU threads of each process; 0 for PyTorch's choice.
+        threads: CPU threads of each process; 0 for PyTorch's choice, usually one per core. More
+            gain little with a small model, and cost much on a busy machine.
         log_every: steps between two lines of metrics.
         evaluate_every: steps between two validation losses.
         validation_windows: windows of the validation loss; 0 for all.
@@ -113,7 +115,7 @@ class Recipe:
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     shard_size: int = 0
     workers: int = 0
-    threads: int = 0
+    threads: int = 1
     log_every: int = 10
     evaluate_every: int = 500
     validation_windows: int = 128
@@ -158,6 +160,31 @@ class Recipe:
         }
 
 
+def find_recipe(name: str) -> Path:
+    """The recipe's file that a user names: a path, or the name of one that the package ships.
+
+    Raises:
+        ValueError: if there is neither; the message lists the names.
+    """
+    if (path := Path(name)).exists():
+        return path
+    known = {each.stem: each for each in shipped_recipes()}
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"`RECIPE` must be a recipe in TOML or one of {', '.join(known)}; {name} is no file{hint}"
+    )
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes of an installed package; those beside `src` in a checkout."""
+    here = Path(__file__).parents[1]
+    installed = here / "recipes"
+    return sorted((installed if installed.is_dir() else here.parents[1] / "recipes").glob("*.toml"))
+
+
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `NAME=VALUE` changes.
 
@@ -191,7 +218,10 @@ def recipe_from(values: dict[str, Any]) -> Recipe:
     hints = typing.get_type_hints(Recipe)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
-        raise ValueError(f"a recipe has the fields {sorted(hints)}, got {shown(unknown)}")
+        name = unknown[0]
+        close = difflib.get_close_matches(name, hints, n=1)
+        known = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(sorted(hints))}"
+        raise ValueError(f"a recipe has no field {shown(name)}, {known}")
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"a recipe must have the fields {missing}, they are missing")

@@ -51,9 +51,17 @@ def check_folder(recipe: Recipe, folder: Path, data: TrainingData) -> None:
     if found["data"] != data.digest or found["contents"] != data.contents:
         different.append("the data is another")
     if different:
+        more = ""
+        if recipe.steps > found["recipe"].get("steps", recipe.steps) and (
+            last := checkpoints(folder)
+        ):
+            more = (
+                ". The learning rate of a run ends with its steps, so that a run cannot be made "
+                f"longer: a new run with `model` = {str(last[0])!r} starts from its weights"
+            )
         raise ValueError(
             f"`--output` {folder} holds a run of another recipe ({'; '.join(different)}): name "
-            "another folder"
+            f"another folder{more}"
         )
     read_metrics(folder / METRICS)
     read_record(folder)

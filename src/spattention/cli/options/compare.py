@@ -37,13 +37,14 @@ class Options:
         model: Preset of spattention.models.
         layers: Decoder layers; None for the preset's own number.
         data: Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text"
-            entry), a folder of these, or packed tokens (.u16.xz with its .json beside it). Without
-            it, the sample that comes with the package.
+            entry), either compressed (.gz, .zst), a folder of these, or packed tokens (.u16.xz
+            with its .json beside it). Without it, the sample that comes with the package.
         held_out: Share of the documents that is kept from training, for the validation loss.
         validation_windows: Upper bound on the number of windows of held-out text.
         vocabulary: Entries of the tokenizer that is trained on the text; not for packed tokens.
-        tokenizer: A tokenizer.json to use instead. For packed tokens it is the one that made them;
-            without it no text can be shown.
+        tokenizer: A tokenizer.json, a folder with one, or the name of a model on the hub, to use
+            instead. For packed tokens it is the one that made them; without it no text can be
+            shown.
         end_of_text: The token between the documents of packed tokens, where their .json does not
             name it.
         threads: Threads of each run; 0 for one per core. The default model is so small that a
@@ -70,7 +71,7 @@ class Options:
     held_out: float = 0.1
     validation_windows: int = 40
     vocabulary: int = 512
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     end_of_text: int | None = None
     threads: int = 1
     output: Path = Path("spattention-compare")

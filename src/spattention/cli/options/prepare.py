@@ -19,10 +19,12 @@ class Options:
 
     Args:
         source: Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text"
-            entry), a folder of these, .parquet, a folder that `datasets` saved, or the name of a
-            dataset on the Hugging Face hub.
+            entry), either compressed (.gz, .zst), a folder of these, .parquet, a folder that
+            `datasets` saved, or the name of a dataset on the Hugging Face hub. Without it, the
+            books that the package ships.
         output: Folder for the result; it must not exist.
-        tokenizer: A tokenizer.json. Without it a byte-level BPE is trained on the first documents.
+        tokenizer: A tokenizer.json, a folder with one, or the name of a model on the hub. Without
+            it a byte-level BPE is trained on the first documents.
         vocabulary: Entries of the tokenizer that is trained.
         end_of_text: The token that ends a document, as the tokenizer writes it; default
             <|endoftext|>.
@@ -33,9 +35,9 @@ class Options:
         streaming: Read the dataset while it is downloaded, without a copy on disk.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
     output: Path
-    tokenizer: Path | None = None
+    source: Annotated[str | None, tyro.conf.Positional] = None
+    tokenizer: str | None = None
     vocabulary: int = 32768
     end_of_text: str | None = None
     held_out: float = 0.005

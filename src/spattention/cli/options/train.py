@@ -22,13 +22,13 @@ class Options:
     On several GPUs: torchrun --nproc-per-node 8 -m spattention train RECIPE.
 
     Args:
-        recipe: The recipe's file.
+        recipe: The recipe's file, or the name of one that the package ships, such as tiny-cpu.
         set: Changes to the recipe, as in --set steps=100 attention=dense 'data=["a","b"]'.
         output: Folder for checkpoints and metrics; runs/NAME-OF-THE-RECIPE without it.
         minutes: Minutes after which to save and stop; the same command resumes.
     """
 
-    recipe: Annotated[Path, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional]
     set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     output: Path | None = None
     minutes: float | None = None

@@ -1,0 +1,74 @@
+"""Fine-tune a LoRA adapter on bands with TRL's SFTTrainer, documents packed into rows.
+
+python examples/finetune_lora.py           # a CPU, under a minute; needs peft and trl
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import small
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import spattention as spa
+from spattention.data.tokenizer import for_transformers, train_tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One entry per byte, and the end of text; yours comes with your model."""
+    return for_transformers(train_tokenizer(["a"], 257), small.CONTEXT, 0)
+
+
+def main(steps: int = 20) -> dict[str, float]:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model = small.dense_model()
+    model.resize_token_embeddings(len(tokenizer))
+    text = small.read_documents(small.sample_path())[1]
+    documents = Dataset.from_dict({"text": [part for part in text.split("\n\n") if part]})
+
+    spa.hf.apply(model, spa.BandPattern.shared_local(small.HEADS, small.CONTEXT, local=32))
+    with tempfile.TemporaryDirectory() as folder:
+        # The base with bands: an adapter names the folder of its base, and is opened on it.
+        model.save_pretrained(f"{folder}/base")
+        model.name_or_path = model.config._name_or_path = f"{folder}/base"
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                f"{folder}/adapter",
+                max_steps=steps,
+                per_device_train_batch_size=1,
+                learning_rate=1e-2,
+                max_length=small.CONTEXT,
+                packing=True,  # documents in one row do not see one another
+                report_to="none",
+                disable_tqdm=True,
+                logging_steps=5,
+                gradient_checkpointing=False,
+                bf16=False,
+            ),
+            train_dataset=documents,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"),
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.save_model()
+
+        # What a user of the adapter does; it brings the bands back.
+        again = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter").eval()
+        ids = torch.tensor([tokenizer("Alice was")["input_ids"]])
+        with torch.no_grad():
+            difference = (again(ids).logits - trainer.model.eval()(ids).logits).abs().max()
+    print(
+        f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps} steps, opened again: {difference:g}"
+    )
+    return {"first": losses[0], "last": losses[-1], "difference": float(difference)}
+
+
+if __name__ == "__main__":
+    main()

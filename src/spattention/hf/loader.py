@@ -1,0 +1,73 @@
+"""A module beside a saved model that registers this library, for tools that never call `register`.
+
+Such tools (lm_eval, `trl sft`, `transformers serve`) open a folder with `trust_remote_code=True` if
+their user says so. Transformers then imports the module that `auto_map` of the config names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from ..files import read_json, write_atomically
+from .section import ARCHITECTURE_PREFIX, LOADER, registered_call
+
+CONFIG_BYTES = 2**26
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+MODULE = '''"""Registers spattention, which this model needs: pip install 'spattention[hf]'."""
+
+import transformers
+
+import {module}
+
+{call}
+
+
+class {name}(transformers.{name}):
+    """The same model, of which Transformers saves this module along."""
+'''
+
+
+def add_loader(folder: str | Path) -> None:
+    """Let a saved model be opened by tools that pass `trust_remote_code=True` and register nothing.
+
+    Writes `modeling_spattention.py` into the folder, some lines that import and register this
+    library, and names it as `auto_map` in config.json. Everybody else opens the folder as before:
+    after `register()`, or not at all. A model that came through the module is saved with it.
+
+    Args:
+        folder: of a model with bands or a baseline, as `save_pretrained` wrote it.
+
+    Raises:
+        ValueError: if the folder holds no such model, or one that brings code of its own.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path, CONFIG_BYTES)
+    call = registered_call(config)
+    if call is None:
+        raise ValueError(f"`folder` must hold a model with bands or a baseline, {path} has none")
+    named = config.get("architectures")
+    architecture = str(named[0] if isinstance(named, list) and named else named)
+    name = architecture.removeprefix(ARCHITECTURE_PREFIX)
+    classes = [auto for auto, models in AUTO_CLASSES.items() if name in models.values()]
+    if not classes:
+        raise ValueError(
+            f"{path} must name a model of Transformers that generates text as `architectures`, got "
+            f"{named!r}"
+        )
+    wanted = dict.fromkeys(classes, f"{LOADER}.{name}")
+    found = config.get("auto_map")
+    if found is not None and found != wanted:
+        raise ValueError(f"{path} must not have an `auto_map` of other code, got {found!r}")
+    module, _, _ = call.rpartition(".")
+    text = MODULE.format(module=module, name=name, call=call)
+    write_atomically(Path(folder) / f"{LOADER}.py", text)
+    write_atomically(path, json.dumps(config | {"auto_map": wanted}, indent=2) + "\n")

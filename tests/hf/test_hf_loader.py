@@ -1,0 +1,138 @@
+"""Tools that never call `register()` open a folder when their user trusts its code, else not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from saved_model import save
+from tiny import HEADS, banded, build, tokens
+
+import spattention as spa
+from spattention import baselines
+
+TOOL = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoConfig
+folder, ids = sys.argv[1], json.loads(sys.argv[2])
+ways = {"trusted": {"trust_remote_code": True}, "plain": {}, "not": {"trust_remote_code": False}}
+for name in ("plain", "not", "trusted"):
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **ways[name])
+        print(name, json.dumps(model(torch.tensor(ids)).logits.sum(-1).tolist()))
+        model.save_pretrained(folder + "/again")
+    except Exception as error:
+        print(name, "refused", " ".join(str(error).split()))
+"""
+
+
+def run(folder, ids):
+    done = subprocess.run(
+        [sys.executable, "-c", TOOL, str(folder), json.dumps(ids.tolist())],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_tool_that_trusts_code_opens_bands(family, tmp_path):
+    model = banded(family)
+    model.save_pretrained(tmp_path)
+    spa.hf.add_loader(tmp_path)
+    spa.hf.add_loader(tmp_path)  # a second call changes nothing
+    lines = [
+        line for line in (tmp_path / "modeling_spattention.py").read_text().splitlines() if line
+    ]
+    assert len(lines) <= 6
+    ids = tokens(1, 17)
+    said = run(tmp_path, ids)
+    for name in ("plain", "not"):
+        assert "spattention.hf.register() must be called before this model" in said[name]
+    with torch.no_grad():
+        wanted = model(ids).logits.sum(-1)
+    torch.testing.assert_close(torch.tensor(json.loads(said["trusted"])), wanted.float())
+    assert run(tmp_path / "again", ids)["trusted"] == said["trusted"]
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # without the module
+    opened.save_pretrained(tmp_path / "plain")
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_a_baseline_has_a_loader_too(tmp_path):
+    baselines.register()
+    model = baselines.apply(build("llama"), baselines.BigBird(HEADS, 64))
+    model.save_pretrained(tmp_path)
+    spa.hf.add_loader(tmp_path)
+    said = run(tmp_path, tokens(1, 9))
+    assert "spattention.baselines.register() must be called" in said["plain"]
+    assert said["trusted"].startswith("[[")
+
+
+def test_a_loader_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json must be a file .* it is missing"):
+        spa.hf.add_loader(tmp_path)
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must hold a model with bands or a baseline"):
+        spa.hf.add_loader(tmp_path)
+    banded("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    for change, error in (
+        ({"auto_map": {"AutoModel": "own.Model"}}, "must not have an `auto_map` of other code"),
+        ({"architectures": ["SpattentionBoom"]}, r"as `architectures`, got \['SpattentionBoom'\]"),
+        ({"architectures": None}, "as `architectures`, got None"),
+        ({"fusion_config": {"x: os.system() must": False}}, "must hold a model with bands"),
+        ({"fusion_config": None}, "must hold a model with bands"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=error):
+            spa.hf.add_loader(tmp_path)
+        assert not (tmp_path / "modeling_spattention.py").exists()
+
+
+def test_our_own_commands_run_no_loader(tmp_path, monkeypatch):
+    """A folder opens after `register()` as before, with its own class."""
+    banded("llama").save_pretrained(tmp_path)
+    spa.hf.add_loader(tmp_path)
+    (tmp_path / "modeling_spattention.py").write_text("raise SystemExit('was run')")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+HARNESS = """
+import sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+options = {"trust_remote_code": True, "device": "cpu", "dtype": "float32", "prefix_token_id": 0}
+model = HFLM(pretrained=sys.argv[1], **options)
+assert model.model.config._attn_implementation == "spattention"
+request = Instance("loglikelihood", {}, ("It was a", " dark night"), 0)
+print(model.loglikelihood([request])[0][0])
+"""
+
+
+@pytest.mark.slow
+def test_the_harness_opens_bands(tmp_path):
+    """lm_eval calls no `register()`; it takes `trust_remote_code=True` from its user."""
+    pytest.importorskip("lm_eval")
+    folder = save(tmp_path)
+    spa.hf.add_loader(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert -1000 < float(done.stdout.split()[-1]) < 0

@@ -1,0 +1,93 @@
+"""What the pages say about the library is true: names, examples, shares, tests that they name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import spattention as spa
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+P = spa.BandPattern
+
+
+def blocks(page: Path) -> list[str]:
+    found = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(), re.M | re.S)
+    return [_without_prompts(textwrap.dedent(text)) for _, text in found]
+
+
+def _without_prompts(text: str) -> str:
+    """The code of a session at Python's prompt."""
+    if not text.startswith(">>> "):
+        return text
+    return "\n".join(line[4:] for line in text.splitlines() if line.startswith((">>> ", "... ")))
+
+
+EXAMPLES = [(page, text) for page in PAGES for text in blocks(page)]
+# Examples that need no model, no folder and no GPU: whole, or after `import spattention as spa`.
+RUN = {"README.md": 1, "patterns.md": 2}
+
+
+def dotted(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    base = dotted(node.value) if isinstance(node, ast.Attribute) else None
+    return base and f"{base}.{node.attr}"
+
+
+@pytest.mark.parametrize(("page", "text"), EXAMPLES, ids=lambda value: getattr(value, "stem", ""))
+def test_names_in_examples_exist(page, text):
+    for node in ast.walk(ast.parse(text)):
+        name = dotted(node) if isinstance(node, ast.Attribute) else None
+        if name and name.startswith("spa."):
+            found = spa
+            for part in name.split(".")[1:]:
+                found = getattr(found, part)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spattention"):
+            names = ", ".join(alias.name for alias in node.names)
+            exec(f"from {node.module} import {names}", {})
+
+
+def test_examples_without_a_model_run():
+    run = dict.fromkeys(RUN, 0)
+    for page, text in EXAMPLES:
+        alone = not re.search(r"from_pretrained|model|query\b(?!, key, value = )|store", text)
+        if page.name in RUN and (alone or "query, key, value = (" in text):
+            exec(f"import spattention as spa\n{text}", {})
+            run[page.name] += 1
+    assert run == RUN
+
+
+def test_works_with_names_tests_that_exist():
+    rows = re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "works-with.md").read_text())
+    assert len(rows) > 10
+    assert [row for row in rows if not (ROOT / row).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (P.shared_local(8, 1024, widths="geometric"), "| 1,024 | H = 8, geometric | .33 |"),
+        (
+            P.shared_local(8, 2048, widths="geometric", local=64),
+            "| 2,048 | H = 8, geometric, `local=64` | .18 |",
+        ),
+        (P.shared_local(16, 4096, widths="geometric"), "| 4,096 | H = 16, geometric | .12 |"),
+        (P.shared_local(16, 16384, widths="geometric"), "| 16,384 | H = 16, geometric | .12 |"),
+        (P.shared_local(16, 65536, widths="geometric"), "| 65,536 | H = 16, geometric | .12 |"),
+        (P.shared_local(16, 131072, widths="geometric"), "| 131,072 | H = 16, geometric | .12 |"),
+        (P.shared_local(32, 8192, widths="geometric"), "| a band for each query head | .09 |"),
+        (P.shared_local(32, 8192, widths="geometric", kv_heads=8), "| `kv_heads=8` | .18 |"),
+    ],
+    ids=range(8),
+)
+def test_shares_of_pairs_are_those_of_the_patterns(pattern, said):
+    assert said in (ROOT / "docs" / "choosing.md").read_text()
+    n = pattern.span
+    share = sum(pattern.pairs(n)) / (pattern.num_heads * n * (n + 1) / 2)
+    assert f" {share:.2f} ".replace(" 0.", " .") in said
