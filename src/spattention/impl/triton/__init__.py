@@ -38,6 +38,7 @@ __all__ = [
     "attend_rings",
     "attend_varlen",
     "describe",
+    "differentiate",
     "refusal",
     "write_rings",
 ]
@@ -74,6 +75,32 @@ def attend(
         None,
         None,
     )
+
+
+def differentiate(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value that these keys give to attention over more keys.
+
+    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
+    `attend`.
+    """
+    _check(query, value)
+    index = query_start, None, key_start, None, None, None
+    rest = pattern.flat, scale, *index
+    d_query, d_key, d_value, _ = op.differentiate(d_out, d_lse, query, key, value, out, lse, *rest)
+    return d_query, d_key, d_value
 
 
 def attend_rings(
