@@ -89,7 +89,7 @@ class Setting(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """What the calls of a backward pass share: queries and results of all keys."""
+    """Tensors that the calls of a backward pass share: queries and results of all keys."""
 
     query: Tensor
     d_out: Tensor
