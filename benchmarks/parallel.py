@@ -242,7 +242,7 @@ def exposed(
     """The share of communication that attention waits for."""
     with without_exchange():
         silent = times(run, mine, True)
-    query, key, value, _ = mine
+    _, key, value, _ = mine
     trip = exchange.Exchange(plan, plan.for_rank(machine.rank), key, value, None)
 
     def there_and_back() -> None:

@@ -15,7 +15,8 @@ from .apply import apply
 from .cache import BandCache
 from .cache_guard import trust_cache
 from .config import NAME
+from .context_parallel import context_parallel
 from .profile import profile
 from .registration import register
 
-__all__ = ["NAME", "BandCache", "apply", "profile", "register", "trust_cache"]
+__all__ = ["NAME", "BandCache", "apply", "context_parallel", "profile", "register", "trust_cache"]

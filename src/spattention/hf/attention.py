@@ -13,6 +13,7 @@ from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
 from ..padding import padding_first, reorder, restore
 from .cache import BandHandle
+from .context_parallel import SHARDS, attend_shards, is_context_parallel
 from .decoder import has_sinks, plan_of
 from .mask import Rows, decode, dense_mask
 from .sinks import current_sinks
@@ -31,12 +32,15 @@ WITHOUT_EFFECT = frozenset(
         "position_embeddings",
         "position_ids",  # read where the mask is made and in `cache_guard`
         "return_dict",
+        "shift_labels",
         "seq_idx",  # the documents of `position_ids`, for layers that are not attention
         "sliding_window",  # a layer with a pattern has no window of its own any more
         "use_cache",
     }
 )
-HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", *PACKING})
+HONOURED = frozenset(
+    {"is_causal", "output_attentions", "s_aux", "softcap", SHARDS, *PACKING}
+)
 
 
 def attention_forward(
@@ -83,7 +87,10 @@ def attention_forward(
         )
     sinks = _sinks(module, keywords)
     packed = any(keywords.get(name) is not None for name in PACKING)
-    if isinstance(key, BandHandle):
+    if is_context_parallel(module):
+        shards = keywords.get(SHARDS)
+        out = attend_shards(query, key, value, plan.pattern, shards, scale=scaling, sinks=sinks)
+    elif isinstance(key, BandHandle):
         if packed:
             raise ValueError(
                 f"`past_key_values` must not be a BandCache with `{PACKING[0]}`: flattened rows "

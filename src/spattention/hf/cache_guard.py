@@ -13,6 +13,7 @@ from ..checks import readable
 from .attention import PACKING
 from .cache import BandCache, BandLayer
 from .config import NAME, Section, read_section
+from .context_parallel import is_context_parallel
 from .decoder import plan_of
 from .mask import Rows, add_restarts, decidable, decode, is_packed
 
@@ -34,6 +35,8 @@ def before_forward(
     plan, section = plan_of(module), read_section(module.config)
     if plan is None or module.config._attn_implementation != NAME or section is None:
         return None
+    if is_context_parallel(module):
+        return None  # without a cache, and positions were read before rows were split
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] == 1):
