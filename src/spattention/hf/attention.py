@@ -38,9 +38,7 @@ WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
-HONOURED = frozenset(
-    {"is_causal", "output_attentions", "s_aux", "softcap", SHARDS, *PACKING}
-)
+HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", SHARDS, *PACKING})
 
 
 def attention_forward(

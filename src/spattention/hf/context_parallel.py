@@ -75,19 +75,18 @@ class ContextParallel:
         group: the ranks.
         layout: of shards, one of `LAYOUTS`.
         handles: of the model's hooks.
-        compared: whether ranks have compared the tokens of a batch.
     """
 
     group: Group
     layout: str
     handles: list[Any] = field(default_factory=list)
-    compared: bool = False
 
 
 def context_parallel(model: Any, mesh: Any, *, layout: str = "balanced") -> Any:
     """Have a model with bands train on rows that are spread over ranks, in place.
 
-    Every rank calls the model with the same whole rows, as if it were alone. The model cuts
+    Every rank calls the model with the same whole rows, as if it were alone; each forward pass
+    compares them by a digest. The model cuts
     `input_ids`, `labels` and `position_ids` to the rank's tokens; labels are shifted before.
     Attention fetches from other ranks what its heads' bands reach. `logits` are those of this
     rank's tokens. `loss` is that of all tokens, on every rank, and its gradients are scaled so that
@@ -189,15 +188,11 @@ def _shard_inputs(
     batch, length = tokens.shape[:2]
     _check_inputs(model, given, batch, length)
     group = mode.group
-    if not mode.compared:
-        content = tokens.detach().cpu().contiguous().view(-1).numpy().tobytes()
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        facts = {"input_ids": f"{list(tokens.shape)} with digest {digest}"}
-        check_agreement(facts, None, group)
-        mode.compared = True
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     shards = getattr(Shards, mode.layout)(length, ranks)
     documents = _documents(given, batch, length)
+    shown = f"{list(tokens.shape)} with digest {_digest(tokens)}"
+    check_agreement({"input_ids": shown, "documents": documents}, None, group)
     positions = given.get("position_ids")
     if positions is None:
         given["position_ids"] = torch.arange(length, device=tokens.device)[None]
@@ -214,6 +209,12 @@ def _shard_inputs(
         given.pop(name, None)
     given |= {"use_cache": False, SHARDS: ShardedRows(group, shards, documents)}
     return (), given
+
+
+def _digest(tokens: torch.Tensor) -> str:
+    """Digest of the values of a tensor; it waits for the device, once per forward pass."""
+    content = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _check_inputs(model: Any, given: Mapping[str, Any], batch: int, length: int) -> None:

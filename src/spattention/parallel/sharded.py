@@ -48,7 +48,8 @@ def sharded_attention(
     """`band_attention` over a sequence whose tokens are spread over ranks.
 
     Every rank calls it with its own tokens, in the order of `plan.shards`. The first call with a
-    plan compares on all ranks what they are about to do.
+    plan compares on all ranks what they are about to do. Later calls with the same plan and shapes
+    do not: a rank that then departs alone ends at the timeout of `group`.
 
     Args:
         query: `[B, H, tokens, D]` of this rank.
