@@ -18,5 +18,15 @@ from .config import NAME
 from .context_parallel import context_parallel
 from .profile import profile
 from .registration import register
+from .tensor_parallel import deal
 
-__all__ = ["NAME", "BandCache", "apply", "context_parallel", "profile", "register", "trust_cache"]
+__all__ = [
+    "NAME",
+    "BandCache",
+    "apply",
+    "context_parallel",
+    "deal",
+    "profile",
+    "register",
+    "trust_cache",
+]

@@ -16,6 +16,7 @@ from ..cached_attention import band_attention_cached
 from ..checks import readable
 from .config import read_section
 from .mask import Rows
+from .tensor_parallel import HeadShard
 
 
 class BandCache(Cache):
@@ -111,6 +112,7 @@ class BandLayer(CacheLayerMixin):
         self.max_rollback = max_rollback
         self.capacity = capacity
         self.store: BandStore | None = None
+        self.shard: HeadShard | None = None  # this rank's heads under tensor parallelism
         self.expects_bands = False  # the layer that asks next is to attend with bands
         self.record_past = False  # Transformers' name: what comes next may be taken back
         self._uncropped = False  # tokens came since, and nobody said yet how many of them stay
@@ -129,8 +131,11 @@ class BandLayer(CacheLayerMixin):
         capacity = self.capacity
         if capacity is not None:
             capacity = max(capacity, key_states.shape[2])
+        pattern = self.pattern
+        if self.shard is not None:
+            pattern = self.shard.for_key_heads(pattern, key_states.shape[1])
         self.store = BandStore(
-            self.pattern,
+            pattern,
             key_states.shape[0],
             key_states.shape[1],
             key_states.shape[3],
