@@ -159,7 +159,9 @@ def attend_shards(
         )
     plan = rows.plan(pattern, key.shape[1])
     attend = torch._disable_dynamo(sharded_attention)  # the exchange is not traced
-    return attend(query, key, value, plan, group=rows.group, scale=scale, sinks=sinks)
+    out = attend(query, key, value, plan, group=rows.group, scale=scale, sinks=sinks)
+    assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
+    return out
 
 
 def _group(mesh: Any) -> Group:
