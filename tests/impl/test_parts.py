@@ -9,7 +9,8 @@ from spattention import BandPattern, band_attention
 from spattention.attention import _implementation
 from spattention.merging import merge_into
 
-SPLIT = 13  # keys before it are one part
+# Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
+CALLS = (((0, 20), (0, 13)), ((20, 29), (0, 13)), ((13, 29), (13, 29)))
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -27,20 +28,18 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
     out, lse = out.detach(), lse.detach()
 
     module = _implementation(impl, q, v)
-    parts = ((0, SPLIT), (SPLIT, 29))
     total, total_lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
     found = [torch.zeros_like(tensor) for tensor in (q, k, v)]
-    for start, stop in parts:
-        queries = slice(start, None)  # none before sees these keys
-        keys = [tensor[:, :, start:stop] for tensor in (k, v)]
-        rest = {"scale": 0.25, "query_start": 0, "key_start": None}
-        part, part_lse = module.attend(q[:, :, queries], *keys, pattern, sinks=None, **rest)
+    for (first, last), (start, stop) in CALLS:
+        queries, seen = slice(first, last), slice(start, stop)
+        keys = [tensor[:, :, seen] for tensor in (k, v)]
+        rest = {"scale": 0.25, "query_start": first - start, "key_start": None}
+        part, part_lse = module.attend_part(q[:, :, queries], *keys, pattern, **rest)
         merge_into(total[:, :, queries], total_lse[:, :, queries], part, part_lse)
         rows = [tensor[:, :, queries].contiguous() for tensor in (d_out, d_lse, q, out, lse)]
-        shares = module.differentiate(*rows[:3], *keys, *rows[3:], pattern, **rest)
-        found[0][:, :, queries] += shares[0]
-        found[1][:, :, start:stop] += shares[1]
-        found[2][:, :, start:stop] += shares[2]
+        shares = module.differentiate_part(*rows[:3], *keys, *rows[3:], pattern, **rest)
+        for gradient, where, share in zip(found, (queries, seen, seen), shares):
+            gradient[:, :, where] += share
     if sinks is not None:
         whole = torch.logaddexp(total_lse, sinks[:, None])
         total, total_lse = total * torch.exp(total_lse - whole)[..., None], whole

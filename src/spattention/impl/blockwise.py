@@ -55,7 +55,22 @@ def attend(
     )
 
 
-def differentiate(
+def attend_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` over a part of the keys, every one of which some query sees."""
+    start = {"query_start": query_start, "key_start": key_start}
+    return attend(query, key, value, pattern, scale=scale, sinks=None, **start)
+
+
+def differentiate_part(
     d_out: Tensor,
     d_lse: Tensor | None,
     query: Tensor,
@@ -72,7 +87,7 @@ def differentiate(
     """Gradients of query, key and value that these keys give to attention over more keys.
 
     `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend`.
+    `attend_part`.
     """
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     index = query_start, None, key_start, None, None

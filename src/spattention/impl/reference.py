@@ -32,7 +32,22 @@ def attend(
     return _masked_attention(query, key, value, mask, scale, sinks)
 
 
-def differentiate(
+def attend_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` over a part of the keys, every one of which some query sees."""
+    start = {"query_start": query_start, "key_start": key_start}
+    return attend(query, key, value, pattern, scale=scale, sinks=None, **start)
+
+
+def differentiate_part(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
@@ -49,7 +64,7 @@ def differentiate(
     """Gradients of query, key and value that these keys give to attention over more keys.
 
     `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend`.
+    `attend_part`.
     """
     dtype = lse_dtype(query)
     group = query.shape[1] // key.shape[1]

@@ -169,13 +169,12 @@ def _attend(
 ) -> None:
     """Join one call's attention to `out` and `lse`, in place."""
     key, value = (_keys(setting, call, tensor) for tensor in source)
-    part, part_lse = setting.implementation.attend(
+    part, part_lse = setting.implementation.attend_part(
         _queries(setting, call, query),
         key,
         value,
         call.pattern,
         scale=setting.scale,
-        sinks=None,
         query_start=call.queries[0] - call.keys[0],
         key_start=setting.plan.key_start(call, query.device),
     )
@@ -200,7 +199,7 @@ def _differentiate(
         None if tensor is None else _queries(setting, call, tensor).contiguous()
         for tensor in (whole.lse, whole.d_lse)
     )
-    found = setting.implementation.differentiate(
+    found = setting.implementation.differentiate_part(
         d_out,
         d_lse,
         query,

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 
 from ...bands import BandPattern
-from . import launch, op
+from . import launch, op, parts
 from .arguments import Positions
 from .call import Call, ensure_inner_contiguous
 from .decode import append
@@ -35,10 +35,11 @@ from .op import refusal
 __all__ = [
     "MAX_QUERIES",
     "attend",
+    "attend_part",
     "attend_rings",
     "attend_varlen",
     "describe",
-    "differentiate",
+    "differentiate_part",
     "refusal",
     "write_rings",
 ]
@@ -77,7 +78,23 @@ def attend(
     )
 
 
-def differentiate(
+def attend_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` over a part of the keys, every one of which some query sees; without a graph."""
+    _check(query, value)
+    rest = {"scale": scale, "query_start": query_start, "key_start": key_start}
+    return parts.attend(query, key, value, pattern.flat, **rest)
+
+
+def differentiate_part(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
@@ -94,13 +111,12 @@ def differentiate(
     """Gradients of query, key and value that these keys give to attention over more keys.
 
     `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend`.
+    `attend_part`.
     """
     _check(query, value)
-    index = query_start, None, key_start, None, None, None
-    rest = pattern.flat, scale, *index
-    d_query, d_key, d_value, _ = op.differentiate(d_out, d_lse, query, key, value, out, lse, *rest)
-    return d_query, d_key, d_value
+    rest = {"scale": scale, "query_start": query_start, "key_start": key_start}
+    tensors = d_out, d_lse, query, key, value, out, lse
+    return parts.differentiate(*tensors, pattern.flat, **rest)
 
 
 def attend_rings(

@@ -19,7 +19,9 @@ class Form(NamedTuple):
 
     `BLOCK_D` is the power of two that head_dim is padded to. `INTERVALS` is the number of intervals
     of the fullest head, 1 or 2. `FALLING` says that `scale < 0`, `PRECISE` that the softmax is
-    computed in powers of e.
+    computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which delta is
+    summed over the keys instead of taken from the output, whose rounding would show. Both buffers
+    of the ring of keys hold that many. It is 0 where a call has some of its rows' keys alone.
     """
 
     HEAD_DIM: int
@@ -38,6 +40,7 @@ class Form(NamedTuple):
     COMPUTE_DELTA: bool = False
     FALLING: bool = False
     PRECISE: bool = False
+    EXACT_STEPS: int = 2
 
 
 class Heads(NamedTuple):
