@@ -1,4 +1,4 @@
-"""Context parallelism on paper: bytes per link, balance and memory, up to 1,024 GPUs and 1 M tokens.
+"""Context parallelism on paper: bytes per link, balance and memory, to 1,024 GPUs, 1 M tokens.
 
     python benchmarks/parallel_model.py --bandwidth 300e9 --output results.json
 
@@ -112,9 +112,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--key-heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument(
-        "--bandwidth", type=float, default=300e9, help="bytes/s that a rank receives"
-    )
+    parser.add_argument("--bandwidth", type=float, default=300e9, help="bytes/s per rank")
     parser.add_argument("--flops", type=float, default=450e12, help="FLOP/s of useful work")
     options = parser.parse_args()
     rows = [

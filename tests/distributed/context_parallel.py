@@ -6,11 +6,13 @@ import copy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from spattention import BandPattern, hf
 from spattention.parallel import Shards
+from spattention.training.loss import defer_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 import tiny
@@ -57,6 +59,41 @@ def equal(family: str, inputs: dict, **how) -> None:
         torch.testing.assert_close(grads[1][name], wanted, rtol=0.0, atol=LOSS, msg=name)
 
 
+def chunked(inputs: dict) -> None:
+    """A loss that makes no logits takes the shifted labels too; one that shifts is refused."""
+    whole, parallel = whole_and_parallel("llama")
+    defer_loss(parallel, "chunked")
+    found = parallel(**inputs).loss.item()
+    assert abs(found - whole(**inputs).loss.item()) < LOSS
+    parallel.loss_function = lambda logits, labels, vocab_size, **others: logits.sum()
+    with pytest.raises(ValueError, match="`model` must have a loss function with `shift_labels`"):
+        parallel(**inputs)
+
+
+def refused(model, inputs: dict) -> None:
+    """Inputs that cannot be split, on every rank before anything is exchanged."""
+    ids = inputs["input_ids"]
+    far = torch.arange(ids.shape[1])[None] * 2
+    for given, message in (
+        ({"attention_mask": (ids > 9).long()}, "`attention_mask` must be None or all ones"),
+        ({"position_ids": far}, "`position_ids` must go up by one, or restart .* got 0 then 2"),
+        ({"logits_to_keep": 1}, "`logits_to_keep` must be 0"),
+        ({"past_key_values": object()}, "`past_key_values` cannot be split over ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=ids, **given)
+    with pytest.raises(ValueError, match="`spattention_shards` must reach the attention layers"):
+        model.model(ids)
+    with pytest.raises(ValueError, match="`layout` must be one of"):
+        hf.context_parallel(model, dist.group.WORLD, layout="striped")
+    with pytest.raises(ValueError, match="must have a pattern in every attention layer, got none"):
+        hf.context_parallel(tiny.banded("llama", (tiny.FIRST, None)), dist.group.WORLD)
+    with pytest.raises(ValueError, match="`mesh` must be a one-dimensional DeviceMesh"):
+        hf.context_parallel(model, 2)
+    plain = hf.context_parallel(model, None)
+    assert plain(ids).logits.shape[1] == ids.shape[1]
+
+
 def train(model, rows: torch.Tensor, parallel: bool) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -94,6 +131,8 @@ def main() -> None:
         equal(family, plain | {"attention_mask": torch.ones_like(ids)}, sinks=True)
         equal(family, plain | {"position_ids": positions})
     equal("llama", plain | {"position_ids": positions}, checkpoint=True)
+    chunked(plain)
+    refused(whole_and_parallel("llama")[1], plain)
     curve()
     if dist.get_rank() == 0:
         print(f"context parallelism of {dist.get_world_size()} ranks equals one")

@@ -201,6 +201,7 @@ def _shard_inputs(
     if "labels" in given and "shift_labels" not in given:
         given["shift_labels"] = pad(given["labels"], (0, 1), value=IGNORED)[:, 1:]
     if "shift_labels" in given:
+        _check_loss(model)
         labels = given["labels"] = given["shift_labels"]
         if given.get("num_items_in_batch") is None:
             given["num_items_in_batch"] = (labels != IGNORED).sum()
@@ -242,6 +243,16 @@ def _check_inputs(model: Any, given: Mapping[str, Any], batch: int, length: int)
         raise ValueError(
             "`output_router_logits` must be False under `context_parallel`: the auxiliary loss of "
             "a rank's tokens is not that of all tokens, got True"
+        )
+
+
+def _check_loss(model: Any) -> None:
+    """Check that the loss takes labels that are shifted already: a shard has no next token."""
+    loss = getattr(model, "loss_function", None)
+    if loss is None or "shift_labels" not in inspect.signature(loss).parameters:
+        raise ValueError(
+            "`model` must have a loss function with `shift_labels` to be given labels under "
+            f"`context_parallel`, got {getattr(loss, '__name__', loss)}: take the loss from logits"
         )
 
 
