@@ -43,6 +43,7 @@ from spattention.parallel import (
 )
 
 Row = dict[str, Any]
+IN_A_ROW = 3  # runs of one measurement
 WAYS = {
     "ours, balanced": (sharded_attention, "balanced"),
     "ours, contiguous": (sharded_attention, "contiguous"),
@@ -67,16 +68,19 @@ class Machine:
             torch.cuda.synchronize()
 
     def seconds(self, run: Callable[[], object], repetitions: int, together: bool = True) -> float:
-        """Median time of a run; of the slowest rank if all run it together."""
+        """Median time of a run, of which a few follow one another without a pause, as layers do;
+        of the slowest rank if all run it together."""
         found = []
         for repetition in range(repetitions + 2):
             self.wait()
             if together:
                 dist.barrier()
             start = time.perf_counter()
-            run()
+            for _ in range(IN_A_ROW):
+                run()
             self.wait()
-            took = torch.tensor(time.perf_counter() - start, device=self.device)
+            mean = (time.perf_counter() - start) / IN_A_ROW
+            took = torch.tensor(mean, device=self.device)
             if together:
                 dist.all_reduce(took, dist.ReduceOp.MAX)
             if repetition >= 2:

@@ -17,6 +17,13 @@ def test_context_parallel_trains_as_one_process(ranks):
     assert f"{ranks} ranks equals one" in launch(ranks, HERE / "context_parallel.py")
 
 
+@pytest.mark.slow
+def test_trainer_trains_as_one_process(tmp_path):
+    """Transformers' Trainer around a context-parallel model, each rank with the same rows."""
+    shown = launch(2, HERE / "trainers.py", tmp_path)
+    assert "Trainer's losses are those of one process" in shown
+
+
 def test_ranks_that_disagree_are_told():
     """Pattern, length, shards, tokens, dtype and rows, on every rank and with both values."""
     assert "every disagreement was told" in launch(2, HERE / "disagreeing.py")

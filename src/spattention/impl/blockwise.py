@@ -66,8 +66,16 @@ def attend_part(
     key_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` over a part of the keys, every one of which some query sees."""
-    start = {"query_start": query_start, "key_start": key_start}
-    return attend(query, key, value, pattern, scale=scale, sinks=None, **start)
+    return attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        sinks=None,
+        query_start=query_start,
+        key_start=key_start,
+    )
 
 
 def differentiate_part(

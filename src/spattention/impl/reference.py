@@ -43,8 +43,16 @@ def attend_part(
     key_start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` over a part of the keys, every one of which some query sees."""
-    start = {"query_start": query_start, "key_start": key_start}
-    return attend(query, key, value, pattern, scale=scale, sinks=None, **start)
+    return attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        sinks=None,
+        query_start=query_start,
+        key_start=key_start,
+    )
 
 
 def differentiate_part(

@@ -90,8 +90,15 @@ def attend_part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` over a part of the keys, every one of which some query sees; without a graph."""
     _check(query, value)
-    rest = {"scale": scale, "query_start": query_start, "key_start": key_start}
-    return parts.attend(query, key, value, pattern.flat, **rest)
+    return parts.attend(
+        query,
+        key,
+        value,
+        pattern.flat,
+        scale=scale,
+        query_start=query_start,
+        key_start=key_start,
+    )
 
 
 def differentiate_part(
@@ -114,9 +121,19 @@ def differentiate_part(
     `attend_part`.
     """
     _check(query, value)
-    rest = {"scale": scale, "query_start": query_start, "key_start": key_start}
-    tensors = d_out, d_lse, query, key, value, out, lse
-    return parts.differentiate(*tensors, pattern.flat, **rest)
+    return parts.differentiate(
+        d_out,
+        d_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        pattern.flat,
+        scale=scale,
+        query_start=query_start,
+        key_start=key_start,
+    )
 
 
 def attend_rings(
