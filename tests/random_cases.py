@@ -15,6 +15,7 @@ import argparse
 import math
 import random
 import traceback
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,11 @@ def draw(seed: int) -> Case:
         options["sinks"] = logits.to(dtype) if rng.random() < 0.7 else logits
     if rng.random() < 0.5:
         options["scale"] = rng.choice((0.25, -0.7, 1.3, 3.7, 0.0))
-    return Case(query, key, value, _pattern(rng, heads), options)
+    pattern = random_pattern(rng, heads)
+    if rng.random() < 0.4:
+        prefix = rng.choice((1, 4, rng.randint(0, pattern.span), pattern.span))
+        pattern = replace(pattern, prefix=min(prefix, pattern.span))
+    return Case(query, key, value, pattern, options)
 
 
 def _documents(rng: random.Random) -> tuple[tuple[int], tuple[int], dict[str, Any]]:
@@ -106,7 +111,8 @@ def _key_start(rng: random.Random, batch: int, queries: int, keys: int) -> Tenso
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def _pattern(rng: random.Random, heads: int) -> BandPattern:
+def random_pattern(rng: random.Random, heads: int) -> BandPattern:
+    """Any pattern without a prefix, named or of random intervals."""
     span = rng.choice((1, 3, rng.randint(1, 60), rng.randint(20, 200)))
     kind = rng.randrange(7)
     widths = rng.choice(("uniform", "geometric", "equal_work"))

@@ -20,6 +20,11 @@ PATTERNS = {
     "dense": BandPattern.dense(HEADS, 64),
     "more heads than tokens": BandPattern.exclusive(HEADS, 3),
     "one empty head": BandPattern((((0, 5),), (), ((2, 3),), ((0, 1), (90, 100))), span=100),
+    "prefix": BandPattern.shared_local(HEADS, 100, prefix=5),
+    "prefix of the whole span": BandPattern.exclusive(HEADS, 70, prefix=70),
+    "prefix, one empty head": BandPattern(
+        (((3, 5),), (), ((0, 3),), ((0, 1), (60, 61))), span=100, prefix=17
+    ),
 }
 impls = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
@@ -46,7 +51,7 @@ def rows(queries=130, keys=130, *, pattern=None, dtype=torch.float32, key_heads=
     )
 
 
-def documents(lengths_q, lengths_k, **options):
+def documents(lengths_q, lengths_k, pattern="shared_local", **options):
     offsets = [index(0, *torch.tensor(n).cumsum(0).tolist()) for n in (lengths_q, lengths_k)]
     cu = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
     longest = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
@@ -54,7 +59,7 @@ def documents(lengths_q, lengths_k, **options):
         draw(sum(lengths_q), HEADS, 16),
         draw(sum(lengths_k), 2, 16, seed=1),
         draw(sum(lengths_k), 2, 16, seed=2),
-        PATTERNS["shared_local"],
+        PATTERNS[pattern],
         cu | longest | options,
     )
 
@@ -78,9 +83,25 @@ CASES = {
         ),
         sinks=True,
     ),
+    "prefix, left padding": rows(
+        pattern=PATTERNS["prefix"], key_start=index(-3, 57), sinks=True, key_heads=2
+    ),
+    "prefix, documents in a row": rows(
+        pattern=PATTERNS["prefix, one empty head"],
+        key_start=torch.stack(
+            [index(*[0] * 50 + [50] * 3 + [53] * 77), index(*[13] * 20 + [20] * 110)]
+        ),
+    ),
+    "prefix, query_start per row": rows(
+        queries=40, keys=150, query_start=index(7, 110), pattern=PATTERNS["prefix"]
+    ),
+    "prefix, queries past the keys": rows(
+        queries=20, keys=150, query_start=200, pattern=PATTERNS["prefix of the whole span"]
+    ),
     "scale": rows(scale=-0.7),
     "packed documents": documents([60, 1, 0, 70], [60, 1, 0, 70]),
     "packed, more keys": documents([50, 3, 0, 40], [90, 3, 5, 47], sinks=draw(HEADS)),
+    "prefix, packed": documents([50, 3, 0, 40], [90, 3, 5, 47], pattern="prefix"),
     "bfloat16": rows(dtype=torch.bfloat16, sinks=True),
     "float16": rows(dtype=torch.float16, key_heads=2),
     "float64": rows(dtype=torch.float64, sinks=True),
@@ -128,10 +149,13 @@ def test_dense_is_scaled_dot_product_attention(impl):
 
 
 @impls
-def test_editing_a_token_changes_outputs_after_it_and_none_before(impl):
+@pytest.mark.parametrize(
+    ("name", "edited"), [("shared_local", 40), ("prefix", 3), ("prefix, one empty head", 16)]
+)
+def test_an_edit_changes_later_outputs_alone(impl, name, edited):
     """The published code hands its kernel heads for tokens, and fails this."""
-    pattern, edited = PATTERNS["shared_local"], 40
-    case = rows()
+    pattern = PATTERNS[name]
+    case = rows(pattern=pattern)
     before = run(case, impl=impl)["out"]
     for name in ("key", "value"):
         changed = getattr(case, name).clone()
@@ -226,9 +250,10 @@ def test_expanded_keys_get_the_gradient_of_what_they_were_expanded_from(impl):
 
 
 @impls
-def test_packed_documents_equal_separate_ones(impl):
+@pytest.mark.parametrize("name", ["shared_local", "prefix"])
+def test_packed_documents_equal_separate_ones(name, impl):
     lengths = [30, 1, 64]
-    case = documents(lengths, lengths)
+    case = documents(lengths, lengths, pattern=name)
     together = run(case, impl=impl)
     at = 0
     for length in lengths:
@@ -241,8 +266,9 @@ def test_packed_documents_equal_separate_ones(impl):
 
 
 @impls
-def test_one_query_at_a_time_equals_all_at_once(impl):
-    case = rows(queries=70, keys=70)
+@pytest.mark.parametrize("name", ["shared_local", "prefix, one empty head"])
+def test_one_query_at_a_time_equals_all_at_once(name, impl):
+    case = rows(queries=70, keys=70, pattern=PATTERNS[name])
     whole = run(case, impl=impl)["out"]
     for i in (0, 1, 33, 69):
         step = Case(

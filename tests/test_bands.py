@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from spattention import BandPattern
 from spattention.choice import named_pattern
 
+P = BandPattern
 sizes = st.tuples(st.integers(1, 64), st.integers(1, 5000))
 small = st.tuples(st.integers(1, 20), st.integers(1, 80))
 widths = st.sampled_from(["uniform", "geometric", "equal_work"])
@@ -30,7 +32,8 @@ def every_pattern(num_heads: int, span: int) -> list[BandPattern]:
         named.append(BandPattern.shared_local(num_heads, span, widths=rule))
     for groups in (g for g in range(1, num_heads + 1) if num_heads % g == 0):
         named += grouped(num_heads, span, groups)
-    return named
+    prefixes = (min(span, 1 + place % 7) for place in range(len(named)))
+    return named + [replace(pattern, prefix=p) for pattern, p in zip(named, prefixes)]
 
 
 def grouped(num_heads: int, span: int, groups: int) -> list[BandPattern]:
@@ -188,6 +191,61 @@ def test_mask_is_the_definition():
                 assert bool(mask[h, i, j]) == seen
 
 
+def test_the_prefix_is_seen_at_every_distance():
+    """Heads with intervals see the first keys too, never a later one; heads without stay empty."""
+    pattern = P(intervals=(((0, 2),), ((0, 1), (3, 5)), ()), span=6, prefix=2)
+    mask = pattern.mask(7, 12, query_start=1)
+    for h, head in enumerate(pattern.intervals):
+        for i in range(7):
+            for j in range(12):
+                d = 1 + i - j
+                seen = any(near <= d < far for near, far in head)
+                seen = seen or (bool(head) and j < 2 and d >= 0)
+                assert bool(mask[h, i, j]) == seen
+
+
+def test_every_constructor_takes_a_prefix():
+    made = [
+        P.dense(4, 16, prefix=3),
+        P.sliding_window(4, 16, 2, prefix=3),
+        P.exclusive(4, 16, prefix=3),
+        P.shared_local(4, 16, kv_heads=2, prefix=3),
+        P.gapped(4, 16, prefix=3),
+        P.local_only(4, 16, prefix=3),
+        P((((0, 4),),) * 4, 16, prefix=3),
+    ]
+    for pattern in made:
+        bare = replace(pattern, prefix=0)
+        assert pattern.prefix == 3
+        assert pattern.intervals == bare.intervals
+        assert pattern != bare
+        assert hash(pattern) != hash(bare)
+        assert "prefix=3" in repr(pattern)
+        assert "prefix" not in repr(bare)
+        assert pattern.heads(1, 3).prefix == 3
+        assert pattern.mask(16)[:, :, 0].all()
+        assert pattern.mask(5, 40)[:, :, :3].all()  # beyond the span
+
+
+def test_commands_name_a_prefix():
+    named = named_pattern("shared_local:widths=geometric,kv_heads=4,prefix=4", 8, 4096)
+    assert named == P.shared_local(8, 4096, widths="geometric", kv_heads=4, prefix=4)
+    assert named_pattern("sliding_window:window=8,prefix=2", 4, 64).prefix == 2
+    with pytest.raises(ValueError, match="`prefix` must be between 0 and `span` = 64, got 65"):
+        named_pattern("exclusive:prefix=65", 8, 64)
+
+
+def test_version_2_is_written_with_a_prefix_alone():
+    """Files without a prefix stay readable by earlier versions."""
+    bare, prefixed = P.exclusive(2, 8), P.exclusive(2, 8, prefix=3)
+    assert bare.to_dict()["version"] == 1
+    assert "prefix" not in bare.to_dict()
+    assert prefixed.to_dict()["version"] == 2
+    assert prefixed.to_dict()["prefix"] == 3
+    assert P.from_dict(prefixed.to_dict()).prefix == 3
+    assert P.from_dict(bare.to_dict() | {"version": 2, "prefix": 0}) == bare
+
+
 def test_a_score_does_not_depend_on_the_input_length():
     pattern = BandPattern.shared_local(4, 64)
     assert torch.equal(pattern.mask(100)[:, :40, :40], pattern.mask(40))
@@ -204,7 +262,7 @@ def test_round_trips_through_json(size):
         assert eval(repr(pattern)) == pattern
 
 
-def test_equality_and_hash_look_at_span_and_intervals():
+def test_equality_looks_at_span_intervals_and_prefix():
     named = BandPattern.exclusive(2, 8)
     custom = BandPattern(intervals=(((0, 4),), ((4, 8),)), span=8)
     assert named == custom
@@ -255,7 +313,7 @@ def test_flat_pads_each_head_to_two_intervals():
     assert pattern.flat == (0, 2, 0, 0, 0, 1, 3, 5, 0, 0, 0, 0)
 
 
-P = BandPattern
+V2 = {"version": 2, "span": 4, "intervals": [[[0, 4]]]}
 
 
 @pytest.mark.parametrize(
@@ -337,7 +395,22 @@ P = BandPattern
         (lambda: P.from_dict({"version": True, "span": 4, "intervals": [[[0, 4]]]}), "got True"),
         (lambda: P.from_dict({"version": 1.0, "span": 4, "intervals": [[[0, 4]]]}), "got 1.0"),
         (lambda: P.from_dict({"version": 1, "span": 2**31, "intervals": [[]]}), "`span` must be"),
-        (lambda: P.from_dict({"version": 2}), "`version` must be 1 .*got 2"),
+        (lambda: P.from_dict({"version": 3}), r"`version` must be one of \(1, 2\) .*got 3"),
+        (lambda: P.from_dict({"version": 2}), r"lacks \['span', 'intervals', 'prefix'\]"),
+        (lambda: P.from_dict(V2), r"lacks \['prefix'\]"),
+        (lambda: P.from_dict(V2 | {"prefix": 5}), "`prefix` must be between 0 .* = 4, got 5"),
+        (lambda: P.from_dict(V2 | {"prefix": None}), "`prefix` must be an integer, got None"),
+        (
+            lambda: P.from_dict(V2 | {"version": 1, "prefix": 0}),
+            "a pattern of `version` 1 must have no `prefix`, got 0",
+        ),
+        (lambda: P.dense(2, 8, prefix=9), "`prefix` must be between 0 and `span` = 8, got 9"),
+        (lambda: P.exclusive(2, 8, prefix=-1), "`prefix` must be between 0 and .*got -1"),
+        (lambda: P.gapped(2, 8, prefix=True), "`prefix` must be an integer, got True"),
+        (lambda: P.local_only(2, 8, prefix=1.0), r"`prefix` must be an integer, got 1\.0"),
+        (lambda: P.shared_local(2, 8, prefix=None), "`prefix` must be an integer, got None"),
+        (lambda: P.sliding_window(2, 8, 4, prefix="2"), "`prefix` must be an integer, got '2'"),
+        (lambda: P((((0, 2),),), 8, prefix=10**30), "`prefix` must fit in 64 bits"),
         (lambda: P.from_dict({"version": 1, "span": 4}), r"lacks \['intervals'\]"),
         (lambda: P.from_dict({"version": 1, 1: 2}), r"lacks \['span', 'intervals'\]"),
         (lambda: P.from_dict([]), "must be a mapping, got list"),

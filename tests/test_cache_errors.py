@@ -95,7 +95,7 @@ def state(store: spa.BandStore) -> list[torch.Tensor]:
 
 def check_unchanged(store: spa.BandStore, before: list[torch.Tensor]) -> None:
     after = state(store)
-    assert len(after) == len(before) == 4
+    assert len(after) == len(before) == 5
     for old, new in zip(before, after):
         torch.testing.assert_close(new, old, rtol=0.0, atol=0.0)
 

@@ -20,6 +20,7 @@ PATTERNS = [
     BandPattern.shared_local(4, 16),
     BandPattern.exclusive(3, 11, widths="geometric"),
     BandPattern((((0, 4), (8, 12)), ()), 12),
+    BandPattern((((3, 5),), ()), 12, prefix=2),
 ]
 
 
@@ -70,7 +71,7 @@ def test_a_long_mask_is_drawn_in_blocks_and_no_band_is_lost():
     pattern = BandPattern((((0, 3), (5000, 5001)),), 2**20)
     image = mask_image(pattern, 0, 2**20, cells=64)
     assert image.shape == (64, 64, 3)
-    small = BandPattern((((0, 3), (50, 51)),), 100)
+    small = BandPattern((((0, 3), (50, 51)),), 100, prefix=6)
     mask = small.mask(100)[0].numpy().reshape(20, 5, 20, 5).any(axis=(1, 3))
     seen = (mask_image(small, 0, 100, cells=20) == head_colors(1)[0]).all(axis=-1)
     assert (seen == mask).all()
@@ -83,7 +84,7 @@ def test_the_colours_of_heads_differ():
 
 @pytest.mark.parametrize(("heads", "span"), [(8, 1024), (32, 32_768), (16, 131_072)])
 def test_titles_of_heads_do_not_overlap(heads, span):
-    figure = pattern_figure(BandPattern.shared_local(heads, span))
+    figure = pattern_figure(BandPattern.shared_local(heads, span, prefix=4))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     boxes = [axis.title.get_window_extent(canvas.get_renderer()) for axis in figure.axes[:-1]]
@@ -93,6 +94,13 @@ def test_titles_of_heads_do_not_overlap(heads, span):
         assert box.x1 <= width
         assert box.y1 <= height
         assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def test_titles_of_heads_name_the_prefix():
+    figure = pattern_figure(BandPattern((((0, 4),), ()), 16, prefix=2))
+    titles = [axis.get_title() for axis in figure.axes[:2]]
+    assert titles[0].startswith("head 0: first 2 [0, 4)")
+    assert titles[1].startswith("head 1: no keys")
 
 
 def test_the_title_names_the_share_of_all_heads():

@@ -2,6 +2,7 @@
 
 A pattern gives every head up to two half-open intervals of distances `[near, far)`, in tokens. The
 query at position `p` sees the key at position `j` when `p - j` lies in one of its head's intervals.
+With a prefix it also sees the first few keys, at any distance.
 
 A worked mask: `BandPattern.exclusive(num_heads=2, span=4)`; rows are queries, columns keys, `#` is
 attended.
@@ -11,6 +12,14 @@ attended.
     # # . .           . . . .
     . # # .           # . . .
     . . # #           # # . .
+
+The same with `prefix=1`, the first token in every head:
+
+    head 0: [0, 2)    head 1: [2, 4)
+    # . . .           # . . .
+    # # . .           # . . .
+    # # # .           # . . .
+    # . # #           # # . .
 """
 
 from __future__ import annotations
@@ -23,12 +32,11 @@ from typing import Any
 
 import torch
 
-from .widths import Widths, band_edges, integer, integers, local_windows
+from .widths import Interval, Widths, band_edges, integer, integers, local_windows, merged
 
-Interval = tuple[int, int]
 Intervals = tuple[tuple[Interval, ...], ...]
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # without and with a prefix
 MAX_INTERVALS = 2
 MAX_SPAN = 2**31 - 1  # positions are int32
 MAX_HEADS = 2**20
@@ -45,18 +53,25 @@ class BandPattern:
         span: the context length, in tokens, that the pattern was made for, below `2**31`. Distances
             `>= span` are never attended. It belongs to the pattern and never depends on the length
             of the input.
-        recipe: how a named constructor was called; for reading only. Equality and hash look at
-            `span` and `intervals`.
+        recipe: how a named constructor was called, but for `prefix`; for reading only. Equality and
+            hash look at `span`, `intervals` and `prefix`.
+        prefix: number of first keys that every query of a head with intervals sees as well, from 0
+            to `span`. They are the first that the query may see at all: those of its document. A
+            key that a band covers too counts once.
 
     Raises:
         ValueError: if an interval is empty, negative, unsorted, overlapping, touching, or reaches
-            beyond `span`, or if there are more than 2**20 heads.
+            beyond `span`, if there are more than 2**20 heads, or if `prefix` is not an int from 0
+            to `span`.
     """
 
-    intervals: Intervals
-    span: int
+    intervals: Intervals = field(compare=False)
+    span: int = field(compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, compare=False)
+    prefix: int = field(default=0, kw_only=True, compare=False)
     _flat: tuple[int, ...] = field(default=(), init=False, compare=False)
+    # Equality compares text: torch.compile takes integers that differ between calls for variables.
+    _key: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         span = _span(self.span)
@@ -69,29 +84,33 @@ class BandPattern:
             _check_head(h, head, span)
         object.__setattr__(self, "intervals", heads)
         object.__setattr__(self, "span", span)
+        object.__setattr__(self, "prefix", _prefix(self.prefix, span))
         object.__setattr__(self, "recipe", _plain(self.recipe))
         padded = ((*head, *((0, 0),) * (MAX_INTERVALS - len(head))) for head in heads)
         flat = tuple(edge for head in padded for interval in head for edge in interval)
         object.__setattr__(self, "_flat", flat)
+        object.__setattr__(self, "_key", repr((self.span, self.prefix, flat)))
 
     @classmethod
-    def dense(cls, num_heads: int, span: int) -> BandPattern:
-        """Every head attends `[0, span)`: ordinary causal attention."""
+    def dense(cls, num_heads: int, span: int, *, prefix: int = 0) -> BandPattern:
+        """Every head attends `[0, span)`: ordinary causal attention. For `prefix` see
+        `BandPattern`."""
         _check_size(num_heads, span)
-        return cls(
-            (((0, span),),) * num_heads, span, _recipe("dense", num_heads=num_heads, span=span)
-        )
+        recipe = _recipe("dense", num_heads=num_heads, span=span)
+        return cls((((0, span),),) * num_heads, span, recipe, prefix=prefix)
 
     @classmethod
-    def sliding_window(cls, num_heads: int, span: int, window: int) -> BandPattern:
+    def sliding_window(
+        cls, num_heads: int, span: int, window: int, *, prefix: int = 0
+    ) -> BandPattern:
         """Every head attends the nearest `window` tokens, itself included: `[0, window)`,
-        `1 <= window <= span`."""
+        `1 <= window <= span`. For `prefix` see `BandPattern`."""
         _check_size(num_heads, span)
         window = integer("window", window)
         if not 1 <= window <= span:
             raise ValueError(f"`window` must be between 1 and `span` = {span}, got {window}")
         recipe = _recipe("sliding_window", num_heads=num_heads, span=span, window=window)
-        return cls((((0, window),),) * num_heads, span, recipe)
+        return cls((((0, window),),) * num_heads, span, recipe, prefix=prefix)
 
     @classmethod
     def exclusive(
@@ -102,12 +121,13 @@ class BandPattern:
         widths: Widths = "uniform",
         first: int | None = None,
         kv_heads: int | None = None,
+        prefix: int = 0,
     ) -> BandPattern:
         """Head h attends only its own band `[S_h, S_h + W_h)`: Eqs. 2-4 of Zhao et al.,
         arXiv:2511.09596.
 
-        The heads are disjoint and together cover every distance in `[0, span)`. Queries `i < S_h`
-        see no key.
+        The heads are disjoint and together cover every distance in `[0, span)`. Without a prefix
+        queries `i < S_h` see no key.
 
         Args:
             num_heads: number of heads H.
@@ -120,11 +140,12 @@ class BandPattern:
             kv_heads: number of bands G, which divides H; default H. Query head h has band
                 `h // (H // G)`, as it reads the key/value head of that number in grouped-query
                 attention. "Heads" above then means bands: G + 1 edges.
+            prefix: see `BandPattern`.
         """
         groups = _check_size(num_heads, span, kv_heads)
         widths = widths if isinstance(widths, str) else integers("widths", widths)
         edges = band_edges(groups, span, widths, first)
-        bands = [_merged([band], span) for band in zip(edges, edges[1:])]
+        bands = [merged([band], span) for band in zip(edges, edges[1:])]
         recipe = _recipe(
             "exclusive",
             num_heads=num_heads,
@@ -133,7 +154,7 @@ class BandPattern:
             first=first,
             kv_heads=kv_heads,
         )
-        return cls(_grouped(bands, num_heads), span, recipe)
+        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
 
     @classmethod
     def shared_local(
@@ -145,6 +166,7 @@ class BandPattern:
         local: int | Sequence[int] | None = None,
         first: int | None = None,
         kv_heads: int | None = None,
+        prefix: int = 0,
     ) -> BandPattern:
         """Head h attends a local window `[0, local_h)` and its own band: the form that the paper's
         code runs.
@@ -158,6 +180,7 @@ class BandPattern:
                 `min(span, max(128, span // 32))`, which is everything for a span of up to 128.
             first: see `exclusive`.
             kv_heads: see `exclusive`; `local` is then one size or one per band.
+            prefix: see `BandPattern`.
         """
         groups = _check_size(num_heads, span, kv_heads)
         widths = widths if isinstance(widths, str) else integers("widths", widths)
@@ -165,7 +188,7 @@ class BandPattern:
         edges = band_edges(groups, span, widths, first)
         windows = local_windows(groups, span, widths, local, per="band" if kv_heads else "head")
         bands = [
-            _merged([(0, window), band], span)
+            merged([(0, window), band], span)
             for window, band in zip(windows, zip(edges, edges[1:]))
         ]
         recipe = _recipe(
@@ -177,28 +200,32 @@ class BandPattern:
             first=first,
             kv_heads=kv_heads,
         )
-        return cls(_grouped(bands, num_heads), span, recipe)
+        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
 
     @classmethod
-    def gapped(cls, num_heads: int, span: int, *, kv_heads: int | None = None) -> BandPattern:
+    def gapped(
+        cls, num_heads: int, span: int, *, kv_heads: int | None = None, prefix: int = 0
+    ) -> BandPattern:
         """Head h attends the nearer half of its uniform band, `[S_h, S_h + W_h // 2)`: the ablation
-        GBHALF. For `kv_heads` see `exclusive`."""
+        GBHALF. For `kv_heads` and `prefix` see `exclusive`."""
         edges = band_edges(_check_size(num_heads, span, kv_heads), span, "uniform", None)
         bands = [
-            _merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
+            merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
         ]
         recipe = _recipe("gapped", num_heads=num_heads, span=span, kv_heads=kv_heads)
-        return cls(_grouped(bands, num_heads), span, recipe)
+        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
 
     @classmethod
-    def local_only(cls, num_heads: int, span: int, *, kv_heads: int | None = None) -> BandPattern:
+    def local_only(
+        cls, num_heads: int, span: int, *, kv_heads: int | None = None, prefix: int = 0
+    ) -> BandPattern:
         """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding
-        window". For `kv_heads` see `exclusive`."""
+        window". For `kv_heads` and `prefix` see `exclusive`."""
         groups = _check_size(num_heads, span, kv_heads)
         windows = local_windows(groups, span, "uniform", None)
-        bands = [_merged([(0, window)], span) for window in windows]
+        bands = [merged([(0, window)], span) for window in windows]
         recipe = _recipe("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
-        return cls(_grouped(bands, num_heads), span, recipe)
+        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
 
     @property
     def num_heads(self) -> int:
@@ -208,7 +235,7 @@ class BandPattern:
     @property
     def flat(self) -> tuple[int, ...]:
         """`near, far, near, far` per head, 4 * num_heads integers; a missing interval is `0, 0`.
-        For operators."""
+        For operators, which need `prefix` beside it."""
         return self._flat
 
     def heads(self, start: int, stop: int) -> BandPattern:
@@ -224,7 +251,7 @@ class BandPattern:
         if self.recipe is not None:
             offset = self.recipe.get("heads", (0,))[0]
             recipe = {**self.recipe, "heads": (offset + start, offset + stop)}
-        return BandPattern(self.intervals[start:stop], self.span, recipe)
+        return BandPattern(self.intervals[start:stop], self.span, recipe, prefix=self.prefix)
 
     def mask(
         self,
@@ -235,6 +262,7 @@ class BandPattern:
         device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """Dense mask, bool `[num_heads, query_len, key_len]`, True where the query sees the key.
+        The prefix is the first keys.
 
         Args:
             query_len: number of queries Q.
@@ -260,12 +288,12 @@ class BandPattern:
         if abs(query_start) > MAX_SPAN:
             raise ValueError(f"`query_start` must be at most {MAX_SPAN}, got {query_start}")
         positions = torch.arange(query_len, device=device) + query_start
-        distance = positions[:, None] - torch.arange(key_len, device=device)
-        return in_bands(distance, self.intervals)
+        keys = torch.arange(key_len, device=device)
+        return attended(self, positions[:, None] - keys, keys)
 
     def pairs(self, seq_len: int) -> tuple[int, ...]:
         """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the
-        unit of work."""
+        unit of work. A key of the prefix that a band covers too counts once."""
         seq_len = integer("seq_len", seq_len)
         if seq_len < 0:
             raise ValueError(f"`seq_len` must not be negative, got {seq_len}")
@@ -274,17 +302,23 @@ class BandPattern:
             rows = max(0, seq_len - distance)
             return rows * (rows + 1) // 2
 
+        # The keys after the prefix have the pairs of a text that is shorter by the prefix.
+        in_prefix = at_least(0) - at_least(self.prefix)
         return tuple(
-            sum(at_least(near) - at_least(far) for near, far in head) for head in self.intervals
+            (in_prefix if head else 0)
+            + sum(at_least(near + self.prefix) - at_least(far + self.prefix) for near, far in head)
+            for head in self.intervals
         )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON: version, span and resolved intervals; the constructor's arguments
-        beside them."""
+        beside them. Version 1 without a prefix, version 2 with one."""
+        prefix = {"prefix": self.prefix} if self.prefix else {}
         return {
-            "version": FORMAT_VERSION,
+            "version": 2 if self.prefix else 1,
             "span": self.span,
             "intervals": [[list(interval) for interval in head] for head in self.intervals],
+            **prefix,
             "recipe": None if self.recipe is None else dict(self.recipe),
         }
 
@@ -300,26 +334,55 @@ class BandPattern:
         if not isinstance(data, Mapping):
             raise ValueError(f"a pattern must be a mapping, got {type(data).__name__}")
         version = data.get("version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in FORMAT_VERSIONS:
             raise ValueError(
-                f"the pattern's `version` must be {FORMAT_VERSION} (the one this library writes), "
-                f"got {version!r}"
+                f"the pattern's `version` must be one of {FORMAT_VERSIONS} (those this library "
+                f"writes), got {version!r}"
             )
-        missing = [name for name in ("span", "intervals") if name not in data]
+        if version == 1 and "prefix" in data:
+            raise ValueError(
+                f"a pattern of `version` 1 must have no `prefix`, got {data['prefix']!r}"
+            )
+        needed = ("span", "intervals", "prefix") if version == 2 else ("span", "intervals")
+        missing = [name for name in needed if name not in data]
         if missing:
             raise ValueError(
                 f"the pattern lacks {missing}, got the entries {sorted(map(str, data))}"
             )
-        return cls(data["intervals"], data["span"], data.get("recipe"))
+        prefix = data.get("prefix", 0)
+        return cls(data["intervals"], data["span"], data.get("recipe"), prefix=prefix)
 
     def __repr__(self) -> str:
+        arguments: dict[str, Any]
         if self.recipe is None:
-            return f"BandPattern(intervals={self.intervals}, span={self.span})"
-        arguments = {k: v for k, v in self.recipe.items() if k not in ("name", "heads")}
+            arguments = {"intervals": self.intervals, "span": self.span}
+        else:
+            other = ("name", "heads", "prefix")
+            arguments = {k: v for k, v in self.recipe.items() if k not in other}
+        if self.prefix:
+            arguments["prefix"] = self.prefix
         text = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+        if self.recipe is None:
+            return f"BandPattern({text})"
         part = self.recipe.get("heads")
         suffix = f".heads({part[0]}, {part[1]})" if part else ""
         return f"BandPattern.{self.recipe['name']}({text}){suffix}"
+
+
+def attended(pattern: BandPattern, distance: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """The keys that each head attends, by band or prefix: bool `[..., num_heads, Q, K]`.
+
+    Args:
+        pattern: the bands.
+        distance: int `[..., Q, K]`, from the query to the key.
+        place: int, broadcast to `[..., Q, K]`: index of the key among those that the query may see.
+    """
+    seen = in_bands(distance, pattern.intervals)
+    if not pattern.prefix:
+        return seen
+    in_prefix = (place >= 0) & (place < pattern.prefix) & (distance >= 0)
+    attends = torch.tensor([bool(head) for head in pattern.intervals], device=distance.device)
+    return seen | (in_prefix.unsqueeze(-3) & attends[:, None, None])
 
 
 def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
@@ -332,19 +395,6 @@ def in_bands(distance: torch.Tensor, intervals: Intervals) -> torch.Tensor:
             seen = seen | ((distance >= near) & (distance < far))
         heads.append(seen)
     return torch.stack(heads, dim=-3)
-
-
-def _merged(intervals: Sequence[Interval], span: int) -> tuple[Interval, ...]:
-    """Clipped to `[0, span)`, empty ones dropped, those that overlap or touch joined."""
-    merged: list[Interval] = []
-    for near, far in sorted((near, min(far, span)) for near, far in intervals):
-        if near >= far:
-            continue
-        if merged and near <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(far, merged[-1][1]))
-        else:
-            merged.append((near, far))
-    return tuple(merged)
 
 
 def _check_head(head: int, intervals: tuple[Interval, ...], span: int) -> None:
@@ -392,6 +442,13 @@ def _span(span: Any) -> int:
         rule = "at least 1" if span < 1 else f"at most {MAX_SPAN}"
         raise ValueError(f"`span` must be {rule}, got {span}")
     return span
+
+
+def _prefix(prefix: Any, span: int) -> int:
+    prefix = integer("prefix", prefix)
+    if not 0 <= prefix <= span:
+        raise ValueError(f"`prefix` must be between 0 and `span` = {span}, got {prefix}")
+    return prefix
 
 
 def _heads(intervals: Any) -> Intervals:

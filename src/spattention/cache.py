@@ -1,6 +1,7 @@
 """Keys and values that the bands can still reach, and what changes them.
 
-`cache_layout.py` says where each token is stored, `cached_attention.py` attends to the tokens.
+`cache_layout.py` says where each token is stored, `cache_prefix.py` keeps the first tokens of a
+document where the pattern has a prefix, and `cached_attention.py` attends to the tokens.
 Slots that a query does not see are read as the slot of zeros, so that shapes do not depend on
 positions and positions stay on their device.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cache_prefix
 from .attention import kernels_for
 from .bands import BandPattern
 from .cache_layout import (
@@ -24,8 +26,10 @@ from .cache_layout import (
     ring_layout,
     ring_lengths,
     rollback,
+    tokens_in_reach,
 )
-from .checks import check_tensors, readable
+from .cache_prefix import StoredTokens
+from .checks import check_key_start, check_new_tokens, check_rows, readable
 from .padding import padding_first, reorder
 
 
@@ -54,10 +58,11 @@ class BandStore:
         slack: former name of `max_rollback`.
 
     Attributes:
-        keys: `[B, slots + 1, head_dim]`, the rings one after another, then one slot of zeros.
+        keys: `[B, slots + 1, head_dim]`, the rings, the prefixes, then one slot of zeros.
         values: `[B, slots + 1, value_dim]`.
         layout: the `cache_layout.RingLayout` of both.
         counts: int64 `[4, B]`: `position`, `columns`, and both as if nothing had been taken back.
+        documents: int64 `[B, max_rollback + 2]`, where documents start; see `cache_prefix`.
         capacity: tokens that there is room for; None once the rings have their full length.
         is_empty: nothing was appended since the store was made or reset.
 
@@ -67,6 +72,7 @@ class BandStore:
 
     keys: Tensor
     values: Tensor
+    documents: Tensor
     layout: RingLayout
     max_rollback: int
     capacity: int | None
@@ -156,8 +162,21 @@ class BandStore:
         """int64 `[Hkv]`, slots of each head's ring; 0 for a head whose group attends nothing."""
         return self.layout.lengths
 
-    def append(self, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> None:
-        """Write the next tokens. Of more tokens than a ring holds only the last are written.
+    @property
+    def stored(self) -> StoredTokens:
+        """The tensors that `cache_prefix` works on."""
+        return StoredTokens(self.keys, self.values, self.counts, self.documents, self.layout)
+
+    def append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None = None,
+        key_start: Tensor | None = None,
+    ) -> None:
+        """Write the next tokens. Of more tokens than a ring holds only the last are written, and
+        the first of each document that are the pattern's prefix.
 
         Queries that are to see tokens which this call overwrites must come first:
         `band_attention_cached` does both in order.
@@ -166,11 +185,15 @@ class BandStore:
             key: `[B, Hkv, n, D]`, the store's dtype.
             value: `[B, Hkv, n, Dv]`, likewise.
             mask: bool `[B, n]`, False for padding, which is not kept and has no position.
+            key_start: int32 `[B]` or `[B, n]`, where each token's document starts, as in
+                `band_attention`, counted in tokens that the store kept. Default: the last token's
+                document continues, at first that of position 0. Only a pattern with a prefix needs
+                it. It then stays, or moves to one of these tokens (checked on the CPU).
 
         Raises:
             ValueError: if an argument breaks a rule above. The store is then as it was.
         """
-        self.check_tokens(key, value, mask)
+        self.check_tokens(key, value, mask, key_start)
         new = key.shape[2]
         if new == 0:
             return
@@ -178,6 +201,8 @@ class BandStore:
         if self.capacity is not None:
             self._columns += new
         with torch.no_grad():
+            if self.pattern.prefix:
+                cache_prefix.hold(self.stored, key, value, mask, key_start)
             if mask is None:
                 self._write(key, value)
                 self.counts[:2].add_(new)
@@ -230,7 +255,7 @@ class BandStore:
                 "use `select` to change the batch"
             )
         self.counts.copy_(self.counts[:, rows])
-        for tensor in (self.keys, self.values, self._padding):
+        for tensor in (self.keys, self.values, self.documents, self._padding):
             tensor.copy_(tensor[rows])
 
     @torch.inference_mode(False)
@@ -243,7 +268,7 @@ class BandStore:
         rows = self._rows(rows, allow_bool=True)
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.counts = self.counts[:, rows]
-        self._padding = self._padding[rows]
+        self.documents, self._padding = self.documents[rows], self._padding[rows]
 
     def repeat(self, times: int) -> None:
         """Copy every sequence `times` times, copies side by side. Allocates new memory."""
@@ -254,6 +279,7 @@ class BandStore:
     def reset(self) -> None:
         """Empty the store, for another text. Keeps the memory."""
         self.counts.zero_()
+        self.documents.zero_()
         self._padding.fill_(-1)
         self._columns = 0
         self.is_empty = True
@@ -264,6 +290,7 @@ class BandStore:
         target = _device(device)
         self.keys, self.values = self.keys.to(target), self.values.to(target)
         self.counts, self._padding = self.counts.to(target), self._padding.to(target)
+        self.documents = self.documents.to(target)
         self.layout = self._layout(self.capacity, self.max_rollback)
         return self
 
@@ -284,10 +311,9 @@ class BandStore:
         if torch.compiler.is_compiling() or (
             self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
         ):
-            farthest = max(far for head in self.pattern.intervals for _, far in head)
             raise ValueError(
                 "`capacity` must reach as far as the bands in a compiled or captured graph, "
-                f"{farthest} tokens, got {self.capacity}"
+                f"{tokens_in_reach(self.pattern)} tokens, got {self.capacity}"
             )
         needed = self._columns + tokens
         if needed > self.capacity:
@@ -300,37 +326,20 @@ class BandStore:
         if tokens != self.max_rollback:
             self._move(self.capacity, tokens)
 
-    def check_tokens(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+    def check_tokens(
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        key_start: Tensor | None = None,
+    ) -> None:
         """Raise `ValueError` unless `append` takes these arguments."""
-        check_tensors(key=key, value=value)
-        for name, tensor, buffer in (("key", key, self.keys), ("value", value, self.values)):
-            rows, dim = buffer.shape[0], buffer.shape[2]
-            wanted = (rows, self.num_key_heads, dim)
-            if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[3]) != wanted:
-                raise ValueError(
-                    f"`{name}` must have the store's shape [B, Hkv, n, D] = "
-                    f"[{rows}, {self.num_key_heads}, n, {dim}], got {list(tensor.shape)}"
-                )
-            if tensor.dtype != buffer.dtype or tensor.device != buffer.device:
-                raise ValueError(
-                    f"`{name}` must have the store's dtype and device, {buffer.dtype} on "
-                    f"{buffer.device}, got {tensor.dtype} on {tensor.device}"
-                )
-        if value.shape[2] != key.shape[2]:
-            raise ValueError(
-                f"`value` must have as many tokens as `key`, {key.shape[2]}, got {value.shape[2]}"
-            )
-        if mask is None:
+        check_new_tokens(key, value, mask, (self.keys, self.values), self.num_key_heads)
+        if key_start is None:
             return
-        check_tensors(mask=mask)
-        if mask.dtype != torch.bool or mask.device != key.device:
-            raise ValueError(
-                f"`mask` must be bool on {key.device}, got {mask.dtype} on {mask.device}"
-            )
-        if mask.dim() != 2 or mask.shape[0] != key.shape[0] or mask.shape[1] != key.shape[2]:
-            raise ValueError(
-                f"`mask` must be [B, n] = [{key.shape[0]}, {key.shape[2]}], got {list(mask.shape)}"
-            )
+        check_key_start(key_start, key)
+        if self.pattern.prefix and readable(key_start):
+            cache_prefix.check_documents(self.stored, key_start, key.shape[2], mask)
 
     def _layout(self, capacity: int | None, max_rollback: int) -> RingLayout:
         return ring_layout(
@@ -351,22 +360,21 @@ class BandStore:
     ) -> None:
         """Empty rings of these sizes, in place of others; nothing changes if they do not fit."""
         batch, device = self.counts.shape[1], self.counts.device
-        lengths = ring_lengths(
-            self.pattern, self.num_key_heads, max_rollback=max_rollback, capacity=capacity
-        )
-        slots = sum(lengths) + 1
+        layout = self._layout(capacity, max_rollback)
+        slots = layout.slots + 1
         size = batch * slots * (head_dim + value_dim) * dtype.itemsize
-        check_memory(size, device, longest=max(lengths), batch=batch)
+        check_memory(size, device, longest=max(layout.ring_lengths), batch=batch)
         keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
         values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
-        self.layout = self._layout(capacity, max_rollback)
-        self.capacity, self.max_rollback = capacity, max_rollback
+        self.layout, self.capacity, self.max_rollback = layout, capacity, max_rollback
         self.keys, self.values = keys, values
+        self.documents = cache_prefix.new_documents(batch, max_rollback, device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _move(self, capacity: int | None, max_rollback: int) -> None:
         """Allocate rings of other lengths and copy what the old ones hold."""
+        stored = self.stored._replace(counts=self.counts.clone())
         old, keys, values = self.layout, self.keys, self.values
         last, behind = self.position[:, None] - 1, self.rolled_back[:, None]
         more = max_rollback - self.max_rollback
@@ -390,6 +398,8 @@ class BandStore:
             # More room does not bring back what was dropped before, and less room drops more.
             missing = (self.counts[2:] - self.counts[:2] + more).clamp(min=0)
             self.counts[2:] = self.counts[:2] + missing
+            if self.pattern.prefix:
+                cache_prefix.move(stored, self.stored)
         wider = torch.nn.functional.pad(self._padding, (max(0, more), 0), value=-1)
         self._padding = wider[:, wider.shape[1] - max_rollback :]
 
@@ -459,33 +469,14 @@ class BandStore:
         return (slots + rows.view(-1, *(1,) * (slots.dim() - 1))).flatten()
 
     def _rows(self, rows: Tensor, *, allow_bool: bool) -> Tensor:
-        check_tensors(rows=rows)
-        kinds = (torch.int32, torch.int64, *((torch.bool,) if allow_bool else ()))
-        if rows.dtype not in kinds:
-            names = "int32, int64 or bool" if allow_bool else "int32 or int64"
-            raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
-        is_mask = rows.dtype == torch.bool
-        if rows.dim() != 1 or (is_mask and rows.shape[0] != self.batch_size):
-            form = f"[B] = [{self.batch_size}]" if is_mask or not allow_bool else "[rows]"
-            raise ValueError(f"`rows` must be {form}, got {list(rows.shape)}")
-        if rows.shape[0] == 0 or (is_mask and readable(rows) and not rows.any()):
-            raise ValueError("`rows` must name at least one sequence, got none")
-        if is_mask:
-            return rows.to(self.device)
-        if readable(rows):
-            lowest, highest = int(rows.min()), int(rows.max())
-            if lowest < 0 or highest >= self.batch_size:
-                raise ValueError(
-                    f"`rows` must be from 0 to {self.batch_size - 1}, got "
-                    f"{lowest if lowest < 0 else highest}"
-                )
-        return rows.to(self.device).clamp(0, self.batch_size - 1)
+        check_rows(rows, self.batch_size, allow_bool=allow_bool)
+        rows = rows.to(self.device)
+        return rows if rows.dtype == torch.bool else rows.clamp(0, self.batch_size - 1)
 
 
 def _needed(capacity: int | None, pattern: BandPattern) -> int | None:
     """None once the bands reach no farther than the capacity."""
-    farthest = max((far for head in pattern.intervals for _, far in head), default=0)
-    return None if capacity is None or capacity >= farthest else capacity
+    return None if capacity is None or capacity >= tokens_in_reach(pattern) else capacity
 
 
 def _device(device: Any) -> torch.device | None:

@@ -3,20 +3,21 @@ computed together.
 
 A key/value head keeps the newest `reach + max_rollback` tokens in a ring. Its reach is the farthest
 distance that a query head of its group attends. The token at position p is in slot `p % length`.
-The rings of all heads follow each other in one buffer, and a slot of zeros closes it:
+The rings of all heads follow each other in one buffer, then the prefix of each head that has a
+ring, and a slot of zeros closes it:
 
-    head 0        head 1                head 2 (reaches nothing)   zeros
-    [. . . .]     [. . . . . . . . .]                              [0]
+    rings of head 0, 1, 2 (reaches nothing)   prefixes of head 0, 1   zeros
+    [. . . .] [. . . . . . . . .]             [. .] [. .]             [0]
 
 While the text is shorter than the span, a store may have a capacity. Its rings are then no longer
-than `capacity + max_rollback`, and bands end at the capacity.
+than `capacity + max_rollback`, and bands and prefix end at the capacity.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,12 @@ UNSET: Any = object()  # for arguments for which None is an error
 
 
 class HeadGroup(NamedTuple):
-    """Key/value heads that have a ring."""
+    """Key/value heads that are read or written together."""
 
     heads: Tensor  # [C]
     offset: Tensor  # [C], first slot of each ring
     length: Tensor  # [C], slots of each ring
+    prefix: Tensor  # [C], first slot of each prefix
     shortest: int  # of the lengths
 
     @classmethod
@@ -42,6 +44,7 @@ class HeadGroup(NamedTuple):
             rings.index(heads),
             rings.index(rings.offsets[h] for h in heads),
             rings.index(rings.lengths[h] for h in heads),
+            rings.index(rings.prefixes[h] for h in heads),
             min((rings.lengths[h] for h in heads), default=0),
         )
 
@@ -54,7 +57,8 @@ class SameReach(NamedTuple):
     query_heads: Tensor  # [C * group]
     offset: Tensor  # [C]
     length: Tensor  # [C]
-    pattern: BandPattern  # the bands of these query heads
+    prefix: Tensor  # [C]
+    pattern: BandPattern  # of these query heads
 
     @classmethod
     def of(cls, heads: Sequence[int], pattern: BandPattern, rings: Rings) -> SameReach:
@@ -66,7 +70,8 @@ class SameReach(NamedTuple):
             rings.index(queries),
             rings.index(rings.offsets[h] for h in heads),
             rings.index(rings.lengths[h] for h in heads),
-            BandPattern(bands, pattern.span),
+            rings.index(rings.prefixes[h] for h in heads),
+            BandPattern(bands, pattern.span, prefix=pattern.prefix),
         )
 
 
@@ -82,6 +87,7 @@ class SameWidth(NamedTuple):
     heads: Tensor  # [C]
     offset: Tensor  # [C], of the ring that the head reads
     length: Tensor  # [C]
+    prefix: Tensor  # [C], first slot of the prefix that the head reads
     near: Tensor  # [C]
     split: Tensor  # [C]
     jump: Tensor  # [C]
@@ -94,6 +100,7 @@ class SameWidth(NamedTuple):
             rings.index(heads),
             rings.index(rings.offsets[h // rings.group] for h in heads),
             rings.index(rings.lengths[h // rings.group] for h in heads),
+            rings.index(rings.prefixes[h // rings.group] for h in heads),
             rings.index(head[0][0] for head in bands),
             rings.index(head[0][1] - head[0][0] for head in bands),
             rings.index(head[-1][0] - head[0][1] if len(head) > 1 else 0 for head in bands),
@@ -107,12 +114,19 @@ class Rings:
     lengths: tuple[int, ...]  # [Hkv], slots of each head's ring
     max_rollback: int
     group: int  # query heads for each key/value head
+    prefix: int  # slots of each prefix
     device: torch.device | None
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """First slot of each head's ring."""
         return tuple(sum(self.lengths[:h]) for h in range(len(self.lengths)))
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """First slot of each head's prefix; a head without a ring has none."""
+        live = [self.prefix if length else 0 for length in self.lengths]
+        return tuple(sum(self.lengths) + sum(live[:h]) for h in range(len(live)))
 
     def index(self, numbers: Any) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
@@ -122,11 +136,14 @@ class RingLayout(NamedTuple):
     """Tables that a store looks up, made once, on its device.
 
     Attributes:
-        pattern: the bands, as far as the capacity.
+        pattern: the bands and the prefix, as far as the capacity.
+        bands: the same without the prefix.
+        attends: bool `[H]`, True for query heads that attend anything.
         ring_lengths: slots of each key/value head's ring, on the host.
-        slots: of all rings; the index of the slot of zeros.
+        slots: of all rings and prefixes; the index of the slot of zeros.
         offsets: int64 `[Hkv]`, first slot of each ring.
         lengths: int64 `[Hkv]`, slots of each ring.
+        all_heads: all key/value heads.
         live: all heads that have a ring.
         by_length: the same heads, those with equally long rings together.
         by_reach: all key/value heads, those of equal reach together.
@@ -134,10 +151,13 @@ class RingLayout(NamedTuple):
     """
 
     pattern: BandPattern
+    bands: BandPattern
+    attends: Tensor
     ring_lengths: tuple[int, ...]
     slots: int
     offsets: Tensor
     lengths: Tensor
+    all_heads: HeadGroup
     live: HeadGroup
     by_length: tuple[HeadGroup, ...]
     by_reach: tuple[SameReach, ...]
@@ -153,7 +173,8 @@ def ring_lengths(
     capacity: int | None = None,
 ) -> tuple[int, ...]:
     """Slots that a `BandStore` keeps for each key/value head: the farthest reach of its group plus
-    the rollback, 0 if the group attends nothing. A dense cache keeps one slot for each token.
+    the rollback, 0 if the group attends nothing. A dense cache keeps one slot for each token. Each
+    head that attends anything has `pattern.prefix` slots besides.
 
     Args:
         pattern: the bands, one entry per query head.
@@ -193,17 +214,21 @@ def ring_layout(
 ) -> RingLayout:
     """The layout of a store of these arguments, as in `ring_lengths`, on `device`."""
     lengths = ring_lengths(pattern, num_key_heads, max_rollback=max_rollback, capacity=capacity)
-    rings = Rings(lengths, max_rollback, pattern.num_heads // num_key_heads, device)
     pattern = pattern if capacity is None else _as_far_as(capacity, pattern)
+    group = pattern.num_heads // num_key_heads
+    rings = Rings(lengths, max_rollback, group, pattern.prefix, device)
     widths = [sum(far - near for near, far in head) for head in pattern.intervals]
     same_length = [[h for h, n in enumerate(lengths) if n == size] for size in sorted({*lengths})]
     same_width = {n: [h for h, w in enumerate(widths) if w == n] for n in sorted({*widths} - {0})}
     return RingLayout(
         pattern=pattern,
+        bands=replace(pattern, prefix=0),
+        attends=rings.index(map(bool, pattern.intervals)).bool(),
         ring_lengths=lengths,
-        slots=sum(lengths),
+        slots=sum(lengths) + pattern.prefix * sum(map(bool, lengths)),
         offsets=rings.index(rings.offsets),
         lengths=rings.index(lengths),
+        all_heads=HeadGroup.of(range(num_key_heads), rings),
         live=HeadGroup.of([h for h, n in enumerate(lengths) if n], rings),
         by_length=tuple(HeadGroup.of(heads, rings) for heads in same_length if lengths[heads[0]]),
         by_reach=tuple(SameReach.of(heads, pattern, rings) for heads in same_length),
@@ -250,10 +275,23 @@ def check_memory(size: int, device: torch.device, *, longest: int, batch: int) -
         )
 
 
+def tokens_in_reach(pattern: BandPattern) -> int:
+    """Tokens that a sequence must have before a store needs all of its room."""
+    return max([pattern.prefix, *(far for head in pattern.intervals for _, far in head)])
+
+
 def _as_far_as(capacity: int, pattern: BandPattern) -> BandPattern:
-    """The pattern's distances below `capacity`."""
+    """The pattern's distances and prefix below `capacity`."""
     bands = tuple(
         tuple((near, min(far, capacity)) for near, far in head if near < capacity)
         for head in pattern.intervals
     )
-    return pattern if bands == pattern.intervals else BandPattern(bands, pattern.span)
+    prefix = min(pattern.prefix, capacity)
+    if prefix:  # a head that reaches nothing so far sees it: a distance of `capacity` is never met
+        beyond = ((capacity, capacity + 1),)
+        bands = tuple(
+            near or (beyond if head else ()) for near, head in zip(bands, pattern.intervals)
+        )
+    if (bands, prefix) == (pattern.intervals, pattern.prefix):
+        return pattern
+    return BandPattern(bands, pattern.span, prefix=prefix)

@@ -22,6 +22,7 @@ from .attention import Result, _autocast, _scale, band_attention, kernels_for
 from .bands import BandPattern
 from .cache import BandStore
 from .cache_layout import SameReach
+from .cache_prefix import check_held_documents, prefix_slots
 from .checks import check_attention, check_no_tangents, check_tensors, readable
 from .impl.layout import empty_like_query, lse_dtype, without_autocast
 from .merging import merge
@@ -63,7 +64,8 @@ def band_attention_cached(
         scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
         sinks: `[H]`, as in `band_attention`.
         key_start: int32 `[B]` or `[B, Q]`, as in `band_attention`, counted from the first token
-            that the store kept.
+            that the store kept. Where the pattern has a prefix it stays from call to call, or moves
+            to one of the new tokens (checked on the CPU).
         mask: bool `[B, Q]`, False for padding, given with `key`. Padding may be anywhere. It is not
             kept and has no position, its output is 0, and distances count tokens alone.
         return_lse: also return the log-sum-exp, `[B, H, Q]`.
@@ -110,7 +112,7 @@ class _Call:
         sinks: `[H]`.
         key_start: int32 `[B]` or `[B, Q]`, as positions in the store.
         padding: int64 `[B]`, how many of the new tokens are padding; None: none is.
-        given: key, value and mask as they came, for the store.
+        given: key, value, mask and key_start as they came, for the store.
     """
 
     query: Tensor
@@ -125,8 +127,9 @@ class _Call:
     def append(self) -> None:
         """Put the new tokens into the store, if there are any."""
         if self.tokens:
-            key, value, mask = self.given
-            self.store.append(key, value, mask=mask)
+            key, value, mask, key_start = self.given
+            key_start = _store_start(self.store, key_start)
+            self.store.append(key, value, mask=mask, key_start=key_start)
 
 
 def _attend(
@@ -142,10 +145,10 @@ def _attend(
     if tokens:
         store.reserve(tokens[0].shape[2])
     if mask is None:
-        given = (*tokens, None)
+        given = (*tokens, None, key_start)
         call = _Call(query, store, tuple(tokens), scale, sinks, key_start, None, given)
         return _strategy(call)
-    order, hidden = padding_first(mask), ~mask[:, None, :, None]
+    order, hidden, given = padding_first(mask), ~mask[:, None, :, None], (*tokens, mask, key_start)
     if key_start is not None and key_start.dim() == 2:
         key_start = key_start.masked_fill(~mask, 0).gather(1, order)  # still never decreasing
     call = _Call(
@@ -156,7 +159,7 @@ def _attend(
         sinks,
         key_start,
         (~mask).sum(dim=1),
-        (*tokens, mask),
+        given,
     )
     out, lse = _strategy(call)
     out = restore(out, order).masked_fill(hidden, 0.0)
@@ -202,21 +205,50 @@ def _prefill(call: _Call) -> tuple[Tensor, Tensor]:
 
 def _decode_kernel(call: _Call, kernels: ModuleType) -> tuple[Tensor, Tensor]:
     """Few queries: so few tokens overwrite nothing that the first of them still sees."""
-    store = call.store
+    store, prefix = call.store, call.store.layout.pattern.prefix
     call.append()
+    key_start = call.key_start
+    if prefix:  # the rings' part has the keys after the prefix
+        first = (_first_key(call) + prefix).to(torch.int32)
+        key_start = first if first.shape[1] > 1 else first[:, 0]
     out, lse = kernels.attend_rings(
         call.query,
         store.keys,
         store.values,
-        store.layout.pattern,
+        store.layout.bands,
         offsets=store.offsets,
         lengths=store.lengths,
         position=store.position,
         scale=call.scale,
-        sinks=call.sinks,
-        key_start=call.key_start,
+        sinks=None if prefix else call.sinks,
+        key_start=key_start,
     )
-    return out, lse
+    return merge([(out, lse), _over_prefix(call)], sinks=call.sinks) if prefix else (out, lse)
+
+
+def _over_prefix(call: _Call) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the prefix alone, the queries' own tokens being in the store."""
+    query, store = call.query, call.store
+    layout, dtype, queries = store.layout, lse_dtype(query), query.shape[2]
+    first = _first_key(call)  # [B, 1 or Q]
+    place = torch.arange(layout.pattern.prefix, device=store.device)
+    at = (first[..., None] + place)[:, None]  # [B, 1, 1 or Q, prefix]
+    position = store.position[:, None] + torch.arange(-queries, 0, device=store.device)
+    slots = prefix_slots(store.stored, first, layout.all_heads).transpose(1, 2)
+    in_store = (at < store.position[:, None, None, None]).expand_as(slots)
+    # Heads without a ring have no prefix either: they read the slot of zeros.
+    slots = torch.where(in_store, slots, layout.slots).clamp(max=layout.slots)
+    keys, values = (t.to(dtype) for t in store.gather(slots))  # [B, Hkv, 1 or Q, prefix, D]
+    each = "q" if first.shape[1] > 1 else "o"  # one prefix for each query, or one for all
+    q = query.unflatten(1, (store.num_key_heads, -1)).to(dtype) * call.scale  # [B, Hkv, G, Q, D]
+    scores = torch.einsum(f"bhgqd,bh{each}pd->bhgqp", q, keys)
+    seen = (at <= position[:, None, :, None])[:, :, None]
+    seen = seen & layout.attends.view(store.num_key_heads, -1, 1, 1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    out = torch.einsum(f"bhgqp,bh{each}pd->bhgqd", weights, values)
+    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
 
 def _decode_one(call: _Call) -> tuple[Tensor, Tensor]:
@@ -227,13 +259,20 @@ def _decode_one(call: _Call) -> tuple[Tensor, Tensor]:
     out = query.new_zeros((*query.shape[:3], store.values.shape[-1]), dtype=dtype)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
     position = (store.position - 1)[:, None, None]
-    first = _first_key(call)[:, -1, None, None]
+    start = _first_key(call)[:, -1]
+    first = start[:, None, None]
+    prefix = store.layout.pattern.prefix
+    place = first + torch.arange(prefix, device=store.device)  # [B, 1, prefix]
     for same in store.layout.by_width:
         step = torch.arange(same.width, device=store.device)
         beyond = step >= same.split[:, None]
         at = position - (same.near[:, None] + step + same.jump[:, None] * beyond)  # [B, C, W]
-        seen = at >= first
+        seen = at >= first + prefix
         slots = same.offset[:, None] + at % same.length[:, None]
+        if prefix:
+            in_prefix = (place <= position).expand(-1, len(same.heads), -1)
+            seen = torch.cat([seen, in_prefix], dim=-1)
+            slots = torch.cat([slots, prefix_slots(store.stored, start, same)], dim=-1)
         keys, values = store.gather(torch.where(seen, slots, store.layout.slots))  # [B, C, W, D]
         q = query.index_select(1, same.heads).to(dtype) * call.scale
         scores = (q @ keys.to(dtype).mT).masked_fill(~seen[:, :, None], -torch.inf)
@@ -255,7 +294,10 @@ def _append_chunk(call: _Call) -> tuple[Tensor, Tensor]:
     first = _first_key(call)
     for same in store.layout.by_reach:
         keys, values, oldest = _keys_in_order(call, same)
-        start = (first - oldest[:, None]).clamp(0, keys.shape[2]).to(torch.int32)
+        start = (first - oldest[:, None]).clamp(0, keys.shape[2])
+        if same.pattern.prefix and call.padding is not None:
+            start = torch.maximum(start, call.padding[:, None])  # where older tokens start at most
+        start = start.to(torch.int32)
         start = start[:, 0] if start.shape[1] == 1 else start
         part = band_attention(
             query.index_select(1, same.query_heads),
@@ -275,9 +317,10 @@ def _append_chunk(call: _Call) -> tuple[Tensor, Tensor]:
 
 def _keys_in_order(call: _Call, same: SameReach) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values that the queries of some heads may see, `[B, C, n, D]`, the last query's at
-    the end; and the position of the first, int64 `[B]`.
+    the end; and the position of the first, int64 `[B]`. With a prefix that many places come first.
     """
     store, new = call.store, call.query.shape[2]
+    prefix = same.pattern.prefix if same.reach else 0
     held = max(0, same.reach - 1) + (0 if call.tokens else new)
     end, gathered = store.position, held
     if call.padding is not None:
@@ -289,6 +332,10 @@ def _keys_in_order(call: _Call, same: SameReach) -> tuple[Tensor, Tensor, Tensor
     oldest = end - total
     at = oldest[:, None] + torch.arange(gathered, device=store.device)
     slots = same.offset[:, None] + at[:, None] % same.length.clamp(min=1)[:, None]
+    if prefix:
+        padding = torch.zeros_like(oldest) if call.padding is None else call.padding
+        slots = _with_prefix(call, same, slots, oldest, padding)
+        held, total, oldest = held + prefix, total + prefix, oldest - prefix
     ring = store.gather(slots)
     if not call.tokens:
         return (*ring, oldest)
@@ -304,12 +351,46 @@ def _keys_in_order(call: _Call, same: SameReach) -> tuple[Tensor, Tensor, Tensor
     return keys, values, oldest
 
 
+def _with_prefix(
+    call: _Call, same: SameReach, slots: Tensor, oldest: Tensor, beyond: Tensor
+) -> Tensor:
+    """The same slots after those of the prefix of the first query's document, as far as its tokens
+    are older than the ring's: both together are then the first that the query may see.
+
+    Args:
+        call: the call.
+        same: the C heads.
+        slots: int64 `[B, C, n]`, of the ring.
+        oldest: int64 `[B]`, the position of the first slot.
+        beyond: int64 `[B]`, how many of the first slots no band reaches.
+    """
+    store, first, prefix = call.store, _first_key(call), same.pattern.prefix
+    start = first[:, 0]
+    if call.padding is not None and first.shape[1] > 1:
+        start = first.gather(1, call.padding.clamp(max=first.shape[1] - 1)[:, None])[:, 0]
+    older = (oldest + beyond - start).clamp(0, prefix)
+    slots = pad(slots, (prefix, 0), value=store.layout.slots)
+    place = torch.arange(slots.shape[2], device=store.device) - (prefix + beyond - older)[:, None]
+    place = place[:, None].expand_as(slots)
+    in_prefix = prefix_slots(store.stored, start, same).gather(2, place.clamp(0, prefix - 1))
+    return torch.where((place >= 0) & (place < older[:, None, None]), in_prefix, slots)
+
+
 def _first_key(call: _Call) -> Tensor:
     """Position of the first key that may be seen, int64 `[B, 1 or Q]`."""
     if call.key_start is None:
         return torch.zeros_like(call.store.position)[:, None]
     first = call.key_start.to(torch.int64).clamp(min=0)
     return first if first.dim() == 2 else first[:, None]
+
+
+def _store_start(store: BandStore, key_start: Tensor | None) -> Tensor | None:
+    """Document starts for the store; None where it has no prefix to keep."""
+    if not store.pattern.prefix:
+        return None
+    if key_start is None:
+        return torch.zeros_like(store.position, dtype=torch.int32)
+    return key_start
 
 
 def _all_zero(start: Tensor) -> bool:
@@ -330,7 +411,7 @@ def _check_query(
         raise ValueError(f"`query` must be [B, H, length, D], got shape {list(query.shape)}")
     queries = query.shape[2]
     if tokens:
-        store.check_tokens(tokens[0], tokens[1], mask)
+        store.check_tokens(tokens[0], tokens[1], mask, _store_start(store, key_start))
         if tokens[0].shape[2] != queries:
             raise ValueError(
                 f"`key` must have as many tokens as `query`, {queries}, got {tokens[0].shape[2]}"
@@ -351,6 +432,8 @@ def _check_query(
         query_start=None,
         key_start=key_start,
     )
+    if not tokens and store.pattern.prefix and readable(store.counts):
+        check_held_documents(store.stored, key_start, queries)
 
 
 def _check_queries_in_store(queries: int, store: BandStore) -> None:

@@ -46,14 +46,78 @@ def check_attention(
         raise ValueError(f"`value` must have as many tokens as `key`, {keys}, got {value.shape[2]}")
     _check_query_start(query, queries, keys, query_start)
     if key_start is not None:
-        _check_index_tensor("key_start", key_start, query)
-        if not (_has_shape(key_start, batch) or _has_shape(key_start, batch, queries)):
+        check_key_start(key_start, query)
+
+
+def check_key_start(key_start: torch.Tensor, query: torch.Tensor) -> None:
+    """Starts for the tokens of `query [B, H, Q, D]`; raises `ValueError`."""
+    batch, queries = query.shape[0], query.shape[2]
+    _check_index_tensor("key_start", key_start, query)
+    if not (_has_shape(key_start, batch) or _has_shape(key_start, batch, queries)):
+        raise ValueError(
+            f"`key_start` must be [B] = [{batch}] or [B, Q] = [{batch}, {queries}], "
+            f"got {list(key_start.shape)}"
+        )
+    if readable(key_start):
+        _check_key_start_values(key_start)
+
+
+def check_new_tokens(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    key_heads: int,
+) -> None:
+    """Tokens for a store that has these keys and values `[B, slots, D]`; raises `ValueError`."""
+    check_tensors(key=key, value=value)
+    for name, tensor, buffer in (("key", key, buffers[0]), ("value", value, buffers[1])):
+        rows, dim = buffer.shape[0], buffer.shape[2]
+        if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[3]) != (rows, key_heads, dim):
             raise ValueError(
-                f"`key_start` must be [B] = [{batch}] or [B, Q] = [{batch}, {queries}], "
-                f"got {list(key_start.shape)}"
+                f"`{name}` must have the store's shape [B, Hkv, n, D] = "
+                f"[{rows}, {key_heads}, n, {dim}], got {list(tensor.shape)}"
             )
-        if readable(key_start):
-            _check_key_start_values(key_start)
+        if tensor.dtype != buffer.dtype or tensor.device != buffer.device:
+            raise ValueError(
+                f"`{name}` must have the store's dtype and device, {buffer.dtype} on "
+                f"{buffer.device}, got {tensor.dtype} on {tensor.device}"
+            )
+    if value.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"`value` must have as many tokens as `key`, {key.shape[2]}, got {value.shape[2]}"
+        )
+    if mask is None:
+        return
+    check_tensors(mask=mask)
+    if mask.dtype != torch.bool or mask.device != key.device:
+        raise ValueError(f"`mask` must be bool on {key.device}, got {mask.dtype} on {mask.device}")
+    if mask.dim() != 2 or mask.shape[0] != key.shape[0] or mask.shape[1] != key.shape[2]:
+        raise ValueError(
+            f"`mask` must be [B, n] = [{key.shape[0]}, {key.shape[2]}], got {list(mask.shape)}"
+        )
+
+
+def check_rows(rows: torch.Tensor, batch_size: int, *, allow_bool: bool) -> None:
+    """Indices of batch entries, or a mask of them; raises `ValueError`."""
+    check_tensors(rows=rows)
+    kinds = (torch.int32, torch.int64, *((torch.bool,) if allow_bool else ()))
+    if rows.dtype not in kinds:
+        names = "int32, int64 or bool" if allow_bool else "int32 or int64"
+        raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
+    is_mask = rows.dtype == torch.bool
+    if rows.dim() != 1 or (is_mask and rows.shape[0] != batch_size):
+        form = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
+        raise ValueError(f"`rows` must be {form}, got {list(rows.shape)}")
+    if rows.shape[0] == 0 or (is_mask and readable(rows) and not rows.any()):
+        raise ValueError("`rows` must name at least one sequence, got none")
+    if not is_mask and readable(rows):
+        lowest, highest = int(rows.min()), int(rows.max())
+        if lowest < 0 or highest >= batch_size:
+            raise ValueError(
+                f"`rows` must be from 0 to {batch_size - 1}, got "
+                f"{lowest if lowest < 0 else highest}"
+            )
 
 
 def check_varlen(

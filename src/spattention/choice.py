@@ -112,9 +112,9 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
         text: `dense` (stock attention), a pattern of `BandPattern` with its options, as in
             `exclusive`, `shared_local:widths=geometric,local=64`, `exclusive:widths=0/64/512` (the
             edges of two heads), `shared_local:local=64/512` (a window for each head),
-            `shared_local:kv_heads=4` (a band for each of 4 key/value heads) or
-            `sliding_window:window=128`, or a baseline with its options, as in `bigbird:random=2` or
-            `published_longformer`.
+            `shared_local:kv_heads=4` (a band for each of 4 key/value heads),
+            `sliding_window:window=128,prefix=4` (the first 4 tokens beside every band), or a
+            baseline with its options, as in `bigbird:random=2` or `published_longformer`.
         num_heads: query heads of the model.
         span: context length of the model, in tokens.
 

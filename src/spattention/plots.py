@@ -57,6 +57,8 @@ def mask_image(pattern: BandPattern, head: int, length: int, cells: int = 1024) 
     seen = np.zeros((rows, rows), dtype=bool)
     for near, far in pattern.intervals[head]:
         seen |= (least < far) & (most >= near)
+    if pattern.intervals[head]:
+        seen |= np.arange(rows) * block < pattern.prefix
     image = np.empty((rows, rows, 3))
     image[:] = UNSEEN
     image[offset < 0] = FUTURE
@@ -95,11 +97,11 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
             axis.set_axis_off()
             continue
         _draw_mask(axis, pattern, head, length)
-        bands, share = _bands_text(pattern, head), f"{100 * pairs[head] / causal:.1f} %"
+        keys, share = _attended_keys(pattern, head), f"{100 * pairs[head] / causal:.1f} %"
         if narrow:  # a band to a line, as wide titles would run into each other
-            text = f"head {head}, {share}\n{bands.replace(') ', ')' + chr(10))}"
+            text = "\n".join([f"head {head}, {share}", *keys])
         else:
-            text = f"head {head}: {bands}\n{share} of the pairs"
+            text = f"head {head}: {' '.join(keys)}\n{share} of the pairs"
         axis.set_title(text, fontsize=7 if narrow else 8, color=INK)
         if head % columns == 0:
             axis.set_ylabel("query position", fontsize=8, color=INK)
@@ -254,9 +256,11 @@ def _draw_cover(axis: Axes, pattern: BandPattern) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _bands_text(pattern: BandPattern, head: int) -> str:
-    parts = [f"[{near}, {far})" for near, far in pattern.intervals[head]]
-    return " ".join(parts) if parts else "no keys"
+def _attended_keys(pattern: BandPattern, head: int) -> list[str]:
+    """The prefix and the bands of a head, as texts."""
+    bands = [f"[{near}, {far})" for near, far in pattern.intervals[head]]
+    prefix = [f"first {pattern.prefix}"] if pattern.prefix and bands else []
+    return prefix + bands or ["no keys"]
 
 
 def _draw_speed(axis: Axes, rows: Sequence[Row], colors: dict[str, tuple[float, ...]]) -> None:

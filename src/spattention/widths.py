@@ -1,4 +1,4 @@
-"""Edges of bands, by the name of their widths, and sizes of local windows."""
+"""Edges of bands, by the name of their widths, sizes of local windows, and intervals joined."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+Interval = tuple[int, int]
 Widths = str | Sequence[int]
 
 
@@ -77,6 +78,19 @@ def local_windows(
     if min(windows) < 0:
         raise ValueError(f"`local` must not be negative, got {local}")
     return windows
+
+
+def merged(intervals: Sequence[Interval], span: int) -> tuple[Interval, ...]:
+    """Clipped to `[0, span)`, empty ones dropped, those that overlap or touch joined."""
+    joined: list[Interval] = []
+    for near, far in sorted((near, min(far, span)) for near, far in intervals):
+        if near >= far:
+            continue
+        if joined and near <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(far, joined[-1][1]))
+        else:
+            joined.append((near, far))
+    return tuple(joined)
 
 
 def integer(name: str, value: Any) -> int:

@@ -35,9 +35,12 @@ def patterns(span: int) -> dict[str, BandPattern]:
             HEADS, span, widths="geometric", first=2, local=5
         ),
         "shared_local_groups": BandPattern.shared_local(HEADS, span, local=3, kv_heads=2),
+        "prefix": BandPattern.exclusive(HEADS, span, prefix=3),
+        "prefix, groups": BandPattern.shared_local(HEADS, span, local=3, kv_heads=2, prefix=17),
         "gapped": BandPattern.gapped(HEADS, span),
         "local_only": BandPattern.local_only(HEADS, span),
         "a head without keys": BandPattern((((0, 4), (9, 30)), (), ((2, 3),), ((5, 40),)), span),
+        "no keys but a prefix": BandPattern((((0, 4),), (), ((2, 3),), ((5, 9),)), span, prefix=9),
     }
 
 

@@ -19,7 +19,7 @@ def test_the_operator_passes_opcheck():
     sinks = torch.randn(4, requires_grad=True)
     turned = torch.randn(1, 4, 8, 40).mT.requires_grad_()  # no vector contiguous
     for q, s in ((query, None), (query, sinks), (turned, None)):
-        arguments = (q, key, value, s, 0, None, None, None, None, pattern.flat, 0.3)
+        arguments = (q, key, value, s, 0, None, None, None, None, pattern.flat, 4, 0.3)
         torch.library.opcheck(torch.ops.spattention.blockwise.default, arguments)
 
 
@@ -77,10 +77,11 @@ def multiply_adds(function):
     return total
 
 
+@pytest.mark.parametrize("prefix", [0, 40])
 @pytest.mark.parametrize("name", ["exclusive", "shared_local"])
-def test_work_follows_the_pairs(name):
+def test_work_follows_the_pairs(name, prefix):
     length, dim = 2048, 16
-    pattern = getattr(BandPattern, name)(4, length)
+    pattern = getattr(BandPattern, name)(4, length, prefix=prefix)
     tensors = [torch.randn(1, 4, length, dim, requires_grad=True) for _ in range(3)]
 
     def step():
@@ -91,9 +92,10 @@ def test_work_follows_the_pairs(name):
     assert useful <= multiply_adds(step) <= 1.6 * useful
 
 
-def test_a_short_query_reads_only_its_bands():
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_a_short_query_reads_only_its_bands(prefix):
     """One token against a long cache: the keys that are read are those that the bands hold."""
-    pattern = BandPattern.exclusive(4, 4096)
+    pattern = BandPattern.exclusive(4, 4096, prefix=prefix)
     query = torch.randn(1, 4, 1, 16)
     key, value = (torch.randn(1, 4, 4096, 16) for _ in range(2))
     done = multiply_adds(lambda: spa.band_attention(query, key, value, pattern, impl="blockwise"))
@@ -113,6 +115,8 @@ JOINED = {
     ),
     # Blocks of queries run together, apart from one another and overlapping.
     "blocks": (BandPattern.shared_local(3, 900), 1, 900, 900),
+    "prefix": (BandPattern.exclusive(4, 700, prefix=20), 1, 530, 600),
+    "rows and prefix": (BandPattern((((0, 90), (200, 290)), ()), 900, prefix=600), 2, 900, 900),
     "rows and blocks": (BandPattern((((0, 90), (200, 290)),) * 2, 900), 2, 900, 900),
 }
 

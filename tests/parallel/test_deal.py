@@ -43,10 +43,11 @@ def test_equal_heads_stay_in_order():
 
 def test_whole_groups_are_dealt():
     """Query heads stay with the key/value head that they read."""
-    pattern = BandPattern.exclusive(8, SPAN, widths="geometric", first=2)
+    pattern = BandPattern.exclusive(8, SPAN, widths="geometric", first=2, prefix=3)
     order = deal(pattern, 2, 4)
     dealt = deal_pattern(pattern, order)
     assert [pattern.intervals[h] for h in head_order(order, 8)] == list(dealt.intervals)
+    assert dealt.prefix == pattern.prefix
     for place, group in enumerate(order):
         assert dealt.intervals[2 * place : 2 * place + 2] == (
             pattern.intervals[2 * group],

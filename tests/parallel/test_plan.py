@@ -14,6 +14,8 @@ PATTERNS = {
     "exclusive": BandPattern.exclusive(HEADS, LENGTH),
     "geometric": BandPattern.shared_local(HEADS, LENGTH, widths="geometric", first=2, local=3),
     "gapped": BandPattern.gapped(HEADS, LENGTH),
+    "prefix": BandPattern.exclusive(HEADS, LENGTH, prefix=4),
+    "no keys but a prefix": BandPattern((((0, 4),), (), ((2, 3),), ((5, 9),)), LENGTH, prefix=9),
     "no keys": BandPattern((((0, 4), (20, 30)), (), ((2, 3),), ((5, 40),)), LENGTH),
 }
 DOCUMENTS = {"one": None, "packed": ((0, 5, 6, 30), (0, 22))}
@@ -21,12 +23,12 @@ DOCUMENTS = {"one": None, "packed": ((0, 5, 6, 30), (0, 22))}
 
 def seen(pattern, key_heads, documents):
     """bool `[entries, key heads, Q, K]`: keys that some query head of the group sees."""
-    mask = pattern.mask(LENGTH).unflatten(0, (key_heads, -1)).any(dim=1)
     masks = []
     for starts in documents or ((0,),):
-        first = torch.tensor(starts)
-        document = torch.searchsorted(first, torch.arange(LENGTH), right=True)
-        masks.append(mask & (document[:, None] == document))
+        mask = torch.zeros(HEADS, LENGTH, LENGTH, dtype=torch.bool)
+        for start, stop in zip(starts, [*starts[1:], LENGTH]):
+            mask[:, start:stop, start:stop] = pattern.mask(stop - start)
+        masks.append(mask.unflatten(0, (key_heads, -1)).any(dim=1))
     return torch.stack(masks)
 
 

@@ -2,8 +2,9 @@
 
 A band of distances is covered by blocks of consecutive queries with the keys that they reach, or by
 blocks of consecutive keys with the queries that reach them. Blocks that lie alike, and heads whose
-blocks do, run as one batch. `query_start`, `key_start` and cu_seqlens are read on the host, so on
-an accelerator a tensor among them waits for the device.
+blocks do, run as one batch. Keys of the prefix have blocks of their own, and bands cover the keys
+after it, so that no pair is in two. `query_start`, `key_start` and cu_seqlens are read on the host,
+so on an accelerator a tensor among them waits for the device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 _ELEMENTS = 1 << 19  # of a view: blocks and heads are joined up to so many
 _LONGEST = 4096  # queries or keys that a block reaches at once
+_PAIRS = 1 << 20  # of a block of the prefix
 _VECTOR = 16
 _LARGE = 128
 
@@ -153,9 +155,10 @@ def runs(
     query: Tensor,
     key: Tensor,
     *others: Tensor,
+    prefix: int,
     by_keys: bool,
 ) -> tuple[Run, ...]:
-    """Every pair of a query and a key in its head's bands, in exactly one run.
+    """Every pair of a query and a key in its head's bands or prefix, in exactly one run.
 
     A block is of few queries and all the keys that they reach; `by_keys`, of few keys and all the
     queries that reach them. Views of `others` are to be had too.
@@ -167,12 +170,13 @@ def runs(
     alone = segment.rows.stop - segment.rows.start > 1 or key.shape[1] < query.shape[1]
     outer = all(t.stride(1) >= t.shape[2] * t.stride(2) for t in (query, key, *others))
     shape = query.shape[3], torch.get_num_threads(), alone, outer, by_keys
-    return _runs(tuple(intervals), positions, keys, offset, *shape)
+    return _runs(tuple(intervals), prefix, positions, keys, offset, *shape)
 
 
 @lru_cache(maxsize=64)
 def _runs(
     intervals: tuple[int, ...],
+    prefix: int,
     positions: range,
     keys: range,
     offset: int,
@@ -183,14 +187,21 @@ def _runs(
     by_keys: bool,
 ) -> tuple[Run, ...]:
     alike: dict[tuple[int, ...], list[Run]] = {}
-    for band in range(2):
+    in_prefix, beyond = keys[:prefix], keys[prefix:]
+    for part in range(3):
         for head in range(len(intervals) // 4):
-            near, far = intervals[4 * head + 2 * band : 4 * head + 2 * band + 2]
-            found = _band_runs(near, far, positions, keys, head_dim, threads, by_keys)
+            edges = intervals[4 * head : 4 * head + 4]
+            shape = head_dim, threads, by_keys
+            if part < 2:
+                near, far = edges[2 * part : 2 * part + 2]
+                found = _band_runs(near, far, positions, beyond, *shape)
+            elif any(edges):
+                found = _prefix_runs(positions, in_prefix, *shape)
+            else:
+                continue
             for order, run in enumerate(found):
-                run = run._replace(
-                    head=head, query=run.query + offset, first=run.first and band == 0
-                )
+                first = run.first and part == 0
+                run = run._replace(head=head, query=run.query + offset, first=first)
                 alike.setdefault((order, *run.shape), []).append(run)
     plan: list[Run] = []
     for same in sorted(alike.values(), key=lambda same: not same[0].first):
@@ -252,6 +263,25 @@ def _band_runs(
                 key=run.key + at * size,
                 repeats=min(most, repeats - at),
             )
+
+
+def _prefix_runs(
+    positions: range, keys: range, head_dim: int, threads: int, by_keys: bool
+) -> Iterator[Run]:
+    """The runs of one head's prefix: causal among its keys, and everything after them."""
+    if not keys:
+        return
+    last = min(max(keys.stop - 1, positions.start), positions.stop)  # sees all of the prefix
+    among = range(min(max(keys.start, positions.start), last), last)
+    yield from _band_runs(0, len(keys), among, keys, head_dim, threads, by_keys)
+    after = range(last, positions.stop)
+    for key in range(keys.start, keys.stop, _LONGEST):
+        reached = min(_LONGEST, keys.stop - key)
+        size = min(_LONGEST, _PAIRS // reached)
+        for query in range(after.start, after.stop, size):
+            queries = min(size, after.stop - query)
+            ahead = query - key
+            yield Run(query, key, queries, reached, 1, size, ahead, ahead + queries, False)
 
 
 def _blocks(

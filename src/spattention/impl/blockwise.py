@@ -51,6 +51,7 @@ def attend(
         cu_seqlens_q=None,
         cu_seqlens_k=None,
         intervals=pattern.flat,
+        prefix=pattern.prefix,
         scale=scale,
     )
 
@@ -99,7 +100,7 @@ def differentiate_part(
     """
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     index = query_start, None, key_start, None, None
-    rest = None, *index, pattern.flat, scale
+    rest = None, *index, pattern.flat, pattern.prefix, scale
     d_query, d_key, d_value, _ = backward(d_out, d_lse, query, key, value, out, lse, *rest)
     return d_query, d_key, d_value
 
@@ -132,6 +133,7 @@ def attend_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         intervals=pattern.flat,
+        prefix=pattern.prefix,
         scale=scale,
     )
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
@@ -148,6 +150,7 @@ def _forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`out [B, H, Q, Dv]` and the log-sum-exp `[B, H, Q]`; packed calls have B = 1."""
@@ -170,7 +173,8 @@ def _forward(
         rows = segment.rows
         if sinks is not None:
             lse[rows, :, segment.queries] = sinks[:, None].to(dtype)
-        for run in runs(intervals, segment, query, key, value, total, by_keys=False):
+        views = query, key, value, total
+        for run in runs(intervals, segment, *views, prefix=prefix, by_keys=False):
             q = run.query_view(query, rows).to(dtype)
             k, v = (run.key_view(tensor, rows, group).to(dtype) for tensor in (key, value))
             blocks = q, k, v, edges(run), scale
@@ -215,6 +219,7 @@ def _backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (zeros without sinks)."""
@@ -245,7 +250,7 @@ def _backward(
     for segment in parts:
         rows = segment.rows
         others = value, out, d_out, d_query, d_key, d_value
-        for run in runs(intervals, segment, query, key, *others, by_keys=True):
+        for run in runs(intervals, segment, query, key, *others, prefix=prefix, by_keys=True):
             q, d_o, o = (run.query_view(t, rows).to(dtype) for t in (query, d_out, out))
             log_sum = run.query_view(lse[..., None], rows)
             d_log_sum = run.query_view(d_lse[..., None], rows) if any_d_lse else None
@@ -275,14 +280,14 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, sinks, query_start, *index, intervals, scale = inputs
+    query, key, value, sinks, query_start, *index, intervals, prefix, scale = inputs
     ctx.save_for_backward(query, key, value, *output, sinks, *index)
-    ctx.constants = query_start, intervals, scale
+    ctx.constants = query_start, intervals, prefix, scale
 
 
 def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     *saved, sinks, starts, key_start, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    query_start, intervals, scale = ctx.constants
+    query_start, intervals, prefix, scale = ctx.constants
     with without_autocast(d_out):
         d_query, d_key, d_value, d_sinks = backward(
             d_out,
@@ -295,9 +300,10 @@ def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, .
             cu_seqlens_q,
             cu_seqlens_k,
             intervals,
+            prefix,
             scale,
         )
-    return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 7
+    return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 8
 
 
 def _last_dense(tensor: Tensor) -> Tensor:
@@ -330,7 +336,7 @@ def _sink_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor, out: Tensor, lse
 
 _COMMON = (
     "Tensor? sinks, SymInt query_start, Tensor? query_start_tensor, Tensor? key_start, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int[] intervals, float scale"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int[] intervals, int prefix, float scale"
 )
 _ANY_DEVICE = ("CompositeExplicitAutograd",)
 forward = register(

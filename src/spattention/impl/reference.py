@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from ..bands import BandPattern, in_bands
+from ..bands import BandPattern, attended
 from . import masked
 from .layout import laid_out_like_query, lse_dtype
 
@@ -131,11 +131,12 @@ def row_mask(
     keys = torch.arange(key.shape[2], device=query.device)
     start = torch.as_tensor(query_start, device=query.device).reshape(-1, 1)
     positions = start + torch.arange(query.shape[2], device=query.device)  # [B or 1, Q]
-    mask = in_bands(positions[:, :, None] - keys, pattern.intervals)
-    if key_start is not None:
-        first = key_start if key_start.dim() == 2 else key_start[:, None]
-        mask = mask & (keys >= first[:, :, None])[:, None]
-    return mask
+    distance = positions[:, :, None] - keys
+    if key_start is None:
+        return attended(pattern, distance, keys)
+    first = key_start if key_start.dim() == 2 else key_start[:, None]
+    place = keys - first.clamp(min=0)[:, :, None]
+    return attended(pattern, distance, place) & (place >= 0)[:, None]
 
 
 def packed_mask(
@@ -157,7 +158,7 @@ def packed_mask(
     # gather in bounds.
     inside = (query_document < len(keys_before)) & (query_offset >= 0)
     query_position = query_offset + keys_before[query_document * inside]
-    mask = in_bands(query_position[:, None] - key_position, pattern.intervals)
+    mask = attended(pattern, query_position[:, None] - key_position, key_position)
     mask = mask & (key_position >= 0)
     return (mask & (query_document[:, None] == key_document) & inside[:, None])[None]
 

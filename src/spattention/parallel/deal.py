@@ -80,7 +80,8 @@ def deal_pattern(pattern: BandPattern, order: Sequence[int]) -> BandPattern:
     Rank r of R then has `heads(r * H // R, (r + 1) * H // R)` of it.
     """
     heads = head_order(order, pattern.num_heads)
-    return BandPattern(tuple(pattern.intervals[head] for head in heads), pattern.span)
+    intervals = tuple(pattern.intervals[head] for head in heads)
+    return BandPattern(intervals, pattern.span, prefix=pattern.prefix)
 
 
 def deal_heads(tensor: torch.Tensor, order: Sequence[int], dim: int = 0) -> torch.Tensor:

@@ -234,7 +234,7 @@ class Plan:
             for near, far in self.reach[group] if start < stop else ():
                 needed.append((max(first, start - far + 1), min(start, stop - near)))
             if start < stop and self.reach[group]:
-                needed.append((first, min(first + prefix_of(self.pattern), start)))
+                needed.append((first, min(first + self.pattern.prefix, start)))
         return subtract(needed, self.shards.ranges[rank])
 
     def _sources(self, piece: Piece) -> Iterator[tuple[int, Piece]]:
@@ -324,11 +324,6 @@ def _first_tokens(starts: Sequence[int], queries: Range) -> torch.Tensor:
     return first[torch.searchsorted(first, torch.arange(*queries), right=True) - 1]
 
 
-def prefix_of(pattern: BandPattern) -> int:
-    """Number of first tokens of a document that every head with bands sees."""
-    return getattr(pattern, "prefix", 0)
-
-
 @lru_cache(maxsize=64)
 def _rank_plan(plan: Plan, rank: int) -> RankPlan:
     ranks = range(plan.shards.ranks)
@@ -406,7 +401,7 @@ def _against(
 ) -> Iterator[Call]:
     """Calls of queries of one document, whose first token is at `first`, against keys of it: those
     in the bands, and those of the prefix."""
-    early = first + prefix_of(plan.pattern)
+    early = first + plan.pattern.prefix
     found = _in_bands(plan, queries, heads, (max(keys[0], early), keys[1]))
     if found is not None:
         heads_here, rows, seen = found

@@ -18,6 +18,7 @@ import torch
 
 from ..attention import band_attention
 from ..bands import BandPattern
+from .checks import check_no_prefix
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,11 @@ def attend(
         out: `[T, H, D]`.
         scale: factor of the scores.
         sinks: `[H]`, as in `band_attention`.
+
+    Raises:
+        NotImplementedError: for a pattern with a prefix.
     """
+    check_no_prefix(pattern)
     heads, head_dim = query.shape[1:]
     for batch in batches:
         requests, _ = batch.blocks.shape

@@ -17,6 +17,7 @@ from tests.gpu.plans import changed_plans
 
 TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
 ONE = spa.BandPattern((((0, 90),),) * 8, 256)
+PREFIX = spa.BandPattern(TWO.intervals, 256, prefix=4)
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -25,8 +26,11 @@ CORE = (
     "hopper D64, two bands, persistent, split",
     "hopper D128, two bands",
     "hopper D128, two bands, persistent, split",
+    "hopper D128, two bands, prefix",
     "portable D128",
+    "portable D128, prefix",
     "decode D128, 1 query",
+    "decode D128, 1 query, prefix",
 )
 
 
@@ -51,22 +55,31 @@ def train(
     torch.autograd.grad(results, (query, key, value), [torch.ones_like(each) for each in results])
 
 
-def train_packed(dtype: torch.dtype, head_dim: int, key_heads: int = 8) -> None:
+def train_packed(
+    dtype: torch.dtype, head_dim: int, key_heads: int = 8, pattern: spa.BandPattern = TWO
+) -> None:
     query = torch.zeros(256, 8, head_dim, dtype=dtype, requires_grad=True)
     key, value = (
         torch.zeros(256, key_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
     )
     offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
     out = spa.band_attention_varlen(
-        query, key, value, TWO, offsets, offsets, 156, 156, impl="triton"
+        query, key, value, pattern, offsets, offsets, 156, 156, impl="triton"
     )
     torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
 
 
-def decode(dtype: torch.dtype, head_dim: int, queries: int, key_heads: int, **options: Any) -> None:
+def decode(
+    dtype: torch.dtype,
+    head_dim: int,
+    queries: int,
+    key_heads: int,
+    pattern: spa.BandPattern = TWO,
+    **options: Any,
+) -> None:
     query = torch.zeros(1, 8, queries, head_dim, dtype=dtype)
     key, value = (torch.zeros(1, key_heads, 256, head_dim, dtype=dtype) for _ in range(2))
-    spa.band_attention(query, key, value, TWO, impl="triton", **options)
+    spa.band_attention(query, key, value, pattern, impl="triton", **options)
 
 
 def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
@@ -95,6 +108,7 @@ def forms() -> Iterator[tuple[str, Any]]:
             "two bands": {"dtype": BRAIN, "pattern": TWO},
             "one band": {"dtype": BRAIN, "pattern": ONE},
             "grouped, sinks": {"pattern": TWO, **grouped},
+            "two bands, prefix": {"dtype": BRAIN, "pattern": PREFIX},
         }
         for variant, options in variants.items():
             for persistent in (False, True):
@@ -118,6 +132,17 @@ def forms() -> Iterator[tuple[str, Any]]:
             lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
         )
         yield f"portable D{head_dim}, packed", lambda d=head_dim: train_packed(BRAIN, d)
+    for head_dim in (64, 128):
+        options = {"pattern": PREFIX, "key_start": start}
+        yield (
+            f"portable D{head_dim}, prefix",
+            lambda d=head_dim: train(BRAIN, d, PREFIX, query_start=1),
+        )
+        yield (
+            f"portable D{head_dim}, grouped, sinks, first keys, prefix",
+            lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
+        )
+    yield "portable D128, packed, prefix", lambda: train_packed(BRAIN, 128, pattern=PREFIX)
     yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
     for head_dim in (64, 128, 256):
         yield f"decode D{head_dim}, 1 query", lambda d=head_dim: decode(BRAIN, d, 1, 8)
@@ -127,6 +152,12 @@ def forms() -> Iterator[tuple[str, Any]]:
         "decode D128, first keys, start on device",
         lambda: decode(BRAIN, 128, 4, 2, key_start=first, query_start=first),
     )
+    yield "decode D128, 1 query, prefix", lambda: decode(BRAIN, 128, 1, 8, PREFIX)
+    yield (
+        "decode D128, first keys, start on device, prefix",
+        lambda: decode(BRAIN, 128, 4, 2, PREFIX, key_start=first, query_start=first),
+    )
+    yield "decode D128, 1 query, float32, prefix", lambda: decode(SINGLE, 128, 1, 8, PREFIX)
     yield "decode D128, 1 query, float32", lambda: decode(SINGLE, 128, 1, 8)
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)

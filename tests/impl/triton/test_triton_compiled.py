@@ -43,8 +43,8 @@ def test_cached_kernels_are_those_of_triton(tmp_path: Path) -> None:
     repeated = {name: int(forms) for name, forms in compiled("compare_cached.py", tmp_path)}
     assert set(repeated) == {
         "portable.forward.forward_kernel",
-        "portable.backward.query_gradient_kernel",
-        "portable.backward.key_gradient_kernel",
+        "portable.query_gradient.query_gradient_kernel",
+        "portable.key_gradient.key_gradient_kernel",
         "hopper.forward.forward_kernel",
         "hopper.forward_persistent.forward_kernel",
         "hopper.backward_preprocess.preprocess_kernel",

@@ -132,7 +132,7 @@ def test_hostile_starts_stay_in_bounds() -> None:
             {"key_start": int32([[start] * 3, [7, -9, start]])},
         ):
             decode_op.decode(
-                case.query, case.key, case.value, case.pattern.flat, 0.3, 127,
+                case.query, case.key, case.value, case.pattern.flat, 0, 0.3, 127,
                 options.get("query_start"), options.get("key_start"), None, None, None,
             )  # fmt: skip
 

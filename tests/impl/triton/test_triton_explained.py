@@ -49,6 +49,15 @@ def test_hopper_kernels_and_their_plan() -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
+def test_prefixes_name_both_suites() -> None:
+    query = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    pattern = spa.BandPattern.exclusive(2, 256, prefix=4)
+    found = spa.explain(query, query, query, pattern, impl="triton")
+    assert found.kernels.startswith(f"Hopper kernels {VERSION}: forward; dQ, dK and dV in one")
+    assert found.kernels.endswith("; dK and dV of the prefix by the portable kernels")
+
+
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("options", "need"),
     [

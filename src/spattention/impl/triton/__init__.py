@@ -68,6 +68,7 @@ def attend(
         key,
         value,
         pattern.flat,
+        pattern.prefix,
         scale,
         0 if on_device else query_start,
         query_start if on_device else None,
@@ -94,7 +95,7 @@ def attend_part(
         query,
         key,
         value,
-        pattern.flat,
+        pattern,
         scale=scale,
         query_start=query_start,
         key_start=key_start,
@@ -129,7 +130,7 @@ def differentiate_part(
         value,
         out,
         lse,
-        pattern.flat,
+        pattern,
         scale=scale,
         query_start=query_start,
         key_start=key_start,
@@ -156,7 +157,7 @@ def attend_rings(
         query: `[B, H, Q, D]`, at most `MAX_QUERIES` tokens and at most one more than the store's
             slack.
         keys, values, offsets, lengths, position: the store's.
-        pattern: the store's.
+        pattern: the store's, without its prefix, which is another part for the caller to merge.
         scale: factor of the scores.
         sinks: `[H]`.
         key_start: int32 `[B]` or `[B, Q]`.
@@ -168,6 +169,7 @@ def attend_rings(
         keys,
         values,
         pattern.flat,
+        pattern.prefix,
         scale,
         0,
         position,
@@ -216,7 +218,7 @@ def attend_varlen(
     _check(query, value)
     tensors = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     dense = map(_dense, (sinks, cu_seqlens_q, cu_seqlens_k))
-    out, lse = op.attend(*tensors, pattern.flat, scale, 0, None, None, *dense)
+    out, lse = op.attend(*tensors, pattern.flat, pattern.prefix, scale, 0, None, None, *dense)
     return out[0].transpose(0, 1), lse[0]
 
 
@@ -250,7 +252,7 @@ def describe(
     positions = Positions(query_start if on_device else None, key_start, cu_seqlens_q, cu_seqlens_k)
     start = 0 if isinstance(query_start, torch.Tensor) else query_start
     query, key, value = (ensure_inner_contiguous(tensor) for tensor in (query, key, value))
-    call = Call(query, key, pattern.flat, 1.0, start, positions)
+    call = Call(query, key, pattern.flat, 1.0, start, positions, pattern.prefix)
     return launch.describe(call, query, key, value)
 
 

@@ -18,10 +18,13 @@ class Form(NamedTuple):
     """Compile-time facts of a kernel; it leaves out those that it does not ask for.
 
     `BLOCK_D` is the power of two that head_dim is padded to. `INTERVALS` is the number of intervals
-    of the fullest head, 1 or 2. `FALLING` says that `scale < 0`, `PRECISE` that the softmax is
-    computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which delta is
-    summed over the keys instead of taken from the output, whose rounding would show. Both buffers
-    of the ring of keys hold that many. It is 0 where a call has some of its rows' keys alone.
+    of the fullest head, 1 or 2, `PREFIX` the number of keys of the prefix, and `CHUNK` of the
+    queries that a program of `portable/prefix_gradient.py` takes. `DOCUMENTS` says that a row may
+    hold several, packed or by first keys, `FALLING` that `scale < 0`, `PRECISE` that the
+    softmax is computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which
+    delta is summed over the keys instead of taken from the output, whose rounding would show. Both
+    buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
+    alone.
     """
 
     HEAD_DIM: int
@@ -30,6 +33,9 @@ class Form(NamedTuple):
     BLOCK_N: int = 0
     STAGES: int = 0
     INTERVALS: int = 1
+    PREFIX: int = 0
+    CHUNK: int = 0
+    DOCUMENTS: bool = False
     GROUPED: bool = False
     PACKED: bool = False
     RINGS: bool = False
@@ -119,11 +125,77 @@ class QueryBlock(NamedTuple):
 
 
 class KeyStarts(NamedTuple):
-    """First keys that a block of queries may see: of each query `[M]`, the lowest, the highest."""
+    """First keys that a block of queries may see: of each query `[M]`, the lowest, the highest, and
+    the lowest of a later document, `tiles.MISSING` without one. The last is known with a prefix
+    alone.
+    """
 
     each: Any
     lowest: Any
     highest: Any
+    next: Any
+
+
+class Rows(NamedTuple):
+    """Positions of the queries of a block `[M]`, of the first and of the last, and their
+    `KeyStarts`.
+    """
+
+    o_position: Any
+    first: Any
+    last: Any
+    starts: Any
+
+
+class Document(NamedTuple):
+    """The queries of a block that share a first key: their `Rows`, the mask `[M]` of them, and the
+    first key of the next document of the block, `tiles.MISSING` after the last.
+    """
+
+    rows: Any
+    m_query: Any
+    next: Any
+
+
+class Keys(NamedTuple):
+    """Pointers to the keys and values of one head, their strides, and the number of keys."""
+
+    p_key: Any
+    stride_key: Any
+    p_value: Any
+    stride_value: Any
+    n_keys: Any
+
+
+class KeyPart(NamedTuple):
+    """Keys of a block, the first and the last, and the queries `[low_query, high_query)` of which
+    those that see the keys as part of their prefix are computed.
+    """
+
+    first: Any
+    last: Any
+    low_query: Any
+    high_query: Any
+
+
+class Source(NamedTuple):
+    """The queries that a block of keys needs in dK and dV: `Heads` of query and d_out at their
+    sequence, the `RowStats`, where rows start and how many a head has, the bands of the group, and
+    the sequence's sizes and first keys.
+    """
+
+    query: Any
+    d_out: Any
+    stats: Any
+    first_row: Any
+    rows_of_head: Any
+    p_bands: Any
+    group: Any
+    start: Any
+    n_queries: Any
+    n_keys: Any
+    p_start: Any
+    stride_start: Any
 
 
 def heads(tensor: torch.Tensor) -> Heads:
@@ -140,6 +212,13 @@ def head_pointer(tensor, batch, head, offset):
     return (
         tensor.pointer + batch * tensor.stride_b + head * tensor.stride_h + offset * tensor.stride_t
     )
+
+
+@triton.jit
+def entry_of(tensor, batch, offset):
+    """The `Heads` of one batch entry, `offset` tokens from its start; both int64."""
+    pointer = tensor.pointer + batch * tensor.stride_b + offset * tensor.stride_t
+    return Heads(pointer, 0, tensor.stride_h, tensor.stride_t)
 
 
 @triton.jit
@@ -183,4 +262,69 @@ def key_starts(block, o_query, positions, counts, FORM: tl.constexpr):
         highest = varlen.first_keys(
             p_start, block.last - block.start, block.n_queries, stride, block.n_keys
         )
-    return KeyStarts(each, lowest, highest)
+    following = tiles.MISSING
+    if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        m_later = (o_query < block.n_queries) & (each > lowest)
+        following = tl.min(tl.where(m_later, each, tiles.MISSING), 0)
+    return KeyStarts(each, lowest, highest, following)
+
+
+@triton.jit
+def key_blocks(rows, bands, n_keys, FORM: tl.constexpr):
+    """The `BlockRange` of the keys that `Rows` need."""
+    starts, last, BLOCK_N = rows.starts, rows.last, FORM.BLOCK_N
+    blocks = tiles.key_blocks(
+        bands, rows.first, last, starts.lowest, n_keys, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+    )
+    if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        low = tl.maximum(starts.next, starts.lowest + FORM.PREFIX)
+        high = tl.minimum(starts.highest + FORM.PREFIX, tl.minimum(last + 1, n_keys))
+        blocks = tiles.with_next_prefixes(blocks, bands, low, high, BLOCK_N)
+    return blocks
+
+
+@triton.jit
+def visible(rows, o_key, low, near, far, FORM: tl.constexpr):
+    """Mask `[M, N]` of the keys that `Rows` see in a block of keys."""
+    o_last, o_count = tiles.visible_keys(
+        rows.o_position, near, far, rows.starts.each, FORM.PREFIX
+    )  # [M], [M]
+    m_seen = tiles.visible(o_last[:, None], o_key[None, :], 0, o_count[:, None])
+    if FORM.PREFIX > 0 and FORM.HAS_KEY_START:
+        m_seen = m_seen & (o_key >= low)[None, :]
+    return m_seen
+
+
+@triton.jit
+def document_at(start, rows, m_query):
+    """The `Document` whose first key is `start` of a block of queries; `m_query` `[M]` is the mask
+    of the block.
+
+    A product spreads a key or a value that is not finite to every query of its block. Where that
+    would reach another document, kernels compute each document of a block separately. Its queries
+    then meet no tokens but its own.
+    """
+    each, o_position = rows.starts.each, rows.o_position
+    m_document = m_query & (each == start)
+    first = tl.min(tl.where(m_document, o_position, tiles.MISSING), 0)
+    last = tl.max(tl.where(m_document, o_position, -1), 0)
+    following = tl.min(tl.where(m_query & (each > start), each, tiles.MISSING), 0)
+    starts = KeyStarts(each, start, start, tiles.MISSING)
+    return Document(Rows(o_position, first, last, starts), m_document, following)
+
+
+@triton.jit
+def is_finite(b_block):
+    """True if no element of a block `[M, D]` is NaN or infinite."""
+    return tl.sum(tl.sum(b_block * 0.0, 1), 0) == 0.0
+
+
+@triton.jit
+def first_document(starts, b_block):
+    """First key of the first document of a block of queries if its documents have to be computed
+    separately, given the block's result `[M, D]`; else `tiles.MISSING`, which ends their loop.
+    """
+    start = starts.lowest * 0 + tiles.MISSING
+    if starts.lowest < starts.highest:
+        start = tl.where(is_finite(b_block), tiles.MISSING, starts.lowest)
+    return start

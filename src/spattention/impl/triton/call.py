@@ -55,6 +55,7 @@ class Call:
         query_start: position of the first query, unless `positions` has it as a tensor.
         positions: `query_start` int32 `[]` or `[B]`, `key_start` int32 `[B]` or `[B, Q]`,
             `cu_seqlens_q` and `cu_seqlens_k` int32 `[documents + 1]`, each or None.
+        prefix: number of keys of the pattern's prefix.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Call:
         scale: float,
         query_start: int,
         positions: Positions,
+        prefix: int = 0,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -73,6 +75,8 @@ class Call:
         self.dtype, self.itemsize, self.device = query.dtype, query.element_size(), query.device
         self.capability = compute_capability(query.device)
         self.intervals = tuple(intervals)
+        # More than all keys is all keys: no kernel needs to be compiled for it.
+        self.prefix = min(prefix, self.keys)
         second = zip(intervals[2::4], intervals[3::4])
         self.n_intervals = 2 if any(near < far for near, far in second) else 1
         self.bands = band_table(self.intervals, self.key_heads, query.device)

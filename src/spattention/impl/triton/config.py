@@ -7,6 +7,7 @@ during a user's step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 # Options of every kernel. Triton announced that it will change this default.
@@ -84,6 +85,25 @@ SINGLE = {
     128: LaunchConfig(32, 32, 4, 1),
     256: LaunchConfig(16, 16, 4, 1),
 }
+
+
+# Queries of a program that computes the gradients of a prefix: about as much work as that of other
+# programs.
+PREFIX_CHUNK = 1024
+PREFIX_CHUNK_INTERPRETED = 32
+
+
+def prefix_chunk(capability: tuple[int, int] | None) -> int:
+    """Queries of a program of `portable/prefix_gradient.py`; `capability` as in `launches`."""
+    return PREFIX_CHUNK_INTERPRETED if capability is None else PREFIX_CHUNK
+
+
+@lru_cache(maxsize=64)
+def prefix_launch(launch: LaunchConfig, prefix: int) -> LaunchConfig:
+    """The launch of `portable/prefix_gradient.py` where all queries see one prefix: that of dK and
+    dV, with no more keys of a block than the prefix needs.
+    """
+    return replace(launch, block_n=min(launch.block_n, block_d(prefix)))
 
 
 def block_d(head_dim: int) -> int:

@@ -22,7 +22,8 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
     if need is not None:
         return f"portable kernels (Triton {triton.__version__})", need
     plan = hopper.plan(call, *inputs)
-    return f"Hopper kernels (Triton {triton.__version__}): {plan}", None
+    prefix = "; dK and dV of the prefix by the portable kernels" if call.prefix else ""
+    return f"Hopper kernels (Triton {triton.__version__}): {plan}{prefix}", None
 
 
 def forward(call: Call, tensors: ForwardTensors) -> None:
@@ -51,4 +52,6 @@ def backward(
     from .hopper import launch
 
     launch.backward(call, plan, tensors, stats)
+    if call.prefix:
+        portable.prefix_gradient(call, portable.launches_for(call).key_gradient, tensors, stats)
     return stats.delta[:, :, :queries]

@@ -30,8 +30,14 @@ def gather_tokens(p_head, o_token, m_token, stride, FORM: tl.constexpr):
 @triton.jit
 def store_tokens(p_head, b_tokens, o_token, stride, n_tokens, FORM: tl.constexpr):
     """Store `b_tokens` `[T, D]` as tokens `o_token` of a head, except those from `n_tokens` on."""
+    scatter_tokens(p_head, b_tokens, o_token, o_token < n_tokens, stride, FORM)
+
+
+@triton.jit
+def scatter_tokens(p_head, b_tokens, o_token, m_token, stride, FORM: tl.constexpr):
+    """Store `b_tokens` `[T, D]` as tokens `o_token` of a head where `m_token` `[T]` is true."""
     o_dim = tl.arange(0, FORM.BLOCK_D)
-    m_token = (o_token < n_tokens)[:, None]
+    m_token = m_token[:, None]
     if FORM.HEAD_DIM < FORM.BLOCK_D:
         m_token = m_token & (o_dim < FORM.HEAD_DIM)[None, :]
     p_block = p_head + o_token.to(tl.int64)[:, None] * stride + o_dim[None, :]

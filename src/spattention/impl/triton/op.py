@@ -1,8 +1,8 @@
 """The PyTorch operators around the kernels: `spattention::triton_forward` and
 `spattention::triton_backward`.
 
-They take the bands as a flat `int[]`, near, far, near, far per head, because schemas take no Python
-objects. Packed calls (`cu_seqlens_q` given) come as `[1, H, T, D]` views.
+They take the bands as a flat `int[]`, near, far, near, far per head, and the prefix, because
+schemas take no Python objects. Packed calls (`cu_seqlens_q` given) come as `[1, H, T, D]` views.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
     query_start: int,
     query_start_tensor: torch.Tensor | None,
@@ -56,6 +57,7 @@ def _forward(
         query, key, value: `[B, H, Q, D]`, `[B, Hkv, K, D]` twice; packed calls have B = 1 and
             `cu_seqlens_q`, `cu_seqlens_k`.
         intervals: the bands, `BandPattern.flat`.
+        prefix: `BandPattern.prefix`.
         scale: factor of the scores.
         query_start: position of the first query; used when `query_start_tensor` is None.
         query_start_tensor: the same as int32 `[]` or `[B]`, read on the device.
@@ -68,7 +70,7 @@ def _forward(
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions)
+    call = Call(query, key, intervals, scale, query_start, positions, prefix)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
@@ -78,6 +80,7 @@ def _fake_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
     query_start: int,
     query_start_tensor: torch.Tensor | None,
@@ -103,6 +106,7 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
     query_start: int,
     query_start_tensor: torch.Tensor | None,
@@ -124,7 +128,7 @@ def _backward(
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions)
+    call = Call(query, key, intervals, scale, query_start, positions, prefix)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
@@ -149,6 +153,7 @@ def _fake_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
     query_start: int,
     query_start_tensor: torch.Tensor | None,
@@ -172,9 +177,9 @@ def _backward_results(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, intervals, scale, query_start, *optional = inputs
+    query, key, value, intervals, prefix, scale, query_start, *optional = inputs
     ctx.save_for_backward(query, key, value, *output, *optional)
-    ctx.rest = intervals, scale, query_start
+    ctx.rest = intervals, prefix, scale, query_start
     ctx.set_materialize_grads(False)
 
 
@@ -187,7 +192,7 @@ def _gradients(
         d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
     )
     d_sinks = None if optional[2] is None else d_sinks
-    return d_query, d_key, d_value, None, None, None, None, None, d_sinks, None, None
+    return d_query, d_key, d_value, None, None, None, None, None, None, d_sinks, None, None
 
 
 def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,7 +214,7 @@ def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callab
 
 
 _COMMON = (
-    "int[] intervals, float scale, SymInt query_start, Tensor? query_start_tensor, "
+    "int[] intervals, int prefix, float scale, SymInt query_start, Tensor? query_start_tensor, "
     "Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 forward = register(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ...bands import BandPattern
 from ..layout import empty_like_query
 from . import launch
 from .arguments import Positions
@@ -19,7 +20,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    intervals: tuple[int, ...],
+    pattern: BandPattern,
     *,
     scale: float,
     query_start: int,
@@ -29,7 +30,7 @@ def attend(
 
     Args:
         query, key, value: `[B, H, Q, D]`, `[B, Hkv, K, D]` twice.
-        intervals: the bands, `BandPattern.flat`.
+        pattern: the bands; with a prefix, queries and keys must both have the document's start.
         scale: factor of the scores.
         query_start: position of the first query, counted from the first key.
         key_start: int32 `[B, Q]`.
@@ -37,7 +38,7 @@ def attend(
     out = empty_like_query(query, query.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
-    call = _call(query, key, intervals, scale, query_start, key_start)
+    call = _call(query, key, pattern, scale, query_start, key_start)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, None))
     return out, lse
 
@@ -50,7 +51,7 @@ def differentiate(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    intervals: tuple[int, ...],
+    pattern: BandPattern,
     *,
     scale: float,
     query_start: int,
@@ -61,7 +62,7 @@ def differentiate(
     tensors = query, key, value, out, d_out
     query, key, value, out, d_out = (ensure_inner_contiguous(each) for each in tensors)
     gradients = [empty_like_query(each, each.shape[3]) for each in (query, key, value)]
-    call = _call(query, key, intervals, scale, query_start, key_start)
+    call = _call(query, key, pattern, scale, query_start, key_start)
     call.has_all_keys = False
     launch.backward(
         call, BackwardTensors(query, key, value, out, d_out, *gradients), lse.contiguous(), d_lse
@@ -76,15 +77,15 @@ def differentiate(
 def _call(
     query: torch.Tensor,
     key: torch.Tensor,
-    intervals: tuple[int, ...],
+    pattern: BandPattern,
     scale: float,
     query_start: int,
     key_start: torch.Tensor | None,
 ) -> Call:
     positions = Positions(None, key_start, None, None)
     if key_start is not None:  # an index into the keys, which stays where it is
-        return Call(query, key, intervals, scale, query_start, positions)
+        return Call(query, key, pattern.flat, scale, query_start, positions, pattern.prefix)
     shifted = []
-    for near, far in zip(intervals[::2], intervals[1::2]):
+    for near, far in zip(pattern.flat[::2], pattern.flat[1::2]):
         shifted += [near - query_start, far - query_start] if near < far else [0, 0]
-    return Call(query, key, shifted, scale, 0, positions)
+    return Call(query, key, shifted, scale, 0, positions, pattern.prefix)

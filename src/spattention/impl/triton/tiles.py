@@ -12,6 +12,9 @@ both ranges block by block, in one loop:
     is_inside     whether every query of a tile sees every key of it, so that no mask is needed
     visible       mask of the tiles at the edge
 
+A prefix of p keys is one more interval, `[0, IN_PREFIX)`, of which a query sees the first p keys
+that it may see. The bands then see the keys after those, so that no key counts twice.
+
 `query_range` and `query_blocks` are the same for a block of keys, for dK and dV. The functions of
 scalars are plain integer arithmetic. The tests call them as Python (`key_range.fn`) for thousands
 of shapes and compare them with the dense mask.
@@ -29,6 +32,8 @@ import triton.language as tl
 # A missing interval is (MISSING, MISSING): farther than any distance, so that no range needs a
 # special case.
 MISSING = tl.constexpr(1 << 30)
+# The far end of the interval of a prefix: farther than any distance, and than that of any band.
+IN_PREFIX = tl.constexpr(1 << 30)
 # Positions are clamped below this, so that sums of a position and a distance fit in int32.
 MAX_POSITION = tl.constexpr(1 << 29)
 
@@ -43,9 +48,22 @@ class HeadBands(NamedTuple):
     far_1: Any
 
 
+class PrefixRange(NamedTuple):
+    """The blocks that cover the prefix, as in `BlockRange`, and then those that cover the prefixes
+    of later documents.
+    """
+
+    start: Any
+    limit: Any
+    count: Any
+    next_start: Any
+    next_limit: Any
+    next_count: Any
+
+
 class BlockRange(NamedTuple):
     """The blocks that cover the ranges of both intervals: where the first block of each starts, the
-    limit of its range, and how many blocks it has.
+    limit of its range, and how many blocks it has. Those of the `PrefixRange` come before them.
     """
 
     start_0: Any
@@ -54,6 +72,7 @@ class BlockRange(NamedTuple):
     start_1: Any
     limit_1: Any
     count_1: Any
+    prefix: Any
 
 
 class Block(NamedTuple):
@@ -103,28 +122,70 @@ def load_bands(p_bands, entry):
 
 
 @triton.jit
-def key_blocks(bands, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constexpr):
+def no_prefix(start, limit):
+    """The `PrefixRange` without blocks."""
+    return PrefixRange(start, limit, 0, start, limit, 0)
+
+
+@triton.jit
+def key_blocks(
+    bands, first, last, key_start, n_keys, BLOCK, INTERVALS: tl.constexpr, PREFIX: tl.constexpr = 0
+):
     """The blocks of keys that a block of queries needs.
 
     Blocks end where their range ends, so that no key after it is read. The first block may start
     before `low`, which is the range's `limit`.
     """
-    low_0, high_0 = key_range(first, last, bands.near_0, bands.far_0, key_start, n_keys)
+    band_start = key_start + PREFIX
+    low_0, high_0 = key_range(first, last, bands.near_0, bands.far_0, band_start, n_keys)
     count_0 = num_blocks(low_0, high_0, BLOCK)
     start_0 = high_0 - count_0 * BLOCK
     start_1, low_1, count_1 = start_0, low_0, 0
     if INTERVALS == 2:
-        low_1, high_1 = key_range(first, last, bands.near_1, bands.far_1, key_start, n_keys)
+        low_1, high_1 = key_range(first, last, bands.near_1, bands.far_1, band_start, n_keys)
         count_1 = num_blocks(low_1, high_1, BLOCK)
         start_1 = high_1 - count_1 * BLOCK
-    return BlockRange(start_0, low_0, count_0, start_1, low_1, count_1)
+    prefix = no_prefix(start_0, low_0)
+    if PREFIX > 0:
+        low = key_start
+        high = prefix_end(bands, low, min(last + 1, min(n_keys, low + PREFIX)))
+        count = num_blocks(low, high, BLOCK)
+        start = high - count * BLOCK
+        prefix = PrefixRange(start, low, count, start, low, 0)
+    return BlockRange(start_0, low_0, count_0, start_1, low_1, count_1, prefix)
+
+
+@triton.jit
+def prefix_end(bands, low, high):
+    """`high`; `low` for a head without intervals, which sees no prefix."""
+    return tl.where(bands.near_0 < MISSING, high, low)
+
+
+@triton.jit
+def with_next_prefixes(blocks, bands, low, high, BLOCK):
+    """A `BlockRange` of queries of several documents: with the keys `[low, high)`, which have the
+    prefixes of those after the first. The first of these blocks may have keys of another before
+    `low`, its limit, which its mask must leave out.
+    """
+    prefix = blocks.prefix
+    count = num_blocks(low, prefix_end(bands, low, high), BLOCK)
+    prefix = PrefixRange(prefix.start, prefix.limit, prefix.count, high - count * BLOCK, low, count)
+    return BlockRange(
+        blocks.start_0,
+        blocks.limit_0,
+        blocks.count_0,
+        blocks.start_1,
+        blocks.limit_1,
+        blocks.count_1,
+        prefix,
+    )
 
 
 @triton.jit
 def query_blocks(
     bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr
 ):
-    """The blocks of queries that a block of keys needs.
+    """The blocks of queries that a block of keys needs for the bands.
 
     Blocks start where their range starts, or up to three queries before: TMA copies float32 in
     units of 16 bytes. The last block may end after `high`, which is the range's `limit`.
@@ -141,18 +202,47 @@ def query_blocks(
         )
         start_1 = low_1 // 4 * 4
         count_1 = tl.where(low_1 < high_1, num_blocks(start_1, high_1, BLOCK), 0)
-    return BlockRange(start_0, high_0, count_0, start_1, high_1, count_1)
+    return BlockRange(
+        start_0, high_0, count_0, start_1, high_1, count_1, no_prefix(start_0, high_0)
+    )
+
+
+@triton.jit
+def with_prefix_queries(blocks, bands, low, high, BLOCK, WITH_BANDS: tl.constexpr):
+    """A `BlockRange` of queries with the queries `[low, high)` that see a block of keys as their
+    prefix. Without those of the bands unless `WITH_BANDS`.
+    """
+    start = low // 4 * 4
+    count = tl.where(low < prefix_end(bands, low, high), num_blocks(start, high, BLOCK), 0)
+    prefix = PrefixRange(start, high, count, start, high, 0)
+    count_0, count_1 = blocks.count_0, blocks.count_1
+    if not WITH_BANDS:
+        count_0, count_1 = 0, 0
+    return BlockRange(
+        blocks.start_0,
+        blocks.limit_0,
+        count_0,
+        blocks.start_1,
+        blocks.limit_1,
+        count_1,
+        prefix,
+    )
 
 
 @triton.jit
 def total_blocks(blocks):
-    """Number of blocks of a `BlockRange`: those of interval 0, then those of interval 1."""
-    return blocks.count_0 + blocks.count_1
+    """Number of blocks of a `BlockRange`: those of the prefix, of interval 0, of interval 1."""
+    return blocks.prefix.count + blocks.prefix.next_count + blocks.count_0 + blocks.count_1
 
 
 @triton.jit
-def block_at(n, blocks, bands, BLOCK, INTERVALS: tl.constexpr):
+def block_at(n, blocks, bands, BLOCK, INTERVALS: tl.constexpr, PREFIX: tl.constexpr = 0):
     """The n-th `Block` of a `BlockRange`."""
+    prefix = blocks.prefix
+    n_prefix = prefix.count + prefix.next_count
+    n_prefixes = n
+    if PREFIX > 0:
+        n = n - n_prefix
     start, limit = blocks.start_0 + n * BLOCK, blocks.limit_0
     near, far = bands.near_0, bands.far_0
     if INTERVALS == 2:
@@ -163,6 +253,17 @@ def block_at(n, blocks, bands, BLOCK, INTERVALS: tl.constexpr):
         limit = tl.where(second, blocks.limit_1, blocks.limit_0)
         near = tl.where(second, bands.near_1, bands.near_0)
         far = tl.where(second, bands.far_1, bands.far_0)
+    if PREFIX > 0:
+        later = n_prefixes >= prefix.count
+        prefix_start = (
+            tl.where(later, prefix.next_start - prefix.count * BLOCK, prefix.start)
+            + n_prefixes * BLOCK
+        )
+        prefix_limit = tl.where(later, prefix.next_limit, prefix.limit)
+        start = tl.where(n < 0, prefix_start, start)
+        limit = tl.where(n < 0, prefix_limit, limit)
+        near = tl.where(n < 0, 0, near)
+        far = tl.where(n < 0, IN_PREFIX, far)
     return Block(start, limit, near, far)
 
 
@@ -192,6 +293,24 @@ def visible_count(o_position, near, far, key_start):
     `key_start` is a scalar, or one per query.
     """
     return tl.maximum(tl.minimum(far, o_position - key_start + 1) - near, 0)
+
+
+@triton.jit
+def visible_keys(o_position, near, far, key_start, PREFIX: tl.constexpr = 0):
+    """`(o_last, o_count)` of the keys that queries see through an interval: the last one, and how
+    many there are up to it.
+
+    With a prefix those of the bands start after it, and those of its own interval end with it.
+    """
+    if PREFIX == 0:
+        o_count = visible_count(o_position, near, far, key_start)
+        return o_position - near, o_count
+    else:
+        in_prefix = far == IN_PREFIX
+        end = key_start + tl.where(in_prefix, PREFIX, 2 * MAX_POSITION)
+        o_near = tl.maximum(near, o_position - end + 1)
+        first = key_start + tl.where(in_prefix, 0, PREFIX)
+        return o_position - o_near, visible_count(o_position, o_near, far, first)
 
 
 @triton.jit

@@ -127,3 +127,13 @@ def first_query_after(p_key_start, stride, n_queries, key):
         else:
             low = middle + 1
     return low
+
+
+@triton.jit
+def first_key_after(p_key_start, stride, n_queries, key, end):
+    """Lowest first key of a query after `key`, at most `end`: where the document of `key` ends.
+    Always after `key`, also where first keys decrease.
+    """
+    query = first_query_after(p_key_start, stride, n_queries, key)
+    first = tl.load(p_key_start + query.to(tl.int64) * stride, mask=query < n_queries, other=end)
+    return tl.minimum(tl.maximum(first, key + 1), end)

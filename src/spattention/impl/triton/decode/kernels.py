@@ -8,7 +8,9 @@ keeps the whole GPU busy. `combine_kernel` then combines the chunks of each head
 Everything is counted in distances from the newest query: the key at position j is at distance
 `newest - j`. A query that is `behind` the newest by some tokens sees `behind + near <= distance <
 behind + far`. Chunks of distances stay the same while the text grows: they are a table
-(`launch.DecodePlan`), and what depends on positions is computed on the device.
+(`launch.DecodePlan`), and what depends on positions is computed on the device. A prefix is one more
+chunk, of places in the prefix instead of distances; the bands then see the keys after
+it.
 
 Keys are stored in one of two ways:
 
@@ -27,9 +29,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .. import memory, softmax, tiles, varlen
-
-MAX_INT32 = tl.constexpr((1 << 31) - 1)
+from .. import arguments, memory, softmax, tiles, varlen
+from .rows import (
+    MAX_INT32,
+    KeyHead,
+    Rows,
+    attend_documents,
+    attend_prefix,
+    attend_row,
+    attend_rows,
+    load_rows,
+    normalised,
+)
 
 
 class DecodePositions(NamedTuple):
@@ -56,29 +67,6 @@ class DecodeCounts(NamedTuple):
     n_queries: Any
     n_keys: Any
     query_start: Any
-
-
-class KeyHead(NamedTuple):
-    """The keys and values of one head: pointers, strides, the token of the newest query, and the
-    length of a ring.
-    """
-
-    p_key: Any
-    key_stride: Any
-    p_value: Any
-    value_stride: Any
-    newest: Any
-    length: Any
-
-
-class Rows(NamedTuple):
-    """The rows of a block, each `[M]`: query head, tokens behind the newest query, and distance
-    from the newest query to the first key.
-    """
-
-    head: Any
-    behind: Any
-    farthest: Any
 
 
 @triton.jit
@@ -120,134 +108,6 @@ def farthest_keys(
     return tl.minimum(newest - o_first, n_queries + tiles.MAX_POSITION).to(tl.int32)
 
 
-@triton.jit
-def visible(p_bands, o_head, o_distance, o_behind, o_farthest, INTERVALS: tl.constexpr):
-    """Mask of distances from the newest query, for queries that are `o_behind` it; arguments
-    broadcast.
-    """
-    p_head = p_bands + 4 * o_head
-    o_own = o_farthest - o_behind  # the farthest key, from the query itself
-    near, far = tl.load(p_head), tl.load(p_head + 1)
-    m_seen = tiles.visible(o_distance, o_behind, near, tiles.visible_count(o_own, near, far, 0))
-    if INTERVALS == 2:
-        near, far = tl.load(p_head + 2), tl.load(p_head + 3)
-        m_seen |= tiles.visible(
-            o_distance, o_behind, near, tiles.visible_count(o_own, near, far, 0)
-        )
-    return m_seen
-
-
-@triton.jit
-def load_keys(keys, o_distance, end, FORM: tl.constexpr):
-    """Keys and values `[N, D]` at these distances; zeros from distance `end` on."""
-    o_token = keys.newest - o_distance
-    if FORM.RINGS:
-        o_token = tl.where(o_token < 0, o_token + keys.length, o_token)
-    m_key = o_distance < end
-    b_key = memory.gather_tokens(keys.p_key, o_token, m_key, keys.key_stride, FORM)
-    b_value = memory.gather_tokens(keys.p_value, o_token, m_key, keys.value_stride, FORM)
-    return b_key, b_value
-
-
-@triton.jit
-def product(b_query, b_key, PRECISE: tl.constexpr):
-    """Scores `[M, N]` of `[M, D]` and `[N, D]`. If `PRECISE`, even and odd dimensions are summed
-    separately: with one chain of sums the last bits of a score would be worse than a library's.
-    """
-    if PRECISE and b_query.shape[1] >= 32:
-        b_even, b_odd = tl.split(b_query.reshape(b_query.shape[0], b_query.shape[1] // 2, 2))
-        k_even, k_odd = tl.split(b_key.reshape(b_key.shape[0], b_key.shape[1] // 2, 2))
-        # [M, N] = [M, D / 2] @ [D / 2, N]
-        scores = tl.dot(b_even, tl.trans(k_even), input_precision="ieee")
-        return scores + tl.dot(b_odd, tl.trans(k_odd), input_precision="ieee")
-    else:
-        # [M, N] = [M, D] @ [D, N]
-        return tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-
-
-@triton.jit
-def attend_rows(
-    b_query,
-    keys,
-    p_bands,
-    rows,
-    begin,
-    end,
-    scale,
-    FORM: tl.constexpr,
-):
-    """Attend distances `[begin, end)` with matrix products: sums `[M, D]`, `row_max` and `row_sum`
-    `[M]`.
-    """
-    BLOCK_N: tl.constexpr = FORM.BLOCK_N
-    BLOCK_M: tl.constexpr = b_query.shape[0]
-    BLOCK_D: tl.constexpr = b_query.shape[1]
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
-        o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        b_key, b_value = load_keys(keys, o_distance, end, FORM)
-        scores = product(b_query, b_key, FORM.PRECISE)
-        scores = softmax.scaled(scores, scale, FORM.PRECISE)
-        m_seen = visible(
-            p_bands,
-            rows.head[:, None],
-            o_distance[None, :],
-            rows.behind[:, None],
-            rows.farthest[:, None],
-            FORM.INTERVALS,
-        )
-        scores = tl.where(m_seen, scores, float("-inf"))
-        p, row_max, row_sum, factor = softmax.update(
-            scores, row_max, row_sum, 1.0, False, FORM.PRECISE
-        )
-        # [M, D] += [M, N] @ [N, D]
-        b_out = tl.dot(
-            p.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
-        )
-    return b_out, row_max, row_sum
-
-
-@triton.jit
-def attend_row(
-    b_query,
-    keys,
-    p_bands,
-    rows,
-    begin,
-    end,
-    scale,
-    FORM: tl.constexpr,
-):
-    """Attend distances `[begin, end)` for one row (M = 1) with sums in registers. All other rows of
-    a matrix product would be empty.
-
-    Every key of a block has a separate softmax until the end, so that only the scores' sum over D
-    passes between threads.
-    """
-    BLOCK_N: tl.constexpr = FORM.BLOCK_N
-    BLOCK_D: tl.constexpr = b_query.shape[1]
-    b_query = b_query.to(tl.float32) * scale  # [1, D]
-    row_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_N], tl.float32)
-    b_out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
-        o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        b_key, b_value = load_keys(keys, o_distance, end, FORM)
-        scores = tl.sum(b_key.to(tl.float32) * b_query, 1)  # [N]
-        m_seen = visible(p_bands, rows.head, o_distance, rows.behind, rows.farthest, FORM.INTERVALS)
-        scores = tl.where(m_seen, scores, float("-inf"))
-        p, row_max, row_sum, factor = softmax.update(
-            scores[:, None], row_max, row_sum, 1.0, False, FORM.PRECISE
-        )
-        b_out = b_out * factor[:, None] + p * b_value.to(tl.float32)
-    top = tl.max(row_max, 0, keep_dims=True)  # [1]
-    share = softmax.exponential(row_max - tl.where(top == float("-inf"), 0.0, top), FORM.PRECISE)
-    row_sum = tl.sum(row_sum * share, 0, keep_dims=True)
-    return tl.sum(b_out * share[:, None], 0, keep_dims=True), top, row_sum
-
-
 @triton.jit(do_not_specialize=DecodeCounts._fields)
 def chunk_kernel(
     query,
@@ -272,7 +132,6 @@ def chunk_kernel(
     FORM: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = FORM.BLOCK_M
-    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     HEAD_DIM: tl.constexpr = FORM.HEAD_DIM
     program = tl.program_id(0)
     counts = DecodeCounts(
@@ -302,6 +161,32 @@ def chunk_kernel(
     o_head = key_head * counts.group + tl.where(m_row, o_row // n_queries, 0)
     o_behind = n_queries - 1 - o_query
     o_farthest = farthest_keys(positions, counts, batch, o_query, newest, FORM)
+    if FORM.PREFIX > 0:
+        if tl.load(p_chunk + 3) != 0:
+            rows = Rows(o_head, o_behind, tl.where(m_row, o_farthest, -1))
+            p_key = key.pointer + batch * key.stride_b + key_head_64 * key.stride_h
+            p_value = value.pointer + batch * value.stride_b + key_head_64 * value.stride_h
+            keys = KeyHead(p_key, key.stride_t, p_value, value.stride_t, newest, n_keys)
+            first_row = (batch * n_chunks + chunk) * n_rows
+            p_part += first_row * HEAD_DIM
+            p_part_lse += first_row
+            b_query = load_rows(query, batch, o_head, o_query, m_row, FORM)
+            attend_prefix(
+                b_query,
+                keys,
+                p_bands,
+                rows,
+                begin,
+                end,
+                o_row,
+                m_row,
+                p_part,
+                p_part_lse,
+                scale,
+                FORM,
+            )
+            return
+        o_farthest -= FORM.PREFIX
     o_farthest = tl.minimum(tl.where(m_row, o_farthest, -1), end - 1)
     rows = Rows(o_head, o_behind, o_farthest)
 
@@ -329,16 +214,7 @@ def chunk_kernel(
         tl.store(p_part_lse + o_row, o_row * 0.0 + float("-inf"), mask=m_row)
         return
 
-    o_dim = tl.arange(0, BLOCK_D)
-    p_rows = (
-        query.pointer
-        + batch * query.stride_b
-        + o_head.to(tl.int64)[:, None] * query.stride_h
-        + o_query.to(tl.int64)[:, None] * query.stride_t
-    )
-    b_query = tl.load(
-        p_rows + o_dim[None, :], mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :], other=0.0
-    )
+    b_query = load_rows(query, batch, o_head, o_query, m_row, FORM)
     if BLOCK_M == 1:
         b_out, row_max, row_sum = attend_row(
             b_query,
@@ -365,16 +241,13 @@ def chunk_kernel(
     b_out = normalised(b_out, row_sum, FORM.PRECISE)
     memory.store_tokens(p_part, b_out, o_row, HEAD_DIM, n_rows, FORM)
     tl.store(p_part_lse + o_row, lse, mask=m_row)
-
-
-@triton.jit
-def normalised(b_out, row_sum, PRECISE: tl.constexpr):
-    """`b_out` `[M, D]` over `row_sum` `[M]`."""
-    if PRECISE:
-        b_out = tl.div_rn(b_out, row_sum[:, None] + tl.zeros_like(b_out))
-    else:
-        b_out *= (1.0 / row_sum)[:, None]
-    return b_out
+    if FORM.HAS_KEY_START and BLOCK_M > 1:
+        nearest = tl.min(tl.where(m_row, o_farthest, MAX_INT32), 0)
+        if nearest < end - 1:
+            farthest = tl.where(arguments.is_finite(b_out), begin - 1, end - 1)
+            attend_documents(
+                b_query, keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM
+            )
 
 
 @triton.jit(do_not_specialize=DecodeCounts._fields)

@@ -37,10 +37,12 @@ class DecodePlan(NamedTuple):
         launch: of the chunks.
         bands: int32 `[H, 4]` on the device, near, far, near, far; a missing interval is empty.
         chunks: int32 `[chunks, 4]` on the device, `key head, near, far, 0`, in distances from the
-            newest query; those of a key/value head are consecutive.
+            newest query, or `key head, begin, end, 1`, in places of the prefix; those of a
+            key/value head are consecutive.
         ranges: int32 `[Hkv + 1]` on the device, the first chunks of each key/value head.
         n_chunks: number of chunks.
         n_intervals: intervals of the fullest head, 1 or 2.
+        prefix: number of keys of the prefix.
     """
 
     launch: DecodeLaunch
@@ -49,6 +51,7 @@ class DecodePlan(NamedTuple):
     ranges: torch.Tensor
     n_chunks: int
     n_intervals: int
+    prefix: int = 0
 
 
 class DecodeTensors(NamedTuple):
@@ -68,7 +71,7 @@ class DecodeTensors(NamedTuple):
 _plans = ConstantCache[DecodePlan](max_entries=1024)
 
 
-def plan(query: torch.Tensor, intervals: Sequence[int], key_heads: int) -> DecodePlan:
+def plan(query: torch.Tensor, intervals: Sequence[int], prefix: int, key_heads: int) -> DecodePlan:
     """The plan for queries `[B, H, Q, D]`, made once per combination.
 
     Raises RuntimeError for a first call inside the capture of a CUDA graph, where the copy to the
@@ -76,7 +79,7 @@ def plan(query: torch.Tensor, intervals: Sequence[int], key_heads: int) -> Decod
     """
     batch, n_heads, queries, head_dim = query.shape
     itemsize, device = query.element_size(), query.device
-    key = (tuple(intervals), key_heads, queries, batch, itemsize, head_dim)
+    key = (tuple(intervals), prefix, key_heads, queries, batch, itemsize, head_dim)
 
     def make() -> DecodePlan:
         multiprocessors = 1
@@ -84,7 +87,7 @@ def plan(query: torch.Tensor, intervals: Sequence[int], key_heads: int) -> Decod
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         capability = compute_capability(device)
         launch = decode_launch(itemsize, head_dim, n_heads // key_heads * queries, capability)
-        return make_plan(launch, key[0], key_heads, queries, batch, multiprocessors, device)
+        return make_plan(launch, key[0], key_heads, queries, batch, multiprocessors, device, prefix)
 
     return _plans.get(key, device, make)
 
@@ -97,6 +100,7 @@ def make_plan(
     batch: int,
     multiprocessors: int,
     device: torch.device,
+    prefix: int = 0,
 ) -> DecodePlan:
     """A plan for any launch."""
     unions = visible_distances(intervals, key_heads, queries)
@@ -105,6 +109,8 @@ def make_plan(
     chunks, ranges = [], [0]
     for key_head, union in enumerate(unions):
         chunks += [[key_head, *part, 0] for near, far in union for part in cut(near, far, longest)]
+        if union and prefix:
+            chunks += [[key_head, *part, 1] for part in cut(0, prefix, longest)]
         ranges.append(len(chunks))
 
     def table(entries: list[Any], width: int) -> torch.Tensor:
@@ -118,6 +124,7 @@ def make_plan(
         table(ranges, 1),
         len(chunks),
         n_intervals=2 if any(intervals[3::4]) else 1,
+        prefix=prefix,
     )
 
 
@@ -205,6 +212,7 @@ def launch_decode(
                     launch.block_n,
                     launch.num_stages,
                     made.n_intervals,
+                    made.prefix,
                     positions.ring_offsets is not None,
                     positions.query_start is not None,
                     positions.key_start is not None,
@@ -240,6 +248,7 @@ def _chunk_form(
     block_n: int,
     stages: int,
     n_intervals: int,
+    prefix: int,
     rings: bool,
     start_on_device: bool,
     has_key_start: bool,
@@ -253,6 +262,7 @@ def _chunk_form(
         BLOCK_N=block_n,
         STAGES=stages,
         INTERVALS=n_intervals,
+        PREFIX=prefix,
         RINGS=rings,
         START_ON_DEVICE=start_on_device,
         HAS_KEY_START=has_key_start,

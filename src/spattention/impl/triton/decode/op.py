@@ -24,6 +24,7 @@ def _decode(
     key: torch.Tensor,
     value: torch.Tensor,
     intervals: Sequence[int],
+    prefix: int,
     scale: float,
     query_start: int,
     query_start_tensor: torch.Tensor | None,
@@ -38,6 +39,7 @@ def _decode(
         query: `[B, H, Q, D]`, Q at most `MAX_QUERIES`.
         key, value: `[B, Hkv, K, D]`; of a store `[B, slots, D]`, with `offsets` and `lengths`.
         intervals: the bands, `BandPattern.flat`.
+        prefix: `BandPattern.prefix`; 0 for a store.
         scale: factor of the scores.
         query_start: position of the first query; used when `query_start_tensor` is None.
         query_start_tensor: the same as int32 `[]` or `[B]`, read on the device. Of a store int64
@@ -47,11 +49,13 @@ def _decode(
         offsets, lengths: int64 `[Hkv]`, first slot and slots of the ring of each key/value head,
             with `far + Q - 1` slots or more, far the farthest distance of its group.
     """
+    assert prefix == 0 or offsets is None, "the prefix of a store is merged by its caller"
     out, lse = _fake_decode(query)
     if out.numel() == 0:
         return out, lse
     query, key, value = (ensure_inner_contiguous(tensor) for tensor in (query, key, value))
-    made = plan(query, intervals, key.shape[1] if offsets is None else offsets.shape[0])
+    key_heads = key.shape[1] if offsets is None else offsets.shape[0]
+    made = plan(query, intervals, prefix, key_heads)
     tensors = DecodeTensors(query, key, value, out, lse, sinks)
     positions = DecodePositions(query_start_tensor, key_start, offsets, lengths)
     launch_decode(made, tensors, positions, scale, query_start)
@@ -65,9 +69,9 @@ def _fake_decode(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.T
 
 decode = register(
     "triton_decode",
-    "(Tensor query, Tensor key, Tensor value, int[] intervals, float scale, SymInt query_start, "
-    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, Tensor? offsets, "
-    "Tensor? lengths) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, int[] intervals, int prefix, float scale, "
+    "SymInt query_start, Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, "
+    "Tensor? offsets, Tensor? lengths) -> (Tensor, Tensor)",
     _decode,
     _fake_decode,
 )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .. import tiles
+from .. import scheduler, tiles
 
 
 class ForwardCounts(NamedTuple):
@@ -64,18 +64,30 @@ def query_tile(
     block,
     counts,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    INTERVALS: gl.constexpr,
+    FORM: gl.constexpr,
 ):
-    """The `QueryTile` of a block index."""
+    """The `QueryTile` of a block index, with BLOCK_M queries."""
     first = block * BLOCK_M
     last = min(first + BLOCK_M, counts.n_queries) - 1
-    keys = tiles.key_blocks(bands, first, last, 0, counts.n_keys, BLOCK_N, INTERVALS)
+    keys = tiles.key_blocks(
+        bands, first, last, 0, counts.n_keys, FORM.BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+    )
     return QueryTile(batch, bands, first, last, keys)
 
 
 @gluon.jit
-def visible(o_query, o_key, near, far):
+def visible(o_query, o_key, near, far, PREFIX: gl.constexpr):
     """Mask of a tile; `o_query` and `o_key` broadcast against each other."""
-    o_count = tiles.visible_count(o_query, near, far, 0)
-    return tiles.visible(o_query, o_key, near, o_count)
+    o_last, o_count = tiles.visible_keys(o_query, near, far, 0, PREFIX)
+    return tiles.visible(o_last, o_key, 0, o_count)
+
+
+@gluon.jit
+def query_block(rank, bands, n_blocks, BLOCK, PREFIX: gl.constexpr):
+    """`scheduler.query_block` of a head. With a prefix no block is without keys, and those that see
+    nothing else come last.
+    """
+    near = bands.near_0
+    if PREFIX > 0:
+        near = 0
+    return scheduler.query_block(rank, near, n_blocks, BLOCK)

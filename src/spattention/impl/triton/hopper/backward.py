@@ -76,8 +76,8 @@ def query_gradient(
     head_batch, rank = scheduler.work_tile(program, n_blocks, n_batch * n_heads, counts.order)
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
-    block = scheduler.query_block(rank, bands.near_0, n_blocks, BLOCK_M)
-    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS)
+    block = arguments.query_block(rank, bands, n_blocks, BLOCK_M, FORM.PREFIX)
+    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, FORM)
     first, last, keys = tile.first, tile.last, tile.keys
     head = bands.head
     key_head = head // counts.group
@@ -113,7 +113,7 @@ def query_gradient(
     pipeline.copy_tokens(inputs.query, batch, head, first, barrier, s_query, True)
     pipeline.copy_tokens(inputs.d_out, batch, head, first, barrier, s_d_out, True)
     for i in gl.static_range(2):
-        start = tiles.block_at(i, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        start = tiles.block_at(i, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
         barrier = pipeline.expect_tx(key_full, i, STEP_BYTES, i < n_steps)
         s_first_key, s_first_value = s_keys.index(i), s_values.index(i)
         pipeline.copy_tokens(inputs.key, batch, key_head, start, barrier, s_first_key, i < n_steps)
@@ -137,7 +137,7 @@ def query_gradient(
             delta += gl.convert_layout(summed, ROW)
         else:
             for step in range(n_steps):
-                key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+                key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
                 pipeline.consumer_wait(key_full, step)
                 s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
                 scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
@@ -145,12 +145,16 @@ def query_gradient(
                     s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
                 )
                 scores, d_p = warpgroup_mma_wait(0, [scores, d_p])
-                delta += delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, SCORES)
+                delta += delta_of_keys(
+                    scores, d_p, o_query, key_block, lse_log2, scale, SCORES, FORM.PREFIX
+                )
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
     b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
     for step in range(n_steps):
-        first_key, _, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
-        start = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        first_key, _, near, far = tiles.block_at(
+            step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+        )
+        start = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
         s_key, s_value = s_keys.index(step % 2), s_values.index(step % 2)
         pipeline.consumer_wait(key_full, step)
         # [M, N] = [M, D] @ [D, N], both
@@ -165,9 +169,11 @@ def query_gradient(
         pipeline.copy_tokens(inputs.value, batch, key_head, start, barrier, s_next_value, more)
 
         p = softmax.recompute(scores, lse_log2[:, None], scale)
-        if not tiles.is_inside(first, last, first_key, first_key + BLOCK_N - 1, near, far, 0):
+        if not tiles.is_inside(
+            first, last, first_key, first_key + BLOCK_N - 1, near, far, FORM.PREFIX
+        ):
             o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-            m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far)
+            m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far, FORM.PREFIX)
             p = gl.where(m_seen, p, 0.0)
         d_p = warpgroup_mma_wait(0, [d_p])
         d_scores = p * (d_p - delta[:, None])
@@ -202,7 +208,7 @@ def key_gradient(
     scale,
     FORM: gl.constexpr,
 ):
-    """dK and dV of a block."""
+    """dK and dV of a block, without what the prefix adds (`portable/prefix_gradient.py`)."""
     BLOCK_M: gl.constexpr = FORM.BLOCK_M
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
@@ -299,12 +305,12 @@ def key_gradient(
             scores = warpgroup_mma_wait(1, [scores])
             p = softmax.recompute(scores, lse_log2[None, :], scale)
             last = first + BLOCK_M - 1
-            inside = tiles.is_inside(first, last, first_key, last_key, near, far, 0)
+            inside = tiles.is_inside(first, last, first_key, last_key, near, far, FORM.PREFIX)
             # Rows after the end of the range belong to another head, or are zero and would get the
             # probability 1.
             if (not inside) | (last >= high):
                 o_query = first + gl.arange(0, BLOCK_M, QUERIES)  # [M]
-                m_seen = arguments.visible(o_query[None, :], o_key[:, None], near, far)
+                m_seen = arguments.visible(o_query[None, :], o_key[:, None], near, far, FORM.PREFIX)
                 p = gl.where(m_seen & (o_query < high)[None, :], p, 0.0)
             # [N, D] += [N, M] @ [M, D], both
             b_p = gl.convert_layout(p.to(DTYPE), OPERAND)

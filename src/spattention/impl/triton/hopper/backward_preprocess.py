@@ -27,12 +27,22 @@ def init_stats(
 
 
 @gluon.jit
-def delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, LAYOUT: gl.constexpr):
+def delta_of_keys(
+    scores,
+    d_p,
+    o_query,
+    key_block,
+    lse_log2,
+    scale,
+    LAYOUT: gl.constexpr,
+    PREFIX: gl.constexpr,
+):
     """Contribution of a block of keys to delta, `[M]`: the products of their probabilities and the
     gradients of these. In a row with few keys, delta from the output would show its rounding.
     """
     o_key = key_block.start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
-    m_seen = arguments.visible(o_query[:, None], o_key[None, :], key_block.near, key_block.far)
+    near, far = key_block.near, key_block.far
+    m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far, PREFIX)
     p = gl.where(m_seen, softmax.recompute(scores, lse_log2[:, None], scale), 0.0)
     return gl.sum(p * d_p, 1)
 
@@ -90,8 +100,8 @@ def preprocess_kernel(
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
     # In reverse: here blocks of few keys take longest, and those without keys come last.
-    block = scheduler.query_block(n_blocks - 1 - rank, bands.near_0, n_blocks, BLOCK_M)
-    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS)
+    block = arguments.query_block(n_blocks - 1 - rank, bands, n_blocks, BLOCK_M, FORM.PREFIX)
+    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, FORM)
     first, keys = tile.first, tile.keys
     head = bands.head
     key_head = head // counts.group
@@ -134,7 +144,7 @@ def preprocess_kernel(
     pipeline.copy_tokens(t_d_out, batch, head, first, barrier, s_d_out, True)
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     for step in range(n_steps):
-        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
+        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
         barrier = pipeline.expect_tx(full, 2 * step, BLOCK_N * HEAD_DIM * 2, True)
         pipeline.copy_tokens(t_key, batch, key_head, key_block.start, barrier, s_tokens, True)
         if step == 0:
@@ -148,7 +158,9 @@ def preprocess_kernel(
         pipeline.consumer_wait(full, 2 * step + 1)
         d_p = warpgroup_mma(s_d_out, s_operand, zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma_wait(0, [d_p])
-        delta += delta_of_keys(scores, d_p, o_query, key_block, lse_log2, scale, SCORES)
+        delta += delta_of_keys(
+            scores, d_p, o_query, key_block, lse_log2, scale, SCORES, FORM.PREFIX
+        )
     gl.store(stats.delta + row_pitched + o_query, delta, mask=o_query < pitch)
     pipeline.invalidate(query_full)
     pipeline.invalidate(full)

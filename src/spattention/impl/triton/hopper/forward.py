@@ -22,17 +22,17 @@ def mask_scores(
     tile,
     o_query,
     key_block,
-    BLOCK_N: gl.constexpr,
     LAYOUT: gl.constexpr,
-    FALLING: gl.constexpr,
+    FORM: gl.constexpr,
 ):
-    """Scores `[M, N]`, with -inf (+inf where `FALLING`) for the keys that a query does not see."""
+    """Scores `[M, N]`, with -inf (+inf if `scale < 0`) for the keys that a query does not see."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
     first_key, near, far = key_block.start, key_block.near, key_block.far
     last_key = first_key + BLOCK_N - 1
-    if not tiles.is_inside(tile.first, tile.last, first_key, last_key, near, far, 0):
+    if not tiles.is_inside(tile.first, tile.last, first_key, last_key, near, far, FORM.PREFIX):
         o_key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far)
-        scores = gl.where(m_seen, scores, float("inf") if FALLING else float("-inf"))
+        m_seen = arguments.visible(o_query[:, None], o_key[None, :], near, far, FORM.PREFIX)
+        scores = gl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
     return scores
 
 
@@ -101,10 +101,13 @@ def forward_kernel(
     batch = head_batch % n_batch
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
     # Pairs order their blocks by length, those without keys among them.
+    near = bands.near_0
+    if FORM.PREFIX > 0:  # no block is without keys, and those that see nothing else come last
+        near = 0
     block = scheduler.query_block(
-        rank, bands.near_0 * (counts.order != scheduler.PAIRED), n_blocks, BLOCK_M
+        rank, near * (counts.order != scheduler.PAIRED), n_blocks, BLOCK_M
     )
-    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS)
+    tile = arguments.query_tile(batch, bands, block, counts, BLOCK_M, FORM)
     first, keys = tile.first, tile.keys
     head = bands.head
     key_head = head // counts.group
@@ -132,8 +135,8 @@ def forward_kernel(
     key_full = pipeline.allocate_barriers(1)
     value_full = pipeline.allocate_barriers(2)
 
-    key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS)
-    next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+    key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+    next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
     pipeline.copy_tokens(t_query, batch, head, first, barrier, s_query, True)
     barrier = pipeline.expect_tx(key_full, 0, KEY_BYTES, True)
@@ -150,14 +153,14 @@ def forward_kernel(
     scores = warpgroup_mma_wait(0, [scores])
     barrier = pipeline.expect_tx(key_full, 1, KEY_BYTES, n_steps > 1)
     pipeline.copy_tokens(t_key, batch, key_head, next_key, barrier, s_key, n_steps > 1)
-    scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+    scores = mask_scores(scores, tile, o_query, key_block, SCORES, FORM)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
     for step in range(1, n_steps):
         # All products of the step before are done.
-        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
-        next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS).start
+        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+        next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
         barrier = pipeline.expect_tx(value_full, step, KEY_BYTES, True)
         s_value = s_values.index(step % 2)
         pipeline.copy_tokens(t_value, batch, key_head, key_block.start, barrier, s_value, True)
@@ -171,7 +174,7 @@ def forward_kernel(
         more = step + 1 < n_steps
         barrier = pipeline.expect_tx(key_full, step + 1, KEY_BYTES, more)
         pipeline.copy_tokens(t_key, batch, key_head, next_key, barrier, s_key, more)
-        scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+        scores = mask_scores(scores, tile, o_query, key_block, SCORES, FORM)
         p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
         b_out = warpgroup_mma_wait(0, [b_out])
         b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]

@@ -50,14 +50,15 @@ class Work(NamedTuple):
 
 
 class OwnSteps(NamedTuple):
-    """A consumer's steps among those of its program: its step s is the program's step `s + before`
-    if `s < count_0`, else `s + gap`.
+    """A consumer's steps among those of its program: its step s is the program's if `s < prefix`,
+    else the program's step `s + before` if `s < prefix + count_0`, else `s + gap`.
     """
 
     before: Any
     count_0: Any
     gap: Any
     count_1: Any
+    prefix: Any
 
 
 class Progress(NamedTuple):
@@ -73,32 +74,51 @@ class Progress(NamedTuple):
 @gluon.jit
 def tile_at(n, p_bands, counts, FORM: gl.constexpr):
     """The n-th `QueryTile` of all heads."""
-    BLOCK_N: gl.constexpr = FORM.BLOCK_N
     n_batch, n_blocks = counts.n_batch, counts.n_query_blocks
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     head_batch, rank = scheduler.work_tile(
         n, n_blocks, n_batch * counts.n_heads, scheduler.HEAD_MAJOR
     )
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
-    block = scheduler.query_block(rank, bands.near_0, n_blocks, BLOCK_M)
-    return arguments.query_tile(
-        head_batch % n_batch, bands, block, counts, BLOCK_M, BLOCK_N, FORM.INTERVALS
-    )
+    block = arguments.query_block(rank, bands, n_blocks, BLOCK_M, FORM.PREFIX)
+    return arguments.query_tile(head_batch % n_batch, bands, block, counts, BLOCK_M, FORM)
 
 
 @gluon.jit
 def own_steps(keys, bands, first, last, n_keys, FORM: gl.constexpr):
     """The `OwnSteps` of the queries at `first .. last` in the `BlockRange` of a program."""
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    low, high = tiles.key_range(first, last, bands.near_0, bands.far_0, 0, n_keys)
+    low, high = tiles.key_range(first, last, bands.near_0, bands.far_0, FORM.PREFIX, n_keys)
     high = gl.where(first <= last, high, low)
     before, count_0 = tiles.blocks_within(keys.start_0, low, high, BLOCK_N)
     before_1, count_1 = 0, 0
     if FORM.INTERVALS == 2:
-        low, high = tiles.key_range(first, last, bands.near_1, bands.far_1, 0, n_keys)
+        low, high = tiles.key_range(first, last, bands.near_1, bands.far_1, FORM.PREFIX, n_keys)
         high = gl.where(first <= last, high, low)
         before_1, count_1 = tiles.blocks_within(keys.start_1, low, high, BLOCK_N)
-    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1)
+    prefix = 0
+    if FORM.PREFIX > 0:
+        prefix = gl.where(first <= last, keys.prefix.count, 0)
+    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1, prefix)
+
+
+@gluon.jit
+def own_total(own, FORM: gl.constexpr):
+    """Number of a consumer's steps."""
+    total = own.count_0 + own.count_1
+    if FORM.PREFIX > 0:
+        total += own.prefix
+    return total
+
+
+@gluon.jit
+def own_step(s, own, FORM: gl.constexpr):
+    """The program's step of a consumer's step."""
+    if FORM.PREFIX > 0:
+        skipped = gl.where(s < own.prefix + own.count_0, own.before, own.gap)
+        return s + gl.where(s < own.prefix, 0, skipped)
+    else:
+        return s + gl.where(s < own.count_0, own.before, own.gap)
 
 
 @gluon.jit
@@ -130,7 +150,9 @@ def produce(t_query, t_key, t_value, work, FORM: gl.constexpr):
                 fill(t_query, tile.batch, head, start, work.query_ring, n_query)
             n_tile += 1
         for step in range(n_steps):
-            start = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS).start
+            start = tiles.block_at(
+                step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+            ).start
             fill(t_key, tile.batch, head // counts.group, start, work.key_ring, n)
             fill(t_value, tile.batch, head // counts.group, start, work.value_ring, n)
             n += 1
@@ -175,7 +197,7 @@ def consume(
         row_max, row_sum = init_softmax(work.p_sinks, head, ROWS, ROW, FORM.HAS_SINKS)
         n_steps = tiles.total_blocks(keys)
         n_query = n_tile * CONSUMERS + consumer
-        if own.count_0 + own.count_1 == 0:
+        if own_total(own, FORM) == 0:
             if n_steps > 0:
                 pipeline.consumer_wait(queries.full, n_query)
                 pipeline.consumer_release(queries.empty, n_query)
@@ -229,9 +251,11 @@ def attend(
     b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
 
     step = gl.where(own.count_0 > 0, own.before, own.gap)
+    if FORM.PREFIX > 0:
+        step = own_step(0, own, FORM)
     n = done + step
     skip(done, n, keys, values)
-    key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS)
+    key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
     pipeline.consumer_wait(queries.full, n_query)
     pipeline.consumer_wait(keys.full, n)
     # [M, N] = [M, D] @ [D, N]
@@ -239,17 +263,19 @@ def attend(
     scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
     pipeline.consumer_release(keys.empty, n)
-    scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+    scores = mask_scores(scores, tile, o_query, key_block, SCORES, FORM)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, work.scale, FORM.FALLING)
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
-    for s in range(1, own.count_0 + own.count_1):
+    for s in range(1, own_total(own, FORM)):
         # All products of the step before are done.
         previous = n
-        step = s + gl.where(s < own.count_0, own.before, own.gap)
+        step = own_step(s, own, FORM)
         n = done + step
         skip(previous + 1, n, keys, values)
-        key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS)
+        key_block = tiles.block_at(
+            step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+        )
         pipeline.consumer_wait(keys.full, n)
         # [M, N] = [M, D] @ [D, N]
         s_key = keys.buffers.index(n % STAGES).permute((1, 0))
@@ -260,7 +286,7 @@ def attend(
         b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
         pipeline.consumer_release(keys.empty, n)
-        scores = mask_scores(scores, tile, o_query, key_block, BLOCK_N, SCORES, FORM.FALLING)
+        scores = mask_scores(scores, tile, o_query, key_block, SCORES, FORM)
         p, row_max, row_sum, factor = softmax.update(
             scores, row_max, row_sum, work.scale, FORM.FALLING
         )

@@ -95,6 +95,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         launch.block_n,
         launch.num_stages if plan.persistent else 0,
         call.n_intervals,
+        call.prefix,
         sinks is not None,
         call.scale < 0,
     )
@@ -158,6 +159,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         launch.block_m,
         launch.block_n,
         call.n_intervals,
+        call.prefix,
         call.group > 1,
         stats.d_lse is not None,
     )
@@ -228,6 +230,7 @@ def _forward_form(
     block_n: int,
     stages: int,
     n_intervals: int,
+    prefix: int,
     has_sinks: bool,
     falling: bool,
 ) -> Form:
@@ -239,6 +242,7 @@ def _forward_form(
         BLOCK_N=block_n,
         STAGES=stages,
         INTERVALS=n_intervals,
+        PREFIX=prefix,
         HAS_SINKS=has_sinks,
         FALLING=falling,
     )
@@ -250,6 +254,7 @@ def _backward_form(
     block_m: int,
     block_n: int,
     n_intervals: int,
+    prefix: int,
     grouped: bool,
     has_d_lse: bool,
     compute_delta: bool,
@@ -261,6 +266,7 @@ def _backward_form(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         INTERVALS=n_intervals,
+        PREFIX=prefix,
         GROUPED=grouped,
         HAS_D_LSE=has_d_lse,
         COMPUTE_DELTA=compute_delta,

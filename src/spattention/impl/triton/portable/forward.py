@@ -4,6 +4,10 @@
 One program computes one block of queries of one head. It loops over the blocks of keys that the
 head's bands reach from there.
 
+Where queries of a block are of different documents (`key_start`), a value that is not finite would
+reach the others through the product of the block. Then the block is computed once more, each
+document separately.
+
     B batch   H query heads   Q queries   K keys   D head_dim
     M = BLOCK_M queries of a block   N = BLOCK_N keys of a block
     inside the kernel D is BLOCK_D, zero-filled
@@ -14,7 +18,98 @@ import triton
 import triton.language as tl
 
 from .. import arguments, memory, softmax, tiles
-from ..arguments import Counts
+from ..arguments import Counts, Keys, Rows
+
+
+@triton.jit
+def attend(
+    b_query,
+    keys,
+    blocks,
+    bands,
+    rows,
+    row_max,
+    row_sum,
+    scale,
+    FORM: tl.constexpr,
+    STAGES: tl.constexpr = None,
+):
+    """Sums `[M, D]`, `row_max` and `row_sum` `[M]` of queries over the blocks of a `BlockRange`;
+    the last two are given as they are before the first key. `STAGES` blocks are in flight, by
+    default as many as the launch says.
+    """
+    BLOCK_M: tl.constexpr = FORM.BLOCK_M
+    BLOCK_N: tl.constexpr = FORM.BLOCK_N
+    BLOCK_D: tl.constexpr = FORM.BLOCK_D
+    starts = rows.starts
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in tl.range(tiles.total_blocks(blocks), num_stages=STAGES):
+        first_key, low, near, far = tiles.block_at(
+            step, blocks, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
+        )
+        o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
+        b_key = memory.load_tokens(keys.p_key, o_key, keys.stride_key, low, keys.n_keys, FORM)
+        b_value = memory.load_tokens(keys.p_value, o_key, keys.stride_value, low, keys.n_keys, FORM)
+
+        # [M, N] = [M, D] @ [D, N]
+        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        last_key = first_key + BLOCK_N - 1
+        if not tiles.is_inside(
+            rows.first, rows.last, first_key, last_key, near, far, starts.highest + FORM.PREFIX
+        ):
+            m_seen = arguments.visible(rows, o_key, low, near, far, FORM)
+            scores = tl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
+
+        p, row_max, row_sum, factor = softmax.update(
+            scores, row_max, row_sum, scale, FORM.FALLING, FORM.PRECISE
+        )
+        # [M, D] += [M, N] @ [N, D]
+        b_out = tl.dot(
+            p.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
+        )
+    return b_out, row_max, row_sum
+
+
+@triton.jit
+def normalised(b_out, row_sum, PRECISE: tl.constexpr):
+    """`b_out` `[M, D]` over `row_sum` `[M]`."""
+    if PRECISE:
+        b_out = tl.div_rn(b_out, row_sum[:, None])
+    else:
+        b_out *= (1.0 / row_sum)[:, None]
+    return b_out
+
+
+@triton.jit
+def attend_documents(
+    start,
+    b_query,
+    keys,
+    bands,
+    rows,
+    m_query,
+    p_sinks,
+    p_out,
+    o_query,
+    stride,
+    scale,
+    FORM: tl.constexpr,
+):
+    """Compute and store the output of each document of a block separately, from the document whose
+    first key is `start` on. One block of keys is in flight: this is rare, and needs the registers.
+    """
+    while start < tiles.MISSING:
+        document = arguments.document_at(start, rows, m_query)
+        blocks = arguments.key_blocks(document.rows, bands, keys.n_keys, FORM)
+        row_max, row_sum = softmax.init(
+            p_sinks, bands.head, FORM.BLOCK_M, FORM.HAS_SINKS, FORM.PRECISE
+        )
+        b_out, row_max, row_sum = attend(
+            b_query, keys, blocks, bands, document.rows, row_max, row_sum, scale, FORM, 1
+        )
+        b_out = normalised(b_out, softmax.finalize(row_max, row_sum, FORM.PRECISE)[1], FORM.PRECISE)
+        memory.scatter_tokens(p_out, b_out, o_query, document.m_query, stride, FORM)
+        start = document.next
 
 
 @triton.jit(do_not_specialize=Counts._fields)
@@ -42,8 +137,6 @@ def forward_kernel(
     FORM: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = FORM.BLOCK_M
-    BLOCK_N: tl.constexpr = FORM.BLOCK_N
-    BLOCK_D: tl.constexpr = FORM.BLOCK_D
     counts = Counts(
         query_start_stride,
         key_start_stride_b,
@@ -60,14 +153,12 @@ def forward_kernel(
     block = arguments.query_block(p_bands, positions, counts, FORM)
     if block.first_query >= block.n_queries:
         return
-    bands, first, last = block.bands, block.first, block.last
+    bands = block.bands
     o_query = block.first_query + tl.arange(0, BLOCK_M)  # [M]
-    o_position = block.start + o_query  # [M]
     starts = arguments.key_starts(block, o_query, positions, counts, FORM)
-    keys = tiles.key_blocks(
-        bands, first, last, starts.lowest, block.n_keys, BLOCK_N, FORM.INTERVALS
-    )
-    n_steps = tiles.total_blocks(keys)
+    rows = Rows(block.start + o_query, block.first, block.last, starts)
+    blocks = arguments.key_blocks(rows, bands, block.n_keys, FORM)
+    n_steps = tiles.total_blocks(blocks)
 
     batch, head = block.batch.to(tl.int64), bands.head.to(tl.int64)
     key_head = (bands.head // counts.group).to(tl.int64)
@@ -85,34 +176,27 @@ def forward_kernel(
     row_max, row_sum = softmax.init(
         p_sinks, bands.head, BLOCK_M, FORM.HAS_SINKS, FORM.PRECISE
     )  # [M], [M]
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    for step in range(n_steps):
-        first_key, low, near, far = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS)
-        o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
-        b_key = memory.load_tokens(p_key, o_key, key.stride_t, low, block.n_keys, FORM)
-        b_value = memory.load_tokens(p_value, o_key, value.stride_t, low, block.n_keys, FORM)
-
-        # [M, N] = [M, D] @ [D, N]
-        scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-        last_key = first_key + BLOCK_N - 1
-        if not tiles.is_inside(first, last, first_key, last_key, near, far, starts.highest):
-            o_count = tiles.visible_count(o_position, near, far, starts.each)  # [M]
-            m_seen = tiles.visible(o_position[:, None], o_key[None, :], near, o_count[:, None])
-            scores = tl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
-
-        p, row_max, row_sum, factor = softmax.update(
-            scores, row_max, row_sum, scale, FORM.FALLING, FORM.PRECISE
-        )
-        # [M, D] += [M, N] @ [N, D]
-        b_out = tl.dot(
-            p.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
-        )
+    keys = Keys(p_key, key.stride_t, p_value, value.stride_t, block.n_keys)
+    b_out, row_max, row_sum = attend(
+        b_query, keys, blocks, bands, rows, row_max, row_sum, scale, FORM
+    )
 
     lse, row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)
-    if FORM.PRECISE:
-        b_out = tl.div_rn(b_out, row_sum[:, None])
-    else:
-        b_out *= (1.0 / row_sum)[:, None]
+    b_out = normalised(b_out, row_sum, FORM.PRECISE)
     memory.store_tokens(p_out, b_out, o_query, out.stride_t, block.n_queries, FORM)
     tl.store(p_lse + o_query, lse, mask=o_query < block.n_queries)
+    if FORM.HAS_KEY_START:
+        attend_documents(
+            arguments.first_document(starts, b_out),
+            b_query,
+            keys,
+            bands,
+            rows,
+            o_query < block.n_queries,
+            p_sinks,
+            p_out,
+            o_query,
+            out.stride_t,
+            scale,
+            FORM,
+        )

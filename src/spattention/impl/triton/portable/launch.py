@@ -11,13 +11,17 @@ from .. import varlen
 from ..arguments import Form, Heads, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
-from ..config import LaunchConfig, Launches, block_d, launches
-from .backward import key_gradient_kernel, query_gradient_kernel
+from ..config import OPTIONS, LaunchConfig, Launches, block_d, launches, prefix_chunk, prefix_launch
 from .forward import forward_kernel
+from .key_gradient import key_gradient_kernel
+from .prefix_gradient import ROWS, PrefixCounts, prefix_gradient_kernel, reduce_kernel
+from .query_gradient import query_gradient_kernel
 
 _forward = CompiledKernelCache(forward_kernel)
 _query_gradient = CompiledKernelCache(query_gradient_kernel)
 _key_gradient = CompiledKernelCache(key_gradient_kernel)
+_prefix_gradient = CompiledKernelCache(prefix_gradient_kernel)
+_reduce = CompiledKernelCache(reduce_kernel)
 
 
 def launches_for(call: Call) -> Launches:
@@ -42,16 +46,18 @@ def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
             call.positions,
             *_counts(call, slots),
             call.scale,
-            FORM=_form(*_facts(call, launch), **facts),
+            FORM=_form(_facts(call, launch), **facts),
             num_stages=launch.num_stages,
             **launch.options,
         )
 
 
 def backward(call: Call, launches: Launches, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch both gradient kernels; they fill the gradients, `lse_log2` and `delta`."""
+    """Launch the gradient kernels; they fill the gradients, `lse_log2` and `delta`."""
     query_gradient(call, launches.query_gradient, tensors, stats)
     key_gradient(call, launches.key_gradient, tensors, stats)
+    if call.prefix:
+        prefix_gradient(call, launches.key_gradient, tensors, stats)
 
 
 def query_gradient(
@@ -59,7 +65,7 @@ def query_gradient(
 ) -> None:
     """Launch the kernel of dQ; fills `d_query`, `lse_log2` and `delta`."""
     query, key, value, out, d_out, d_query, _, _ = tensors
-    form = _form(*_facts(call, launch), has_d_lse=stats.d_lse is not None)
+    form = _form(_facts(call, launch), has_d_lse=stats.d_lse is not None)
     slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     arguments = (
         heads(query),
@@ -110,9 +116,68 @@ def key_gradient(
             call.positions,
             *_counts(call, slots),
             call.scale,
-            FORM=_form(*_facts(call, launch), grouped=call.group > 1),
+            FORM=_form(
+                _facts(call, launch),
+                grouped=call.group > 1,
+                chunk=prefix_chunk(call.capability) if call.prefix else 0,
+            ),
             num_stages=launch.num_stages,
             **launch.options,
+        )
+
+
+def prefix_gradient(
+    call: Call, launch: LaunchConfig, tensors: BackwardTensors, stats: RowStats
+) -> None:
+    """Launch the kernels that add the gradients of the prefix to `d_key` and `d_value`, after those
+    of dQ and of dK and dV. `stats` may have more rows per head than queries.
+    """
+    query, key, value, _, d_out, _, d_key, d_value = tensors
+    stats = RowStats(None, None, stats.lse_log2, stats.delta)
+    if not _has_documents(call):  # else these kernels share their blocks with dK and dV
+        launch = prefix_launch(launch, call.prefix)
+    chunk = prefix_chunk(call.capability)
+    slots = varlen.num_slots(call.queries, call.n_documents, chunk)
+    blocks = -(-call.prefix // launch.block_n)
+    if call.positions.key_start is not None:  # a prefix may start inside of a block
+        blocks = (call.prefix - 2) // launch.block_n + 2
+    by_query = call.start_strides[2] != 0
+    members = (1 + by_query) * blocks
+    programs = slots * members * call.batch * call.key_heads
+    part = stats.delta.new_empty((programs, 2, launch.block_n, call.head_dim))
+    sizes = PrefixCounts(stats.delta.shape[2], blocks, members)
+    inputs = (heads(query), heads(key), heads(value), heads(d_out))
+    results = (heads(d_key), heads(d_value))
+    counts = _counts(call, slots)
+    form = _form(_facts(call, launch), grouped=call.group > 1, chunk=chunk)
+    with on_device(call.device):
+        _prefix_gradient(
+            programs,
+            _specialization_key(call, inputs, part, *stats),
+            *inputs,
+            part,
+            stats,
+            call.bands[1],
+            call.positions,
+            *counts,
+            *sizes,
+            call.scale,
+            FORM=form,
+            num_stages=launch.num_stages,
+            **launch.options,
+        )
+        _reduce(
+            programs * launch.block_n // ROWS.value,
+            _specialization_key(call, results, part),
+            *results,
+            part,
+            call.bands[1],
+            call.positions,
+            *counts,
+            *sizes,
+            FORM=form,
+            num_warps=4,
+            **OPTIONS,
         )
 
 
@@ -142,49 +207,45 @@ def _counts(call: Call, slots: int) -> tuple[int, ...]:
     )
 
 
-def _facts(call: Call, launch: LaunchConfig) -> tuple[Any, ...]:
-    """The first arguments of `_form`."""
+def _has_documents(call: Call) -> bool:
+    """True if a row may hold several documents."""
+    return call.positions.cu_seqlens_q is not None or call.start_strides[2] != 0
+
+
+def _facts(call: Call, launch: LaunchConfig) -> tuple[tuple[str, Any], ...]:
+    """Entries of `Form` that all kernels of a call share."""
     query_start, key_start, cu_seqlens_q, _ = call.positions
     return (
-        call.head_dim,
-        launch.block_m,
-        launch.block_n,
-        call.n_intervals,
-        cu_seqlens_q is not None,
-        query_start is not None,
-        key_start is not None,
-        call.precise,
+        ("HEAD_DIM", call.head_dim),
+        ("BLOCK_D", block_d(call.head_dim)),
+        ("BLOCK_M", launch.block_m),
+        ("BLOCK_N", launch.block_n),
+        ("INTERVALS", call.n_intervals),
+        ("PREFIX", call.prefix),
+        # Without a prefix no kernel depends on it.
+        ("DOCUMENTS", call.prefix > 0 and _has_documents(call)),
+        ("PACKED", cu_seqlens_q is not None),
+        ("START_ON_DEVICE", query_start is not None),
+        ("HAS_KEY_START", key_start is not None),
+        ("PRECISE", call.precise),
     )
 
 
 @lru_cache(maxsize=1024)
 def _form(
-    head_dim: int,
-    block_m: int,
-    block_n: int,
-    n_intervals: int,
-    packed: bool,
-    start_on_device: bool,
-    has_key_start: bool,
-    precise: bool,
+    facts: tuple[tuple[str, Any], ...],
     *,
     grouped: bool = False,
+    chunk: int = 0,
     has_sinks: bool = False,
     has_d_lse: bool = False,
     falling: bool = False,
 ) -> Form:
     """A kernel's `Form`; cached, because it takes longer to make than to look up."""
     return Form(
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d(head_dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        INTERVALS=n_intervals,
-        PACKED=packed,
-        START_ON_DEVICE=start_on_device,
-        HAS_KEY_START=has_key_start,
-        PRECISE=precise,
+        **dict(facts),
         GROUPED=grouped,
+        CHUNK=chunk,
         HAS_SINKS=has_sinks,
         HAS_D_LSE=has_d_lse,
         FALLING=falling,
