@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Machine:
             except Exception as error:  # raised on all ranks, none of which may wait for more
                 traceback.print_exc()
                 found[1] = f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(found, device=self.device if self.cuda else None)
+        dist.broadcast_object_list(found, src=0, device=self.device if self.cuda else None)
         if found[1]:
             raise RuntimeError(found[1])
         return found[0]
@@ -419,7 +420,9 @@ def main() -> None:
         if machine.rank == 0:
             settings = {k: v for k, v in vars(options).items() if k not in ("output", "commit")}
             what = f"{machine.ranks} processes against one"
-            gpu = {"gpu": torch.cuda.get_device_name()} if machine.cuda else {}
+            gpu = {}
+            if machine.cuda:
+                gpu = {"gpu": torch.cuda.get_device_name(), "triton": version("triton")}
             record.write(
                 options.output, what, settings, rows, commit=options.commit, environment=gpu
             )

@@ -126,14 +126,16 @@ def main() -> None:
     labels = ids.masked_fill(tiny.tokens(2, 23, seed=1) % 5 == 0, -100)
     positions = torch.stack([torch.cat([torch.arange(9), torch.arange(14)]), torch.arange(23)])
     plain = {"input_ids": ids, "labels": labels}
-    for family in ("llama", "qwen3", "olmoe"):
+    two = dist.get_world_size() == 2  # the rest does not depend on the number
+    for family in ("llama", "qwen3", "olmoe") if two else ("llama",):
         equal(family, plain)
         equal(family, plain | {"attention_mask": torch.ones_like(ids)}, sinks=True)
         equal(family, plain | {"position_ids": positions})
     equal("llama", plain | {"position_ids": positions}, checkpoint=True)
-    chunked(plain)
-    refused(whole_and_parallel("llama")[1], plain)
-    curve()
+    if two:
+        chunked(plain)
+        refused(whole_and_parallel("llama")[1], plain)
+        curve()
     if dist.get_rank() == 0:
         print(f"context parallelism of {dist.get_world_size()} ranks equals one")
     dist.destroy_process_group()

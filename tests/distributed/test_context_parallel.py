@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_context_parallel_trains_as_one_process(ranks):
-    """Logits, losses and gradients of one step, and the losses of 200 steps."""
+    """Logits, losses and gradients of one step; on two ranks also the losses of 200 steps."""
     assert f"{ranks} ranks equals one" in launch(ranks, HERE / "context_parallel.py")
 
 
