@@ -16,7 +16,7 @@ from .config import NAME, Section, read_section
 from .context_parallel import is_context_parallel
 from .decoder import plan_of
 from .mask import Rows, add_restarts, decidable, decode, is_packed
-from .tensor_parallel import head_shard
+from .tensor_parallel import head_shard, natural_pattern
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
 WARNED = f"{NAME}_warned"  # mark of a module whose user was warned already
@@ -56,7 +56,9 @@ def before_forward(
         _check_cache(cache, module.layer_idx, plan.pattern)
         layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
         if isinstance(layer, BandLayer) and layer.store is None:
-            layer.pattern, layer.shard = plan.pattern, head_shard(module)
+            layer.shard = head_shard(module)
+            if layer.pattern == natural_pattern(module, plan.pattern):
+                layer.pattern = plan.pattern  # with its heads dealt
     if getattr(cache, PACKED, False):
         if _length(cache, module.layer_idx) > 0:
             raise ValueError(

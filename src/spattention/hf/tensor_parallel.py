@@ -130,9 +130,7 @@ def deal(model: Any, ranks: int) -> Any:
                 f"`model` must have separate projections to deal its heads, got no {missing} in "
                 f"layer {index}"
             )
-        natural = plan.pattern
-        if hasattr(module, ORDER):
-            natural = _undeal_pattern(natural, getattr(module, ORDER))
+        natural = natural_pattern(module, plan.pattern)
         found.append((module, plan, natural, deal_groups(natural, ranks, groups)))
     if not found:
         raise ValueError("`model` must have layers with bands, got none")
@@ -148,9 +146,12 @@ def deal(model: Any, ranks: int) -> Any:
     return model
 
 
-def _undeal_pattern(pattern: BandPattern, order: tuple[int, ...]) -> BandPattern:
-    places = sorted(range(len(order)), key=lambda place: order[place])
-    return deal_pattern(pattern, places)
+def natural_pattern(module: torch.nn.Module, pattern: BandPattern) -> BandPattern:
+    """A pattern of an attention module with its heads in the order of the config."""
+    order = getattr(module, ORDER, None)
+    if order is None:
+        return pattern
+    return deal_pattern(pattern, sorted(range(len(order)), key=lambda place: order[place]))
 
 
 def _by_heads(module: Any) -> Iterator[tuple[str, int]]:
