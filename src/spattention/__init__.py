@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import hf as hf
+    from . import parallel as parallel
     from .attention import band_attention, band_attention_varlen
     from .bands import BandPattern
     from .cache import BandStore
@@ -29,7 +30,7 @@ _MODULES = {
     "merge": "merging",
     "validate": "checks",
 }
-_SUBMODULES = ("hf", "rings")
+_SUBMODULES = ("hf", "parallel", "rings")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,13 +1,11 @@
 """Two processes (gloo, CPU) train as one does at the same global batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import launch
 
 from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
@@ -46,19 +44,6 @@ def recipe(tmp_path_factory):
     write_packed(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
     (folder / "recipe.toml").write_text(RECIPE.format(data=folder / "a.u16.xz"))
     return folder / "recipe.toml"
-
-
-def launch(processes, *command):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    found = subprocess.run(
-        [sys.executable, *(torchrun if processes else []), *map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout + found.stderr
 
 
 def losses(folder, name):

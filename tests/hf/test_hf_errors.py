@@ -15,6 +15,7 @@ from transformers.utils.generic import TransformersKwargs
 
 import spattention as spa
 from spattention.hf.attention import HONOURED, WITHOUT_EFFECT, attention_forward
+from spattention.hf.context_parallel import SHARDS
 
 FLAT = torch.tensor([0, 3, 8], dtype=torch.int32)
 # Every keyword that a supported model passes on: a telling value, and the error, or None if the
@@ -36,6 +37,7 @@ KEYWORDS = {
     "logits_to_keep": (1, None),
     "labels": (torch.zeros(1), None),
     "return_dict": (True, None),
+    "shift_labels": (torch.zeros(1, 8), None),
     "seq_idx": (torch.zeros(1, 8, dtype=torch.int32), None),
     "cu_seq_lens_q": (FLAT, "must come with all of"),
     # The other three mean nothing without the first.
@@ -109,7 +111,7 @@ def test_declared_keywords_are_all_covered():
     """The walk covers the keywords that Transformers declares."""
     declared = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
     assert declared <= set(KEYWORDS)
-    assert set(KEYWORDS) - {"scaling", "dropout"} == (WITHOUT_EFFECT | HONOURED) - {"s_aux"}
+    assert set(KEYWORDS) - {"scaling", "dropout"} == (WITHOUT_EFFECT | HONOURED) - {"s_aux", SHARDS}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

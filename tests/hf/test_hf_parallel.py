@@ -8,6 +8,7 @@ import transformers
 from tiny import FIRST, HEADS, SPAN, banded, build, logits, tokens
 from torch.distributed.tensor.experimental import context_parallel
 
+import spattention as spa
 from spattention import baselines
 
 MATCH = r'attn_implementation="{}" must not run under `context_parallel` \(or Accelerate'
@@ -59,6 +60,21 @@ def test_a_loaded_model_refuses_context_parallel(mesh, tmp_path):
     model, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens(1, 16)
     with split(mesh, ids), pytest.raises(NotImplementedError, match=MATCH.format("spattention")):
         model(ids)
+
+
+def test_bands_split_rows_by_their_own_context_parallel(mesh):
+    """The refusal names it; it serves the same model, and PyTorch's around it still raises."""
+    model, ids = banded("llama"), tokens(1, 16)
+    wanted = logits(model, ids)
+    spa.hf.context_parallel(model, mesh)
+    assert torch.equal(logits(model, ids), wanted)
+    with (
+        split(mesh, ids),
+        pytest.raises(NotImplementedError, match=r"`spattention\.hf\.context_parallel`"),
+    ):
+        model(ids)
+    spa.hf.context_parallel(model, None)
+    assert torch.equal(logits(model, ids, use_cache=True), wanted)
 
 
 def test_another_attention_of_torch_is_no_split(monkeypatch):

@@ -15,8 +15,20 @@ from .apply import apply
 from .cache import BandCache
 from .cache_guard import trust_cache
 from .config import NAME
+from .context_parallel import context_parallel
 from .loader import add_loader
 from .profile import profile
 from .registration import register
+from .tensor_parallel import deal
 
-__all__ = ["NAME", "BandCache", "add_loader", "apply", "profile", "register", "trust_cache"]
+__all__ = [
+    "NAME",
+    "BandCache",
+    "add_loader",
+    "apply",
+    "context_parallel",
+    "deal",
+    "profile",
+    "register",
+    "trust_cache",
+]

@@ -25,8 +25,8 @@ def apply(
         model: a Transformers causal language model, or a vision-language model, of which only the
             text decoder changes.
         pattern: one for all layers in question, or one per layer; None leaves that layer alone. Its
-            heads are the layer's query heads; under tensor parallelism, where `apply` comes after
-            the weights were distributed, a rank's part, `pattern.heads(start, stop)`.
+            heads are the layer's query heads, on all ranks where `tp_plan="auto"` distributed the
+            weights: each rank attends with its part.
         layers: indices of the text layers in question; default all. With this default a single
             pattern leaves layers with a sliding window of their own alone (unless all share one
             window and the span lies within it); naming a layer, or giving it a pattern of its own,

@@ -14,9 +14,11 @@ from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
 from ..padding import padding_first, reorder, restore
 from .cache import BandHandle
+from .context_parallel import SHARDS, attend_shards, is_context_parallel
 from .decoder import has_sinks, plan_of
 from .mask import Rows, decode, dense_mask
 from .sinks import current_sinks
+from .tensor_parallel import head_shard
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -32,12 +34,13 @@ WITHOUT_EFFECT = frozenset(
         "position_embeddings",
         "position_ids",  # read where the mask is made and in `cache_guard`
         "return_dict",
+        "shift_labels",
         "seq_idx",  # the documents of `position_ids`, for layers that are not attention
         "sliding_window",  # a layer with a pattern has no window of its own any more
         "use_cache",
     }
 )
-HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", *PACKING})
+HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", SHARDS, *PACKING})
 
 
 def attention_forward(
@@ -77,24 +80,34 @@ def attention_forward(
     if plan.pattern is None:
         return _own_attention(plan.own, module, query, key, value, rows, scaling, dropout, keywords)
     _check_keywords(module, dropout, keywords)
-    if query.shape[1] != plan.pattern.num_heads:
-        raise ValueError(
-            f"`pattern` has {plan.pattern.num_heads} heads but `query` has {query.shape[1]}: under "
-            "tensor parallelism give each rank its part, `pattern.heads(start, stop)`"
-        )
-    sinks = _sinks(module, keywords)
+    pattern, sinks = plan.pattern, _sinks(module, keywords)
+    heads = query.shape[1]
+    if heads != pattern.num_heads:
+        shard = head_shard(module)
+        if shard is None or shard.ranks * heads != pattern.num_heads:
+            raise ValueError(
+                f"`pattern` has {pattern.num_heads} heads but `query` has {heads}: under tensor "
+                'parallelism other than `tp_plan="auto"` give each rank its part, '
+                "`pattern.heads(start, stop)`"
+            )
+        pattern = shard.part(pattern, heads)
+        if sinks is not None and sinks.shape[0] != heads:
+            sinks = shard.sinks(sinks, heads)
     packed = any(keywords.get(name) is not None for name in PACKING)
-    if isinstance(key, BandHandle):
+    if is_context_parallel(module):
+        shards = keywords.get(SHARDS)
+        out = attend_shards(query, key, value, pattern, shards, scale=scaling, sinks=sinks)
+    elif isinstance(key, BandHandle):
         if packed:
             raise ValueError(
                 f"`past_key_values` must not be a BandCache with `{PACKING[0]}`: flattened rows "
                 "cannot be continued"
             )
-        out = key.attend(query, plan.pattern, rows, scale=scaling, sinks=sinks)
+        out = key.attend(query, pattern, rows, scale=scaling, sinks=sinks)
     elif packed:
-        out = _packed(query, key, value, plan.pattern, rows, scaling, sinks, keywords)
+        out = _packed(query, key, value, pattern, rows, scaling, sinks, keywords)
     else:
-        out = _by_rows(query, key, value, plan.pattern, rows, scaling, sinks)
+        out = _by_rows(query, key, value, pattern, rows, scaling, sinks)
     return out.transpose(1, 2), None
 
 

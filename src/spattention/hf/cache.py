@@ -17,6 +17,7 @@ from ..compat.pytorch import mark_static_address
 from ..impl.layout import under_autocast
 from .config import read_section
 from .mask import Rows
+from .tensor_parallel import HeadShard
 
 
 class BandCache(Cache):
@@ -112,6 +113,7 @@ class BandLayer(CacheLayerMixin):
         self.max_rollback = max_rollback
         self.capacity = capacity
         self.store: BandStore | None = None
+        self.shard: HeadShard | None = None  # this rank's heads under tensor parallelism
         self.expects_bands = False  # the layer that asks next is to attend with bands
         self.record_past = False  # Transformers' name: what comes next may be taken back
         self._uncropped = False  # tokens came since, and nobody said yet how many of them stay
@@ -129,8 +131,11 @@ class BandLayer(CacheLayerMixin):
         capacity = self.capacity
         if capacity is not None:
             capacity = max(capacity, key_states.shape[2])
+        pattern = self.pattern
+        if self.shard is not None:
+            pattern = self.shard.for_key_heads(pattern, key_states.shape[1])
         self.store = BandStore(
-            self.pattern,
+            pattern,
             key_states.shape[0],
             key_states.shape[1],
             key_states.shape[3],

@@ -14,8 +14,10 @@ from ..compat.huggingface import attention_name
 from .attention import PACKING
 from .cache import BandCache, BandLayer
 from .config import NAME, Section, read_section
+from .context_parallel import is_context_parallel
 from .decoder import plan_of
 from .mask import Rows, add_restarts, decidable, decode, is_packed
+from .tensor_parallel import head_shard, natural_pattern
 from .windows import check_traded
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
@@ -38,6 +40,8 @@ def before_forward(
         return None
     if plan.pattern is not None and not torch.compiler.is_compiling():
         check_traded(module.config, module.layer_idx, plan.pattern)  # a config can be changed
+    if is_context_parallel(module):
+        return None  # without a cache, and positions were read before rows were split
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] == 1):
@@ -54,6 +58,11 @@ def before_forward(
     _check_room(cache, module.layer_idx, rows=hidden.shape[0], tokens=hidden.shape[1])
     if plan.pattern is not None:
         _check_cache(cache, module.layer_idx, plan.pattern)
+        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+        if isinstance(layer, BandLayer) and layer.store is None:
+            layer.shard = head_shard(module)
+            if layer.pattern == natural_pattern(module, plan.pattern):
+                layer.pattern = plan.pattern  # with its heads dealt
     if getattr(cache, PACKED, False):
         if _length(cache, module.layer_idx) > 0:
             raise ValueError(

@@ -20,7 +20,7 @@ def refuse_context_parallel(module: Any, args: tuple[Any, ...]) -> None:
             f'attn_implementation="{attention_name(module.config)}" must not run under '
             "`context_parallel` (or Accelerate's `maybe_context_parallel`), which gives each rank "
             "a part of every row; give each rank whole rows: data parallelism, FSDP or tensor "
-            "parallelism"
+            "parallelism, or for bands `spattention.hf.context_parallel`, which splits rows itself"
         )
 
 

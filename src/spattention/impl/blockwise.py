@@ -56,6 +56,55 @@ def attend(
     )
 
 
+def attend_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` over a part of the keys, every one of which some query sees."""
+    return attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        sinks=None,
+        query_start=query_start,
+        key_start=key_start,
+    )
+
+
+def differentiate_part(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value that these keys give to attention over more keys.
+
+    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
+    `attend_part`.
+    """
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
+    index = query_start, None, key_start, None, None
+    rest = None, *index, pattern.flat, pattern.prefix, scale
+    d_query, d_key, d_value, _ = backward(d_out, d_lse, query, key, value, out, lse, *rest)
+    return d_query, d_key, d_value
+
+
 def attend_varlen(
     query: Tensor,
     key: Tensor,

@@ -32,6 +32,66 @@ def attend(
     return _masked_attention(query, key, value, mask, scale, sinks)
 
 
+def attend_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` over a part of the keys, every one of which some query sees."""
+    return attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        sinks=None,
+        query_start=query_start,
+        key_start=key_start,
+    )
+
+
+def differentiate_part(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value that these keys give to attention over more keys.
+
+    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
+    `attend_part`.
+    """
+    dtype = lse_dtype(query)
+    group = query.shape[1] // key.shape[1]
+    mask = row_mask(query, key, pattern, query_start, key_start)
+    q, d_o, o = (tensor.to(dtype) for tensor in (query, d_out, out))
+    k, v = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (key, value))
+    scores = masked.scores(q, k, mask) * scale
+    weights = torch.exp(scores - lse[..., None]).masked_fill(~mask, 0.0)
+    delta = (d_o * o).sum(dim=-1) - (0.0 if d_lse is None else d_lse)
+    d_scores = weights * (masked.scores(d_o, v, mask) - delta[..., None])
+    d_scores = d_scores.masked_fill(~mask, 0.0) * scale
+    d_query = masked.weighted_sum(d_scores, k, mask)
+    d_key, d_value = (
+        masked.weighted_sum(rows.mT, others, mask.mT).unflatten(1, (-1, group)).sum(dim=2)
+        for rows, others in ((d_scores, q), (weights, d_o))
+    )
+    return d_query.to(query.dtype), d_key.to(query.dtype), d_value.to(query.dtype)
+
+
 def attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,

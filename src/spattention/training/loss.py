@@ -67,9 +67,12 @@ def defer_loss(model: Any, kind: str, *, compiled: bool = False) -> None:
         labels: torch.Tensor,
         vocab_size: int,
         num_items_in_batch: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        targets = shift_labels.flatten()
         total = summed(logits.flatten(0, 1), head.weight, targets)
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count

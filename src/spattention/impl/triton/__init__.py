@@ -25,7 +25,7 @@ import torch
 
 from ...bands import BandPattern
 from ...compat.pytorch import in_transform
-from . import launch, op
+from . import launch, op, parts
 from .arguments import Positions
 from .call import Call, ensure_inner_contiguous
 from .decode import append
@@ -36,9 +36,11 @@ from .op import refusal
 __all__ = [
     "MAX_QUERIES",
     "attend",
+    "attend_part",
     "attend_rings",
     "attend_varlen",
     "describe",
+    "differentiate_part",
     "refusal",
     "write_rings",
 ]
@@ -75,6 +77,64 @@ def attend(
         _dense(sinks),
         None,
         None,
+    )
+
+
+def attend_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` over a part of the keys, every one of which some query sees; without a graph."""
+    _check(query, value)
+    return parts.attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        query_start=query_start,
+        key_start=key_start,
+    )
+
+
+def differentiate_part(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    query_start: int,
+    key_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value that these keys give to attention over more keys.
+
+    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
+    `attend_part`.
+    """
+    _check(query, value)
+    return parts.differentiate(
+        d_out,
+        d_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        pattern,
+        scale=scale,
+        query_start=query_start,
+        key_start=key_start,
     )
 
 

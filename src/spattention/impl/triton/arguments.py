@@ -21,7 +21,10 @@ class Form(NamedTuple):
     of the fullest head, 1 or 2, `PREFIX` the number of keys of the prefix, and `CHUNK` of the
     queries that a program of `portable/prefix_gradient.py` takes. `DOCUMENTS` says that a row may
     hold several, packed or by first keys, `FALLING` that `scale < 0`, `PRECISE` that the
-    softmax is computed in powers of e.
+    softmax is computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which
+    delta is summed over the keys instead of taken from the output, whose rounding would show. Both
+    buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
+    alone.
     """
 
     HEAD_DIM: int
@@ -43,6 +46,7 @@ class Form(NamedTuple):
     COMPUTE_DELTA: bool = False
     FALLING: bool = False
     PRECISE: bool = False
+    EXACT_STEPS: int = 2
 
 
 class Heads(NamedTuple):

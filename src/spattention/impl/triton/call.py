@@ -77,13 +77,15 @@ class Call:
         self.intervals = tuple(intervals)
         # More than all keys is all keys: no kernel needs to be compiled for it.
         self.prefix = min(prefix, self.keys)
-        self.n_intervals = 2 if any(intervals[3::4]) else 1
+        second = zip(intervals[2::4], intervals[3::4])
+        self.n_intervals = 2 if any(near < far for near, far in second) else 1
         self.bands = band_table(self.intervals, self.key_heads, query.device)
         offsets = positions.cu_seqlens_q
         self.n_documents = 0 if offsets is None else offsets.shape[0] - 1
         self.positions = positions
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
+        self.has_all_keys = True  # False for a part of the keys of its rows, as in `parts.py`
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
 

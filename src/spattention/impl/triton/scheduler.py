@@ -53,7 +53,7 @@ def num_long_blocks(p_bands, entry, n_blocks, BLOCK):
     p_entry = p_bands + 8 * entry
     near_0, near_1 = tl.load(p_entry + 1), tl.load(p_entry + 3)
     near = near_1 * (near_1 < tiles.MISSING) + near_0 * (near_1 >= tiles.MISSING)
-    return n_blocks - min(near // BLOCK, n_blocks)
+    return n_blocks - min(max(near, 0) // BLOCK, n_blocks)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def query_block(rank, near, n_blocks, BLOCK):
     fewest keys. Blocks that see no key have the lowest ranks: they cost nothing, and the last
     programs to run should be short ones.
     """
-    return (n_blocks - 1 - rank + min(near // BLOCK, n_blocks)) % n_blocks
+    return (n_blocks - 1 - rank + min(max(near, 0) // BLOCK, n_blocks)) % n_blocks
 
 
 @triton.jit

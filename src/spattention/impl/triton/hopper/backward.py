@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import scheduler, softmax, tiles
 from . import arguments, memory, pipeline
-from .backward_preprocess import EXACT_STEPS, delta_of_keys, init_stats
+from .backward_preprocess import delta_of_keys, init_stats
 
 
 class Descriptors(NamedTuple):
@@ -143,7 +143,7 @@ def query_gradient(
         delta = gl.load(stats.delta + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
     pipeline.consumer_wait(query_full, 0)
     if FORM.COMPUTE_DELTA:
-        if n_steps > EXACT_STEPS:
+        if n_steps > FORM.EXACT_STEPS:
             b_d_out = s_d_out.load(memory.wide_layout(HEAD_DIM, WARPS))
             summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)
             delta += gl.convert_layout(summed, ROW)

@@ -13,10 +13,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .. import scheduler, softmax, tiles
 from . import arguments, memory, pipeline
 
-# Blocks of keys up to which delta is summed over the keys. Both buffers of the ring of
-# `backward.query_gradient` hold them.
-EXACT_STEPS = gl.constexpr(2)
-
 
 @gluon.jit
 def init_stats(
@@ -139,7 +135,7 @@ def preprocess_kernel(
     if n_steps == 0:
         gl.store(stats.delta + row_pitched + o_query, delta, mask=o_query < pitch)
         return
-    if n_steps > EXACT_STEPS:
+    if n_steps > FORM.EXACT_STEPS:
         b_out = memory.load_tokens(p_out, first, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         b_d_out = memory.load_tokens(p_d_out, first, d_out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)

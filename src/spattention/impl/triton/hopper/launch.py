@@ -194,6 +194,10 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         *counts,
     )
 
+    def form(compute_delta: bool) -> Form:
+        found = _backward_form(*facts, compute_delta)
+        return found if call.has_all_keys else found._replace(EXACT_STEPS=0)
+
     def run(programs: int, key_programs: int, compute_delta: bool) -> None:
         _backward(
             programs,
@@ -201,7 +205,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             *arguments,
             key_programs,
             call.scale,
-            FORM=_backward_form(*facts, compute_delta),
+            FORM=form(compute_delta),
             launch_pdl=True,
             **launch.options,
         )
@@ -223,7 +227,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             *counts,
             key_programs,
             call.scale,
-            FORM=_backward_form(*facts, False),
+            FORM=form(False),
             launch_pdl=True,
             **launch.options,
         )

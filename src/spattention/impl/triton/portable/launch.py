@@ -66,6 +66,7 @@ def query_gradient(
 ) -> None:
     """Launch the kernel of dQ; fills `d_query`, `lse_log2` and `delta`."""
     query, key, value, out, d_out, d_query, _, _ = tensors
+    form = _form(_facts(call, launch), has_d_lse=stats.d_lse is not None)
     slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     arguments = (
         heads(query),
@@ -85,7 +86,7 @@ def query_gradient(
             call.positions,
             *_counts(call, slots),
             call.scale,
-            FORM=_form(_facts(call, launch), has_d_lse=stats.d_lse is not None),
+            FORM=form if call.has_all_keys else form._replace(EXACT_STEPS=0),
             num_stages=launch.num_stages,
             **launch.options,
         )

@@ -17,9 +17,6 @@ import triton.language as tl
 from .. import arguments, memory, softmax, tiles
 from ..arguments import Counts, Keys, Rows
 
-# Blocks of keys up to which delta is summed over the keys instead of taken from the output.
-EXACT_STEPS = tl.constexpr(2)
-
 
 @triton.jit
 def sum_query_gradient(
@@ -171,7 +168,7 @@ def query_gradient_kernel(
     delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)  # [M]
     lse = tl.load(stats.lse + o_row, mask=m_query, other=0.0)
     lse_log2 = softmax.to_lse_log2(lse, FORM.PRECISE)  # [M]
-    if n_steps <= EXACT_STEPS:
+    if n_steps <= FORM.EXACT_STEPS:
         # With few keys gradients cancel, and the rounding of the output would show in delta.
         delta = tl.zeros([BLOCK_M], tl.float32)
         for step in range(n_steps):

@@ -1,0 +1,313 @@
+"""Context parallelism in one line: every rank trains on its own part of each row.
+
+A hook of the model cuts rows into shards before the forward pass, and another makes the loss that
+of all tokens. Between them travels one keyword, `SHARDS`, which the model passes on to its
+attention layers: it says which positions this rank has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import pad
+
+from ..bands import BandPattern
+from ..parallel import Plan, Shards, plan_exchange, sharded_attention
+from ..parallel.agreement import Group, check_agreement
+from .decoder import attention_modules, plan_of
+
+SHARDS = "spattention_shards"  # keyword of the attention function
+MODE = "spattention_context"  # attribute of the model and of its attention modules
+LAYOUTS = ("balanced", "contiguous")
+IGNORED = -100  # label of a token without a loss
+
+# Arguments of a model that do not depend on the tokens of a rank.
+PASSED_ON = frozenset(
+    {
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+    }
+)
+OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
+
+
+@dataclass(frozen=True)
+class ShardedRows:
+    """The rows of one forward pass.
+
+    Attributes:
+        group: the ranks.
+        shards: positions per rank.
+        documents: starts of packed documents per row; None: one document per row.
+    """
+
+    group: Group
+    shards: Shards
+    documents: tuple[tuple[int, ...], ...] | None
+    _plans: dict[tuple[BandPattern, int], Plan] = field(default_factory=dict, compare=False)
+
+    def plan(self, pattern: BandPattern, key_heads: int) -> Plan:
+        """The exchange of one layer."""
+        known = self._plans.get((pattern, key_heads))
+        if known is None:
+            known = plan_exchange(pattern, self.shards, key_heads, documents=self.documents)
+            self._plans[pattern, key_heads] = known
+        return known
+
+
+@dataclass
+class ContextParallel:
+    """A model's mode: ranks, layout, and hooks.
+
+    Attributes:
+        group: the ranks.
+        layout: of shards, one of `LAYOUTS`.
+        handles: of the model's hooks.
+    """
+
+    group: Group
+    layout: str
+    handles: list[Any] = field(default_factory=list)
+
+
+def context_parallel(model: Any, mesh: Any, *, layout: str = "balanced") -> Any:
+    """Have a model with bands train on rows that are spread over ranks, in place.
+
+    Every rank calls the model with the same whole rows, as if it were alone; each forward pass
+    compares them by a digest. The model cuts
+    `input_ids`, `labels` and `position_ids` to the rank's tokens; labels are shifted before.
+    Attention fetches from other ranks what its heads' bands reach. `logits` are those of this
+    rank's tokens. `loss` is that of all tokens, on every rank, and its gradients are scaled so that
+    their *mean* over ranks is the gradient, as DDP and FSDP average them.
+
+    Args:
+        model: a causal language model in which `spattention.hf.apply` gave every attention layer a
+            pattern.
+        mesh: a one-dimensional DeviceMesh, such as `mesh["cp"]`, or a process group. None takes
+            context parallelism away again.
+        layout: "balanced" (head and tail: equal work) or "contiguous".
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if an argument breaks a rule above, and in a forward pass if rows are padded,
+            continued from a cache, or differ between ranks.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}")
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    modules = attention_modules(model, config.get_text_config())
+    for index, module in modules.items():
+        plan = plan_of(module)
+        if plan is None or plan.pattern is None:
+            raise ValueError(
+                f"`model` must have a pattern in every attention layer, got none in layer {index}: "
+                "give it `BandPattern.dense` with `spattention.hf.apply`"
+            )
+    if not modules:
+        raise ValueError("`model` must have attention layers with bands, got none")
+    known = getattr(model, MODE, None)
+    for handle in known.handles if known is not None else ():
+        handle.remove()
+    mode = None if mesh is None else ContextParallel(_group(mesh), layout)
+    for module in (model, *modules.values()):
+        setattr(module, MODE, mode)
+    if mode is not None:
+        mode.handles = [
+            model.register_forward_pre_hook(_shard_inputs, with_kwargs=True, prepend=True),
+            model.register_forward_hook(_total_loss, with_kwargs=True),
+        ]
+    return model
+
+
+def is_context_parallel(module: torch.nn.Module) -> bool:
+    """True for a model or attention module under `context_parallel`."""
+    return getattr(module, MODE, None) is not None
+
+
+def attend_shards(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BandPattern,
+    rows: ShardedRows | None,
+    *,
+    scale: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention `[B, H, tokens, Dv]` of this rank's tokens."""
+    if rows is None:
+        raise ValueError(
+            f"`{SHARDS}` must reach the attention layers under `context_parallel`, got None: call "
+            "the model that was given to `context_parallel`, not a part of it, and one that passes "
+            "keywords on to its layers"
+        )
+    plan = rows.plan(pattern, key.shape[1])
+    attend = torch._disable_dynamo(sharded_attention)  # the exchange is not traced
+    out = attend(query, key, value, plan, group=rows.group, scale=scale, sinks=sinks)
+    assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
+    return out
+
+
+def _group(mesh: Any) -> Group:
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    if not hasattr(mesh, "get_group") or mesh.ndim != 1:
+        shown = f"{mesh.ndim} dimensions" if hasattr(mesh, "ndim") else type(mesh).__name__
+        raise ValueError(
+            '`mesh` must be a one-dimensional DeviceMesh, such as `mesh["cp"]`, or a process '
+            f"group, got {shown}"
+        )
+    return mesh.get_group()
+
+
+def _shard_inputs(
+    model: Any, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook: whole rows become this rank's tokens."""
+    mode: ContextParallel = getattr(model, MODE)
+    bound = inspect.signature(model.forward).bind_partial(*args, **keywords).arguments
+    given = {k: v for k, v in bound.items() if k != "kwargs" and v is not None}
+    given |= {k: v for k, v in bound.get("kwargs", {}).items() if v is not None}
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    if tokens is None:
+        raise ValueError("`input_ids` must be given under `context_parallel`, got None")
+    batch, length = tokens.shape[:2]
+    _check_inputs(model, given, batch, length)
+    group = mode.group
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    shards = getattr(Shards, mode.layout)(length, ranks)
+    documents = _documents(given, batch, length)
+    shown = f"{list(tokens.shape)} with digest {_digest(tokens)}"
+    check_agreement({"input_ids": shown, "documents": documents}, None, group)
+    positions = given.get("position_ids")
+    if positions is None:
+        given["position_ids"] = torch.arange(length, device=tokens.device)[None]
+    if "labels" in given and "shift_labels" not in given:
+        given["shift_labels"] = pad(given["labels"], (0, 1), value=IGNORED)[:, 1:]
+    if "shift_labels" in given:
+        _check_loss(model)
+        labels = given["labels"] = given["shift_labels"]
+        if given.get("num_items_in_batch") is None:
+            given["num_items_in_batch"] = (labels != IGNORED).sum()
+    for name in BY_TOKEN:
+        if name in given:
+            given[name] = shards.split(given[name], rank)
+    for name in ("attention_mask", *OFFSETS):
+        given.pop(name, None)
+    given |= {"use_cache": False, SHARDS: ShardedRows(group, shards, documents)}
+    return (), given
+
+
+def _digest(tokens: torch.Tensor) -> str:
+    """Digest of the values of a tensor; it waits for the device, once per forward pass."""
+    content = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _check_inputs(model: Any, given: Mapping[str, Any], batch: int, length: int) -> None:
+    for name, value in given.items():
+        known = name in PASSED_ON or name in OFFSETS or name in BY_TOKEN
+        if not known and name != "attention_mask" and value is not False:
+            raise ValueError(
+                f"`{name}` cannot be split over ranks by `context_parallel`; it must be None, got "
+                f"{type(value).__name__}"
+            )
+    mask = given.get("attention_mask")
+    if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        raise ValueError(
+            "`attention_mask` must be None or all ones under `context_parallel`, got padding: pack "
+            "documents into rows with `position_ids`, or pad at the end with labels of -100"
+        )
+    if given.get("logits_to_keep"):
+        raise ValueError(
+            f"`logits_to_keep` must be 0 under `context_parallel`, got {given['logits_to_keep']}"
+        )
+    router = given.get("output_router_logits")
+    if router or (router is None and getattr(model.config, "output_router_logits", False)):
+        raise ValueError(
+            "`output_router_logits` must be False under `context_parallel`: the auxiliary loss of "
+            "a rank's tokens is not that of all tokens, got True"
+        )
+
+
+def _check_loss(model: Any) -> None:
+    """Check that the loss takes labels that are shifted already: a shard has no next token."""
+    loss = getattr(model, "loss_function", None)
+    if loss is None or "shift_labels" not in inspect.signature(loss).parameters:
+        raise ValueError(
+            "`model` must have a loss function with `shift_labels` to be given labels under "
+            f"`context_parallel`, got {getattr(loss, '__name__', loss)}: take the loss from logits"
+        )
+
+
+def _documents(
+    given: Mapping[str, Any], batch: int, length: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """Starts of the documents of each row, from offsets or from positions; reads values once."""
+    offsets = given.get("cu_seq_lens_q")
+    if offsets is not None:
+        if batch != 1:
+            raise ValueError(f"`cu_seq_lens_q` must describe one row, got {batch}")
+        starts = sorted({each for each in offsets.tolist() if each < length})
+        return (tuple(starts),)
+    positions = given.get("position_ids")
+    if positions is None:
+        return None
+    if positions.dim() != 2:
+        raise ValueError(
+            f"`position_ids` must be [B, tokens] under `context_parallel`, got "
+            f"{list(positions.shape)}"
+        )
+    steps = positions.expand(batch, -1).diff(dim=1).cpu()
+    ahead = (steps > 1).nonzero()
+    if len(ahead):
+        row, column = ahead[0].tolist()
+        before, after = positions.expand(batch, -1)[row, column : column + 2].tolist()
+        raise ValueError(
+            "`position_ids` must go up by one, or restart at a lower position where a packed "
+            f"document starts, got {before} then {after} in row {row}: give whole rows, which "
+            "`context_parallel` splits itself"
+        )
+    return tuple((0, *((row != 1).nonzero().flatten() + 1).tolist()) for row in steps)
+
+
+def _total_loss(model: Any, args: Any, keywords: dict[str, Any], output: Any) -> Any:
+    """A forward hook: the loss of this rank's tokens becomes that of all."""
+    rows = keywords.get(SHARDS)
+    if rows is None or keywords.get("labels") is None:
+        return output
+    if isinstance(output, tuple):
+        return (_Total.apply(output[0], rows.group), *output[1:])
+    output["loss"] = _Total.apply(output["loss"], rows.group)
+    return output
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks of their losses; gradients are scaled for a mean over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.ranks = dist.get_world_size(group)
+        total = loss.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.ranks, None

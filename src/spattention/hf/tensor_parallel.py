@@ -1,0 +1,201 @@
+"""Tensor parallelism: which heads of a layer this rank has, and heads dealt for equal work.
+
+Transformers' `tp_plan="auto"` cuts the query, key and value projections of Llama and its kin into
+consecutive heads. A layer's pattern stays that of all heads, in the config and in the model; each
+rank attends with its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..bands import BandPattern
+from ..parallel import deal as deal_groups
+from ..parallel import deal_heads, deal_pattern, undeal_heads
+from .decoder import attention_modules, plan_of
+
+ORDER = "spattention_order"  # attribute of an attention module with dealt heads
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """This rank's place among the ranks that share a layer's heads.
+
+    Attributes:
+        rank: this rank.
+        ranks: number of ranks.
+        key_heads: key/value heads of the layer on all ranks.
+        group: the ranks.
+    """
+
+    rank: int
+    ranks: int
+    key_heads: int
+    group: Any
+
+    def for_key_heads(self, pattern: BandPattern, key_heads: int) -> BandPattern:
+        """The pattern of this rank's query heads, where it has `key_heads` of the layer's."""
+        if key_heads * self.ranks != self.key_heads:
+            return pattern
+        return self.part(pattern, pattern.num_heads // self.ranks)
+
+    def part(self, pattern: BandPattern, heads: int) -> BandPattern:
+        """The pattern of this rank's query heads, of which it has `heads`."""
+        return _heads(pattern, self.rank * heads, (self.rank + 1) * heads)
+
+    def sinks(self, sinks: torch.Tensor, heads: int) -> torch.Tensor:
+        """The sinks of this rank's query heads. Their gradients are those of all ranks' heads."""
+        return _Part.apply(sinks, self.rank * heads, heads, self.group)
+
+
+def head_shard(module: torch.nn.Module) -> HeadShard | None:
+    """The place of this rank, if the projections of an attention module are distributed."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements):
+            mesh = parameter.device_mesh
+            if mesh.ndim > 1:
+                continue
+            config: Any = module.config
+            key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            return HeadShard(mesh.get_local_rank(), mesh.size(), key_heads, mesh.get_group())
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _heads(pattern: BandPattern, start: int, stop: int) -> BandPattern:
+    return pattern.heads(start, stop)
+
+
+class _Part(torch.autograd.Function):
+    """Sinks of some heads; the gradient of all heads on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, sinks: torch.Tensor, first: int, heads: int, group: Any) -> torch.Tensor:
+        ctx.rest = sinks.shape[0], first, group
+        return sinks[first : first + heads].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        heads, first, group = ctx.rest
+        whole = gradient.new_zeros(heads)
+        whole[first : first + len(gradient)] = gradient
+        dist.all_reduce(whole, group=group)
+        return whole, None, None, None
+
+
+def deal(model: Any, ranks: int) -> Any:
+    """Deal the heads of every layer with bands, so that tensor-parallel ranks have equal work.
+
+    Weights of the query, key, value and output projections change their order in place, by whole
+    key/value heads, and so do the bands that go with them. No result changes. Weights may be whole
+    or distributed already. The order is never stored: `state_dict` and `save_pretrained` give
+    weights in their natural order, which `load_state_dict` takes, and the config keeps its
+    patterns. State of an optimizer follows the weights in memory: make the optimizer afterwards.
+
+    Args:
+        model: a model in which `spattention.hf.apply` gave layers a pattern.
+        ranks: number of tensor-parallel ranks; 1 restores the natural order.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if ranks do not divide the key/value heads of a layer, or a layer has no
+            separate projections `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    text_config = config.get_text_config()
+    groups = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    found = []
+    for index, module in attention_modules(model, text_config).items():
+        plan = plan_of(module)
+        if plan is None or plan.pattern is None:
+            continue
+        missing = [n for n in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(module, n)]
+        if missing:
+            raise ValueError(
+                f"`model` must have separate projections to deal its heads, got no {missing} in "
+                f"layer {index}"
+            )
+        natural = natural_pattern(module, plan.pattern)
+        found.append((module, plan, natural, deal_groups(natural, ranks, groups)))
+    if not found:
+        raise ValueError("`model` must have layers with bands, got none")
+    for module, plan, natural, order in found:
+        if hasattr(module, ORDER):
+            _permute(module, undeal_heads, getattr(module, ORDER))
+        else:
+            module.register_state_dict_post_hook(_natural_order)
+            module.register_load_state_dict_pre_hook(_dealt_order)
+        _permute(module, deal_heads, order)
+        setattr(module, ORDER, order)
+        module.spattention = replace(plan, pattern=deal_pattern(natural, order))
+    return model
+
+
+def natural_pattern(module: torch.nn.Module, pattern: BandPattern) -> BandPattern:
+    """A pattern of an attention module with its heads in the order of the config."""
+    order = getattr(module, ORDER, None)
+    if order is None:
+        return pattern
+    return deal_pattern(pattern, sorted(range(len(order)), key=lambda place: order[place]))
+
+
+def _by_heads(module: Any) -> Iterator[tuple[str, int]]:
+    """Names of the tensors of an attention module that consist of heads, with their dimension."""
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for kind, tensor in getattr(module, name).named_parameters(recurse=False):
+            yield f"{name}.{kind}", 0
+            norm = getattr(module, f"{name[0]}_norm", None)
+            weight = getattr(norm, "weight", None)
+            # A norm over all heads, as in OLMoE, not over each, as in Qwen3.
+            if kind == "weight" and weight is not None and weight.shape[0] == tensor.shape[0]:
+                yield f"{name[0]}_norm.weight", 0
+    yield "o_proj.weight", 1
+    if isinstance(getattr(module, "sinks", None), torch.Tensor):
+        yield "sinks", 0
+
+
+def _permute(module: Any, change: Any, order: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        for name, dim in _by_heads(module):
+            parameter = module.get_parameter(name)
+            whole = change(_whole(parameter), order, dim)
+            if whole is not parameter and hasattr(parameter, "placements"):
+                from torch.distributed.tensor import distribute_tensor
+
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.copy_(whole)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def _natural_order(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook of `state_dict`: heads in their natural order; distributed weights become whole."""
+    for name, dim in _by_heads(module):
+        if prefix + name in state:
+            whole = _whole(state[prefix + name])
+            state[prefix + name] = undeal_heads(whole, getattr(module, ORDER), dim)
+
+
+def _dealt_order(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A hook of `load_state_dict`: heads in the order of this module."""
+    for name, dim in _by_heads(module):
+        if prefix + name in state:
+            whole = _whole(state[prefix + name])
+            state[prefix + name] = deal_heads(whole, getattr(module, ORDER), dim)

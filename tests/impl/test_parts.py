@@ -1,0 +1,59 @@
+"""Attention over parts of the keys: merged outputs, and each part's share of the gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spattention import BandPattern, band_attention
+from spattention.attention import _implementation
+from spattention.merging import merge_into
+
+# Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
+CALLS = (((0, 20), (0, 13)), ((20, 29), (0, 13)), ((13, 29), (13, 29)))
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "blockwise", "triton"])
+def test_parts_add_up_to_the_whole(impl, with_sinks):
+    """Gradients from output and log-sum-exp of all keys, sinks included, part by part."""
+    pattern = BandPattern.shared_local(4, 32, widths="geometric", first=2, local=4)
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(2, h, 29, 16, generator=random) for h in (4, 2, 2, 4))
+    sinks = torch.randn(4, generator=random) if with_sinks else None
+    d_lse = torch.randn(2, 4, 29, generator=random)
+    inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    out, lse = band_attention(*inputs, pattern, sinks=sinks, return_lse=True, impl="reference")
+    wanted = torch.autograd.grad((out * d_out).sum() + (lse * d_lse).sum(), inputs)
+    out, lse = out.detach(), lse.detach()
+
+    module = _implementation(impl, q, v)
+    total, total_lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
+    found = [torch.zeros_like(tensor) for tensor in (q, k, v)]
+    for (first, last), (start, stop) in CALLS:
+        queries, seen = slice(first, last), slice(start, stop)
+        keys = [tensor[:, :, seen] for tensor in (k, v)]
+        rest = {"scale": 0.25, "query_start": first - start, "key_start": None}
+        part, part_lse = module.attend_part(q[:, :, queries], *keys, pattern, **rest)
+        merge_into(total[:, :, queries], total_lse[:, :, queries], part, part_lse)
+        rows = [tensor[:, :, queries].contiguous() for tensor in (d_out, d_lse, q, out, lse)]
+        shares = module.differentiate_part(*rows[:3], *keys, *rows[3:], pattern, **rest)
+        for gradient, where, share in zip(found, (queries, seen, seen), shares):
+            gradient[:, :, where] += share
+    if sinks is not None:
+        whole = torch.logaddexp(total_lse, sinks[:, None])
+        total, total_lse = total * torch.exp(total_lse - whole)[..., None], whole
+    close = {"rtol": 0.0, "atol": 2e-5}  # float32
+    torch.testing.assert_close(total, out, **close)
+    torch.testing.assert_close(total_lse, lse, **close)
+    for share, expected in zip(found, wanted):
+        torch.testing.assert_close(share, expected, **close)
+
+
+def test_merging_an_empty_part_changes_nothing():
+    out, lse = torch.randn(1, 1, 3, 2), torch.tensor([[[0.5, -torch.inf, 2.0]]])
+    out[0, 0, 1] = 0.0
+    before = out.clone(), lse.clone()
+    merge_into(out, lse, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
+    assert torch.equal(out, before[0])
+    assert torch.equal(lse, before[1])
