@@ -9,27 +9,25 @@ portable kernels, whose results the tests compare with float64, and is then time
   what the kernels reach without packing;
 - `flex`: compiled FlexAttention with a block mask of bands and documents (`--flex`).
 
-    python benchmarks/packed.py --output results.json
+    python -m benchmarks.packed --output results.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from spattention.cli.measure import graph_milliseconds
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import spattention as spa
-from spattention.cli import measure
-from spattention.files import write_atomically
+from spattention.benchmarking.competitors import PATTERNS
+from spattention.benchmarking.results import environment, write_rows
+from spattention.benchmarking.timing import graph_milliseconds, needs_gpu
 from spattention.impl.triton import launch
 
 HEADS, HEAD_DIM, REST = 16, 128, 0.1
@@ -60,7 +58,7 @@ def document_lengths(mean: int, count: int, longest: int = 65536) -> list[int]:
 
 
 def patterns(span: int) -> dict[str, spa.BandPattern]:
-    return {name: make(HEADS, span) for name, make in measure.PATTERNS.items()}
+    return {name: make(HEADS, span) for name, make in PATTERNS.items()}
 
 
 def tensors(tokens: int, key_heads: int, batch: int = 0) -> list[torch.Tensor]:
@@ -195,7 +193,7 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="also time compiled FlexAttention")
     parser.add_argument("--commit", help="to record where git cannot tell")
     arguments = parser.parse_args()
-    measure.needs_gpu("benchmarks/packed.py")
+    needs_gpu("benchmarks.packed")
     rows: list[Row] = []
     for mean, count, span in ((1024, 64, 4096), (4096, 16, 16384)):
         for key_heads in (16, 4):
@@ -208,17 +206,14 @@ def main() -> None:
                     flush=True,
                 )
                 if arguments.output is not None:
-                    environment = measure.environment()
-                    environment["commit"] = arguments.commit or environment["commit"]
-                    result = {
-                        "what": "packed documents",
-                        "date": datetime.now(UTC).date().isoformat(),
-                        "environment": environment,
-                        "seed": 0,
-                        "command": "python benchmarks/packed.py",
-                        "rows": [asdict(each) for each in rows],
-                    }
-                    write_atomically(arguments.output, json.dumps(result, indent=1) + "\n")
+                    write_rows(
+                        arguments.output,
+                        "milliseconds of attention over packed documents",
+                        {"heads": HEADS, "head_dim": HEAD_DIM},
+                        [asdict(each) for each in rows],
+                        commit=arguments.commit,
+                        environment=environment(),
+                    )
 
 
 if __name__ == "__main__":

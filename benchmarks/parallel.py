@@ -29,11 +29,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
 import torch.distributed as dist
 
 from spattention import BandPattern, band_attention
+from spattention.benchmarking.results import write_rows
 from spattention.parallel import (
     Shards,
     exchange,
@@ -423,9 +423,7 @@ def main() -> None:
             gpu = {}
             if machine.cuda:
                 gpu = {"gpu": torch.cuda.get_device_name(), "triton": version("triton")}
-            record.write(
-                options.output, what, settings, rows, commit=options.commit, environment=gpu
-            )
+            write_rows(options.output, what, settings, rows, commit=options.commit, environment=gpu)
             print(table(found), flush=True)
     dist.destroy_process_group()
     if failed:

@@ -20,9 +20,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import record
-
 from spattention import BandPattern
+from spattention.benchmarking.results import write_rows
 from spattention.parallel import Shards, deal, plan_exchange
 from spattention.parallel.deal import group_work
 
@@ -132,7 +131,7 @@ def main() -> None:
     if options.output:
         settings = {k: v for k, v in vars(options).items() if k != "output"}
         what = "context parallelism of one layer's attention, counted"
-        record.write(options.output, what, settings, rows)
+        write_rows(options.output, what, settings, rows)
 
 
 if __name__ == "__main__":

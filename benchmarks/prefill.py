@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,11 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spattention.benchmarking.results import write_rows
 from spattention.choice import attention_choice, is_other, named_pattern
 from spattention.related.method import causal_attention, causal_weights
-
-sys.path.insert(0, str(Path(__file__).parent))
-import record
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 NAMES = (
@@ -174,7 +171,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
     settings = {name: str(value) for name, value in vars(options).items()}
-    record.write(options.output, "prefill", settings, rows, environment={"gpu": gpu})
+    write_rows(options.output, "prefill", settings, rows, environment={"gpu": gpu})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Correctness comes first: every shape and pattern is checked against float64 at a
 Times are medians of graph replays, and medians of those over the turns. Next to each ratio stands
 the one that the added blocks of 64 keys would give if every block cost the same.
 
-    PYTHONPATH=src python benchmarks/prefix.py --output benchmarks/results/prefix.json
+    python -m benchmarks.prefix --output benchmarks/results/prefix.json
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
 import triton
-from kernels_in_turns import calls, replayed
 
 import spattention as spa
+from spattention.benchmarking.results import write_rows
 from spattention.testing import Case, check_case
+
+from .kernels_in_turns import calls, replayed
 
 PREFIXES = (0, 4, 64)
 BLOCK = 64  # queries and keys
@@ -158,7 +159,7 @@ def main() -> int:
         print(f"{shape}: right", flush=True)
         rows += measure(shape, options.turns)
         if options.output is not None:
-            record.write(
+            write_rows(
                 options.output,
                 "milliseconds of attention with and without a prefix",
                 {"turns": options.turns, "checked_tokens": CHECKED},

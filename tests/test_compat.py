@@ -46,6 +46,9 @@ PYTORCH = {
     "_nn": lambda: pytorch.STOCK_ATTENTION,
     "_schema": lambda: torch.ops.aten.mm.default._schema.arguments,
     "_forward_pre_hooks": lambda: torch.nn.Linear(2, 2)._forward_pre_hooks,
+    "_forward_pre_hooks_with_kwargs": lambda: (
+        torch.nn.Linear(2, 2)._forward_pre_hooks_with_kwargs is not None
+    ),
     "_metadata": lambda: torch.nn.Linear(2, 2).state_dict()._metadata,
     "_dynamo": lambda: torch._dynamo.mark_static_address,
 }
@@ -111,6 +114,10 @@ def test_hooks_and_marks_are_found():
     def hook(*_):
         return None
 
+    assert not pytorch.has_pre_hook(module, hook)
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    assert pytorch.has_pre_hook(module, hook)
+    pytorch.remove_pre_hook(module, hook)
     assert not pytorch.has_pre_hook(module, hook)
     module.register_forward_pre_hook(hook)
     assert pytorch.has_pre_hook(module, hook)

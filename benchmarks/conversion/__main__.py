@@ -1,6 +1,6 @@
 """Convert a pretrained dense model in many ways, train each, and measure all of them.
 
-    python benchmarks/conversion --model MODEL --text TEXT --output results.json
+    python -m benchmarks.conversion --model MODEL --text TEXT --output results.json
 
 A row is a way to convert the model, measured before any training and after each number of tokens;
 every number of tokens is a run of its own, with its own decay of the learning rate. The results are
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,21 +22,18 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import choices
-import flex
-import record
-from measure import PARTS, Sizes, measure
-from rows import ROWS, Budget, Row
-from spattention.cli.measure import environment
-from text import Text, read_text
-from train import Schedule, train, with_lora
-
 import spattention as spa
 from spattention.bands import BandPattern
+from spattention.benchmarking.results import environment, write_rows
 from spattention.files import write_atomically
 from spattention.fitting import Profile, captured, explain
 from spattention.fitting.sinks import starting_sinks
+
+from . import choices, flex
+from .measure import PARTS, Sizes, measure
+from .rows import ROWS, Budget, Row
+from .text import Text, read_text
+from .train import Schedule, train, with_lora
 
 MILLION = 1_000_000
 
@@ -137,7 +133,7 @@ def main(options: Options) -> None:
         results.append(_run(options, profile, text, tokenizer, sizes, (name, seed, tokens)))
         results[-1]["total_seconds"] = time.perf_counter() - start
         where = environment() if torch.cuda.is_available() else {}
-        record.write(
+        write_rows(
             options.output, "conversion", settings, results, commit=options.commit,
             environment=where,
         )  # fmt: skip

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import choices
 import torch
-from text import Text
 from torch import Tensor
 
 from spattention.evaluation import ruler
 from spattention.evaluation.perplexity import validation_loss
 from spattention.hf.needles import Needle, plant
+
+from . import choices
+from .text import Text
 
 TOKENS = 32_768  # of a batch
 DEPTHS = 5  # .1, .3, .5, .7, .9

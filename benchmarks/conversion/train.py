@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from text import order
 from torch import Tensor
 
 from spattention.training.precision import groups, to_bfloat16
+
+from .text import order
 
 WARMUP = 0.1  # of the steps
 BETAS = (0.9, 0.95)

@@ -53,7 +53,7 @@ class BandPattern:
         span: the context length, in tokens, that the pattern was made for, below `2**31`. Distances
             `>= span` are never attended. It belongs to the pattern and never depends on the length
             of the input.
-        recipe: how a named constructor was called, but for `prefix`; for reading only. Equality and
+        recipe: how a named constructor was called, except `prefix`; for reading only. Equality and
             hash look at `span`, `intervals` and `prefix`.
         prefix: number of first keys that every query of a head with intervals sees as well, from 0
             to `span`. They are the first that the query may see at all: those of its document. A

@@ -104,7 +104,7 @@ class BandStore:
         # Known on the host, without waiting for the device.
         self.is_empty = self.one_document = True
         self._columns = 0  # appended so far; counted while the rings are not at their full length
-        self._tokens = 0  # at least so many are in each sequence; not counted in compiled graphs
+        self._tokens = 0  # at least this number is in each sequence; not counted in compiled graphs
         # Tensors made in inference mode cannot be written outside it, in a later turn.
         with torch.inference_mode(False):
             self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=as_device(device))

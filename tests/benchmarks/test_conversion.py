@@ -153,7 +153,7 @@ def test_likelihoods_are_of_the_last_tokens():
     assert greedy.tolist() == [True, False, False, False]
 
 
-def test_windows_are_used_once_before_any_is_used_again():
+def test_windows_are_used_once_before_any_repeats():
     found = order(10, 25, seed=3).tolist()
     assert sorted(found[:10]) == sorted(found[10:20]) == list(range(10))
     assert found == order(10, 25, seed=3).tolist() != order(10, 25, seed=4).tolist()

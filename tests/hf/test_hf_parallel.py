@@ -62,7 +62,7 @@ def test_a_loaded_model_refuses_context_parallel(mesh, tmp_path):
         model(ids)
 
 
-def test_bands_split_rows_by_their_own_context_parallel(mesh):
+def test_bands_split_rows_by_their_context_parallel(mesh):
     """The refusal names it; it serves the same model, and PyTorch's around it still raises."""
     model, ids = banded("llama"), tokens(1, 16)
     wanted = logits(model, ids)

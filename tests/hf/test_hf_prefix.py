@@ -63,7 +63,7 @@ def test_each_packed_document_has_its_prefix():
     close(cached, wanted, **EXACT)
 
 
-def test_an_edit_of_the_first_token_reaches_every_later_one():
+def test_edit_of_first_token_reaches_later_ones():
     model = banded("llama", PREFIXED)
     ids = tokens(1, LENGTH)
     changed = ids.clone()

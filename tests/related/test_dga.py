@@ -134,7 +134,7 @@ def test_the_published_form_leaks():
     assert (after != before)[:, :, :40].any()
 
 
-def test_with_its_choice_fixed_the_published_form_is_causal(monkeypatch):
+def test_published_form_is_causal_with_fixed_choice(monkeypatch):
     model, ids = (
         related.apply(build("llama"), DGA(HEADS, SPAN, **FORMS["published"])),
         tokens(1, SPAN),
@@ -194,7 +194,7 @@ def test_generation_goes_on_from_the_grouped_prompt():
     close(found, wanted[:, :, 39:], **EXACT)
 
 
-def test_pairs_of_the_causal_variant_are_those_of_its_mask():
+def test_pairs_of_the_causal_variant_match_its_mask():
     from spattention.related.dga import _mask
 
     method = DGA(HEADS, SPAN, **FORMS["causal"])

@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_recurrence():
         close(mine, other, **EXACT)
 
 
-def test_the_recurrence_is_that_of_flash_linear_attention():
+def test_recurrence_of_flash_linear_attention():
     pytest.importorskip("fla")
     from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 
@@ -100,7 +100,7 @@ def test_memories_start_at_powers_of_two():
     close(1 / (1 - gamma), torch.tensor([8.0, 16, 32, 64, 128, 256, 8]).double(), rtol=1e-4, atol=0)
 
 
-def test_without_recurrent_heads_the_model_is_as_it_was():
+def test_model_is_as_it_was_without_recurrent_heads():
     for family in ("llama", "olmoe"):
         model, ids = build(family), tokens(2, 33)
         names, wanted = [n for n, _ in model.named_parameters()], logits(model, ids)
@@ -167,7 +167,7 @@ def profile_of(weights):
     )
 
 
-def test_the_ratio_of_uniform_attention_and_of_a_window():
+def test_ratio_of_uniform_attention_and_of_a_window():
     """Row i of n = i + 1 keys holds min(n, k + 1) / n within k tokens; a window holds all."""
     length, within = 40, 4
     uniform = torch.ones(length, length).tril().double()

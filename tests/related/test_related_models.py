@@ -54,7 +54,7 @@ def families(name):
 
 
 @causal
-def test_an_edit_changes_outputs_after_it_and_none_before(name):
+def test_an_edit_changes_later_outputs_alone(name):
     for family in families(name):
         model, ids = model_with(name, family), tokens(1, SPAN)
         before = logits(model, ids)
@@ -69,7 +69,7 @@ def test_an_edit_changes_outputs_after_it_and_none_before(name):
 
 
 @causal
-def test_cached_generation_gives_what_recomputation_gives(name):
+def test_cached_generation_equals_recomputation(name):
     for family in families(name):
         model, ids = model_with(name, family), tokens(2, 31)
         wanted = model.generate(ids, use_cache=False, **GREEDY)
@@ -113,7 +113,7 @@ def test_a_saved_model_comes_back(name, tmp_path):
 
 
 @each
-def test_a_model_built_from_its_config_is_one_that_was_given_it(name):
+def test_model_from_config_equals_the_applied_one(name):
     model = model_with(name)
     fresh = transformers.AutoModelForCausalLM.from_config(
         model.config, experts_implementation="eager"

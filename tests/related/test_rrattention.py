@@ -146,7 +146,7 @@ def test_tau_of_one_keeps_everything(bands):
     close(logits(related.apply(model, method(bands, tau=1)), ids), wanted, **EXACT)
 
 
-def test_scores_that_underflow_do_not_drop_blocks_at_tau_one():
+def test_underflowing_scores_keep_blocks_at_tau_one():
     query, key, value = inputs(SPAN)
     key[:, :, 20:] += 1e4
     found = layer(tau=1).attend(query, key, value, 0.35)
@@ -165,7 +165,7 @@ def test_heads_a_stride_apart_sample_the_same_queries():
     assert not torch.allclose(mass[:, 0], mass[:, 1])
 
 
-def test_order_within_a_stride_below_the_diagonal_does_not_matter():
+def test_order_within_a_stride_does_not_matter():
     query, key, _ = inputs(SPAN)
     swapped = key.clone()
     swapped[:, :, 4:8] = key[:, :, [7, 5, 4, 6]]

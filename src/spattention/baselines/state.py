@@ -13,6 +13,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from ..compat.huggingface import attention_name
+from ..compat.pytorch import has_pre_hook, remove_pre_hook
+
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
@@ -135,21 +138,18 @@ class StateLayer(CacheLayerMixin):
 
 def keep_state(module: Any) -> None:
     """Have an attention module keep a state in Transformers' caches."""
-    if not any(hook is _before_forward for hook in module._forward_pre_hooks.values()):
+    if not has_pre_hook(module, _before_forward):
         module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
 def stop_keeping_state(module: Any) -> None:
     """Undo `keep_state`."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _before_forward:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_pre_hook(module, _before_forward)
 
 
 def _before_forward(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
-    kind = module.config._attn_implementation
+    kind = attention_name(module.config)
     section = getattr(module.config, kind, None)
     if cache is None or section is None:  # with another attention for now, such as "sdpa"
         return

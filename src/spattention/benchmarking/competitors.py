@@ -112,7 +112,7 @@ def _block_mask(pattern: BandPattern, length: int) -> Any:
 def _edges(pattern: BandPattern) -> torch.Tensor:
     if pattern.prefix:
         raise NotImplementedError(
-            f"`pattern` must have no prefix for a rival's mask, got prefix {pattern.prefix}"
+            f"`pattern` must have no prefix for a competitor's mask, got prefix {pattern.prefix}"
         )
     return torch.tensor(pattern.flat, device="cuda", dtype=torch.int32).view(-1, 4)
 

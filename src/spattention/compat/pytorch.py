@@ -72,6 +72,14 @@ def has_pre_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:
     return any(found is hook for found in module._forward_pre_hooks.values())
 
 
+def remove_pre_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove a hook whose handle was not kept."""
+    for key, found in list(module._forward_pre_hooks.items()):
+        if found is hook:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def state_dict_metadata(state_dict: Any) -> dict[str, Any]:
     """Notes of modules in a state dict, by their names; documented as this attribute."""
     return getattr(state_dict, "_metadata", None) or {}

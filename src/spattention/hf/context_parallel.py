@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.functional import pad
 
 from ..bands import BandPattern
+from ..compat.pytorch import without_dynamo
 from ..parallel import Plan, Shards, plan_exchange, sharded_attention
 from ..parallel.agreement import Group, check_agreement
 from .decoder import attention_modules, plan_of
@@ -158,7 +159,7 @@ def attend_shards(
             "keywords on to its layers"
         )
     plan = rows.plan(pattern, key.shape[1])
-    attend = torch._disable_dynamo(sharded_attention)  # the exchange is not traced
+    attend = without_dynamo(sharded_attention)  # the exchange is not traced
     out = attend(query, key, value, plan, group=rows.group, scale=scale, sinks=sinks)
     assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
     return out

@@ -68,7 +68,7 @@ def sink_values(
     """Values that sinks start from: per layer in question `[H]`, or None to keep what is there.
 
     Args:
-        sinks: as `apply` takes it, but for False.
+        sinks: as `apply` takes it, except False.
         layers: indices of the layers in question.
         heads: query heads of each of them; 0 for a layer without a pattern.
 

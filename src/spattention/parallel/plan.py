@@ -3,7 +3,7 @@
 Everything follows from the pattern, the layout of the shards and the starts of packed documents.
 Ranks therefore make the plan without asking one another.
 
-A range of queries that goes on with a document from before it sees keys of that document alone, so
+A range of queries that continues a document from before it sees keys of that document alone, so
 its calls need no document starts: their keys are cut at the document's first. Queries of documents
 that start inside the range see keys of the range alone.
 """
@@ -309,7 +309,7 @@ def _documents(documents: Sequence[Sequence[int]] | None, length: int) -> Docume
 
 def continued(segment: Range, starts: Sequence[int]) -> Range:
     """First position of the document that is at the start of a range of queries, and the position
-    after the last query of it; the start of the range if no document goes on there."""
+    after the last query of it; the start of the range if no document continues there."""
     start, stop = segment
     index = bisect_right(starts, start)
     first = starts[index - 1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from ..attention import _autocast
 from ..checks import check_attention, check_no_tangents, check_tensors
+from ..impl.layout import under_autocast
 from .agreement import Group, check_agreement
 from .plan import Plan
 
@@ -32,7 +32,7 @@ def prepare(
     fault = None
     try:
         check_tensors(query=query, key=key, value=value)
-        query, key, value = _autocast(query, key, value)
+        query, key, value = under_autocast(query, key, value)
         _check(query, key, value, plan, ranks, rank, scale=scale, sinks=sinks)
     except ValueError as error:
         if ranks == 1:

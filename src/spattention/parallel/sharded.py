@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Result, _implementation, _scale
-from ..impl.layout import empty_like_query, lse_dtype, without_autocast
+from ..attention import Result, _implementation
+from ..impl.layout import empty_like_query, lse_dtype, score_scale, without_autocast
 from ..merging import merge_into
 from .agreement import Group
 from .exchange import Exchange, Fetched
@@ -73,7 +73,7 @@ def sharded_attention(
     """
     query, key, value, rank = prepare(query, key, value, plan, group, scale=scale, sinks=sinks)
     implementation = _implementation(impl, query, value)
-    setting = Setting(plan, plan.for_rank(rank), group, _scale(query, scale), implementation)
+    setting = Setting(plan, plan.for_rank(rank), group, score_scale(query, scale), implementation)
     with without_autocast(query):
         out, lse = _Sharded.apply(query, key, value, sinks, setting)
     return (out, lse) if return_lse else out

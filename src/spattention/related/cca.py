@@ -11,7 +11,7 @@ Counted from 0, query i sees the core tokens `0 .. c - 1` and the tokens `g c ..
 groups. Core token j is read by `i >= (j + 1) g + s - 1` alone, so the method is causal.
 
 As in the authors' code, keys are pooled per query head, after rotary positions; the page pools
-hidden states, which is the same but for the rotation. Their code and equations differ in places:
+hidden states, which is the same except for the rotation. Their code and equations differ in places:
 
 - The paper's window starts one token early, at a member of the last core token. Here, as in the
   mask of their PyTorch code, every past token is seen exactly once.
@@ -85,7 +85,7 @@ class CCA(Related):
         return CoreAttention(self)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """See `Baseline.pairs`: tokens and core tokens; pooling reads every token once more."""
+        """See `Baseline.pairs`: tokens and core tokens; pooling reads every token again."""
         position = torch.arange(seq_len)
         cores = core_count(position, self.group, self.window)
         total = self.num_heads * int((position + 1 - self.group * cores).sum())

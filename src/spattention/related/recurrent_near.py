@@ -1,6 +1,6 @@
 """Recurrent near heads, **in the spirit of** RecurFormer (arXiv:2410.12850v1, 2024), of which one
 formula and an outline could be read: heads that attend near tokens become a linear recurrence, the
-others keep attention and their part of the cache, and training goes on.
+others keep attention and their part of the cache, and training continues.
 
 The formula ranks heads of a dense model by their recency ratio, the share of attention within k
 tokens (`recency_ratio`, of a profile that `spattention.hf.profile` measured). With bands, near

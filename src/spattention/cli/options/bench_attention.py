@@ -31,7 +31,7 @@ class Options:
         peak_tbs: Ceiling of the floor: memory, in TB/s.
         seed: Of the random inputs.
         commit: The commit to record, where git cannot tell.
-        output: Folder for the results: JSON, a table and a plot, written anew after each case.
+        output: Folder for the results: JSON, a table and a plot, written again after each case.
             Nothing is written without it.
     """
 

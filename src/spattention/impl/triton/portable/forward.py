@@ -5,7 +5,7 @@ One program computes one block of queries of one head. It loops over the blocks 
 head's bands reach from there.
 
 Where queries of a block are of different documents (`key_start`), a value that is not finite would
-reach the others through the product of the block. Then the block is computed once more, each
+reach the others through the product of the block. Then the block is computed again, each
 document separately.
 
     B batch   H query heads   Q queries   K keys   D head_dim
