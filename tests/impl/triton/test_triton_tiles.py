@@ -76,6 +76,29 @@ def test_ranges_are_what_the_mask_says() -> None:
     assert tiles_seen > 10_000
 
 
+def test_blocks_of_a_document_start_in_it() -> None:
+    """Covered from key 0 on, a range is covered whole, and nothing before its document is read."""
+    rng = random.Random(5)
+    moved = 0
+    for _ in range(SHAPES):
+        block, keys = rng.choice((4, 8, 16)), rng.randint(1, 70)
+        near = rng.choice((0, rng.randint(0, 30)))
+        bands = tiles.HeadBands(0, near, near + rng.randint(1, 40), tiles.MISSING, tiles.MISSING)
+        first = rng.randrange(0, 80, block)
+        last = first + rng.randint(0, block - 1)
+        low, high = tiles.key_range.fn(first, last, bands.near_0, bands.far_0, 0, keys)
+        count = tiles.num_blocks.fn(low, high, block)
+        start = high - count * block
+        prefix = tiles.PrefixRange(start, low, 0, start, low, 0)
+        found = tiles.BlockRange(start, low, count, start, low, 0, prefix)
+        found = tiles.from_zero.fn(found)
+        if count:
+            assert 0 <= found.start_0 <= low
+            assert found.start_0 + count * block >= high
+            moved += found.start_0 != start
+    assert moved > 100
+
+
 def test_the_steps_of_a_part_of_a_block() -> None:
     """Half of a block's queries see a run of its blocks of keys, all but at most one at the end."""
     rng = random.Random(3)
