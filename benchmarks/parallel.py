@@ -1,7 +1,7 @@
 """Several GPUs against one: attention on shards of a long sequence, and data-parallel training.
 
-    torchrun --nproc-per-node 2 benchmarks/parallel.py --output results.json
-    torchrun --nproc-per-node 2 benchmarks/parallel.py --attention --output results.json
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --output results.json
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --attention --output results.json
 
 Three parts, each with a flag; all of them without any:
 

@@ -1,6 +1,6 @@
 """Context parallelism on paper: bytes per link, balance and memory, to 1,024 GPUs, 1 M tokens.
 
-    python benchmarks/parallel_model.py --bandwidth 300e9 --output results.json
+    python -m benchmarks.parallel_model --bandwidth 300e9 --output results.json
 
 Nothing is measured here. For one layer's attention, forward and backward, four ways are counted:
 

@@ -3,8 +3,8 @@ training or little of it, with the share of attention that RRAttention captures.
 
 Queries and keys of a trained model say what a choice of blocks keeps; random ones do not.
 
-    python benchmarks/prefill.py --model MODEL --text book.txt --layers 0 8 15 --output prefill.json
-    python benchmarks/prefill.py --random 32 8 128 --lengths 8192 16384 --output prefill.json
+    python -m benchmarks.prefill --model MODEL --text book.txt --layers 0 8 15 --output prefill.json
+    python -m benchmarks.prefill --random 32 8 128 --lengths 8192 16384 --output prefill.json
 
 Each result is checked on its last rows, before it is timed, against softmax attention under the
 weights that the system reports.

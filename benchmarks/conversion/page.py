@@ -1,6 +1,6 @@
 """Write the tables of docs/finetuning.md from results: no figure by hand.
 
-    python benchmarks/conversion/page.py benchmarks/results/conversion_*.json
+    python -m benchmarks.conversion.page benchmarks/results/conversion_*.json
 
 Every `<!-- conversion: NAME -->` of the page is followed by the table NAME, up to the next
 `<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets.

@@ -17,13 +17,8 @@ from spattention.data.packed import write_packed
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "conversion"))
-import choices
-import flex
-import inputs
-import page
-import train
-from text import order
+from benchmarks.conversion import choices, flex, inputs, page, train
+from benchmarks.conversion.text import order
 
 ROOT = Path(__file__).parents[2]
 PAGE = "It was a dark night. The captain said to the crew 0123456789 VAR magic numbers: "
@@ -64,7 +59,7 @@ def run(home, output, *more):
     sizes = ["--context", str(CONTEXT), "--profile-rows", "2", "--sensitivity-rows", "1"]
     sizes += ["--needles", "2", "--windows", "2", "--passkey-lengths", "96", "--trials", "1"]
     sizes += ["--batch", "2", "--micro-batch", "1", "--pairs", "0.5", "--commit", "abc"]
-    command = [sys.executable, "benchmarks/conversion", "--model", str(home / "model")]
+    command = [sys.executable, "-m", "benchmarks.conversion", "--model", str(home / "model")]
     command += ["--text", str(home / "text"), "--output", str(output), *sizes, *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
