@@ -254,13 +254,21 @@ def test_opcheck() -> None:
     pattern = STORED["shared_local"]
     query, key, value = _text(64)
     start = torch.tensor([3, 40], dtype=torch.int32, device="cuda")
-    arguments = (list(pattern.flat), 0.1, 0, start, start, torch.randn(8, device="cuda"))
+    arguments = (
+        list(pattern.flat),
+        pattern.prefix,
+        0.1,
+        0,
+        start,
+        start,
+        torch.randn(8, device="cuda"),
+    )
     for queries in (1, 3):
         few = query[:, :, :queries]
         torch.library.opcheck(decode_op.decode, (few, key, value, *arguments, None, None))
     store = _store(pattern, key)
     store.append(key, value)
-    arguments = (list(pattern.flat), 0.1, 0, store.position, None, None)
+    arguments = (list(pattern.flat), pattern.prefix, 0.1, 0, store.position, None, None)
     rings = (store.keys, store.values, *arguments, store.offsets, store.lengths)
     torch.library.opcheck(decode_op.decode, (query[:, :, :2], *rings))
 

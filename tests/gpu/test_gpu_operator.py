@@ -32,6 +32,7 @@ def _arguments(variant: Variant, seed: int = 3) -> tuple:
     return (
         *tensors,
         list(case.pattern.flat),
+        case.pattern.prefix,
         0.1,
         0 if starts is not None else start,
         starts,

@@ -53,5 +53,6 @@ def backward(
 
     launch.backward(call, plan, tensors, stats)
     if call.prefix:
-        portable.prefix_gradient(call, portable.launches_for(call).key_gradient, tensors, stats)
+        launch_config = portable.launches_for(call).key_gradient
+        portable.prefix_gradient(call, launch_config, tensors, stats, shared=False)
     return stats.delta[:, :, :queries]

@@ -128,14 +128,24 @@ def key_gradient(
 
 
 def prefix_gradient(
-    call: Call, launch: LaunchConfig, tensors: BackwardTensors, stats: RowStats
+    call: Call,
+    launch: LaunchConfig,
+    tensors: BackwardTensors,
+    stats: RowStats,
+    *,
+    shared: bool = True,
 ) -> None:
     """Launch the kernels that add the gradients of the prefix to `d_key` and `d_value`, after those
     of dQ and of dK and dV. `stats` may have more rows per head than queries.
+
+    Args:
+        shared: the portable kernel of dK and dV ran before, which computes the prefixes of short
+            documents itself. Those for Hopper compute none.
     """
+    shared = shared and _has_documents(call)
     query, key, value, _, d_out, _, d_key, d_value = tensors
     stats = RowStats(None, None, stats.lse_log2, stats.delta)
-    if not _has_documents(call):  # else these kernels share their blocks with dK and dV
+    if not shared:  # else these kernels share their blocks with dK and dV
         launch = prefix_launch(launch, call.prefix)
     chunk = prefix_chunk(call.capability)
     slots = varlen.num_slots(call.queries, call.n_documents, chunk)
@@ -150,7 +160,7 @@ def prefix_gradient(
     inputs = (heads(query), heads(key), heads(value), heads(d_out))
     results = (heads(d_key), heads(d_value))
     counts = _counts(call, slots)
-    form = _form(_facts(call, launch), grouped=call.group > 1, chunk=chunk)
+    form = _form(_facts(call, launch, shared), grouped=call.group > 1, chunk=chunk)
     with on_device(call.device):
         _prefix_gradient(
             programs,
@@ -213,8 +223,10 @@ def _has_documents(call: Call) -> bool:
     return call.positions.cu_seqlens_q is not None or call.start_strides[2] != 0
 
 
-def _facts(call: Call, launch: LaunchConfig) -> tuple[tuple[str, Any], ...]:
-    """Entries of `Form` that all kernels of a call share."""
+def _facts(
+    call: Call, launch: LaunchConfig, documents: bool | None = None
+) -> tuple[tuple[str, Any], ...]:
+    """Entries of `Form` that all kernels of a call share; `documents` as in `Form`."""
     query_start, key_start, cu_seqlens_q, _ = call.positions
     return (
         ("HEAD_DIM", call.head_dim),
@@ -224,7 +236,7 @@ def _facts(call: Call, launch: LaunchConfig) -> tuple[tuple[str, Any], ...]:
         ("INTERVALS", call.n_intervals),
         ("PREFIX", call.prefix),
         # Without a prefix no kernel depends on it.
-        ("DOCUMENTS", call.prefix > 0 and _has_documents(call)),
+        ("DOCUMENTS", call.prefix > 0 and _has_documents(call) and documents is not False),
         ("PACKED", cu_seqlens_q is not None),
         ("START_ON_DEVICE", query_start is not None),
         ("HAS_KEY_START", key_start is not None),
