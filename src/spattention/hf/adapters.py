@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
+from .dealable import refuse_dealt
 from .decoder import has_sinks, is_attention
 from .section import KINDS, AttentionKind, kinds_of
 from .sinks import Sinks
@@ -111,8 +112,10 @@ def meet(model: Any, config: Any, adapter_name: str) -> None:
         adapter_name: in the model.
 
     Raises:
-        ValueError: if the model has another section, or is dense and cannot get it.
+        ValueError: if the model has another section, or is dense and cannot get it, or if its heads
+            are dealt: an adapter is saved in the order that it was trained in.
     """
+    refuse_dealt(model, "model", "to be given an adapter")
     bring_back(model, config, adapter_name)
     setattr(config, WRITTEN, section_in(model))
     _wrap_sinks(model, adapter_name, config)

@@ -10,6 +10,7 @@ import torch
 from ..bands import BandPattern
 from ..compat.huggingface import set_attention_name
 from .config import NAME, section_of
+from .dealable import refuse_dealt
 from .decoder import (
     LayerPlan,
     attention_modules,
@@ -42,6 +43,7 @@ def convert(
     for kind in kinds_of(text_config):  # another's section, which would be saved too
         if kind.name != NAME:
             raise ValueError(f'`model` must have stock attention or bands, got "{kind.name}"')
+    refuse_dealt(model, "model", "to be given bands")
     modules = attention_modules(model, text_config)
     check_model(model, text_config, modules)
     chosen = patterns_by_layer(text_config, modules, pattern, layers)

@@ -7,7 +7,6 @@ rank attends with its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,9 +17,8 @@ import torch.distributed as dist
 from ..bands import BandPattern
 from ..parallel import deal as deal_groups
 from ..parallel import deal_heads, deal_pattern, undeal_heads
+from .dealable import ORDER, by_heads, check_dealable, refuse_changed
 from .decoder import attention_modules, plan_of
-
-ORDER = "spattention_order"  # attribute of an attention module with dealt heads
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,9 @@ def deal(model: Any, ranks: int) -> Any:
     """Deal the heads of every layer with bands, so that tensor-parallel ranks have equal work.
 
     Weights of the query, key, value and output projections change their order in place, by whole
-    key/value heads, and so do the bands that go with them. No result changes. Weights may be whole
-    or distributed already. The order is never stored: `state_dict` and `save_pretrained` give
+    key/value heads, and so do the bands that go with them. Results stay the same; only
+    rounding may differ. A layer with anything that is not known to allow that is refused. Weights
+    may be whole or distributed already. The order is never stored: `state_dict` and `save_pretrained` give
     weights in their natural order, which `load_state_dict` takes, and the config keeps its
     patterns. State of an optimizer follows the weights in memory: make the optimizer afterwards.
 
@@ -111,25 +110,27 @@ def deal(model: Any, ranks: int) -> Any:
         The same model.
 
     Raises:
-        ValueError: if ranks do not divide the key/value heads of a layer, or a layer has no
-            separate projections `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+        ValueError: if ranks do not divide the key/value heads of a layer, a layer has no separate,
+            plain linear projections `q_proj`, `k_proj`, `v_proj` and `o_proj`, it has another
+            parameter whose heads are not known (as DiffLlama's), or the model has adapters.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "`model` must have no adapters to deal its heads, which their weights and files know "
+            f"nothing of, got {type(model).__name__} with {sorted(model.peft_config)}: merge them "
+            "first"
+        )
     text_config = config.get_text_config()
     groups = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     found = []
-    for index, module in attention_modules(model, text_config).items():
+    for module in attention_modules(model, text_config).values():
         plan = plan_of(module)
         if plan is None or plan.pattern is None:
             continue
-        missing = [n for n in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(module, n)]
-        if missing:
-            raise ValueError(
-                f"`model` must have separate projections to deal its heads, got no {missing} in "
-                f"layer {index}"
-            )
+        check_dealable(module, groups)
         natural = natural_pattern(module, plan.pattern)
         found.append((module, plan, natural, deal_groups(natural, ranks, groups)))
     if not found:
@@ -140,6 +141,7 @@ def deal(model: Any, ranks: int) -> Any:
         else:
             module.register_state_dict_post_hook(_natural_order)
             module.register_load_state_dict_pre_hook(_dealt_order)
+            module.register_forward_pre_hook(refuse_changed)
         _permute(module, deal_heads, order)
         setattr(module, ORDER, order)
         module.spattention = replace(plan, pattern=deal_pattern(natural, order))
@@ -154,24 +156,9 @@ def natural_pattern(module: torch.nn.Module, pattern: BandPattern) -> BandPatter
     return deal_pattern(pattern, sorted(range(len(order)), key=lambda place: order[place]))
 
 
-def _by_heads(module: Any) -> Iterator[tuple[str, int]]:
-    """Names of the tensors of an attention module that consist of heads, with their dimension."""
-    for name in ("q_proj", "k_proj", "v_proj"):
-        for kind, tensor in getattr(module, name).named_parameters(recurse=False):
-            yield f"{name}.{kind}", 0
-            norm = getattr(module, f"{name[0]}_norm", None)
-            weight = getattr(norm, "weight", None)
-            # A norm over all heads, as in OLMoE, not over each, as in Qwen3.
-            if kind == "weight" and weight is not None and weight.shape[0] == tensor.shape[0]:
-                yield f"{name[0]}_norm.weight", 0
-    yield "o_proj.weight", 1
-    if isinstance(getattr(module, "sinks", None), torch.Tensor):
-        yield "sinks", 0
-
-
 def _permute(module: Any, change: Any, order: tuple[int, ...]) -> None:
     with torch.no_grad():
-        for name, dim in _by_heads(module):
+        for name, dim in by_heads(module):
             parameter = module.get_parameter(name)
             whole = change(_whole(parameter), order, dim)
             if whole is not parameter and hasattr(parameter, "placements"):
@@ -187,7 +174,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _natural_order(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A hook of `state_dict`: heads in their natural order; distributed weights become whole."""
-    for name, dim in _by_heads(module):
+    for name, dim in by_heads(module):
         if prefix + name in state:
             whole = _whole(state[prefix + name])
             state[prefix + name] = undeal_heads(whole, getattr(module, ORDER), dim)
@@ -195,7 +182,7 @@ def _natural_order(module: Any, state: dict[str, Any], prefix: str, metadata: An
 
 def _dealt_order(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """A hook of `load_state_dict`: heads in the order of this module."""
-    for name, dim in _by_heads(module):
+    for name, dim in by_heads(module):
         if prefix + name in state:
             whole = _whole(state[prefix + name])
             state[prefix + name] = deal_heads(whole, getattr(module, ORDER), dim)
