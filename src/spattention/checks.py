@@ -53,7 +53,7 @@ def check_attention(
 def check_key_start(key_start: torch.Tensor, query: torch.Tensor) -> None:
     """Starts for the tokens of `query [B, H, Q, D]`; raises `ValueError`."""
     batch, queries = query.shape[0], query.shape[2]
-    _check_index_tensor("key_start", key_start, query)
+    _check_index_tensor("key_start", key_start, query.device)
     if not (_has_shape(key_start, batch) or _has_shape(key_start, batch, queries)):
         raise ValueError(
             f"`key_start` must be [B] = [{batch}] or [B, Q] = [{batch}, {queries}], "
@@ -142,8 +142,29 @@ def check_varlen(
         raise ValueError(
             f"`value` must have as many tokens as `key`, {key.shape[0]}, got {value.shape[0]}"
         )
+    check_documents(
+        query.shape[0],
+        key.shape[0],
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        query.device,
+    )
+
+
+def check_documents(
+    query_tokens: int,
+    key_tokens: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    device: torch.device,
+) -> None:
+    """Offsets of flattened documents, on the device of the query; raises `ValueError`."""
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check_index_tensor(name, offsets, query)
+        _check_index_tensor(name, offsets, device)
         if offsets.dim() != 1 or offsets.shape[0] < 2:
             raise ValueError(
                 f"`{name}` must be [documents + 1] with at least one document, got shape "
@@ -161,7 +182,7 @@ def check_varlen(
             raise ValueError(f"`{name}` must not be negative, got {longest}")
     if readable(cu_seqlens_q) and readable(cu_seqlens_k):
         _check_cu_seqlens_values(
-            query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+            query_tokens, key_tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
 
 
@@ -350,7 +371,7 @@ def _check_query_start(
                 f"got {queries} and {keys}"
             )
     elif isinstance(query_start, torch.Tensor):
-        _check_index_tensor("query_start", query_start, query)
+        _check_index_tensor("query_start", query_start, query.device)
         if not (query_start.dim() == 0 or _has_shape(query_start, query.shape[0])):
             raise ValueError(
                 f"`query_start` must be an int, [] or [B] = [{query.shape[0]}], "
@@ -373,13 +394,13 @@ def _shown(number: float | torch.SymInt | torch.SymFloat) -> str:
     return str(number)
 
 
-def _check_index_tensor(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+def _check_index_tensor(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"`{name}` must be an int32 tensor, got {type(tensor).__name__}")
     if tensor.dtype != torch.int32:
         raise ValueError(f"`{name}` must be int32, got {tensor.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"`{name}` must be on query's device {query.device}, got {tensor.device}")
+    if tensor.device != device:
+        raise ValueError(f"`{name}` must be on query's device {device}, got {tensor.device}")
 
 
 def _has_shape(tensor: torch.Tensor, *sizes: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from torch.distributed.tensor.experimental import context_parallel
 
 import spattention as spa
 from spattention import baselines
+from spattention.hf.packing import PACKING
 
 MATCH = r'attn_implementation="{}" must not run under `context_parallel` \(or Accelerate'
 
@@ -85,4 +88,118 @@ def test_another_attention_of_torch_is_no_split(monkeypatch):
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: attend(*a, **k)
     )
+    assert torch.equal(logits(model, ids), wanted)
+
+
+def offsets(*starts, keys=None, longest=16):
+    q, k = (torch.tensor(each, dtype=torch.int32) for each in (starts, keys or starts))
+    return dict(zip(PACKING, (q, k, longest, longest)))
+
+
+ONES = torch.ones(1, 16, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (offsets(0, 9, 5, 16), "`cu_seqlens_q` must never decrease, got 9 then 5"),
+        (offsets(2, 16), "`cu_seqlens_q` must start at 0, got 2"),
+        (offsets(0, 9), "`cu_seqlens_q` must end at the number of tokens, 16, got 9"),
+        (offsets(0, 16, keys=(0, 9, 16)), "must name the same documents, got 1 and 2"),
+        (offsets(0, 16, longest=3), "`max_seqlen_q` must be at least the longest document, 16"),
+        ({PACKING[1]: torch.tensor([0, 16])}, r"`cu_seq_lens_q` must come with all of .*got no \["),
+        (
+            {**offsets(0, 16), PACKING[0]: torch.tensor([0.0, 16.5])},
+            "must be a tensor of whole num",
+        ),
+        (
+            {**offsets(0, 9, 16), "attention_mask": ONES},
+            "`attention_mask` must be None with `cu_seq",
+        ),
+        ({"attention_mask": ONES[:, :9]}, "`attention_mask` must cover all 16 tokens so far"),
+        ({"attention_mask": ONES.expand(2, -1)}, "must have a row for each of the 1 of the batch"),
+        (
+            {"attention_mask": ONES[None, None].bool()},
+            "`attention_mask` must be .*a 2-D padding mask",
+        ),
+    ],
+)
+def test_bad_rows_are_refused_as_if_alone(mesh, given, message):
+    """With the same words under `context_parallel` as without it."""
+    model, ids = banded("llama"), tokens(1, 16)
+    for where in (None, mesh):
+        spa.hf.context_parallel(model, where)
+        with pytest.raises(ValueError, match=message):
+            model(ids, **given)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_restarts_are_read_as_if_alone(mesh, padded):
+    """Documents of their own, or next to an `attention_mask` one text, with a warning."""
+    model, ids = banded("llama"), tokens(1, 16)
+    given = {"position_ids": (torch.arange(16) % 10)[None]}
+    given |= {"attention_mask": ONES} if padded else {}
+    found = []
+    for where in (None, mesh):
+        spa.hf.context_parallel(model, where)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(logits(model, ids, **given))
+        assert padded == any("`position_ids` restart in a row" in str(w.message) for w in caught)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+def test_packed_rows_are_split_as_if_alone(mesh):
+    model, ids = banded("llama"), tokens(1, 16)
+    wanted = logits(model, ids, **offsets(0, 9, 9, 16))
+    spa.hf.context_parallel(model, mesh)
+    found = logits(model, ids, **offsets(0, 9, 9, 16))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": [[2, 3]]}, "`input_ids` must be a tensor, got list"),
+        ({"input_ids": ONES[0]}, r"`input_ids` must be \[B, tokens\] .*, got shape \[16\]"),
+        ({"labels": [[2] * 16]}, "`labels` must be a tensor, got list"),
+        ({"labels": ONES[:, :9]}, r"`labels` must be \[1, 16\] .*, got shape \[1, 9\]"),
+        ({"position_ids": torch.arange(16)}, r"`position_ids` must be \[1, 16\]"),
+        ({"attention_mask": [[1] * 16]}, "`attention_mask` must be a tensor, got list"),
+    ],
+)
+def test_inputs_that_cannot_be_split_are_named(mesh, given, message):
+    model = spa.hf.context_parallel(banded("llama"), mesh)
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": ONES + 1, **given})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.set_attn_implementation("sdpa"), 'got "sdpa" in layer 0'),
+        (lambda m: spa.hf.apply(m, [FIRST, None]), "every attention layer .*, got none in layer 1"),
+        (
+            lambda m: spa.hf.apply(m, FIRST, layers=[1]),
+            "every attention layer .*got none in layer 0",
+        ),
+        (lambda m: setattr(m.model, "layers", banded("llama").model.layers), "another layer 0"),
+    ],
+)
+def test_layers_changed_after_the_split_are_named(mesh, change, message):
+    """They would attend a rank's own tokens alone; taken away, the split no longer matters."""
+    model = spa.hf.context_parallel(banded("llama"), mesh)
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model(tokens(1, 16))
+    spa.hf.context_parallel(model, None)
+    assert model(tokens(1, 16)).logits.shape[1] == 16
+
+
+def test_a_failed_second_split_changes_nothing(mesh):
+    model, ids = banded("llama"), tokens(1, 16)
+    wanted = logits(model, ids)
+    spa.hf.context_parallel(model, mesh)
+    with pytest.raises(ValueError, match="`mesh` must be a one-dimensional DeviceMesh"):
+        spa.hf.context_parallel(model, "cp")
     assert torch.equal(logits(model, ids), wanted)

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from spattention import BandPattern
-from spattention.parallel import Shards, plan_exchange
+from spattention.parallel import (
+    Shards,
+    gathered_attention,
+    plan_exchange,
+    sharded_attention,
+    ulysses_attention,
+)
 
 LENGTH, HEADS = 61, 4
 PATTERNS = {
@@ -113,3 +119,27 @@ def test_shards_split_and_join():
 def test_bad_layouts_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([0, 5], r"must hold the starts of each batch entry, .*, got \[0, 5\]"),
+        (5, "must hold the starts of each batch entry, .*, got 5"),
+        ((), r"must hold the starts of each batch entry, .*, got \(\)"),
+        ("x", "must hold the starts of each batch entry, .*, got 'x'"),
+        (["05"], r"must hold the starts of each batch entry, .*, got \['05'\]"),
+        (((0, 1.5),), r"must hold ints, got \(\(0, 1\.5\),\)"),
+    ],
+)
+def test_bad_documents_are_named(documents, message):
+    with pytest.raises(ValueError, match=f"`documents` {message}"):
+        plan_exchange(PATTERNS["dense"], Shards.balanced(LENGTH, 2), 2, documents=documents)
+
+
+@pytest.mark.parametrize("operator", [sharded_attention, ulysses_attention, gathered_attention])
+def test_a_bad_group_is_named(operator):
+    plan = plan_exchange(PATTERNS["dense"], Shards.balanced(LENGTH, 1), 4)
+    rows = torch.zeros(1, 4, LENGTH, 8)
+    with pytest.raises(ValueError, match="`group` must be a process group or None, got str"):
+        operator(rows, rows, rows, plan, group="x")

@@ -17,10 +17,9 @@ from .cache import BandHandle
 from .context_parallel import SHARDS, attend_shards, is_context_parallel
 from .decoder import has_sinks, plan_of
 from .mask import Rows, decode, dense_mask
+from .packing import PACKING, check_packing
 from .sinks import current_sinks
 from .tensor_parallel import head_shard
-
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 # Keywords that models pass on to their attention functions and that do not say who attends whom.
 WITHOUT_EFFECT = frozenset(
@@ -178,16 +177,12 @@ def _packed(
     keywords: dict[str, Any],
 ) -> torch.Tensor:
     """Documents flattened into one row, with FlashAttention's offsets."""
-    missing = [name for name in PACKING if keywords.get(name) is None]
-    if missing:
-        raise ValueError(f"`{PACKING[0]}` must come with all of {PACKING[1:]}, got no {missing}")
+    check_packing(keywords, rows.padded)
     if query.shape[0] != 1 or key.shape[2] != query.shape[2] or rows.query_start is not None:
         raise ValueError(
             "`cu_seq_lens_q` must describe one row [1, T] without a filled cache, "
             f"got {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
         )
-    if rows.padded:
-        raise ValueError("`attention_mask` must be None with `cu_seq_lens_q`, got a padding mask")
     out = band_attention_varlen(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,17 +10,16 @@ from transformers.cache_utils import Cache
 from ..bands import BandPattern
 from ..checks import readable
 from ..compat.huggingface import attention_name
-from .attention import PACKING
 from .cache import BandCache, BandLayer
 from .config import NAME, Section, read_section
 from .context_parallel import is_context_parallel
 from .decoder import plan_of
 from .mask import Rows, add_restarts, decidable, decode, is_packed
+from .packing import PACKING, warn_of_restarts
 from .tensor_parallel import head_shard, natural_pattern
 from .windows import check_traded
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
-WARNED = f"{NAME}_warned"  # mark of a module whose user was warned already
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
@@ -127,14 +125,7 @@ def _check_positions(
     if not decidable(position_ids):
         return
     if rows.padded:
-        if not hasattr(module, WARNED) and _restarts(position_ids, rows):
-            setattr(module, WARNED, True)
-            warnings.warn(
-                "`position_ids` restart in a row that comes with an `attention_mask`. As in "
-                "Transformers, its documents then see one another: to keep them apart, leave the "
-                "`attention_mask` out",
-                stacklevel=2,
-            )
+        warn_of_restarts(module, position_ids, rows)
         return
     documents = rows.key_start is not None and rows.key_start.dim() == 2
     if packed or not (cached or documents):  # Transformers has looked at positions without a cache
@@ -148,15 +139,6 @@ def _check_positions(
             f"document starts, for spattention, got {before} then {after} in row {row}: with an "
             "`attention_mask` of ones distances count tokens, whatever their positions"
         )
-
-
-def _restarts(position_ids: torch.Tensor, rows: Rows) -> bool:
-    """True if positions fall from one token to the next; padding may have any position."""
-    falls = position_ids.diff(dim=1) <= 0
-    valid = rows.valid_queries(position_ids.shape[1])
-    if valid is not None:
-        falls = falls & valid[:, 1:] & valid[:, :-1]
-    return bool(falls.any())
 
 
 def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:

@@ -18,30 +18,19 @@ import torch.distributed as dist
 from torch.nn.functional import pad
 
 from ..bands import BandPattern
+from ..compat.huggingface import attention_name
 from ..compat.pytorch import without_dynamo
 from ..parallel import Plan, Shards, plan_exchange, sharded_attention
 from ..parallel.agreement import Group, check_agreement
+from .config import NAME
+from .context_inputs import BY_TOKEN, check_inputs, document_starts
 from .decoder import attention_modules, plan_of
+from .packing import PACKING
 
 SHARDS = "spattention_shards"  # keyword of the attention function
 MODE = "spattention_context"  # attribute of the model and of its attention modules
 LAYOUTS = ("balanced", "contiguous")
 IGNORED = -100  # label of a token without a loss
-
-# Arguments of a model that do not depend on the tokens of a rank.
-PASSED_ON = frozenset(
-    {
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "use_cache",
-    }
-)
-OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
 
 
 @dataclass(frozen=True)
@@ -109,23 +98,15 @@ def context_parallel(model: Any, mesh: Any, *, layout: str = "balanced") -> Any:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}")
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
-    modules = attention_modules(model, config.get_text_config())
-    for index, module in modules.items():
-        plan = plan_of(module)
-        if plan is None or plan.pattern is None:
-            raise ValueError(
-                f"`model` must have a pattern in every attention layer, got none in layer {index}: "
-                "give it `BandPattern.dense` with `spattention.hf.apply`"
-            )
-    if not modules:
-        raise ValueError("`model` must have attention layers with bands, got none")
+    modules = _attention_modules(model)
+    if mesh is not None:
+        _check_layers(modules)
+    mode = None if mesh is None else ContextParallel(_group(mesh), layout)
+
+    # Nothing was changed so far, and nothing fails from here on.
     known = getattr(model, MODE, None)
     for handle in known.handles if known is not None else ():
         handle.remove()
-    mode = None if mesh is None else ContextParallel(_group(mesh), layout)
     for module in (model, *modules.values()):
         setattr(module, MODE, mode)
     if mode is not None:
@@ -165,6 +146,42 @@ def attend_shards(
     return out
 
 
+def _attention_modules(model: Any) -> dict[int, Any]:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    return attention_modules(model, config.get_text_config())
+
+
+def _check_layers(modules: Mapping[int, Any], is_marked: bool = False) -> None:
+    """Check that every attention layer runs bands; any other would attend a rank's own tokens.
+
+    Args:
+        modules: the attention modules by layer.
+        is_marked: whether they must be under `context_parallel` already.
+    """
+    if not modules:
+        raise ValueError("`model` must have attention layers with bands, got none")
+    for index, module in modules.items():
+        plan, name = plan_of(module), attention_name(module.config)
+        if plan is None or plan.pattern is None:
+            raise ValueError(
+                "`model` must have a pattern in every attention layer under `context_parallel`, "
+                f"got none in layer {index}: give it `BandPattern.dense` with "
+                "`spattention.hf.apply`"
+            )
+        if name != NAME:
+            raise ValueError(
+                f'`model` must run attn_implementation="{NAME}" under `context_parallel`, got '
+                f'"{name}" in layer {index}: take `context_parallel(model, None)` first'
+            )
+        if is_marked and not is_context_parallel(module):
+            raise ValueError(
+                f"`model` must have the layers that `context_parallel` was given, got another "
+                f"layer {index}: call `context_parallel` again"
+            )
+
+
 def _group(mesh: Any) -> Group:
     if isinstance(mesh, dist.ProcessGroup):
         return mesh
@@ -185,15 +202,13 @@ def _shard_inputs(
     bound = inspect.signature(model.forward).bind_partial(*args, **keywords).arguments
     given = {k: v for k, v in bound.items() if k != "kwargs" and v is not None}
     given |= {k: v for k, v in bound.get("kwargs", {}).items() if v is not None}
-    tokens = given.get("input_ids", given.get("inputs_embeds"))
-    if tokens is None:
-        raise ValueError("`input_ids` must be given under `context_parallel`, got None")
+    _check_layers(_attention_modules(model), is_marked=True)
+    tokens = check_inputs(model, given)
     batch, length = tokens.shape[:2]
-    _check_inputs(model, given, batch, length)
     group = mode.group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     shards = getattr(Shards, mode.layout)(length, ranks)
-    documents = _documents(given, batch, length)
+    documents = document_starts(model, given, batch, length)
     shown = f"{list(tokens.shape)} with digest {_digest(tokens)}"
     check_agreement({"input_ids": shown, "documents": documents}, None, group)
     positions = given.get("position_ids")
@@ -209,7 +224,7 @@ def _shard_inputs(
     for name in BY_TOKEN:
         if name in given:
             given[name] = shards.split(given[name], rank)
-    for name in ("attention_mask", *OFFSETS):
+    for name in ("attention_mask", *PACKING):
         given.pop(name, None)
     given |= {"use_cache": False, SHARDS: ShardedRows(group, shards, documents)}
     return (), given
@@ -221,32 +236,6 @@ def _digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _check_inputs(model: Any, given: Mapping[str, Any], batch: int, length: int) -> None:
-    for name, value in given.items():
-        known = name in PASSED_ON or name in OFFSETS or name in BY_TOKEN
-        if not known and name != "attention_mask" and value is not False:
-            raise ValueError(
-                f"`{name}` cannot be split over ranks by `context_parallel`; it must be None, got "
-                f"{type(value).__name__}"
-            )
-    mask = given.get("attention_mask")
-    if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
-        raise ValueError(
-            "`attention_mask` must be None or all ones under `context_parallel`, got padding: pack "
-            "documents into rows with `position_ids`, or pad at the end with labels of -100"
-        )
-    if given.get("logits_to_keep"):
-        raise ValueError(
-            f"`logits_to_keep` must be 0 under `context_parallel`, got {given['logits_to_keep']}"
-        )
-    router = given.get("output_router_logits")
-    if router or (router is None and getattr(model.config, "output_router_logits", False)):
-        raise ValueError(
-            "`output_router_logits` must be False under `context_parallel`: the auxiliary loss of "
-            "a rank's tokens is not that of all tokens, got True"
-        )
-
-
 def _check_loss(model: Any) -> None:
     """Check that the loss takes labels that are shifted already: a shard has no next token."""
     loss = getattr(model, "loss_function", None)
@@ -255,37 +244,6 @@ def _check_loss(model: Any) -> None:
             "`model` must have a loss function with `shift_labels` to be given labels under "
             f"`context_parallel`, got {getattr(loss, '__name__', loss)}: take the loss from logits"
         )
-
-
-def _documents(
-    given: Mapping[str, Any], batch: int, length: int
-) -> tuple[tuple[int, ...], ...] | None:
-    """Starts of the documents of each row, from offsets or from positions; reads values once."""
-    offsets = given.get("cu_seq_lens_q")
-    if offsets is not None:
-        if batch != 1:
-            raise ValueError(f"`cu_seq_lens_q` must describe one row, got {batch}")
-        starts = sorted({each for each in offsets.tolist() if each < length})
-        return (tuple(starts),)
-    positions = given.get("position_ids")
-    if positions is None:
-        return None
-    if positions.dim() != 2:
-        raise ValueError(
-            f"`position_ids` must be [B, tokens] under `context_parallel`, got "
-            f"{list(positions.shape)}"
-        )
-    steps = positions.expand(batch, -1).diff(dim=1).cpu()
-    ahead = (steps > 1).nonzero()
-    if len(ahead):
-        row, column = ahead[0].tolist()
-        before, after = positions.expand(batch, -1)[row, column : column + 2].tolist()
-        raise ValueError(
-            "`position_ids` must go up by one, or restart at a lower position where a packed "
-            f"document starts, got {before} then {after} in row {row}: give whole rows, which "
-            "`context_parallel` splits itself"
-        )
-    return tuple((0, *((row != 1).nonzero().flatten() + 1).tolist()) for row in steps)
 
 
 def _total_loss(model: Any, args: Any, keywords: dict[str, Any], output: Any) -> Any:

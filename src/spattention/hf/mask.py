@@ -130,7 +130,7 @@ def rows_mask(
     else:
         start = torch.as_tensor(query_start, device=device)
     if attention_mask is not None:
-        _check_padding(attention_mask, batch_size, q_offset, q_length)
+        check_padding(attention_mask, batch_size, q_offset, q_length)
         valid = attention_mask.to(device=device, dtype=torch.bool)
         if isinstance(kv_length, torch.Tensor) and _all_have_bands(others.get("config")):
             rows = _new_padding(valid, q_offset, q_length)
@@ -255,9 +255,10 @@ def _encode(rows: Rows, batch_size: int, device: torch.device | str) -> torch.Te
     return torch.cat([t.expand(shape) for t in planes], dim=1)
 
 
-def _check_padding(
+def check_padding(
     mask: torch.Tensor, batch_size: int, q_offset: int | torch.Tensor, q_length: int
 ) -> None:
+    """Check the shape of a mask of padding; arguments as in `rows_mask`."""
     if mask.dim() != 2:
         raise ValueError(
             "`attention_mask` must be a 2-D padding mask for spattention, got shape "

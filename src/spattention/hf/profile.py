@@ -21,11 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..compat.huggingface import attention_name, set_attention_name
 from ..fitting.bins import distance_edges
 from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
-from .attention import HONOURED, PACKING, WITHOUT_EFFECT
+from .attention import HONOURED, WITHOUT_EFFECT
 from .config import NAME
 from .decoder import attention_modules, check_model, text_configs
 from .mask import rows_mask
 from .needles import Needle, as_needle, plant
+from .packing import PACKING
 from .progress import reporting
 from .sensitivity import SensitivitySums, attend, descend, softmax
 

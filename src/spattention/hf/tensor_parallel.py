@@ -96,9 +96,9 @@ def deal(model: Any, ranks: int) -> Any:
     """Deal the heads of every layer with bands, so that tensor-parallel ranks have equal work.
 
     Weights of the query, key, value and output projections change their order in place, by whole
-    key/value heads, and so do the bands that go with them. Results stay the same; only
-    rounding may differ. A layer with anything that is not known to allow that is refused. Weights
-    may be whole or distributed already. The order is never stored: `state_dict` and `save_pretrained` give
+    key/value heads, and so do the bands that go with them. Results stay the same; only rounding may
+    differ. A layer with anything that is not known to allow that is refused. Weights may be whole
+    or distributed already. The order is never stored: `state_dict` and `save_pretrained` give
     weights in their natural order, which `load_state_dict` takes, and the config keeps its
     patterns. State of an optimizer follows the weights in memory: make the optimizer afterwards.
 

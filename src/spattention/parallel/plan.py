@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from numbers import Integral
 
 import torch
 
@@ -296,7 +297,15 @@ def _plan(pattern: BandPattern, shards: Shards, groups: int, documents: Document
 def _documents(documents: Sequence[Sequence[int]] | None, length: int) -> Documents | None:
     if documents is None:
         return None
-    found = tuple(tuple(starts) for starts in documents)
+    rows = documents if isinstance(documents, Sequence) else ()
+    if not rows or any(isinstance(row, str) or not isinstance(row, Sequence) for row in rows):
+        raise ValueError(
+            "`documents` must hold the starts of each batch entry, as in [[0, 5], [0]], got "
+            f"{documents!r}"
+        )
+    if not all(isinstance(each, Integral) for starts in rows for each in starts):
+        raise ValueError(f"`documents` must hold ints, got {documents!r}")
+    found = tuple(tuple(int(each) for each in starts) for starts in rows)
     for entry, starts in enumerate(found):
         rising = all(a < b for a, b in zip(starts, starts[1:]))
         if not starts or starts[0] != 0 or not rising or (length and starts[-1] >= length):

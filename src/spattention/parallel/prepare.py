@@ -65,6 +65,8 @@ def prepare(
 
 def place(expected: int, group: Group) -> tuple[int, int]:
     """Number of ranks of a group, and this process's rank in it."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(f"`group` must be a process group or None, got {type(group).__name__}")
     if not (dist.is_available() and dist.is_initialized()):
         if expected == 1 and group is None:
             return 1, 0
