@@ -71,6 +71,15 @@ def rows(second: bool) -> None:
     model = hf.context_parallel(tiny.banded("llama"), mesh)
     with pytest.raises(ValueError, match="`input_ids` must be the same on every rank, got"):
         model(tiny.tokens(1, 16, seed=int(second)))
+    ids = tiny.tokens(1, 16)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = int(not second)  # padding on one rank alone: the other must not wait for it
+    with pytest.raises(ValueError, match=r"got padding: .* \(on rank 1\)"):
+        model(ids, attention_mask=mask)
+    if second:
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r'got "sdpa" in layer 0: .* \(on rank 1\)'):
+        model(ids)
 
 
 def _one(rank: int, store: str) -> None:

@@ -202,22 +202,16 @@ def _shard_inputs(
     bound = inspect.signature(model.forward).bind_partial(*args, **keywords).arguments
     given = {k: v for k, v in bound.items() if k != "kwargs" and v is not None}
     given |= {k: v for k, v in bound.get("kwargs", {}).items() if v is not None}
-    _check_layers(_attention_modules(model), is_marked=True)
-    tokens = check_inputs(model, given)
-    batch, length = tokens.shape[:2]
     group = mode.group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    shards = getattr(Shards, mode.layout)(length, ranks)
-    documents = document_starts(model, given, batch, length)
-    shown = f"{list(tokens.shape)} with digest {_digest(tokens)}"
-    check_agreement({"input_ids": shown, "documents": documents}, None, group)
+    tokens, documents = _agreed_rows(model, given, group, ranks)
+    shards = getattr(Shards, mode.layout)(tokens.shape[1], ranks)
     positions = given.get("position_ids")
     if positions is None:
-        given["position_ids"] = torch.arange(length, device=tokens.device)[None]
+        given["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
     if "labels" in given and "shift_labels" not in given:
         given["shift_labels"] = pad(given["labels"], (0, 1), value=IGNORED)[:, 1:]
     if "shift_labels" in given:
-        _check_loss(model)
         labels = given["labels"] = given["shift_labels"]
         if given.get("num_items_in_batch") is None:
             given["num_items_in_batch"] = (labels != IGNORED).sum()
@@ -228,6 +222,28 @@ def _shard_inputs(
         given.pop(name, None)
     given |= {"use_cache": False, SHARDS: ShardedRows(group, shards, documents)}
     return (), given
+
+
+def _agreed_rows(
+    model: Any, given: Mapping[str, Any], group: Group, ranks: int
+) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...] | None]:
+    """Tokens and starts of documents, which all ranks have alike; a fault of one is told by all."""
+    fault, facts, rows = None, {}, None
+    try:
+        _check_layers(_attention_modules(model), is_marked=True)
+        tokens = check_inputs(model, given)
+        documents = document_starts(model, given, *tokens.shape[:2])
+        if "labels" in given or "shift_labels" in given:
+            _check_loss(model)
+        shown = f"{list(tokens.shape)} with digest {_digest(tokens)}"
+        facts, rows = {"input_ids": shown, "documents": documents}, (tokens, documents)
+    except ValueError as error:
+        if ranks == 1:
+            raise
+        fault = str(error)
+    check_agreement(facts, fault, group)
+    assert rows is not None  # a fault was raised
+    return rows
 
 
 def _digest(tokens: torch.Tensor) -> str:
