@@ -30,7 +30,7 @@ def _without_prompts(text: str) -> str:
 
 EXAMPLES = [(page, text) for page in PAGES for text in blocks(page)]
 # Examples that need no model, no folder and no GPU: whole, or after `import spattention as spa`.
-RUN = {"README.md": 1, "patterns.md": 2}
+RUN = {"README.md": 1, "patterns.md": 3}
 
 
 def dotted(node: ast.AST) -> str | None:

@@ -13,12 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spattention as spa
+from benchmarks.conversion import choices, flex, inputs, page, train
+from benchmarks.conversion.text import order
 from spattention.data.packed import write_packed
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
-
-from benchmarks.conversion import choices, flex, inputs, page, train
-from benchmarks.conversion.text import order
 
 ROOT = Path(__file__).parents[2]
 PAGE = "It was a dark night. The captain said to the crew 0123456789 VAR magic numbers: "

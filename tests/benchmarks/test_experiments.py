@@ -218,7 +218,7 @@ def test_another_configuration_is_refused(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (("learning_rate = 1e-2", "speed = 3"), "a recipe has the fields"),
+        (("learning_rate = 1e-2", "speed = 3"), "a recipe has no field 'speed'"),
         (('attention = "reformer:chunk=4"', 'attention = "dense"'), "must name each run once"),
         (('title = "tiny"', 'titel = "tiny"'), "must have entries of"),
     ],

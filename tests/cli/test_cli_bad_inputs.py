@@ -227,7 +227,7 @@ def test_prepare_refuses_by_name(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["{files}/gone.toml"], "gone.toml must be a recipe in TOML"),
+        (["{files}/gone.toml"], "gone.toml is no file"),
         (["{files}"], "must be a recipe in TOML"),
         (["{files}/binary.txt"], "binary.txt must be a recipe in TOML"),
         (["{files}/list.toml"], "list.toml must be a recipe in TOML"),

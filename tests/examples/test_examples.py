@@ -18,6 +18,8 @@ SCRIPTS = sorted(path for path in FOLDER.glob("*.py"))
 @pytest.fixture
 def example(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    for path in SCRIPTS:  # other tests have modules of these names
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     yield importlib.import_module
     for path in SCRIPTS:
         sys.modules.pop(path.stem, None)

@@ -124,6 +124,14 @@ def test_a_given_profile_is_used(home, tmp_path):
     assert patterns[0].intervals[::2] == patterns[0].intervals[1::2]
 
 
+def test_no_sensitivity_ignores_that_of_a_profile(home, tmp_path):
+    assert fit(home, tmp_path / "first", "--sensitivity", "2") == 0
+    given = tmp_path / "first" / "profile.json"
+    assert Profile.load(given).sensitivity is not None
+    assert fit(home, tmp_path / "second", "--profile", str(given), "--sensitivity", "0") == 0
+    assert Profile.load(tmp_path / "second" / "profile.json").sensitivity is None
+
+
 def test_sinks_start_from_what_was_measured(home, tmp_path):
     assert fit(home, tmp_path / "bands", "--sinks", "--prefix", "0", "--pairs", "0.2") == 0
     model, patterns = patterns_of(tmp_path / "bands")

@@ -257,7 +257,7 @@ def test_what_is_no_profile_or_pattern_is_named():
     with pytest.raises(ValueError, match="`profile` must be a Profile, got dict"):
         spa.fit({}, pairs=0.3)
     for patterns, message in (
-        (dense, "`patterns` must be one per layer, 3, got one"),
+        (dense, "`patterns` must be one per layer, 3, got BandPattern"),
         ([dense], "`patterns` must be one per layer, 3, got 1"),
         ([dense, None, dense], "`patterns` must hold BandPattern, got NoneType for layer 1"),
         ([P.dense(2, 50)] * 3, "`patterns` of layer 0 has 2 heads but the profile's model has 4"),

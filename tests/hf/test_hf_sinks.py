@@ -112,6 +112,13 @@ def test_an_empty_model_with_sinks_is_filled():
     torch.testing.assert_close(logits(empty.eval(), IDS), logits(model, IDS), **EXACT)
 
 
+@pytest.mark.parametrize("sinks", [70000.0, -70000.0, 1e39, 10**400, float("nan")])
+def test_sinks_that_no_dtype_holds_are_refused(sinks):
+    """Half precision would make them infinite, and the logits NaN."""
+    with pytest.raises(ValueError, match="`sinks` must be from -65504 to 65504"):
+        spa.hf.apply(build("llama"), FIRST, sinks=sinks)
+
+
 def test_sinks_start_from_the_values_given():
     """From one tensor per layer, or one number; True keeps what is there."""
     values = [torch.arange(HEADS) / 3 + layer for layer in range(2)]

@@ -14,7 +14,7 @@ from spattention import BandPattern, related
 from spattention.baselines import seen
 from spattention.fitting.bins import distance_edges
 from spattention.fitting.profile import ModelIdentity, Profile
-from spattention.related import RecurrentNear, near_heads, recency_ratio
+from spattention.related import RecurrentNear, near_heads, recency_ratio, recurrent_near
 from spattention.related.method import causal_attention
 from spattention.related.recurrent_near import first_decay, retain
 
@@ -216,3 +216,16 @@ def test_models_that_do_not_fit_stay_as_they_are():
         with pytest.raises(ValueError, match=error):
             related.apply(model, method)
         assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_bands_of_some_heads_keep_their_prefix() -> None:
+    pattern = BandPattern.exclusive(4, 64, prefix=4)
+    part = recurrent_near._part(pattern, (1, 3))
+    assert part is not None
+    assert part.prefix == 4
+    assert part.intervals == (pattern.intervals[1], pattern.intervals[3])
+
+
+def test_what_is_no_profile_is_named() -> None:
+    with pytest.raises(ValueError, match="`profile` must be a Profile, got NoneType"):
+        recurrent_near.near_heads(None, 8, 0.5)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from spattention import BandPattern, related
 from spattention.baselines import seen
 from spattention.choice import attention_choice
 from spattention.cli import main
-from spattention.evaluation.heads import look_at_heads
+from spattention.evaluation.heads import head_statistics
 from spattention.related import CCA, DGA, MEA, Elementwise, RecurrentNear, RRAttention
 
 close = torch.testing.assert_close
@@ -237,7 +237,7 @@ def test_a_process_without_the_library_fails(tmp_path):
 @each
 def test_heads_can_be_looked_at(name):
     model, ids = model_with(name), tokens(1, 40)
-    found = look_at_heads(model, ids)
+    found = head_statistics(model, ids)
     assert len(found) == LAYERS
     for layer in found:
         assert all(0 <= each < 40 for each in layer.distance)
@@ -321,3 +321,9 @@ def test_draw_writes_a_picture(text, tmp_path, capsys):
     sizes = ["--heads", "4", "--span", "48", "--dots-per-inch", "40"]
     assert main(["draw", text, *sizes, "--output", str(output)]) == 0, capsys.readouterr().err
     assert output.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("other", [None, BandPattern.exclusive(4, 64), "mea"])
+def test_what_is_no_system_is_named(other):
+    with pytest.raises(ValueError, match="`baseline` must be a baseline or related system"):
+        related.apply(None, other)

@@ -148,7 +148,7 @@ def test_settings_that_conflict_are_refused_first(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be true with bigbird, which knows no documents"):
         pretrain(recipe(data, attention="bigbird", across_documents=False), tmp_path / "run")
     for changes in ({"attention": "longformer", "sinks": True}, {"attention": ["longformer"]}):
-        with pytest.raises(ValueError, match="longformer is a baseline, for a whole model"):
+        with pytest.raises(ValueError, match="longformer is another attention, for a whole model"):
             pretrain(recipe(data, **changes), tmp_path / "run")
     monkeypatch.setattr(pretraining, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="where the package wandb is missing"):

@@ -181,6 +181,11 @@ def apply(model: Any, baseline: Baseline) -> Any:
         ValueError: if the model has bands, another baseline, sliding windows, layers without
             attention, or another number of heads. The model is then as it was.
     """
+    if not isinstance(baseline, Baseline):
+        raise ValueError(
+            "`baseline` must be a baseline or related system, such as `MEA(8, 1024)`, got "
+            f"{type(baseline).__name__}"
+        )
     kind = baseline.kind
     config = model.config
     if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):

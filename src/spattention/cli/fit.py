@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def main(options: Options) -> None:
             raise ValueError(f"`--context` must be at most the model's {longest}, got {context}")
         if measured is not None:
             measured.check_model(identity(model))
+            if not options.sensitivity:
+                measured = replace(measured, sensitivity=None, sensitivity_rows=0)
+            elif measured.sensitivity is None:
+                console.print("the profile has no gradients: most attention captured decides")
         rows = _rows(options, tokenizer, context)
         held_out, kept = rows[: options.check], rows[options.check :]
         if measured is None:

@@ -59,9 +59,11 @@ def total_pairs(patterns: Sequence[BandPattern], length: int) -> int:
 
 def check_patterns(profile: Profile, patterns: Sequence[BandPattern]) -> None:
     """Check that patterns are one per layer of the profile, with its heads."""
+    if not isinstance(profile, Profile):
+        raise ValueError(f"`profile` must be a Profile, got {type(profile).__name__}")
     layers, heads = profile.model.layers, profile.model.heads
-    if isinstance(patterns, BandPattern) or len(patterns) != layers:
-        given = "one" if isinstance(patterns, BandPattern) else len(patterns)
+    if not isinstance(patterns, Sequence) or len(patterns) != layers:
+        given = len(patterns) if isinstance(patterns, Sequence) else type(patterns).__name__
         raise ValueError(f"`patterns` must be one per layer, {layers}, got {given}")
     for layer, pattern in enumerate(patterns):
         if not isinstance(pattern, BandPattern):

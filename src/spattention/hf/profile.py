@@ -76,6 +76,8 @@ def profile(
         raise ValueError(f"`prefix_max` must be an integer of at least 1, got {prefix_max!r}")
     if isinstance(sensitivity, bool) or not isinstance(sensitivity, int) or sensitivity < 0:
         raise ValueError(f"`sensitivity` must be an integer of at least 0, got {sensitivity!r}")
+    if sensitivity and torch.is_inference_mode_enabled():
+        raise ValueError(f"`sensitivity` must be 0 under `torch.inference_mode`, got {sensitivity}")
     planted, triples = _needles(needles, tokenizer)
     if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from ..compat.huggingface import keep_initial_value, offload_hook
 
 # What the operator computes with; storage formats such as float8 are none of these.
+LARGEST_SINK = 65504  # of float16
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -73,13 +73,14 @@ def sink_values(
         heads: query heads of each of them; 0 for a layer without a pattern.
 
     Raises:
-        ValueError: if the values are not finite numbers, or not one tensor `[H]` per layer.
+        ValueError: if the values are not numbers that float16 holds, or not one tensor `[H]` per
+            layer.
     """
     if sinks is True:
         return [None] * len(layers)
     if isinstance(sinks, int | float):
-        if not math.isfinite(sinks):
-            raise ValueError(f"`sinks` must be finite, got {sinks}")
+        if not abs(sinks) <= LARGEST_SINK:
+            raise ValueError(f"`sinks` must be from -{LARGEST_SINK} to {LARGEST_SINK}, got {sinks}")
         return [torch.full((count,), float(sinks)) if count else None for count in heads]
     if isinstance(sinks, torch.Tensor | str) or not isinstance(sinks, Sequence):
         raise ValueError(
@@ -101,8 +102,10 @@ def sink_values(
             raise ValueError(f"{where} must be a tensor of floating point, got {kind}")
         if tuple(values.shape) != (count,):
             raise ValueError(f"{where} must have the shape [{count}], got {list(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"{where} must be finite, got NaN or infinity")
+        if not bool((values.abs() <= LARGEST_SINK).all()):
+            raise ValueError(
+                f"{where} must be from -{LARGEST_SINK} to {LARGEST_SINK}, got {values.tolist()}"
+            )
         found.append(values.detach())
     return found
 

@@ -277,7 +277,7 @@ def fold(model: Any) -> Any:
     Raises:
         ValueError: if the model mixes no heads. It is then as it was.
     """
-    section = getattr(model.config, MEA.kind, None)
+    section = getattr(getattr(model, "config", None), MEA.kind, None)
     method = None if section is None else MEA.from_section(section)
     if method is None or not method.mix:
         raise ValueError("`model` must mix its heads, got one without `mea` or with mix=0")

@@ -406,6 +406,8 @@ def near_heads(profile: Profile, within: int, threshold: float) -> tuple[tuple[i
     """The query heads of each layer whose key/value head has a mean recency ratio of at least
     `threshold`, for `RecurrentNear(heads=...)`.
     """
+    if not isinstance(profile, Profile):
+        raise ValueError(f"`profile` must be a Profile, got {type(profile).__name__}")
     ratio = recency_ratio(profile, within)
     group = profile.model.heads // profile.model.kv_heads
     near = ratio.unflatten(1, (-1, group)).mean(dim=2, keepdim=True) >= threshold
@@ -416,7 +418,8 @@ def near_heads(profile: Profile, within: int, threshold: float) -> tuple[tuple[i
 def _part(bands: BandPattern | None, heads: Sequence[int]) -> BandPattern | None:
     if bands is None or not heads:
         return None
-    return BandPattern(tuple(bands.intervals[head] for head in heads), bands.span)
+    chosen = tuple(bands.intervals[head] for head in heads)
+    return BandPattern(chosen, bands.span, prefix=bands.prefix)
 
 
 def _heads(tokens: torch.Tensor, heads: Sequence[int], group: int) -> torch.Tensor:
