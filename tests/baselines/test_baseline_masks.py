@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small import CHOSEN, HEADS, LAYERS, MASKED, SPAN, inputs
+from small_models import CHOSEN, HEADS, LAYERS, MASKED, SPAN, inputs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 

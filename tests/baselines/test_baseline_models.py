@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from small import CHOSEN, HEADS, LAYERS, MASKED, SPAN, build, tokens
+from small_models import CHOSEN, HEADS, LAYERS, MASKED, SPAN, build, tokens
 
 import spattention as spa
 from spattention import baselines

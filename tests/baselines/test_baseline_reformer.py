@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import HEADS
+from small_models import HEADS
 
 from spattention.baselines import Reformer
 from spattention.baselines.reformer import hashed_attention
