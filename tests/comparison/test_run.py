@@ -1,5 +1,6 @@
 """Runs of a comparison: equal data, memory of their own, failures that reach the parent."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from spattention.comparison import run as run_module
 from spattention.comparison.folder import ResultsFolder
 from spattention.comparison.memory import resident_bytes
 from spattention.comparison.plan import Run
-from spattention.comparison.process import RunFailed, train_in_process
+from spattention.comparison.process import RunFailed, show_one_gpu, train_in_process
 from spattention.comparison.run import train
 from spattention.data.packed import write_packed
 from spattention.data.prepare import open_facts, open_stream, prepare
@@ -257,3 +258,14 @@ def test_choices_name_patterns_and_their_options():
 def test_choices_refuse(text, error):
     with pytest.raises(ValueError, match=error):
         attention_choice(text, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("seen", "left"), [(None, "0"), ("0", "0"), ("2,3", "2"), ("GPU-a,GPU-b", "GPU-a"), ("", "")]
+)
+def test_a_run_sees_the_first_gpu_of_its_user(seen, left, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    show_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left

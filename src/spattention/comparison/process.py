@@ -80,9 +80,17 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
+def show_one_gpu() -> None:
+    """Leave this process the first of the GPUs that it sees: a run is one process, and the Trainer
+    would split its batch over all of them. CUDA takes no other word for it before it starts.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]
+
+
 def _work(run: Run, folder: ResultsFolder, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for a spawned process; see `server`
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a run is one process, on one GPU
+    show_one_gpu()
     try:
         sender.send(("result", train(run, folder, lambda event: sender.send(("event", event)))))
     except BrokenPipeError:
