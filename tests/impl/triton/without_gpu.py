@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from spattention.impl.triton import call, op
 from spattention.impl.triton.compiled import CompiledKernelCache
 from spattention.impl.triton.constants import ConstantCache
-from spattention.impl.triton.decode import launch as decode_launch
+from spattention.impl.triton.decode import plan as decode_plan
 from spattention.impl.triton.hopper import planning
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -53,8 +53,8 @@ def launches_to(launched: Launch, compute_capability: tuple[int, int] = (9, 0)) 
         mock.patch.object(op, "INTERPRETED", True),  # so that tensors of the CPU are taken
         mock.patch.object(planning, "triton_is_tested", return_value=True),
         mock.patch.object(call, "compute_capability", capability),
-        mock.patch.object(decode_launch, "compute_capability", capability),
-        mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
+        mock.patch.object(decode_plan, "compute_capability", capability),
+        mock.patch.object(decode_plan, "_plans", ConstantCache(max_entries=1024)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
     ):

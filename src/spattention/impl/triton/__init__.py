@@ -36,6 +36,7 @@ from .op import refusal
 __all__ = [
     "MAX_QUERIES",
     "attend",
+    "attend_paged",
     "attend_part",
     "attend_rings",
     "attend_varlen",
@@ -45,7 +46,7 @@ __all__ = [
     "write_rings",
 ]
 
-DECODE_KEYS = 8  # keys per query from which on decoding is worth its second kernel
+DECODE_KEYS = 8  # keys per query from which on decoding is faster
 
 
 def attend(
@@ -63,8 +64,7 @@ def attend(
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
     _check(query, value)
     on_device = isinstance(query_start, torch.Tensor)
-    decoding = _is_decoding(query, key, value, sinks)
-    return (decode_op.decode if decoding else op.attend)(
+    given = (
         query,
         key,
         value,
@@ -75,9 +75,10 @@ def attend(
         query_start if on_device else None,
         key_start,
         _dense(sinks),
-        None,
-        None,
     )
+    if _is_decoding(query, key, value, sinks):
+        return decode_op.decode(*given, None, None, None, None)
+    return op.attend(*given, None, None)
 
 
 def attend_part(
@@ -146,6 +147,8 @@ def attend_rings(
     *,
     offsets: torch.Tensor,
     lengths: torch.Tensor,
+    prefixes: torch.Tensor,
+    documents: torch.Tensor,
     position: torch.Tensor,
     scale: float,
     sinks: torch.Tensor | None,
@@ -158,7 +161,10 @@ def attend_rings(
         query: `[B, H, Q, D]`, at most `MAX_QUERIES` tokens and at most one more than the store's
             slack.
         keys, values, offsets, lengths, position: the store's.
-        pattern: the store's, without its prefix, which is another part for the caller to merge.
+        pattern: the store's.
+        prefixes: int64 `[Hkv]`, first slot of each head's prefix.
+        documents: int64 `[B, n]`, the store's; the last column says where the document of these
+            prefixes starts.
         scale: factor of the scores.
         sinks: `[H]`.
         key_start: int32 `[B]` or `[B, Q]`.
@@ -178,6 +184,32 @@ def attend_rings(
         _dense(sinks),
         offsets,
         lengths,
+        prefixes if pattern.prefix else None,
+        documents[:, -1] if pattern.prefix else None,
+    )
+
+
+def attend_paged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fill `out` and `lse` with attention of the last tokens of each entry to a paged cache, without
+    a gradient; arguments as in `spattention.serving.paged_attention`.
+    """
+    _check(query, value)
+    assert query.shape[2] <= MAX_QUERIES
+    flat, prefix, sinks = pattern.flat, pattern.prefix, _dense(sinks)
+    decode_op.decode_paged(
+        query, key, value, block_table, seq_lens, flat, prefix, scale, sinks, out, lse
     )
 
 
