@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
 class Seen(NamedTuple):
     """What the rows of a block see, each `[M]`: tokens behind the newest query, and the start and
-    number of distances of each interval. The second is None for patterns that have one.
+    number of distances of each interval. The second is the first for patterns that have one.
     """
 
     behind: Any
@@ -46,7 +46,7 @@ def load_seen(p_bands, rows, INTERVALS: tl.constexpr):
     o_own = rows.farthest - rows.behind  # the farthest key, from the query itself
     near, far = tl.load(p_head), tl.load(p_head + 1)
     count = tiles.visible_count(o_own, near, far, 0)
-    near_2, count_2 = None, None
+    near_2, count_2 = near, count
     if INTERVALS == 2:
         near_2, far_2 = tl.load(p_head + 2), tl.load(p_head + 3)
         count_2 = tiles.visible_count(o_own, near_2, far_2, 0)

@@ -38,12 +38,13 @@ class KeyHead(NamedTuple):
 def load_key_head(key, value, positions, counts, batch, key_head, newest, FORM: tl.constexpr):
     """The `KeyHead` of an int32 `key_head`; `newest` is the newest query's position."""
     head = key_head.to(tl.int64)
-    p_key, p_value, p_pages = key.pointer, value.pointer, positions.pages
-    length, prefix, held = counts.n_keys, counts.n_keys, counts.n_keys
+    p_key, p_value = key.pointer, value.pointer
+    # Fields that other forms need: Triton 3.6 has no None in a result.
+    p_pages, length, prefix, held = p_key, counts.n_keys, counts.n_keys, counts.n_keys
     if FORM.PAGE > 0:
         p_key += head * key.stride_h
         p_value += head * value.stride_h
-        p_pages += batch * counts.pages_stride
+        p_pages = positions.pages + batch * counts.pages_stride
     elif FORM.RINGS:
         offset = tl.load(positions.ring_offsets + key_head)
         p_key += batch * key.stride_b + offset * key.stride_t
