@@ -49,7 +49,7 @@ class Paged:
                 key,
                 value,
                 pattern,
-                key_start=torch.tensor([queries], dtype=torch.int32),
+                key_start=torch.tensor([queries], dtype=torch.int32, device=key.device),
                 return_lse=True,
                 impl="reference",
                 **options,

@@ -177,7 +177,10 @@ def _run_and_compare(
             result.append(part)
     for request, result in enumerate(results):
         torch.testing.assert_close(
-            torch.cat(result), engine.expected(request, sinks), **tolerance, msg=f"request {request}"
+            torch.cat(result),
+            engine.expected(request, sinks),
+            **tolerance,
+            msg=f"request {request}",
         )
 
 

@@ -79,9 +79,7 @@ def test_the_result_is_written_where_it_is_wanted() -> None:
     """An engine's output has the heads inside the tokens, and more rows than there are requests."""
     case = paged(BY_HAND, LENGTHS, 16, key_heads=2)
     buffer = torch.full((9, 1, 4, 16), 7.0)
-    out = paged_attention(
-        *case.given, BY_HAND, impl="triton", out=buffer[:6].transpose(1, 2)
-    )
+    out = paged_attention(*case.given, BY_HAND, impl="triton", out=buffer[:6].transpose(1, 2))
     assert torch.equal(out, paged_attention(*case.given, BY_HAND, impl="triton"))
     assert torch.equal(buffer[:6].transpose(1, 2), out)
     assert buffer[6:].eq(7).all()
@@ -126,7 +124,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seq_lens": GOOD.seq_lens + 90}, "the tokens of a row of `block_table`, got 130"),
     ({"sinks": SINKS[:3]}, "`sinks` must be [H] = [4]"),
     ({"out": GOOD.query[:1]}, "`out` must be [2, 4, 1, 16] of torch.float32 on cpu"),
-    ({"out": torch.zeros(2, 4, 1, 32)[..., ::2]}, "`out` must have a contiguous head_dim, got stride"),
+    (
+        {"out": torch.zeros(2, 4, 1, 32)[..., ::2]},
+        "`out` must have a contiguous head_dim",
+    ),
     ({"impl": "cuda"}, "`impl` must be None or one of ('triton', 'gather'), got 'cuda'"),
     ({"impl": "triton", "query": torch.zeros(2, 4, 17, 16)}, "takes at most 16 queries, got 17"),
     (

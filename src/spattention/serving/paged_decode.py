@@ -78,9 +78,7 @@ def paged_attention(
     factor = score_scale(query, scale)
     with torch.no_grad():
         if kernels is None:
-            found, lse = _gathered(
-                query, key, value, block_table, seq_lens, pattern, factor, sinks
-            )
+            found, lse = _gathered(query, key, value, block_table, seq_lens, pattern, factor, sinks)
             out.copy_(found)
         else:
             lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -140,7 +138,7 @@ def _gathered(
 
     Q keys that nobody sees come before them, so that no query is at a negative position.
     """
-    batch, _, queries, _ = query.shape
+    queries = query.shape[2]
     if query.numel() == 0:
         return query.new_empty((*query.shape[:3], value.shape[-1])), query.new_empty(
             query.shape[:3], dtype=lse_dtype(query)
@@ -191,9 +189,16 @@ def _check(
         raise ValueError(f"`query` must be [B, H, Q, D], got shape {list(query.shape)}")
     batch = query.shape[0]
     # One block as the keys of each request: heads, dtypes and devices follow the same rules.
-    one = (tensor[:1].transpose(1, 2).expand(batch, -1, -1, -1) for tensor in (key, value))
+    keys, values = (tensor[:1].transpose(1, 2).expand(batch, -1, -1, -1) for tensor in (key, value))
     check_attention(
-        query, *one, pattern, scale=scale, sinks=sinks, query_start=0, key_start=None
+        query,
+        keys,
+        values,
+        pattern,
+        scale=scale,
+        sinks=sinks,
+        query_start=0,
+        key_start=None,
     )
     for name, tensor, shape in (
         ("block_table", block_table, "[B, columns]"),

@@ -47,8 +47,14 @@ class PrefixWindowManager(SlidingWindowManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        end = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        self._remove_blocks_in_range(request_id, self.prefix_blocks, end)
+        if request_id not in self.req_to_blocks:
+            return
+        # vLLM frees backward, down to a block that is gone already.
+        blocks = self.req_to_blocks[request_id]
+        kept = blocks[: self.prefix_blocks]
+        blocks[: len(kept)] = [self.block_pool.null_block] * len(kept)
+        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
+        blocks[: len(kept)] = kept
 
     def get_num_blocks_to_allocate(
         self,
@@ -62,9 +68,9 @@ class PrefixWindowManager(SlidingWindowManager):
         found = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *rest, **keywords
         )
-        # Cached blocks of the prefix leave the free ones too.
+        # Blocks of the prefix that are cached and unused stop being free, too.
         kept = self._kept(new_computed_blocks, total_computed_tokens)
-        return int(found + self._get_num_evictable_blocks(kept))
+        return int(found + sum(block.ref_cnt == 0 and not block.is_null for block in kept))
 
     def add_local_computed_blocks(
         self,

@@ -30,15 +30,15 @@ class ClassAttention(Attention):
 
     Args:
         window: as in `HeadClass`.
-        prefix: the first tokens that are kept besides.
+        kept_tokens: the first tokens that are kept besides.
         keeps_all: vLLM frees no blocks at all.
         keywords: vLLM's.
     """
 
-    def __init__(self, *, window: int, prefix: int, keeps_all: bool, **keywords: Any) -> None:
+    def __init__(self, *, window: int, kept_tokens: int, keeps_all: bool, **keywords: Any) -> None:
         super().__init__(attn_backend=BandAttentionBackend, **keywords)
         self.window = window
-        self.prefix = prefix
+        self.kept_tokens = kept_tokens
         self.keeps_all = keeps_all
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
@@ -50,8 +50,8 @@ class ClassAttention(Attention):
         }
         if self.keeps_all:
             return FullAttentionSpec(**common)
-        if self.prefix:
-            return PrefixWindowSpec(sliding_window=self.window, prefix=self.prefix, **common)
+        if self.kept_tokens:
+            return PrefixWindowSpec(sliding_window=self.window, prefix=self.kept_tokens, **common)
         return SlidingWindowSpec(sliding_window=self.window, **common)
 
 
@@ -102,7 +102,7 @@ class BandAttention(torch.nn.Module):
         self.classes = torch.nn.ModuleList(
             ClassAttention(
                 window=part.window,
-                prefix=prefix,
+                kept_tokens=prefix,
                 # vLLM's one window for all layers has no place for a prefix.
                 keeps_all=prefix > 0 and not is_hybrid(vllm_config),
                 num_heads=len(heads),
@@ -182,9 +182,7 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         sinks = _sinks(pattern.num_heads) if section.sinks else None
         if sinks is not None:
             owner.sinks = sinks
-        owner.attn = BandAttention(
-            attention, pattern, by_layer[layer], prefix, sinks, vllm_config
-        )
+        owner.attn = BandAttention(attention, pattern, by_layer[layer], prefix, sinks, vllm_config)
 
 
 def is_hybrid(vllm_config: VllmConfig) -> bool:

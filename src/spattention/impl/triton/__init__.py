@@ -202,8 +202,8 @@ def attend_paged(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Fill `out` and `lse` with attention of the last tokens of each entry to a paged cache, without
-    a gradient; arguments as in `spattention.serving.paged_attention`.
+    """Fill `out` and `lse` with attention of the last tokens of each entry to a paged cache; no
+    gradient. Arguments are those of `spattention.serving.paged_attention`.
     """
     _check(query, value)
     assert query.shape[2] <= MAX_QUERIES

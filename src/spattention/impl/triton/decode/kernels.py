@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Few queries against many keys: decoding.
 
 One program computes all queries that share a key/value head (a group of query heads, times up to 16
@@ -285,6 +286,4 @@ def chunk_kernel(
         first_chunk, n_parts = tl.load(p_chunk + 4), tl.load(p_chunk + 5)
         n_key_heads = n_heads // group
         p_arrived = result.p_arrived + (batch * n_blocks + block) * n_key_heads + key_head
-        merge_last(
-            result, counts, batch, block, key_head, first_chunk, n_parts, p_arrived, FORM
-        )
+        merge_last(result, counts, batch, block, key_head, first_chunk, n_parts, p_arrived, FORM)

@@ -15,9 +15,9 @@ from .. import memory, softmax
 
 
 class Result(NamedTuple):
-    """Where a call's results are stored: `out` and its strides, `lse` `[B, H, Q]`, the heads'
-    sinks, the sums `[B, chunks, R, D]` of the chunks and their log-sum-exps `[B, chunks, R]`, and
-    counters of the chunks that have arrived, one for each block of rows; 0 between calls.
+    """Results of a call: `out` and its strides, `lse` `[B, H, Q]`, the heads' sinks, the sums
+    `[B, chunks, R, D]` of the chunks and their log-sum-exps `[B, chunks, R]`, and counters of the
+    chunks that have arrived, one for each block of rows; 0 between calls.
     """
 
     pointer: Any
@@ -46,16 +46,13 @@ def merge_last(
 
 
 @triton.jit
-def merge_block(
-    result, counts, batch, block, key_head, first_chunk, n_parts, FORM: tl.constexpr
-):
+def merge_block(result, counts, batch, block, key_head, first_chunk, n_parts, FORM: tl.constexpr):
     """Merge the chunks of one block of rows, and add the heads' sinks once."""
     ROWS: tl.constexpr = FORM.MERGED_ROWS
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     HEAD_DIM: tl.constexpr = FORM.HEAD_DIM
-    LSES: tl.constexpr = 64
-    # 16 KiB of sums at a time
-    PARTS: tl.constexpr = min(max(4096 // (ROWS * BLOCK_D), 1), 64)
+    # 32 KiB of sums at a time
+    PARTS: tl.constexpr = min(max(8192 // (ROWS * BLOCK_D), 1), 64)
     unit = 1.0 if FORM.PRECISE else softmax.LOG2_E
     n_rows = counts.group * counts.n_queries
     o_row = block * FORM.BLOCK_M + tl.arange(0, ROWS)  # [ROWS]
@@ -65,36 +62,29 @@ def merge_block(
     first_row = (batch * counts.n_chunks + first_chunk) * n_rows
     p_part = result.p_part + first_row * HEAD_DIM
     p_part_lse = result.p_part_lse + first_row
+    o_dim = tl.arange(0, BLOCK_D)[None, None, :]
 
     row_max, row_sum = softmax.init(result.p_sinks, o_head, ROWS, FORM.HAS_SINKS, FORM.PRECISE)
-    for first in range(0, n_parts, LSES):
-        o_part = first + tl.arange(0, LSES)
-        m_part = m_row[:, None] & (o_part < n_parts)[None, :]
-        p_lses = p_part_lse + o_part[None, :] * n_rows + o_row[:, None]
-        # Other programs wrote these: past the multiprocessor's own cache
-        lses = tl.load(p_lses, mask=m_part, other=float("-inf"), cache_modifier=".cg")
-        _, row_max, row_sum, _ = softmax.update(lses, row_max, row_sum, unit, False, FORM.PRECISE)
-    lse, total = softmax.finalize(row_max, row_sum, FORM.PRECISE)
-    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-
-    o_dim = tl.arange(0, BLOCK_D)[None, None, :]
-    b_sum = tl.zeros([PARTS, ROWS, BLOCK_D], tl.float32)
+    b_sum = tl.zeros([ROWS, PARTS, BLOCK_D], tl.float32)
     for first in tl.range(0, n_parts, PARTS, num_stages=FORM.STAGES):
-        o_part = (first + tl.arange(0, PARTS))[:, None]
-        m_part = (o_part < n_parts) & m_row[None, :]
-        o_stored = o_part * n_rows + o_row[None, :]  # [PARTS, ROWS]
+        o_part = first + tl.arange(0, PARTS)
+        m_part = m_row[:, None] & (o_part < n_parts)[None, :]
+        o_stored = o_part[None, :] * n_rows + o_row[:, None]  # [ROWS, PARTS]
+        p_sums = p_part + o_stored[:, :, None] * HEAD_DIM + o_dim
+        m_sums = m_part[:, :, None] & (o_dim < HEAD_DIM)
+        # Other programs wrote these: past the multiprocessor's own cache. The sums do not wait for
+        # their log-sum-exps, so a chunk without keys gives what it never stored, to be dropped.
         lses = tl.load(
             p_part_lse + o_stored, mask=m_part, other=float("-inf"), cache_modifier=".cg"
         )
-        p_sums = p_part + o_stored[:, :, None] * HEAD_DIM + o_dim
-        m_sums = m_part[:, :, None] & (o_dim < HEAD_DIM)
         b_part = tl.load(p_sums, mask=m_sums, other=0.0, cache_modifier=".cg")
-        shifted = softmax.scaled(lses, unit, FORM.PRECISE) - row_max[None, :]
-        p = softmax.exponential(shifted, FORM.PRECISE)
-        # A chunk without keys has stored no sums.
         b_part = tl.where((lses > float("-inf"))[:, :, None], b_part, 0.0)
-        b_sum += p[:, :, None] * b_part
-    b_out = normalised(tl.sum(b_sum, 0), total, FORM.PRECISE)  # [ROWS, D]
+        p, row_max, row_sum, factor = softmax.update(
+            lses, row_max, row_sum, unit, False, FORM.PRECISE
+        )
+        b_sum = b_sum * factor[:, None, None] + p[:, :, None] * b_part
+    lse, row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)
+    b_out = normalised(tl.sum(b_sum, 1), row_sum, FORM.PRECISE)  # [ROWS, D]
 
     o_head = o_head.to(tl.int64)
     o_stored = o_head * result.stride_h + o_query.to(tl.int64) * result.stride_t

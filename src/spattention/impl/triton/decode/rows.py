@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .. import memory, softmax, tiles
 from .merge import normalised
-from .storage import load_at_distances, load_prefix
+from .storage import load_at_distances, load_pages, load_prefix
 
 MAX_INT32 = tl.constexpr((1 << 31) - 1)
 
@@ -27,39 +27,39 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the rows of a block see, each `[M]`: tokens behind the newest query, and the start and
-    number of distances of each interval. The second is the first for patterns that have one.
+    """Distances that the rows of a block see, each `[M]`: tokens behind the newest query, distance to the
+    first key from the query itself, and the edges of each interval. The second is the first for
+    patterns that have one.
     """
 
     behind: Any
+    own: Any
     near: Any
-    count: Any
+    far: Any
     near_2: Any
-    count_2: Any
+    far_2: Any
 
 
 @triton.jit
 def load_seen(p_bands, rows, INTERVALS: tl.constexpr):
-    """The `Seen` of rows. It is loaded once: a load in the loop over keys would wait in each step.
-    """
+    """The `Seen` of rows. It is loaded before the loop over keys, which would wait in each step."""
     p_head = p_bands + 4 * rows.head
-    o_own = rows.farthest - rows.behind  # the farthest key, from the query itself
     near, far = tl.load(p_head), tl.load(p_head + 1)
-    count = tiles.visible_count(o_own, near, far, 0)
-    near_2, count_2 = near, count
+    near_2, far_2 = near, far
     if INTERVALS == 2:
         near_2, far_2 = tl.load(p_head + 2), tl.load(p_head + 3)
-        count_2 = tiles.visible_count(o_own, near_2, far_2, 0)
-    return Seen(rows.behind, near, count, near_2, count_2)
+    return Seen(rows.behind, rows.farthest - rows.behind, near, far, near_2, far_2)
 
 
 @triton.jit
 def visible(seen, o_distance, INTERVALS: tl.constexpr):
     """Mask `[M, N]` of distances `[N]` from the newest query."""
     o_distance, o_behind = o_distance[None, :], seen.behind[:, None]
-    m_seen = tiles.visible(o_distance, o_behind, seen.near[:, None], seen.count[:, None])
+    count = tiles.visible_count(seen.own, seen.near, seen.far, 0)
+    m_seen = tiles.visible(o_distance, o_behind, seen.near[:, None], count[:, None])
     if INTERVALS == 2:
-        m_seen |= tiles.visible(o_distance, o_behind, seen.near_2[:, None], seen.count_2[:, None])
+        count = tiles.visible_count(seen.own, seen.near_2, seen.far_2, 0)
+        m_seen |= tiles.visible(o_distance, o_behind, seen.near_2[:, None], count[:, None])
     return m_seen
 
 
@@ -100,9 +100,12 @@ def attend_rows(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen = load_seen(p_bands, rows, FORM.INTERVALS)
+    o_page = load_pages(keys, begin + tl.arange(0, BLOCK_N), end, FORM)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        b_key, b_value = load_at_distances(keys, o_distance, end, FORM)
+        o_next = load_pages(keys, o_distance + BLOCK_N, end, FORM)
+        b_key, b_value = load_at_distances(keys, o_distance, o_page, end, FORM)
+        o_page = o_next
         scores = product(b_query, b_key, FORM.PRECISE)
         scores = softmax.scaled(scores, scale, FORM.PRECISE)
         scores = tl.where(visible(seen, o_distance, FORM.INTERVALS), scores, float("-inf"))
@@ -140,9 +143,12 @@ def attend_row(
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     b_out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     seen = load_seen(p_bands, rows, FORM.INTERVALS)
+    o_page = load_pages(keys, begin + tl.arange(0, BLOCK_N), end, FORM)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        b_key, b_value = load_at_distances(keys, o_distance, end, FORM)
+        o_next = load_pages(keys, o_distance + BLOCK_N, end, FORM)
+        b_key, b_value = load_at_distances(keys, o_distance, o_page, end, FORM)
+        o_page = o_next
         scores = tl.sum(b_key.to(tl.float32) * b_query, 1)  # [N]
         m_seen = tl.sum(visible(seen, o_distance, FORM.INTERVALS).to(tl.int32), 0) > 0  # [N]
         scores = tl.where(m_seen, scores, float("-inf"))
