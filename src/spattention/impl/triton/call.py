@@ -141,6 +141,11 @@ def ensure_inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values without strides: kernels read consecutive sinks and offsets."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which the device is the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

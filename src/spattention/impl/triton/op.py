@@ -7,18 +7,18 @@ schemas take no Python objects. Packed calls (`cu_seqlens_q` given) come as `[1,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 
-from ...compat.pytorch import in_transform
+from ..attention_call import AttentionCall
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
 from .arguments import Positions
-from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
+from .call import BackwardTensors, Call, ForwardTensors, dense, ensure_inner_contiguous
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -189,29 +189,29 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    d_query, d_key, d_value, d_sinks = differentiate(
+    d_query, d_key, d_value, d_sinks = _differentiate(
         d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
     )
     d_sinks = None if optional[2] is None else d_sinks
     return d_query, d_key, d_value, None, None, None, None, None, None, d_sinks, None, None
 
 
-def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Eager fast path: run autograd directly instead of through the dispatcher, which saves one
-    Python call per launch. Under torch.compile, functorch transforms or `__torch_function__` modes,
-    call the registered operator, so that they can see it.
-    """
-
-    def call(*inputs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or in_transform()
-            or torch.overrides.has_torch_function(inputs)
-        ):
-            return operator(*inputs)
-        return recorded(*inputs)
-
-    return call
+def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` and the log-sum-exp, recorded for autograd."""
+    return _attend(
+        call.query,
+        call.key,
+        call.value,
+        call.pattern.flat,
+        call.pattern.prefix,
+        call.scale,
+        call.query_start,
+        call.query_start_tensor,
+        call.key_start,
+        dense(call.sinks),
+        dense(call.cu_seqlens_q),
+        dense(call.cu_seqlens_k),
+    )
 
 
 _COMMON = (
@@ -231,7 +231,7 @@ backward = register(
     _backward,
     _fake_backward,
 )
-attend = _eager(differentiable(forward, _save, _gradients), forward)
-differentiate = _eager(differentiable(backward), backward)
+_attend = differentiable(forward, _save, _gradients, compute=_forward)
+_differentiate = differentiable(backward, compute=_backward)
 batched(forward, packed="cu_seqlens_q")
 batched(backward, packed="cu_seqlens_q", sums_sinks=True)
