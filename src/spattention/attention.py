@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from . import impl as implementations
 from .bands import BandPattern
 from .binding import bind, bind_varlen
 from .checks import check_no_tangents
@@ -161,7 +162,7 @@ def band_attention_varlen(
         sinks=sinks,
     )
     out, lse = attend(call, choose(impl, call.query, call.value))
-    out, lse = out[0].transpose(0, 1), lse[0]
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out
 
 
@@ -170,8 +171,8 @@ def attend(call: AttentionCall, implementation: ModuleType) -> tuple[torch.Tenso
     if implementation is not reference:
         check_no_tangents(query=call.query, key=call.key, value=call.value, sinks=call.sinks)
     with without_autocast(call.query):
-        out, lse = implementation.attend(call)
-    return out, lse
+        result: tuple[torch.Tensor, torch.Tensor] = implementation.attend(call)
+    return result
 
 
 def choose(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> ModuleType:
@@ -203,6 +204,9 @@ def kernels_for(query: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
 
 def _kernels() -> ModuleType:
     """Imported on first use: a bare `import spattention` does not import Triton."""
-    from .impl import triton
-
-    return triton
+    # An import statement would take microseconds in every call.
+    found: ModuleType | None = getattr(implementations, "triton", None)
+    if found is None:
+        from .impl import triton as found
+    assert found is not None
+    return found

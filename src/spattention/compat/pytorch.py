@@ -22,6 +22,9 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 # True inside `torch.func`'s transforms; nothing public tells it without a tensor.
 in_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
+# What torch.compile does with the frames that run now; None where it is not in use.
+_dynamo_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
 # Number of active `__torch_dispatch__` modes; the public way makes an object for each.
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
@@ -57,12 +60,12 @@ def forward_mode_active() -> bool:
 
 
 def needs_dispatcher(inputs: Sequence[Any]) -> bool:
-    """True if a transform, a mode or a tensor subclass has to see an operator on these inputs, or
-    one of its tensors is lazily negated.
+    """True if a compiler, a transform, a mode or a tensor subclass has to see an operator on these
+    inputs, or one of its tensors is lazily negated.
     """
-    if in_transform() or forward_mode_active() or _dispatch_modes():
+    if _dynamo_callback() is not None or in_transform() or forward_mode_active():
         return True
-    if torch.overrides.has_torch_function(inputs):
+    if _dispatch_modes() or torch.overrides.has_torch_function(inputs):
         return True
     for each in inputs:
         kind = type(each)

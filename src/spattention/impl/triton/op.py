@@ -18,7 +18,7 @@ from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
 from .arguments import Positions
-from .call import BackwardTensors, Call, ForwardTensors, dense, ensure_inner_contiguous
+from .call import BackwardTensors, ForwardTensors, call_of, dense, ensure_inner_contiguous
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -71,25 +71,12 @@ def _forward(
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions, prefix)
+    call = call_of(query, key, intervals, scale, query_start, positions, prefix)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
 
-def _fake_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    intervals: Sequence[int],
-    prefix: int,
-    scale: float,
-    query_start: int,
-    query_start_tensor: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_forward(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _forward_results(query)
 
 
@@ -98,7 +85,7 @@ def _forward_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_like_query(query, query.shape[3]), lse
 
 
-def _backward(
+def _gradients_of(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
@@ -115,27 +102,28 @@ def _backward(
     sinks: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and sinks (`[0]` without sinks), from those of `out` and (or
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of query, key, value and sinks (None without sinks), from those of `out` and (or
     None) of `lse`.
     """
-    d_query, d_key, d_value, d_sinks = _backward_results(query, key, value, sinks)
+    d_query, d_key, d_value = (empty_like_query(t, t.shape[3]) for t in (query, key, value))
+    d_sinks = None if sinks is None else torch.empty_like(sinks)
     if query.numel() == 0 or key.numel() == 0:
         for gradient in (d_query, d_key, d_value):
             gradient.zero_()
-        if sinks is not None and d_lse is not None:
-            d_sinks.copy_(d_lse.sum((0, 2)))
-        return d_query, d_key, d_value, d_sinks.zero_() if d_lse is None else d_sinks
+        if d_sinks is not None:
+            d_sinks.zero_() if d_lse is None else d_sinks.copy_(d_lse.sum((0, 2)))
+        return d_query, d_key, d_value, d_sinks
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions, prefix)
+    call = call_of(query, key, intervals, scale, query_start, positions, prefix)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
         d_query.zero_()
         d_key.zero_()
-    if sinks is not None:
+    if sinks is not None and d_sinks is not None:
         # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a
         # row without keys.
         weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(
@@ -145,35 +133,28 @@ def _backward(
     return d_query, d_key, d_value, d_sinks
 
 
+def _backward(
+    d_out: torch.Tensor, d_lse: torch.Tensor | None, query: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_gradients_of` in the form of a schema: without sinks their gradient is `[0]`."""
+    d_query, d_key, d_value, d_sinks = _gradients_of(d_out, d_lse, query, *rest)
+    return d_query, d_key, d_value, query.new_empty(0) if d_sinks is None else d_sinks
+
+
 def _fake_backward(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    intervals: Sequence[int],
-    prefix: int,
-    scale: float,
-    query_start: int,
-    query_start_tensor: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward_results(query, key, value, sinks)
-
-
-def _backward_results(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sinks = rest[8]
     return (
         empty_like_query(query, query.shape[3]),
         empty_like_query(key, key.shape[3]),
         empty_like_query(value, value.shape[3]),
-        query.new_empty([0]) if sinks is None else torch.empty_like(sinks),
+        query.new_empty(0) if sinks is None else torch.empty_like(sinks),
     )
 
 
@@ -232,6 +213,6 @@ backward = register(
     _fake_backward,
 )
 _attend = differentiable(forward, _save, _gradients, compute=_forward)
-_differentiate = differentiable(backward, compute=_backward)
+_differentiate = differentiable(backward, compute=_gradients_of)
 batched(forward, packed="cu_seqlens_q")
 batched(backward, packed="cu_seqlens_q", sums_sinks=True)

@@ -35,10 +35,8 @@ def differentiate_part(
     tensors = call.query, call.key, call.value, whole.out, whole.d_out
     query, key, value, out, d_out = (ensure_inner_contiguous(each) for each in tensors)
     d_query, d_key, d_value = (empty_like_query(t, t.shape[3]) for t in (query, key, value))
-    facts = _facts(call, query, key)
-    facts.has_all_keys = False
     launch.backward(
-        facts,
+        _facts(call, query, key),
         BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value),
         whole.lse.contiguous(),
         whole.d_lse,
@@ -52,9 +50,11 @@ def differentiate_part(
 def _facts(call: AttentionCall, query: torch.Tensor, key: torch.Tensor) -> Call:
     pattern, start = call.pattern, call.query_start
     positions = Positions(None, call.key_start, None, None)
-    if call.key_start is not None:  # an index into the keys, which stays where it is
-        return Call(query, key, pattern.flat, call.scale, start, positions, pattern.prefix)
-    shifted = []
-    for near, far in zip(pattern.flat[::2], pattern.flat[1::2]):
-        shifted += [near - start, far - start] if near < far else [0, 0]
-    return Call(query, key, shifted, call.scale, 0, positions, pattern.prefix)
+    edges = pattern.flat
+    if call.key_start is None:  # else an index into the keys, which stays where it is
+        shifted = []
+        for near, far in zip(edges[::2], edges[1::2]):
+            shifted += [near - start, far - start] if near < far else [0, 0]
+        edges, start = tuple(shifted), 0
+    scale, prefix = call.scale, pattern.prefix
+    return Call(query, key, edges, scale, start, positions, prefix, has_all_keys=False)
