@@ -1,4 +1,4 @@
-"""A direct launch hands a driver what Triton's own launch hands it, and encodes descriptors once."""
+"""A direct launch hands the driver what Triton hands it, and encodes each descriptor once."""
 
 from __future__ import annotations
 
