@@ -2,9 +2,9 @@
 
 Shapes `(B, H/Hkv, N, D)` are those of Llama-3.2-1B (D 64) and Qwen3-4B (D 128). Every shape is
 measured plain, with learned sinks, with documents packed into one row and with a prefix of 4
-tokens, with one band per query head and with one per key/value head. Competitors are dense
-attention (cuDNN's; PyTorch's varlen for documents), compiled FlexAttention, flash-sparse-attn and
-FlashAttention-4, on the same masks.
+tokens, with one band per query head and with one per key/value head. Competitors are PyTorch's
+dense attention (documents with its FlashAttention-2 alone), compiled FlexAttention,
+flash-sparse-attn and FlashAttention-4, on the same masks.
 
 Output and gradients of every call are compared with float64 on a sample of query rows before it is
 timed. Workers compile in parallel, then one measures at a time. The results are written after each
@@ -33,7 +33,8 @@ HEADS, KEY_HEADS = 32, 8
 SHAPES = ((1, 16384, 64), (4, 4096, 128), (1, 65536, 64))  # batch, tokens, head_dim
 VARIANTS = ("plain", "sinks", "packed", "prefix")
 BANDS = ("query head", "key/value head")
-BY = ("spattention", "dense", "FlexAttention", "flash-sparse-attn", "FlashAttention-4")
+DENSE = ("dense, cuDNN", "dense, FlashAttention-2")
+BY = ("spattention", *DENSE, "FlexAttention", "flash-sparse-attn", "FlashAttention-4")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ def cases() -> list[Case]:
             for bands in BANDS:
                 for by in BY:
                     case = Case(by, variant, bands, batch, length, head_dim)
-                    if by == "dense":  # has no bands, sinks or prefix
-                        if bands != BANDS[0] or variant not in ("plain", "packed"):
+                    if by in DENSE:  # has no bands, sinks or prefix; cuDNN's no documents here
+                        variants = ("plain", "packed")[: 1 + (by == DENSE[1])]
+                        if bands != BANDS[0] or variant not in variants:
                             continue
                         case = replace(case, bands="-")
                     elif by == "FlashAttention-4" and variant not in ("plain", "sinks"):
@@ -83,7 +85,9 @@ def cases() -> list[Case]:
 
 def worker_name(case: Case) -> tuple[Any, ...]:
     """Cases of the same name share a worker, and so what it compiled."""
-    if case.by in ("spattention", "dense"):
+    if case.by in DENSE:
+        return ("dense", case.head_dim)
+    if case.by == "spattention":
         return (case.by, case.head_dim)
     if case.by == "FlexAttention":  # compiled for one shape
         return (case.by, case.variant, case.batch, case.length, case.head_dim)
@@ -188,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         place = (row["batch"], row["length"], row["head_dim"], row["variant"])
         cell = f"{row['forward']:.2f} / {row['total']:.2f}" if "total" in row else "-"
-        for bands in BANDS if row["by"] == "dense" else [row["bands"]]:
+        for bands in BANDS if row["by"] in DENSE else [row["bands"]]:
             found.setdefault((*place, bands), {})[row["by"]] = cell
     lines = [
         "| B x H/Hkv x N, D | | band per | " + " | ".join(BY) + " |",

@@ -62,6 +62,7 @@ def test_the_yardstick_is_exact(variant: str) -> None:
         torch.testing.assert_close(tensor, expected.double(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("variant", grouped.VARIANTS)
 def test_flex_computes_the_same_masks(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -148,9 +149,9 @@ def test_a_run_continues_what_its_output_has(
     rows = json.loads(output.read_text())["rows"]
     assert [row["by"] for row in rows if "failed" in row] == ["FlashAttention-4"] * 2
     assert first == len(rows) - 2
-    assert "| 4 x 32/8 x 4,096, 128 | plain | query head | 1.00 / 3.00 | 1.00 / 3.00 |" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    cells = "| 1.00 / 3.00 " * 4 + "| - | - |"
+    assert f"| 4 x 32/8 x 4,096, 128 | plain | query head {cells}" in printed
     grouped.main()
     assert len(FakeWorker.measured) == first  # only what failed is tried again
     FakeWorker.measured.clear()

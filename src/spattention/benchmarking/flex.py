@@ -105,15 +105,20 @@ class Flex:
     ) -> Attend:
         """On the mask of a pattern."""
         query, key, value, _ = self.inputs
-        options: dict[str, Any] = {
-            "block_mask": block_mask(pattern, query.shape[2], query.device, offsets),
-            "kernel_options": None if self.options is None else dict(self.options),
-            "enable_gqa": query.shape[1] != key.shape[1],
-        }
-        if sinks is None:
-            return Attend(lambda: self.attend(query, key, value, **options), self.inputs)
+        mask = block_mask(pattern, query.shape[2], query.device, offsets)
+        grouped = query.shape[1] != key.shape[1]
+        options: Any = None if self.options is None else dict(self.options)
+        if sinks is not None:
+            return Attend(
+                lambda: self.attend_with_sinks(query, key, value, sinks, mask, grouped, options),
+                self.inputs,
+                sinks,
+            )
         return Attend(
-            lambda: self.attend_with_sinks(query, key, value, sinks, options), self.inputs, sinks
+            lambda: self.attend(
+                query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options
+            ),
+            self.inputs,
         )
 
 
@@ -122,14 +127,25 @@ def _flex_with_sinks(
     key: torch.Tensor,
     value: torch.Tensor,
     sinks: torch.Tensor,
-    options: dict[str, Any],
+    mask: Any,
+    grouped: bool,
+    options: Any,
 ) -> torch.Tensor:
     """FlexAttention, scaled by the share of the weights that the sinks leave."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    out, auxiliary = flex_attention(query, key, value, return_aux=AuxRequest(lse=True), **options)
-    share = torch.sigmoid(auxiliary.lse - sinks.float()[:, None])
-    return (out * share[..., None]).to(out.dtype)
+    found: Any = flex_attention(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        enable_gqa=grouped,
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )
+    out, auxiliary = found
+    scaled: torch.Tensor = out * torch.sigmoid(auxiliary.lse - sinks.float()[:, None])[..., None]
+    return scaled.to(out.dtype)
 
 
 class FlexFlash(Flex):
