@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..attention import Result, band_attention, kernels_for
+from ..attention import Result, band_attention, choose, kernels_for
 from ..bands import BandPattern
 from ..checks import check_attention, check_tensors
 from ..impl.layout import empty_like_query, lse_dtype, score_scale
@@ -109,8 +109,7 @@ def _kernels(impl: str | None, query: Tensor, key: Tensor, value: Tensor) -> Mod
         return kernels if few and inner else None
     if impl != "triton":
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
-    from ..impl import triton
-
+    triton = choose(impl, query, value)
     if query.shape[2] > triton.MAX_QUERIES:
         raise ValueError(
             f'`impl="triton"` takes at most {triton.MAX_QUERIES} queries, got {query.shape[2]}'

@@ -107,7 +107,7 @@ def _fake_decode_paged(*inputs: Any) -> None:
     return None
 
 
-decode = register(
+_operator = register(
     "triton_decode",
     "(Tensor query, Tensor key, Tensor value, int[] intervals, int prefix, float scale, "
     "SymInt query_start, Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, "
@@ -115,7 +115,7 @@ decode = register(
     _decode,
     _fake_decode,
 )
-differentiable(decode)
+decode = differentiable(_operator, compute=_decode)
 
 decode_paged = register(
     "triton_decode_paged",

@@ -27,9 +27,9 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Distances that the rows of a block see, each `[M]`: tokens behind the newest query, distance to the
-    first key from the query itself, and the edges of each interval. The second is the first for
-    patterns that have one.
+    """Distances that the rows of a block see, each `[M]`: tokens behind the newest query, distance
+    to the first key from the query itself, and the edges of each interval. The second interval is
+    the first for patterns that have one.
     """
 
     behind: Any
