@@ -220,7 +220,7 @@ def attend_varlen(
     tensors = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     dense = map(_dense, (sinks, cu_seqlens_q, cu_seqlens_k))
     out, lse = op.attend(*tensors, pattern.flat, pattern.prefix, scale, 0, None, None, *dense)
-    return out[0].transpose(0, 1), lse[0]
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
 def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
