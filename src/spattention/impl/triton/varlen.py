@@ -78,7 +78,13 @@ def sequence_at(
 ):
     """The `Sequence` of a slot, with its block of keys if `OF_KEYS`, else of queries."""
     if FORM.PACKED:
-        sequence = document_sequence(positions, counts, counts.n_documents, slot, BLOCK, OF_KEYS)
+        p_offsets, n_tokens = positions.cu_seqlens_q, counts.n_queries
+        if OF_KEYS:
+            p_offsets, n_tokens = positions.cu_seqlens_k, counts.n_keys
+        document, block = document_at(p_offsets, slot, counts.n_documents, n_tokens, BLOCK)
+        sequence = document_sequence(
+            positions, counts, counts.n_documents, document, block, OF_KEYS
+        )
     else:
         start = counts.query_start
         if FORM.START_ON_DEVICE:
@@ -89,16 +95,10 @@ def sequence_at(
 
 
 @triton.jit
-def document_sequence(
-    positions, counts, n_documents, slot, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
-):
-    """The `Sequence` of a slot in packed documents, as `sequence_at`."""
+def document_sequence(positions, counts, n_documents, document, block, OF_KEYS: tl.constexpr):
+    """The `Sequence` of a block of a packed document, of its keys if `OF_KEYS`, else of queries."""
     n_queries, n_keys = counts.n_queries, counts.n_keys
     p_offsets_q, p_offsets_k = positions.cu_seqlens_q, positions.cu_seqlens_k
-    if OF_KEYS:
-        document, block = document_at(p_offsets_k, slot, n_documents, n_keys, BLOCK)
-    else:
-        document, block = document_at(p_offsets_q, slot, n_documents, n_queries, BLOCK)
     offset_q = offset_at(p_offsets_q, document, n_documents, n_queries)
     offset_k = offset_at(p_offsets_k, document, n_documents, n_keys)
     queries = offset_at(p_offsets_q, document + 1, n_documents, n_queries) - offset_q

@@ -279,6 +279,8 @@ def key_gradient(
     if FORM.HAS_KEY_START:
         first_key -= offset_k  # negative in the padding
     if FORM.PACKED:
+        first_key -= arguments.shift_of_keys(sequence, BLOCK_N)
+    if FORM.PACKED:
         if first_key >= n_keys:
             return
     last_key = min(first_key + BLOCK_N, n_keys) - 1
@@ -297,8 +299,12 @@ def key_gradient(
             bands, first_key, last_key, query_start, n_queries, BLOCK_M, FORM.INTERVALS, offset_q
         )
         if tiles.total_blocks(queries) == 0:
-            memory.store_zeros(p_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM)
-            memory.store_zeros(p_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM)
+            memory.store_zeros(
+                p_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
+            )
+            memory.store_zeros(
+                p_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
+            )
             return
 
     s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
@@ -403,9 +409,11 @@ def key_gradient(
         m_key = m_key & (o_key >= 0)
         b_d_value = gl.where(m_key[:, None], b_d_value, 0.0)
     b_d_key = gl.where(m_key[:, None], b_d_key * softmax.natural(scale), 0.0)
-    memory.store_tokens(p_d_key, b_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM)
     memory.store_tokens(
-        p_d_value, b_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM
+        p_d_key, b_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
+    )
+    memory.store_tokens(
+        p_d_value, b_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
     )
     pipeline.invalidate(key_full)
     pipeline.invalidate(query_full)
