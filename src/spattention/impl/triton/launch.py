@@ -8,7 +8,7 @@ import triton
 from . import hopper
 from .arguments import RowStats
 from .call import BackwardTensors, Call, ForwardTensors
-from .hopper.planning import pitch
+from .hopper.planning import has_parts, pitch
 from .portable import launch as portable
 
 DECODING = f"decoding kernels (Triton {triton.__version__})"
@@ -22,7 +22,9 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
     if need is not None:
         return f"portable kernels (Triton {triton.__version__})", need
     plan = hopper.plan(call, *inputs)
-    prefix = "; dK and dV of the prefix by the portable kernels" if call.prefix else ""
+    prefix = ""
+    if call.prefix and not has_parts(call):
+        prefix = "; dK and dV of the prefix by the portable kernels"
     return f"Hopper kernels (Triton {triton.__version__}): {plan}{prefix}", None
 
 
@@ -52,7 +54,7 @@ def backward(
     from .hopper import launch
 
     launch.backward(call, plan, tensors, stats)
-    if call.prefix:
+    if call.prefix and not has_parts(call):
         launch_config = portable.launches_for(call).key_gradient
         portable.prefix_gradient(call, launch_config, tensors, stats, shared=False)
     return stats.delta[:, :, :queries]

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import scheduler, softmax, tiles
-from . import arguments, memory, pipeline
+from . import arguments, memory, pipeline, prefix
 from .backward_preprocess import delta_of_keys, init_stats
 
 
@@ -48,6 +48,7 @@ def query_gradient(
     inputs,
     out,
     d_query,
+    p_part,
     stats,
     p_bands,
     positions,
@@ -64,6 +65,7 @@ def query_gradient(
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = inputs.key.dtype
     STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
+    FIRST: gl.constexpr = prefix.first_step(FORM)
     # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
@@ -132,6 +134,9 @@ def query_gradient(
         )
 
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
+    if prefix.has_parts(FORM):
+        n_tile = (batch_64 * n_heads + head_64) * n_blocks + first_query // BLOCK_M
+        p_part += n_tile * (2 * FORM.PREFIX * HEAD_DIM)
     if FORM.COMPUTE_DELTA:
         p_out = out.pointer + batch_64 * out.stride_b + head_64 * out.stride_h
         if FORM.PACKED:
@@ -142,13 +147,20 @@ def query_gradient(
         lse_log2 = gl.load(stats.lse_log2 + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
         delta = gl.load(stats.delta + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
     pipeline.consumer_wait(query_full, 0)
+    if FIRST > 0:
+        pipeline.consumer_wait(key_full, 0)
+        of_prefix = prefix.recompute(
+            s_query, s_d_out, s_keys.index(0), s_values.index(0), tile, lse_log2, scale, FORM
+        )
     if FORM.COMPUTE_DELTA:
         if n_steps > FORM.EXACT_STEPS:
             b_d_out = s_d_out.load(memory.wide_layout(HEAD_DIM, WARPS))
             summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)
             delta += gl.convert_layout(summed, ROW)
         else:
-            for step in range(n_steps):
+            if FIRST > 0:
+                delta += gl.convert_layout(gl.sum(of_prefix.p * of_prefix.d_p, 1), ROW)
+            for step in range(FIRST, n_steps):
                 key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
                 pipeline.consumer_wait(key_full, step)
                 if arguments.is_bounded(FORM):
@@ -163,8 +175,13 @@ def query_gradient(
                     scores, d_p, o_position, key_block, lse_log2, scale, SCORES, FORM.PREFIX
                 )
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
-    b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
-    for step in range(n_steps):
+    b_d_query = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
+    if FIRST > 0:
+        b_d_query = prefix.gradients(
+            s_query, s_d_out, s_keys.index(0), tile, of_prefix, delta, b_d_query, p_part, FORM
+        )
+    b_d_query = warpgroup_mma_init(b_d_query)
+    for step in range(FIRST, n_steps):
         key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
         first_key, near, far = key_block.start, key_block.near, key_block.far
         start = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
@@ -431,6 +448,7 @@ def backward_kernel(
     d_query,
     d_key,
     d_value,
+    p_part,
     stats,
     p_bands,
     positions,
@@ -487,6 +505,7 @@ def backward_kernel(
         inputs,
         out,
         d_query,
+        p_part,
         stats,
         p_bands,
         positions,

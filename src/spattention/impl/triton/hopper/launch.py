@@ -15,9 +15,9 @@ from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
 from . import backward as backward_pass
-from . import backward_preprocess, forward_persistent
+from . import backward_preprocess, forward_persistent, prefix
 from . import forward as forward_pass
-from .planning import BLOCK, HopperPlan, TileOrder, pitch
+from .planning import BLOCK, HopperPlan, TileOrder, has_parts, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -26,6 +26,7 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
 
 
 class _Descriptor(TensorDescriptor):
@@ -136,7 +137,9 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
 
 
 def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`. Those
+    of a prefix's keys are left to `portable/prefix_gradient.py` unless `has_parts`.
+    """
     query, key, value, out, d_out, d_query, d_key, d_value = tensors
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
@@ -174,10 +177,13 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
+    part = None
+    if has_parts(call):
+        part = stats.delta.new_empty((programs, 2, call.prefix, call.head_dim))
     specialization_key = (
         call.device,
         call.dtype,
-        specialization(out, d_out, *stats, d_query, d_key, d_value, *positions),
+        specialization(out, d_out, *stats, d_query, d_key, d_value, part, *positions),
         results[1:],
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
@@ -188,6 +194,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         _vector_descriptor(stats.delta, launch.block_m),
         results,
         *gradients,
+        part,
         stats,
         call.bands,
         positions,
@@ -214,24 +221,42 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         if plan.split_backward:
             run(programs, 0, True)
             run(key_programs, key_programs, False)
-            return
-        _preprocess(
-            programs,
-            specialization_key,
-            *inputs,
-            results,
-            grad_results,
-            stats,
-            call.bands,
-            positions,
-            *counts,
-            key_programs,
-            call.scale,
-            FORM=form(False),
-            launch_pdl=True,
-            **launch.options,
-        )
-        run(key_programs + programs, key_programs, False)
+        else:
+            _preprocess(
+                programs,
+                specialization_key,
+                *inputs,
+                results,
+                grad_results,
+                stats,
+                call.bands,
+                positions,
+                *counts,
+                key_programs,
+                call.scale,
+                FORM=form(False),
+                launch_pdl=True,
+                **launch.options,
+            )
+            run(key_programs + programs, key_programs, False)
+        if part is not None:
+            _sum_parts(
+                call.prefix * call.batch * call.key_heads,
+                specialization_key,
+                *gradients[1:],
+                part,
+                call.bands[1],
+                positions,
+                call.heads,
+                call.group,
+                call.batch,
+                n_query_blocks,
+                call.queries,
+                call.keys,
+                call.scale,
+                FORM=form(False),
+                **launch.options,
+            )
 
 
 def _positions(call: Call) -> Positions:

@@ -80,6 +80,7 @@ LAUNCHES = {
     ),
 }
 BLOCK = 64  # queries or keys
+PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
@@ -107,6 +108,11 @@ def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
     if not triton_is_tested():
         return f"{NEEDS['triton']}, got {triton.__version__}"
     return None
+
+
+def has_parts(call: Call) -> bool:
+    """True if the programs of dQ compute dK and dV of the prefix, as `prefix.py` says."""
+    return 0 < call.prefix <= PREFIX_WIDTH and call.n_documents == 0
 
 
 def triton_is_tested() -> bool:
