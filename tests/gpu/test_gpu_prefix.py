@@ -112,8 +112,8 @@ def test_keys_after_the_last_query_are_not_read(head_dim: int) -> None:
     """The unfilled tail of a static cache, also where it starts inside of the prefix."""
     pattern = BandPattern(BANDS, 400, prefix=64)
     for queries in (10, 100):
-        case = Case(*inputs(300, pattern, 2, head_dim, BRAIN), pattern, {"query_start": 0})
-        case.query = case.query[:, :, :queries]
+        query, key, value = inputs(300, pattern, 2, head_dim, BRAIN)
+        case = Case(query[:, :, :queries], key, value, pattern, {"query_start": 0})
         case.key[:, :, queries:] = torch.nan
         case.value[:, :, queries:] = torch.nan
         found = run(case, (torch.ones_like(case.query), torch.ones(1, 4, queries, device=DEVICE)),

@@ -1,14 +1,19 @@
-"""Blocks of keys of packed documents in the Hopper kernels, as plain arithmetic."""
+"""Packed documents of the Hopper kernels: their blocks as plain arithmetic, and how rows of them are
+found, in Triton's interpreter."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+import torch
+from small_cases import int32
 
-from spattention.impl.triton import tiles, varlen
+from spattention.impl.triton import op, tiles, varlen
+from spattention.impl.triton.hopper import planning
 
 arguments = pytest.importorskip("spattention.impl.triton.hopper.arguments")
+documents = pytest.importorskip("spattention.impl.triton.hopper.documents")
 BLOCK = 64
 
 
@@ -49,3 +54,51 @@ def test_shifted_blocks_have_enough_slots() -> None:
         slots = (sequence.offset_k + sequence.n_keys) // BLOCK + 1 - sequence.offset_k // BLOCK
         assert 0 <= shift <= min(3, sequence.offset_k)
         assert slots * BLOCK >= sequence.n_keys + shift
+
+
+def found_documents(
+    starts: torch.Tensor, n_documents: int
+) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """What the kernel writes: whether each row has documents, offsets of queries and of keys."""
+    rows, queries = starts.shape
+    offsets_q, offsets_k = torch.full((2, rows, n_documents + 1), -1, dtype=torch.int32)
+    described = torch.full((rows,), -1, dtype=torch.int32)
+    documents.documents_kernel[(rows,)](
+        starts, *starts.stride(), offsets_q, offsets_k, described, queries, n_documents
+    )
+    return described.tolist(), offsets_q.tolist(), offsets_k.tolist()
+
+
+@pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
+def test_rows_of_documents_are_found() -> None:
+    """Document 0 holds the keys before the first one that is seen; what is behind is empty."""
+    rows = int32(
+        [[0, 0, 0, 3, 3, 5, 5, 5], [2, 2, 2, 2, 2, 5, 5, 5], [9] * 8, [0, 0, 1, 3, 3, 3, 3, 3]]
+    )
+    described, offsets_q, offsets_k = found_documents(rows, 6)
+    assert described == [1, 1, 1, 0]
+    assert offsets_q == [
+        [0, 0, 3, 5, 8, 8, 8],
+        [0, 0, 5, 8, 8, 8, 8],
+        [0, 0, 8, 8, 8, 8, 8],
+        [0] * 7,
+    ]
+    assert offsets_k == [
+        [0, 0, 3, 5, 8, 8, 8],
+        [0, 2, 5, 8, 8, 8, 8],
+        [0, 8, 8, 8, 8, 8, 8],
+        [0] * 7,
+    ]
+
+
+@pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
+def test_rows_of_more_tokens_than_one_load() -> None:
+    cuts = [0, 4000, 4096, 5000, 8192]
+    starts = int32([[max(cut for cut in cuts if cut <= i) for i in range(9000)]])
+    n_documents = planning.max_documents(9000)
+    assert (n_documents + 1) % 4 == 0
+    described, offsets_q, _ = found_documents(starts, n_documents)
+    assert described == [1]
+    assert offsets_q[0][:7] == [0, *cuts, 9000]
+    assert set(offsets_q[0][6:]) == {9000}
+    assert found_documents(starts, 5)[0] == [0]  # they are 6, with the empty one

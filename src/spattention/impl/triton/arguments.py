@@ -41,6 +41,7 @@ class Form(NamedTuple):
     RINGS: bool = False
     START_ON_DEVICE: bool = False
     HAS_KEY_START: bool = False
+    UNLESS_DESCRIBED: bool = False
     HAS_SINKS: bool = False
     HAS_D_LSE: bool = False
     COMPUTE_DELTA: bool = False
@@ -74,12 +75,15 @@ class RowStats(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """The tensors that positions are read from on the device, each or None."""
+    """The tensors that positions are read from on the device, each or None. `described` int32 `[B]`
+    is not 0 for the batch entries that the kernels must leave out (`hopper/documents.py`).
+    """
 
     query_start: Any
     key_start: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+    described: Any = None
 
 
 class Counts(NamedTuple):

@@ -4,6 +4,7 @@ positions. Nothing here knows a kernel.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -88,6 +89,25 @@ class Call:
         self.has_all_keys = True  # False for a part of the keys of its rows, as in `parts.py`
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
+
+    @property
+    def has_row_starts(self) -> bool:
+        """True if first keys per query may describe documents of each row."""
+        key_start = self.positions.key_start
+        return (
+            self.query_start == 0
+            and self.positions.query_start is None
+            and key_start is not None
+            and key_start.dim() == 2
+            and self.queries == self.keys
+            and self.has_all_keys
+        )
+
+    def over_documents(self, positions: Positions, n_documents: int) -> Call:
+        """The call with offsets `[B, n_documents + 1]` of the documents of each row."""
+        call = copy.copy(self)
+        call.positions, call.n_documents, call.start_strides = positions, n_documents, (0, 0, 0)
+        return call
 
     @property
     def has_one_start(self) -> bool:

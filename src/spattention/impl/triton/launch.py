@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -25,7 +27,8 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
     prefix = ""
     if call.prefix and not has_parts(call):
         prefix = "; dK and dV of the prefix by the portable kernels"
-    return f"Hopper kernels (Triton {triton.__version__}): {plan}{prefix}", None
+    rows = "" if call.has_one_start else "; portable kernels for rows that are no documents"
+    return f"Hopper kernels (Triton {triton.__version__}): {plan}{prefix}{rows}", None
 
 
 def forward(call: Call, tensors: ForwardTensors) -> None:
@@ -36,7 +39,13 @@ def forward(call: Call, tensors: ForwardTensors) -> None:
         return
     from .hopper import launch
 
-    launch.forward(call, plan, tensors)
+    if call.has_one_start:
+        launch.forward(call, plan, tensors)
+        return
+    over_documents, described = launch.find_documents(call)
+    launch.forward(over_documents, plan, tensors)
+    call.positions = call.positions._replace(described=described)
+    portable.forward(call, portable.launches_for(call).forward, tensors)
 
 
 def backward(
@@ -53,6 +62,13 @@ def backward(
         return stats.delta
     from .hopper import launch
 
+    if not call.has_one_start:
+        over_documents, described = launch.find_documents(call)
+        # The preprocess kernel may start, and read offsets, before the kernel that finds them ends.
+        launch.backward(over_documents, replace(plan, split_backward=True), tensors, stats)
+        call.positions = call.positions._replace(described=described)
+        portable.backward(call, portable.launches_for(call), tensors, stats)
+        return stats.delta
     launch.backward(call, plan, tensors, stats)
     if call.prefix and not has_parts(call):
         launch_config = portable.launches_for(call).key_gradient

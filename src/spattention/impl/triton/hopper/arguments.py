@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .. import scheduler, tiles, varlen
+from . import memory
 
 # Offsets of documents that a program reads at a time.
 OFFSETS = gl.constexpr(512)
@@ -46,6 +47,16 @@ class BackwardCounts(NamedTuple):
     pitch: Any
     n_key_blocks: Any
     key_programs: Any
+
+
+class BackwardStats(NamedTuple):
+    """`RowStats`, and the parts of dK and dV of a prefix that `prefix.py` adds, or None."""
+
+    lse: Any
+    d_lse: Any
+    lse_log2: Any
+    delta: Any
+    part: Any
 
 
 class QueryTile(NamedTuple):
@@ -131,12 +142,14 @@ def sequence_at(
     positions.
     """
     if FORM.PACKED:
-        p_offsets = positions.cu_seqlens_k if OF_KEYS else positions.cu_seqlens_q
         n_tokens = counts.n_keys if OF_KEYS else counts.n_queries
         n_documents = n_slots - n_tokens // BLOCK - 1  # `varlen.num_slots`
+        p_offsets_q = positions.cu_seqlens_q + batch * (n_documents + 1)
+        p_offsets_k = positions.cu_seqlens_k + batch * (n_documents + 1)
+        p_offsets = p_offsets_k if OF_KEYS else p_offsets_q
         document, block = document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
         sequence = varlen.document_sequence(
-            positions, counts, n_documents, document, block, OF_KEYS
+            p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
         )
     elif FORM.HAS_KEY_START:
         start = gl.load(positions.key_start + batch)
@@ -208,6 +221,16 @@ def seen_keys(tile, key_block, FORM: gl.constexpr):
     if FORM.PREFIX > 0:
         high = gl.where(key_block.far == tiles.IN_PREFIX, min(FORM.PREFIX, tile.last + 1), high)
     return low, min(tile.n_keys, high)
+
+
+@gluon.jit
+def zero_unseen(tile, key_block, s_tokens, FORM: gl.constexpr):
+    """Zero the first tokens of a block of keys or values in shared memory, `s_tokens`, where they
+    are not among `seen_keys`.
+    """
+    low, high = seen_keys(tile, key_block, FORM)
+    if (key_block.start < low) | (key_block.start + s_tokens.shape[0] > high):
+        memory.zero_outside(s_tokens, key_block.start, low, high)
 
 
 @gluon.jit

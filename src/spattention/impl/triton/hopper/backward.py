@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import scheduler, softmax, tiles
 from . import arguments, memory, pipeline, prefix
-from .backward_preprocess import delta_of_keys, init_stats
+from .backward_preprocess import KeyRing, delta_of_step, init_stats
 
 
 class Descriptors(NamedTuple):
@@ -48,7 +48,6 @@ def query_gradient(
     inputs,
     out,
     d_query,
-    p_part,
     stats,
     p_bands,
     positions,
@@ -65,7 +64,7 @@ def query_gradient(
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = inputs.key.dtype
     STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
-    FIRST: gl.constexpr = prefix.first_step(FORM)
+    FIRST: gl.constexpr = 1 if prefix.is_narrow(FORM) else 0  # step after that of the prefix
     # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
@@ -134,14 +133,12 @@ def query_gradient(
         )
 
     zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
-    if prefix.has_parts(FORM):
-        n_tile = (batch_64 * n_heads + head_64) * n_blocks + first_query // BLOCK_M
-        p_part += n_tile * (2 * FORM.PREFIX * HEAD_DIM)
     if FORM.COMPUTE_DELTA:
         p_out = out.pointer + batch_64 * out.stride_b + head_64 * out.stride_h
         if FORM.PACKED:
             p_out += offset_q.to(gl.int64) * out.stride_t
-        b_out = memory.load_tokens(p_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        end = gl.where(n_steps > FORM.EXACT_STEPS, n_queries, 0)  # else it is not needed
+        b_out = memory.load_tokens(p_out, first_query, out.stride_t, end, BLOCK_M, HEAD_DIM)
     else:
         gdc_wait()  # for the preprocess kernel
         lse_log2 = gl.load(stats.lse_log2 + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
@@ -160,25 +157,15 @@ def query_gradient(
         else:
             if FIRST > 0:
                 delta += gl.convert_layout(gl.sum(of_prefix.p * of_prefix.d_p, 1), ROW)
+            ring = KeyRing(s_keys, s_values, key_full)
             for step in range(FIRST, n_steps):
-                key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-                pipeline.consumer_wait(key_full, step)
-                if arguments.is_bounded(FORM):
-                    zero_unseen_keys(tile, key_block, step, s_keys, s_values, FORM)
-                s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
-                scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
-                d_p = warpgroup_mma(
-                    s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
-                )
-                scores, d_p = warpgroup_mma_wait(0, [scores, d_p])
-                delta += delta_of_keys(
-                    scores, d_p, o_position, key_block, lse_log2, scale, SCORES, FORM.PREFIX
-                )
+                delta += delta_of_step(step, s_query, s_d_out, ring, tile, lse_log2, scale, FORM)
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
     b_d_query = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
     if FIRST > 0:
+        p_part = prefix.part_of(stats.part, tile, n_heads, n_blocks, FORM)
         b_d_query = prefix.gradients(
-            s_query, s_d_out, s_keys.index(0), tile, of_prefix, delta, b_d_query, p_part, FORM
+            s_query, s_d_out, s_keys.index(0), of_prefix, delta, b_d_query, p_part, FORM
         )
     b_d_query = warpgroup_mma_init(b_d_query)
     for step in range(FIRST, n_steps):
@@ -189,7 +176,8 @@ def query_gradient(
         s_key, s_value = s_keys.index(step % 2), s_values.index(step % 2)
         pipeline.consumer_wait(key_full, step)
         if arguments.is_bounded(FORM):
-            zero_unseen_keys(tile, key_block, step, s_keys, s_values, FORM)
+            arguments.zero_unseen(tile, key_block, s_key, FORM)
+            arguments.zero_unseen(tile, key_block, s_value, FORM)
         # [M, N] = [M, D] @ [D, N], both
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -220,16 +208,6 @@ def query_gradient(
     )
     pipeline.invalidate(query_full)
     pipeline.invalidate(key_full)
-
-
-@gluon.jit
-def zero_unseen_keys(tile, key_block, n, s_keys, s_values, FORM: gl.constexpr):
-    """Zero the keys and values in block `n` of the ring that no query of the sequence sees."""
-    start = key_block.start
-    low, high = arguments.seen_keys(tile, key_block, FORM)
-    if (start < low) | (start + s_keys.shape[1] > high):
-        memory.zero_outside(s_keys.index(n % 2), start, low, high)
-        memory.zero_outside(s_values.index(n % 2), start, low, high)
 
 
 @gluon.jit
@@ -448,7 +426,6 @@ def backward_kernel(
     d_query,
     d_key,
     d_value,
-    p_part,
     stats,
     p_bands,
     positions,
@@ -505,7 +482,6 @@ def backward_kernel(
         inputs,
         out,
         d_query,
-        p_part,
         stats,
         p_bands,
         positions,

@@ -103,40 +103,25 @@ def copy_value(source, buffers, n, start):
 
 
 @gluon.jit
-def attend_prefix(
-    source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM: gl.constexpr
-):
-    """`b_out`, `row_max` and `row_sum` after the keys of a prefix, block 0."""
-    BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, b_out.type.layout, 2)
-    keys, bands = tile.keys, tile.bands
-    key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-    next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
-    pipeline.consumer_wait(buffers.key_full, 0)
-    scores = prefix.product(buffers.query, buffers.key, FORM)
-    copy_key(source, buffers, 1, next_key, tiles.total_blocks(keys) > 1)
-    m_seen = prefix.visible(o_position, key_block, BLOCK_N, FORM)
-    scores = gl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
-    b_p, row_max, row_sum = prefix.probabilities(scores, row_max, row_sum, scale, FORM)
-    pipeline.consumer_wait(buffers.value_full, 0)
-    s_value = prefix.tokens(buffers.value_pair.index(0), FORM)
-    prefix.zero_unseen(tile, key_block, s_value, FORM)
-    # [M, D] += [M, WIDTH] @ [WIDTH, D]
-    b_p = gl.convert_layout(b_p.to(source.value.dtype), OPERAND)
-    b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
-    return warpgroup_mma_wait(0, [b_out]), row_max, row_sum
+def block_of_step(step, tile, n_steps, FORM: gl.constexpr):
+    """The `Block` of keys of a step. A narrow prefix comes last: its keys and values arrive while
+    others are multiplied.
+    """
+    if prefix.is_narrow(FORM):
+        step = gl.where(step + 1 < n_steps, step + 1, 0)
+    return tiles.block_at(step, tile.keys, tile.bands, FORM.BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
 
 
 @gluon.jit
 def attend_blocks(
     source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM: gl.constexpr
 ):
-    """`b_out`, `row_max` and `row_sum` after all blocks of keys from the first step on, which must
-    exist. The first block of keys is on its way, and of values too if it is block 0.
+    """`b_out`, `row_max` and `row_sum` after all keys; not for a narrow prefix alone. The first
+    blocks of keys and values are on their way.
     """
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    FIRST: gl.constexpr = prefix.first_step(FORM)
     BOUNDED: gl.constexpr = arguments.is_bounded(FORM)
+    NARROW: gl.constexpr = prefix.is_narrow(FORM)
     DTYPE: gl.constexpr = source.key.dtype
     # [M, N] scores, [M, D] output, and the former as the left operand of a product
     SCORES: gl.constexpr = o_position.type.layout.parent
@@ -144,30 +129,25 @@ def attend_blocks(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     s_query, s_key, s_values = buffers.query, buffers.key, buffers.value_pair
     key_full, value_full = buffers.key_full, buffers.value_full
-    keys, bands = tile.keys, tile.bands
-    n_steps = tiles.total_blocks(keys)
-    key_block = tiles.block_at(FIRST, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-    next_key = tiles.block_at(FIRST + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
+    n_steps = tiles.total_blocks(tile.keys)
+    key_block = block_of_step(0, tile, n_steps, FORM)
+    next_key = block_of_step(1, tile, n_steps, FORM).start
     zeros = gl.full([s_query.shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
-    if FIRST > 0:
-        copy_value(source, buffers, FIRST, key_block.start)
-    pipeline.consumer_wait(key_full, FIRST)
+    pipeline.consumer_wait(key_full, 0)
     # [M, N] = [M, D] @ [D, N]
     scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
-    copy_key(source, buffers, FIRST + 1, next_key, n_steps > FIRST + 1)
+    copy_key(source, buffers, 1, next_key, n_steps > 1)
     scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
-    if FIRST > 0:
-        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
-    for step in range(FIRST + 1, n_steps):
+    for step in range(1, n_steps - 1 if NARROW else n_steps):
         # All products of the step before are done.
         if BOUNDED:
             zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
-        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-        next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
+        key_block = block_of_step(step, tile, n_steps, FORM)
+        next_key = block_of_step(step + 1, tile, n_steps, FORM).start
         copy_value(source, buffers, step, key_block.start)
         pipeline.consumer_wait(key_full, step)
         # [M, N] = [M, D] @ [D, N]
@@ -183,11 +163,59 @@ def attend_blocks(
         b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
-    if BOUNDED:
-        zero_unseen_values(tile, key_block, n_steps - 1, s_values, value_full, FORM)
-    pipeline.consumer_wait(value_full, n_steps - 1)
-    b_out = warpgroup_mma(b_p, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
-    return warpgroup_mma_wait(0, [b_out]), row_max, row_sum
+    step = n_steps - 1
+    if NARROW:
+        if BOUNDED:
+            zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
+        key_block = block_of_step(step, tile, n_steps, FORM)
+        copy_value(source, buffers, step, key_block.start)
+        pipeline.consumer_wait(key_full, step)
+        scores = prefix.product(s_query, s_key, FORM)
+        pipeline.consumer_wait(value_full, step - 1)
+        # [M, D] += [M, N] @ [N, D]
+        b_out = warpgroup_mma(b_p, s_values.index((step - 1) % 2), b_out, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        p, row_max, row_sum, factor = prefix.probabilities(
+            scores, o_position, key_block, row_max, row_sum, scale, FORM
+        )
+        b_out = warpgroup_mma_wait(0, [b_out])
+        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        b_out = add_values_of_prefix(buffers, tile, key_block, step, p, b_out, FORM)
+    else:
+        if BOUNDED:
+            zero_unseen_values(tile, key_block, step, s_values, value_full, FORM)
+        pipeline.consumer_wait(value_full, step)
+        b_out = warpgroup_mma(b_p, s_values.index(step % 2), b_out, is_async=True)
+        b_out = warpgroup_mma_wait(0, [b_out])
+    return b_out, row_max, row_sum
+
+
+@gluon.jit
+def attend_prefix(buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM: gl.constexpr):
+    """`b_out`, `row_max` and `row_sum` after a narrow prefix alone."""
+    key_block = block_of_step(0, tile, 1, FORM)
+    pipeline.consumer_wait(buffers.key_full, 0)
+    scores = prefix.product(buffers.query, buffers.key, FORM)
+    scores = warpgroup_mma_wait(0, [scores])
+    p, row_max, row_sum, _ = prefix.probabilities(
+        scores, o_position, key_block, row_max, row_sum, scale, FORM
+    )
+    b_out = add_values_of_prefix(buffers, tile, key_block, 0, p, b_out, FORM)
+    return b_out, row_max, row_sum
+
+
+@gluon.jit
+def add_values_of_prefix(buffers, tile, key_block, n, p, b_out, FORM: gl.constexpr):
+    """`b_out` with the values of a narrow prefix, block `n` of the ring."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, b_out.type.layout, 2)
+    s_value = prefix.tokens(buffers.value_pair.index(n % 2), FORM)
+    pipeline.consumer_wait(buffers.value_full, n)
+    if arguments.is_bounded(FORM):
+        arguments.zero_unseen(tile, key_block, s_value, FORM)
+    # [M, D] += [M, WIDTH] @ [WIDTH, D]
+    b_p = gl.convert_layout(p.to(s_value.dtype), OPERAND)
+    b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
+    return warpgroup_mma_wait(0, [b_out])
 
 
 @gluon.jit(do_not_specialize=arguments.ForwardCounts._fields)
@@ -284,22 +312,18 @@ def forward_kernel(
     buffers = Buffers(s_query, s_key, s_values, key_full, value_full)
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
     pipeline.copy_tokens(t_query, batch, head, offset_q + first_query, barrier, s_query, True)
-    first_start = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
+    first_start = block_of_step(0, tile, n_steps, FORM).start
     copy_key(source, buffers, 0, first_start, True)
     copy_value(source, buffers, 0, first_start)
     pipeline.consumer_wait(query_full, 0)
-    if prefix.first_step(FORM) == 0:
+    if not prefix.is_narrow(FORM) or n_steps > 1:
         b_out, row_max, row_sum = attend_blocks(
             source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM
         )
     else:
         b_out, row_max, row_sum = attend_prefix(
-            source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM
+            buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM
         )
-        if n_steps > 1:
-            b_out, row_max, row_sum = attend_blocks(
-                source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM
-            )
 
     lse, row_sum = softmax.finalize(row_max, row_sum)
     gl.store(p_lse + o_query, lse, mask=o_query < n_queries)

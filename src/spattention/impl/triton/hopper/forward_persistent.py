@@ -244,7 +244,7 @@ def attend(
     done, n_query = progress.done, progress.n_query
     b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
     pipeline.consumer_wait(queries.full, n_query)
-    if prefix.first_step(FORM) == 0:
+    if not prefix.is_narrow(FORM):
         b_out, row_max, row_sum = attend_blocks(
             work, tile, own, progress, o_query, b_out, row_max, row_sum, FORM
         )
@@ -275,10 +275,11 @@ def attend_prefix(work, tile, progress, o_query, b_out, row_max, row_sum, FORM: 
     key_block = tiles.block_at(0, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
     pipeline.consumer_wait(keys.full, n)
     scores = prefix.product(s_query, keys.buffers.index(n % STAGES), FORM)
+    scores = warpgroup_mma_wait(0, [scores])
     pipeline.consumer_release(keys.empty, n)
-    m_seen = prefix.visible(o_query, key_block, BLOCK_N, FORM)
-    scores = gl.where(m_seen, scores, float("inf") if FORM.FALLING else float("-inf"))
-    p, row_max, row_sum = prefix.probabilities(scores, row_max, row_sum, work.scale, FORM)
+    p, row_max, row_sum, _ = prefix.probabilities(
+        scores, o_query, key_block, row_max, row_sum, work.scale, FORM
+    )
     pipeline.consumer_wait(values.full, n)
     # [M, D] += [M, WIDTH] @ [WIDTH, D]
     b_p = gl.convert_layout(p.to(keys.buffers.dtype), OPERAND)
@@ -290,14 +291,12 @@ def attend_prefix(work, tile, progress, o_query, b_out, row_max, row_sum, FORM: 
 
 
 @gluon.jit
-def attend_blocks(
-    work, tile, own, progress, o_query, b_out, row_max, row_sum, FORM: gl.constexpr
-):
+def attend_blocks(work, tile, own, progress, o_query, b_out, row_max, row_sum, FORM: gl.constexpr):
     """`b_out`, `row_max` and `row_sum` after a consumer's blocks of keys from the first step on,
     which must exist. Releases the queries and all blocks of the program's tile.
     """
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    FIRST: gl.constexpr = prefix.first_step(FORM)
+    FIRST: gl.constexpr = 1 if prefix.is_narrow(FORM) else 0  # step after that of the prefix
     queries, keys, values = work.query_ring, work.key_ring, work.value_ring
     done, n_query = progress.done, progress.n_query
     DTYPE: gl.constexpr = keys.buffers.dtype

@@ -14,10 +14,12 @@ from .. import varlen
 from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
+from ..config import OPTIONS
 from . import backward as backward_pass
-from . import backward_preprocess, forward_persistent, prefix
+from . import backward_preprocess, documents, forward_persistent, prefix
 from . import forward as forward_pass
-from .planning import BLOCK, HopperPlan, TileOrder, has_parts, pitch
+from .arguments import BackwardStats
+from .planning import BLOCK, HopperPlan, TileOrder, has_parts, max_documents, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -26,6 +28,7 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_documents = CompiledKernelCache(documents.documents_kernel)
 _sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
 
 
@@ -63,6 +66,37 @@ def _block_layout(
 def _vector_descriptor(tensor: torch.Tensor, length: int) -> TensorDescriptor:
     """The descriptor of `length` consecutive elements of a contiguous float32 tensor."""
     return _Descriptor(tensor, [tensor.numel()], [1], [length], VECTOR_LAYOUT)
+
+
+def find_documents(call: Call) -> tuple[Call, torch.Tensor]:
+    """The call over the documents of each row, and int32 `[B]`, 0 for the rows whose first keys
+    describe none: their results are those of the portable kernels.
+    """
+    key_start = call.positions.key_start
+    assert key_start is not None
+    n_documents = max_documents(call.queries)
+    offsets = key_start.new_empty((2 * n_documents + 3, call.batch))
+    offsets_q, offsets_k = (
+        offsets[first : first + n_documents + 1].view(call.batch, -1)
+        for first in (0, n_documents + 1)
+    )
+    described = offsets[-1]
+    with on_device(call.device):
+        _documents(
+            call.batch,
+            (call.device, specialization(key_start, offsets_q, offsets_k), call.start_strides),
+            key_start,
+            *call.start_strides[1:],
+            offsets_q,
+            offsets_k,
+            described,
+            call.queries,
+            n_documents,
+            num_warps=8,
+            **OPTIONS,
+        )
+    positions = Positions(None, None, offsets_q, offsets_k)
+    return call.over_documents(positions, n_documents), described
 
 
 def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
@@ -194,8 +228,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         _vector_descriptor(stats.delta, launch.block_m),
         results,
         *gradients,
-        part,
-        stats,
+        BackwardStats(*stats, part),
         call.bands,
         positions,
         *counts,
@@ -240,8 +273,9 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             )
             run(key_programs + programs, key_programs, False)
         if part is not None:
+            rows = 2 * call.prefix * call.batch * call.key_heads  # of dK and dV
             _sum_parts(
-                call.prefix * call.batch * call.key_heads,
+                rows * (call.head_dim // prefix.COLUMNS.value),
                 specialization_key,
                 *gradients[1:],
                 part,

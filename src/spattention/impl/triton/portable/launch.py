@@ -227,7 +227,7 @@ def _facts(
     call: Call, launch: LaunchConfig, documents: bool | None = None
 ) -> tuple[tuple[str, Any], ...]:
     """Entries of `Form` that all kernels of a call share; `documents` as in `Form`."""
-    query_start, key_start, cu_seqlens_q, _ = call.positions
+    query_start, key_start, cu_seqlens_q, _, described = call.positions
     return (
         ("HEAD_DIM", call.head_dim),
         ("BLOCK_D", block_d(call.head_dim)),
@@ -240,6 +240,7 @@ def _facts(
         ("PACKED", cu_seqlens_q is not None),
         ("START_ON_DEVICE", query_start is not None),
         ("HAS_KEY_START", key_start is not None),
+        ("UNLESS_DESCRIBED", described is not None),
         ("PRECISE", call.precise),
     )
 
