@@ -1,5 +1,6 @@
-"""Packed documents of the Hopper kernels: their blocks as plain arithmetic, and how rows of them are
-found, in Triton's interpreter."""
+"""Packed documents of the Hopper kernels: their blocks as plain arithmetic, and how those of rows
+are found, in Triton's interpreter.
+"""
 
 from __future__ import annotations
 

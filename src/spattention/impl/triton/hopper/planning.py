@@ -119,9 +119,10 @@ def has_documents(call: Call) -> bool:
 
 def max_documents(queries: int) -> int:
     """Documents that are looked for in a row; rows of shorter ones are left to the portable
-    kernels. Every one of them costs a program that may find nothing to do.
+    kernels. Every one of them costs a program that may find nothing to do. Their offsets, one more,
+    are whole units of 16 bytes.
     """
-    return queries // MIN_MEAN_DOCUMENT + 2
+    return (queries // MIN_MEAN_DOCUMENT + 2) | 3
 
 
 def has_parts(call: Call) -> bool:
