@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 
@@ -24,11 +22,12 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
     if need is not None:
         return f"portable kernels (Triton {triton.__version__})", need
     plan = hopper.plan(call, *inputs)
-    prefix = ""
+    others = ""
     if call.prefix and not has_parts(call):
-        prefix = "; dK and dV of the prefix by the portable kernels"
-    rows = "" if call.has_one_start else "; portable kernels for rows that are no documents"
-    return f"Hopper kernels (Triton {triton.__version__}): {plan}{prefix}{rows}", None
+        others = "; dK and dV of the prefix by the portable kernels"
+    if not call.has_one_start:
+        others = "; portable kernels for rows that are no documents"
+    return f"Hopper kernels (Triton {triton.__version__}): {plan}{others}", None
 
 
 def forward(call: Call, tensors: ForwardTensors) -> None:
@@ -37,15 +36,12 @@ def forward(call: Call, tensors: ForwardTensors) -> None:
     if plan is None:
         portable.forward(call, portable.launches_for(call).forward, tensors)
         return
-    from .hopper import launch
-
     if call.has_one_start:
-        launch.forward(call, plan, tensors)
+        hopper.kernels().forward(call, plan, tensors)
         return
-    over_documents, described = launch.find_documents(call)
-    launch.forward(over_documents, plan, tensors)
-    call.positions = call.positions._replace(described=described)
-    portable.forward(call, portable.launches_for(call).forward, tensors)
+    described, others = hopper.kernels().find_documents(call)
+    hopper.kernels().forward(described, plan, tensors)
+    portable.forward(others, portable.launches_for(call).forward, tensors)
 
 
 def backward(
@@ -53,23 +49,21 @@ def backward(
 ) -> torch.Tensor:
     """Launch the backward pass; fills the gradients and returns `delta` `[B, H, Q]`."""
     plan = hopper.plan(call, tensors.query, tensors.key, tensors.value, tensors.d_out)
-    batch, n_heads, queries = lse.shape
-    rows = (batch, n_heads, queries if plan is None else pitch(queries))
+    queries = call.queries
+    rows = lse
+    if plan is not None and pitch(queries) != queries:
+        rows = lse.new_empty((call.batch, call.heads, pitch(queries)))
     d_lse = None if d_lse is None else d_lse.contiguous()
-    stats = RowStats(lse, d_lse, lse.new_empty(rows), lse.new_empty(rows))
+    stats = RowStats(lse, d_lse, torch.empty_like(rows), torch.empty_like(rows))
     if plan is None:
         portable.backward(call, portable.launches_for(call), tensors, stats)
         return stats.delta
-    from .hopper import launch
-
     if not call.has_one_start:
-        over_documents, described = launch.find_documents(call)
-        # The preprocess kernel may start, and read offsets, before the kernel that finds them ends.
-        launch.backward(over_documents, replace(plan, split_backward=True), tensors, stats)
-        call.positions = call.positions._replace(described=described)
-        portable.backward(call, portable.launches_for(call), tensors, stats)
+        described, others = hopper.kernels().find_documents(call)
+        hopper.kernels().backward(described, plan, tensors, stats)
+        portable.backward(others, portable.launches_for(call), tensors, stats)
         return stats.delta
-    launch.backward(call, plan, tensors, stats)
+    hopper.kernels().backward(call, plan, tensors, stats)
     if call.prefix and not has_parts(call):
         launch_config = portable.launches_for(call).key_gradient
         portable.prefix_gradient(call, launch_config, tensors, stats, shared=False)
