@@ -24,7 +24,9 @@ class Form(NamedTuple):
     softmax is computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which
     delta is summed over the keys instead of taken from the output, whose rounding would show. Both
     buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
-    alone.
+    alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, and
+    `MERGED_ROWS` the power of two of rows that the last program of a head merges; 0 where there is
+    none.
     """
 
     HEAD_DIM: int
@@ -48,6 +50,8 @@ class Form(NamedTuple):
     FALLING: bool = False
     PRECISE: bool = False
     EXACT_STEPS: int = 2
+    PAGE: int = 0
+    MERGED_ROWS: int = 0
 
 
 class Heads(NamedTuple):
