@@ -59,6 +59,7 @@ def launches_to(
         mock.patch.object(op, "INTERPRETED", True),  # so that tensors of the CPU are taken
         mock.patch.object(planning, "triton_is_tested", return_value=True),
         mock.patch.object(call, "compute_capability", capability),
+        mock.patch.object(call, "_calls", ConstantCache(max_entries=1024, copies=False)),
         mock.patch.object(decode_launch, "compute_capability", capability),
         mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
