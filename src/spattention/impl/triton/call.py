@@ -214,8 +214,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a GPU; None for the CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """CUDA compute capability of a GPU, (0, 0) of AMD's; None for the CPU, where Triton's
+    interpreter runs.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        # ROCm reports an architecture number, such as (9, 4) for MI300: that of Hopper to the rules
+        # here, whose blocks exceed the 64 KiB of shared memory there.
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def check_query_start(query_start: int) -> None:
