@@ -7,7 +7,7 @@ import torch
 
 from spattention import BandPattern, band_attention
 from spattention.attention import _implementation
-from spattention.merging import merge_into
+from spattention.impl.partial import Part, merge_into
 
 # Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
 CALLS = (((0, 20), (0, 13)), ((20, 29), (0, 13)), ((13, 29), (13, 29)))
@@ -33,11 +33,15 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
     for (first, last), (start, stop) in CALLS:
         queries, seen = slice(first, last), slice(start, stop)
         keys = [tensor[:, :, seen] for tensor in (k, v)]
-        rest = {"scale": 0.25, "query_start": first - start, "key_start": None}
-        part, part_lse = module.attend_part(q[:, :, queries], *keys, pattern, **rest)
-        merge_into(total[:, :, queries], total_lse[:, :, queries], part, part_lse)
+        shift = first - start
+        edges = zip(pattern.flat[::2], pattern.flat[1::2])
+        bands = [(near - shift, far - shift) if near < far else (0, 0) for near, far in edges]
+        part = Part(tuple(edge for band in bands for edge in band), 0, 0.25, None)
+        results = total[:, :, queries], total_lse[:, :, queries]
+        module.attend_part(q[:, :, queries], *keys, *results, part, merge=first > 0)
         rows = [tensor[:, :, queries].contiguous() for tensor in (d_out, d_lse, q, out, lse)]
-        shares = module.differentiate_part(*rows[:3], *keys, *rows[3:], pattern, **rest)
+        shares = [torch.empty_like(tensor) for tensor in (rows[2], *keys)]
+        module.differentiate_part(*rows[:3], *keys, *rows[3:], shares, part)
         for gradient, where, share in zip(found, (queries, seen, seen), shares):
             gradient[:, :, where] += share
     if sinks is not None:

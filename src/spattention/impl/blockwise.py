@@ -24,6 +24,7 @@ from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
+from .partial import Part, merge_into
 
 
 def attend(
@@ -60,23 +61,22 @@ def attend_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: BandPattern,
+    out: Tensor,
+    lse: Tensor,
+    part: Part,
     *,
-    scale: float,
-    query_start: int,
-    key_start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`attend` over a part of the keys, every one of which some query sees."""
-    return attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scale,
-        sinks=None,
-        query_start=query_start,
-        key_start=key_start,
-    )
+    merge: bool,
+) -> None:
+    """Attention over a part of the keys, into `out` `[B, H, Q, D]` and `lse` `[B, H, Q]`; joined
+    to what they hold if `merge`."""
+    index = 0, None, part.key_start, None, None
+    rest = part.intervals, part.prefix, part.scale
+    found, found_lse = _forward(query, key, value, None, *index, *rest)
+    if merge:
+        merge_into(out, lse, found, found_lse)
+    else:
+        out.copy_(found)
+        lse.copy_(found_lse)
 
 
 def differentiate_part(
@@ -87,22 +87,17 @@ def differentiate_part(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys.
-
-    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend_part`.
-    """
+    gradients: Sequence[Tensor],
+    part: Part,
+) -> None:
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`. `out` and `lse` are those over all keys, sinks included."""
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
-    index = query_start, None, key_start, None, None
-    rest = None, *index, pattern.flat, pattern.prefix, scale
-    d_query, d_key, d_value, _ = backward(d_out, d_lse, query, key, value, out, lse, *rest)
-    return d_query, d_key, d_value
+    index = 0, None, part.key_start, None, None
+    rest = None, *index, part.intervals, part.prefix, part.scale
+    found = _backward(d_out, d_lse, query, key, value, out, lse, *rest)
+    for gradient, each in zip(gradients, found):
+        gradient.copy_(each)
 
 
 def attend_varlen(

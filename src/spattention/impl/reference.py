@@ -7,12 +7,15 @@ read: they may be NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import pad
 
 from ..bands import BandPattern, attended
 from . import masked
 from .layout import laid_out_like_query, lse_dtype
+from .partial import Part, merge_into
 
 
 def attend(
@@ -36,23 +39,21 @@ def attend_part(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pattern: BandPattern,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    part: Part,
     *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` over a part of the keys, every one of which some query sees."""
-    return attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scale,
-        sinks=None,
-        query_start=query_start,
-        key_start=key_start,
-    )
+    merge: bool,
+) -> None:
+    """Attention over a part of the keys, into `out` `[B, H, Q, D]` and `lse` `[B, H, Q]`; joined
+    to what they hold if `merge`."""
+    mask = _part_mask(query, key, part)
+    found, found_lse = _masked_attention(query, key, value, mask, part.scale, None)
+    if merge:
+        merge_into(out, lse, found, found_lse)
+    else:
+        out.copy_(found)
+        lse.copy_(found_lse)
 
 
 def differentiate_part(
@@ -63,33 +64,28 @@ def differentiate_part(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys.
-
-    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend_part`.
-    """
+    gradients: Sequence[torch.Tensor],
+    part: Part,
+) -> None:
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`. `out` and `lse` are those over all keys, sinks included."""
     dtype = lse_dtype(query)
     group = query.shape[1] // key.shape[1]
-    mask = row_mask(query, key, pattern, query_start, key_start)
+    mask = _part_mask(query, key, part)
     q, d_o, o = (tensor.to(dtype) for tensor in (query, d_out, out))
     k, v = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (key, value))
-    scores = masked.scores(q, k, mask) * scale
+    scores = masked.scores(q, k, mask) * part.scale
     weights = torch.exp(scores - lse[..., None]).masked_fill(~mask, 0.0)
     delta = (d_o * o).sum(dim=-1) - (0.0 if d_lse is None else d_lse)
     d_scores = weights * (masked.scores(d_o, v, mask) - delta[..., None])
-    d_scores = d_scores.masked_fill(~mask, 0.0) * scale
+    d_scores = d_scores.masked_fill(~mask, 0.0) * part.scale
     d_query = masked.weighted_sum(d_scores, k, mask)
     d_key, d_value = (
         masked.weighted_sum(rows.mT, others, mask.mT).unflatten(1, (-1, group)).sum(dim=2)
         for rows, others in ((d_scores, q), (weights, d_o))
     )
-    return d_query.to(query.dtype), d_key.to(query.dtype), d_value.to(query.dtype)
+    for gradient, found in zip(gradients, (d_query, d_key, d_value)):
+        gradient.copy_(found)
 
 
 def attend_varlen(
@@ -133,10 +129,24 @@ def row_mask(
     positions = start + torch.arange(query.shape[2], device=query.device)  # [B or 1, Q]
     distance = positions[:, :, None] - keys
     if key_start is None:
-        return attended(pattern, distance, keys)
+        return attended(pattern.intervals, pattern.prefix, distance, keys)
     first = key_start if key_start.dim() == 2 else key_start[:, None]
     place = keys - first.clamp(min=0)[:, :, None]
-    return attended(pattern, distance, place) & (place >= 0)[:, None]
+    return attended(pattern.intervals, pattern.prefix, distance, place) & (place >= 0)[:, None]
+
+
+def _part_mask(query: torch.Tensor, key: torch.Tensor, part: Part) -> torch.Tensor:
+    """Which keys each query of a call on a part sees: bool `[B or 1, H, Q, K]`."""
+    edges = part.intervals
+    bands = [(near, far) for near, far in zip(edges[::2], edges[1::2])]
+    heads = tuple(
+        tuple(band for band in pair if band[0] < band[1]) for pair in zip(bands[::2], bands[1::2])
+    )
+    queries, keys = (torch.arange(t.shape[2], device=query.device) for t in (query, key))
+    distance = (queries[:, None] - keys)[None]
+    first = distance.new_zeros(1, 1) if part.key_start is None else part.key_start.clamp(min=0)
+    place = keys - first[:, :, None]
+    return attended(heads, part.prefix, distance, place) & (place >= 0)[:, None]
 
 
 def packed_mask(
@@ -158,7 +168,8 @@ def packed_mask(
     # gather in bounds.
     inside = (query_document < len(keys_before)) & (query_offset >= 0)
     query_position = query_offset + keys_before[query_document * inside]
-    mask = attended(pattern, query_position[:, None] - key_position, key_position)
+    distance = query_position[:, None] - key_position
+    mask = attended(pattern.intervals, pattern.prefix, distance, key_position)
     mask = mask & (key_position >= 0)
     return (mask & (query_document[:, None] == key_document) & inside[:, None])[None]
 

@@ -21,10 +21,13 @@ kernels, which give the same bits on every run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ...bands import BandPattern
 from ...compat.pytorch import in_transform
+from ..partial import Part
 from . import launch, op, parts
 from .arguments import Positions
 from .call import Call, ensure_inner_contiguous
@@ -84,23 +87,16 @@ def attend_part(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pattern: BandPattern,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    part: Part,
     *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` over a part of the keys, every one of which some query sees; without a graph."""
+    merge: bool,
+) -> None:
+    """Attention over a part of the keys, into `out` `[B, H, Q, D]` and `lse` `[B, H, Q]`; joined
+    to what they hold if `merge`. Keys that no query sees must be numbers."""
     _check(query, value)
-    return parts.attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scale,
-        query_start=query_start,
-        key_start=key_start,
-    )
+    parts.attend(query, key, value, out, lse, part, merge=merge)
 
 
 def differentiate_part(
@@ -111,31 +107,13 @@ def differentiate_part(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys.
-
-    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend_part`.
-    """
+    gradients: Sequence[torch.Tensor],
+    part: Part,
+) -> None:
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`. `out` and `lse` are those over all keys, sinks included."""
     _check(query, value)
-    return parts.differentiate(
-        d_out,
-        d_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        pattern,
-        scale=scale,
-        query_start=query_start,
-        key_start=key_start,
-    )
+    parts.differentiate(d_out, d_lse, query, key, value, out, lse, gradients, part)
 
 
 def attend_rings(

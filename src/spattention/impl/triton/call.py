@@ -86,6 +86,7 @@ class Call:
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
         self.has_all_keys = True  # False for a part of the keys of its rows, as in `parts.py`
+        self.turns = 1  # programs of a persistent kernel per multiprocessor, one after another
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
 

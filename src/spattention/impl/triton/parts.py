@@ -2,45 +2,51 @@
 
 Positions count from the first query: a key before it has a negative distance added to all edges of
 the bands. So queries start at position 0, whatever keys they have, and the Hopper kernels run such
-calls too. They read whole blocks of keys; all keys of a part are keys that some query sees.
+calls too. They read whole blocks of keys: those that no query sees must be numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ...bands import BandPattern
 from ..layout import empty_like_query
-from . import launch
+from ..partial import Part
+from . import launch, merging
 from .arguments import Positions
 from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
+
+# Programs of a persistent kernel per multiprocessor that fit one after another: an exchange that
+# runs meanwhile gets its share of the multiprocessors as soon as the first end.
+TURNS = 8
 
 
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pattern: BandPattern,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    part: Part,
     *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of these keys, without a graph.
-
-    Args:
-        query, key, value: `[B, H, Q, D]`, `[B, Hkv, K, D]` twice.
-        pattern: the bands; with a prefix, queries and keys must both have the document's start.
-        scale: factor of the scores.
-        query_start: position of the first query, counted from the first key.
-        key_start: int32 `[B, Q]`.
-    """
-    out = empty_like_query(query, query.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    merge: bool,
+) -> None:
+    """Output and log-sum-exp of these keys, without a graph; arguments as in `attend_part`."""
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
-    call = _call(query, key, pattern, scale, query_start, key_start)
-    launch.forward(call, ForwardTensors(query, key, value, out, lse, None))
-    return out, lse
+    direct = not merge and out.dtype == query.dtype and out.stride(-1) == 1
+    found = out if direct else empty_like_query(query, query.shape[3])
+    found_lse = lse if direct and lse.is_contiguous() else torch.empty_like(lse).contiguous()
+    launch.forward(
+        _call(query, key, part), ForwardTensors(query, key, value, found, found_lse, None)
+    )
+    if merge:
+        merging.merge(out, lse, found, found_lse)
+        return
+    if found is not out:
+        out.copy_(found)
+    if found_lse is not lse:
+        lse.copy_(found_lse)
 
 
 def differentiate(
@@ -51,41 +57,34 @@ def differentiate(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The share of these keys in the gradients of query, key and value; `out` and `lse` are those
-    of all keys."""
-    tensors = query, key, value, out, d_out
-    query, key, value, out, d_out = (ensure_inner_contiguous(each) for each in tensors)
-    gradients = [empty_like_query(each, each.shape[3]) for each in (query, key, value)]
-    call = _call(query, key, pattern, scale, query_start, key_start)
+    gradients: Sequence[torch.Tensor],
+    part: Part,
+) -> None:
+    """The share of these keys in the gradients of query, key and value; arguments as in
+    `differentiate_part`."""
+    inputs = query, key, value, out, d_out
+    query, key, value, out, d_out = (ensure_inner_contiguous(each) for each in inputs)
+    found = [
+        gradient
+        if gradient.dtype == query.dtype and gradient.stride(-1) == 1
+        else torch.empty_like(gradient, dtype=query.dtype).contiguous()
+        for gradient in gradients
+    ]
+    call = _call(query, key, part)
     call.has_all_keys = False
     launch.backward(
-        call, BackwardTensors(query, key, value, out, d_out, *gradients), lse.contiguous(), d_lse
+        call, BackwardTensors(query, key, value, out, d_out, *found), lse.contiguous(), d_lse
     )
-    d_query, d_key, d_value = gradients
-    if scale == 0.0:
-        d_query.zero_()
-        d_key.zero_()
-    return d_query, d_key, d_value
+    for gradient, each in zip(gradients, found):
+        if each is not gradient:
+            gradient.copy_(each)
+    if part.scale == 0.0:
+        for gradient in gradients[:2]:
+            gradient.zero_()
 
 
-def _call(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    pattern: BandPattern,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> Call:
-    positions = Positions(None, key_start, None, None)
-    if key_start is not None:  # an index into the keys, which stays where it is
-        return Call(query, key, pattern.flat, scale, query_start, positions, pattern.prefix)
-    shifted = []
-    for near, far in zip(pattern.flat[::2], pattern.flat[1::2]):
-        shifted += [near - query_start, far - query_start] if near < far else [0, 0]
-    return Call(query, key, shifted, scale, 0, positions, pattern.prefix)
+def _call(query: torch.Tensor, key: torch.Tensor, part: Part) -> Call:
+    positions = Positions(None, part.key_start, None, None)
+    call = Call(query, key, part.intervals, part.scale, 0, positions, part.prefix)
+    call.turns = TURNS
+    return call

@@ -124,7 +124,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             return
         properties = torch.cuda.get_device_properties(call.device)
         _forward_persistent(
-            min(programs, properties.multi_processor_count),
+            min(programs, call.turns * properties.multi_processor_count),
             specialization_key,
             *tensors_in,
             *counts,
