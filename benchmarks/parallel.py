@@ -42,6 +42,7 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
+from spattention.parallel.work import rank_plan
 
 Row = dict[str, Any]
 IN_A_ROW = 3  # runs of one measurement
@@ -248,11 +249,11 @@ def exposed(
     with without_exchange():
         silent = times(run, mine, True)
     _, key, value, _ = mine
-    trip = exchange.Exchange(plan, plan.for_rank(machine.rank), key, value, None)
+    trip = exchange.Exchange(plan, rank_plan(plan, machine.rank), key, value, None)
 
     def there_and_back() -> None:
-        buffers = trip.finish(trip.start(key, value))
-        trip.start_reverse(buffers, key).wait()
+        tables = trip.finish(trip.start(key, value), key, value)
+        trip.start_reverse(tables, key).wait()
 
     travel = 1e3 * machine.seconds(there_and_back, options.repetitions)
     fetched = [plan.fetched_keys(rank) for rank in range(plan.shards.ranks)]

@@ -136,7 +136,8 @@ def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
         # Packed documents count as a batch of documents of mean length.
         documents = call.n_documents or call.batch
         keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-        return _plan(call.intervals, documents, keys, call.head_dim, bounded)
+        queries = keys if call.n_documents else call.queries
+        return _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
     if reason.startswith(NEEDS["triton"]):
         warn_untested(triton.__version__)
     return None
@@ -161,7 +162,7 @@ def readable(*tensors: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, bounded: bool
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int, head_dim: int, bounded: bool
 ) -> HopperPlan:
     order = tile_order(intervals, batch, keys, head_dim)
     if bounded:  # only the kernels of blocks of 64 know where a sequence ends
@@ -171,8 +172,8 @@ def _plan(
         order=order,
         persistent=not bounded
         and order == TileOrder.HEAD_MAJOR
-        and use_persistent(intervals, keys, head_dim),
-        split_backward=split_backward(intervals, batch, keys),
+        and use_persistent(intervals, keys, head_dim, queries),
+        split_backward=split_backward(intervals, batch, keys, queries),
     )
 
 
@@ -184,39 +185,51 @@ def pitch(queries: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
+def mean_keys(intervals: tuple[int, ...], keys: int, queries: int | None = None) -> float:
     """Number of keys that a query of any head sees on average.
 
     Args:
-        intervals: `near, far, near, far` of each head; `near == far` is an empty interval.
-        keys: keys of each batch entry, and also its queries.
+        intervals: `near, far, near, far` of each head; `near == far` is an empty interval. Edges
+            are negative for keys before the queries.
+        keys: keys of each batch entry.
+        queries: queries of each batch entry; by default as many.
     """
+    rows = keys if queries is None else queries
 
-    def pairs(width: int) -> int:
-        """Pairs at distances below `width`."""
-        width = min(width, keys)
-        return width * keys - width * (width - 1) // 2
+    def ramp(length: int) -> int:
+        """Sum of `min(i, keys)` over `i` from 1 to `length`."""
+        within = max(0, min(length, keys))
+        return within * (within + 1) // 2 + keys * max(0, length - keys)
 
-    seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
-    return seen / (len(intervals) // 4 * keys)
+    def pairs(near: int) -> int:
+        """Pairs at distances from `near` on."""
+        return ramp(rows - near) - ramp(-near)
+
+    seen = sum(pairs(near) - pairs(far) for near, far in zip(intervals[::2], intervals[1::2]))
+    return seen / (len(intervals) // 4 * max(1, rows))
 
 
-def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
+def use_persistent(
+    intervals: tuple[int, ...], keys: int, head_dim: int, queries: int | None = None
+) -> bool:
     """True if queries see enough keys on average for the persistent forward pass to be faster. That
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
-    return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
+    return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
-def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
+def split_backward(
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int | None = None
+) -> bool:
     """True if dQ and dK/dV should be launched separately instead of in one grid.
 
     Launched separately, dQ computes `delta` itself and the preprocess kernel is not needed, but the
     GPU drains twice. Worth it for many short blocks, at least enough to fill the GPU. Arguments as
     in `mean_keys`, batch B.
     """
-    blocks = batch * (len(intervals) // 4) * -(-keys // BLOCK)
-    steps = mean_keys(intervals, keys) / BLOCK
+    rows = keys if queries is None else queries
+    blocks = batch * (len(intervals) // 4) * -(-rows // BLOCK)
+    steps = mean_keys(intervals, keys, queries) / BLOCK
     return blocks >= max(steps * MIN_BLOCKS_PER_STEP_SPLIT, PROGRAMS)
 
 

@@ -1,0 +1,62 @@
+"""All ranks of `sharded_attention` in one process, one after another, without a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from spattention.attention import _implementation
+from spattention.parallel import Plan, exchange, sharded
+from spattention.parallel.work import rank_plan
+
+PASSES = 3  # what a pass sends arrives in the next: keys, then the gradients that need them
+
+
+def attend(plan: Plan, rank: int, query, key, value, *, impl: str | None = None) -> Any:
+    """Output and log-sum-exp of a rank; the exchange is the caller's."""
+    implementation = _implementation(impl, query, value)
+    scale = query.shape[3] ** -0.5
+    setting = sharded.Setting(plan, rank_plan(plan, rank), None, scale, implementation)
+    return sharded._Sharded.apply(query, key, value, None, setting)
+
+
+def results(
+    plan: Plan, tensors: Sequence[torch.Tensor], *, impl: str | None = None
+) -> list[torch.Tensor]:
+    """Output and the gradients of query, key and value of the whole sequence.
+
+    Args:
+        plan: for any number of ranks.
+        tensors: query, key, value and the gradient of the output.
+        impl: as in `band_attention`.
+    """
+    shards = plan.shards
+    wires: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
+    found: list[list[torch.Tensor]] = []
+    for _ in range(PASSES):
+        before, wires, found = wires, {}, []
+        for rank in range(shards.ranks):
+            trips: list[int] = []
+
+            def send(sent, received, send_sizes, receive_sizes, group, rank=rank, trips=trips):
+                trip = len(trips)
+                trips.append(trip)
+                wires[rank, trip] = sent.clone(), list(send_sizes)
+                parts = []
+                for source, size in enumerate(receive_sizes):
+                    flat, sizes = before.get((source, trip), (received.new_zeros(0), []))
+                    start = sum(sizes[:rank])
+                    parts.append(flat[start : start + size] if sizes else received.new_zeros(size))
+                received.copy_(torch.cat(parts))
+                return exchange.Pending(sent, received, None)
+
+            *inputs, d_out = (shards.split(tensor, rank, dim=2) for tensor in tensors)
+            inputs = [tensor.requires_grad_() for tensor in inputs]
+            with mock.patch.object(exchange, "start_all_to_all", send):
+                out, _ = attend(plan, rank, *inputs, impl=impl)
+                grads = torch.autograd.grad(out, inputs, d_out)
+            found.append([out.detach(), *grads])
+    return [shards.join(list(parts), dim=2) for parts in zip(*found)]
