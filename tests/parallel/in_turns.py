@@ -23,6 +23,31 @@ def attend(plan: Plan, rank: int, query, key, value, *, impl: str | None = None)
     return sharded._Sharded.apply(query, key, value, None, setting)
 
 
+class Wires:
+    """What all ranks sent in the pass before, for `start_all_to_all` of one rank in this one."""
+
+    def __init__(self, before: Wires | None = None) -> None:
+        self.sent: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
+        self.before = {} if before is None else before.sent
+        self.rank, self.trip = 0, 0
+
+    def connect(self, rank: int) -> None:
+        self.rank, self.trip = rank, 0
+
+    def send(self, sent, received, send_sizes, receive_sizes, group) -> exchange.Pending:
+        self.sent[self.rank, self.trip] = sent.clone(), list(send_sizes)
+        received.zero_()
+        start = 0
+        for source, size in enumerate(receive_sizes):
+            if self.before:
+                flat, sizes = self.before[source, self.trip]
+                first = sum(sizes[: self.rank])
+                received[start : start + size] = flat[first : first + size]
+            start += size
+        self.trip += 1
+        return exchange.Pending(sent, received, None)
+
+
 def results(
     plan: Plan, tensors: Sequence[torch.Tensor], *, impl: str | None = None
 ) -> list[torch.Tensor]:
@@ -34,28 +59,15 @@ def results(
         impl: as in `band_attention`.
     """
     shards = plan.shards
-    wires: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
-    found: list[list[torch.Tensor]] = []
+    wires = None
     for _ in range(PASSES):
-        before, wires, found = wires, {}, []
+        wires = Wires(wires)
+        found: list[list[torch.Tensor]] = []
         for rank in range(shards.ranks):
-            trips: list[int] = []
-
-            def send(sent, received, send_sizes, receive_sizes, group, rank=rank, trips=trips):
-                trip = len(trips)
-                trips.append(trip)
-                wires[rank, trip] = sent.clone(), list(send_sizes)
-                parts = []
-                for source, size in enumerate(receive_sizes):
-                    flat, sizes = before.get((source, trip), (received.new_zeros(0), []))
-                    start = sum(sizes[:rank])
-                    parts.append(flat[start : start + size] if sizes else received.new_zeros(size))
-                received.copy_(torch.cat(parts))
-                return exchange.Pending(sent, received, None)
-
+            wires.connect(rank)
             *inputs, d_out = (shards.split(tensor, rank, dim=2) for tensor in tensors)
             inputs = [tensor.requires_grad_() for tensor in inputs]
-            with mock.patch.object(exchange, "start_all_to_all", send):
+            with mock.patch.object(exchange, "start_all_to_all", wires.send):
                 out, _ = attend(plan, rank, *inputs, impl=impl)
                 grads = torch.autograd.grad(out, inputs, d_out)
             found.append([out.detach(), *grads])
