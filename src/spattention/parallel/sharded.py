@@ -11,9 +11,10 @@ gradients by itself. Keys before a range come first; their gradients travel back
 ranges themselves are computed.
 
 Keys before a range are a call for all heads, or for a few with similar numbers of them, on a table
-that holds what each head's bands reach (`work.py`). What is the sum of two calls' results adds up
-in query's dtype, which rounds once; what is the sum of more, or has sinks, in float32 (float64 for
-float64 input). All sums have a fixed order.
+that holds what each head's bands reach (`work.py`). An output or a gradient of a query of two calls
+adds up in query's dtype, which rounds once; so does a gradient of a key that comes from up to three
+places. Other sums, and outputs with sinks, are float32 (float64 for float64 input). All sums have a
+fixed order.
 """
 
 from __future__ import annotations
@@ -201,11 +202,11 @@ def _differentiate(
 def _own_gradients(setting: Setting, whole: Whole, own: Pair) -> tuple[Tensor, Pair]:
     """Gradients of query, key and value from the calls on own keys."""
     query, rank = whole.query, setting.rank
-    sums = rank.sums, rank.key_sums, rank.key_sums
     make = torch.empty_like if rank.covers[1] else torch.zeros_like
+    low = rank.sums <= 2, rank.key_sums <= 3, rank.key_sums <= 3
     totals = [
-        make(tensor, dtype=tensor.dtype if most <= 2 else whole.lse.dtype)
-        for most, tensor in zip(sums, (query, *own))
+        make(tensor, dtype=tensor.dtype if is_low else whole.lse.dtype)
+        for is_low, tensor in zip(low, (query, *own))
     ]
     for call in rank.local:
         views = [
