@@ -122,6 +122,7 @@ class _Sharded(torch.autograd.Function):
         for call in rank.local:
             _attend(setting, call, query, Pair(key, value), out, lse)
         tables = exchange.finish(pending, key, value)
+        del pending  # what was received is in the tables
         for call, table in zip(rank.fetched, tables):
             _attend(setting, call, query, table, out, lse)
         if sinks is not None:
