@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spattention import BandPattern, band_attention
-from spattention.attention import _implementation
+from spattention.attention import choose
+from spattention.impl.attention_call import WholeResults
 from spattention.impl.partial import Part, merge_into
 
 # Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
@@ -27,7 +28,7 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
     wanted = torch.autograd.grad((out * d_out).sum() + (lse * d_lse).sum(), inputs)
     out, lse = out.detach(), lse.detach()
 
-    module = _implementation(impl, q, v)
+    module = choose(impl, q, v)
     total, total_lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
     found = [torch.zeros_like(tensor) for tensor in (q, k, v)]
     for (first, last), (start, stop) in CALLS:
@@ -38,10 +39,10 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
         bands = [(near - shift, far - shift) if near < far else (0, 0) for near, far in edges]
         part = Part(tuple(edge for band in bands for edge in band), 0, 0.25, None)
         results = total[:, :, queries], total_lse[:, :, queries]
-        module.attend_part(q[:, :, queries], *keys, *results, part, merge=first > 0)
-        rows = [tensor[:, :, queries].contiguous() for tensor in (d_out, d_lse, q, out, lse)]
-        shares = [torch.empty_like(tensor) for tensor in (rows[2], *keys)]
-        module.differentiate_part(*rows[:3], *keys, *rows[3:], shares, part)
+        module.attend_part(q[:, :, queries], *keys, results, part, merge=first > 0)
+        query, *rows = (t[:, :, queries].contiguous() for t in (q, out, lse, d_out, d_lse))
+        shares = [torch.empty_like(tensor) for tensor in (query, *keys)]
+        module.differentiate_part(query, *keys, WholeResults(*rows), shares, part)
         for gradient, where, share in zip(found, (queries, seen, seen), shares):
             gradient[:, :, where] += share
     if sinks is not None:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from spattention.attention import _implementation
+from spattention.attention import choose
 from spattention.parallel import Plan, exchange, sharded
 from spattention.parallel.work import rank_plan
 
@@ -17,7 +17,7 @@ PASSES = 3  # what a pass sends arrives in the next: keys, then the gradients th
 
 def attend(plan: Plan, rank: int, query, key, value, *, impl: str | None = None) -> Any:
     """Output and log-sum-exp of a rank; the exchange is the caller's."""
-    implementation = _implementation(impl, query, value)
+    implementation = choose(impl, query, value)
     scale = query.shape[3] ** -0.5
     setting = sharded.Setting(plan, rank_plan(plan, rank), None, scale, implementation)
     return sharded._Sharded.apply(query, key, value, None, setting)

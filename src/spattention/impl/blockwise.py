@@ -18,120 +18,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bands import BandPattern
 from . import block_products
+from .attention_call import AttentionCall, WholeResults
 from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
-from .partial import Part, merge_into
+from .partial import Part, store
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    query_start: int | Tensor,
-    key_start: Tensor | None,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    on_device = isinstance(query_start, Tensor)
-    return forward(
-        query=query,
-        key=key,
-        value=value,
-        sinks=sinks,
-        query_start=0 if on_device else query_start,
-        query_start_tensor=query_start if on_device else None,
-        key_start=key_start,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        intervals=pattern.flat,
-        prefix=pattern.prefix,
-        scale=scale,
-    )
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, Q, Dv]` and log-sum-exp `[B, H, Q]`, recorded for autograd."""
+    return forward(call.query, call.key, call.value, *_rest(call))
 
 
 def attend_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    results: tuple[Tensor, Tensor],
     part: Part,
     *,
     merge: bool,
 ) -> None:
-    """Attention over a part of the keys, into `out` `[B, H, Q, D]` and `lse` `[B, H, Q]`; joined
-    to what they hold if `merge`."""
-    index = 0, None, part.key_start, None, None
-    rest = part.intervals, part.prefix, part.scale
-    found, found_lse = _forward(query, key, value, None, *index, *rest)
-    if merge:
-        merge_into(out, lse, found, found_lse)
-    else:
-        out.copy_(found)
-        lse.copy_(found_lse)
+    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
+    store(results, _forward(query, key, value, None, *rest), merge)
 
 
 def differentiate_part(
-    d_out: Tensor,
-    d_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    whole: WholeResults,
     gradients: Sequence[Tensor],
     part: Part,
 ) -> None:
     """Gradients of query, key and value that these keys give to attention over more keys, into
-    `gradients`. `out` and `lse` are those over all keys, sinks included."""
-    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
-    index = 0, None, part.key_start, None, None
-    rest = None, *index, part.intervals, part.prefix, part.scale
-    found = _backward(d_out, d_lse, query, key, value, out, lse, *rest)
-    for gradient, each in zip(gradients, found):
-        gradient.copy_(each)
+    `gradients`."""
+    d_lse = torch.zeros_like(whole.lse) if whole.d_lse is None else whole.d_lse
+    inputs = whole.d_out, d_lse, query, key, value, whole.out, whole.lse, None
+    rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
+    for gradient, found in zip(gradients, _backward(*inputs, *rest)):
+        gradient.copy_(found)
 
 
-def attend_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: BandPattern,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in
-    `spattention.band_attention_varlen`."""
-    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    out, lse = forward(
-        query=query,
-        key=key,
-        value=value,
-        sinks=sinks,
-        query_start=0,
-        query_start_tensor=None,
-        key_start=None,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        intervals=pattern.flat,
-        prefix=pattern.prefix,
-        scale=scale,
+def _rest(call: AttentionCall) -> tuple[Any, ...]:
+    """Arguments of both operators after their tensors."""
+    return (
+        call.sinks,
+        call.query_start,
+        call.query_start_tensor,
+        call.key_start,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.pattern.flat,
+        call.pattern.prefix,
+        call.scale,
     )
-    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
 def _forward(

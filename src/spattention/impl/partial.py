@@ -1,10 +1,4 @@
-"""Attention over a part of the keys of each row: what every implementation's calls on parts share.
-
-Each has two functions, which write into tensors that the caller gives:
-
-    attend_part         output and log-sum-exp of these keys, or joined to what is there already
-    differentiate_part  the share of these keys in the gradients, given the results of all keys
-"""
+"""Attention over a part of the keys of each row: what calls on parts share."""
 
 from __future__ import annotations
 
@@ -31,6 +25,16 @@ class Part(NamedTuple):
     prefix: int
     scale: float
     key_start: Tensor | None
+
+
+def store(results: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], merge: bool) -> None:
+    """Write output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` into `results`, or join them to
+    what is there."""
+    if merge:
+        merge_into(*results, *found)
+        return
+    for result, each in zip(results, found):
+        result.copy_(each)
 
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

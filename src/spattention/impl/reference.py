@@ -14,69 +14,49 @@ from torch.nn.functional import pad
 
 from ..bands import BandPattern, attended
 from . import masked
+from .attention_call import AttentionCall, WholeResults
 from .layout import laid_out_like_query, lse_dtype
-from .partial import Part, merge_into
+from .partial import Part, store
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    sinks: torch.Tensor | None,
-    query_start: int | torch.Tensor,
-    key_start: torch.Tensor | None,
-    deterministic: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    mask = row_mask(query, key, pattern, query_start, key_start)
-    return _masked_attention(query, key, value, mask, scale, sinks)
+def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Q, Dv]` and log-sum-exp `[B, H, Q]`."""
+    inputs = call.query, call.key, call.value
+    return _masked_attention(*inputs, visible(call), call.scale, call.sinks)
 
 
 def attend_part(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor],
     part: Part,
     *,
     merge: bool,
 ) -> None:
-    """Attention over a part of the keys, into `out` `[B, H, Q, D]` and `lse` `[B, H, Q]`; joined
-    to what they hold if `merge`."""
+    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
     mask = _part_mask(query, key, part)
-    found, found_lse = _masked_attention(query, key, value, mask, part.scale, None)
-    if merge:
-        merge_into(out, lse, found, found_lse)
-    else:
-        out.copy_(found)
-        lse.copy_(found_lse)
+    store(results, _masked_attention(query, key, value, mask, part.scale, None), merge)
 
 
 def differentiate_part(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    whole: WholeResults,
     gradients: Sequence[torch.Tensor],
     part: Part,
 ) -> None:
     """Gradients of query, key and value that these keys give to attention over more keys, into
-    `gradients`. `out` and `lse` are those over all keys, sinks included."""
+    `gradients`."""
     dtype = lse_dtype(query)
     group = query.shape[1] // key.shape[1]
     mask = _part_mask(query, key, part)
-    q, d_o, o = (tensor.to(dtype) for tensor in (query, d_out, out))
+    q, d_o, o = (tensor.to(dtype) for tensor in (query, whole.d_out, whole.out))
     k, v = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (key, value))
     scores = masked.scores(q, k, mask) * part.scale
-    weights = torch.exp(scores - lse[..., None]).masked_fill(~mask, 0.0)
-    delta = (d_o * o).sum(dim=-1) - (0.0 if d_lse is None else d_lse)
+    weights = torch.exp(scores - whole.lse[..., None]).masked_fill(~mask, 0.0)
+    delta = (d_o * o).sum(dim=-1) - (0.0 if whole.d_lse is None else whole.d_lse)
     d_scores = weights * (masked.scores(d_o, v, mask) - delta[..., None])
     d_scores = d_scores.masked_fill(~mask, 0.0) * part.scale
     d_query = masked.weighted_sum(d_scores, k, mask)
@@ -88,32 +68,13 @@ def differentiate_part(
         gradient.copy_(found)
 
 
-def attend_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    sinks: torch.Tensor | None,
-    deterministic: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in
-    `spattention.band_attention_varlen`."""
-    mask = packed_mask(query, key, pattern, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _masked_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        mask,
-        scale,
-        sinks,
-    )
-    return out[0].transpose(0, 1), lse[0]
+def visible(call: AttentionCall) -> torch.Tensor:
+    """Which keys each query sees: bool `[B or 1, H, Q, K]`."""
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        query, key = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key))
+        return packed_mask(query, key, call.pattern, call.cu_seqlens_q, call.cu_seqlens_k)
+    start = call.query_start if call.query_start_tensor is None else call.query_start_tensor
+    return row_mask(call.query, call.key, call.pattern, start, call.key_start)
 
 
 def row_mask(

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Result, _implementation
+from ..attention import Result, choose
+from ..impl.attention_call import WholeResults
 from ..impl.layout import empty_like_query, lse_dtype, score_scale, without_autocast
 from ..impl.partial import Part
 from .agreement import Group
@@ -76,7 +77,7 @@ def sharded_attention(
         NotImplementedError: in forward-mode differentiation.
     """
     query, key, value, rank = prepare(query, key, value, plan, group, scale=scale, sinks=sinks)
-    implementation = _implementation(impl, query, value)
+    implementation = choose(impl, query, value)
     setting = Setting(plan, rank_plan(plan, rank), group, score_scale(query, scale), implementation)
     with without_autocast(query):
         out, lse = _Sharded.apply(query, key, value, sinks, setting)
@@ -168,8 +169,7 @@ def _attend(
     setting.implementation.attend_part(
         _queries(setting, call, query),
         *(_keys(setting, call, tensor) for tensor in source),
-        _queries(setting, call, out),
-        _queries(setting, call, lse),
+        (_queries(setting, call, out), _queries(setting, call, lse)),
         _part(setting, call, query.device),
         merge=not call.first,
     )
@@ -193,10 +193,9 @@ def _differentiate(
     key, value = (_keys(setting, call, tensor) for tensor in source)
     if gradients is None:
         gradients = [empty_like_query(each, each.shape[3]) for each in (query, key, value)]
-    part = _part(setting, call, query.device)
-    setting.implementation.differentiate_part(
-        d_out, d_lse, query, key, value, out, lse, gradients, part
-    )
+    assert lse is not None
+    results, part = WholeResults(out, lse, d_out, d_lse), _part(setting, call, query.device)
+    setting.implementation.differentiate_part(query, key, value, results, gradients, part)
     return gradients
 
 

@@ -11,35 +11,33 @@ from collections.abc import Sequence
 
 import torch
 
+from ..attention_call import WholeResults
 from ..layout import empty_like_query
 from ..partial import Part
 from . import launch, merging
 from .arguments import Positions
-from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
-
-# Programs of a persistent kernel per multiprocessor that fit one after another: an exchange that
-# runs meanwhile gets its share of the multiprocessors as soon as the first end.
-TURNS = 8
+from .call import BackwardTensors, Call, ForwardTensors, call_of, ensure_inner_contiguous
 
 
-def attend(
+def attend_part(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor],
     part: Part,
     *,
     merge: bool,
 ) -> None:
-    """Output and log-sum-exp of these keys, without a graph; arguments as in `attend_part`."""
+    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
+    out, lse = results
     direct = not merge and out.dtype == query.dtype and out.stride(-1) == 1
     found = out if direct else empty_like_query(query, query.shape[3])
-    found_lse = lse if direct and lse.is_contiguous() else torch.empty_like(lse).contiguous()
-    launch.forward(
-        _call(query, key, part), ForwardTensors(query, key, value, found, found_lse, None)
-    )
+    found_lse = lse
+    if not (direct and lse.is_contiguous()):
+        found_lse = lse.new_empty(lse.shape)
+    tensors = ForwardTensors(query, key, value, found, found_lse, None)
+    launch.forward(_call(query, key, part), tensors)
     if merge:
         merging.merge(out, lse, found, found_lse)
         return
@@ -49,32 +47,26 @@ def attend(
         lse.copy_(found_lse)
 
 
-def differentiate(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
+def differentiate_part(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    whole: WholeResults,
     gradients: Sequence[torch.Tensor],
     part: Part,
 ) -> None:
-    """The share of these keys in the gradients of query, key and value; arguments as in
-    `differentiate_part`."""
-    inputs = query, key, value, out, d_out
-    query, key, value, out, d_out = (ensure_inner_contiguous(each) for each in inputs)
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`."""
+    inputs = query, key, value, whole.out, whole.d_out
+    tensors = [ensure_inner_contiguous(each) for each in inputs]
     found = [
         gradient
         if gradient.dtype == query.dtype and gradient.stride(-1) == 1
-        else torch.empty_like(gradient, dtype=query.dtype).contiguous()
+        else gradient.new_empty(gradient.shape, dtype=query.dtype)
         for gradient in gradients
     ]
-    call = _call(query, key, part)
-    call.has_all_keys = False
-    launch.backward(
-        call, BackwardTensors(query, key, value, out, d_out, *found), lse.contiguous(), d_lse
-    )
+    call = _call(tensors[0], tensors[1], part)
+    launch.backward(call, BackwardTensors(*tensors, *found), whole.lse.contiguous(), whole.d_lse)
     for gradient, each in zip(gradients, found):
         if each is not gradient:
             gradient.copy_(each)
@@ -85,6 +77,5 @@ def differentiate(
 
 def _call(query: torch.Tensor, key: torch.Tensor, part: Part) -> Call:
     positions = Positions(None, part.key_start, None, None)
-    call = Call(query, key, part.intervals, part.scale, 0, positions, part.prefix)
-    call.turns = TURNS
-    return call
+    facts = part.intervals, part.scale, 0, positions, part.prefix
+    return call_of(query, key, *facts, has_all_keys=False)
