@@ -58,3 +58,23 @@ def test_few_calls_attend_what_many_heads_fetch():
         assert len(work.fetched) <= 3
         held = sum((t.heads[1] - t.heads[0]) * t.length for t in work.tables)
         assert held < 2 * plan.fetched_keys(rank), "tables are mostly padding"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow), "blockwise"])
+def test_every_implementation_takes_tables(impl, packed):
+    """Float32, with a prefix; documents that start inside a range and before it."""
+    length = 45
+    pattern = BandPattern.shared_local(4, length, widths="geometric", first=2, local=4, prefix=3)
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, heads, length, 16, generator=random) for heads in (4, 2, 2, 4)]
+    starts = (0, 7, 30) if packed else (0,)
+    plan = plan_exchange(pattern, Shards.balanced(length, 2), 2, documents=[starts])
+    found = in_turns.results(plan, tensors, impl=impl)
+    wanted = [torch.zeros_like(each) for each in (tensors[0], *tensors[:3])]
+    for first, last in zip(starts, (*starts[1:], length)):
+        here = slice(first, last)
+        for whole, part in zip(wanted, expected(pattern, [t[:, :, here] for t in tensors])):
+            whole[:, :, here] = part
+    for mine, other in zip(found, wanted):
+        torch.testing.assert_close(mine, other, rtol=0.0, atol=2e-5)
