@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from spattention.impl.triton import call, op
 from spattention.impl.triton.compiled import CompiledKernelCache
 from spattention.impl.triton.constants import ConstantCache
-from spattention.impl.triton.decode import launch as decode_launch
+from spattention.impl.triton.decode import plan as decode_plan
 from spattention.impl.triton.hopper import planning
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -60,8 +60,8 @@ def launches_to(
         mock.patch.object(planning, "triton_is_tested", return_value=True),
         mock.patch.object(call, "compute_capability", capability),
         mock.patch.object(call, "_calls", ConstantCache(max_entries=1024, copies=False)),
-        mock.patch.object(decode_launch, "compute_capability", capability),
-        mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
+        mock.patch.object(decode_plan, "compute_capability", capability),
+        mock.patch.object(decode_plan, "_plans", ConstantCache(max_entries=1024)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
         mock.patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),

@@ -104,6 +104,30 @@ class Call:
         return call
 
     @property
+    def has_row_starts(self) -> bool:
+        """True if first keys per query may describe documents of each row."""
+        key_start = self.positions.key_start
+        return (
+            self.query_start == 0
+            and self.positions.query_start is None
+            and key_start is not None
+            and key_start.dim() == 2
+            and self.queries == self.keys
+            and self.has_all_keys
+        )
+
+    def variant(self, name: str, positions: Positions, n_documents: int = 0) -> Call:
+        """The call with positions of another form, of `n_documents` documents in each batch entry;
+        those of a name keep what launches make of them.
+        """
+        found: Call | None = self.derived.get(name)
+        if found is None:
+            found = self.at(positions)
+            found.derived, found.n_documents = {}, n_documents
+            self.derived[name] = found
+        return found.at(positions)
+
+    @property
     def has_one_start(self) -> bool:
         """True if each document, or each batch entry from position 0, has one first key."""
         key_start = self.positions.key_start
