@@ -24,6 +24,7 @@ from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
+from .sinks import sink_gradient
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -151,7 +152,7 @@ def _backward(
     query, key, value, d_out, out = (_last_dense(t) for t in (query, key, value, d_out, out))
     d_sinks = lse.new_zeros(query.shape[1])
     if sinks is not None:
-        d_sinks = _sink_gradient(sinks, d_out, d_lse, out, lse)
+        d_sinks = sink_gradient(sinks, d_out, d_lse, out, lse)
     query, scale, factor = _scaled(query, scale, dtype)
     any_d_lse, exact = True, True
     if query.is_cpu:  # elsewhere reading a flag would wait for the device
@@ -241,17 +242,6 @@ def _scaled(query: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, fl
     if scale == 0 or abs(math.frexp(scale)[0]) == 0.5:
         return query, scale, 1.0
     return query.to(dtype) * scale, 1.0, scale
-
-
-def _sink_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """`[H]`, head by head to spare memory."""
-    found = []
-    for head, sink in enumerate(sinks.to(lse.dtype)):
-        log_sum = lse[:, head]
-        delta = (d_out[:, head].to(lse.dtype) * out[:, head]).sum(dim=-1) - d_lse[:, head]
-        weight = torch.exp(sink - log_sum).masked_fill_(log_sum == -torch.inf, 0.0)
-        found.append((weight * -delta).sum(dtype=torch.float64))
-    return torch.stack(found).to(lse.dtype)
 
 
 _COMMON = (

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..attention import Result, choose
 from ..impl.attention_call import AttentionCall, WholeResults
 from ..impl.layout import empty_like_query, lse_dtype, score_scale, without_autocast
+from ..impl.sinks import sink_gradient
 from ..merging import merge_into
 from .agreement import Group
 from .exchange import Exchange, Fetched
@@ -150,7 +151,9 @@ class _Sharded(torch.autograd.Function):
             for call in rank.local:
                 _differentiate(setting, call, whole, own, d_own)
             exchange.add_reverse(pending, *d_own)
-            d_sinks = None if sinks is None else _sink_gradient(sinks, whole)
+            d_sinks = None
+            if sinks is not None:
+                d_sinks = sink_gradient(sinks, d_out, d_lse, out, lse).to(sinks.dtype)
         d_query, d_key, d_value = (gradient.to(query.dtype) for gradient in (whole.d_query, *d_own))
         return d_query, d_key, d_value, d_sinks, None
 
@@ -242,16 +245,3 @@ def _add_sinks(sinks: Tensor, out: Tensor, lse: Tensor) -> None:
     weight = torch.exp(lse - total).masked_fill_(lse == -torch.inf, 0.0)
     out.mul_(weight[..., None])
     lse.copy_(total)
-
-
-def _sink_gradient(sinks: Tensor, whole: Whole) -> Tensor:
-    """`[H]` of this rank's queries, head by head to spare memory."""
-    found = []
-    for head, sink in enumerate(sinks.to(whole.lse.dtype)):
-        lse = whole.lse[:, head]
-        delta = (whole.d_out[:, head].to(lse.dtype) * whole.out[:, head]).sum(dim=-1)
-        if whole.d_lse is not None:
-            delta = delta - whole.d_lse[:, head]
-        weight = torch.exp(sink - lse).masked_fill_(lse == -torch.inf, 0.0)
-        found.append(-(weight * delta).sum(dtype=torch.float64))
-    return torch.stack(found).to(sinks.dtype)

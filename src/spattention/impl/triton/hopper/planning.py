@@ -7,7 +7,7 @@ and another Triton may lack a part of it.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache, lru_cache
 
@@ -64,7 +64,8 @@ NEEDS = {
     "capability": "a GPU of compute capability 9.0 (Hopper)",
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
-    "positions": "packed documents, or queries from position 0 with at most one `key_start` each",
+    "positions": "packed documents, or queries from position 0 with at most one `key_start` each; "
+    "one for every query needs as many keys as queries, a multiple of 4, and no prefix",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -80,6 +81,8 @@ LAUNCHES = {
     ),
 }
 BLOCK = 64  # queries or keys
+MIN_MEAN_DOCUMENT = 128  # tokens
+PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
@@ -110,11 +113,29 @@ def _refusal_of_shape(call: Call) -> str | None:
     if call.head_dim not in LAUNCHES:
         return f"{NEEDS['head_dim']}, got {call.head_dim}"
     # Elsewhere a block may hold keys of two documents, or keys after the last query.
-    if not call.has_one_start:
+    if not call.has_one_start and not (has_documents(call) and call.prefix == 0):
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
     return None
+
+
+def has_documents(call: Call) -> bool:
+    """True if the documents of each row are looked for in its first keys (`documents.py`)."""
+    return call.has_row_starts and call.queries % 4 == 0
+
+
+def max_documents(queries: int) -> int:
+    """Documents that are looked for in a row; rows of shorter ones are left to the portable
+    kernels. Every one of them costs a program that may find nothing to do. Their offsets, one more,
+    are whole units of 16 bytes.
+    """
+    return (queries // MIN_MEAN_DOCUMENT + 2) | 3
+
+
+def has_parts(call: Call) -> bool:
+    """True if the programs of dQ compute dK and dV of the prefix, as `prefix.py` says."""
+    return 0 < call.prefix <= PREFIX_WIDTH and call.n_documents == 0
 
 
 def triton_is_tested() -> bool:
@@ -161,7 +182,9 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     # Packed documents count as a batch of documents of mean length.
     documents = call.n_documents or call.batch
     keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-    return _plan(call.intervals, documents, keys, call.head_dim, bounded)
+    found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
+    # The preprocess kernel reads where documents are before it waits for the kernel before it.
+    return found if call.has_one_start else replace(found, split_backward=True)
 
 
 def readable(*tensors: torch.Tensor) -> bool:
