@@ -215,9 +215,9 @@ def apply(model: Any, baseline: Baseline) -> Any:
     for module in modules.values():
         baseline.check(module)
     register(type(baseline))
+    setattr(config, kind, baseline.section())  # first: what `_equip` notes is read from there
     for module in modules.values():
         _equip(baseline, module, layers)
-    setattr(config, kind, baseline.section())
     model.set_attn_implementation(kind)
     section_changed(model)
     return model
@@ -233,6 +233,7 @@ def remove(model: Any) -> Any:
     for module in attention_modules(model, config).values():
         if hasattr(module, PLAN):
             delattr(module, PLAN)
+            note_weights(module, _note)
         stop_keeping_state(module)
     model.set_attn_implementation("sdpa")
     section_changed(model)

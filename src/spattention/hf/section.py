@@ -40,10 +40,9 @@ from ..compat.huggingface import (
 from .decoder import is_attention
 from .head_weights import HeadWeights
 from .late import when_imported
-from .weights import allow_weights, checking_notes
+from .weights import REQUIREMENT, allow_weights, checking_notes, is_mark
 
 ARCHITECTURE_PREFIX = "Spattention"
-REQUIREMENT = " must be called before this model is loaded"
 LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
 ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
@@ -173,6 +172,8 @@ def registered_call(saved: Mapping[str, Any]) -> str | None:
 def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
     @wraps(adjust)
     def strict(self: Any, loading_info: Any) -> None:
+        # Folders of earlier versions hold no marks.
+        loading_info.missing_keys -= {name for name, _ in self.named_buffers() if is_mark(name)}
         for kind in KINDS.values():
             if kind.check_weights is not None:
                 kind.check_weights(self, loading_info)

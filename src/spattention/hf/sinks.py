@@ -53,7 +53,7 @@ def new_parameter(module: Any, values: torch.Tensor) -> torch.nn.Parameter:
         module: the attention module.
         values: of the parameter, on PyTorch's default device or the module's.
     """
-    device = _execution_device(module)
+    device = execution_device(module)
     placed = values.to(dtype=_compute_dtype(module), device=device)
     parameter = torch.nn.Parameter(placed)
     keep_initial_value(parameter)
@@ -125,7 +125,8 @@ def _compute_dtype(module: Any) -> torch.dtype:
     return torch.float32
 
 
-def _execution_device(module: Any) -> torch.device | str | int | None:
+def execution_device(module: Any) -> torch.device | str | int | None:
+    """The device that an attention module runs on; None if it is not known yet."""
     for parameter in module.parameters():
         if parameter.device.type != "meta":
             return parameter.device
