@@ -33,6 +33,7 @@ from .compat.huggingface import ATTENTION_KEYS
 from .files import read_json
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
+from .hf.weights import is_mark
 from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, newest_good
 
 CONFIG = "config.json"
@@ -55,7 +56,7 @@ LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a saved model, without their values.
+    """The weights of a saved model, without their values and without marks.
 
     Attributes:
         files: what holds them.
@@ -364,7 +365,7 @@ def _check_loaded(
         raise ValueError(f"{weights} {rule}: {len(missing)} are missing, {_some(missing)}")
     unused = sorted(found["unexpected_keys"])
     if dense:
-        unused = [name for name in unused if not name.endswith(".sinks")]
+        unused = [name for name in unused if not (name.endswith(".sinks") or is_mark(name))]
     if unused:
         _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
     for name, parameter in model.named_parameters():
@@ -411,18 +412,18 @@ def _indexed(index: Path) -> tuple[Path, ...]:
 
 
 def _tensor_sizes(path: Path) -> list[int]:
-    """The number of values of each tensor in a file, which are not read."""
+    """The number of values of each tensor in a file but marks; the values are not read."""
     if path.suffix == ".safetensors":
         with (
             named_errors(path, "must be a whole file of safetensors"),
             safe_open(path, "pt") as file,
         ):
-            names = file.keys()
+            names = [name for name in file.keys() if not is_mark(name)]  # noqa: SIM118
             return [math.prod(file.get_slice(name).get_shape()) for name in names]
     try:
         # Nothing but tensors is unpickled, and on the meta device they take no memory.
         found = torch.load(path, map_location="meta", weights_only=True)
-        return [tensor.numel() for tensor in found.values()]
+        return [tensor.numel() for name, tensor in found.items() if not is_mark(name)]
     except Exception as error:  # PyTorch's message advises to unpickle whatever is there
         raise ValueError(
             f"{path} must hold tensors by name, as `torch.save` writes them, and nothing else"

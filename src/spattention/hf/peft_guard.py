@@ -28,6 +28,7 @@ from .adapters import (
     WRITTEN,
     AdapterSection,
     AdapterSinks,
+    adapter_section,
     adapter_sinks,
     base_model,
     bring_back,
@@ -35,7 +36,6 @@ from .adapters import (
     follow,
     marked,
     meet,
-    section_in,
     unmarked,
     unwrap_sinks,
 )
@@ -254,7 +254,7 @@ def _keeping_all(convert_to_lora: Callable[..., Any]) -> Callable[..., Any]:
         given = parameters.bind(model, *args, **keywords).arguments
         adapter_name = given.get("adapter_name", "default")
         config, weights = convert_to_lora(model, *args, **keywords)
-        setattr(config, WRITTEN, section_in(base_model(model)))
+        setattr(config, WRITTEN, adapter_section(base_model(model)))
         for name, module in model.named_modules():
             if isinstance(module, AdapterSinks):
                 weights[f"{name}.weight"] = module.modules_to_save[adapter_name].weight.detach()
