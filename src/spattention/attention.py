@@ -11,6 +11,7 @@ from .bands import BandPattern
 from .checks import check_attention, check_no_tangents, check_tensors, check_varlen
 from .impl import blockwise, reference
 from .impl.layout import score_scale, under_autocast, without_autocast
+from .scalars import python_number
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -87,6 +88,7 @@ def band_attention(
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
+    query_start = python_number(query_start)
     check_attention(
         query,
         key,
@@ -164,6 +166,7 @@ def band_attention_varlen(
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
+    max_seqlen_q, max_seqlen_k = python_number(max_seqlen_q), python_number(max_seqlen_k)
     check_varlen(
         query,
         key,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..scalars import as_int
 from .bins import distance_edges
 
 FORMAT = "spattention-profile"
@@ -322,7 +323,8 @@ def _array(name: str, value: Any) -> Tensor | None:
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_TOKENS:
+    found = as_int(value)
+    if found is None or not least <= found <= MOST_TOKENS:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..compat.huggingface import keep_initial_value, offload_hook
+from ..scalars import as_number
 
 # What the operator computes with; storage formats such as float8 are none of these.
 LARGEST_SINK = 65504  # of float16
@@ -78,10 +79,11 @@ def sink_values(
     """
     if sinks is True:
         return [None] * len(layers)
-    if isinstance(sinks, int | float):
-        if not abs(sinks) <= LARGEST_SINK:
+    number = as_number(sinks)
+    if number is not None:
+        if not abs(number) <= LARGEST_SINK:
             raise ValueError(f"`sinks` must be from -{LARGEST_SINK} to {LARGEST_SINK}, got {sinks}")
-        return [torch.full((count,), float(sinks)) if count else None for count in heads]
+        return [torch.full((count,), float(number)) if count else None for count in heads]
     if isinstance(sinks, torch.Tensor | str) or not isinstance(sinks, Sequence):
         raise ValueError(
             "`sinks` must be True, False, a number, or one tensor [H] per layer, got "
