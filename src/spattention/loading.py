@@ -30,7 +30,7 @@ from transformers import (
 
 from . import baselines, hf, related
 from .compat.huggingface import ATTENTION_KEYS
-from .files import read_json
+from .files import read_json, reason
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
 from .hf.weights import is_mark
@@ -50,7 +50,6 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COUNTS = ("n_layer", "n_layers", "n_head", "n_heads", "n_routed_experts")  # beside `num_*`
 MOST = 2**16  # layers, heads, experts or labels
 LARGEST_JSON = 2**28  # bytes; the largest tokenizers have some 30 MB
-LONGEST_REASON = 300  # characters of a library's message
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -235,16 +234,6 @@ def named_errors(file: Path, rule: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic in the libraries' Rust code is no `Exception`
         raise ValueError(f"{file} {rule}: {reason(error)}") from error
-
-
-def reason(error: BaseException) -> str:
-    """An exception's message in one line of bounded length, with its type where it says little."""
-    text = " ".join(str(error).split())
-    if len(text) > LONGEST_REASON:
-        text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
-    if isinstance(error, ValueError | OSError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _to_stderr(line: str) -> None:

@@ -297,7 +297,8 @@ class Profile:
         """
         source = Path(path)
         if not source.is_file():
-            raise ValueError(f"{source} must be a profile, there is no such file")
+            found = "it is a folder" if source.is_dir() else "there is no such file"
+            raise ValueError(f"{source} must be a profile, {found}")
         size = source.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"{source} must have at most {MOST_BYTES} bytes, got {size}")
