@@ -14,6 +14,7 @@ from spattention import baselines, related
 from spattention.choice import attention_choice
 from spattention.cli import main
 from spattention.data.text import iterate_documents
+from spattention.training.checkpoints import MANIFEST
 
 OTHERS = {
     "mea": lambda model: related.apply(model, related.MEA(4, CONTEXT)),
@@ -62,7 +63,7 @@ def test_a_folder_is_no_missing_profile(make, found, folders, tmp_path, capsys):
         (tmp_path / "p").mkdir()
     arguments = ("--output", tmp_path / "o", "--profile", tmp_path / "p")
     said = refused(capsys, "fit", folders / "dense", *arguments)
-    assert f"{tmp_path / 'p'} must be a profile (profile.json), " in said
+    assert f"{tmp_path / 'p'} must be a profile, " in said
     assert found in said
 
 
@@ -79,13 +80,13 @@ def test_a_comparison_names_the_attention(name, found, folders, capsys):
     [
         (
             "mea:prefix=4",
-            r"with a name of \['mix', 'norm', 'components', 'bands'\], got 'prefix=4'",
+            r"a name of \['mix', 'norm', 'components', 'bands'\], got 'prefix=4'",
         ),
         ("mea:band=exclusive", r"got 'band=exclusive', did you mean 'bands'\?"),
         ("mea:bands=mea", r"^`bands` of `mea` must be one of \('dense', .*\), got 'mea'"),
         ("mea:bands=exclusiv", r"^`bands` of `mea` .* did you mean 'exclusive'\?"),
         ("mea:bands=exclusive:x=1", r"^options of `exclusive` are .* got 'x=1'"),
-        ("cca:bands=exclusive", r"^options of `cca` are .*\['group', 'window'\], got 'bands="),
+        ("bigbird:bands=dense", r"^options of `bigbird` are .* got 'bands=dense'"),
     ],
 )
 def test_nested_bands_are_among_the_options(text, message):
@@ -113,7 +114,7 @@ def test_bad_lines_are_told_in_words(line, found, tmp_path):
 
 
 def test_a_damaged_manifest_is_told_in_words(folders, capsys):
-    (folders / "dense" / "spattention.json").write_text("{}")
-    manifest = next(iter(folders.glob("dense/spattention.json")))
+    manifest = folders / "dense" / MANIFEST
+    manifest.write_text("{}")
     said = refused(capsys, "generate", folders / "dense", "Once")
     assert f"{manifest} cannot be read: there is no 'files'" in said
