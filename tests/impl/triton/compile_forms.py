@@ -14,6 +14,7 @@ from spattention.impl import triton as kernels
 from spattention.impl.triton.decode import append
 from spattention.impl.triton.hopper import TileOrder
 from tests.gpu.plans import changed_plans
+from tests.impl.triton.small_cases import rings as ring_tensors
 
 TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
 ONE = spa.BandPattern((((0, 90),),) * 8, 256)
@@ -91,9 +92,7 @@ def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128)
         kept.keys,
         kept.values,
         TWO,
-        offsets=kept.offsets,
-        lengths=kept.lengths,
-        position=kept.position,
+        **ring_tensors(kept),
         scale=0.1,
         sinks=torch.zeros(8, dtype=dtype),
         key_start=None,

@@ -5,7 +5,7 @@ positions. Nothing here knows a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ from .constants import ConstantCache, int32_table
 
 LOG2_E = math.log2(math.e)
 MISSING, MAX_POSITION = tiles.MISSING.value, tiles.MAX_POSITION.value
+NOWHERE = Positions(None, None, None, None)
 _band_tables = ConstantCache[torch.Tensor](max_entries=1024)
+_calls: ConstantCache[Call] = ConstantCache(max_entries=4096, copies=False)
 
 
 class ForwardTensors(NamedTuple):
@@ -46,7 +48,7 @@ class BackwardTensors(NamedTuple):
 
 
 class Call:
-    """Facts of one call.
+    """Facts of one call; all but `positions` depend on shapes and the pattern alone.
 
     Args:
         query, key: `[B, H, Q, D]`, `[B, Hkv, K, D]`.
@@ -56,6 +58,7 @@ class Call:
         positions: `query_start` int32 `[]` or `[B]`, `key_start` int32 `[B]` or `[B, Q]`,
             `cu_seqlens_q` and `cu_seqlens_k` int32 `[documents + 1]`, each or None.
         prefix: number of keys of the pattern's prefix.
+        has_all_keys: False for a part of the keys of its rows, as in `parts.py`.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Call:
         query_start: int,
         positions: Positions,
         prefix: int = 0,
+        *,
+        has_all_keys: bool = True,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -80,14 +85,47 @@ class Call:
         second = zip(intervals[2::4], intervals[3::4])
         self.n_intervals = 2 if any(near < far for near, far in second) else 1
         self.bands = band_table(self.intervals, self.key_heads, query.device)
+        self.bands_by_head, self.bands_by_key_head = self.bands.unbind()
         offsets = positions.cu_seqlens_q
         self.n_documents = 0 if offsets is None else offsets.shape[0] - 1
         self.positions = positions
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
-        self.has_all_keys = True  # False for a part of the keys of its rows, as in `parts.py`
+        self.has_all_keys = has_all_keys
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
+        # What launches make of these facts and of which positions there are, by name
+        self.derived: dict[Hashable, Any] = {}
+
+    def at(self, positions: Positions) -> Call:
+        """The same call with other tensors of the same form as positions."""
+        call = object.__new__(Call)
+        call.__dict__.update(self.__dict__, positions=positions)
+        return call
+
+    @property
+    def has_row_starts(self) -> bool:
+        """True if first keys per query may describe documents of each row."""
+        key_start = self.positions.key_start
+        return (
+            self.query_start == 0
+            and self.positions.query_start is None
+            and key_start is not None
+            and key_start.dim() == 2
+            and self.queries == self.keys
+            and self.has_all_keys
+        )
+
+    def variant(self, name: str, positions: Positions, n_documents: int = 0) -> Call:
+        """The call with positions of another form, of `n_documents` documents in each batch entry;
+        those of a name keep what launches make of them.
+        """
+        found: Call | None = self.derived.get(name)
+        if found is None:
+            found = self.at(positions)
+            found.derived, found.n_documents = {}, n_documents
+            self.derived[name] = found
+        return found.at(positions)
 
     @property
     def has_one_start(self) -> bool:
@@ -99,6 +137,27 @@ class Call:
             and (key_start is None or key_start.dim() == 1)
             and (self.positions.cu_seqlens_q is None or self.n_documents > 0)
         )
+
+
+def call_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    intervals: Sequence[int],
+    scale: float,
+    query_start: int,
+    positions: Positions,
+    prefix: int,
+) -> Call:
+    """The `Call` with these arguments, made once per shape, pattern and form of positions."""
+    intervals = tuple(intervals)
+    form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
+    facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, form)
+
+    def make() -> Call:
+        return Call(query, key, intervals, scale, query_start, positions, prefix)
+
+    found = _calls.get(facts, query.device, make)
+    return found if form == NOWHERE else found.at(positions)
 
 
 def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:
@@ -141,6 +200,11 @@ def ensure_inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values without strides: kernels read consecutive sinks and offsets."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which the device is the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -150,8 +214,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a GPU; None for the CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """CUDA compute capability of a GPU, (0, 0) of AMD's; None for the CPU, where Triton's
+    interpreter runs.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        # ROCm reports an architecture number, such as (9, 4) for MI300: that of Hopper to the rules
+        # here, whose blocks exceed the 64 KiB of shared memory there.
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def check_query_start(query_start: int) -> None:

@@ -5,6 +5,7 @@ experimental, and another Triton may lack a part of it.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -14,10 +15,12 @@ from .. import varlen
 from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
+from ..config import OPTIONS
 from . import backward as backward_pass
-from . import backward_preprocess, forward_persistent
+from . import backward_preprocess, documents, forward_persistent, prefix
 from . import forward as forward_pass
-from .planning import BLOCK, HopperPlan, TileOrder, pitch
+from .arguments import BackwardStats
+from .planning import BLOCK, HopperPlan, TileOrder, has_parts, max_documents, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -26,63 +29,117 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_documents = CompiledKernelCache(documents.documents_kernel)
+_sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
+
+
+class _Box:
+    """Shape, strides, block and layout of a descriptor; equal ones are one object."""
+
+    def __init__(
+        self,
+        shape: list[int],
+        strides: list[int],
+        block_shape: list[int],
+        layout: gl.NVMMASharedLayout,
+    ) -> None:
+        self.shape, self.strides = shape, strides
+        self.block_shape, self.layout = block_shape, layout
 
 
 class _Descriptor(TensorDescriptor):
     """A tensor descriptor without the checks of its constructor, because several are made in every
     call. They are those of rank, block shape, alignment and inner stride; `planning.readable` has
-    checked alignment, and the rest follows from how `_descriptor` makes it.
+    checked alignment, and the rest follows from how `_box` and `_vector_box` make it.
     """
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: torch.Tensor, box: _Box) -> None:
+        self.base, self.box = base, box
+
+    shape = property(lambda self: self.box.shape)
+    strides = property(lambda self: self.box.strides)
+    block_shape = property(lambda self: self.box.block_shape)
+    layout = property(lambda self: self.box.layout)
 
 
 def _descriptor(tensor: torch.Tensor, tokens: int) -> TensorDescriptor:
     """The descriptor of blocks of `tokens` tokens of a `[B, H, tokens, D]` tensor; what is outside
     reads as 0.
     """
-    head_dim = tensor.shape[3]
-    strides = list(tensor.stride())
-    for axis in range(3):
-        if tensor.shape[axis] == 1:  # never used, but must be valid
-            strides[axis] = head_dim
-    block, layout = _block_layout(tokens, head_dim, tensor.dtype)
-    return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
+    return _Descriptor(tensor, _box(tensor.shape, tensor.stride(), tokens, tensor.dtype))
 
 
-@lru_cache(maxsize=64)
-def _block_layout(
-    tokens: int, head_dim: int, dtype: torch.dtype
-) -> tuple[list[int], gl.NVMMASharedLayout]:
+@lru_cache(maxsize=1024)
+def _box(shape: torch.Size, strides: tuple[int, ...], tokens: int, dtype: torch.dtype) -> _Box:
+    head_dim = shape[3]
+    # Strides of dimensions of size 1 are never used, but must be valid.
+    valid = [head_dim if size == 1 else stride for size, stride in zip(shape[:3], strides)]
     block = [1, 1, tokens, head_dim]
-    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+    return _Box(list(shape), [*valid, strides[3]], block, layout)
 
 
 def _vector_descriptor(tensor: torch.Tensor, length: int) -> TensorDescriptor:
     """The descriptor of `length` consecutive elements of a contiguous float32 tensor."""
-    return _Descriptor(tensor, [tensor.numel()], [1], [length], VECTOR_LAYOUT)
+    return _Descriptor(tensor, _vector_box(tensor.numel(), length))
 
 
-def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
-    """Launch the forward kernel of a plan; fills `out` and `lse`."""
-    query, key, value, out, lse, sinks = tensors
-    launches = plan.launches
-    launch = launches.forward_persistent if plan.persistent else launches.forward
+@lru_cache(maxsize=1024)
+def _vector_box(elements: int, length: int) -> _Box:
+    return _Box([elements], [1], [length], VECTOR_LAYOUT)
+
+
+def find_documents(call: Call) -> tuple[Call, Call]:
+    """The call over the documents that the first keys of each row describe, and the call over the
+    rows where they describe none, which the portable kernels compute.
+    """
+    key_start = call.positions.key_start
+    assert key_start is not None
+    n_documents = max_documents(call.queries)
+    offsets = key_start.new_empty((2 * n_documents + 3) * call.batch)
+    offsets_q, offsets_k, described = offsets.split(
+        [(n_documents + 1) * call.batch] * 2 + [call.batch]
+    )
+    with on_device(call.device):
+        _documents(
+            call.batch,
+            (call.device, specialization(key_start, offsets_q, offsets_k), call.start_strides),
+            key_start,
+            *call.start_strides[1:],
+            offsets_q,
+            offsets_k,
+            described,
+            call.queries,
+            n_documents,
+            num_warps=8,
+            **OPTIONS,
+        )
+    positions = Positions(None, None, offsets_q, offsets_k)
+    rest = call.positions._replace(described=described)
+    return call.variant("documents", positions, n_documents), call.variant("rest", rest)
+
+
+class _ForwardLaunch(NamedTuple):
+    """Facts of a forward launch that are the same in every call of a form."""
+
+    plan: HopperPlan
+    has_sinks: bool
+    programs: int
+    query_tokens: int
+    key_tokens: int
+    counts: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLaunch:
+    found: _ForwardLaunch | None = call.derived.get("hopper forward")
+    if found is not None and found.plan is plan and found.has_sinks == has_sinks:
+        return found
+    launch = plan.launches.forward_persistent if plan.persistent else plan.launches.forward
     n_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     programs = n_blocks * call.batch * call.heads
-    results = heads(out)
-    tensors_in = (
-        _descriptor(query, BLOCK if plan.persistent else launch.block_m),
-        _descriptor(key, launch.block_n),
-        _descriptor(value, launch.block_n),
-        results,
-        lse,
-        call.bands[0],
-        sinks,
-    )
     # The fields of `ForwardCounts`
-    counts = (
+    counts: tuple[int, ...] = (
         call.heads,
         call.group,
         call.batch,
@@ -91,64 +148,95 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         call.keys,
         plan.order.value,
     )
-    form = _forward_form(
-        call.head_dim,
-        launch.block_m,
-        launch.block_n,
-        launch.num_stages if plan.persistent else 0,
-        call.n_intervals,
-        call.prefix,
-        sinks is not None,
-        call.scale < 0,
-        *_bounds(call),
-    )
-    positions = _positions(call)
-    specialization_key = (
-        call.device,
-        call.dtype,
-        specialization(out, lse, sinks, *positions),
-        results[1:],
-    )
-    with on_device(call.device):
-        if not plan.persistent:
-            _forward(
-                programs,
-                specialization_key,
-                *tensors_in,
-                positions,
-                *counts,
-                call.scale,
-                FORM=form,
-                **launch.options,
-            )
-            return
+    if plan.persistent:
+        counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
-        _forward_persistent(
-            min(programs, properties.multi_processor_count),
-            specialization_key,
-            *tensors_in,
-            *counts,
-            programs,
+        programs = min(programs, properties.multi_processor_count)
+    form = Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=call.head_dim,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=launch.num_stages if plan.persistent else 0,
+        INTERVALS=call.n_intervals,
+        PREFIX=call.prefix,
+        **_bounds(call),
+        HAS_SINKS=has_sinks,
+        FALLING=call.scale < 0,
+    )
+    found = call.derived["hopper forward"] = _ForwardLaunch(
+        plan,
+        has_sinks,
+        programs,
+        BLOCK if plan.persistent else launch.block_m,
+        launch.block_n,
+        counts,
+        {"FORM": form, **launch.options},
+    )
+    return found
+
+
+def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
+    """Launch the forward kernel of a plan; fills `out` and `lse`."""
+    query, key, value, out, lse, sinks = tensors
+    launch = _forward_launch(call, plan, sinks is not None)
+    results, positions = heads(out), _positions(call)
+    with on_device(call.device):
+        (_forward_persistent if plan.persistent else _forward)(
+            launch.programs,
+            (call.device, specialization(out, lse, sinks, *positions), results[1:]),
+            _descriptor(query, launch.query_tokens),
+            _descriptor(key, launch.key_tokens),
+            _descriptor(value, launch.key_tokens),
+            results,
+            lse,
+            call.bands_by_head,
+            sinks,
+            *(() if plan.persistent else (positions,)),
+            *launch.counts,
             call.scale,
-            FORM=form,
-            **launch.options,
+            **launch.constants,
         )
 
 
-def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
-    query, key, value, out, d_out, d_query, d_key, d_value = tensors
+class _BackwardLaunch(NamedTuple):
+    """Facts of the backward launches that are the same in every call of a form.
+
+    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it;
+    `sum_programs` and `sum_counts` belong to the sums of a prefix's parts.
+    """
+
+    plan: HopperPlan
+    has_d_lse: bool
+    query_programs: int
+    key_programs: int
+    counts: tuple[int, ...]
+    constants: dict[str, Any]
+    computing_delta: dict[str, Any]
+    sum_programs: int
+    sum_counts: tuple[int, ...]
+
+
+def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _BackwardLaunch:
+    found: _BackwardLaunch | None = call.derived.get("hopper backward")
+    if found is not None and found.plan is plan and found.has_d_lse == has_d_lse:
+        return found
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     n_key_blocks = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
-    programs = n_query_blocks * call.batch * call.heads
-    key_programs = n_key_blocks * call.batch * call.key_heads
-    inputs = (
-        _descriptor(query, launch.block_m),
-        _descriptor(key, launch.block_n),
-        _descriptor(value, launch.block_n),
-        _descriptor(d_out, launch.block_m),
+    form = Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=call.head_dim,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        INTERVALS=call.n_intervals,
+        PREFIX=call.prefix,
+        GROUPED=call.group > 1,
+        **_bounds(call),
+        HAS_D_LSE=has_d_lse,
     )
+    if not call.has_all_keys:
+        form = form._replace(EXACT_STEPS=0)
     # The fields of `BackwardCounts`, except the last
     counts = (
         call.heads,
@@ -161,143 +249,108 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         pitch(call.queries),
         n_key_blocks,
     )
-    facts = (
-        call.head_dim,
-        launch.block_m,
-        launch.block_n,
-        call.n_intervals,
-        call.prefix,
-        call.group > 1,
-        stats.d_lse is not None,
-        *_bounds(call),
+    options = {"launch_pdl": True, **launch.options}
+    found = call.derived["hopper backward"] = _BackwardLaunch(
+        plan,
+        has_d_lse,
+        n_query_blocks * call.batch * call.heads,
+        n_key_blocks * call.batch * call.key_heads,
+        counts,
+        {"FORM": form, **options},
+        {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
+        (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
+    )
+    return found
+
+
+def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`. Those
+    of a prefix's keys are left to `portable/prefix_gradient.py` unless `has_parts`.
+    """
+    query, key, value, out, d_out, d_query, d_key, d_value = tensors
+    launch = _backward_launch(call, plan, stats.d_lse is not None)
+    blocks = plan.launches.backward
+    inputs = (
+        _descriptor(query, blocks.block_m),
+        _descriptor(key, blocks.block_n),
+        _descriptor(value, blocks.block_n),
+        _descriptor(d_out, blocks.block_m),
     )
     positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
+    part = None
+    if has_parts(call):
+        part = stats.delta.new_empty((launch.query_programs, 2, call.prefix, call.head_dim))
     specialization_key = (
         call.device,
-        call.dtype,
-        specialization(out, d_out, *stats, d_query, d_key, d_value, *positions),
+        specialization(out, d_out, *stats, d_query, d_key, d_value, part, *positions),
         results[1:],
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
     )
     arguments = (
         *inputs,
-        _vector_descriptor(stats.lse_log2, launch.block_m),
-        _vector_descriptor(stats.delta, launch.block_m),
+        _vector_descriptor(stats.lse_log2, blocks.block_m),
+        _vector_descriptor(stats.delta, blocks.block_m),
         results,
         *gradients,
-        stats,
+        BackwardStats(*stats, part),
         call.bands,
         positions,
-        *counts,
+        *launch.counts,
     )
 
-    def form(compute_delta: bool) -> Form:
-        found = _backward_form(*facts, compute_delta)
-        return found if call.has_all_keys else found._replace(EXACT_STEPS=0)
-
-    def run(programs: int, key_programs: int, compute_delta: bool) -> None:
-        _backward(
-            programs,
-            specialization_key,
-            *arguments,
-            key_programs,
-            call.scale,
-            FORM=form(compute_delta),
-            launch_pdl=True,
-            **launch.options,
-        )
+    def run(programs: int, key_programs: int, constants: dict[str, Any]) -> None:
+        _backward(programs, specialization_key, *arguments, key_programs, call.scale, **constants)
 
     with on_device(call.device):
         if plan.split_backward:
-            run(programs, 0, True)
-            run(key_programs, key_programs, False)
-            return
-        _preprocess(
-            programs,
-            specialization_key,
-            *inputs,
-            results,
-            grad_results,
-            stats,
-            call.bands,
-            positions,
-            *counts,
-            key_programs,
-            call.scale,
-            FORM=form(False),
-            launch_pdl=True,
-            **launch.options,
-        )
-        run(key_programs + programs, key_programs, False)
+            run(launch.query_programs, 0, launch.computing_delta)
+            run(launch.key_programs, launch.key_programs, launch.constants)
+        else:
+            _preprocess(
+                launch.query_programs,
+                specialization_key,
+                *inputs,
+                results,
+                grad_results,
+                stats,
+                call.bands,
+                positions,
+                *launch.counts,
+                launch.key_programs,
+                call.scale,
+                **launch.constants,
+            )
+            run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
+        if part is not None:
+            _sum_parts(
+                launch.sum_programs,
+                specialization_key,
+                *gradients[1:],
+                part,
+                call.bands_by_key_head,
+                positions,
+                *launch.sum_counts,
+                call.scale,
+                FORM=launch.constants["FORM"],
+                **blocks.options,
+            )
 
 
 def _positions(call: Call) -> Positions:
     """The positions as the kernels read them."""
     key_start = call.positions.key_start
-    return call.positions._replace(key_start=None if key_start is None else key_start.contiguous())
+    if key_start is None:
+        return call.positions
+    return call.positions._replace(key_start=key_start.contiguous())
 
 
-def _bounds(call: Call) -> tuple[bool, bool]:
-    """`Form.PACKED` and `Form.HAS_KEY_START`."""
-    return call.n_documents > 0, call.positions.key_start is not None
-
-
-@lru_cache(maxsize=256)
-def _forward_form(
-    head_dim: int,
-    block_m: int,
-    block_n: int,
-    stages: int,
-    n_intervals: int,
-    prefix: int,
-    has_sinks: bool,
-    falling: bool,
-    packed: bool,
-    has_key_start: bool,
-) -> Form:
-    """The forward kernel's `Form`; cached, because it takes longer to make than to look up."""
-    return Form(
-        HEAD_DIM=head_dim,
-        BLOCK_D=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        INTERVALS=n_intervals,
-        PREFIX=prefix,
-        PACKED=packed,
-        HAS_KEY_START=has_key_start,
-        HAS_SINKS=has_sinks,
-        FALLING=falling,
-    )
-
-
-@lru_cache(maxsize=256)
-def _backward_form(
-    head_dim: int,
-    block_m: int,
-    block_n: int,
-    n_intervals: int,
-    prefix: int,
-    grouped: bool,
-    has_d_lse: bool,
-    packed: bool,
-    has_key_start: bool,
-    compute_delta: bool,
-) -> Form:
-    """The backward kernels' `Form`, cached like the forward kernel's."""
-    return Form(
-        HEAD_DIM=head_dim,
-        BLOCK_D=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        INTERVALS=n_intervals,
-        PREFIX=prefix,
-        GROUPED=grouped,
-        PACKED=packed,
-        HAS_KEY_START=has_key_start,
-        HAS_D_LSE=has_d_lse,
-        COMPUTE_DELTA=compute_delta,
-    )
+def _bounds(call: Call) -> dict[str, bool]:
+    """Entries of `Form` that say whether a batch entry holds tokens of other sequences."""
+    return {
+        "PACKED": call.n_documents > 0,
+        "HAS_KEY_START": call.positions.key_start is not None,
+    }

@@ -7,7 +7,7 @@ and another Triton may lack a part of it.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache, lru_cache
 
@@ -64,7 +64,8 @@ NEEDS = {
     "capability": "a GPU of compute capability 9.0 (Hopper)",
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
-    "positions": "packed documents, or queries from position 0 with at most one `key_start` each",
+    "positions": "packed documents, or queries from position 0 with at most one `key_start` each; "
+    "one for every query needs as many keys as queries, a multiple of 4, and no prefix",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -80,6 +81,8 @@ LAUNCHES = {
     ),
 }
 BLOCK = 64  # queries or keys
+MIN_MEAN_DOCUMENT = 128  # tokens
+PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
@@ -88,6 +91,18 @@ CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
 def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
     """The first need that a call on these tensors does not meet, or None if there is none."""
+    reason = _refusal_of_shape(call)
+    if reason is not None:
+        return reason
+    if not readable(*tensors):
+        return NEEDS["memory"]
+    if not triton_is_tested():
+        return f"{NEEDS['triton']}, got {triton.__version__}"
+    return None
+
+
+def _refusal_of_shape(call: Call) -> str | None:
+    """The same as far as it does not depend on tensors or on Triton."""
     if torch.version.hip is not None:
         # ROCm reports capability 9 for MI200 and MI300.
         return f"{NEEDS['vendor']}, got ROCm {torch.version.hip}"
@@ -98,20 +113,39 @@ def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
     if call.head_dim not in LAUNCHES:
         return f"{NEEDS['head_dim']}, got {call.head_dim}"
     # Elsewhere a block may hold keys of two documents, or keys after the last query.
-    if not call.has_one_start:
+    if not call.has_one_start and not (has_documents(call) and call.prefix == 0):
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
-    if not readable(*tensors):
-        return NEEDS["memory"]
-    if not triton_is_tested():
-        return f"{NEEDS['triton']}, got {triton.__version__}"
     return None
+
+
+def has_documents(call: Call) -> bool:
+    """True if the documents of each row are looked for in its first keys (`documents.py`)."""
+    return call.has_row_starts and call.queries % 4 == 0
+
+
+def max_documents(queries: int) -> int:
+    """Documents that are looked for in a row; rows of shorter ones are left to the portable
+    kernels. Every one of them costs a program that may find nothing to do. Their offsets, one more,
+    are whole units of 16 bytes.
+    """
+    return (queries // MIN_MEAN_DOCUMENT + 2) | 3
+
+
+def has_parts(call: Call) -> bool:
+    """True if the programs of dQ compute dK and dV of the prefix, as `prefix.py` says."""
+    return 0 < call.prefix <= PREFIX_WIDTH and call.n_documents == 0
 
 
 def triton_is_tested() -> bool:
     """True if the kernels were tested with this release of Triton."""
-    major, minor, *_ = triton.__version__.split(".")
+    return _is_tested(triton.__version__)
+
+
+@cache
+def _is_tested(version: str) -> bool:
+    major, minor, *_ = version.split(".")
     return f"{major}.{minor}" in TRITON_VERSIONS
 
 
@@ -130,16 +164,27 @@ def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
     """The plan of a call on these tensors, or None if the Hopper kernels do not run it. Warns once
     if Triton's version is the only reason.
     """
-    reason = refusal(call, *tensors)
-    if reason is None:
-        bounded = any(each is not None for each in call.positions)
-        # Packed documents count as a batch of documents of mean length.
-        documents = call.n_documents or call.batch
-        keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-        return _plan(call.intervals, documents, keys, call.head_dim, bounded)
-    if reason.startswith(NEEDS["triton"]):
-        warn_untested(triton.__version__)
+    if "hopper plan" not in call.derived:
+        call.derived["hopper plan"] = _plan_of_shape(call)
+    found: HopperPlan | None = call.derived["hopper plan"]
+    if found is None or not readable(*tensors):
+        return None
+    if triton_is_tested():
+        return found
+    warn_untested(triton.__version__)
     return None
+
+
+def _plan_of_shape(call: Call) -> HopperPlan | None:
+    if _refusal_of_shape(call) is not None:
+        return None
+    bounded = any(each is not None for each in call.positions)
+    # Packed documents count as a batch of documents of mean length.
+    documents = call.n_documents or call.batch
+    keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
+    found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
+    # The preprocess kernel reads where documents are before it waits for the kernel before it.
+    return found if call.has_one_start else replace(found, split_backward=True)
 
 
 def readable(*tensors: torch.Tensor) -> bool:
@@ -147,16 +192,17 @@ def readable(*tensors: torch.Tensor) -> bool:
     no expanded dimension.
     """
     for tensor in tensors:
-        batch, heads, tokens, _ = tensor.shape
-        stride_b, stride_h, stride_t, _ = tensor.stride()
-        if (
-            tensor.data_ptr() & 15
-            or (batch > 1 and (stride_b & 7 or stride_b == 0))
-            or (heads > 1 and (stride_h & 7 or stride_h == 0))
-            or (tokens > 1 and (stride_t & 7 or stride_t == 0))
-        ):
+        if tensor.data_ptr() & 15 or not _has_aligned_strides(tensor.shape, tensor.stride()):
             return False
     return True
+
+
+@lru_cache(maxsize=1024)
+def _has_aligned_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(
+        size < 2 or (stride & 7 == 0 and stride != 0)
+        for size, stride in zip(shape[:3], strides[:3])
+    )
 
 
 @lru_cache(maxsize=1024)
