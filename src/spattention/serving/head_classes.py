@@ -89,7 +89,7 @@ def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
     if heads == list(range(pattern.num_heads)):
         return pattern
     intervals = tuple(pattern.intervals[head] for head in heads)
-    return replace(pattern, intervals=intervals, recipe=None)
+    return replace(pattern, intervals=intervals, constructor=None)
 
 
 def kv_reaches(pattern: BandPattern, num_kv_heads: int) -> list[int]:

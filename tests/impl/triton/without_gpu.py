@@ -25,6 +25,8 @@ from spattention.impl.triton.hopper import planning
 
 HOPPER = GPUTarget("cuda", 90, 32)
 Launch = Callable[..., None]
+# Triton keeps what it compiled by the number of the device.
+DEVICES: dict[GPUTarget, int] = {}
 
 
 @contextmanager
@@ -35,9 +37,10 @@ def launches_to(
     launch; the rules choose what a GPU of this capability would get. Kernels are compiled for
     `target`.
     """
+    device_number = DEVICES.setdefault(target, len(DEVICES))
     driver = SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: 0,
+        get_current_device=lambda: device_number,
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)

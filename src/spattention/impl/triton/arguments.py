@@ -43,6 +43,7 @@ class Form(NamedTuple):
     RINGS: bool = False
     START_ON_DEVICE: bool = False
     HAS_KEY_START: bool = False
+    UNLESS_DESCRIBED: bool = False
     HAS_SINKS: bool = False
     HAS_D_LSE: bool = False
     COMPUTE_DELTA: bool = False
@@ -78,12 +79,15 @@ class RowStats(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """The tensors that positions are read from on the device, each or None."""
+    """The tensors that positions are read from on the device, each or None. `described` int32 `[B]`
+    is not 0 for the batch entries that the kernels must leave out (`hopper/documents.py`).
+    """
 
     query_start: Any
     key_start: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+    described: Any = None
 
 
 class Counts(NamedTuple):
@@ -321,7 +325,8 @@ def document_at(start, rows, m_query):
 @triton.jit
 def is_finite(b_block):
     """True if no element of a block `[M, D]` is NaN or infinite."""
-    return tl.sum(tl.sum(b_block * 0.0, 1), 0) == 0.0
+    # One sum: for compute capability 10.0, Triton 3.6 and 3.7 do not compile a sum of sums.
+    return tl.sum(b_block * 0.0) == 0.0
 
 
 @triton.jit
