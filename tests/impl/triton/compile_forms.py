@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,7 +14,7 @@ import spattention as spa
 from spattention.impl import triton as kernels
 from spattention.impl.triton import merging
 from spattention.impl.triton.decode import append
-from spattention.impl.triton.hopper import TileOrder
+from spattention.impl.triton.hopper import TileOrder, planning
 from tests.gpu.plans import changed_plans
 from tests.impl.triton.small_cases import rings as ring_tensors
 
@@ -150,6 +151,14 @@ def forms() -> Iterator[tuple[str, Any]]:
             f"portable D{head_dim}, grouped, sinks, first keys, prefix",
             lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
         )
+    for head_dim in (64, 128):
+        rows = {"pattern": TWO, "key_start": start}
+
+        def row_call(options: Any = rows, head_dim: int = head_dim) -> None:
+            with mock.patch.object(planning, "MIN_ROW_QUERIES", 0):
+                train(BRAIN, head_dim, **options)
+
+        yield f"hopper D{head_dim}, rows of documents", row_call
     yield "hopper D128, packed, prefix", lambda: train_packed(BRAIN, 128, pattern=PREFIX)
     yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
     for head_dim in (64, 128, 256):

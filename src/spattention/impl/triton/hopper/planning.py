@@ -60,6 +60,10 @@ class HopperPlan:
 
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+MIN_MEAN_DOCUMENT = 128  # tokens
+# Queries of all heads of a call whose documents are looked for. About two thousand tokens of 16
+# heads save as much time as that takes.
+MIN_ROW_QUERIES = 1 << 15
 # What the kernels need, as it stands in docs/backends.md.
 NEEDS = {
     "vendor": "an NVIDIA GPU",
@@ -67,7 +71,8 @@ NEEDS = {
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
     "positions": "packed documents, or queries from position 0 with at most one `key_start` each; "
-    "one for every query needs as many keys as queries, a multiple of 4, and no prefix",
+    "one for every query needs as many keys as queries, a multiple of 4, no prefix, and "
+    f"{MIN_ROW_QUERIES:,} queries of all heads",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -83,7 +88,6 @@ LAUNCHES = {
     ),
 }
 BLOCK = 64  # queries or keys
-MIN_MEAN_DOCUMENT = 128  # tokens
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
@@ -125,8 +129,11 @@ def _refusal_of_shape(call: Call) -> str | None:
 
 
 def has_documents(call: Call) -> bool:
-    """True if the documents of each row are looked for in its first keys (`documents.py`)."""
-    return call.has_row_starts and call.queries % 4 == 0
+    """True if the documents of each row are looked for in its first keys (`documents.py`). That
+    costs two launches more each way: worth it for many tokens.
+    """
+    large = call.batch * call.heads * call.queries >= MIN_ROW_QUERIES
+    return call.has_row_starts and call.queries % 4 == 0 and large
 
 
 def max_documents(queries: int) -> int:
