@@ -11,6 +11,7 @@ from .bands import BandPattern
 from .checks import check_attention, check_tensors, check_varlen
 from .impl.attention_call import AttentionCall
 from .impl.layout import score_scale, under_autocast
+from .scalars import python_number
 
 
 def bind(
@@ -27,6 +28,7 @@ def bind(
     """The call of `band_attention` with these arguments; raises as that does."""
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
+    query_start = python_number(query_start)
     check_attention(
         query,
         key,
@@ -64,6 +66,7 @@ def bind_varlen(
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
+    max_seqlen_q, max_seqlen_k = python_number(max_seqlen_q), python_number(max_seqlen_k)
     check_varlen(
         query,
         key,

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished"
+LONGEST_REASON = 300  # characters of an exception's message
 JSON_BYTES = 2**20  # of a description; no such file here comes near it
+CLOSE = 0.85  # likeness of two names from which on one is a slip of the other
 
 
 @contextmanager
@@ -82,12 +84,29 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
     path = Path(name)
     on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)
     local = not on_hub or ("/" in name and path.parent.is_dir()) or path.suffix in suffixes
-    if path.exists() or not local:
+    slip = path.suffix and _near(path, CLOSE)  # one.tx, where there is one.txt
+    if path.exists() or not (local or slip):
         return
+    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{_near(path)}")
+
+
+def check_folder(path: Path) -> None:
+    """Check that the folder of a saved model is there.
+
+    Raises:
+        ValueError: if it is not, with the nearest name in the same folder.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"{path} must be the folder of a saved model, there is no such folder{_near(path)}"
+        )
+
+
+def _near(path: Path, cutoff: float = 0.6) -> str:
+    """A hint at the nearest name in the folder of a path that does not exist."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    hint = f", did you mean {path.parent / close[0]}?" if close else ""
-    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{hint}")
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=cutoff)
+    return f", did you mean {path.parent / close[0]}?" if close else ""
 
 
 def is_unfinished(path: Path) -> bool:
@@ -155,3 +174,15 @@ def shown(value: object) -> str:
     """`repr` of a value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message in one line of bounded length, with its type where it says little."""
+    if isinstance(error, KeyError):
+        return f"there is no {' '.join(str(error).split())[:LONGEST_REASON]}"
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
+    if isinstance(error, ValueError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -13,6 +13,7 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
+from spattention.parallel.work import rank_plan
 
 LENGTH, HEADS = 61, 4
 PATTERNS = {
@@ -64,7 +65,7 @@ def test_exactly_the_missing_keys_are_fetched(name, ranks, layout, key_heads, pa
 @pytest.mark.parametrize("name", PATTERNS)
 def test_both_sides_plan_the_same_pieces(name):
     plan = plan_exchange(PATTERNS[name], Shards.balanced(LENGTH, 4), 2)
-    ranks = [plan.for_rank(rank) for rank in range(4)]
+    ranks = [rank_plan(plan, rank) for rank in range(4)]
     for source in range(4):
         assert ranks[source].sends[source] == ()
         for destination in range(4):
@@ -104,7 +105,7 @@ def test_shards_split_and_join():
         (lambda: Shards(()), "`ranges` must hold at least one rank, got none"),
         (lambda: Shards((((0, 3),), ((4, 6),))), r"got \[4, 6\) where a range must start at 3"),
         (lambda: Shards((((3, 6), (0, 3)),)), "`ranges` of a rank must be sorted"),
-        (lambda: Shards.balanced(8, 0), "`ranks` must be an int of at least 1, got 0"),
+        (lambda: Shards.balanced(8, 0), "`ranks` must be an integer of at least 1, got 0"),
         (lambda: Shards.contiguous(8, 2, sizes=(3, 4)), "`sizes` must be 2 numbers of tokens"),
         (
             lambda: plan_exchange(PATTERNS["dense"], Shards.balanced(8, 2), 3),

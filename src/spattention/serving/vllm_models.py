@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from ..bands import BandPattern
 from ..hf.config import NAME
+from ..hf.weights import is_mark
 from .checks import banded, section_for
 from .head_classes import HeadClass, head_classes, rank_pattern
 from .vllm_backend import BandAttentionBackend, ClassBands
@@ -210,6 +212,11 @@ class Banded:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         give_bands(self, vllm_config)  # type: ignore[arg-type]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Load weights without the marks that name this library to others."""
+        unmarked = ((name, weight) for name, weight in weights if not is_mark(name))
+        return super().load_weights(unmarked)  # type: ignore[misc]
 
 
 class SpattentionLlamaForCausalLM(Banded, LlamaForCausalLM):

@@ -12,6 +12,7 @@ import torch
 
 import spattention as spa
 from spattention.impl import triton as kernels
+from spattention.impl.triton import merging
 from spattention.impl.triton.decode import append
 from spattention.impl.triton.hopper import TileOrder, planning
 from tests.gpu.plans import changed_plans
@@ -100,6 +101,11 @@ def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128)
     )
 
 
+def merge(dtype: torch.dtype, head_dim: int) -> None:
+    out, part = torch.zeros(2, 1, 8, 256, head_dim, dtype=dtype)
+    merging.merge(out, torch.zeros(1, 8, 256), part, torch.zeros(1, 8, 256))
+
+
 def forms() -> Iterator[tuple[str, Any]]:
     """Name and call of every form; a call launches one kernel or several."""
     grouped = {"dtype": HALF, "key_heads": 2, "sinks": True, "d_lse": True}
@@ -173,3 +179,4 @@ def forms() -> Iterator[tuple[str, Any]]:
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
     yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
+    yield "merge D128", lambda: merge(BRAIN, 128)

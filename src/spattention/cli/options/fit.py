@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ...files import check_local
+
 
 @dataclass(frozen=True)
 class Options:
@@ -38,7 +40,7 @@ class Options:
         sensitivity: Profiled rows of which the gradient is taken too, all of them if they are
             fewer, to spend the budget where the loss minds most; 0 spends it where most attention
             is captured.
-        prefix: First tokens that every head attends.
+        prefix: First tokens that every head attends, at most 16.
         local: Nearest tokens that every head attends at least; default 64, or half of the window
             that the budget allows.
         share: Give all query heads of one key/value head the same bands.
@@ -65,3 +67,12 @@ class Options:
     dense_layers: tuple[int, ...] = ()
     sinks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def check(options: Options) -> None:
+    """Find the model and the data, where these are paths."""
+    check_local(options.model, "`MODEL` must be a saved model or a name on the hub")
+    if options.data is not None and not options.data.exists():
+        raise ValueError(
+            f"`--data` must be text or tokens, {options.data} is neither a file nor a folder"
+        )

@@ -147,14 +147,18 @@ def call_of(
     query_start: int,
     positions: Positions,
     prefix: int,
+    *,
+    has_all_keys: bool = True,
 ) -> Call:
     """The `Call` with these arguments, made once per shape, pattern and form of positions."""
     intervals = tuple(intervals)
     form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
-    facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, form)
+    shapes = query.shape, key.shape, query.dtype
+    facts = (intervals, prefix, scale, query_start, shapes, form, has_all_keys)
 
     def make() -> Call:
-        return Call(query, key, intervals, scale, query_start, positions, prefix)
+        arguments = query, key, intervals, scale, query_start, positions, prefix
+        return Call(*arguments, has_all_keys=has_all_keys)
 
     found = _calls.get(facts, query.device, make)
     return found if form == NOWHERE else found.at(positions)

@@ -44,12 +44,14 @@ class HopperPlan:
         order: order of the blocks.
         persistent: whether the forward pass is the persistent kernel, for long bands.
         split_backward: whether dQ and dK/dV are launched separately.
+        turns: programs of the persistent kernel per multiprocessor, one after another.
     """
 
     launches: HopperLaunches
     order: TileOrder
     persistent: bool
     split_backward: bool
+    turns: int = 1
 
     def __str__(self) -> str:
         forward = "persistent forward" if self.persistent else "forward"
@@ -89,6 +91,8 @@ BLOCK = 64  # queries or keys
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
+# An exchange of ranks that runs meanwhile gets multiprocessors as soon as the first turns end.
+TURNS_OF_A_PART = 8
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
@@ -189,7 +193,10 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     # Packed documents count as a batch of documents of mean length.
     documents = call.n_documents or call.batch
     keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-    found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
+    queries = keys if call.n_documents else call.queries
+    found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
+    if not call.has_all_keys:
+        found = replace(found, turns=TURNS_OF_A_PART)
     # The preprocess kernel reads where documents are before it waits for the kernel before it.
     return found if call.has_one_start else replace(found, split_backward=True)
 
@@ -214,7 +221,7 @@ def _has_aligned_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
 
 @lru_cache(maxsize=1024)
 def _plan(
-    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, bounded: bool
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int, head_dim: int, bounded: bool
 ) -> HopperPlan:
     order = tile_order(intervals, batch, keys, head_dim)
     if bounded:  # only the kernels of blocks of 64 know where a sequence ends
@@ -224,8 +231,8 @@ def _plan(
         order=order,
         persistent=not bounded
         and order == TileOrder.HEAD_MAJOR
-        and use_persistent(intervals, keys, head_dim),
-        split_backward=split_backward(intervals, batch, keys),
+        and use_persistent(intervals, keys, head_dim, queries),
+        split_backward=split_backward(intervals, batch, keys, queries),
     )
 
 
@@ -237,39 +244,51 @@ def pitch(queries: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
+def mean_keys(intervals: tuple[int, ...], keys: int, queries: int | None = None) -> float:
     """Number of keys that a query of any head sees on average.
 
     Args:
-        intervals: `near, far, near, far` of each head; `near == far` is an empty interval.
-        keys: keys of each batch entry, and also its queries.
+        intervals: `near, far, near, far` of each head; `near == far` is an empty interval. Edges
+            are negative for keys before the queries.
+        keys: keys of each batch entry.
+        queries: queries of each batch entry; by default as many.
     """
+    rows = keys if queries is None else queries
 
-    def pairs(width: int) -> int:
-        """Pairs at distances below `width`."""
-        width = min(width, keys)
-        return width * keys - width * (width - 1) // 2
+    def ramp(length: int) -> int:
+        """Sum of `min(i, keys)` over `i` from 1 to `length`."""
+        within = max(0, min(length, keys))
+        return within * (within + 1) // 2 + keys * max(0, length - keys)
 
-    seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
-    return seen / (len(intervals) // 4 * keys)
+    def pairs(near: int) -> int:
+        """Pairs at distances from `near` on."""
+        return ramp(rows - near) - ramp(-near)
+
+    seen = sum(pairs(near) - pairs(far) for near, far in zip(intervals[::2], intervals[1::2]))
+    return seen / (len(intervals) // 4 * max(1, rows))
 
 
-def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
+def use_persistent(
+    intervals: tuple[int, ...], keys: int, head_dim: int, queries: int | None = None
+) -> bool:
     """True if queries see enough keys on average for the persistent forward pass to be faster. That
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
-    return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
+    return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
-def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
+def split_backward(
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int | None = None
+) -> bool:
     """True if dQ and dK/dV should be launched separately instead of in one grid.
 
     Launched separately, dQ computes `delta` itself and the preprocess kernel is not needed, but the
     GPU drains twice. Worth it for many short blocks, at least enough to fill the GPU. Arguments as
     in `mean_keys`, batch B.
     """
-    blocks = batch * (len(intervals) // 4) * -(-keys // BLOCK)
-    steps = mean_keys(intervals, keys) / BLOCK
+    rows = keys if queries is None else queries
+    blocks = batch * (len(intervals) // 4) * -(-rows // BLOCK)
+    steps = mean_keys(intervals, keys, queries) / BLOCK
     return blocks >= max(steps * MIN_BLOCKS_PER_STEP_SPLIT, PROGRAMS)
 
 
