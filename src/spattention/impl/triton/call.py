@@ -130,7 +130,9 @@ def call_of(
     facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, form)
 
     def make() -> Call:
-        return Call(query, key, intervals, scale, query_start, positions, prefix)
+        made = Call(query, key, intervals, scale, query_start, positions, prefix)
+        made.positions = NOWHERE  # not to hold the tensors of the first call
+        return made
 
     found = _calls.get(facts, query.device, make)
     return found if form == NOWHERE else found.at(positions)
