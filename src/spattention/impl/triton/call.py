@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..attention_call import CallForm
 from . import tiles
 from .arguments import Positions
 from .constants import ConstantCache, int32_table
@@ -123,11 +124,16 @@ def call_of(
     query_start: int,
     positions: Positions,
     prefix: int,
+    form: CallForm | None = None,
 ) -> Call:
-    """The `Call` with these arguments, made once per shape, pattern and form of positions."""
-    intervals = tuple(intervals)
-    form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
-    facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, form)
+    """The `Call` with these arguments, made once per shape, pattern and form of positions; found
+    by `form`, if that is given.
+    """
+    facts: Hashable = form
+    if form is None:
+        intervals = tuple(intervals)
+        given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
+        facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, given)
 
     def make() -> Call:
         made = Call(query, key, intervals, scale, query_start, positions, prefix)
@@ -135,7 +141,7 @@ def call_of(
         return made
 
     found = _calls.get(facts, query.device, make)
-    return found if form == NOWHERE else found.at(positions)
+    return found if all(each is None for each in positions) else found.at(positions)
 
 
 def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:
