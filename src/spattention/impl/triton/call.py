@@ -105,6 +105,30 @@ class Call:
         return call
 
     @property
+    def has_row_starts(self) -> bool:
+        """True if first keys per query may describe documents of each row."""
+        key_start = self.positions.key_start
+        return (
+            self.query_start == 0
+            and self.positions.query_start is None
+            and key_start is not None
+            and key_start.dim() == 2
+            and self.queries == self.keys
+            and self.has_all_keys
+        )
+
+    def variant(self, name: str, positions: Positions, n_documents: int = 0) -> Call:
+        """The call with positions of another form, of `n_documents` documents in each batch entry;
+        those of a name keep what launches make of them.
+        """
+        found: Call | None = self.derived.get(name)
+        if found is None:
+            found = self.at(NOWHERE)  # not to hold these tensors
+            found.derived, found.n_documents = {}, n_documents
+            self.derived[name] = found
+        return found.at(positions)
+
+    @property
     def has_one_start(self) -> bool:
         """True if each document, or each batch entry from position 0, has one first key."""
         key_start = self.positions.key_start
@@ -125,6 +149,8 @@ def call_of(
     positions: Positions,
     prefix: int,
     form: CallForm | None = None,
+    *,
+    has_all_keys: bool = True,
 ) -> Call:
     """The `Call` with these arguments, made once per shape, pattern and form of positions; found
     by `form`, if that is given.
@@ -133,10 +159,12 @@ def call_of(
     if form is None:
         intervals = tuple(intervals)
         given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
-        facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, given)
+        shapes = query.shape, key.shape, query.dtype
+        facts = (intervals, prefix, scale, query_start, shapes, given, has_all_keys)
 
     def make() -> Call:
-        made = Call(query, key, intervals, scale, query_start, positions, prefix)
+        arguments = query, key, intervals, scale, query_start, positions, prefix
+        made = Call(*arguments, has_all_keys=has_all_keys)
         made.positions = NOWHERE  # not to hold the tensors of the first call
         return made
 
@@ -198,8 +226,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a GPU; None for the CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """CUDA compute capability of a GPU, (0, 0) of AMD's; None for the CPU, where Triton's
+    interpreter runs.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        # ROCm reports an architecture number, such as (9, 4) for MI300: that of Hopper to the rules
+        # here, whose blocks exceed the 64 KiB of shared memory there.
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def check_query_start(query_start: int) -> None:

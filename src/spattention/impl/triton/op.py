@@ -32,6 +32,9 @@ def refusal(query: torch.Tensor, value: torch.Tensor) -> str | None:
         return f"needs CUDA tensors, got {query.device.type}"
     if query.dtype not in DTYPES:
         return f"computes float16, bfloat16 and float32, got {query.dtype}"
+    if query.dtype == torch.float32 and torch.version.hip is not None:
+        # Its library for Triton lacks the rounded product that scales scores in float32.
+        return f"computes float16 and bfloat16 on ROCm, got {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"computes head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if value.shape[-1] != query.shape[-1]:

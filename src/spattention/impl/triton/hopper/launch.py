@@ -15,10 +15,12 @@ from .. import varlen
 from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
+from ..config import OPTIONS
 from . import backward as backward_pass
-from . import backward_preprocess, forward_persistent
+from . import backward_preprocess, documents, forward_persistent, prefix
 from . import forward as forward_pass
-from .planning import BLOCK, HopperPlan, TileOrder, pitch
+from .arguments import BackwardStats
+from .planning import BLOCK, HopperPlan, TileOrder, has_parts, max_documents, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -27,6 +29,8 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_documents = CompiledKernelCache(documents.documents_kernel)
+_sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
 
 
 class _Box:
@@ -85,6 +89,36 @@ def _vector_box(elements: int, length: int) -> _Box:
     return _Box([elements], [1], [length], VECTOR_LAYOUT)
 
 
+def find_documents(call: Call) -> tuple[Call, Call]:
+    """The call over the documents that the first keys of each row describe, and the call over the
+    rows where they describe none, which the portable kernels compute.
+    """
+    key_start = call.positions.key_start
+    assert key_start is not None
+    n_documents = max_documents(call.queries)
+    offsets = key_start.new_empty((2 * n_documents + 3) * call.batch)
+    offsets_q, offsets_k, described = offsets.split(
+        [(n_documents + 1) * call.batch] * 2 + [call.batch]
+    )
+    with on_device(call.device):
+        _documents(
+            call.batch,
+            (call.device, specialization(key_start, offsets_q, offsets_k), call.start_strides),
+            key_start,
+            *call.start_strides[1:],
+            offsets_q,
+            offsets_k,
+            described,
+            call.queries,
+            n_documents,
+            num_warps=8,
+            **OPTIONS,
+        )
+    positions = Positions(None, None, offsets_q, offsets_k)
+    rest = call.positions._replace(described=described)
+    return call.variant("documents", positions, n_documents), call.variant("rest", rest)
+
+
 class _ForwardLaunch(NamedTuple):
     """Facts of a forward launch that are the same in every call of a form."""
 
@@ -117,7 +151,7 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
     if plan.persistent:
         counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
-        programs = min(programs, properties.multi_processor_count)
+        programs = min(programs, plan.turns * properties.multi_processor_count)
     form = Form(
         HEAD_DIM=call.head_dim,
         BLOCK_D=call.head_dim,
@@ -168,7 +202,8 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
 class _BackwardLaunch(NamedTuple):
     """Facts of the backward launches that are the same in every call of a form.
 
-    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it.
+    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it;
+    `sum_programs` and `sum_counts` belong to the sums of a prefix's parts.
     """
 
     plan: HopperPlan
@@ -178,6 +213,8 @@ class _BackwardLaunch(NamedTuple):
     counts: tuple[int, ...]
     constants: dict[str, Any]
     computing_delta: dict[str, Any]
+    sum_programs: int
+    sum_counts: tuple[int, ...]
 
 
 def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _BackwardLaunch:
@@ -221,12 +258,16 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         counts,
         {"FORM": form, **options},
         {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
+        (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
     return found
 
 
 def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`. Those
+    of a prefix's keys are left to `portable/prefix_gradient.py` unless `has_parts`.
+    """
     query, key, value, out, d_out, d_query, d_key, d_value = tensors
     launch = _backward_launch(call, plan, stats.d_lse is not None)
     blocks = plan.launches.backward
@@ -239,9 +280,12 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
+    part = None
+    if has_parts(call):
+        part = stats.delta.new_empty((launch.query_programs, 2, call.prefix, call.head_dim))
     specialization_key = (
         call.device,
-        specialization(out, d_out, *stats, d_query, d_key, d_value, *positions),
+        specialization(out, d_out, *stats, d_query, d_key, d_value, part, *positions),
         results[1:],
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
@@ -252,7 +296,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         _vector_descriptor(stats.delta, blocks.block_m),
         results,
         *gradients,
-        stats,
+        BackwardStats(*stats, part),
         call.bands,
         positions,
         *launch.counts,
@@ -265,22 +309,35 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         if plan.split_backward:
             run(launch.query_programs, 0, launch.computing_delta)
             run(launch.key_programs, launch.key_programs, launch.constants)
-            return
-        _preprocess(
-            launch.query_programs,
-            specialization_key,
-            *inputs,
-            results,
-            grad_results,
-            stats,
-            call.bands,
-            positions,
-            *launch.counts,
-            launch.key_programs,
-            call.scale,
-            **launch.constants,
-        )
-        run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
+        else:
+            _preprocess(
+                launch.query_programs,
+                specialization_key,
+                *inputs,
+                results,
+                grad_results,
+                stats,
+                call.bands,
+                positions,
+                *launch.counts,
+                launch.key_programs,
+                call.scale,
+                **launch.constants,
+            )
+            run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
+        if part is not None:
+            _sum_parts(
+                launch.sum_programs,
+                specialization_key,
+                *gradients[1:],
+                part,
+                call.bands_by_key_head,
+                positions,
+                *launch.sum_counts,
+                call.scale,
+                FORM=launch.constants["FORM"],
+                **blocks.options,
+            )
 
 
 def _positions(call: Call) -> Positions:
