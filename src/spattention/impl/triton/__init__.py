@@ -15,8 +15,8 @@ Decoding is chosen for at most 16 queries, with at least 8 keys for each, where 
 gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the
 device. That call cannot be inside the capture of a CUDA graph: call once to warm up.
 
-float32 is computed in IEEE float32, not TensorFloat32. Both values of `deterministic` run the same
-kernels, which give the same bits on every run.
+float32 is computed in IEEE float32, not TensorFloat32. All kernels give the same bits on every run,
+but for `hopper/fused_backward.py`, which long bands get with `deterministic=False`.
 """
 
 from __future__ import annotations
@@ -63,20 +63,12 @@ def attend(
     """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
     _check(query, value)
     on_device = isinstance(query_start, torch.Tensor)
-    decoding = _is_decoding(query, key, value, sinks)
-    return (decode_op.decode if decoding else op.attend)(
-        query,
-        key,
-        value,
-        pattern.flat,
-        pattern.prefix,
-        scale,
-        0 if on_device else query_start,
-        query_start if on_device else None,
-        key_start,
-        _dense(sinks),
-        None,
-        None,
+    start = (0, query_start) if on_device else (query_start, None)
+    tensors = (query, key, value, pattern.flat, pattern.prefix, scale)
+    if _is_decoding(query, key, value, sinks):
+        return decode_op.decode(*tensors, *start, key_start, _dense(sinks), None, None)
+    return op.attend(
+        *tensors, start[0], deterministic, start[1], key_start, _dense(sinks), None, None
     )
 
 
@@ -219,7 +211,8 @@ def attend_varlen(
     _check(query, value)
     tensors = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     dense = map(_dense, (sinks, cu_seqlens_q, cu_seqlens_k))
-    out, lse = op.attend(*tensors, pattern.flat, pattern.prefix, scale, 0, None, None, *dense)
+    bands = (pattern.flat, pattern.prefix)
+    out, lse = op.attend(*tensors, *bands, scale, 0, deterministic, None, None, *dense)
     return out[0].transpose(0, 1), lse[0]
 
 

@@ -24,7 +24,8 @@ class Form(NamedTuple):
     softmax is computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which
     delta is summed over the keys instead of taken from the output, whose rounding would show. Both
     buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
-    alone.
+    alone. `FUSED` says that the kernel is part of `hopper/fused_backward.py`, and `ORDERED` that it
+    sums dQ in order.
     """
 
     HEAD_DIM: int
@@ -44,6 +45,8 @@ class Form(NamedTuple):
     HAS_SINKS: bool = False
     HAS_D_LSE: bool = False
     COMPUTE_DELTA: bool = False
+    FUSED: bool = False
+    ORDERED: bool = False
     FALLING: bool = False
     PRECISE: bool = False
     EXACT_STEPS: int = 2

@@ -56,6 +56,7 @@ class Call:
         positions: `query_start` int32 `[]` or `[B]`, `key_start` int32 `[B]` or `[B, Q]`,
             `cu_seqlens_q` and `cu_seqlens_k` int32 `[documents + 1]`, each or None.
         prefix: number of keys of the pattern's prefix.
+        deterministic: whether the gradients must have the same bits on every run.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Call:
         query_start: int,
         positions: Positions,
         prefix: int = 0,
+        deterministic: bool = True,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -85,6 +87,7 @@ class Call:
         self.positions = positions
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
+        self.deterministic = deterministic
         self.has_all_keys = True  # False for a part of the keys of its rows, as in `parts.py`
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)

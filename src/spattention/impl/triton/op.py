@@ -46,6 +46,7 @@ def _forward(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -61,6 +62,7 @@ def _forward(
         prefix: `BandPattern.prefix`.
         scale: factor of the scores.
         query_start: position of the first query; used when `query_start_tensor` is None.
+        deterministic: whether the gradients must have the same bits on every run.
         query_start_tensor: the same as int32 `[]` or `[B]`, read on the device.
         key_start: int32 `[B]` or `[B, Q]`.
         sinks: `[H]`.
@@ -71,7 +73,7 @@ def _forward(
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions, prefix)
+    call = Call(query, key, intervals, scale, query_start, positions, prefix, deterministic)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
@@ -84,6 +86,7 @@ def _fake_forward(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -110,6 +113,7 @@ def _backward(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -129,7 +133,7 @@ def _backward(
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions, prefix)
+    call = Call(query, key, intervals, scale, query_start, positions, prefix, deterministic)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
@@ -157,6 +161,7 @@ def _fake_backward(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -178,9 +183,9 @@ def _backward_results(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, intervals, prefix, scale, query_start, *optional = inputs
+    query, key, value, intervals, prefix, scale, query_start, deterministic, *optional = inputs
     ctx.save_for_backward(query, key, value, *output, *optional)
-    ctx.rest = intervals, prefix, scale, query_start
+    ctx.rest = intervals, prefix, scale, query_start, deterministic
     ctx.set_materialize_grads(False)
 
 
@@ -193,7 +198,7 @@ def _gradients(
         d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
     )
     d_sinks = None if optional[2] is None else d_sinks
-    return d_query, d_key, d_value, None, None, None, None, None, None, d_sinks, None, None
+    return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
 
 
 def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,8 +220,8 @@ def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callab
 
 
 _COMMON = (
-    "int[] intervals, int prefix, float scale, SymInt query_start, Tensor? query_start_tensor, "
-    "Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "int[] intervals, int prefix, float scale, SymInt query_start, bool deterministic, "
+    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 forward = register(
     "triton_forward",

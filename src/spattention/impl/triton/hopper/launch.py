@@ -15,9 +15,9 @@ from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
 from . import backward as backward_pass
-from . import backward_preprocess, forward_persistent
+from . import backward_preprocess, forward_persistent, fused_backward, query_sums
 from . import forward as forward_pass
-from .planning import BLOCK, HopperPlan, TileOrder, pitch
+from .planning import BLOCK, KEYS_FUSED, HopperPlan, TileOrder, pitch
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -26,6 +26,8 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
+_finish = CompiledKernelCache(query_sums.finish_kernel)
 
 
 class _Descriptor(TensorDescriptor):
@@ -140,7 +142,8 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     query, key, value, out, d_out, d_query, d_key, d_value = tensors
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
-    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
+    block_n = KEYS_FUSED if plan.fused_backward else launch.block_n
+    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, block_n)
     programs = n_query_blocks * call.batch * call.heads
     key_programs = n_key_blocks * call.batch * call.key_heads
     inputs = (
@@ -174,6 +177,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
+    sums, turns = _query_sums(call, programs) if plan.fused_backward else (None, None)
     specialization_key = (
         call.device,
         call.dtype,
@@ -182,27 +186,27 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
     )
-    arguments = (
-        *inputs,
+    vectors = (
         _vector_descriptor(stats.lse_log2, launch.block_m),
         _vector_descriptor(stats.delta, launch.block_m),
-        results,
-        *gradients,
-        stats,
-        call.bands,
-        positions,
-        *counts,
     )
 
     def form(compute_delta: bool) -> Form:
-        found = _backward_form(*facts, compute_delta)
+        found = _backward_form(*facts, compute_delta, plan.fused_backward, turns is not None)
         return found if call.has_all_keys else found._replace(EXACT_STEPS=0)
 
     def run(programs: int, key_programs: int, compute_delta: bool) -> None:
         _backward(
             programs,
             specialization_key,
-            *arguments,
+            *inputs,
+            *vectors,
+            results,
+            *gradients,
+            stats,
+            call.bands,
+            positions,
+            *counts,
             key_programs,
             call.scale,
             FORM=form(compute_delta),
@@ -211,7 +215,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         )
 
     with on_device(call.device):
-        if plan.split_backward:
+        if plan.split_backward and not plan.fused_backward:
             run(programs, 0, True)
             run(key_programs, key_programs, False)
             return
@@ -222,6 +226,9 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             results,
             grad_results,
             stats,
+            gradients[0],
+            sums,
+            turns,
             call.bands,
             positions,
             *counts,
@@ -231,7 +238,48 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             launch_pdl=True,
             **launch.options,
         )
-        run(key_programs + programs, key_programs, False)
+        if not plan.fused_backward:
+            run(key_programs + programs, key_programs, False)
+            return
+        _fused_backward(
+            key_programs,
+            specialization_key,
+            *inputs,
+            *vectors,
+            *gradients,
+            sums,
+            turns,
+            call.bands[1],
+            *counts,
+            key_programs,
+            call.scale,
+            FORM=form(False),
+            launch_pdl=True,
+            **launch.options,
+        )
+        if turns is None:
+            _finish(
+                programs,
+                specialization_key,
+                sums,
+                gradients[0],
+                call.heads,
+                n_query_blocks,
+                call.queries,
+                call.scale,
+                FORM=form(False),
+                **launch.options,
+            )
+
+
+def _query_sums(call: Call, blocks: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for the sums of dQ of blocks of queries and, if they have an order, the turns that are
+    over.
+    """
+    like = {"device": call.device}
+    sums = torch.empty(blocks * BLOCK * call.head_dim, dtype=torch.float32, **like)
+    turns = torch.empty(4 * blocks, dtype=torch.int32, **like) if call.deterministic else None
+    return sums, turns
 
 
 def _positions(call: Call) -> Positions:
@@ -286,6 +334,8 @@ def _backward_form(
     packed: bool,
     has_key_start: bool,
     compute_delta: bool,
+    fused: bool,
+    ordered: bool,
 ) -> Form:
     """The backward kernels' `Form`, cached like the forward kernel's."""
     return Form(
@@ -300,4 +350,6 @@ def _backward_form(
         HAS_KEY_START=has_key_start,
         HAS_D_LSE=has_d_lse,
         COMPUTE_DELTA=compute_delta,
+        FUSED=fused,
+        ORDERED=ordered,
     )

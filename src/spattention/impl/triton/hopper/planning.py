@@ -7,7 +7,7 @@ and another Triton may lack a part of it.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache, lru_cache
 
@@ -44,16 +44,21 @@ class HopperPlan:
         order: order of the blocks.
         persistent: whether the forward pass is the persistent kernel, for long bands.
         split_backward: whether dQ and dK/dV are launched separately.
+        fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
+            instead of seven (`backward.py`).
     """
 
     launches: HopperLaunches
     order: TileOrder
     persistent: bool
     split_backward: bool
+    fused_backward: bool = False
 
     def __str__(self) -> str:
         forward = "persistent forward" if self.persistent else "forward"
         backward = "dQ, then dK and dV" if self.split_backward else "dQ, dK and dV in one launch"
+        if self.fused_backward:
+            backward = "dQ, dK and dV in five products per tile"
         return f"{forward}; {backward}; heads {self.order.name.lower().replace('_', ' ')}"
 
 
@@ -81,6 +86,9 @@ LAUNCHES = {
 }
 BLOCK = 64  # queries or keys
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
+MIN_MEAN_KEYS_FUSED = 2000  # keys per query
+MIN_PROGRAMS_FUSED = 8 * 132  # blocks of 128 keys, of which a multiprocessor runs one at a time
+KEYS_FUSED = 128  # keys of a block
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
@@ -136,7 +144,8 @@ def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
         # Packed documents count as a batch of documents of mean length.
         documents = call.n_documents or call.batch
         keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-        return _plan(call.intervals, documents, keys, call.head_dim, bounded)
+        found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
+        return replace(found, fused_backward=True) if use_fused(call) else found
     if reason.startswith(NEEDS["triton"]):
         warn_untested(triton.__version__)
     return None
@@ -177,10 +186,10 @@ def _plan(
 
 
 def pitch(queries: int) -> int:
-    """Rows of `lse_log2` and `delta` per head: a multiple of four, so that the rows of each head
-    start at a multiple of 16 bytes.
+    """Rows of `lse_log2` and `delta` per head: whole blocks, as TMA reads them. The rows of each
+    head start at a multiple of 16 bytes.
     """
-    return -(-queries // 4) * 4
+    return -(-queries // BLOCK) * BLOCK
 
 
 @lru_cache(maxsize=1024)
@@ -206,6 +215,34 @@ def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
     return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
+
+
+def can_fuse(call: Call) -> bool:
+    """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
+    would hold keys of other sequences, or keys that no query of a part sees.
+    """
+    bounded = any(each is not None for each in call.positions)
+    return (
+        call.head_dim == 128
+        and call.prefix == 0
+        and call.keys == call.queries
+        and call.has_all_keys
+        and not bounded
+    )
+
+
+def use_fused(call: Call) -> bool:
+    """True if five products per tile are faster: where queries see so many keys that the sums of dQ
+    in memory cost less than two products, and many blocks of keys share the GPU. They add in any
+    order.
+    """
+    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED)
+    return (
+        can_fuse(call)
+        and not call.deterministic
+        and programs >= MIN_PROGRAMS_FUSED
+        and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
+    )
 
 
 def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
