@@ -32,7 +32,7 @@ from spattention.fitting.sinks import starting_sinks
 from . import choices, flex
 from .measure import PARTS, Sizes, measure
 from .rows import ROWS, Budget, Row
-from .text import Text, read_text
+from .text import Text, digests, read_text
 from .train import Schedule, train, with_lora
 
 MILLION = 1_000_000
@@ -113,7 +113,7 @@ def main(options: Options) -> None:
         if unknown := sorted({*getattr(options, name)} - {*known}):
             raise SystemExit(f"`--{name}` must be of {list(known)}, got {unknown}")
     settings = {k: v for k, v in asdict(options).items() if k not in FREE}
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = json.loads(json.dumps(settings, default=str)) | {"text": digests(options.text)}
     results = _earlier(options.output, settings)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     longest = max(options.context, *options.passkey_lengths, *options.ruler_lengths)

@@ -3,7 +3,8 @@
     python -m benchmarks.conversion.page benchmarks/results/conversion_*.json
 
 Every `<!-- conversion: NAME -->` of the page is followed by the table NAME, up to the next
-`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets.
+`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets. Losses of
+different texts are not compared: files that hold losses must name the same text, or none.
 """
 
 from __future__ import annotations
@@ -41,10 +42,22 @@ def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> None:
 def read(files: Sequence[Path]) -> Runs:
     """The runs of all files, by row and tokens."""
     runs: Runs = defaultdict(list)
+    texts: dict[str, str] = {}
     for file in files:
-        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if any("loss" in row for row in found["rows"]):
+            texts[str(found["settings"].get("text"))] = file.name
+        for row in found["rows"]:
             runs[row["row"], row["million_tokens"]].append(row)
+    if len(texts) > 1:
+        raise SystemExit(f"losses must be of one text, {list(texts.values())} differ in theirs")
     return runs
+
+
+def holding(runs: Runs, part: str) -> Runs:
+    """The runs that measured a part."""
+    kept = {key: [row for row in rows if row.get(part)] for key, rows in runs.items()}
+    return {key: rows for key, rows in kept.items() if rows}
 
 
 def fill(found: re.Match[str], runs: Runs) -> str:
@@ -57,6 +70,7 @@ def fill(found: re.Match[str], runs: Runs) -> str:
 
 def before_training(runs: Runs) -> str:
     """Every row at 0 tokens, the best loss first."""
+    runs = holding(runs, "loss")
     dense = runs["dense", 0]
     names = sorted((name for name, tokens in runs if not tokens), key=lambda n: _total(runs[n, 0]))
     lines = [
@@ -75,6 +89,7 @@ def before_training(runs: Runs) -> str:
 
 def after_training(runs: Runs) -> str:
     """Losses beyond dense trained on the same tokens, by number of tokens."""
+    runs = holding(runs, "loss")
     amounts = sorted({tokens for _, tokens in runs if tokens})
     if not amounts:
         return ""
@@ -101,22 +116,34 @@ def after_training(runs: Runs) -> str:
 
 
 def needles(runs: Runs) -> str:
-    """Share of passkeys found by length and depth, and RULER's tasks, after most tokens."""
-    lines = ["| attention | M tokens | length | by depth | RULER |", "|---|---|---|---|---|"]
+    """Share of passkeys found by length and depth, before training and after most tokens."""
+    runs = holding(runs, "passkeys")
+    lines = ["| attention | M tokens | length | by depth |", "|---|---|---|---|"]
     last = max((tokens for _, tokens in runs), default=0)
     for (name, tokens), rows in sorted(runs.items()):
         if tokens not in (0, last):
             continue
-        for length, depths in rows[0].get("passkeys", {}).items():
+        for length, depths in rows[0]["passkeys"].items():
             shares = [mean(row["passkeys"][length][depth] for row in rows) for depth in depths]
-            tasks = rows[0].get("ruler", {}).get(length, {})
-            scores = [
-                f"{task} {mean(row['ruler'][length][task]['mean'] for row in rows):.2f}"
-                for task in tasks
-            ]
             found = " ".join(f"{share:.2f}" for share in shares)
+            lines.append(f"| {name} | {tokens:g} | {int(length):,} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def ruler(runs: Runs) -> str:
+    """Score of each of RULER's tasks, with the standard error over its prompts."""
+    runs = holding(runs, "ruler")
+    tasks = sorted({t for rows in runs.values() for s in rows[0]["ruler"].values() for t in s})
+    lines = [
+        f"| attention | M tokens | length | prompts | {' | '.join(tasks)} |",
+        "|---" * (len(tasks) + 4) + "|",
+    ]
+    for (name, tokens), rows in sorted(runs.items()):
+        for length, scores in rows[0]["ruler"].items():
+            cells = [f"{scores[t]['mean']:.2f} ({scores[t]['error']:.2f})" for t in tasks]
+            prompts = next(iter(scores.values()))["items"]
             lines.append(
-                f"| {name} | {tokens:g} | {int(length):,} | {found} | {', '.join(scores)} |"
+                f"| {name} | {tokens:g} | {int(length):,} | {prompts} | {' | '.join(cells)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -125,6 +152,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "before": before_training,
     "after": after_training,
     "needles": needles,
+    "ruler": ruler,
 }
 
 

@@ -6,6 +6,7 @@ model's own tokenizer; each may be compressed, `.u16.xz`.
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,15 @@ def read_text(folder: Path, context: int, longest: int, windows: int) -> Text:
     }
     (long,) = _files(folder, "val_long*")
     return Text(torch.cat(train), held_out, _windows(_read(long), longest))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the tokens of each file, its first 16 digits: what tells one text from another."""
+    files = [file for kind in ("train_*", "val_*") for file in _files(folder, kind)]
+    return {
+        file.name.split(".")[0]: hashlib.sha256(_read(file).tobytes()).hexdigest()[:16]
+        for file in files
+    }
 
 
 def order(count: int, needed: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The public operators: check the arguments, choose an implementation, call it."""
+"""The public operators: bind the arguments, choose an implementation, call it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from types import ModuleType
 
 import torch
 
+from . import impl as implementations
 from .bands import BandPattern
-from .checks import check_attention, check_no_tangents, check_tensors, check_varlen
+from .binding import bind, bind_varlen
+from .checks import check_no_tangents
 from .impl import blockwise, reference
-from .impl.layout import score_scale, under_autocast, without_autocast
+from .impl.attention_call import AttentionCall
+from .impl.layout import without_autocast
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -85,9 +88,7 @@ def band_attention(
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
     `"reference"`.
     """
-    check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
-    query, key, value = under_autocast(query, key, value)
-    check_attention(
+    call = bind(
         query,
         key,
         value,
@@ -97,21 +98,9 @@ def band_attention(
         query_start=query_start,
         key_start=key_start,
     )
-    implementation = _implementation(impl, query, value)
-    if implementation is not reference:
-        check_no_tangents(query=query, key=key, value=value, sinks=sinks)
-    with without_autocast(query):
-        out, lse = implementation.attend(
-            query,
-            key,
-            value,
-            pattern,
-            scale=score_scale(query, scale),
-            sinks=sinks,
-            query_start=key.shape[2] - query.shape[2] if query_start is None else query_start,
-            key_start=key_start,
-            deterministic=deterministic,
-        )
+    if not deterministic:
+        call = call._replace(deterministic=False)
+    out, lse = attend(call, choose(impl, call.query, call.value))
     return (out, lse) if return_lse else out
 
 
@@ -162,9 +151,7 @@ def band_attention_varlen(
         ValueError: if an argument breaks a rule above.
         NotImplementedError: as in `band_attention`.
     """
-    check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
-    query, key, value = under_autocast(query, key, value)
-    check_varlen(
+    call = bind_varlen(
         query,
         key,
         value,
@@ -176,27 +163,28 @@ def band_attention_varlen(
         scale=scale,
         sinks=sinks,
     )
-    implementation = _implementation(impl, query, value)
-    if implementation is not reference:
-        check_no_tangents(query=query, key=key, value=value, sinks=sinks)
-    with without_autocast(query):
-        out, lse = implementation.attend_varlen(
-            query,
-            key,
-            value,
-            pattern,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            scale=score_scale(query, scale),
-            sinks=sinks,
-            deterministic=deterministic,
-        )
+    if not deterministic:
+        call = call._replace(deterministic=False)
+    out, lse = attend(call, choose(impl, call.query, call.value))
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out
 
 
-def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> ModuleType:
+def attend(call: AttentionCall, implementation: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(out, lse)` of a bound call."""
+    if implementation is not reference:
+        check_no_tangents(query=call.query, key=call.key, value=call.value, sinks=call.sinks)
+    with without_autocast(call.query):
+        result: tuple[torch.Tensor, torch.Tensor] = implementation.attend(call)
+    return result
+
+
+def choose(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> ModuleType:
+    """The implementation of this name, or by the rule of `band_attention`.
+
+    Raises:
+        ValueError: if there is no such implementation, or it cannot compute these tensors.
+    """
     if impl is None:
         return kernels_for(query, value) or blockwise
     if impl not in IMPLEMENTATIONS:
@@ -204,7 +192,11 @@ def _implementation(impl: str | None, query: torch.Tensor, value: torch.Tensor) 
     if impl == "triton":
         if not HAS_TRITON:
             raise ValueError('`impl="triton"` needs Triton: pip install "spattention[gpu]"')
-        return _kernels()
+        kernels = _kernels()
+        reason = kernels.refusal(query, value)
+        if reason is not None:
+            raise ValueError(f'`impl="triton"` {reason}')
+        return kernels
     return reference if impl == "reference" else blockwise
 
 
@@ -216,6 +208,9 @@ def kernels_for(query: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
 
 def _kernels() -> ModuleType:
     """Imported on first use: a bare `import spattention` does not import Triton."""
-    from .impl import triton
-
-    return triton
+    # An import statement would take microseconds in every call.
+    found: ModuleType | None = getattr(implementations, "triton", None)
+    if found is None:
+        from .impl import triton as found
+    assert found is not None
+    return found

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .attention import Result, band_attention, kernels_for
+from .attention import Result, choose, kernels_for
 from .bands import BandPattern
 from .cache import BandStore
 from .cache_layout import SameReach
 from .cache_prefix import check_held_documents, prefix_slots
 from .checks import check_attention, check_no_tangents, check_tensors, readable
+from .impl.attention_call import AttentionCall
 from .impl.layout import (
     empty_like_query,
     lse_dtype,
@@ -108,7 +109,7 @@ def band_attention_cached(
 
 
 @dataclass(frozen=True)
-class _Call:
+class _CachedCall:
     """One call, with padding at the left end of `query` and of the new tokens.
 
     Attributes:
@@ -152,12 +153,12 @@ def _attend(
         store.reserve(tokens[0].shape[2])
     if mask is None:
         given = (*tokens, None, key_start)
-        call = _Call(query, store, tuple(tokens), scale, sinks, key_start, None, given)
+        call = _CachedCall(query, store, tuple(tokens), scale, sinks, key_start, None, given)
         return _strategy(call)
     order, hidden, given = padding_first(mask), ~mask[:, None, :, None], (*tokens, mask, key_start)
     if key_start is not None and key_start.dim() == 2:
         key_start = key_start.masked_fill(~mask, 0).gather(1, order)  # still never decreasing
-    call = _Call(
+    call = _CachedCall(
         reorder(query.masked_fill(hidden, 0.0), order),
         store,
         tuple(reorder(token, order) for token in tokens),
@@ -176,7 +177,7 @@ def _attend(
     return out, lse
 
 
-def _strategy(call: _Call) -> tuple[Tensor, Tensor]:
+def _strategy(call: _CachedCall) -> tuple[Tensor, Tensor]:
     query, store = call.query, call.store
     if call.tokens and store.is_empty:
         return _prefill(call)
@@ -188,28 +189,28 @@ def _strategy(call: _Call) -> tuple[Tensor, Tensor]:
     return _append_chunk(call)
 
 
-def _prefill(call: _Call) -> tuple[Tensor, Tensor]:
+def _prefill(call: _CachedCall) -> tuple[Tensor, Tensor]:
     """The first tokens of a store: attention among themselves."""
     key_start = call.key_start
     if call.padding is not None:
         first = _first_key(call) + call.padding[:, None]
         key_start = first.clamp(max=call.query.shape[2]).to(torch.int32)
         key_start = key_start[:, 0] if key_start.shape[1] == 1 else key_start
-    result = band_attention(
-        call.query,
-        call.tokens[0],
-        call.tokens[1],
-        call.store.layout.pattern,
-        scale=call.scale,
-        sinks=call.sinks,
-        key_start=key_start,
-        return_lse=True,
+    key, value = call.tokens
+    pattern = call.store.layout.pattern
+    result = _attend_bound(
+        AttentionCall(call.query, key, value, pattern, call.scale, call.sinks, key_start=key_start)
     )
     call.append()
-    return result[0], result[1]
+    return result
 
 
-def _decode_kernel(call: _Call, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+def _attend_bound(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The implementation that `band_attention` would choose; arguments are checked already."""
+    return choose(None, call.query, call.value).attend(call)
+
+
+def _decode_kernel(call: _CachedCall, kernels: ModuleType) -> tuple[Tensor, Tensor]:
     """Few queries: so few tokens overwrite nothing that the first of them still sees."""
     store, prefix = call.store, call.store.layout.pattern.prefix
     call.append()
@@ -232,7 +233,7 @@ def _decode_kernel(call: _Call, kernels: ModuleType) -> tuple[Tensor, Tensor]:
     return merge([(out, lse), _over_prefix(call)], sinks=call.sinks) if prefix else (out, lse)
 
 
-def _over_prefix(call: _Call) -> tuple[Tensor, Tensor]:
+def _over_prefix(call: _CachedCall) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the prefix alone, the queries' own tokens being in the store."""
     query, store = call.query, call.store
     layout, dtype, queries = store.layout, lse_dtype(query), query.shape[2]
@@ -263,7 +264,7 @@ def _over_prefix(call: _Call) -> tuple[Tensor, Tensor]:
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
 
-def _decode_one(call: _Call) -> tuple[Tensor, Tensor]:
+def _decode_one(call: _CachedCall) -> tuple[Tensor, Tensor]:
     """One query per sequence, the store's last token: gathers the keys in the bands."""
     query, store = call.query, call.store
     call.append()
@@ -297,7 +298,7 @@ def _decode_one(call: _Call) -> tuple[Tensor, Tensor]:
     return empty_like_query(query, out.shape[-1]).copy_(out), lse
 
 
-def _append_chunk(call: _Call) -> tuple[Tensor, Tensor]:
+def _append_chunk(call: _CachedCall) -> tuple[Tensor, Tensor]:
     """Any number of queries: gathers the end of every ring in order of position, then their own
     tokens."""
     query, store, sinks = call.query, call.store, call.sinks
@@ -311,15 +312,17 @@ def _append_chunk(call: _Call) -> tuple[Tensor, Tensor]:
             start = torch.maximum(start, call.padding[:, None])  # where older tokens start at most
         start = start.to(torch.int32)
         start = start[:, 0] if start.shape[1] == 1 else start
-        part = band_attention(
-            query.index_select(1, same.query_heads),
-            keys,
-            values,
-            same.pattern,
-            scale=call.scale,
-            sinks=None if sinks is None else sinks.index_select(0, same.query_heads),
-            key_start=None if _all_zero(start) else start,
-            return_lse=True,
+        part = _attend_bound(
+            AttentionCall(
+                query.index_select(1, same.query_heads),
+                keys,
+                values,
+                same.pattern,
+                call.scale,
+                None if sinks is None else sinks.index_select(0, same.query_heads),
+                query_start=keys.shape[2] - query.shape[2],
+                key_start=None if _all_zero(start) else start,
+            )
         )
         out.index_copy_(1, same.query_heads, part[0])
         lse.index_copy_(1, same.query_heads, part[1])
@@ -327,7 +330,7 @@ def _append_chunk(call: _Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _keys_in_order(call: _Call, same: SameReach) -> tuple[Tensor, Tensor, Tensor]:
+def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values that the queries of some heads may see, `[B, C, n, D]`, the last query's at
     the end; and the position of the first, int64 `[B]`. With a prefix that many places come first.
     """
@@ -364,7 +367,7 @@ def _keys_in_order(call: _Call, same: SameReach) -> tuple[Tensor, Tensor, Tensor
 
 
 def _with_prefix(
-    call: _Call, same: SameReach, slots: Tensor, oldest: Tensor, beyond: Tensor
+    call: _CachedCall, same: SameReach, slots: Tensor, oldest: Tensor, beyond: Tensor
 ) -> Tensor:
     """The same slots after those of the prefix of the first query's document, as far as its tokens
     are older than the ring's: both together are then the first that the query may see.
@@ -388,7 +391,7 @@ def _with_prefix(
     return torch.where((place >= 0) & (place < older[:, None, None]), in_prefix, slots)
 
 
-def _first_key(call: _Call) -> Tensor:
+def _first_key(call: _CachedCall) -> Tensor:
     """Position of the first key that may be seen, int64 `[B, 1 or Q]`."""
     if call.key_start is None:
         return torch.zeros_like(call.store.position)[:, None]

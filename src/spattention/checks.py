@@ -32,19 +32,19 @@ def check_attention(
     query_start: int | torch.Tensor | None,
     key_start: torch.Tensor | None,
 ) -> None:
-    """Arguments of `band_attention`; raises `ValueError`."""
-    check_tensors(query=query, key=key, value=value)
-    _check_tensors(query, key, value, pattern, form="[B, H, length, D]", dims=4)
+    """Arguments of `band_attention`, after `check_tensors`; raises `ValueError`."""
+    _check_forms(query, key, value, pattern, form="[B, H, length, D]", dims=4)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     batch, _, queries, _ = query.shape
-    keys = key.shape[2]
-    if key.shape[0] != batch or value.shape[0] != batch:
+    key_batch, _, keys, _ = key.shape
+    value_batch, _, values, _ = value.shape
+    if key_batch != batch or value_batch != batch:
         raise ValueError(
-            f"`key` and `value` must have query's batch size {batch}, got {key.shape[0]} and "
-            f"{value.shape[0]}"
+            f"`key` and `value` must have query's batch size {batch}, got {key_batch} and "
+            f"{value_batch}"
         )
-    if value.shape[2] != keys:
-        raise ValueError(f"`value` must have as many tokens as `key`, {keys}, got {value.shape[2]}")
+    if values != keys:
+        raise ValueError(f"`value` must have as many tokens as `key`, {keys}, got {values}")
     _check_query_start(query, queries, keys, query_start)
     if key_start is not None:
         check_key_start(key_start, query)
@@ -134,9 +134,8 @@ def check_varlen(
     scale: float | None,
     sinks: torch.Tensor | None,
 ) -> None:
-    """Arguments of `band_attention_varlen`; raises `ValueError`."""
-    check_tensors(query=query, key=key, value=value)
-    _check_tensors(query, key, value, pattern, form="[T, H, D]", dims=3)
+    """Arguments of `band_attention_varlen`, after `check_tensors`; raises `ValueError`."""
+    _check_forms(query, key, value, pattern, form="[T, H, D]", dims=3)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     if value.shape[0] != key.shape[0]:
         raise ValueError(
@@ -210,6 +209,7 @@ def validate(
     Raises:
         ValueError: naming the argument, the rule and the value given.
     """
+    check_tensors(query=query, key=key, value=value)
     rows = {"query_start": query_start, "key_start": key_start}
     packed = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -284,7 +284,7 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 
-def _check_tensors(
+def _check_forms(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -295,36 +295,37 @@ def _check_tensors(
 ) -> None:
     if not isinstance(pattern, BandPattern):
         raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
+    dtype, device = query.dtype, query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != dims:
             raise ValueError(f"`{name}` must be {form}, got shape {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
         if tensor.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            if not tensor.is_floating_point():
+                raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
+            names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
             raise ValueError(f"`{name}` must be one of {names}, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"`{name}` must have query's dtype {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(
-                f"`{name}` must be on query's device {query.device}, got {tensor.device}"
-            )
-    heads, key_heads = query.shape[1], key.shape[1]
+        if tensor.dtype != dtype:
+            raise ValueError(f"`{name}` must have query's dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"`{name}` must be on query's device {device}, got {tensor.device}")
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    heads, key_heads = query_shape[1], key_shape[1]
     if pattern.num_heads != heads:
         raise ValueError(f"`pattern` has {pattern.num_heads} heads but `query` has {heads}")
     if key_heads == 0 or heads % key_heads != 0:
         raise ValueError(
             f"query's {heads} heads must be a multiple of key's heads, got {key_heads} in `key`"
         )
-    if value.shape[1] != key_heads:
+    if value_shape[1] != key_heads:
         raise ValueError(
-            f"`value` must have as many heads as `key`, {key_heads}, got {value.shape[1]}"
+            f"`value` must have as many heads as `key`, {key_heads}, got {value_shape[1]}"
         )
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"`key` must have query's head_dim {query.shape[-1]}, got {key.shape[-1]}")
-    if query.shape[-1] == 0 or value.shape[-1] == 0:
+    head_dim = query_shape[-1]
+    if head_dim != key_shape[-1]:
+        raise ValueError(f"`key` must have query's head_dim {head_dim}, got {key_shape[-1]}")
+    if head_dim == 0 or value_shape[-1] == 0:
         raise ValueError(
-            f"head_dim must be at least 1, got {query.shape[-1]} in `query` and {value.shape[-1]} "
+            f"head_dim must be at least 1, got {head_dim} in `query` and {value_shape[-1]} "
             "in `value`"
         )
 

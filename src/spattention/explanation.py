@@ -8,8 +8,8 @@ import torch
 
 from .attention import HAS_TRITON, IMPLEMENTATIONS
 from .bands import BandPattern
+from .binding import bind, bind_varlen
 from .checks import validate
-from .impl.layout import under_autocast
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,32 @@ def explain(
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl in ("reference", "blockwise"):
         return Explanation(impl, PYTORCH, (f'`impl="{impl}"` was given.',))
-    query, key, value = under_autocast(query, key, value)
-    refusal = _refusal(query, value, impl)
+    if cu_seqlens_q is None:
+        call = bind(
+            query,
+            key,
+            value,
+            pattern,
+            scale=None,
+            sinks=sinks,
+            query_start=query_start,
+            key_start=key_start,
+        )
+    else:
+        assert cu_seqlens_k is not None
+        assert max_seqlen_q is not None
+        assert max_seqlen_k is not None
+        lengths = max_seqlen_q, max_seqlen_k
+        offsets = cu_seqlens_q, cu_seqlens_k
+        call = bind_varlen(query, key, value, pattern, *offsets, *lengths, scale=None, sinks=sinks)
+    refusal = _refusal(call.query, call.value, impl)
     if refusal is not None:
         if impl is not None:
             raise ValueError(f'`impl="{impl}"` {refusal}')
         return Explanation("blockwise", PYTORCH, (f'`impl="triton"` {refusal}.',))
     from .impl import triton as kernels
 
-    name, need = kernels.describe(
-        query,
-        key,
-        value,
-        pattern,
-        sinks=sinks,
-        query_start=key.shape[-2] - query.shape[-2] if query_start is None else query_start,
-        key_start=key_start,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    name, need = kernels.describe(call)
     reasons = () if need is None else (f"The Hopper kernels need {need}.",)
     return Explanation("triton", name, reasons)
 

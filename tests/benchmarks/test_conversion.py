@@ -87,6 +87,9 @@ def test_rows_are_measured_and_a_second_call_continues(home, tmp_path):
     patterns = json.loads(output.with_suffix(".patterns.json").read_text())
     assert set(patterns) == {"fitted", "window-sinks", "fitted-lora"}
     assert len(patterns["fitted"]["patterns"]) == LAYERS
+    assert set(json.loads(output.read_text())["settings"]["text"]) == {
+        "train_books", "val_books", "val_long",
+    }  # fmt: skip
     other = run(home, output, "--rows", "dense", "--seeds", "1", "--rate", "0.1", *parts)
     assert other.returncode != 0
     assert "must be of the same settings" in other.stderr
@@ -189,8 +192,8 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
         *(result("dense", 10, seed, 2.8 + seed / 10) for seed in (0, 1)),
         *(result("window", 10, seed, 2.9 + seed / 10) for seed in (0, 1)),
     ]
-    (tmp_path / "a.json").write_text(json.dumps({"rows": rows[:3]}))
-    (tmp_path / "b.json").write_text(json.dumps({"rows": rows[3:]}))
+    for name, part in (("a", rows[:3]), ("b", rows[3:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": part}))
     runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
     text = "x\n<!-- conversion: before -->\nold\n<!-- end -->\ny"
     before = page.MARK.sub(lambda found: page.fill(found, runs), text)
@@ -201,3 +204,24 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
     assert "| window | +0.100 (0.071) / +0.100 (0.071) | 2 | - | - |" in after
     with pytest.raises(SystemExit, match="a table must be one of"):
         page.MARK.sub(lambda found: page.fill(found, runs), text.replace("before", "other"))
+
+
+def test_losses_of_different_texts_are_not_compared(tmp_path):
+    texts = [{}, {"text": {"train_books": "0123"}}]
+    for name, settings in zip("ab", texts, strict=True):
+        rows = [result("dense", 0, 0, 3.0)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": settings, "rows": rows}))
+    with pytest.raises(SystemExit, match=r"of one text, \['a.json', 'b.json'\] differ"):
+        page.read([tmp_path / "a.json", tmp_path / "b.json"])
+
+
+def test_scores_of_ruler_need_no_losses(tmp_path):
+    scores = {"single": {"mean": 0.98, "error": 0.02, "items": 50}}
+    row = {"row": "dense", "million_tokens": 0.0, "seed": 0, "ruler": {"2048": scores}}
+    found = {"settings": {"text": {"val_long": "ab"}}, "rows": [row]}
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    losses = {"settings": {}, "rows": [result("dense", 0, 0, 3.0)]}
+    (tmp_path / "b.json").write_text(json.dumps(losses))
+    runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
+    assert "| dense | 0 | 2,048 | 50 | 0.98 (0.02) |" in page.ruler(runs)
+    assert "+0.000" in page.before_training(runs)

@@ -13,9 +13,9 @@ import torch
 
 from spattention import BandPattern
 from spattention.benchmarking import results, timing
+from spattention.benchmarking.attend import Attend
 from spattention.benchmarking.competitors import (
     PATTERNS,
-    Attend,
     bands,
     import_below,
     window_sizes,
@@ -268,6 +268,13 @@ def test_windows_that_cannot_be_expressed() -> None:
         (0, 3, 2, 0),
         (0, 0, 0, 3),
     ]
+
+
+def test_windows_of_grouped_heads_are_one_per_key_head() -> None:
+    grouped = BandPattern.shared_local(4, 64, kv_heads=2, prefix=3)
+    assert window_sizes(grouped, 2) == [(3, *sizes[1:]) for sizes in window_sizes(grouped)[::2]]
+    with pytest.raises(ValueError, match="equal bands in each group of 2 heads"):
+        window_sizes(BandPattern.shared_local(4, 64), 2)
 
 
 def test_a_module_is_imported_below_its_package(

@@ -62,12 +62,45 @@ def test_the_loss_is_that_of_the_comparison(compared, tmp_path):
     assert found["recall"] is None
 
 
+def test_text_is_tokenized_for_the_model(compared, tmp_path):
+    """A text file has the loss of the same text that was prepared with the model's tokenizer."""
+    model = compared / "models" / "exclusive-seed0"
+    book = tmp_path / "book.txt"
+    book.write_text("\f".join(f"It was a dark night, and {k} men came.\n" * 9 for k in range(4)))
+    prepared = ["prepare", str(book), "--output", str(tmp_path / "prepared"), "--held-out", "0.5"]
+    assert main([*prepared, "--tokenizer", str(model)]) == 0
+    (tmp_path / "held.txt").write_text("\f".join(book.read_text().split("\f")[1::2]))
+    losses = []
+    for data in ("held.txt", "prepared"):
+        output = tmp_path / f"of-{data}"
+        assert evaluate(model, output, "--data", str(tmp_path / data), "--parts", "loss") == 0
+        losses.append(json.loads((output / "evaluation.json").read_text())["loss"]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_data_of_another_tokenizer_are_refused(compared, tmp_path, capsys):
+    """Their tokens would mean other text, and the loss nothing."""
+    (tmp_path / "a.txt").write_text("\f".join(f"{k} other words\n" * 30 for k in range(20)))
+    arguments = ["prepare", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--vocabulary", "270", "--held-out", "0.5"]) == 0
+    model = compared / "models" / "exclusive-seed0"
+    data = ["--data", str(tmp_path / "out"), "--parts", "loss"]
+    assert evaluate(model, tmp_path / "found", *data) == 2
+    assert "must be prepared with the model's tokenizer" in capsys.readouterr().err
+
+
+def test_the_table_of_losses_fits_a_screen(compared, tmp_path):
+    assert evaluate(compared, tmp_path, "--windows", "2", "--parts", "loss") == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["loss"]["edges"] == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--context", "65"], "`--context` must be from 2 to the model's 64, got 65"),
         (["--parts", "tasks"], '`--parts` must name "tasks" if and only if'),
-        (["--data", "nowhere"], "`--data` must be packed tokens (.u16.xz) or a folder"),
+        (["--data", "nowhere"], "`--data` must be text (.txt, .jsonl), packed tokens"),
         (["--windows", "0"], "`--windows` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
         (["--shots", "0", "-1"], "`--shots` must be integers from 0 to 1000, got [0, -1]"),

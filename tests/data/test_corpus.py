@@ -170,7 +170,7 @@ def test_options_of_datasets_are_not_ignored_for_text(tmp_path):
 @pytest.mark.parametrize(
     ("text", "changes", "error"),
     [
-        ("one", {}, "`held_out` must be 0 for a source of 1 document, got 0.005; a form feed ends"),
+        ("one", {}, "one document must have the end of a line near its end"),
         ("a\fb\fc", {}, "must be 0, for none, or more than 1 / 6 for a source of 3 documents"),
         ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
         ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
@@ -198,14 +198,14 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_too_few_documents_are_told_before_tokenizing(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text("one long book")
+    (tmp_path / "a.txt").write_text("one\ftwo")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": " "}\n{"text": "two"}\n')
     (tmp_path / "f").mkdir()
     shutil.copy(tmp_path / "a.txt", tmp_path / "f")
     done = []
     for name, said in (
-        ("a.txt", "of 1 document, got 0.1; a form feed ends a document in a .txt file"),
-        ("f", "of 1 document, got 0.1; a form feed ends a document in a .txt file"),
+        ("a.txt", "of 2 documents, got 0.1; a form feed ends a document in a .txt file"),
+        ("f", "of 2 documents, got 0.1; a form feed ends a document in a .txt file"),
         ("a.jsonl", "of 2 documents, got 0.1$"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -220,6 +220,20 @@ def test_too_few_documents_are_told_before_tokenizing(tmp_path, tokenizer):
     source = Source("six", ["a", "b", "c", " ", "d", "e", "f"])  # just enough
     facts = prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=0.1)
     assert (facts.train_documents, facts.validation_documents) == (5, 1)
+
+
+def test_a_single_document_is_cut_at_a_line(tmp_path, tokenizer):
+    """Its end is the validation text: a book in one file needs no form feeds."""
+    lines = [f"line {k:02} of a book\n" for k in range(100)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    source = open_source(str(tmp_path / "book.txt"))
+    prepare_corpus(tmp_path / "out", source, tokenizer=tokenizer, held_out=0.1)
+    used = load_tokenizer(tokenizer)
+    found = [
+        used.decode(open_stream(tmp_path / "out", name).tokens.tolist())
+        for name in ("train", "validation")
+    ]
+    assert found == ["".join(lines[:91]), "".join(lines[91:])]
 
 
 def test_a_tokenizer_by_file_folder_or_name(tmp_path, tokenizer, monkeypatch):

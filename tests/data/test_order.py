@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from spattention.data.corpus import open_source, prepare_corpus
 from spattention.data.packed import write_packed
+from spattention.data.prepare import open_stream
 from spattention.data.tokenizer import load_tokenizer
 from spattention.data.tokens import InOrder, TokenStream, Windows
 from spattention.data.training import open_training
@@ -135,3 +136,16 @@ def test_a_folder_whose_stream_was_exchanged(tmp_path):
     (folder / "facts.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"must hold \d+ train tokens in 36 documents, got"):
         open_training([str(folder)], [], context=16)
+
+
+def test_short_validation_text_names_the_share(tmp_path, packed):
+    """Held-out text of fewer tokens than a window is told from training text, with what to do."""
+    documents = tmp_path / "a.jsonl"
+    documents.write_text("".join(json.dumps({"text": "words " * 50}) + "\n" for _ in range(10)))
+    prepare_corpus(tmp_path / "out", open_source(str(documents)), vocabulary=280, held_out=0.1)
+    count = len(open_stream(tmp_path / "out", "validation"))
+    said = rf"got {count + 1}, and {count} in .*out: prepare it again with a larger `--held-out`$"
+    with pytest.raises(ValueError, match=said):
+        open_training([str(tmp_path / "out")], [], context=count + 1)
+    with pytest.raises(ValueError, match=r"got 41, and 40 in .*xz: a larger `held_out` keeps more"):
+        open_training([str(packed)], [], context=41, held_out=0.05)

@@ -23,7 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         self: CompiledKernelCache, programs: int, key: Any, *arguments: Any, **constants: Any
     ) -> None:
         launch(self, programs, key, *arguments, **constants)
-        cached, _ = self.compiled[key, *constants.values()]
+        cached, *_ = self.compiled[key, *constants.values()]
         assert cached is self.function[(programs,)](*arguments, **constants)
         found.append(cached)
 

@@ -263,14 +263,15 @@ def test_opcheck() -> None:
         start,
         torch.randn(8, device="cuda"),
     )
+    operator = torch.ops.spattention.triton_decode.default
     for queries in (1, 3):
         few = query[:, :, :queries]
-        torch.library.opcheck(decode_op.decode, (few, key, value, *arguments, None, None))
+        torch.library.opcheck(operator, (few, key, value, *arguments, None, None))
     store = _store(pattern, key)
     store.append(key, value)
     arguments = (list(pattern.flat), pattern.prefix, 0.1, 0, store.position, None, None)
     rings = (store.keys, store.values, *arguments, store.offsets, store.lengths)
-    torch.library.opcheck(decode_op.decode, (query[:, :, :2], *rings))
+    torch.library.opcheck(operator, (query[:, :, :2], *rings))
 
 
 @pytest.mark.parametrize("start", [-(2**31), -7, 2**30, 2**31 - 1])

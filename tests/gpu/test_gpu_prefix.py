@@ -112,10 +112,10 @@ def test_keys_after_the_last_query_are_not_read(head_dim: int) -> None:
     """The unfilled tail of a static cache, also where it starts inside of the prefix."""
     pattern = BandPattern(BANDS, 400, prefix=64)
     for queries in (10, 100):
-        case = Case(*inputs(300, pattern, 2, head_dim, BRAIN), pattern, {"query_start": 0})
-        case.query = case.query[:, :, :queries]
-        case.key[:, :, queries:] = torch.nan
-        case.value[:, :, queries:] = torch.nan
+        query, key, value = inputs(300, pattern, 2, head_dim, BRAIN)
+        key[:, :, queries:] = torch.nan
+        value[:, :, queries:] = torch.nan
+        case = Case(query[:, :, :queries], key, value, pattern, {"query_start": 0})
         found = run(case, (torch.ones_like(case.query), torch.ones(1, 4, queries, device=DEVICE)),
                     impl="triton")  # fmt: skip
         assert all(each.isfinite().all() for name, each in found.items() if name != "lse")

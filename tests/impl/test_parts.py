@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spattention import BandPattern, band_attention
-from spattention.attention import _implementation
+from spattention.attention import choose
+from spattention.impl.attention_call import AttentionCall, WholeResults
 from spattention.merging import merge_into
 
 # Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
@@ -27,17 +28,22 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
     wanted = torch.autograd.grad((out * d_out).sum() + (lse * d_lse).sum(), inputs)
     out, lse = out.detach(), lse.detach()
 
-    module = _implementation(impl, q, v)
+    module = choose(impl, q, v)
     total, total_lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
     found = [torch.zeros_like(tensor) for tensor in (q, k, v)]
     for (first, last), (start, stop) in CALLS:
         queries, seen = slice(first, last), slice(start, stop)
         keys = [tensor[:, :, seen] for tensor in (k, v)]
-        rest = {"scale": 0.25, "query_start": first - start, "key_start": None}
-        part, part_lse = module.attend_part(q[:, :, queries], *keys, pattern, **rest)
+        start_of_queries = first - start
+        part, part_lse = module.attend_part(
+            AttentionCall(q[:, :, queries], *keys, pattern, 0.25, query_start=start_of_queries)
+        )
         merge_into(total[:, :, queries], total_lse[:, :, queries], part, part_lse)
-        rows = [tensor[:, :, queries].contiguous() for tensor in (d_out, d_lse, q, out, lse)]
-        shares = module.differentiate_part(*rows[:3], *keys, *rows[3:], pattern, **rest)
+        query, *rows = (t[:, :, queries].contiguous() for t in (q, out, lse, d_out, d_lse))
+        shares = module.differentiate_part(
+            AttentionCall(query, *keys, pattern, 0.25, query_start=start_of_queries),
+            WholeResults(*rows),
+        )
         for gradient, where, share in zip(found, (queries, seen, seen), shares):
             gradient[:, :, where] += share
     if sinks is not None:

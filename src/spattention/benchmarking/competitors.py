@@ -6,21 +6,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import band_attention
+from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
-
-Tensors = tuple[torch.Tensor, ...]
+from .attend import Attend, Tensors, longest_document, tokens_first
+from .flex import block_mask, edges_of
 
 PATTERNS: dict[str, Callable[[int, int], BandPattern]] = {
     "exclusive": BandPattern.exclusive,
@@ -32,55 +31,60 @@ PATTERNS: dict[str, Callable[[int, int], BandPattern]] = {
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Attend:
-    """A call on fixed inputs, and the gradients of them.
-
-    Args:
-        forward: gives the output, whose layout is that of the inputs.
-        inputs: query, key, value, and the output's gradient.
-    """
-
-    forward: Callable[[], torch.Tensor]
-    inputs: Tensors
-
-    def __call__(self) -> torch.Tensor:
-        return self.forward()
-
-    def backward(self, out: torch.Tensor) -> None:
-        torch.autograd.grad(out, self.inputs[:3], self.inputs[3])
-
-
-class Competitor(Protocol):
-    """Another implementation of attention on the mask of a pattern, for inputs of one shape."""
-
-    name: str
-
-    def on(self, pattern: BandPattern) -> Attend:
-        """The call on the mask of a pattern; whatever it raises is the reason not to time it."""
-
-
-def bands(inputs: Tensors, pattern: BandPattern) -> Attend:
-    """This library's kernels."""
+def bands(
+    inputs: Tensors,
+    pattern: BandPattern,
+    sinks: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+) -> Attend:
+    """This library's kernels. Arguments as in `Competitor.on`."""
+    if offsets is not None:
+        return _packed_bands(tokens_first(inputs), pattern, sinks, offsets)
     query, key, value, _ = inputs
 
     def attend() -> torch.Tensor:
-        out = band_attention(query, key, value, pattern, impl="triton")
+        out = band_attention(query, key, value, pattern, sinks=sinks, impl="triton")
         assert isinstance(out, torch.Tensor)
         return out
 
-    return Attend(attend, inputs)
+    return Attend(attend, inputs, sinks)
+
+
+def _packed_bands(
+    inputs: Tensors, pattern: BandPattern, sinks: torch.Tensor | None, offsets: torch.Tensor
+) -> Attend:
+    query, key, value, _ = inputs
+    longest = longest_document(offsets)
+
+    def attend() -> torch.Tensor:
+        out = band_attention_varlen(
+            query[0],
+            key[0],
+            value[0],
+            pattern,
+            offsets,
+            offsets,
+            longest,
+            longest,
+            sinks=sinks,
+            impl="triton",
+        )
+        assert isinstance(out, torch.Tensor)
+        return out[None]
+
+    return Attend(attend, inputs, sinks, tokens_first=True)
 
 
 def dense(inputs: Tensors) -> dict[str, Attend]:
     """PyTorch's, by back end; cuDNN's is the first."""
     query, key, value, _ = inputs
+    grouped = query.shape[1] != key.shape[1]
 
     def on(backend: SDPBackend) -> Attend:
         def attend() -> torch.Tensor:
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, is_causal=True
+                    query, key, value, is_causal=True, enable_gqa=grouped
                 )
 
         return Attend(attend, inputs)
@@ -91,70 +95,24 @@ def dense(inputs: Tensors) -> dict[str, Attend]:
     }
 
 
-def _block_mask(pattern: BandPattern, length: int) -> Any:
-    """FlexAttention's, over blocks of 128. The bands are tensors, so that patterns share compiled
-    code.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
+def dense_packed(inputs: Tensors, offsets: torch.Tensor) -> Attend:
+    """PyTorch's causal attention within documents: its FlashAttention-2."""
+    from torch.nn.attention import varlen
 
-    near_0, far_0, near_1, far_1 = (edge.contiguous() for edge in _edges(pattern).unbind(1))
+    call: Callable[..., Any] = varlen.varlen_attn
+    known = inspect.signature(call).parameters  # they differ between releases of PyTorch
+    options: dict[str, Any] = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
+    options = {name: value for name, value in options.items() if name in known}
+    query, key, value, _ = inputs = tokens_first(inputs)
+    longest = longest_document(offsets)
 
-    def seen(
-        batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
-    ) -> torch.Tensor:
-        distance = row - column
-        first = (distance >= near_0[head]) & (distance < far_0[head])
-        return first | ((distance >= near_1[head]) & (distance < far_1[head]))
-
-    return create_block_mask(seen, None, len(near_0), length, length, "cuda", _compile=True)
-
-
-def _edges(pattern: BandPattern) -> torch.Tensor:
-    if pattern.prefix:
-        raise NotImplementedError(
-            f"`pattern` must have no prefix for a competitor's mask, got prefix {pattern.prefix}"
+    def attend() -> torch.Tensor:
+        out: torch.Tensor = call(
+            query[0], key[0], value[0], offsets, offsets, longest, longest, **options
         )
-    return torch.tensor(pattern.flat, device="cuda", dtype=torch.int32).view(-1, 4)
+        return out[None]
 
-
-class Flex:
-    """Compiled FlexAttention for one shape."""
-
-    name = "FlexAttention"
-    options: Any = None
-
-    def __init__(self, inputs: Tensors) -> None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        torch.compiler.reset()
-        self.inputs = inputs
-        self.attend = torch.compile(flex_attention, dynamic=False)
-
-    def on(self, pattern: BandPattern) -> Attend:
-        """On the mask of a pattern."""
-        query, key, value, _ = self.inputs
-        mask = _block_mask(pattern, query.shape[2])
-        options: Any = None if self.options is None else dict(self.options)
-        return Attend(
-            lambda: self.attend(query, key, value, block_mask=mask, kernel_options=options),
-            self.inputs,
-        )
-
-
-class FlexFlash(Flex):
-    """FlexAttention on its FLASH back end, the kernels of FlashAttention-4; its backward adds in
-    any order.
-    """
-
-    name = "FlexAttention FLASH"
-    options: Any = MappingProxyType({"BACKEND": "FLASH"})
-
-    def __init__(self, inputs: Tensors) -> None:
-        from torch.nn.attention.flex_attention import FlexKernelOptions
-
-        if "BACKEND" not in FlexKernelOptions.__annotations__:  # it would be ignored
-            raise ValueError(f"FlexAttention of PyTorch {torch.__version__} has no FLASH back end")
-        super().__init__(inputs)
+    return Attend(attend, inputs, tokens_first=True)
 
 
 class Flash4:
@@ -165,18 +123,26 @@ class Flash4:
 
     def __init__(self, inputs: Tensors) -> None:
         importlib.import_module("flash_attn.cute")
-        self.inputs = _tokens_first(inputs)
+        self.inputs = tokens_first(inputs)
 
     @property
     def dense(self) -> Attend:
         """With its causal mask."""
         return self._attend(causal=True)
 
-    def on(self, pattern: BandPattern) -> Attend:
+    def on(
+        self,
+        pattern: BandPattern,
+        sinks: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> Attend:
         """On the mask of a pattern: blocks that no query needs are left out."""
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-        mask = _block_mask(pattern, self.inputs[0].shape[1])
+        if pattern.prefix or offsets is not None:
+            raise NotImplementedError("its mask is written for bands alone here")
+        device = self.inputs[0].device
+        mask = block_mask(pattern, self.inputs[0].shape[1], device)
         size = mask.BLOCK_SIZE
         by_query = BlockSparseTensorsTorch(
             mask.kv_num_blocks,
@@ -193,17 +159,23 @@ class Flash4:
             block_size=size,
         )
         return self._attend(
+            sinks,
             mask_mod=_seen(),
-            aux_tensors=[_edges(pattern)],
+            aux_tensors=[edges_of(pattern, device)],
             block_sparse_tensors=by_query,
             block_sparse_tensors_bwd=by_key,
         )
 
-    def _attend(self, **options: Any) -> Attend:
+    def _attend(self, sinks: torch.Tensor | None = None, **options: Any) -> Attend:
         from flash_attn.cute import flash_attn_func
 
         query, key, value, _ = self.inputs
-        return Attend(lambda: flash_attn_func(query, key, value, **options)[0], self.inputs)
+        return Attend(
+            lambda: flash_attn_func(query, key, value, learnable_sink=sinks, **options)[0],
+            self.inputs,
+            sinks,
+            tokens_first=True,
+        )
 
 
 class FlashSparse:
@@ -213,36 +185,67 @@ class FlashSparse:
     package = "flash-sparse-attn"
 
     def __init__(self, inputs: Tensors) -> None:
-        module = import_below("flash_sparse_attn", "ops.cute")
-        self.attend = module.flash_attn_func
-        self.inputs = _tokens_first(inputs)
+        self.module = import_below("flash_sparse_attn", "ops.cute")
+        self.inputs = tokens_first(inputs)
 
-    def on(self, pattern: BandPattern) -> Attend:
+    def on(
+        self,
+        pattern: BandPattern,
+        sinks: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> Attend:
         """On the mask of a pattern; ValueError for one that its windows cannot express."""
         query, key, value, _ = self.inputs
-        windows = torch.tensor(window_sizes(pattern), device=query.device, dtype=torch.int32)
+        sizes = window_sizes(pattern, key.shape[2])
+        options: dict[str, Any] = {
+            "window_sizes": torch.tensor(sizes, device=query.device, dtype=torch.int32),
+            "is_local": True,
+            "deterministic": True,
+            "learnable_sink": sinks,
+        }
+        call = self.module.flash_attn_func
+        if offsets is not None:
+            query, key, value = query[0], key[0], value[0]
+            longest = longest_document(offsets)
+            options |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+            options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+            call = self.module.flash_attn_varlen_func
 
         def attend() -> torch.Tensor:
-            out = self.attend(
-                query, key, value, window_sizes=windows, is_local=True, deterministic=True
-            )
-            return out[0] if isinstance(out, tuple) else out
+            out = call(query, key, value, **options)
+            out = out[0] if isinstance(out, tuple) else out
+            return out if offsets is None else out[None]
 
-        return Attend(attend, self.inputs)
+        return Attend(attend, self.inputs, sinks, tokens_first=True)
 
 
-def window_sizes(pattern: BandPattern) -> list[tuple[int, int, int, int]]:
-    """`(sink, left, right, near)` of each head, as flash-sparse-attn defines them: a query sees the
-    distances `[0, near)` and `[near + right, near + right + left)`.
+def window_sizes(
+    pattern: BandPattern, key_heads: int | None = None
+) -> list[tuple[int, int, int, int]]:
+    """`(sink, left, right, near)` of each key/value head, as flash-sparse-attn defines them: a
+    query sees the distances `[0, near)` and `[near + right, near + right + left)`, and the first
+    `sink` keys.
+
+    Args:
+        pattern: equal bands in the query heads of a key/value head; ValueError otherwise.
+        key_heads: number of key/value heads; default one per query head.
     """
+    group = pattern.num_heads // (key_heads or pattern.num_heads)
     found = []
     for head, intervals in enumerate(pattern.intervals):
+        if intervals != pattern.intervals[head - head % group]:
+            raise ValueError(
+                f"`pattern` must have equal bands in each group of {group} heads, got {intervals} "
+                f"in head {head}"
+            )
+        if head % group:
+            continue
         near = intervals[0][1] if intervals and intervals[0][0] == 0 else 0
         rest = intervals[1:] if near else intervals
         if len(rest) > 1:
             raise ValueError(f"windows must start with distance 0, got {intervals} in head {head}")
         first, last = rest[0] if rest else (near, near)
-        found.append((0, last - first, first - near, near))
+        found.append((pattern.prefix, last - first, first - near, near))
     return found
 
 
@@ -267,12 +270,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:  # its absence is named where it is asked to run
             continue
     return found
-
-
-def _tokens_first(inputs: Tensors) -> Tensors:
-    """Copies `[B, N, H, D]` of inputs `[B, H, N, D]`, the first three with gradients."""
-    moved = [tensor.detach().transpose(1, 2).contiguous() for tensor in inputs]
-    return *(tensor.requires_grad_() for tensor in moved[:3]), moved[3]
 
 
 @cache

@@ -15,20 +15,17 @@ import torch
 
 from ..bands import BandPattern
 from ..benchmarking import results, timing
+from ..benchmarking.attend import Attend, Competitor, Tensors
 from ..benchmarking.competitors import (
     DTYPES,
     PATTERNS,
-    Attend,
-    Competitor,
     Flash4,
     FlashSparse,
-    Flex,
-    FlexFlash,
-    Tensors,
     bands,
     dense,
     package_versions,
 )
+from ..benchmarking.flex import Flex, FlexFlash
 from ..explanation import explain
 from ..files import shown
 from ..testing import Case, check_case
@@ -266,7 +263,7 @@ def _compared(row: Row, dense_row: Row, flex_row: Row | None) -> Row:
 def _check_competitor(name: str, mask: str, attend: Attend, ours: Attend) -> None:
     """The same mask, or the comparison is none. RuntimeError unless the outputs agree."""
     out, other = ours(), attend()
-    if other.shape != out.shape:
+    if attend.tokens_first:
         other = other.transpose(1, 2)
     seen = out.abs().amax(-1, keepdim=True) > 0  # what a query without keys gets is everyone's own
     error = ((other - out) * seen).abs().max().item()

@@ -21,11 +21,12 @@ from rich.table import Table
 from transformers import logging
 
 from ..compat.huggingface import attention_name
-from ..data.packed import SUFFIX, read_packed
-from ..data.prepare import open_stream
+from ..data.model_text import check_same_tokenizer, is_text, open_tokens, tokenize_text
+from ..data.packed import SUFFIX
+from ..data.tokenizer import load_tokenizer
 from ..data.tokens import TokenStream, Windows
 from ..evaluation.heads import LayerHeads, head_statistics
-from ..evaluation.perplexity import LossByPosition, Mean, validation_loss
+from ..evaluation.perplexity import LossByPosition, Mean, position_edges, validation_loss
 from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
 from ..files import read_json, write_atomically
@@ -38,6 +39,7 @@ from .options.evaluate import Options, Part
 
 PARTS: tuple[Part, ...] = ("loss", "recall", "heads", "tasks")
 FORMAT = "spattention-evaluation"
+PARTS_OF_CONTEXT = 8  # rows of the table of losses, after those that double
 HEAD_ROWS = 4  # windows whose heads are looked at
 MOST_SHOTS = 1000
 MOST_TOKENS = 2**26  # of the sequences of one question of recall; they are held in memory
@@ -96,7 +98,7 @@ def _evaluate(options: Options, parts: tuple[Part, ...], folder: Path, digest: s
         )
     texts = None
     if data is not None:
-        texts = Windows(_text(data), context, options.windows)
+        texts = Windows(_text(data, folder), context, options.windows)
         largest = max(int(texts[k]["input_ids"].max()) for k in range(len(texts)))
         if largest >= config.vocab_size:
             raise ValueError(
@@ -128,6 +130,7 @@ def evaluate(
             model,
             texts,
             batch=options.batch,
+            edges=position_edges(texts.context, PARTS_OF_CONTEXT),
             on_window=lambda done: say("loss", done / count_of),
         )
         if not math.isfinite(loss.loss.mean):
@@ -339,9 +342,12 @@ def _data(options: Options, folder: Path) -> Path:
         return named[0]
     if path.name.endswith(SUFFIX) or _is_prepared(path):
         return path
+    if is_text(path):
+        open_tokenizer(folder)
+        return path
     raise ValueError(
-        f"`--data` must be packed tokens ({SUFFIX}) or a folder that `spattention prepare` "
-        f"wrote, got {path}"
+        f"`--data` must be text (.txt, .jsonl), packed tokens ({SUFFIX}) or a folder that "
+        f"`spattention prepare` wrote, got {path}"
     )
 
 
@@ -360,8 +366,13 @@ def _is_prepared(path: Path) -> bool:
     return (path / "facts.json").is_file()
 
 
-def _text(path: Path) -> TokenStream:
-    return read_packed(path) if path.name.endswith(SUFFIX) else open_stream(path, "validation")
+def _text(path: Path, folder: Path) -> TokenStream:
+    if not path.name.endswith(SUFFIX) and not _is_prepared(path):
+        return tokenize_text(path, open_tokenizer(folder))
+    own = folder / "tokenizer.json"
+    if own.is_file():
+        check_same_tokenizer(path, load_tokenizer(own).get_vocab())
+    return open_tokens(path, "validation")
 
 
 @contextmanager

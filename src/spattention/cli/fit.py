@@ -24,10 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 
 from .. import hf
 from ..bands import BandPattern
-from ..data.packed import SUFFIX, read_packed
-from ..data.prepare import open_stream
-from ..data.text import iterate_documents, sample_path
-from ..data.tokenizer import load_tokenizer
+from ..data.model_text import check_same_tokenizer, open_tokens, tokenize_text
+from ..data.packed import SUFFIX
+from ..data.text import sample_path
 from ..evaluation.perplexity import token_losses
 from ..files import check_local
 from ..fitting import Profile, captured, explain
@@ -179,26 +178,10 @@ def _rows(options: Options, tokenizer: Any, context: int) -> list[Tensor]:
 
 def _tokens(data: Path | None, tokenizer: Any, enough: int) -> np.ndarray:
     """Tokens of the data, those of text not many more than enough."""
-    if data is not None and data.name.endswith(SUFFIX):
-        return read_packed(data).tokens
-    if data is not None and (data / "facts.json").is_file():
-        file = data / "tokenizer.json"
-        if file.is_file() and load_tokenizer(file).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"`--data` must be prepared with the model's tokenizer, {data} was with another"
-            )
-        return open_stream(data, "train").tokens
-    found: list[np.ndarray] = []
-    size = 0
-    for text in iterate_documents(data or sample_path()):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids = [*ids, tokenizer.eos_token_id]
-        found.append(np.array(ids, np.int64))
-        size += len(ids)
-        if size >= enough:
-            break
-    return np.concatenate(found)
+    if data is not None and (data.name.endswith(SUFFIX) or (data / "facts.json").is_file()):
+        check_same_tokenizer(data, tokenizer.get_vocab())
+        return open_tokens(data, "train").tokens
+    return tokenize_text(data or sample_path(), tokenizer, enough).tokens
 
 
 def _convert(

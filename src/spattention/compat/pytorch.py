@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -21,6 +21,12 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # True inside `torch.func`'s transforms; nothing public tells it without a tensor.
 in_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# What torch.compile does with the frames that run now; None where it is not in use.
+_dynamo_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+# Number of active `__torch_dispatch__` modes; the public way makes an object for each.
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 # The autograd function of one level of transforms, and the context that it needs. Public ones hide
 # the levels, so that an operator which is itself an autograd kernel cannot take its turn.
@@ -51,6 +57,24 @@ CONTEXT_PARALLEL_MODULES = (
 def forward_mode_active() -> bool:
     """True inside forward-mode differentiation, which has no public test."""
     return forward_ad._current_level >= 0
+
+
+def needs_dispatcher(inputs: Sequence[Any]) -> bool:
+    """True if a compiler, a transform, a mode or a tensor subclass has to see an operator on these
+    inputs, or one of its tensors is lazily negated.
+    """
+    if _dynamo_callback() is not None or in_transform() or forward_mode_active():
+        return True
+    if _dispatch_modes() or torch.overrides.has_torch_function(inputs):
+        return True
+    for each in inputs:
+        kind = type(each)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if each.is_neg():
+                return True
+        elif isinstance(each, torch.Tensor):
+            return True
+    return False
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

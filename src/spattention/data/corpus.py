@@ -21,7 +21,7 @@ import numpy as np
 
 from ..files import make_folder, naming, remove_empty, sync, sync_tree
 from .arrays import save_array
-from .prepare import CorpusFacts, stored_stream, write_facts
+from .prepare import CorpusFacts, split_documents, stored_stream, write_facts
 from .text import check_text, iterate_documents, text_kind
 from .tokenizer import (
     END_OF_TEXT,
@@ -148,7 +148,8 @@ def prepare_corpus(
         tokenizer: a `tokenizer.json`; None trains a byte-level BPE on the first documents.
         vocabulary: entries of the tokenizer that is trained.
         end_of_text: the token that ends each document.
-        held_out: share of the documents kept for validation, spread evenly; 0 keeps none.
+        held_out: share of the documents kept for validation, spread evenly; 0 keeps none. A source
+            of one document is cut at a line's end instead.
         sample: number of documents that the tokenizer is trained on.
         on_progress: called with documents and tokens so far, after each batch.
 
@@ -183,7 +184,7 @@ def prepare_corpus(
                 f"the tokenizer must have the token {end_of_text}, and one that is trained has "
                 f"{END_OF_TEXT} alone"
             )
-        documents = _enough(source, held_out)
+        documents, held_out = _enough(source, held_out)
         first: list[str] = []
         if used is None:
             first = [text for text in itertools.islice(documents, sample) if text.strip()]
@@ -249,8 +250,10 @@ def _write(
     return train, validation
 
 
-def _enough(source: Source, held_out: float) -> Iterator[str]:
-    """The documents of a source, once it is known that some of them will be held out.
+def _enough(source: Source, held_out: float) -> tuple[Iterator[str], float]:
+    """The documents of a source and the share to hold out, once some of them will be held out.
+
+    A single document becomes two, of which the second, shorter one will be held out.
 
     Raises:
         ValueError: if there are too few; a source that needs more than a batch is not looked at.
@@ -258,13 +261,16 @@ def _enough(source: Source, held_out: float) -> Iterator[str]:
     documents = iter(source.documents)
     needed = math.floor(HALF / Fraction(str(held_out))) + 1 if held_out else 0
     if needed > BATCH:
-        return documents
+        return documents, held_out
     first = [text for text in itertools.islice(documents, needed) if text and text.strip()]
     if first and len(first) < needed:
         first += itertools.islice((t for t in documents if t and t.strip()), needed - len(first))
+        if len(first) == 1:
+            kept, held = split_documents(first, held_out)
+            return iter([*kept, *held]), 0.5  # of two, the second
         if len(first) < needed:
             raise _too_few(len(first), held_out, source.separator)
-    return itertools.chain(first, documents)
+    return itertools.chain(first, documents), held_out
 
 
 def _too_few(count: int, held_out: float, separator: str | None = None) -> ValueError:

@@ -213,7 +213,10 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
         (text,) = documents
         cut = text.find("\n", int(len(text) * (1 - held_out))) + 1
         if not 0 < cut < len(text):
-            raise ValueError("one document without a line's end near its end cannot be split")
+            raise ValueError(
+                "one document must have the end of a line near its end, where it is cut into "
+                "training and validation text, got none"
+            )
         return [text[:cut]], [text[cut:]]
     index = TokenStream.from_documents([np.array([k], np.uint32) for k in range(len(documents))])
     train, validation = index.hold_out(held_out)

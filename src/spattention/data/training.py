@@ -81,7 +81,7 @@ def open_training(
     if check and size > LARGE:
         say(f"comparing {size / 1e9:.1f} GB of tokens with their digests")
     opened = [_open(Path(path), end_of_text, check=check) for path in data]
-    trained, validated = [], []
+    trained, validated, sources = [], [], list(validation)
     for path, stream in zip(map(Path, data), opened):
         if validation:
             trained.append(stream)
@@ -89,14 +89,22 @@ def open_training(
             trained.append(stream)
             if open_facts(path).validation_tokens:
                 validated.append(open_stream(path, "validation", check=check))
+                sources.append(f"{path}: prepare it again with a larger `--held-out`")
         elif held_out:
             kept, held = stream.hold_out(held_out)
             trained.append(kept)
             validated.append(held)
+            sources.append(f"{path}: a larger `held_out` keeps more")
         else:
             trained.append(stream)
     others = [_open(Path(path), end_of_text, "validation", check=check) for path in validation]
     validated += others
+    for source, stream in zip(sources, validated):
+        if len(stream) < context:
+            raise ValueError(
+                f"`context` must be at most the number of validation tokens, got {context}, and "
+                f"{len(stream)} in {source}"
+            )
     train = [Windows(s, context, across_documents=across_documents) for s in trained]
     tests = [
         Windows(s, context, each, across_documents=across_documents)

@@ -1,11 +1,10 @@
 """Implementations of band attention, one module each; they never import one another.
 
-Each has two functions of one form:
+Each has three functions of one form, which take an `AttentionCall` (`attention_call.py`):
 
-    attend(query, key, value, pattern, *, scale, sinks, query_start, key_start, deterministic)
-    attend_varlen(query, key, value, pattern, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-    max_seqlen_k, *, scale, sinks, deterministic)
-
-They take checked arguments (`checks.py`), with `scale` a float and `query_start` an int or an int32
-tensor `[]` or `[B]`, and return `(out, lse)`.
+    attend(call)                    (out, lse), recorded for autograd
+    attend_part(call)               the same over a part of the keys, every one of which some query
+                                    sees; without sinks and without a graph
+    differentiate_part(call, whole) gradients of query, key and value that these keys give to
+                                    attention over more keys, given the `WholeResults` of all
 """

@@ -18,125 +18,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bands import BandPattern
 from . import block_products
+from .attention_call import AttentionCall, WholeResults
 from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    query_start: int | Tensor,
-    key_start: Tensor | None,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    on_device = isinstance(query_start, Tensor)
-    return forward(
-        query=query,
-        key=key,
-        value=value,
-        sinks=sinks,
-        query_start=0 if on_device else query_start,
-        query_start_tensor=query_start if on_device else None,
-        key_start=key_start,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        intervals=pattern.flat,
-        prefix=pattern.prefix,
-        scale=scale,
-    )
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, Q, Dv]` and log-sum-exp `[B, H, Q]`, recorded for autograd."""
+    return forward(call.query, call.key, call.value, *_rest(call))
 
 
-def attend_part(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`attend` over a part of the keys, every one of which some query sees."""
-    return attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scale,
-        sinks=None,
-        query_start=query_start,
-        key_start=key_start,
-    )
+def attend_part(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`attend` over a part of the keys."""
+    return attend(call)
 
 
-def differentiate_part(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys.
-
-    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend_part`.
-    """
-    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
-    index = query_start, None, key_start, None, None
-    rest = None, *index, pattern.flat, pattern.prefix, scale
-    d_query, d_key, d_value, _ = backward(d_out, d_lse, query, key, value, out, lse, *rest)
+def differentiate_part(call: AttentionCall, whole: WholeResults) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value that these keys give to attention over more keys."""
+    d_lse = torch.zeros_like(whole.lse) if whole.d_lse is None else whole.d_lse
+    inputs = call.query, call.key, call.value, whole.out, whole.lse
+    d_query, d_key, d_value, _ = backward(whole.d_out, d_lse, *inputs, *_rest(call))
     return d_query, d_key, d_value
 
 
-def attend_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: BandPattern,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in
-    `spattention.band_attention_varlen`."""
-    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    out, lse = forward(
-        query=query,
-        key=key,
-        value=value,
-        sinks=sinks,
-        query_start=0,
-        query_start_tensor=None,
-        key_start=None,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        intervals=pattern.flat,
-        prefix=pattern.prefix,
-        scale=scale,
+def _rest(call: AttentionCall) -> tuple[Any, ...]:
+    """Arguments of both operators after their tensors."""
+    return (
+        call.sinks,
+        call.query_start,
+        call.query_start_tensor,
+        call.key_start,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.pattern.flat,
+        call.pattern.prefix,
+        call.scale,
     )
-    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
 def _forward(

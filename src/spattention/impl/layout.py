@@ -16,11 +16,10 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     """
     shape = [*query.shape[:-1], head_dim]
     if query.is_contiguous():  # this and heads inside tokens are nearly all calls
-        return query.new_empty(shape)
-    strides = query.stride()
+        return torch.empty_like(query) if query.shape[-1] == head_dim else query.new_empty(shape)
     if query.dim() == 4:
         heads, tokens, width = query.shape[1:]
-        if strides == (tokens * heads * width, width, heads * width, 1):
+        if query.stride() == (tokens * heads * width, width, heads * width, 1):
             inside = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
             return query.new_empty_strided(shape, inside)
     order = _order(query)

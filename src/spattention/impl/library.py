@@ -52,6 +52,8 @@ def differentiable(
     save: Callable[..., None] | None = None,
     gradients: Callable[..., Any] | None = None,
     tangents: Callable[..., Any] | None = None,
+    *,
+    compute: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register the operator's derivatives.
 
@@ -62,10 +64,11 @@ def differentiable(
             computes gradients itself. `torch.func.grad` records those too, so only going backward
             through them raises.
         tangents: its `jvp`. Without it, forward-mode differentiation raises.
+        compute: what the operator was registered with, where its host time matters.
 
     Returns:
-        The operator as autograd calls it. Where no transform, mode or compiler is active, calling
-        this skips the dispatcher.
+        The operator. With `compute`, eager calls run that without the dispatcher, unless something
+        has to see the operator: a compiler, a transform, a mode or a tensor subclass.
     """
 
     def below(*inputs: Any) -> Any:
@@ -78,12 +81,6 @@ def differentiable(
             return below(*inputs)
 
     save = save or _save_nothing
-
-    def below_and_save(ctx: Any, *inputs: Any) -> Any:
-        output = below(*inputs)
-        save(ctx, inputs, output)
-        return output
-
     methods = {
         "setup_context": save,
         "backward": gradients or _refuse,
@@ -91,16 +88,19 @@ def differentiable(
     }
     static = {name: staticmethod(method) for name, method in methods.items()}
     name = private.schema(operator).name.partition("::")[2]
-    # With `setup_context`, PyTorch would examine the signature of `forward` in every call.
-    recorded: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(below_and_save),
-            "backward": static["backward"],
-            "jvp": static["jvp"],
-        },
-    )
+
+    def recorded(function: Callable[..., Any]) -> Any:
+        def run_and_save(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        # With `setup_context`, PyTorch would examine the signature of `forward` in every call.
+        body = static | {"forward": staticmethod(run_and_save)}
+        del body["setup_context"]
+        return type(name, (torch.autograd.Function,), body)
+
+    recorded_below = recorded(below)
     # The dispatcher visits one functorch transform at a time: so does what records there.
     recorded_in_transform: Any = type(
         name,
@@ -115,11 +115,21 @@ def differentiable(
         # PyTorch looks for tangents itself. A compiled graph has them without a level,
         # but it was traced with one, so an operator that refuses them has refused by then.
         forward_mode = tangents is not None or private.forward_mode_active()
-        needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
-        return recorded.apply(*inputs) if needs_grad or forward_mode else below(*inputs)
+        if forward_mode or _records(inputs):
+            return recorded_below.apply(*inputs)
+        return below(*inputs)
 
-    eager = private.without_dynamo(dispatch)
-    _library.impl(name, eager, "Autograd")
+    _library.impl(name, private.without_dynamo(dispatch), "Autograd")
+
+    if compute is None:
+        return operator
+    recorded_compute = recorded(compute)
+
+    def eager(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or private.needs_dispatcher(inputs):
+            return operator(*inputs)
+        return recorded_compute.apply(*inputs) if _records(inputs) else compute(*inputs)
+
     return eager
 
 
@@ -186,5 +196,8 @@ def _joined(value: Any, dim: int | None, size: int, entries: int) -> Any:
     return value.flatten(0, 1)
 
 
-def _requires_grad(given: Any) -> bool:
-    return isinstance(given, Tensor) and given.requires_grad
+def _records(inputs: Sequence[Any]) -> bool:
+    """True if autograd records a call on these inputs."""
+    return torch.is_grad_enabled() and any(
+        each.requires_grad for each in inputs if isinstance(each, Tensor)
+    )

@@ -12,112 +12,70 @@ from torch.nn.functional import pad
 
 from ..bands import BandPattern, attended
 from . import masked
+from .attention_call import AttentionCall, WholeResults
 from .layout import laid_out_like_query, lse_dtype
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    sinks: torch.Tensor | None,
-    query_start: int | torch.Tensor,
-    key_start: torch.Tensor | None,
-    deterministic: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, H, Q, D]` attention; arguments and results as in `spattention.band_attention`."""
-    mask = row_mask(query, key, pattern, query_start, key_start)
-    return _masked_attention(query, key, value, mask, scale, sinks)
+def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Q, Dv]` and log-sum-exp `[B, H, Q]`."""
+    dtype = lse_dtype(call.query)
+    group = call.query.shape[1] // call.key.shape[1]
+    mask = visible(call)
+    q = call.query.to(dtype)
+    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (call.key, call.value))
+
+    scores = (masked.scores(q, k, mask) * call.scale).masked_fill(~mask, -torch.inf)
+    if call.sinks is not None:
+        sink = call.sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
+        scores = pad(scores, (0, 1), value=-torch.inf)
+    highest = scores.detach().amax(dim=-1, keepdim=True)
+    highest = highest.masked_fill(highest.isinf(), 0.0)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (highest + torch.log(total)).masked_fill(empty, -torch.inf)
+    result = masked.weighted_sum((weights / total)[..., : k.shape[2]], v, mask)
+    return laid_out_like_query(result, call.query), lse[..., 0]
 
 
-def attend_part(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` over a part of the keys, every one of which some query sees."""
-    return attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scale,
-        sinks=None,
-        query_start=query_start,
-        key_start=key_start,
-    )
+def attend_part(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` over a part of the keys."""
+    return attend(call)
 
 
 def differentiate_part(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    scale: float,
-    query_start: int,
-    key_start: torch.Tensor | None,
+    call: AttentionCall, whole: WholeResults
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys.
-
-    `out` and `lse` are those over all keys, sinks included; the other arguments are those of
-    `attend_part`.
-    """
-    dtype = lse_dtype(query)
-    group = query.shape[1] // key.shape[1]
-    mask = row_mask(query, key, pattern, query_start, key_start)
-    q, d_o, o = (tensor.to(dtype) for tensor in (query, d_out, out))
-    k, v = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (key, value))
-    scores = masked.scores(q, k, mask) * scale
-    weights = torch.exp(scores - lse[..., None]).masked_fill(~mask, 0.0)
-    delta = (d_o * o).sum(dim=-1) - (0.0 if d_lse is None else d_lse)
+    """Gradients of query, key and value that these keys give to attention over more keys."""
+    dtype = lse_dtype(call.query)
+    group = call.query.shape[1] // call.key.shape[1]
+    mask = visible(call)
+    q, d_o, o = (tensor.to(dtype) for tensor in (call.query, whole.d_out, whole.out))
+    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (call.key, call.value))
+    scores = masked.scores(q, k, mask) * call.scale
+    weights = torch.exp(scores - whole.lse[..., None]).masked_fill(~mask, 0.0)
+    delta = (d_o * o).sum(dim=-1) - (0.0 if whole.d_lse is None else whole.d_lse)
     d_scores = weights * (masked.scores(d_o, v, mask) - delta[..., None])
-    d_scores = d_scores.masked_fill(~mask, 0.0) * scale
+    d_scores = d_scores.masked_fill(~mask, 0.0) * call.scale
     d_query = masked.weighted_sum(d_scores, k, mask)
     d_key, d_value = (
         masked.weighted_sum(rows.mT, others, mask.mT).unflatten(1, (-1, group)).sum(dim=2)
         for rows, others in ((d_scores, q), (weights, d_o))
     )
-    return d_query.to(query.dtype), d_key.to(query.dtype), d_value.to(query.dtype)
+    given = call.query.dtype
+    return d_query.to(given), d_key.to(given), d_value.to(given)
 
 
-def attend_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    sinks: torch.Tensor | None,
-    deterministic: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[T, H, D]` packed documents; arguments and results as in
-    `spattention.band_attention_varlen`."""
-    mask = packed_mask(query, key, pattern, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _masked_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        mask,
-        scale,
-        sinks,
-    )
-    return out[0].transpose(0, 1), lse[0]
+def visible(call: AttentionCall) -> torch.Tensor:
+    """Which keys each query sees: bool `[B or 1, H, Q, K]`."""
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        query, key = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key))
+        return packed_mask(query, key, call.pattern, call.cu_seqlens_q, call.cu_seqlens_k)
+    start = call.query_start if call.query_start_tensor is None else call.query_start_tensor
+    return row_mask(call.query, call.key, call.pattern, start, call.key_start)
 
 
 def row_mask(
@@ -168,33 +126,3 @@ def _place(total: int, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     tokens = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
     return document, tokens - cu_seqlens.long()[document]
-
-
-def _masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = lse_dtype(query)
-    group = query.shape[1] // key.shape[1]
-    q = query.to(dtype)
-    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (key, value))
-
-    scores = (masked.scores(q, k, mask) * scale).masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
-        scores = pad(scores, (0, 1), value=-torch.inf)
-    highest = scores.detach().amax(dim=-1, keepdim=True)
-    highest = highest.masked_fill(highest.isinf(), 0.0)
-    weights = torch.exp(scores - highest)
-    total = weights.sum(dim=-1, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    lse = (highest + torch.log(total)).masked_fill(empty, -torch.inf)
-    result = masked.weighted_sum((weights / total)[..., : k.shape[2]], v, mask)
-    return laid_out_like_query(result, query), lse[..., 0]

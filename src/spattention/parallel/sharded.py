@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Result, _implementation
+from ..attention import Result, choose
+from ..impl.attention_call import AttentionCall, WholeResults
 from ..impl.layout import empty_like_query, lse_dtype, score_scale, without_autocast
 from ..merging import merge_into
 from .agreement import Group
@@ -72,7 +73,7 @@ def sharded_attention(
         NotImplementedError: in forward-mode differentiation.
     """
     query, key, value, rank = prepare(query, key, value, plan, group, scale=scale, sinks=sinks)
-    implementation = _implementation(impl, query, value)
+    implementation = choose(impl, query, value)
     setting = Setting(plan, plan.for_rank(rank), group, score_scale(query, scale), implementation)
     with without_autocast(query):
         out, lse = _Sharded.apply(query, key, value, sinks, setting)
@@ -168,16 +169,8 @@ def _attend(
     setting: Setting, call: Call, query: Tensor, source: Fetched, out: Tensor, lse: Tensor
 ) -> None:
     """Join one call's attention to `out` and `lse`, in place."""
-    key, value = (_keys(setting, call, tensor) for tensor in source)
-    part, part_lse = setting.implementation.attend_part(
-        _queries(setting, call, query),
-        key,
-        value,
-        call.pattern,
-        scale=setting.scale,
-        query_start=call.queries[0] - call.keys[0],
-        key_start=setting.plan.key_start(call, query.device),
-    )
+    bound = _bound(setting, call, _queries(setting, call, query), source)
+    part, part_lse = setting.implementation.attend_part(bound)
     whole, whole_lse = _queries(setting, call, out), _queries(setting, call, lse)
     if call.first:
         whole.copy_(part)
@@ -190,7 +183,6 @@ def _differentiate(
     setting: Setting, call: Call, whole: Whole, source: Fetched, gradient: Fetched
 ) -> None:
     """Add one call's share to the gradients of query, key and value, in place."""
-    key, value = (_keys(setting, call, tensor) for tensor in source)
     query, d_out, out, d_query = (
         _queries(setting, call, tensor)
         for tensor in (whole.query, whole.d_out, whole.out, whole.d_query)
@@ -199,22 +191,27 @@ def _differentiate(
         None if tensor is None else _queries(setting, call, tensor).contiguous()
         for tensor in (whole.lse, whole.d_lse)
     )
-    found = setting.implementation.differentiate_part(
-        d_out,
-        d_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        call.pattern,
-        scale=setting.scale,
-        query_start=call.queries[0] - call.keys[0],
-        key_start=setting.plan.key_start(call, query.device),
-    )
+    assert lse is not None
+    bound = _bound(setting, call, query, source)
+    results = WholeResults(out, lse, d_out, d_lse)
+    found = setting.implementation.differentiate_part(bound, results)
     d_key, d_value = (_keys(setting, call, tensor) for tensor in gradient)
     for total, part in zip((d_query, d_key, d_value), found):
         total.add_(part)
+
+
+def _bound(setting: Setting, call: Call, query: Tensor, source: Fetched) -> AttentionCall:
+    """The call of an implementation on a call's queries and keys."""
+    key, value = (_keys(setting, call, tensor) for tensor in source)
+    return AttentionCall(
+        query,
+        key,
+        value,
+        call.pattern,
+        setting.scale,
+        query_start=call.queries[0] - call.keys[0],
+        key_start=setting.plan.key_start(call, query.device),
+    )
 
 
 def _queries(setting: Setting, call: Call, tensor: Tensor) -> Tensor:

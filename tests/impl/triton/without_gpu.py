@@ -1,7 +1,7 @@
-"""Kernel launches as an H200 would get them, on a machine without a GPU.
+"""Kernel launches as an H200 or another GPU would get them, on a machine without a GPU.
 
 The public operators run on CPU tensors. Every kernel is bound and specialised by Triton's own JIT
-for compute capability 9.0, but nothing is launched. Needs `TRITON_INTERPRET=0`: the interpreter
+for the GPU, but nothing is launched. Needs `TRITON_INTERPRET=0`: the interpreter
 specialises nothing.
 """
 
@@ -23,21 +23,24 @@ from spattention.impl.triton.constants import ConstantCache
 from spattention.impl.triton.decode import launch as decode_launch
 from spattention.impl.triton.hopper import planning
 
-TARGET = GPUTarget("cuda", 90, 32)
-DRIVER = SimpleNamespace(
-    get_current_target=lambda: TARGET,
-    get_current_device=lambda: 0,
-    get_current_stream=lambda device: 0,
-)
+HOPPER = GPUTarget("cuda", 90, 32)
 Launch = Callable[..., None]
 
 
 @contextmanager
-def launches_to(launched: Launch, compute_capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+def launches_to(
+    launched: Launch, compute_capability: tuple[int, int] = (9, 0), target: GPUTarget = HOPPER
+) -> Iterator[None]:
     """Call `launched(kernel, programs, specialization_key, *arguments, **constants)` for every
-    launch; the rules choose what a GPU of this capability would get.
+    launch; the rules choose what a GPU of this capability would get. Kernels are compiled for
+    `target`.
     """
-    triton.runtime.driver.set_active(DRIVER)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)
 
     def capability(device: torch.device) -> tuple[int, int]:
         return compute_capability
@@ -53,9 +56,11 @@ def launches_to(launched: Launch, compute_capability: tuple[int, int] = (9, 0)) 
         mock.patch.object(op, "INTERPRETED", True),  # so that tensors of the CPU are taken
         mock.patch.object(planning, "triton_is_tested", return_value=True),
         mock.patch.object(call, "compute_capability", capability),
+        mock.patch.object(call, "_calls", ConstantCache(max_entries=1024, copies=False)),
         mock.patch.object(decode_launch, "compute_capability", capability),
         mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
+        mock.patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
     ):
         yield

@@ -28,7 +28,8 @@ class Options:
         vocabulary: Entries of the tokenizer that is trained.
         end_of_text: The token that ends a document, as the tokenizer writes it; default
             <|endoftext|>.
-        held_out: Share of the documents that is kept for validation, spread evenly; 0 for none.
+        held_out: Share of the documents that is kept for validation, spread evenly; 0 for none. A
+            single document is cut at a line's end. Small sources need more than the default.
         name: The dataset's configuration, where it has several.
         split: The dataset's split.
         column: The entry of JSON lines or column of the dataset that holds the text.

@@ -5,7 +5,7 @@ positions. Nothing here knows a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ from .constants import ConstantCache, int32_table
 
 LOG2_E = math.log2(math.e)
 MISSING, MAX_POSITION = tiles.MISSING.value, tiles.MAX_POSITION.value
+NOWHERE = Positions(None, None, None, None)
 _band_tables = ConstantCache[torch.Tensor](max_entries=1024)
+_calls: ConstantCache[Call] = ConstantCache(max_entries=4096, copies=False)
 
 
 class ForwardTensors(NamedTuple):
@@ -46,7 +48,7 @@ class BackwardTensors(NamedTuple):
 
 
 class Call:
-    """Facts of one call.
+    """Facts of one call; all but `positions` depend on shapes and the pattern alone.
 
     Args:
         query, key: `[B, H, Q, D]`, `[B, Hkv, K, D]`.
@@ -56,6 +58,7 @@ class Call:
         positions: `query_start` int32 `[]` or `[B]`, `key_start` int32 `[B]` or `[B, Q]`,
             `cu_seqlens_q` and `cu_seqlens_k` int32 `[documents + 1]`, each or None.
         prefix: number of keys of the pattern's prefix.
+        has_all_keys: False for a part of the keys of its rows, as in `parts.py`.
         deterministic: whether the gradients must have the same bits on every run.
     """
 
@@ -68,6 +71,8 @@ class Call:
         query_start: int,
         positions: Positions,
         prefix: int = 0,
+        *,
+        has_all_keys: bool = True,
         deterministic: bool = True,
     ) -> None:
         check_query_start(query_start)
@@ -82,15 +87,23 @@ class Call:
         second = zip(intervals[2::4], intervals[3::4])
         self.n_intervals = 2 if any(near < far for near, far in second) else 1
         self.bands = band_table(self.intervals, self.key_heads, query.device)
+        self.bands_by_head, self.bands_by_key_head = self.bands.unbind()
         offsets = positions.cu_seqlens_q
         self.n_documents = 0 if offsets is None else offsets.shape[0] - 1
         self.positions = positions
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
-        self.deterministic = deterministic
-        self.has_all_keys = True  # False for a part of the keys of its rows, as in `parts.py`
+        self.has_all_keys, self.deterministic = has_all_keys, deterministic
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
+        # What launches make of these facts and of which positions there are, by name
+        self.derived: dict[Hashable, Any] = {}
+
+    def at(self, positions: Positions) -> Call:
+        """The same call with other tensors of the same form as positions."""
+        call = object.__new__(Call)
+        call.__dict__.update(self.__dict__, positions=positions)
+        return call
 
     @property
     def has_one_start(self) -> bool:
@@ -102,6 +115,30 @@ class Call:
             and (key_start is None or key_start.dim() == 1)
             and (self.positions.cu_seqlens_q is None or self.n_documents > 0)
         )
+
+
+def call_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    intervals: Sequence[int],
+    scale: float,
+    query_start: int,
+    positions: Positions,
+    prefix: int,
+    deterministic: bool = True,
+) -> Call:
+    """The `Call` with these arguments, made once per shape, pattern and form of positions."""
+    intervals = tuple(intervals)
+    form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
+    shapes = (query.shape, key.shape, query.dtype, form)
+    facts = (intervals, prefix, scale, query_start, deterministic, *shapes)
+
+    def make() -> Call:
+        rest = (scale, query_start, positions, prefix)
+        return Call(query, key, intervals, *rest, deterministic=deterministic)
+
+    found = _calls.get(facts, query.device, make)
+    return found if form == NOWHERE else found.at(positions)
 
 
 def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:
@@ -142,6 +179,11 @@ def sorted_bands(intervals: tuple[int, ...], key_heads: int) -> list[list[list[i
 def ensure_inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied only if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values without strides: kernels read consecutive sinks and offsets."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+from ...compat.triton import direct_launch
 
 MAX_COMPILED = 1024  # compiled forms of a kernel; beyond that, all are looked up again
 
@@ -23,7 +25,7 @@ class CompiledKernelCache:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self.compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        self.compiled: dict[Hashable, tuple[Any, tuple[Any, ...], Callable[..., None]]] = {}
 
     def __call__(
         self, programs: int, specialization_key: Hashable, *arguments: Any, **constants: Any
@@ -41,8 +43,8 @@ class CompiledKernelCache:
         key = (specialization_key, *constants.values())
         found = self.compiled.get(key)
         if found is not None:
-            kernel, rest = found
-            kernel[(programs, 1, 1)](*arguments, *rest)
+            _, rest, launch = found
+            launch(programs, *arguments, *rest)
             return
         kernel = self.function[(programs,)](*arguments, **constants)
         if kernel is None:  # Triton's interpreter
@@ -50,7 +52,8 @@ class CompiledKernelCache:
         if len(self.compiled) >= MAX_COMPILED:
             self.compiled.clear()
         names = self.function.arg_names[len(arguments) :]
-        self.compiled[key] = kernel, tuple(constants[name] for name in names)
+        rest = tuple(constants[name] for name in names)
+        self.compiled[key] = kernel, rest, direct_launch(kernel, arguments)
 
 
 def specialization(*tensors: torch.Tensor | None) -> tuple[Hashable, ...]:

@@ -120,6 +120,7 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+@lru_cache(maxsize=256)
 def launches(
     itemsize: int, head_dim: int, capability: tuple[int, int] | None, first_keys: bool = False
 ) -> Launches:

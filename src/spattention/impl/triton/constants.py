@@ -19,18 +19,21 @@ class ConstantCache(Generic[Value]):
     Args:
         max_entries: number of entries of a device, captured ones aside, at which all others are
             dropped.
+        copies: whether making an entry copies to the device. Only those that do not can be made
+            inside the capture of a CUDA graph.
     """
 
-    def __init__(self, max_entries: int) -> None:
+    def __init__(self, max_entries: int, *, copies: bool = True) -> None:
         self.max_entries = max_entries
+        self.copies = copies
         self.entries: dict[torch.device, dict[Hashable, Value]] = {}
         self.captured: dict[tuple[torch.device, Hashable], Value] = {}
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
         """The entry of a key, made by `make()` if there is none.
 
-        Raises RuntimeError if it would have to be made inside the capture of a CUDA graph, where
-        the copy to the device is not allowed.
+        Raises RuntimeError if it would have to be copied to the device inside the capture of a CUDA
+        graph, where that is not allowed.
         """
         capturing = is_capturing(device)
         entries = self.entries.get(device)
@@ -39,6 +42,8 @@ class ConstantCache(Generic[Value]):
         found = entries.get(key)
         if found is None:
             found = self.captured.get((device, key))
+        if found is None and capturing and not self.copies:
+            found = make()
         if found is None:
             if capturing:
                 raise RuntimeError(

@@ -32,9 +32,7 @@ def forward(call: Call, tensors: ForwardTensors) -> None:
     if plan is None:
         portable.forward(call, portable.launches_for(call).forward, tensors)
         return
-    from .hopper import launch
-
-    launch.forward(call, plan, tensors)
+    hopper.kernels().forward(call, plan, tensors)
 
 
 def backward(
@@ -42,16 +40,16 @@ def backward(
 ) -> torch.Tensor:
     """Launch the backward pass; fills the gradients and returns `delta` `[B, H, Q]`."""
     plan = hopper.plan(call, tensors.query, tensors.key, tensors.value, tensors.d_out)
-    batch, n_heads, queries = lse.shape
-    rows = (batch, n_heads, queries if plan is None else pitch(queries))
+    queries = call.queries
+    rows = lse
+    if plan is not None and pitch(queries) != queries:
+        rows = lse.new_empty((call.batch, call.heads, pitch(queries)))
     d_lse = None if d_lse is None else d_lse.contiguous()
-    stats = RowStats(lse, d_lse, lse.new_empty(rows), lse.new_empty(rows))
+    stats = RowStats(lse, d_lse, torch.empty_like(rows), torch.empty_like(rows))
     if plan is None:
         portable.backward(call, portable.launches_for(call), tensors, stats)
         return stats.delta
-    from .hopper import launch
-
-    launch.backward(call, plan, tensors, stats)
+    hopper.kernels().backward(call, plan, tensors, stats)
     if call.prefix:
         launch_config = portable.launches_for(call).key_gradient
         portable.prefix_gradient(call, launch_config, tensors, stats, shared=False)

@@ -7,18 +7,18 @@ schemas take no Python objects. Packed calls (`cu_seqlens_q` given) come as `[1,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 
-from ...compat.pytorch import in_transform
+from ..attention_call import AttentionCall
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
 from .arguments import Positions
-from .call import BackwardTensors, Call, ForwardTensors, ensure_inner_contiguous
+from .call import BackwardTensors, ForwardTensors, call_of, dense, ensure_inner_contiguous
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -73,26 +73,12 @@ def _forward(
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions, prefix, deterministic)
+    call = call_of(query, key, intervals, scale, query_start, positions, prefix, deterministic)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
 
-def _fake_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    intervals: Sequence[int],
-    prefix: int,
-    scale: float,
-    query_start: int,
-    deterministic: bool,
-    query_start_tensor: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_forward(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _forward_results(query)
 
 
@@ -101,7 +87,7 @@ def _forward_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_like_query(query, query.shape[3]), lse
 
 
-def _backward(
+def _gradients_of(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
@@ -119,27 +105,28 @@ def _backward(
     sinks: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and sinks (`[0]` without sinks), from those of `out` and (or
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of query, key, value and sinks (None without sinks), from those of `out` and (or
     None) of `lse`.
     """
-    d_query, d_key, d_value, d_sinks = _backward_results(query, key, value, sinks)
+    d_query, d_key, d_value = (empty_like_query(t, t.shape[3]) for t in (query, key, value))
+    d_sinks = None if sinks is None else torch.empty_like(sinks)
     if query.numel() == 0 or key.numel() == 0:
         for gradient in (d_query, d_key, d_value):
             gradient.zero_()
-        if sinks is not None and d_lse is not None:
-            d_sinks.copy_(d_lse.sum((0, 2)))
-        return d_query, d_key, d_value, d_sinks.zero_() if d_lse is None else d_sinks
+        if d_sinks is not None:
+            d_sinks.zero_() if d_lse is None else d_sinks.copy_(d_lse.sum((0, 2)))
+        return d_query, d_key, d_value, d_sinks
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = Call(query, key, intervals, scale, query_start, positions, prefix, deterministic)
+    call = call_of(query, key, intervals, scale, query_start, positions, prefix, deterministic)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
         d_query.zero_()
         d_key.zero_()
-    if sinks is not None:
+    if sinks is not None and d_sinks is not None:
         # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a
         # row without keys.
         weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(
@@ -149,36 +136,28 @@ def _backward(
     return d_query, d_key, d_value, d_sinks
 
 
+def _backward(
+    d_out: torch.Tensor, d_lse: torch.Tensor | None, query: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_gradients_of` in the form of a schema: without sinks their gradient is `[0]`."""
+    d_query, d_key, d_value, d_sinks = _gradients_of(d_out, d_lse, query, *rest)
+    return d_query, d_key, d_value, query.new_empty(0) if d_sinks is None else d_sinks
+
+
 def _fake_backward(
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    intervals: Sequence[int],
-    prefix: int,
-    scale: float,
-    query_start: int,
-    deterministic: bool,
-    query_start_tensor: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward_results(query, key, value, sinks)
-
-
-def _backward_results(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sinks = rest[9]
     return (
         empty_like_query(query, query.shape[3]),
         empty_like_query(key, key.shape[3]),
         empty_like_query(value, value.shape[3]),
-        query.new_empty([0]) if sinks is None else torch.empty_like(sinks),
+        query.new_empty(0) if sinks is None else torch.empty_like(sinks),
     )
 
 
@@ -194,34 +173,36 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    d_query, d_key, d_value, d_sinks = differentiate(
+    d_query, d_key, d_value, d_sinks = _differentiate(
         d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
     )
     d_sinks = None if optional[2] is None else d_sinks
     return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
 
 
-def _eager(recorded: Callable[..., Any], operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Eager fast path: run autograd directly instead of through the dispatcher, which saves one
-    Python call per launch. Under torch.compile, functorch transforms or `__torch_function__` modes,
-    call the registered operator, so that they can see it.
-    """
-
-    def call(*inputs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or in_transform()
-            or torch.overrides.has_torch_function(inputs)
-        ):
-            return operator(*inputs)
-        return recorded(*inputs)
-
-    return call
+def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` and the log-sum-exp, recorded for autograd."""
+    return _attend(
+        call.query,
+        call.key,
+        call.value,
+        call.pattern.flat,
+        call.pattern.prefix,
+        call.scale,
+        call.query_start,
+        call.deterministic,
+        call.query_start_tensor,
+        call.key_start,
+        dense(call.sinks),
+        dense(call.cu_seqlens_q),
+        dense(call.cu_seqlens_k),
+    )
 
 
 _COMMON = (
     "int[] intervals, int prefix, float scale, SymInt query_start, bool deterministic, "
-    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 forward = register(
     "triton_forward",
@@ -236,7 +217,7 @@ backward = register(
     _backward,
     _fake_backward,
 )
-attend = _eager(differentiable(forward, _save, _gradients), forward)
-differentiate = _eager(differentiable(backward), backward)
+_attend = differentiable(forward, _save, _gradients, compute=_forward)
+_differentiate = differentiable(backward, compute=_gradients_of)
 batched(forward, packed="cu_seqlens_q")
 batched(backward, packed="cu_seqlens_q", sums_sinks=True)

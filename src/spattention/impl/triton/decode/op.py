@@ -67,7 +67,7 @@ def _fake_decode(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.T
     return empty_like_query(query, query.shape[3]), lse
 
 
-decode = register(
+_operator = register(
     "triton_decode",
     "(Tensor query, Tensor key, Tensor value, int[] intervals, int prefix, float scale, "
     "SymInt query_start, Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, "
@@ -75,4 +75,4 @@ decode = register(
     _decode,
     _fake_decode,
 )
-differentiable(decode)
+decode = differentiable(_operator, compute=_decode)

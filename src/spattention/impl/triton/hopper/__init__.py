@@ -12,6 +12,17 @@ Reading order: `planning.py`, `pipeline.py`, `forward.py`, `forward_persistent.p
 `backward_preprocess.py`, `backward.py`, `launch.py`.
 """
 
+from functools import cache
+from types import ModuleType
+
 from .planning import HopperLaunches, HopperPlan, TileOrder, plan, refusal
 
-__all__ = ["HopperLaunches", "HopperPlan", "TileOrder", "plan", "refusal"]
+__all__ = ["HopperLaunches", "HopperPlan", "TileOrder", "kernels", "plan", "refusal"]
+
+
+@cache
+def kernels() -> ModuleType:
+    """The module `launch`, for calls that have a plan: another Triton may not import it."""
+    from . import launch
+
+    return launch

@@ -4,13 +4,13 @@
 `backward.py` computes the scores and the gradients of the weights twice, once for dQ and once for
 dK and dV: seven products. Here one program has them once:
 
-    scores = K Q^T    d_p = V dO^T    dV += P dO    dK += dS Q    dQ += dS^T K    (dS = P (d_p - delta))
+    scores = K Q^T    dV += P dO    d_p = V dO^T    dS = P (d_p - delta)    dK += dS Q
+    dQ += dS^T K
 
 128 keys stay in shared memory while blocks of 64 queries pass. Two consumer warpgroups of 64 keys
-each keep dK and dV in registers, and leave their transposed gradients of the scores in shared
-memory. A third warpgroup fetches the blocks, and multiplies these gradients with the keys. Its share
-of dQ it adds to a sum in global memory (`query_sums.py`), because other programs have the others.
-None of the three waits for another one while two blocks are in flight between them.
+each keep dK and dV in registers, and leave dS in shared memory. A third warpgroup fetches the
+blocks, and multiplies dS with the keys. It adds that to a sum of dQ in memory (`query_sums.py`),
+because other programs have the other keys. Nobody waits while two blocks are between them.
 """
 
 from triton.experimental import gluon

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What the warpgroups of `fused_backward.py` share: buffers, and the walk over tiles.
+"""Buffers that the warpgroups of `fused_backward.py` share, and their walk over tiles.
 
 A program has 128 keys of one key head. It goes through the query heads of the group, in each
 through the intervals, the farther one first, and in each interval through the blocks of queries
@@ -84,7 +84,7 @@ class Visit(NamedTuple):
 
 @gluon.jit
 def key_block(p_bands, counts, FORM: gl.constexpr):
-    """The `KeyBlock` of this program. By rising index, but for those that nothing sees: a visit
+    """The `KeyBlock` of this program. By rising index, except those that nothing sees: a visit
     waits for blocks of lower indices alone.
     """
     n_head_batches = counts.n_batch * (counts.n_heads // counts.group)

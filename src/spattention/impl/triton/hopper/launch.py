@@ -5,6 +5,7 @@ experimental, and another Triton may lack a part of it.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -30,61 +31,83 @@ _fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
 _finish = CompiledKernelCache(query_sums.finish_kernel)
 
 
+class _Box:
+    """Shape, strides, block and layout of a descriptor; equal ones are one object."""
+
+    def __init__(
+        self,
+        shape: list[int],
+        strides: list[int],
+        block_shape: list[int],
+        layout: gl.NVMMASharedLayout,
+    ) -> None:
+        self.shape, self.strides = shape, strides
+        self.block_shape, self.layout = block_shape, layout
+
+
 class _Descriptor(TensorDescriptor):
     """A tensor descriptor without the checks of its constructor, because several are made in every
     call. They are those of rank, block shape, alignment and inner stride; `planning.readable` has
-    checked alignment, and the rest follows from how `_descriptor` makes it.
+    checked alignment, and the rest follows from how `_box` and `_vector_box` make it.
     """
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: torch.Tensor, box: _Box) -> None:
+        self.base, self.box = base, box
+
+    shape = property(lambda self: self.box.shape)
+    strides = property(lambda self: self.box.strides)
+    block_shape = property(lambda self: self.box.block_shape)
+    layout = property(lambda self: self.box.layout)
 
 
 def _descriptor(tensor: torch.Tensor, tokens: int) -> TensorDescriptor:
     """The descriptor of blocks of `tokens` tokens of a `[B, H, tokens, D]` tensor; what is outside
     reads as 0.
     """
-    head_dim = tensor.shape[3]
-    strides = list(tensor.stride())
-    for axis in range(3):
-        if tensor.shape[axis] == 1:  # never used, but must be valid
-            strides[axis] = head_dim
-    block, layout = _block_layout(tokens, head_dim, tensor.dtype)
-    return _Descriptor(tensor, list(tensor.shape), strides, block, layout)
+    return _Descriptor(tensor, _box(tensor.shape, tensor.stride(), tokens, tensor.dtype))
 
 
-@lru_cache(maxsize=64)
-def _block_layout(
-    tokens: int, head_dim: int, dtype: torch.dtype
-) -> tuple[list[int], gl.NVMMASharedLayout]:
+@lru_cache(maxsize=1024)
+def _box(shape: torch.Size, strides: tuple[int, ...], tokens: int, dtype: torch.dtype) -> _Box:
+    head_dim = shape[3]
+    # Strides of dimensions of size 1 are never used, but must be valid.
+    valid = [head_dim if size == 1 else stride for size, stride in zip(shape[:3], strides)]
     block = [1, 1, tokens, head_dim]
-    return block, gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+    return _Box(list(shape), [*valid, strides[3]], block, layout)
 
 
 def _vector_descriptor(tensor: torch.Tensor, length: int) -> TensorDescriptor:
     """The descriptor of `length` consecutive elements of a contiguous float32 tensor."""
-    return _Descriptor(tensor, [tensor.numel()], [1], [length], VECTOR_LAYOUT)
+    return _Descriptor(tensor, _vector_box(tensor.numel(), length))
 
 
-def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
-    """Launch the forward kernel of a plan; fills `out` and `lse`."""
-    query, key, value, out, lse, sinks = tensors
-    launches = plan.launches
-    launch = launches.forward_persistent if plan.persistent else launches.forward
+@lru_cache(maxsize=1024)
+def _vector_box(elements: int, length: int) -> _Box:
+    return _Box([elements], [1], [length], VECTOR_LAYOUT)
+
+
+class _ForwardLaunch(NamedTuple):
+    """Facts of a forward launch that are the same in every call of a form."""
+
+    plan: HopperPlan
+    has_sinks: bool
+    programs: int
+    query_tokens: int
+    key_tokens: int
+    counts: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLaunch:
+    found: _ForwardLaunch | None = call.derived.get("hopper forward")
+    if found is not None and found.plan is plan and found.has_sinks == has_sinks:
+        return found
+    launch = plan.launches.forward_persistent if plan.persistent else plan.launches.forward
     n_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     programs = n_blocks * call.batch * call.heads
-    results = heads(out)
-    tensors_in = (
-        _descriptor(query, BLOCK if plan.persistent else launch.block_m),
-        _descriptor(key, launch.block_n),
-        _descriptor(value, launch.block_n),
-        results,
-        lse,
-        call.bands[0],
-        sinks,
-    )
     # The fields of `ForwardCounts`
-    counts = (
+    counts: tuple[int, ...] = (
         call.heads,
         call.group,
         call.batch,
@@ -93,65 +116,95 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
         call.keys,
         plan.order.value,
     )
-    form = _forward_form(
-        call.head_dim,
-        launch.block_m,
-        launch.block_n,
-        launch.num_stages if plan.persistent else 0,
-        call.n_intervals,
-        call.prefix,
-        sinks is not None,
-        call.scale < 0,
-        *_bounds(call),
-    )
-    positions = _positions(call)
-    specialization_key = (
-        call.device,
-        call.dtype,
-        specialization(out, lse, sinks, *positions),
-        results[1:],
-    )
-    with on_device(call.device):
-        if not plan.persistent:
-            _forward(
-                programs,
-                specialization_key,
-                *tensors_in,
-                positions,
-                *counts,
-                call.scale,
-                FORM=form,
-                **launch.options,
-            )
-            return
+    if plan.persistent:
+        counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
-        _forward_persistent(
-            min(programs, properties.multi_processor_count),
-            specialization_key,
-            *tensors_in,
-            *counts,
-            programs,
+        programs = min(programs, properties.multi_processor_count)
+    form = Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=call.head_dim,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=launch.num_stages if plan.persistent else 0,
+        INTERVALS=call.n_intervals,
+        PREFIX=call.prefix,
+        **_bounds(call),
+        HAS_SINKS=has_sinks,
+        FALLING=call.scale < 0,
+    )
+    found = call.derived["hopper forward"] = _ForwardLaunch(
+        plan,
+        has_sinks,
+        programs,
+        BLOCK if plan.persistent else launch.block_m,
+        launch.block_n,
+        counts,
+        {"FORM": form, **launch.options},
+    )
+    return found
+
+
+def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
+    """Launch the forward kernel of a plan; fills `out` and `lse`."""
+    query, key, value, out, lse, sinks = tensors
+    launch = _forward_launch(call, plan, sinks is not None)
+    results, positions = heads(out), _positions(call)
+    with on_device(call.device):
+        (_forward_persistent if plan.persistent else _forward)(
+            launch.programs,
+            (call.device, specialization(out, lse, sinks, *positions), results[1:]),
+            _descriptor(query, launch.query_tokens),
+            _descriptor(key, launch.key_tokens),
+            _descriptor(value, launch.key_tokens),
+            results,
+            lse,
+            call.bands_by_head,
+            sinks,
+            *(() if plan.persistent else (positions,)),
+            *launch.counts,
             call.scale,
-            FORM=form,
-            **launch.options,
+            **launch.constants,
         )
 
 
-def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
-    query, key, value, out, d_out, d_query, d_key, d_value = tensors
+class _BackwardLaunch(NamedTuple):
+    """Facts of the backward launches that are the same in every call of a form.
+
+    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it.
+    """
+
+    plan: HopperPlan
+    has_d_lse: bool
+    query_programs: int
+    key_programs: int
+    counts: tuple[int, ...]
+    constants: dict[str, Any]
+    computing_delta: dict[str, Any]
+
+
+def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _BackwardLaunch:
+    found: _BackwardLaunch | None = call.derived.get("hopper backward")
+    if found is not None and found.plan is plan and found.has_d_lse == has_d_lse:
+        return found
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
     block_n = KEYS_FUSED if plan.fused_backward else launch.block_n
     n_key_blocks = varlen.num_slots(call.keys, call.n_documents, block_n)
-    programs = n_query_blocks * call.batch * call.heads
-    key_programs = n_key_blocks * call.batch * call.key_heads
-    inputs = (
-        _descriptor(query, launch.block_m),
-        _descriptor(key, launch.block_n),
-        _descriptor(value, launch.block_n),
-        _descriptor(d_out, launch.block_m),
+    form = Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=call.head_dim,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        INTERVALS=call.n_intervals,
+        PREFIX=call.prefix,
+        GROUPED=call.group > 1,
+        **_bounds(call),
+        HAS_D_LSE=has_d_lse,
+        FUSED=plan.fused_backward,
+        ORDERED=plan.fused_backward and call.deterministic,
     )
+    if not call.has_all_keys:
+        form = form._replace(EXACT_STEPS=0)
     # The fields of `BackwardCounts`, except the last
     counts = (
         call.heads,
@@ -164,63 +217,66 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         pitch(call.queries),
         n_key_blocks,
     )
-    facts = (
-        call.head_dim,
-        launch.block_m,
-        launch.block_n,
-        call.n_intervals,
-        call.prefix,
-        call.group > 1,
-        stats.d_lse is not None,
-        *_bounds(call),
+    options = {"launch_pdl": True, **launch.options}
+    found = call.derived["hopper backward"] = _BackwardLaunch(
+        plan,
+        has_d_lse,
+        n_query_blocks * call.batch * call.heads,
+        n_key_blocks * call.batch * call.key_heads,
+        counts,
+        {"FORM": form, **options},
+        {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+    )
+    return found
+
+
+def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
+    query, key, value, out, d_out, d_query, d_key, d_value = tensors
+    launch = _backward_launch(call, plan, stats.d_lse is not None)
+    blocks = plan.launches.backward
+    inputs = (
+        _descriptor(query, blocks.block_m),
+        _descriptor(key, blocks.block_n),
+        _descriptor(value, blocks.block_n),
+        _descriptor(d_out, blocks.block_m),
     )
     positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
-    sums, turns = _query_sums(call, programs) if plan.fused_backward else (None, None)
     specialization_key = (
         call.device,
-        call.dtype,
         specialization(out, d_out, *stats, d_query, d_key, d_value, *positions),
         results[1:],
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
     )
-    vectors = (
-        _vector_descriptor(stats.lse_log2, launch.block_m),
-        _vector_descriptor(stats.delta, launch.block_m),
+    descriptors = (
+        *inputs,
+        _vector_descriptor(stats.lse_log2, blocks.block_m),
+        _vector_descriptor(stats.delta, blocks.block_m),
+    )
+    sums, turns = _query_sums(call, launch) if plan.fused_backward else (None, None)
+    arguments = (
+        *descriptors,
+        results,
+        *gradients,
+        stats,
+        call.bands,
+        positions,
+        *launch.counts,
     )
 
-    def form(compute_delta: bool) -> Form:
-        found = _backward_form(*facts, compute_delta, plan.fused_backward, turns is not None)
-        return found if call.has_all_keys else found._replace(EXACT_STEPS=0)
-
-    def run(programs: int, key_programs: int, compute_delta: bool) -> None:
-        _backward(
-            programs,
-            specialization_key,
-            *inputs,
-            *vectors,
-            results,
-            *gradients,
-            stats,
-            call.bands,
-            positions,
-            *counts,
-            key_programs,
-            call.scale,
-            FORM=form(compute_delta),
-            launch_pdl=True,
-            **launch.options,
-        )
+    def run(programs: int, key_programs: int, constants: dict[str, Any]) -> None:
+        _backward(programs, specialization_key, *arguments, key_programs, call.scale, **constants)
 
     with on_device(call.device):
         if plan.split_backward and not plan.fused_backward:
-            run(programs, 0, True)
-            run(key_programs, key_programs, False)
+            run(launch.query_programs, 0, launch.computing_delta)
+            run(launch.key_programs, launch.key_programs, launch.constants)
             return
         _preprocess(
-            programs,
+            launch.query_programs,
             specialization_key,
             *inputs,
             results,
@@ -231,125 +287,62 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             turns,
             call.bands,
             positions,
-            *counts,
-            key_programs,
+            *launch.counts,
+            launch.key_programs,
             call.scale,
-            FORM=form(False),
-            launch_pdl=True,
-            **launch.options,
+            **launch.constants,
         )
         if not plan.fused_backward:
-            run(key_programs + programs, key_programs, False)
+            run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
             return
         _fused_backward(
-            key_programs,
+            launch.key_programs,
             specialization_key,
-            *inputs,
-            *vectors,
+            *descriptors,
             *gradients,
             sums,
             turns,
-            call.bands[1],
-            *counts,
-            key_programs,
+            call.bands_by_key_head,
+            *launch.counts,
+            launch.key_programs,
             call.scale,
-            FORM=form(False),
-            launch_pdl=True,
-            **launch.options,
+            **launch.constants,
         )
         if turns is None:
             _finish(
-                programs,
+                launch.query_programs,
                 specialization_key,
                 sums,
                 gradients[0],
                 call.heads,
-                n_query_blocks,
+                launch.counts[3],  # blocks of queries
                 call.queries,
                 call.scale,
-                FORM=form(False),
-                **launch.options,
+                **{**launch.constants, "launch_pdl": False},
             )
 
 
-def _query_sums(call: Call, blocks: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Memory for the sums of dQ of blocks of queries and, if they have an order, the turns that are
-    over.
-    """
-    like = {"device": call.device}
-    sums = torch.empty(blocks * BLOCK * call.head_dim, dtype=torch.float32, **like)
-    turns = torch.empty(4 * blocks, dtype=torch.int32, **like) if call.deterministic else None
+def _query_sums(call: Call, launch: _BackwardLaunch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for the sums of dQ and, if they have an order, the turns that are over."""
+    blocks, device = launch.query_programs, call.device
+    sums = torch.empty(blocks * BLOCK * call.head_dim, dtype=torch.float32, device=device)
+    turns = None
+    if launch.constants["FORM"].ORDERED:
+        turns = torch.empty(4 * blocks, dtype=torch.int32, device=device)
     return sums, turns
 
 
 def _positions(call: Call) -> Positions:
     """The positions as the kernels read them."""
     key_start = call.positions.key_start
-    return call.positions._replace(key_start=None if key_start is None else key_start.contiguous())
+    if key_start is None:
+        return call.positions
+    return call.positions._replace(key_start=key_start.contiguous())
 
 
-def _bounds(call: Call) -> tuple[bool, bool]:
-    """`Form.PACKED` and `Form.HAS_KEY_START`."""
-    return call.n_documents > 0, call.positions.key_start is not None
-
-
-@lru_cache(maxsize=256)
-def _forward_form(
-    head_dim: int,
-    block_m: int,
-    block_n: int,
-    stages: int,
-    n_intervals: int,
-    prefix: int,
-    has_sinks: bool,
-    falling: bool,
-    packed: bool,
-    has_key_start: bool,
-) -> Form:
-    """The forward kernel's `Form`; cached, because it takes longer to make than to look up."""
-    return Form(
-        HEAD_DIM=head_dim,
-        BLOCK_D=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        INTERVALS=n_intervals,
-        PREFIX=prefix,
-        PACKED=packed,
-        HAS_KEY_START=has_key_start,
-        HAS_SINKS=has_sinks,
-        FALLING=falling,
-    )
-
-
-@lru_cache(maxsize=256)
-def _backward_form(
-    head_dim: int,
-    block_m: int,
-    block_n: int,
-    n_intervals: int,
-    prefix: int,
-    grouped: bool,
-    has_d_lse: bool,
-    packed: bool,
-    has_key_start: bool,
-    compute_delta: bool,
-    fused: bool,
-    ordered: bool,
-) -> Form:
-    """The backward kernels' `Form`, cached like the forward kernel's."""
-    return Form(
-        HEAD_DIM=head_dim,
-        BLOCK_D=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        INTERVALS=n_intervals,
-        PREFIX=prefix,
-        GROUPED=grouped,
-        PACKED=packed,
-        HAS_KEY_START=has_key_start,
-        HAS_D_LSE=has_d_lse,
-        COMPUTE_DELTA=compute_delta,
-        FUSED=fused,
-        ORDERED=ordered,
-    )
+def _bounds(call: Call) -> dict[str, bool]:
+    """Entries of `Form` that say whether a batch entry holds tokens of other sequences."""
+    return {
+        "PACKED": call.n_documents > 0,
+        "HAS_KEY_START": call.positions.key_start is not None,
+    }

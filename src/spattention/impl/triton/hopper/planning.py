@@ -96,6 +96,18 @@ CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
 def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
     """The first need that a call on these tensors does not meet, or None if there is none."""
+    reason = _refusal_of_shape(call)
+    if reason is not None:
+        return reason
+    if not readable(*tensors):
+        return NEEDS["memory"]
+    if not triton_is_tested():
+        return f"{NEEDS['triton']}, got {triton.__version__}"
+    return None
+
+
+def _refusal_of_shape(call: Call) -> str | None:
+    """The same as far as it does not depend on tensors or on Triton."""
     if torch.version.hip is not None:
         # ROCm reports capability 9 for MI200 and MI300.
         return f"{NEEDS['vendor']}, got ROCm {torch.version.hip}"
@@ -110,16 +122,17 @@ def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
-    if not readable(*tensors):
-        return NEEDS["memory"]
-    if not triton_is_tested():
-        return f"{NEEDS['triton']}, got {triton.__version__}"
     return None
 
 
 def triton_is_tested() -> bool:
     """True if the kernels were tested with this release of Triton."""
-    major, minor, *_ = triton.__version__.split(".")
+    return _is_tested(triton.__version__)
+
+
+@cache
+def _is_tested(version: str) -> bool:
+    major, minor, *_ = version.split(".")
     return f"{major}.{minor}" in TRITON_VERSIONS
 
 
@@ -138,17 +151,26 @@ def plan(call: Call, *tensors: torch.Tensor) -> HopperPlan | None:
     """The plan of a call on these tensors, or None if the Hopper kernels do not run it. Warns once
     if Triton's version is the only reason.
     """
-    reason = refusal(call, *tensors)
-    if reason is None:
-        bounded = any(each is not None for each in call.positions)
-        # Packed documents count as a batch of documents of mean length.
-        documents = call.n_documents or call.batch
-        keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-        found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
-        return replace(found, fused_backward=True) if use_fused(call) else found
-    if reason.startswith(NEEDS["triton"]):
-        warn_untested(triton.__version__)
+    if "hopper plan" not in call.derived:
+        call.derived["hopper plan"] = _plan_of_shape(call)
+    found: HopperPlan | None = call.derived["hopper plan"]
+    if found is None or not readable(*tensors):
+        return None
+    if triton_is_tested():
+        return found
+    warn_untested(triton.__version__)
     return None
+
+
+def _plan_of_shape(call: Call) -> HopperPlan | None:
+    if _refusal_of_shape(call) is not None:
+        return None
+    bounded = any(each is not None for each in call.positions)
+    # Packed documents count as a batch of documents of mean length.
+    documents = call.n_documents or call.batch
+    keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
+    found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
+    return replace(found, fused_backward=True) if use_fused(call) else found
 
 
 def readable(*tensors: torch.Tensor) -> bool:
@@ -156,16 +178,17 @@ def readable(*tensors: torch.Tensor) -> bool:
     no expanded dimension.
     """
     for tensor in tensors:
-        batch, heads, tokens, _ = tensor.shape
-        stride_b, stride_h, stride_t, _ = tensor.stride()
-        if (
-            tensor.data_ptr() & 15
-            or (batch > 1 and (stride_b & 7 or stride_b == 0))
-            or (heads > 1 and (stride_h & 7 or stride_h == 0))
-            or (tokens > 1 and (stride_t & 7 or stride_t == 0))
-        ):
+        if tensor.data_ptr() & 15 or not _has_aligned_strides(tensor.shape, tensor.stride()):
             return False
     return True
+
+
+@lru_cache(maxsize=1024)
+def _has_aligned_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(
+        size < 2 or (stride & 7 == 0 and stride != 0)
+        for size, stride in zip(shape[:3], strides[:3])
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -232,9 +255,8 @@ def can_fuse(call: Call) -> bool:
 
 
 def use_fused(call: Call) -> bool:
-    """True if five products per tile are faster: where queries see so many keys that the sums of dQ
-    in memory cost less than two products, and many blocks of keys share the GPU. They add in any
-    order.
+    """True if five products per tile are faster: where the sums of dQ in memory cost less than two
+    products, for long bands, and many blocks of keys share the GPU.
     """
     programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED)
     return (

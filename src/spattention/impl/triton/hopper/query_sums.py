@@ -5,9 +5,9 @@ A sum is kept in float32 in the order in which threads hold it: four consecutive
 that one instruction adds 512 consecutive bytes. It is made in two halves of the head's columns,
 for want of registers.
 
-If `FORM.ORDERED`, blocks of keys add in turn (`turns.py`): the first stores, the last writes dQ. All
-that a warp adds, its successor in another program adds to as well, so each warp has turns of its
-own. Otherwise they add in any order to zeros, and `finish_kernel` writes dQ.
+If `FORM.ORDERED`, blocks of keys add in turn (`turns.py`): the first stores, and the last writes
+dQ. All that a warp adds, the same warp of another program adds to as well, so each warp has turns
+of its own. Otherwise they add in any order to zeros, and `finish_kernel` writes dQ.
 """
 
 from triton.experimental import gluon
@@ -27,7 +27,7 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     COLUMNS: gl.constexpr = HEAD_DIM // 2
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    counts, ring, d_query = work.counts, work.ring, work.d_query
+    counts, d_query = work.counts, work.d_query
     block = key_block(work.p_bands, counts, FORM)
     key_head = gl.load(work.p_bands + 8 * block.entry) // counts.group
     for half in gl.static_range(CONSUMERS):
@@ -201,7 +201,7 @@ def unflat(b_flat, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def add(b_tile, p_sums, p_d_query, visit, turn, total, work, FORM: gl.constexpr):
-    """Add half of the columns to the sums of a block of queries; the last turn writes dQ instead."""
+    """Add half of the columns to the sums of a block of queries; the last turn writes dQ."""
     COLUMNS: gl.constexpr = b_tile.shape[1]
     b_flat = flat(b_tile)
     o_flat = gl.arange(0, ROWS * COLUMNS, b_flat.type.layout)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,26 +30,96 @@ def launches_for(call: Call) -> Launches:
     return launches(call.itemsize, call.head_dim, call.capability, first_keys)
 
 
+class _Prepared(NamedTuple):
+    """Facts of a launch that are the same in every call of a form.
+
+    `flag` is a fact that is not the call's. `counts` are the fields of `arguments.Counts`.
+    """
+
+    launch: LaunchConfig
+    flag: bool
+    slots: int
+    counts: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def _prepared(
+    call: Call, name: str, launch: LaunchConfig, flag: bool, make: Callable[[], _Prepared]
+) -> _Prepared:
+    """The facts that `make` gives, made once per call, launch and flag."""
+    found: _Prepared | None = call.derived.get(name)
+    if found is None or found.launch is not launch or found.flag != flag:
+        found = call.derived[name] = make()
+    return found
+
+
+def _prepare(
+    call: Call,
+    launch: LaunchConfig,
+    slots: int,
+    *,
+    flag: bool = False,
+    documents: bool | None = None,
+    **facts: Any,
+) -> _Prepared:
+    """Facts of a launch with `slots` slots; `documents` and other facts as in `Form`."""
+    query_start, key_start, cu_seqlens_q, _ = call.positions
+    # Without a prefix no kernel depends on documents.
+    documents = call.prefix > 0 and _has_documents(call) and documents is not False
+    form = Form(
+        HEAD_DIM=call.head_dim,
+        BLOCK_D=block_d(call.head_dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        INTERVALS=call.n_intervals,
+        PREFIX=call.prefix,
+        DOCUMENTS=documents,
+        PACKED=cu_seqlens_q is not None,
+        START_ON_DEVICE=query_start is not None,
+        HAS_KEY_START=key_start is not None,
+        PRECISE=call.precise,
+        **facts,
+    )
+    counts = (
+        *call.start_strides,
+        call.heads,
+        call.group,
+        call.batch,
+        call.n_documents,
+        slots,
+        call.queries,
+        call.keys,
+        call.query_start,
+    )
+    constants = {"FORM": form, "num_stages": launch.num_stages, **launch.options}
+    return _Prepared(launch, flag, slots, counts, constants)
+
+
 def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
     """Launch the forward kernel; fills `out` and `lse`."""
     query, key, value, out, lse, sinks = tensors
-    slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
+    has_sinks = sinks is not None
+
+    def prepare() -> _Prepared:
+        slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
+        falling = call.scale < 0
+        facts: dict[str, Any] = {"HAS_SINKS": has_sinks, "FALLING": falling}
+        return _prepare(call, launch, slots, flag=has_sinks, **facts)
+
+    prepared = _prepared(call, "forward", launch, has_sinks, prepare)
     arguments = (heads(query), heads(key), heads(value), heads(out))
-    facts = {"has_sinks": sinks is not None, "falling": call.scale < 0}
     with on_device(call.device):
         _forward(
-            slots * call.batch * call.heads,
+            prepared.slots * call.batch * call.heads,
             _specialization_key(call, arguments, lse, sinks),
             *arguments,
             lse,
-            call.bands[0],
+            call.bands_by_head,
             sinks,
             call.positions,
-            *_counts(call, slots),
+            *prepared.counts,
             call.scale,
-            FORM=_form(_facts(call, launch), **facts),
-            num_stages=launch.num_stages,
-            **launch.options,
+            **prepared.constants,
         )
 
 
@@ -66,8 +136,16 @@ def query_gradient(
 ) -> None:
     """Launch the kernel of dQ; fills `d_query`, `lse_log2` and `delta`."""
     query, key, value, out, d_out, d_query, _, _ = tensors
-    form = _form(_facts(call, launch), has_d_lse=stats.d_lse is not None)
-    slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
+    has_d_lse = stats.d_lse is not None
+
+    def prepare() -> _Prepared:
+        slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
+        facts: dict[str, Any] = {"HAS_D_LSE": has_d_lse} | (
+            {} if call.has_all_keys else {"EXACT_STEPS": 0}
+        )
+        return _prepare(call, launch, slots, flag=has_d_lse, **facts)
+
+    prepared = _prepared(call, "query_gradient", launch, has_d_lse, prepare)
     arguments = (
         heads(query),
         heads(key),
@@ -78,17 +156,15 @@ def query_gradient(
     )
     with on_device(call.device):
         _query_gradient(
-            slots * call.batch * call.heads,
+            prepared.slots * call.batch * call.heads,
             _specialization_key(call, arguments, *stats),
             *arguments,
             stats,
-            call.bands[0],
+            call.bands_by_head,
             call.positions,
-            *_counts(call, slots),
+            *prepared.counts,
             call.scale,
-            FORM=form if call.has_all_keys else form._replace(EXACT_STEPS=0),
-            num_stages=launch.num_stages,
-            **launch.options,
+            **prepared.constants,
         )
 
 
@@ -98,7 +174,13 @@ def key_gradient(
     """Launch the kernel of dK and dV, after that of dQ; fills `d_key` and `d_value`."""
     query, key, value, _, d_out, _, d_key, d_value = tensors
     stats = RowStats(None, None, stats.lse_log2, stats.delta)
-    slots = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
+
+    def prepare() -> _Prepared:
+        slots = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
+        chunk = prefix_chunk(call.capability) if call.prefix else 0
+        return _prepare(call, launch, slots, GROUPED=call.group > 1, CHUNK=chunk)
+
+    prepared = _prepared(call, "key_gradient", launch, False, prepare)
     arguments = (
         heads(query),
         heads(key),
@@ -109,21 +191,15 @@ def key_gradient(
     )
     with on_device(call.device):
         _key_gradient(
-            slots * call.batch * call.key_heads,
+            prepared.slots * call.batch * call.key_heads,
             _specialization_key(call, arguments, *stats),
             *arguments,
             stats,
-            call.bands[1],
+            call.bands_by_key_head,
             call.positions,
-            *_counts(call, slots),
+            *prepared.counts,
             call.scale,
-            FORM=_form(
-                _facts(call, launch),
-                grouped=call.group > 1,
-                chunk=prefix_chunk(call.capability) if call.prefix else 0,
-            ),
-            num_stages=launch.num_stages,
-            **launch.options,
+            **prepared.constants,
         )
 
 
@@ -159,8 +235,8 @@ def prefix_gradient(
     sizes = PrefixCounts(stats.delta.shape[2], blocks, members)
     inputs = (heads(query), heads(key), heads(value), heads(d_out))
     results = (heads(d_key), heads(d_value))
-    counts = _counts(call, slots)
-    form = _form(_facts(call, launch, shared), grouped=call.group > 1, chunk=chunk)
+    facts: dict[str, Any] = {"GROUPED": call.group > 1, "CHUNK": chunk}
+    prepared = _prepare(call, launch, slots, documents=shared, **facts)
     with on_device(call.device):
         _prefix_gradient(
             programs,
@@ -168,25 +244,23 @@ def prefix_gradient(
             *inputs,
             part,
             stats,
-            call.bands[1],
+            call.bands_by_key_head,
             call.positions,
-            *counts,
+            *prepared.counts,
             *sizes,
             call.scale,
-            FORM=form,
-            num_stages=launch.num_stages,
-            **launch.options,
+            **prepared.constants,
         )
         _reduce(
             programs * launch.block_n // ROWS.value,
             _specialization_key(call, results, part),
             *results,
             part,
-            call.bands[1],
+            call.bands_by_key_head,
             call.positions,
-            *counts,
+            *prepared.counts,
             *sizes,
-            FORM=form,
+            FORM=prepared.constants["FORM"],
             num_warps=4,
             **OPTIONS,
         )
@@ -203,63 +277,6 @@ def _specialization_key(
     )
 
 
-def _counts(call: Call, slots: int) -> tuple[int, ...]:
-    """The fields of `arguments.Counts`."""
-    return (
-        *call.start_strides,
-        call.heads,
-        call.group,
-        call.batch,
-        call.n_documents,
-        slots,
-        call.queries,
-        call.keys,
-        call.query_start,
-    )
-
-
 def _has_documents(call: Call) -> bool:
     """True if a row may hold several documents."""
     return call.positions.cu_seqlens_q is not None or call.start_strides[2] != 0
-
-
-def _facts(
-    call: Call, launch: LaunchConfig, documents: bool | None = None
-) -> tuple[tuple[str, Any], ...]:
-    """Entries of `Form` that all kernels of a call share; `documents` as in `Form`."""
-    query_start, key_start, cu_seqlens_q, _ = call.positions
-    return (
-        ("HEAD_DIM", call.head_dim),
-        ("BLOCK_D", block_d(call.head_dim)),
-        ("BLOCK_M", launch.block_m),
-        ("BLOCK_N", launch.block_n),
-        ("INTERVALS", call.n_intervals),
-        ("PREFIX", call.prefix),
-        # Without a prefix no kernel depends on it.
-        ("DOCUMENTS", call.prefix > 0 and _has_documents(call) and documents is not False),
-        ("PACKED", cu_seqlens_q is not None),
-        ("START_ON_DEVICE", query_start is not None),
-        ("HAS_KEY_START", key_start is not None),
-        ("PRECISE", call.precise),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _form(
-    facts: tuple[tuple[str, Any], ...],
-    *,
-    grouped: bool = False,
-    chunk: int = 0,
-    has_sinks: bool = False,
-    has_d_lse: bool = False,
-    falling: bool = False,
-) -> Form:
-    """A kernel's `Form`; cached, because it takes longer to make than to look up."""
-    return Form(
-        **dict(facts),
-        GROUPED=grouped,
-        CHUNK=chunk,
-        HAS_SINKS=has_sinks,
-        HAS_D_LSE=has_d_lse,
-        FALLING=falling,
-    )

@@ -1,0 +1,164 @@
+"""FlexAttention on the masks of patterns: bands, a prefix, sinks and packed documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..bands import BandPattern
+from .attend import Attend, Tensors
+
+
+def block_mask(
+    pattern: BandPattern, length: int, device: torch.device, offsets: torch.Tensor | None = None
+) -> Any:
+    """FlexAttention's, over blocks of 128."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    seen = mask_function(pattern, length, device, offsets)
+    compiled = device.type == "cuda"
+    heads = pattern.num_heads
+    return create_block_mask(seen, None, heads, length, length, str(device), _compile=compiled)
+
+
+def mask_function(
+    pattern: BandPattern, length: int, device: torch.device, offsets: torch.Tensor | None = None
+) -> Callable[..., torch.Tensor]:
+    """FlexAttention's `mask_mod` of a pattern: true where `row` sees `column`. Bands and documents
+    are tensors, so that patterns share compiled code.
+    """
+    edges = edges_of(pattern, device)
+    near_0, far_0, near_1, far_1 = (edge.contiguous() for edge in edges.unbind(1))
+
+    def in_bands(
+        batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
+    ) -> torch.Tensor:
+        distance = row - column
+        first = (distance >= near_0[head]) & (distance < far_0[head])
+        return first | ((distance >= near_1[head]) & (distance < far_1[head]))
+
+    if offsets is not None:
+        document = _documents(pattern, offsets, length)
+
+        def in_document(
+            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
+        ) -> torch.Tensor:
+            same = document[row] == document[column]
+            return in_bands(batch, head, row, column) & same
+
+        return in_document
+    if pattern.prefix:
+        prefix = pattern.prefix
+
+        def in_bands_or_prefix(
+            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
+        ) -> torch.Tensor:
+            first_keys = (column < prefix) & (column <= row)
+            return in_bands(batch, head, row, column) | first_keys
+
+        return in_bands_or_prefix
+    return in_bands
+
+
+def _documents(pattern: BandPattern, offsets: torch.Tensor, length: int) -> torch.Tensor:
+    """Number of the document of every token, int32 `[N]`."""
+    if pattern.prefix:
+        raise NotImplementedError(
+            "`pattern` must have no prefix for a competitor's mask of documents, got prefix "
+            f"{pattern.prefix}"
+        )
+    tokens = torch.arange(length, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), tokens, right=True).int()
+
+
+def edges_of(pattern: BandPattern, device: torch.device) -> torch.Tensor:
+    """Near and far edges of both intervals of every head, int32 `[H, 4]`."""
+    if pattern.prefix and not all(pattern.intervals):
+        raise NotImplementedError(
+            "`pattern` must have an interval in every head for a competitor's mask with a prefix"
+        )
+    return torch.tensor(pattern.flat, device=device, dtype=torch.int32).view(-1, 4)
+
+
+class Flex:
+    """Compiled FlexAttention for one shape."""
+
+    name = "FlexAttention"
+    options: Any = None
+
+    def __init__(self, inputs: Tensors) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch.compiler.reset()
+        self.inputs = inputs
+        self.attend = torch.compile(flex_attention, dynamic=False)
+        self.attend_with_sinks = torch.compile(_flex_with_sinks, dynamic=False)
+
+    def on(
+        self,
+        pattern: BandPattern,
+        sinks: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> Attend:
+        """On the mask of a pattern."""
+        query, key, value, _ = self.inputs
+        mask = block_mask(pattern, query.shape[2], query.device, offsets)
+        grouped = query.shape[1] != key.shape[1]
+        options: Any = None if self.options is None else dict(self.options)
+        if sinks is not None:
+            return Attend(
+                lambda: self.attend_with_sinks(query, key, value, sinks, mask, grouped, options),
+                self.inputs,
+                sinks,
+            )
+        return Attend(
+            lambda: self.attend(
+                query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options
+            ),
+            self.inputs,
+        )
+
+
+def _flex_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    mask: Any,
+    grouped: bool,
+    options: Any,
+) -> torch.Tensor:
+    """FlexAttention, scaled by the share of the weights that the sinks leave."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    found: Any = flex_attention(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        enable_gqa=grouped,
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )
+    out, auxiliary = found
+    scaled: torch.Tensor = out * torch.sigmoid(auxiliary.lse - sinks.float()[:, None])[..., None]
+    return scaled.to(out.dtype)
+
+
+class FlexFlash(Flex):
+    """FlexAttention on its FLASH back end, the kernels of FlashAttention-4; its backward adds in
+    any order.
+    """
+
+    name = "FlexAttention FLASH"
+    options: Any = MappingProxyType({"BACKEND": "FLASH"})
+
+    def __init__(self, inputs: Tensors) -> None:
+        from torch.nn.attention.flex_attention import FlexKernelOptions
+
+        if "BACKEND" not in FlexKernelOptions.__annotations__:  # it would be ignored
+            raise ValueError(f"FlexAttention of PyTorch {torch.__version__} has no FLASH back end")
+        super().__init__(inputs)

@@ -1,0 +1,57 @@
+"""The one object that a call is, from the public operators to an implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..bands import BandPattern
+
+
+class AttentionCall(NamedTuple):
+    """Checked arguments of one call, the same for rows and for packed documents.
+
+    Attributes:
+        query: `[B, H, Q, D]`; of packed documents the view `[1, H, T, D]`.
+        key: `[B, Hkv, K, D]`.
+        value: `[B, Hkv, K, Dv]`.
+        pattern: the bands, one entry per query head.
+        scale: factor of the scores before the softmax.
+        sinks: `[H]`.
+        query_start: position of the first query, unless `query_start_tensor` has it.
+        query_start_tensor: the same as int32 `[]` or `[B]`.
+        key_start: int32 `[B]` or `[B, Q]`.
+        cu_seqlens_q: int32 `[documents + 1]`, of packed documents alone.
+        cu_seqlens_k: given with `cu_seqlens_q`.
+        deterministic: whether the gradients must have the same bits on every run.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pattern: BandPattern
+    scale: float
+    sinks: Tensor | None = None
+    query_start: int = 0
+    query_start_tensor: Tensor | None = None
+    key_start: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    deterministic: bool = True
+
+
+class WholeResults(NamedTuple):
+    """Results over all keys, sinks included, and their gradients.
+
+    Attributes:
+        out: `[B, H, Q, Dv]`.
+        lse: `[B, H, Q]`.
+        d_out: the gradient of `out`.
+        d_lse: the gradient of `lse`; None for zeros.
+    """
+
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_lse: Tensor | None

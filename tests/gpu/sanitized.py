@@ -1,0 +1,97 @@
+"""Small cases of every kernel for compute-sanitizer, checked against float64 on the CPU.
+
+    compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
+    compute-sanitizer --tool racecheck python -m tests.gpu.sanitized --part 0 --parts 4
+
+The sanitizer slows every kernel down, so that the oracle stays on the CPU. Parts can run at the
+same time; a first run without the sanitizer compiles the kernels for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from spattention import BandPattern
+from spattention.impl.triton.hopper import TileOrder
+from spattention.testing import Case, check_error, exact, noise, plain, run
+
+from . import cases, decode_cases
+from .plans import changed_plans
+
+PLANS: tuple[dict[str, Any], ...] = (
+    {},
+    {"order": TileOrder.HEAD_MAJOR, "persistent": True, "split_backward": True},
+    {"order": TileOrder.PAIRED, "persistent": False, "split_backward": True},
+)
+LONGEST = 200  # tokens
+
+
+def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and check of every case."""
+    for variant in cases.VARIANTS:
+        case = cases.draw(variant, 0, "cpu", LONGEST)
+        for plan in PLANS if variant.hopper else PLANS[:1]:
+            yield f"{variant} {plan}", lambda c=case, p=plan: check(c, p)
+        if variant.hopper:
+            yield f"{variant} any order", lambda c=case: check(c, {}, deterministic=False)
+        if variant.dtype == cases.BRAIN:
+            prefix = min(5, case.pattern.span)
+            pattern = BandPattern(case.pattern.intervals, case.pattern.span, prefix=prefix)
+            yield f"{variant} prefix", lambda c=case, p=pattern: check(replace(c, pattern=p), {})
+    for few in decode_cases.VARIANTS:
+        case = decode_cases.draw(few, 0, "cpu")
+        yield f"decode {few}", lambda c=case: check(c, {}, backward=False)
+
+
+def check(case: Case, plan: dict[str, Any], backward: bool = True, **options: Any) -> None:
+    """Run a case on the GPU; assert that outputs and gradients are within the error budget."""
+    generator = torch.Generator().manual_seed(0)
+    rows = case.query.shape[:2][::-1] if case.packed else case.query.shape[:3]
+    d_out = torch.randn(case.query.shape, generator=generator).to(case.query.dtype)
+    grads = (d_out, torch.randn(rows, generator=generator)) if backward else None
+    on_gpu = None if grads is None else (grads[0].cuda(), grads[1].cuda())
+    with changed_plans(**plan):
+        found = run(moved(case), on_gpu, impl="triton", **options)
+    truth, rough, deviations = exact(case, grads), plain(case, grads), noise(case, grads)
+    for name in truth:
+        check_error(name, found[name].cpu(), rough[name], truth[name], deviations[name])
+
+
+def moved(case: Case) -> Case:
+    """The same case on the GPU, strides kept."""
+    options = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in case.options.items()
+    }
+    query, key, value = (tensor.cuda() for tensor in (case.query, case.key, case.value))
+    return Case(query, key, value, case.pattern, options)
+
+
+def main() -> int:
+    """Check the cases of a part; the number that failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
+    options = parser.parse_args()
+    failed = count = 0
+    for index, (name, run_check) in enumerate(small_cases()):
+        if index % options.parts != options.part:
+            continue
+        count += 1
+        try:
+            run_check()
+        except AssertionError as error:
+            failed += 1
+            print(f"FAILED {name}: {error}", flush=True)
+    print(f"part {options.part} of {options.parts}: {count} cases, {failed} failed", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
