@@ -9,7 +9,7 @@ their document's first key or later, and what a block holds of another document,
 query sees, is zeroed in shared memory before a product reads it.
 
 Reading order: `planning.py`, `pipeline.py`, `forward.py`, `forward_persistent.py`,
-`backward_preprocess.py`, `backward.py`, `launch.py`.
+`backward_preprocess.py`, `backward.py`, `fused_backward.py`, `query_sums.py`, `launch.py`.
 """
 
 from functools import cache

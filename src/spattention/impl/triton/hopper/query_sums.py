@@ -47,7 +47,7 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
         row = block.batch * counts.n_heads + bands.head
         p_d_query = d_query.pointer + batch_64 * d_query.stride_b
         p_d_query += bands.head.to(gl.int64) * d_query.stride_h
-        for step in gl.static_range(STAGES - 1):
+        for step in gl.static_range(STAGES):
             visit = visit_at(step, visits, FORM.INTERVALS)
             fetch(inputs, block.batch, bands.head, visit, work, done + step, step < n_steps)
         p_turn = work.p_turns
@@ -55,20 +55,20 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
             n = done + step
             visit = visit_at(step, visits, FORM.INTERVALS)
             place = row * counts.n_query_blocks + visit.index
-            turn, total, reached = 0, 0, 0
-            if FORM.ORDERED:
-                turn, total = turn_of(block.index, visit, bands, counts, FORM.INTERVALS)
-                p_last_turn, p_turn = p_turn, work.p_turns + 4 * place
-                reached = end_turn(p_last_turn, gl.where(step > 0, 1, 0), p_turn)
-            later = visit_at(step + STAGES - 1, visits, FORM.INTERVALS)
-            more = step + STAGES - 1 < n_steps
-            fetch(inputs, block.batch, bands.head, later, work, n + STAGES - 1, more)
             zero = hidden_zero(step)
             pipeline.consumer_wait(work.scores_full, 2 * n)
             b_left = product(work, n, zero, 0, 0, zeros)
             pipeline.consumer_wait(work.scores_full, 2 * n + 1)
             b_left = product(work, n, zero, 1, 0, b_left)
+            turn, total, reached = 0, 0, 0
+            if FORM.ORDERED:  # during the product, because a fence takes long
+                turn, total = turn_of(block.index, visit, bands, counts, FORM.INTERVALS)
+                p_last_turn, p_turn = p_turn, work.p_turns + 4 * place
+                reached = end_turn(p_last_turn, gl.where(step > 0, 1, 0), p_turn)
             b_left = warpgroup_mma_wait(0, [b_left])
+            later = visit_at(step + STAGES, visits, FORM.INTERVALS)
+            more = step + STAGES < n_steps
+            fetch(inputs, block.batch, bands.head, later, work, n + STAGES, more)
             if FORM.ORDERED:
                 while reached < turn:
                     reached = turns_over(p_turn)

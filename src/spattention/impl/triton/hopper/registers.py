@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Ways to keep values out of registers: the warpgroups of `fused_backward.py` have none to spare."""
+"""Ways to keep values out of registers, of which `fused_backward.py` has none to spare."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
