@@ -31,6 +31,7 @@ from spattention.files import write_atomically
 
 HEADS, KEY_HEADS = 32, 8
 SHAPES = ((1, 16384, 64), (4, 4096, 128), (1, 65536, 64))  # batch, tokens, head_dim
+LONG = 16384  # longer sequences run other kernels, and are measured last
 VARIANTS = ("plain", "sinks", "packed", "prefix")
 BANDS = ("query head", "key/value head")
 DENSE = ("dense, cuDNN", "dense, FlashAttention-2")
@@ -64,7 +65,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All measurements, those that say most first."""
-    order: list[tuple[int, Case]] = []
+    found = []
     for batch, length, head_dim in SHAPES:
         for variant in VARIANTS:
             for bands in BANDS:
@@ -79,16 +80,16 @@ def cases() -> list[Case]:
                         continue
                     elif by == "flash-sparse-attn" and bands != "key/value head":
                         continue  # its windows belong to key/value heads
-                    order.append((VARIANTS.index(variant), case))
-    return [case for _, case in sorted(order, key=lambda each: each[0])]
+                    found.append(case)
+    return sorted(found, key=lambda case: (case.length > LONG, VARIANTS.index(case.variant)))
 
 
 def worker_name(case: Case) -> tuple[Any, ...]:
     """Cases of the same name share a worker, and so what it compiled."""
     if case.by in DENSE:
-        return ("dense", case.head_dim)
+        return ("dense", case.head_dim, case.length > LONG)
     if case.by == "spattention":
-        return (case.by, case.head_dim)
+        return (case.by, case.variant, case.head_dim, case.length > LONG)
     if case.by == "FlexAttention":  # compiled for one shape
         return (case.by, case.variant, case.batch, case.length, case.head_dim)
     return (case.by, case.head_dim, "plain" if case.variant == "prefix" else case.variant)

@@ -23,7 +23,7 @@ import spattention as spa
 
 
 class RingKernels:
-    """What `impl.triton` computes for a store, in PyTorch: the rings without the prefix."""
+    """What `impl.triton` computes for a store, in PyTorch: the rings and the prefixes."""
 
     MAX_QUERIES = 16
 
@@ -31,8 +31,8 @@ class RingKernels:
     def attend_rings(
         query: Tensor, keys: Tensor, values: Tensor, pattern: spa.BandPattern, **given: Any
     ) -> tuple[Tensor, Tensor]:
-        assert pattern.prefix == 0
         offsets, lengths = given["offsets"].tolist(), given["lengths"].tolist()
+        prefixes, held = given["prefixes"].tolist(), given["documents"][:, -1].tolist()
         group = pattern.num_heads // len(offsets)
         out = query.new_zeros(*query.shape[:3], values.shape[-1])
         lse = query.new_full(query.shape[:3], -torch.inf)
@@ -42,7 +42,11 @@ class RingKernels:
             first = 0 if first is None else int(first[b] if first.dim() == 1 else first[b, i])
             offset, length = offsets[h // group], lengths[h // group]
             seen = (at - d for near, far in pattern.intervals[h] for d in range(near, far))
-            slots = [offset + j % length for j in seen if j >= first]
+            slots = [offset + j % length for j in seen if j >= first + pattern.prefix]
+            if pattern.intervals[h]:
+                places = range(min(pattern.prefix, at - first + 1))
+                is_held, start = first == held[b], prefixes[h // group]
+                slots += [start + n if is_held else offset + (first + n) % length for n in places]
             if slots:
                 scores = keys[b, slots] @ query[b, h, i] * given["scale"]
                 out[b, h, i] = scores.softmax(0) @ values[b, slots]

@@ -290,6 +290,12 @@ def test_heads_slices_for_tensor_parallelism():
     assert eval(repr(part.heads(1, 3))) == part.heads(1, 3)
 
 
+def test_constructor_keeps_its_former_name():
+    pattern = BandPattern.dense(2, 8)
+    assert pattern.recipe == pattern.constructor == {"name": "dense", "num_heads": 2, "span": 8}
+    assert pattern.to_dict()["recipe"] == pattern.constructor
+
+
 def test_a_recipe_is_plain_whatever_it_was_made_from():
     numpy = pytest.importorskip("numpy")
     edges = numpy.array([0, 4, 16])

@@ -29,8 +29,6 @@ def _without_prompts(text: str) -> str:
 
 
 EXAMPLES = [(page, text) for page in PAGES for text in blocks(page)]
-# Examples that need no model, no folder and no GPU: whole, or after `import spattention as spa`.
-RUN = {"README.md": 1, "patterns.md": 3}
 
 
 def dotted(node: ast.AST) -> str | None:
@@ -50,23 +48,22 @@ def test_names_in_examples_exist(page, text):
                 found = getattr(found, part)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spattention"):
             names = ", ".join(alias.name for alias in node.names)
+            if node.module == "spattention.adapters":  # named as the trainers that they need
+                pytest.importorskip(names)
             exec(f"from {node.module} import {names}", {})
-
-
-def test_examples_without_a_model_run():
-    run = dict.fromkeys(RUN, 0)
-    for page, text in EXAMPLES:
-        alone = not re.search(r"from_pretrained|model|query\b(?!, key, value = )|store", text)
-        if page.name in RUN and (alone or "query, key, value = (" in text):
-            exec(f"import spattention as spa\n{text}", {})
-            run[page.name] += 1
-    assert run == RUN
 
 
 def test_works_with_names_tests_that_exist():
     rows = re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "works-with.md").read_text())
     assert len(rows) > 10
     assert [row for row in rows if not (ROOT / row).is_file()] == []
+
+
+def test_the_readme_is_short():
+    """About 500 words, code and addresses left out: one screen or two."""
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>|\]\([^)]*\)", " ", text)
+    assert len(re.findall(r"[A-Za-z0-9][\w.,':()/-]*", text)) <= 500
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class BandPattern:
         span: the context length, in tokens, that the pattern was made for, below `2**31`. Distances
             `>= span` are never attended. It belongs to the pattern and never depends on the length
             of the input.
-        recipe: how a named constructor was called, except `prefix`; for reading only. Equality and
-            hash look at `span`, `intervals` and `prefix`.
+        constructor: how a named constructor was called, except `prefix`; for reading only. Equality
+            and hash look at `span`, `intervals` and `prefix`.
         prefix: number of first keys that every query of a head with intervals sees as well, from 0
             to `span`. They are the first that the query may see at all: those of its document. A
             key that a band covers too counts once.
@@ -67,7 +67,7 @@ class BandPattern:
 
     intervals: Intervals = field(compare=False)
     span: int = field(compare=False)
-    recipe: Mapping[str, Any] | None = field(default=None, compare=False)
+    constructor: Mapping[str, Any] | None = field(default=None, compare=False)
     prefix: int = field(default=0, kw_only=True, compare=False)
     _flat: tuple[int, ...] = field(default=(), init=False, compare=False)
     # Equality compares text: torch.compile takes integers that differ between calls for variables.
@@ -85,7 +85,7 @@ class BandPattern:
         object.__setattr__(self, "intervals", heads)
         object.__setattr__(self, "span", span)
         object.__setattr__(self, "prefix", _prefix(self.prefix, span))
-        object.__setattr__(self, "recipe", _plain(self.recipe))
+        object.__setattr__(self, "constructor", _plain(self.constructor))
         padded = ((*head, *((0, 0),) * (MAX_INTERVALS - len(head))) for head in heads)
         flat = tuple(edge for head in padded for interval in head for edge in interval)
         object.__setattr__(self, "_flat", flat)
@@ -96,8 +96,8 @@ class BandPattern:
         """Every head attends `[0, span)`: ordinary causal attention. For `prefix` see
         `BandPattern`."""
         _check_size(num_heads, span)
-        recipe = _recipe("dense", num_heads=num_heads, span=span)
-        return cls((((0, span),),) * num_heads, span, recipe, prefix=prefix)
+        constructor = _constructor("dense", num_heads=num_heads, span=span)
+        return cls((((0, span),),) * num_heads, span, constructor, prefix=prefix)
 
     @classmethod
     def sliding_window(
@@ -109,8 +109,8 @@ class BandPattern:
         window = integer("window", window)
         if not 1 <= window <= span:
             raise ValueError(f"`window` must be between 1 and `span` = {span}, got {window}")
-        recipe = _recipe("sliding_window", num_heads=num_heads, span=span, window=window)
-        return cls((((0, window),),) * num_heads, span, recipe, prefix=prefix)
+        constructor = _constructor("sliding_window", num_heads=num_heads, span=span, window=window)
+        return cls((((0, window),),) * num_heads, span, constructor, prefix=prefix)
 
     @classmethod
     def exclusive(
@@ -146,7 +146,7 @@ class BandPattern:
         widths = widths if isinstance(widths, str) else integers("widths", widths)
         edges = band_edges(groups, span, widths, first)
         bands = [merged([band], span) for band in zip(edges, edges[1:])]
-        recipe = _recipe(
+        constructor = _constructor(
             "exclusive",
             num_heads=num_heads,
             span=span,
@@ -154,7 +154,7 @@ class BandPattern:
             first=first,
             kv_heads=kv_heads,
         )
-        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
+        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
 
     @classmethod
     def shared_local(
@@ -191,7 +191,7 @@ class BandPattern:
             merged([(0, window), band], span)
             for window, band in zip(windows, zip(edges, edges[1:]))
         ]
-        recipe = _recipe(
+        constructor = _constructor(
             "shared_local",
             num_heads=num_heads,
             span=span,
@@ -200,7 +200,7 @@ class BandPattern:
             first=first,
             kv_heads=kv_heads,
         )
-        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
+        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
 
     @classmethod
     def gapped(
@@ -212,8 +212,8 @@ class BandPattern:
         bands = [
             merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
         ]
-        recipe = _recipe("gapped", num_heads=num_heads, span=span, kv_heads=kv_heads)
-        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
+        constructor = _constructor("gapped", num_heads=num_heads, span=span, kv_heads=kv_heads)
+        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
 
     @classmethod
     def local_only(
@@ -224,13 +224,18 @@ class BandPattern:
         groups = _check_size(num_heads, span, kv_heads)
         windows = local_windows(groups, span, "uniform", None)
         bands = [merged([(0, window)], span) for window in windows]
-        recipe = _recipe("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
-        return cls(_grouped(bands, num_heads), span, recipe, prefix=prefix)
+        constructor = _constructor("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
+        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
 
     @property
     def num_heads(self) -> int:
         """Number of query heads."""
         return len(self.intervals)
+
+    @property
+    def recipe(self) -> Mapping[str, Any] | None:
+        """Former name of `constructor`; files keep it."""
+        return self.constructor
 
     @property
     def flat(self) -> tuple[int, ...]:
@@ -247,11 +252,11 @@ class BandPattern:
                 "(the number of heads), "
                 f"got {start} and {stop}"
             )
-        recipe = None
-        if self.recipe is not None:
-            offset = self.recipe.get("heads", (0,))[0]
-            recipe = {**self.recipe, "heads": (offset + start, offset + stop)}
-        return BandPattern(self.intervals[start:stop], self.span, recipe, prefix=self.prefix)
+        constructor = None
+        if self.constructor is not None:
+            offset = self.constructor.get("heads", (0,))[0]
+            constructor = {**self.constructor, "heads": (offset + start, offset + stop)}
+        return BandPattern(self.intervals[start:stop], self.span, constructor, prefix=self.prefix)
 
     def mask(
         self,
@@ -289,7 +294,7 @@ class BandPattern:
             raise ValueError(f"`query_start` must be at most {MAX_SPAN}, got {query_start}")
         positions = torch.arange(query_len, device=device) + query_start
         keys = torch.arange(key_len, device=device)
-        return attended(self, positions[:, None] - keys, keys)
+        return attended(self.intervals, self.prefix, positions[:, None] - keys, keys)
 
     def pairs(self, seq_len: int) -> tuple[int, ...]:
         """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the
@@ -319,13 +324,13 @@ class BandPattern:
             "span": self.span,
             "intervals": [[list(interval) for interval in head] for head in self.intervals],
             **prefix,
-            "recipe": None if self.recipe is None else dict(self.recipe),
+            "recipe": None if self.constructor is None else dict(self.constructor),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BandPattern:
-        """The pattern that `to_dict` wrote. The intervals are what counts; the recipe is kept for
-        reading.
+        """The pattern that `to_dict` wrote. The intervals are what counts; the constructor's
+        arguments are kept for reading.
 
         Raises:
             ValueError: if the version is not known, or an entry is missing or breaks a rule of
@@ -354,34 +359,37 @@ class BandPattern:
 
     def __repr__(self) -> str:
         arguments: dict[str, Any]
-        if self.recipe is None:
+        if self.constructor is None:
             arguments = {"intervals": self.intervals, "span": self.span}
         else:
             other = ("name", "heads", "prefix")
-            arguments = {k: v for k, v in self.recipe.items() if k not in other}
+            arguments = {k: v for k, v in self.constructor.items() if k not in other}
         if self.prefix:
             arguments["prefix"] = self.prefix
         text = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-        if self.recipe is None:
+        if self.constructor is None:
             return f"BandPattern({text})"
-        part = self.recipe.get("heads")
+        part = self.constructor.get("heads")
         suffix = f".heads({part[0]}, {part[1]})" if part else ""
-        return f"BandPattern.{self.recipe['name']}({text}){suffix}"
+        return f"BandPattern.{self.constructor['name']}({text}){suffix}"
 
 
-def attended(pattern: BandPattern, distance: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def attended(
+    intervals: Intervals, prefix: int, distance: torch.Tensor, place: torch.Tensor
+) -> torch.Tensor:
     """The keys that each head attends, by band or prefix: bool `[..., num_heads, Q, K]`.
 
     Args:
-        pattern: the bands.
+        intervals: the bands of each head.
+        prefix: number of first keys that every head with bands attends.
         distance: int `[..., Q, K]`, from the query to the key.
         place: int, broadcast to `[..., Q, K]`: index of the key among those that the query may see.
     """
-    seen = in_bands(distance, pattern.intervals)
-    if not pattern.prefix:
+    seen = in_bands(distance, intervals)
+    if not prefix:
         return seen
-    in_prefix = (place >= 0) & (place < pattern.prefix) & (distance >= 0)
-    attends = torch.tensor([bool(head) for head in pattern.intervals], device=distance.device)
+    in_prefix = (place >= 0) & (place < prefix) & (distance >= 0)
+    attends = torch.tensor([bool(head) for head in intervals], device=distance.device)
     return seen | (in_prefix.unsqueeze(-3) & attends[:, None, None])
 
 
@@ -463,24 +471,24 @@ def _heads(intervals: Any) -> Intervals:
     return tuple(tuple((as_integer(near), as_integer(far)) for near, far in head) for head in pairs)
 
 
-def _recipe(name: str, **arguments: Any) -> dict[str, Any]:
+def _constructor(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name} | {k: v for k, v in arguments.items() if v is not None}
 
 
-def _plain(recipe: Any) -> dict[str, Any] | None:
+def _plain(constructor: Any) -> dict[str, Any] | None:
     """A copy of plain strings, integers and lists, as JSON keeps them; None for anything else,
-    since a recipe that came with a file is only for reading."""
-    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("name"), str):
+    since a constructor that came with a file is only for reading."""
+    if not isinstance(constructor, Mapping) or not isinstance(constructor.get("name"), str):
         return None
     plain: dict[str, Any] = {}
     try:
-        for name, value in recipe.items():
+        for name, value in constructor.items():
             if isinstance(value, str):
                 plain[str(name)] = value
             elif isinstance(value, Iterable):
-                plain[str(name)] = list(integers("recipe", value))
+                plain[str(name)] = list(integers("constructor", value))
             else:
-                plain[str(name)] = integer("recipe", value)
+                plain[str(name)] = integer("constructor", value)
     except ValueError:
         return None
     heads = plain.get("heads", [0, 0])

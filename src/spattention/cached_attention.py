@@ -212,56 +212,23 @@ def _attend_bound(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def _decode_kernel(call: _CachedCall, kernels: ModuleType) -> tuple[Tensor, Tensor]:
     """Few queries: so few tokens overwrite nothing that the first of them still sees."""
-    store, prefix = call.store, call.store.layout.pattern.prefix
+    store = call.store
     call.append()
-    key_start = call.key_start
-    if prefix:  # the rings' part has the keys after the prefix
-        first = (_first_key(call) + prefix).to(torch.int32)
-        key_start = first if first.shape[1] > 1 else first[:, 0]
-    out, lse = kernels.attend_rings(
+    result: tuple[Tensor, Tensor] = kernels.attend_rings(
         call.query,
         store.keys,
         store.values,
-        store.layout.bands,
+        store.layout.pattern,
         offsets=store.offsets,
         lengths=store.lengths,
+        prefixes=store.layout.all_heads.prefix,
+        documents=store.documents,
         position=store.position,
         scale=call.scale,
-        sinks=None if prefix else call.sinks,
-        key_start=key_start,
+        sinks=call.sinks,
+        key_start=call.key_start,
     )
-    return merge([(out, lse), _over_prefix(call)], sinks=call.sinks) if prefix else (out, lse)
-
-
-def _over_prefix(call: _CachedCall) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the prefix alone, the queries' own tokens being in the store."""
-    query, store = call.query, call.store
-    layout, dtype, queries = store.layout, lse_dtype(query), query.shape[2]
-    first = _first_key(call)  # [B, 1 or Q]
-    place = torch.arange(layout.pattern.prefix, device=store.device)
-    at = (first[..., None] + place)[:, None]  # [B, 1, 1 or Q, prefix]
-    position = store.position[:, None] + torch.arange(-queries, 0, device=store.device)
-    in_store = at < store.position[:, None, None, None]
-    if call.key_start is None and store.one_document and min(layout.ring_lengths):
-        start = sum(layout.ring_lengths)  # prefixes of all heads side by side
-        held = (t[:, start : layout.slots] for t in (store.keys, store.values))
-        held = (t.unflatten(1, (store.num_key_heads, 1, -1)) for t in held)
-        keys, values = (t.to(dtype).masked_fill(~in_store[..., None], 0.0) for t in held)
-    else:
-        slots = prefix_slots(store.stored, first, layout.all_heads).transpose(1, 2)
-        # Heads without a ring have no prefix either: they read the slot of zeros.
-        slots = torch.where(in_store, slots, layout.slots).clamp(max=layout.slots)
-        keys, values = (t.to(dtype) for t in store.gather(slots))  # [B, Hkv, 1 or Q, prefix, D]
-    each = "q" if first.shape[1] > 1 else "o"  # one prefix for each query, or one for all
-    q = query.unflatten(1, (store.num_key_heads, -1)).to(dtype) * call.scale  # [B, Hkv, G, Q, D]
-    scores = torch.einsum(f"bhgqd,bh{each}pd->bhgqp", q, keys)
-    seen = (at <= position[:, None, :, None])[:, :, None]
-    seen = seen & layout.attends.view(store.num_key_heads, -1, 1, 1)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    out = torch.einsum(f"bhgqp,bh{each}pd->bhgqd", weights, values)
-    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+    return result
 
 
 def _decode_one(call: _CachedCall) -> tuple[Tensor, Tensor]:

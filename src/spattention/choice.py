@@ -183,7 +183,7 @@ def pattern_remarks(
         name: how the remarks call it; its constructor without it.
         most_equal: share of heads that may attend the same distances without a remark.
     """
-    kind = pattern.recipe["name"] if pattern.recipe else None
+    kind = pattern.constructor["name"] if pattern.constructor else None
     name = name or kind or "the pattern"
     heads = pattern.num_heads
     if is_dense(pattern) and name != STOCK:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 import transformers
@@ -89,3 +95,22 @@ def test_the_fields_are_part_of_axolotls_schema(manager):
     _, schema = merge_input_args()
     assert issubclass(schema, BandArgs)
     assert {"band_pattern", "band_span", "band_sinks", "base_model"} <= set(schema.model_fields)
+
+
+@pytest.mark.slow
+def test_axolotl_trains_a_packed_adapter(tmp_path):
+    """Its own `train`, and the adapter that it saved opens with its bands."""
+    pytest.importorskip("bitsandbytes")  # as its model loader needs
+    script = Path(__file__).with_name("axolotl_run.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["losses"]) == 6
+    assert found["losses"][-1] < found["losses"][0] - 0.2
+    pattern = spa.BandPattern.shared_local(8, 256, widths="geometric", local=8)
+    assert spa.BandPattern.from_dict(found["section"]["patterns"][0]) == pattern
+    spa.hf.register()
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert opened.config.spattention == found["section"]

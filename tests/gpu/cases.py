@@ -39,7 +39,8 @@ class Variant:
     @property
     def hopper(self) -> bool:
         """Whether the kernels for Hopper cover it, on such a GPU."""
-        return self.mode == "self" and self.head_dim in (64, 128) and self.dtype != SINGLE
+        modes = ("self", "packed", "left_pad")
+        return self.mode in modes and self.head_dim in (64, 128) and self.dtype != SINGLE
 
     @property
     def fuses(self) -> bool:

@@ -266,12 +266,12 @@ def test_opcheck() -> None:
     operator = torch.ops.spattention.triton_decode.default
     for queries in (1, 3):
         few = query[:, :, :queries]
-        torch.library.opcheck(operator, (few, key, value, *arguments, None, None))
+        torch.library.opcheck(operator, (few, key, value, *arguments, *[None] * 4))
     store = _store(pattern, key)
     store.append(key, value)
     arguments = (list(pattern.flat), pattern.prefix, 0.1, 0, store.position, None, None)
     rings = (store.keys, store.values, *arguments, store.offsets, store.lengths)
-    torch.library.opcheck(operator, (query[:, :, :2], *rings))
+    torch.library.opcheck(operator, (query[:, :, :2], *rings, None, None))
 
 
 @pytest.mark.parametrize("start", [-(2**31), -7, 2**30, 2**31 - 1])

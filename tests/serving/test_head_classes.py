@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import spattention as spa
@@ -69,9 +71,7 @@ def test_far_heads_come_last_whatever_their_index() -> None:
     assert [part.window for part in classes] == [2, 3, 50, 90]
 
 
-def test_prefix_tokens_keep_every_block() -> None:
-    """The first tokens stay visible for ever, so that no block in front can be freed."""
-    pattern = P.sliding_window(4, 64, 8)
-    object.__setattr__(pattern, "prefix", 2)
-    (classes,) = head_classes([pattern], 2)
-    assert [(part.kv_heads, part.window) for part in classes] == [((0, 1), None)]
+def test_a_prefix_does_not_lengthen_windows() -> None:
+    """Its blocks are kept besides those of the windows."""
+    pattern = P.shared_local(8, 4096, widths="geometric")
+    assert head_classes([replace(pattern, prefix=4)], 8) == head_classes([pattern], 8)

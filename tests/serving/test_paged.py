@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import spattention as spa
-from spattention.serving.paged import attend, request_batches, write
+from spattention.serving.paged import (
+    Decodes,
+    Step,
+    attend,
+    leading_decodes,
+    request_batches,
+    write,
+)
 
 HEADS, KV_HEADS, DIM, SPAN = 4, 2, 8, 40
 PATTERN = spa.BandPattern((((0, 4), (20, SPAN)), ((0, 13),), (), ((0, 2), (5, 9))), SPAN)
@@ -16,9 +25,28 @@ EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 
 class Engine:
-    """A cache in blocks: what every freed and unused block holds is NaN."""
+    """A cache in blocks: what every freed and unused block holds is NaN.
 
-    def __init__(self, lengths: list[int], block_size: int, window: int | None, seed: int) -> None:
+    Args:
+        lengths: of the requests.
+        block_size: tokens of a block.
+        window: which blocks are freed; None frees none.
+        seed: of everything random.
+        pattern: of the layer.
+        kernels: what decodes the first requests with one new token; None gathers for all.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        block_size: int,
+        window: int | None,
+        seed: int,
+        pattern: spa.BandPattern = PATTERN,
+        kernels: Any = None,
+    ) -> None:
+        self.pattern, self.kernels = pattern, kernels
+        self.dtype = torch.float32 if kernels else torch.float64
         generator = torch.Generator().manual_seed(seed)
         self.shuffle = random.Random(seed)
         self.block_size, self.window = block_size, window
@@ -27,15 +55,15 @@ class Engine:
         self.value = [self._tokens(n, KV_HEADS, generator) for n in lengths]
         width = -(-max(lengths) // block_size) + 3
         blocks = 1 + len(lengths) * width
-        self.cache = torch.full((blocks, KV_HEADS, block_size, 2 * DIM), torch.nan).double()
+        shape = (blocks, KV_HEADS, block_size, 2 * DIM)
+        self.cache = torch.full(shape, torch.nan, dtype=self.dtype)
         self.free = list(range(1, blocks))
         self.shuffle.shuffle(self.free)
         self.table = torch.zeros(len(lengths), width, dtype=torch.int32)
         self.computed = [0] * len(lengths)
 
-    @staticmethod
-    def _tokens(length: int, heads: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(length, heads, DIM, generator=generator, dtype=torch.float64)
+    def _tokens(self, length: int, heads: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(length, heads, DIM, generator=generator, dtype=self.dtype)
 
     def step(self, new_tokens: list[int], sinks: torch.Tensor | None) -> list[torch.Tensor]:
         """Run the next `new_tokens` of each request together."""
@@ -55,9 +83,24 @@ class Engine:
         write(key, value, self.cache, torch.tensor(slots))
         lengths = [c + n for c, n in zip(self.computed, new_tokens)]
         offsets = [sum(new_tokens[:i]) for i in range(len(new_tokens) + 1)]
-        batches = request_batches(offsets, lengths, self.table, self.block_size, self.window)
+        count = leading_decodes(offsets) if self.kernels else 0
+        decodes = None
+        if count:
+            seq_lens = torch.tensor(lengths[:count], dtype=torch.int32)
+            decodes = Decodes(self.table[:count], seq_lens)
+        rest = offsets[count:], lengths[count:], self.table[count:]
+        batches = request_batches(*rest, self.block_size, self.window, self.pattern.prefix)
         out = torch.full_like(query, torch.nan)
-        attend(query, self.cache, batches, PATTERN, out, scale=0.5, sinks=sinks)
+        attend(
+            query,
+            self.cache,
+            Step(decodes, batches),
+            self.pattern,
+            out,
+            scale=0.5,
+            sinks=sinks,
+            kernels=self.kernels,
+        )
         self.computed = lengths
         return list(out.split(new_tokens))
 
@@ -66,7 +109,8 @@ class Engine:
         if self.window is None:
             return
         skipped = max(0, self.computed[request] - self.window + 1)
-        for column in range(skipped // self.block_size):
+        first = -(-self.pattern.prefix // self.block_size)
+        for column in range(first, skipped // self.block_size):
             block = int(self.table[request, column])
             if block:
                 self.cache[block] = torch.nan
@@ -75,7 +119,7 @@ class Engine:
 
     def expected(self, request: int, sinks: torch.Tensor | None) -> torch.Tensor:
         whole = (tokens[request].transpose(0, 1)[None] for tokens in self._all())
-        out = spa.band_attention(*whole, PATTERN, scale=0.5, sinks=sinks, impl="reference")
+        out = spa.band_attention(*whole, self.pattern, scale=0.5, sinks=sinks, impl="reference")
         return out[0].transpose(0, 1)
 
     def _all(self) -> tuple[list[torch.Tensor], ...]:
@@ -90,8 +134,39 @@ def test_paged_steps_equal_one_pass(
 ) -> None:
     """Mixed steps of prefill chunks and decoding give each request what one pass over it gives,
     while blocks behind the window are freed and poisoned."""
-    lengths = [97, 1, 60, 33]
-    engine = Engine(lengths, block_size, window, seed=block_size)
+    _run_and_compare(Engine([97, 1, 60, 33], block_size, window, seed=block_size), sinks, EXACT)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize("prefix", [1, 6, 16, SPAN])
+def test_prefixes_outlive_the_window(block_size: int, prefix: int) -> None:
+    """The first blocks are kept, and read besides those in the window, while others are freed."""
+    engine = Engine([97, 3, 60], block_size, SPAN, 1, replace(PATTERN, prefix=prefix))
+    _run_and_compare(engine, None, EXACT)
+
+
+@pytest.mark.parametrize("prefix", [0, 6])
+def test_kernels_decode_the_first_requests(prefix: int) -> None:
+    """Steps that mix decoding, by kernels that read the block table, and prefill chunks."""
+    kernels = pytest.importorskip("spattention.impl.triton")
+    engine = Engine([70, 1, 33], 16, SPAN, 0, replace(PATTERN, prefix=prefix), kernels)
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    _run_and_compare(engine, sinks, {"rtol": 1e-5, "atol": 1e-5})
+
+
+def test_leading_decodes_have_one_new_token() -> None:
+    """Requests without new tokens end them, as those with several do."""
+    assert leading_decodes([0, 1, 2, 3]) == 3
+    assert leading_decodes([0, 1, 2, 9]) == 2
+    assert leading_decodes([0, 1, 1, 2]) == 1
+    assert leading_decodes([0, 5]) == 0
+
+
+def _run_and_compare(
+    engine: Engine, sinks: torch.Tensor | None, tolerance: dict[str, float]
+) -> None:
+    """All tokens of all requests, in random steps."""
+    lengths = [len(tokens) for tokens in engine.query]
     results: list[list[torch.Tensor]] = [[] for _ in lengths]
     while any(n < length for n, length in zip(engine.computed, lengths)):
         chunks = [
@@ -102,7 +177,10 @@ def test_paged_steps_equal_one_pass(
             result.append(part)
     for request, result in enumerate(results):
         torch.testing.assert_close(
-            torch.cat(result), engine.expected(request, sinks), **EXACT, msg=f"request {request}"
+            torch.cat(result),
+            engine.expected(request, sinks),
+            **tolerance,
+            msg=f"request {request}",
         )
 
 

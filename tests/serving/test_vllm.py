@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_one_window_gives_the_same_tokens(tmp_path: Path) -> None:
     settings = {"disable_hybrid_kv_cache_manager": True}
     (run,) = engine.generate_in_vllm(folder, [PROMPTS], NEW_TOKENS, **settings)
     assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
+def test_prefix_tokens_are_served(tmp_path: Path) -> None:
+    """Layers with prefixes within a block and over two: prompts far beyond the span, again from
+    cached prefixes, while blocks between prefix and window are freed."""
+    patterns = replace(folders.FIRST, prefix=3), replace(folders.SECOND, prefix=20)
+    folder = folders.save(tmp_path, patterns=patterns)
+    expected = folders.greedy(folder, PROMPTS, NEW_TOKENS)
+    first, again = engine.generate_in_vllm(folder, [PROMPTS, PROMPTS], NEW_TOKENS)
+    assert first["tokens"] == expected
+    assert again["tokens"] == expected
+    assert min(again["cached"][1:]) >= 64
+    without = folders.save(tmp_path / "without", patterns=(folders.FIRST, folders.SECOND))
+    assert folders.greedy(without, PROMPTS, NEW_TOKENS)[1:] != expected[1:]
+    (long,) = engine.generate_in_vllm(
+        folder, [folders.prompts([400])], 8, enable_prefix_caching=False
+    )
+    (classes,) = head_classes(list(patterns), 2)[:1]
+    assert long["most_blocks"] < 0.7 * len(classes) * -(-400 // 16)
 
 
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:

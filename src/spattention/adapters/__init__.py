@@ -6,6 +6,7 @@
 | `torchtitan` | torchtitan | `apply(model_config, pattern)` before `build()` |
 | `axolotl` | Axolotl | a plugin, named in the YAML file |
 
-Each needs its trainer, which the extra of the same name installs. Trainers that take any model of
-Transformers need no adapter: `spattention.hf.apply` comes first, then the trainer.
+Each needs its trainer. Extras install the first two; Axolotl pins older versions than this library
+needs. Trainers that take any model of Transformers need no adapter: `spattention.hf.apply` comes
+first, then the trainer.
 """

@@ -16,9 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 if find_spec("axolotl") is None:
-    raise ImportError(
-        "`spattention.adapters.axolotl` needs Axolotl: install `spattention[axolotl]`"
-    )
+    raise ImportError("`spattention.adapters.axolotl` needs Axolotl: install `axolotl`")
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel

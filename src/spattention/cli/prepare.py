@@ -8,18 +8,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..data.corpus import open_source, prepare_corpus
 from ..data.text import sample_path
 from ..data.tokenizer import END_OF_TEXT, find_tokenizer
-from ..files import check_local
 from .options.prepare import Options
-
-# No dataset on the hub has a name that ends like this.
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".xz", ".gz", ".zst")
 
 
 def main(options: Options) -> None:
     """Tokenize and print the number of tokens."""
     console = Console()
     named = str(sample_path()) if options.source is None else options.source
-    check_local(named, "`SOURCE` must be text or a dataset on the hub", SUFFIXES)
     tokenizer = None if options.tokenizer is None else find_tokenizer(options.tokenizer)
     source = open_source(
         named,

@@ -184,9 +184,9 @@ def _packed(
             f"got {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
         )
     out = band_attention_varlen(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         pattern,
         keywords["cu_seq_lens_q"].to(torch.int32),
         keywords["cu_seq_lens_k"].to(torch.int32),

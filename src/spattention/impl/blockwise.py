@@ -24,6 +24,8 @@ from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
+from .partial import Part, store
+from .sinks import sink_gradient
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -31,17 +33,35 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return forward(call.query, call.key, call.value, *_rest(call))
 
 
-def attend_part(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """`attend` over a part of the keys."""
-    return attend(call)
+def attend_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    results: tuple[Tensor, Tensor],
+    part: Part,
+    *,
+    merge: bool,
+) -> None:
+    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
+    store(results, _forward(query, key, value, None, *rest), merge)
 
 
-def differentiate_part(call: AttentionCall, whole: WholeResults) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys."""
+def differentiate_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    whole: WholeResults,
+    gradients: Sequence[Tensor],
+    part: Part,
+) -> None:
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`."""
     d_lse = torch.zeros_like(whole.lse) if whole.d_lse is None else whole.d_lse
-    inputs = call.query, call.key, call.value, whole.out, whole.lse
-    d_query, d_key, d_value, _ = backward(whole.d_out, d_lse, *inputs, *_rest(call))
-    return d_query, d_key, d_value
+    inputs = whole.d_out, d_lse, query, key, value, whole.out, whole.lse, None
+    rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
+    for gradient, found in zip(gradients, _backward(*inputs, *rest)):
+        gradient.copy_(found)
 
 
 def _rest(call: AttentionCall) -> tuple[Any, ...]:
@@ -151,7 +171,7 @@ def _backward(
     query, key, value, d_out, out = (_last_dense(t) for t in (query, key, value, d_out, out))
     d_sinks = lse.new_zeros(query.shape[1])
     if sinks is not None:
-        d_sinks = _sink_gradient(sinks, d_out, d_lse, out, lse)
+        d_sinks = sink_gradient(sinks, d_out, d_lse, out, lse)
     query, scale, factor = _scaled(query, scale, dtype)
     any_d_lse, exact = True, True
     if query.is_cpu:  # elsewhere reading a flag would wait for the device
@@ -241,17 +261,6 @@ def _scaled(query: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, fl
     if scale == 0 or abs(math.frexp(scale)[0]) == 0.5:
         return query, scale, 1.0
     return query.to(dtype) * scale, 1.0, scale
-
-
-def _sink_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """`[H]`, head by head to spare memory."""
-    found = []
-    for head, sink in enumerate(sinks.to(lse.dtype)):
-        log_sum = lse[:, head]
-        delta = (d_out[:, head].to(lse.dtype) * out[:, head]).sum(dim=-1) - d_lse[:, head]
-        weight = torch.exp(sink - log_sum).masked_fill_(log_sum == -torch.inf, 0.0)
-        found.append((weight * -delta).sum(dtype=torch.float64))
-    return torch.stack(found).to(lse.dtype)
 
 
 _COMMON = (

@@ -75,7 +75,7 @@ def group_work(pattern: BandPattern, num_key_value_heads: int) -> list[int]:
 
 
 def deal_pattern(pattern: BandPattern, order: Sequence[int]) -> BandPattern:
-    """The pattern with its heads in the order that `deal` gave, without a recipe.
+    """The pattern with its heads in the order that `deal` gave, without a constructor.
 
     Rank r of R then has `heads(r * H // R, (r + 1) * H // R)` of it.
     """

@@ -113,7 +113,7 @@ class CoreAttention:
         self.far = method.bands or BandPattern.dense(heads, method.band_span)
         # The g queries that see the same core tokens become heads of their own.
         folded = tuple(each for each in self.far.intervals for _ in range(group))
-        self.far_folded = replace(self.far, intervals=folded, recipe=None)
+        self.far_folded = replace(self.far, intervals=folded, constructor=None)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float

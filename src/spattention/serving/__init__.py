@@ -2,10 +2,15 @@
 
 | module | holds |
 |---|---|
+| `paged_decode` | `paged_attention`: the newest tokens of each request |
 | `head_classes` | key/value heads whose cache blocks are freed together |
-| `paged` | attention over a paged cache, and writing into it; torch alone |
+| `paged` | one step of an engine over a paged cache, and writing into it |
 | `checks` | checks of a model folder and an engine's settings |
 | `vllm_backend` | vLLM's attention back end |
 | `vllm_models` | the model classes that vLLM builds for band models |
 | `vllm_plugin` | their registration; `spattention.vllm.register` |
 """
+
+from .paged_decode import paged_attention
+
+__all__ = ["paged_attention"]

@@ -32,7 +32,6 @@ def check_architectures(text_config: Any, architectures: Sequence[str]) -> None:
 
     Raises:
         ValueError: if an engine would run the model without its bands, or without knowing them.
-        NotImplementedError: if a pattern has a prefix.
     """
     named = [name for name in architectures if name.startswith(ARCHITECTURE_PREFIX)]
     if getattr(text_config, NAME, None) is None:
@@ -68,17 +67,7 @@ def section_for(text_config: Any) -> Section:
                 f"`pattern` has {pattern.num_heads} heads but layer {layer} of the model has "
                 f"{heads}"
             )
-        if pattern is not None:
-            check_no_prefix(pattern)
     return section
-
-
-def check_no_prefix(pattern: BandPattern) -> None:
-    """Engines free the blocks that no band reaches, those of the first tokens among them."""
-    if pattern.prefix:
-        raise NotImplementedError(
-            f"`pattern` must have no prefix in a paged cache, got prefix {pattern.prefix}"
-        )
 
 
 def check_cache_dtype(cache_dtype: str) -> None:

@@ -25,11 +25,11 @@ class HeadClass:
 
     Attributes:
         kv_heads: indices of the heads on this rank, increasing.
-        window: how long a key stays readable, in tokens; None keeps every key.
+        window: how long a key stays readable, in tokens. A prefix is kept besides.
     """
 
     kv_heads: tuple[int, ...]
-    window: int | None
+    window: int
 
 
 def head_classes(
@@ -62,10 +62,6 @@ def head_classes(
         for layer, pattern in enumerate(patterns)
         for r in range(ranks)
     }
-    if any(getattr(pattern, "prefix", 0) for pattern in patterns):
-        # The first tokens stay visible for ever, and engines free blocks from the front.
-        whole = HeadClass(tuple(range(here)), None)
-        return [(whole,) for _ in patterns]
     in_order = [sorted(edges) for edges in reaches.values()]
     windows = [max(column) for column in zip(*in_order)]
     sizes = _best_sizes(windows, here if uniform_pages else 0, max_classes)

@@ -1,9 +1,9 @@
 """vLLM's attention back end for bands: prefill and decoding over its paged cache.
 
-On the CPU it is tested against Transformers. On CUDA the same path runs through
-`spattention.serving.paged.attend`, which gathers the readable blocks of each request before the
-band kernels read them, outside CUDA graphs and with one synchronisation per step and class of
-heads. It has not been run there.
+On the CPU it is tested against Transformers. On CUDA requests with one new token are decoded by
+kernels that read the block table (`paged.py`), inside CUDA graphs where a step has no others. For
+the rest each step gathers the readable blocks, with one synchronisation per class of heads. The
+kernels are tested on GPUs; this module has not been run there.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from ..attention import kernels_for
 from ..bands import BandPattern
 from .checks import check_cache_dtype
-from .paged import RequestBatch, attend, request_batches, write
+from .paged import Decodes, Step, attend, leading_decodes, request_batches, write
 
 
 @dataclass
 class BandMetadata(AttentionMetadata):
     """The part of one step that all layers of one class of heads share."""
 
-    batches: list[RequestBatch]
+    step: Step
 
 
 class BandAttentionBackend(AttentionBackend):
@@ -61,13 +62,25 @@ class BandAttentionBackend(AttentionBackend):
 
 
 class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
-    # Batches differ in shape from step to step, so vLLM captures its graphs around attention.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    # Steps with prefill differ in shape, so vLLM captures those around attention.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    # vLLM moves requests of one new token to the front.
+    reorder_batch_threshold: int | None = 1
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        if _has_kernels(kv_cache_spec, vllm_config.device_config.device):
+            return cls._cudagraph_support
+        return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
         self.window = getattr(kv_cache_spec, "sliding_window", None)
+        self.prefix = getattr(kv_cache_spec, "prefix", 0)
+        self.has_kernels = _has_kernels(kv_cache_spec, device)
 
     def build(
         self,
@@ -76,15 +89,29 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         fast_build: bool = False,
     ) -> BandMetadata:
         requests = common_attn_metadata.num_reqs
-        return BandMetadata(
-            request_batches(
-                common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist(),
-                common_attn_metadata.seq_lens[:requests].tolist(),
-                common_attn_metadata.block_table_tensor,
+        offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
+        table, seq_lens = common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens
+        decodes = leading_decodes(offsets) if self.has_kernels else 0
+        batches = []
+        if decodes < requests:  # only these wait for the device
+            batches = request_batches(
+                offsets[decodes:],
+                seq_lens[decodes:requests].tolist(),
+                table[decodes:requests],
                 self.block_size,
                 self.window,
+                self.prefix,
             )
-        )
+        # Slices of vLLM's own buffers, which a captured graph reads again.
+        by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
+        return BandMetadata(Step(by_kernels, batches))
+
+
+def _has_kernels(kv_cache_spec: Any, device: torch.device) -> bool:
+    """True where the decoding kernels run with this cache."""
+    shape, dtype = (1, kv_cache_spec.head_size), kv_cache_spec.dtype
+    sample = torch.empty(shape, dtype=dtype, device=device)
+    return kernels_for(sample, sample) is not None
 
 
 @dataclass(frozen=True)
@@ -174,7 +201,7 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
         attend(
             query,
             kv_cache,
-            attn_metadata.batches,
+            attn_metadata.step,
             self.bands.pattern,
             output,
             scale=self.scale,

@@ -22,14 +22,24 @@ from ..hf.config import NAME
 from .checks import banded, section_for
 from .head_classes import HeadClass, head_classes, rank_pattern
 from .vllm_backend import BandAttentionBackend, ClassBands
+from .vllm_cache import PrefixWindowSpec
 
 
 class ClassAttention(Attention):
-    """vLLM's layer for one class of heads, with a cache of its own."""
+    """vLLM's layer for one class of heads, with a cache of its own.
 
-    def __init__(self, *, window: int | None, **keywords: Any) -> None:
+    Args:
+        window: as in `HeadClass`.
+        kept_tokens: the first tokens that are kept besides.
+        keeps_all: vLLM frees no blocks at all.
+        keywords: vLLM's.
+    """
+
+    def __init__(self, *, window: int, kept_tokens: int, keeps_all: bool, **keywords: Any) -> None:
         super().__init__(attn_backend=BandAttentionBackend, **keywords)
         self.window = window
+        self.kept_tokens = kept_tokens
+        self.keeps_all = keeps_all
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         common: dict[str, Any] = {
@@ -38,8 +48,10 @@ class ClassAttention(Attention):
             "head_size": self.head_size,
             "dtype": self.kv_cache_torch_dtype,
         }
-        if self.window is None:
+        if self.keeps_all:
             return FullAttentionSpec(**common)
+        if self.kept_tokens:
+            return PrefixWindowSpec(sliding_window=self.window, prefix=self.kept_tokens, **common)
         return SlidingWindowSpec(sliding_window=self.window, **common)
 
 
@@ -50,6 +62,7 @@ class BandAttention(torch.nn.Module):
         replaced: the layer in whose place it comes.
         pattern: the bands of this rank's query heads.
         classes: this rank's classes of key/value heads.
+        prefix: tokens that the cache keeps for good, the longest prefix of all layers.
         sinks: `[H]`, or None.
         vllm_config: vLLM's settings.
     """
@@ -63,6 +76,7 @@ class BandAttention(torch.nn.Module):
         replaced: Attention,
         pattern: BandPattern,
         classes: tuple[HeadClass, ...],
+        prefix: int,
         sinks: torch.Tensor | None,
         vllm_config: VllmConfig,
     ) -> None:
@@ -88,6 +102,9 @@ class BandAttention(torch.nn.Module):
         self.classes = torch.nn.ModuleList(
             ClassAttention(
                 window=part.window,
+                kept_tokens=prefix,
+                # vLLM's one window for all layers has no place for a prefix.
+                keeps_all=prefix > 0 and not is_hybrid(vllm_config),
                 num_heads=len(heads),
                 num_kv_heads=len(part.kv_heads),
                 head_size=self.head_size,
@@ -131,7 +148,7 @@ def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
     if heads == list(range(pattern.num_heads)):
         return pattern
     intervals = tuple(pattern.intervals[head] for head in heads)
-    return replace(pattern, intervals=intervals, recipe=None)
+    return replace(pattern, intervals=intervals, constructor=None)
 
 
 def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
@@ -140,16 +157,17 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     section = section_for(config)
     patterns = banded(section)
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    hybrid = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     classes = head_classes(
         list(patterns.values()),
         config.num_key_value_heads,
         ranks=ranks,
         rank=rank,
         uniform_pages=len(patterns) < config.num_hidden_layers,
-        **({} if hybrid else {"max_classes": 1}),
+        **({} if is_hybrid(vllm_config) else {"max_classes": 1}),
     )
     by_layer = dict(zip(patterns, classes))
+    # One number for all layers: vLLM shares a table of blocks among layers of equal specs.
+    prefix = max(pattern.prefix for pattern in patterns.values())
     owners: list[tuple[Any, Attention]] = [
         (module, module.attn)
         for module in model.modules()
@@ -164,7 +182,12 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         sinks = _sinks(pattern.num_heads) if section.sinks else None
         if sinks is not None:
             owner.sinks = sinks
-        owner.attn = BandAttention(attention, pattern, by_layer[layer], sinks, vllm_config)
+        owner.attn = BandAttention(attention, pattern, by_layer[layer], prefix, sinks, vllm_config)
+
+
+def is_hybrid(vllm_config: VllmConfig) -> bool:
+    """True where vLLM frees the blocks of each class of heads by its window."""
+    return not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
 def _sinks(num_heads: int) -> torch.nn.Parameter:

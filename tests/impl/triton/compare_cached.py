@@ -19,10 +19,10 @@ from spattention.impl.triton.compiled import CompiledKernelCache
 from spattention.impl.triton.hopper import TileOrder
 from tests.gpu import cases, decode_cases, placements
 from tests.gpu.plans import changed_plans
-from tests.impl.triton.without_gpu import TARGET, launches_to
+from tests.impl.triton.without_gpu import HOPPER, launches_to
 
 SEEDS = 4
-BACKEND = make_backend(TARGET)
+BACKEND = make_backend(HOPPER)
 BINDERS: dict[CompiledKernelCache, Any] = {}
 FORMS: dict[Any, str] = {}
 LAUNCHES: Counter[str] = Counter()

@@ -14,6 +14,7 @@ import torch
 
 import spattention as spa
 from spattention.impl import triton as kernels
+from tests.impl.triton.small_cases import rings
 from tests.impl.triton.without_gpu import launches_to
 
 LIMITS = {(9, 0): 113 * 1024, (8, 6): 99 * 1024}
@@ -39,9 +40,7 @@ def compile_launch(
             store.keys,
             store.values,
             PATTERN,
-            offsets=store.offsets,
-            lengths=store.lengths,
-            position=store.position,
+            **rings(store),
             scale=0.1,
             sinks=torch.zeros(4, dtype=dtype),
             key_start=first,

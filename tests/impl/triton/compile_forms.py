@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 import spattention as spa
 from spattention.impl import triton as kernels
+from spattention.impl.triton import merging
 from spattention.impl.triton.decode import append
-from spattention.impl.triton.hopper import TileOrder
+from spattention.impl.triton.hopper import TileOrder, planning
 from tests.gpu.plans import changed_plans
+from tests.impl.triton.small_cases import rings as ring_tensors
 
 TWO = spa.BandPattern((((0, 20), (40, 90)),) * 8, 256)
 ONE = spa.BandPattern((((0, 90),),) * 8, 256)
@@ -92,13 +95,16 @@ def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128)
         kept.keys,
         kept.values,
         TWO,
-        offsets=kept.offsets,
-        lengths=kept.lengths,
-        position=kept.position,
+        **ring_tensors(kept),
         scale=0.1,
         sinks=torch.zeros(8, dtype=dtype),
         key_start=None,
     )
+
+
+def merge(dtype: torch.dtype, head_dim: int) -> None:
+    out, part = torch.zeros(2, 1, 8, 256, head_dim, dtype=dtype)
+    merging.merge(out, torch.zeros(1, 8, 256), part, torch.zeros(1, 8, 256))
 
 
 def forms() -> Iterator[tuple[str, Any]]:
@@ -155,6 +161,14 @@ def forms() -> Iterator[tuple[str, Any]]:
             f"portable D{head_dim}, grouped, sinks, first keys, prefix",
             lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
         )
+    for head_dim in (64, 128):
+        rows = {"pattern": TWO, "key_start": start}
+
+        def row_call(options: Any = rows, head_dim: int = head_dim) -> None:
+            with mock.patch.object(planning, "MIN_ROW_QUERIES", 0):
+                train(BRAIN, head_dim, **options)
+
+        yield f"hopper D{head_dim}, rows of documents", row_call
     yield "hopper D128, packed, prefix", lambda: train_packed(BRAIN, 128, pattern=PREFIX)
     yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
     for head_dim in (64, 128, 256):
@@ -175,3 +189,4 @@ def forms() -> Iterator[tuple[str, Any]]:
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
     yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
+    yield "merge D128", lambda: merge(BRAIN, 128)

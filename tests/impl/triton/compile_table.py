@@ -28,7 +28,7 @@ import tempfile
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,10 @@ class Compiled:
     stack: int
     spills: int
     shared: int
-    serialized: bool
+    serialized: bool = False
     instructions: str = ""
     opcodes: str = ""
+    products: int = 0  # tensor-core instructions; only `chip_table.py` counts them
 
     def __str__(self) -> str:
         return (
@@ -134,19 +135,36 @@ def compile_forms(forms: Iterable[str] | None, codes: bool = False) -> list[Comp
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
     logs: dict[int, str] = {}
+
+    def numbers(name: str, built: Any, log: str) -> Compiled:
+        digests = machine_code(built.asm["cubin"]) if codes else ("", "")
+        return replace(from_ptxas(name, built, log), instructions=digests[0], opcodes=digests[1])
+
     rows = []
     for form, call in all_forms():
         if forms is None or form in forms:
-            for row in _compile_form(form, call, logs, codes):
+            for row in compile_form(form, call, logs, numbers):
                 print(row, flush=True)
                 rows.append(row)
     return rows
 
 
-def _compile_form(
-    form: str, call: Callable[[], None], logs: dict[int, str], codes: bool
+def compile_form(
+    form: str,
+    call: Callable[[], None],
+    logs: dict[int, str],
+    numbers: Callable[[str, Any, str], Compiled],
+    **target: Any,
 ) -> list[Compiled]:
-    """The kernels that a call launches. `logs` are ptxas' of those that other calls compiled."""
+    """The kernels that a call launches.
+
+    Args:
+        form: name of the call.
+        call: to make.
+        logs: the assembler's, of the kernels that other calls compiled for the same GPU.
+        numbers: makes a row of a kernel's name, what was compiled, and the assembler's log.
+        target: arguments of `launches_to`, for another GPU than an H200.
+    """
     from .without_gpu import launches_to
 
     found: list[Compiled] = []
@@ -158,31 +176,31 @@ def _compile_form(
         with contextlib.redirect_stdout(printed):
             built = function.run(*arguments, grid=(programs,), warmup=True, **constants)
         log = logs.setdefault(id(built), printed.getvalue())
-
-        def numbers(pattern: str) -> list[int]:
-            return [int(number) for number in re.findall(pattern, log)]
-
         module = function.__module__.removeprefix("spattention.impl.triton.")
         name = f"{module}.{function.__name__}"
         launches[name] += 1
         again = f" ({launches[name]})" if launches[name] > 1 else ""
-        digests = machine_code(built.asm["cubin"]) if codes else ("", "")
-        found.append(
-            Compiled(
-                name=f"{form}: {name}{again}",
-                registers=max(numbers(r"Used (\d+) registers")),
-                stack=max(numbers(r"(\d+) bytes stack frame")),
-                spills=sum(numbers(r"(\d+) bytes spill")),
-                shared=built.metadata.shared,
-                serialized="are serialized" in log,
-                instructions=digests[0],
-                opcodes=digests[1],
-            )
-        )
+        found.append(numbers(f"{form}: {name}{again}", built, log))
 
-    with launches_to(launched):
+    with launches_to(launched, **target):
         call()
     return found
+
+
+def from_ptxas(name: str, built: Any, log: str) -> Compiled:
+    """The numbers of a kernel for an NVIDIA GPU."""
+
+    def numbers(pattern: str) -> list[int]:
+        return [int(number) for number in re.findall(pattern, log)]
+
+    return Compiled(
+        name=name,
+        registers=max(numbers(r"Used (\d+) registers")),
+        stack=max(numbers(r"(\d+) bytes stack frame")),
+        spills=sum(numbers(r"(\d+) bytes spill")),
+        shared=built.metadata.shared,
+        serialized="are serialized" in log,
+    )
 
 
 def machine_code(cubin: bytes) -> tuple[str, str]:

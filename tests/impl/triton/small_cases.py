@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spattention import BandPattern
+from spattention import BandPattern, BandStore
 from spattention.testing import Case
 
 
@@ -36,3 +36,14 @@ def case(
 
 def int32(*values: Any) -> torch.Tensor:
     return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.int32)
+
+
+def rings(store: BandStore) -> dict[str, torch.Tensor]:
+    """Arguments of `attend_rings` that a store has."""
+    return {
+        "offsets": store.offsets,
+        "lengths": store.lengths,
+        "prefixes": store.layout.all_heads.prefix,
+        "documents": store.documents,
+        "position": store.position,
+    }

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_cases import case, int32
+from small_cases import case, int32, rings
 
 import spattention as spa
 from spattention.impl import triton as kernels
 from spattention.impl.triton import op
-from spattention.impl.triton.decode import launch as decode_launch
 from spattention.impl.triton.decode import op as decode_op
-from spattention.impl.triton.decode.config import DecodeLaunch
+from spattention.impl.triton.decode.config import DecodeLaunch, merged_rows
+from spattention.impl.triton.decode.counters import ArrivalCounters, arrival_counters
+from spattention.impl.triton.decode.plan import make_plan
 from spattention.testing import VIEWS, Case, check_case, check_error, check_view, exact, plain
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
@@ -135,7 +136,7 @@ def test_hostile_starts_stay_in_bounds() -> None:
         ):
             decode_op.decode(
                 case.query, case.key, case.value, case.pattern.flat, 0, 0.3, 127,
-                options.get("query_start"), options.get("key_start"), None, None, None,
+                options.get("query_start"), options.get("key_start"), *[None] * 5,
             )  # fmt: skip
 
 
@@ -181,8 +182,8 @@ def test_rings_past_their_span(name: str) -> None:
     for query, key, value in zip(*parts):
         store.append(key, value)
         out, lse = kernels.attend_rings(
-            query, store.keys, store.values, pattern, offsets=store.offsets, lengths=store.lengths,
-            position=store.position, scale=0.25, sinks=sinks, key_start=start,
+            query, store.keys, store.values, pattern, **rings(store), scale=0.25, sinks=sinks,
+            key_start=start,
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
@@ -228,8 +229,8 @@ def test_an_empty_store_and_rows_of_different_lengths() -> None:
 
     def attend() -> torch.Tensor:
         return kernels.attend_rings(
-            query, store.keys, store.values, TWO_BANDS, offsets=store.offsets,
-            lengths=store.lengths, position=store.position, scale=0.25, sinks=None, key_start=None,
+            query, store.keys, store.values, TWO_BANDS, **rings(store), scale=0.25, sinks=None,
+            key_start=None,
         )[0]  # fmt: skip
 
     assert torch.equal(attend(), torch.zeros(2, 4, 2, 16))
@@ -254,14 +255,16 @@ def test_chunks_cover_what_a_group_reaches_once() -> None:
         pattern = P(tuple(intervals), span)
         key_heads = rng.choice([n for n in (1, 2, 3, 6) if heads % n == 0])
         launch = DecodeLaunch(16, 16, 4, 1, programs=rng.choice((1, 4)), longest=64)
-        made = decode_launch.make_plan(
+        made = make_plan(
             launch, pattern.flat, key_heads, queries, rng.randint(1, 3), 4, torch.device("cpu")
         )
         count = torch.zeros(key_heads, span + 16, dtype=torch.int64)
         ranges = made.ranges.flatten().tolist()
-        for index, (key_head, near, far, _) in enumerate(made.chunks.tolist()):
+        for index, (key_head, near, far, _, first, parts, *_) in enumerate(made.chunks.tolist()):
             assert ranges[key_head] <= index < ranges[key_head + 1]
-            assert 0 < far - near <= 64
+            assert (first, first + parts) == (ranges[key_head], ranges[key_head + 1])
+            assert near < far or parts == 1  # a head without keys has one chunk without keys
+            assert far - near <= 64
             count[key_head, near:far] += 1
         reached = torch.zeros_like(count, dtype=torch.bool)
         for head, bands in enumerate(intervals):
@@ -271,8 +274,50 @@ def test_chunks_cover_what_a_group_reaches_once() -> None:
         assert made.n_chunks == len(made.chunks) == ranges[-1]
 
 
-def test_short_caches_are_cut_finer() -> None:
-    launch = DecodeLaunch(1, 64, 4, 1, programs=8, longest=512)
-    assert launch.chunk(16 * 4096, 132) == 64
-    assert launch.chunk(16 * 4096 * 3, 132) == 256
-    assert launch.chunk(16 * 4096 * 32, 132) == 512
+def test_few_keys_are_cut_for_one_wave() -> None:
+    """As long as all programs run at once they are as short as possible, and equally long."""
+    launch = DecodeLaunch(1, 64, 4, 1, programs=2, longest=512)
+    assert launch.chunk([4096] * 16, 1, 132) == 256
+    assert launch.chunk([256] * 16, 1, 132) == 64
+    assert launch.chunk([4096] * 16, 32, 132) == 512
+
+
+def test_counters_are_zero_again() -> None:
+    """A launch leaves them as the next one needs them."""
+    _attend(P.shared_local(4, 130), rows=4)
+    assert arrival_counters.of_stream
+    assert not any(counters.any() for counters in arrival_counters.of_stream.values())
+
+
+def test_counters_grow_and_stay() -> None:
+    """A launch that is still running may be using the old ones."""
+    counters = ArrivalCounters()
+    device = torch.device("cpu")
+    first = counters.get(device, 5)
+    assert counters.get(device, 5) is first
+    many = counters.get(device, 2 * len(first))
+    assert len(many) >= 2 * len(first)
+    assert [kept.data_ptr() for kept in counters.retained] == [first.data_ptr(), many.data_ptr()]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_one_launch_equals_two(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program of a head gives what a second launch would, but for the last bit."""
+    pattern = P((((0, 30), (40, 90)),) * rows, 130)
+    assert merged_rows(rows) >= rows
+    one = _attend(pattern, rows)
+    monkeypatch.setattr("spattention.impl.triton.decode.launch.merged_rows", lambda rows: 0)
+    for merged, combined in zip(one, _attend(pattern, rows)):
+        torch.testing.assert_close(merged, combined, rtol=1e-6, atol=1e-6)
+
+
+def _attend(pattern: spa.BandPattern, rows: int) -> Any:
+    case = _case(pattern, key_heads=1, sinks=True)
+    sinks = case.options["sinks"]
+    given = case.query, case.key, case.value, case.pattern
+    return spa.band_attention(*given, sinks=sinks, return_lse=True, impl="triton")
+
+
+def test_many_rows_are_merged_by_a_second_launch() -> None:
+    """One program would merge them longer than a launch takes."""
+    assert [merged_rows(rows) for rows in (1, 2, 3, 5, 16, 17, 128)] == [1, 2, 4, 8, 16, 0, 0]

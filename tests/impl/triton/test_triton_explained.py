@@ -20,9 +20,12 @@ PATTERN = spa.BandPattern.exclusive(2, 256)
 VERSION = f"(Triton {triton.__version__})"
 
 
-def explain(queries: int = 256, head_dim: int = 64, **options: Any) -> spa.Explanation:
+def explain(
+    queries: int = 256, head_dim: int = 64, keys: int = 256, **options: Any
+) -> spa.Explanation:
     query, key, value = (
-        torch.zeros(1, 2, tokens, head_dim, dtype=torch.bfloat16) for tokens in (queries, 256, 256)
+        torch.zeros(1, 2, tokens, head_dim, dtype=torch.bfloat16)
+        for tokens in (queries, keys, keys)
     )
     return spa.explain(query, key, value, PATTERN, impl="triton", **options)
 
@@ -49,12 +52,13 @@ def test_hopper_kernels_and_their_plan() -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
-def test_prefixes_name_both_suites() -> None:
+@pytest.mark.parametrize(("prefix", "both"), [(4, False), (16, False), (17, True)])
+def test_long_prefixes_name_both_suites(prefix: int, both: bool) -> None:
     query = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
-    pattern = spa.BandPattern.exclusive(2, 256, prefix=4)
+    pattern = spa.BandPattern.exclusive(2, 256, prefix=prefix)
     found = spa.explain(query, query, query, pattern, impl="triton")
     assert found.kernels.startswith(f"Hopper kernels {VERSION}: forward; dQ, dK and dV in one")
-    assert found.kernels.endswith("; dK and dV of the prefix by the portable kernels")
+    assert found.kernels.endswith("; dK and dV of the prefix by the portable kernels") is both
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -75,6 +79,14 @@ def test_need_that_is_not_met(options: dict[str, Any], need: str) -> None:
 @pytest.mark.usefixtures("on_hopper")
 def test_left_padding_on_the_hopper_kernels() -> None:
     assert explain(key_start=int32([3])).kernels.startswith(f"Hopper kernels {VERSION}")
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_first_keys_of_queries_name_both_suites() -> None:
+    """The host does not know whether they describe documents."""
+    found = explain(1 << 14, keys=1 << 14, key_start=int32([[3] * (1 << 14)]))
+    assert found.kernels.startswith(f"Hopper kernels {VERSION}")
+    assert found.kernels.endswith("; portable kernels for rows that are no documents")
 
 
 def test_decoding_kernels_without_gradients() -> None:

@@ -53,7 +53,10 @@ def test_plan_covers_training() -> None:
         ({"dtype": torch.float32}, "float16 or bfloat16, got torch.float32"),
         ({"query_start": 1}, "position 0"),
         ({"positions": Positions(torch.zeros(1), None, None, None)}, "position 0"),
-        ({"positions": Positions(None, torch.zeros(1, 128), None, None)}, "position 0"),
+        (
+            {"query_start": 1, "positions": Positions(None, torch.zeros(1, 128), None, None)},
+            "position 0",
+        ),
     ],
 )
 def test_refusal_names_the_reason(changes: dict[str, Any], reason: str) -> None:

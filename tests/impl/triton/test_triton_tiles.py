@@ -244,6 +244,14 @@ def _assert_falling(order: list[int], work: list[int]) -> None:
     assert work[first:] == sorted(work[first:], reverse=True)
 
 
+@pytest.mark.parametrize(("near", "far"), [(0, 9), (-12, 3), (-30, -4), (2, 40), (-40, 40)])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 20), (20, 7), (1, 1)])
+def test_mean_keys_of_a_part(queries: int, keys: int, near: int, far: int) -> None:
+    """Keys that start before the queries have negative distances."""
+    seen = sum(near <= i - j < far for i in range(queries) for j in range(keys))
+    assert planning.mean_keys((near, far, 0, 0), keys, queries) == seen / queries
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "length", "make", "expected"),
     [

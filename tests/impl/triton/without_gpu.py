@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from spattention.impl.triton import call, op
 from spattention.impl.triton.compiled import CompiledKernelCache
 from spattention.impl.triton.constants import ConstantCache
-from spattention.impl.triton.decode import launch as decode_launch
+from spattention.impl.triton.decode import plan as decode_plan
 from spattention.impl.triton.hopper import planning
 
 HOPPER = GPUTarget("cuda", 90, 32)
 Launch = Callable[..., None]
+# Triton keeps what it compiled by the number of the device.
+DEVICES: dict[GPUTarget, int] = {}
 
 
 @contextmanager
@@ -35,9 +37,10 @@ def launches_to(
     launch; the rules choose what a GPU of this capability would get. Kernels are compiled for
     `target`.
     """
+    device_number = DEVICES.setdefault(target, len(DEVICES))
     driver = SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: 0,
+        get_current_device=lambda: device_number,
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
@@ -57,8 +60,8 @@ def launches_to(
         mock.patch.object(planning, "triton_is_tested", return_value=True),
         mock.patch.object(call, "compute_capability", capability),
         mock.patch.object(call, "_calls", ConstantCache(max_entries=1024, copies=False)),
-        mock.patch.object(decode_launch, "compute_capability", capability),
-        mock.patch.object(decode_launch, "_plans", ConstantCache(max_entries=1024)),
+        mock.patch.object(decode_plan, "compute_capability", capability),
+        mock.patch.object(decode_plan, "_plans", ConstantCache(max_entries=1024)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
         mock.patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),

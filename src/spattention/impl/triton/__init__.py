@@ -38,6 +38,7 @@ from .parts import attend_part, differentiate_part
 __all__ = [
     "MAX_QUERIES",
     "attend",
+    "attend_paged",
     "attend_part",
     "attend_rings",
     "describe",
@@ -46,7 +47,7 @@ __all__ = [
     "write_rings",
 ]
 
-DECODE_KEYS = 8  # keys per query from which on decoding is worth its second kernel
+DECODE_KEYS = 8  # keys per query from which on decoding is faster
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +67,8 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         dense(call.sinks),
         None,
         None,
+        None,
+        None,
     )
 
 
@@ -77,6 +80,8 @@ def attend_rings(
     *,
     offsets: torch.Tensor,
     lengths: torch.Tensor,
+    prefixes: torch.Tensor,
+    documents: torch.Tensor,
     position: torch.Tensor,
     scale: float,
     sinks: torch.Tensor | None,
@@ -89,7 +94,10 @@ def attend_rings(
         query: `[B, H, Q, D]`, at most `MAX_QUERIES` tokens and at most one more than the store's
             slack.
         keys, values, offsets, lengths, position: the store's.
-        pattern: the store's, without its prefix, which is another part for the caller to merge.
+        pattern: the store's.
+        prefixes: int64 `[Hkv]`, first slot of each head's prefix.
+        documents: int64 `[B, n]`, the store's; the last column says where the document of these
+            prefixes starts.
         scale: factor of the scores.
         sinks: `[H]`.
         key_start: int32 `[B]` or `[B, Q]`.
@@ -108,6 +116,31 @@ def attend_rings(
         dense(sinks),
         offsets,
         lengths,
+        prefixes if pattern.prefix else None,
+        documents[:, -1] if pattern.prefix else None,
+    )
+
+
+def attend_paged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fill `out` and `lse` with attention of the last tokens of each entry to a paged cache; no
+    gradient. Arguments are those of `spattention.serving.paged_attention`.
+    """
+    assert query.shape[2] <= MAX_QUERIES
+    flat, prefix, sinks = pattern.flat, pattern.prefix, dense(sinks)
+    decode_op.decode_paged(
+        query, key, value, block_table, seq_lens, flat, prefix, scale, sinks, out, lse
     )
 
 

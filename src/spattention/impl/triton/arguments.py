@@ -24,8 +24,10 @@ class Form(NamedTuple):
     softmax is computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which
     delta is summed over the keys instead of taken from the output, whose rounding would show. Both
     buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
-    alone. `FUSED` says that the kernel is part of `hopper/fused_backward.py`, and `ORDERED` that it
-    sums dQ in order.
+    alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, and
+    `MERGED_ROWS` the power of two of rows that the last program of a head merges; 0 where there is
+    none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`, and `ORDERED`
+    that dQ is summed there in order.
     """
 
     HEAD_DIM: int
@@ -42,6 +44,7 @@ class Form(NamedTuple):
     RINGS: bool = False
     START_ON_DEVICE: bool = False
     HAS_KEY_START: bool = False
+    UNLESS_DESCRIBED: bool = False
     HAS_SINKS: bool = False
     HAS_D_LSE: bool = False
     COMPUTE_DELTA: bool = False
@@ -50,6 +53,8 @@ class Form(NamedTuple):
     FALLING: bool = False
     PRECISE: bool = False
     EXACT_STEPS: int = 2
+    PAGE: int = 0
+    MERGED_ROWS: int = 0
 
 
 class Heads(NamedTuple):
@@ -77,12 +82,15 @@ class RowStats(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """The tensors that positions are read from on the device, each or None."""
+    """The tensors that positions are read from on the device, each or None. `described` int32 `[B]`
+    is not 0 for the batch entries that the kernels must leave out (`hopper/documents.py`).
+    """
 
     query_start: Any
     key_start: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+    described: Any = None
 
 
 class Counts(NamedTuple):
@@ -320,7 +328,8 @@ def document_at(start, rows, m_query):
 @triton.jit
 def is_finite(b_block):
     """True if no element of a block `[M, D]` is NaN or infinite."""
-    return tl.sum(tl.sum(b_block * 0.0, 1), 0) == 0.0
+    # One sum: for compute capability 10.0, Triton 3.6 and 3.7 do not compile a sum of sums.
+    return tl.sum(b_block * 0.0) == 0.0
 
 
 @triton.jit

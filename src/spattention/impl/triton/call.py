@@ -106,6 +106,30 @@ class Call:
         return call
 
     @property
+    def has_row_starts(self) -> bool:
+        """True if first keys per query may describe documents of each row."""
+        key_start = self.positions.key_start
+        return (
+            self.query_start == 0
+            and self.positions.query_start is None
+            and key_start is not None
+            and key_start.dim() == 2
+            and self.queries == self.keys
+            and self.has_all_keys
+        )
+
+    def variant(self, name: str, positions: Positions, n_documents: int = 0) -> Call:
+        """The call with positions of another form, of `n_documents` documents in each batch entry;
+        those of a name keep what launches make of them.
+        """
+        found: Call | None = self.derived.get(name)
+        if found is None:
+            found = self.at(positions)
+            found.derived, found.n_documents = {}, n_documents
+            self.derived[name] = found
+        return found.at(positions)
+
+    @property
     def has_one_start(self) -> bool:
         """True if each document, or each batch entry from position 0, has one first key."""
         key_start = self.positions.key_start
@@ -125,17 +149,20 @@ def call_of(
     query_start: int,
     positions: Positions,
     prefix: int,
+    *,
+    has_all_keys: bool = True,
     deterministic: bool = True,
 ) -> Call:
     """The `Call` with these arguments, made once per shape, pattern and form of positions."""
     intervals = tuple(intervals)
     form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
-    shapes = (query.shape, key.shape, query.dtype, form)
-    facts = (intervals, prefix, scale, query_start, deterministic, *shapes)
+    shapes = query.shape, key.shape, query.dtype
+    flags = has_all_keys, deterministic
+    facts = (intervals, prefix, scale, query_start, shapes, form, *flags)
 
     def make() -> Call:
-        rest = (scale, query_start, positions, prefix)
-        return Call(query, key, intervals, *rest, deterministic=deterministic)
+        arguments = query, key, intervals, scale, query_start, positions, prefix
+        return Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic)
 
     found = _calls.get(facts, query.device, make)
     return found if form == NOWHERE else found.at(positions)
@@ -195,8 +222,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a GPU; None for the CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """CUDA compute capability of a GPU, (0, 0) of AMD's; None for the CPU, where Triton's
+    interpreter runs.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        # ROCm reports an architecture number, such as (9, 4) for MI300: that of Hopper to the rules
+        # here, whose blocks exceed the 64 KiB of shared memory there.
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def check_query_start(query_start: int) -> None:

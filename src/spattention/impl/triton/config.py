@@ -79,7 +79,7 @@ HOPPER_HALF_FIRST_KEYS = HOPPER_HALF | {
     )
 }
 # Everything else: small blocks that fit the shared memory and registers of any GPU with 99 KiB per
-# program.
+# program, or with 64 KiB in half precision on AMD's.
 HALF = {
     16: LaunchConfig(64, 64, 4, 2),
     32: LaunchConfig(64, 64, 4, 2),
@@ -130,7 +130,7 @@ def launches(
     Args:
         itemsize: bytes of an element, 2 or 4.
         head_dim: 1 to 256.
-        capability: CUDA compute capability; None for Triton's interpreter.
+        capability: CUDA compute capability, (0, 0) for AMD; None for Triton's interpreter.
         first_keys: whether the call has `key_start`.
     """
     if capability is None:

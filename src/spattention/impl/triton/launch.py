@@ -8,7 +8,7 @@ import triton
 from . import hopper
 from .arguments import RowStats
 from .call import BackwardTensors, Call, ForwardTensors
-from .hopper.planning import pitch
+from .hopper.planning import has_parts, pitch
 from .portable import launch as portable
 
 DECODING = f"decoding kernels (Triton {triton.__version__})"
@@ -22,8 +22,12 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
     if need is not None:
         return f"portable kernels (Triton {triton.__version__})", need
     plan = hopper.plan(call, *inputs)
-    prefix = "; dK and dV of the prefix by the portable kernels" if call.prefix else ""
-    return f"Hopper kernels (Triton {triton.__version__}): {plan}{prefix}", None
+    others = ""
+    if call.prefix and not has_parts(call):
+        others = "; dK and dV of the prefix by the portable kernels"
+    if not call.has_one_start:
+        others = "; portable kernels for rows that are no documents"
+    return f"Hopper kernels (Triton {triton.__version__}): {plan}{others}", None
 
 
 def forward(call: Call, tensors: ForwardTensors) -> None:
@@ -32,7 +36,12 @@ def forward(call: Call, tensors: ForwardTensors) -> None:
     if plan is None:
         portable.forward(call, portable.launches_for(call).forward, tensors)
         return
-    hopper.kernels().forward(call, plan, tensors)
+    if call.has_one_start:
+        hopper.kernels().forward(call, plan, tensors)
+        return
+    described, others = hopper.kernels().find_documents(call)
+    hopper.kernels().forward(described, plan, tensors)
+    portable.forward(others, portable.launches_for(call).forward, tensors)
 
 
 def backward(
@@ -49,8 +58,13 @@ def backward(
     if plan is None:
         portable.backward(call, portable.launches_for(call), tensors, stats)
         return stats.delta
+    if not call.has_one_start:
+        described, others = hopper.kernels().find_documents(call)
+        hopper.kernels().backward(described, plan, tensors, stats)
+        portable.backward(others, portable.launches_for(call), tensors, stats)
+        return stats.delta
     hopper.kernels().backward(call, plan, tensors, stats)
-    if call.prefix:
+    if call.prefix and not has_parts(call):
         launch_config = portable.launches_for(call).key_gradient
         portable.prefix_gradient(call, launch_config, tensors, stats, shared=False)
     return stats.delta[:, :, :queries]

@@ -31,6 +31,9 @@ def refusal(query: torch.Tensor, value: torch.Tensor) -> str | None:
         return f"needs CUDA tensors, got {query.device.type}"
     if query.dtype not in DTYPES:
         return f"computes float16, bfloat16 and float32, got {query.dtype}"
+    if query.dtype == torch.float32 and torch.version.hip is not None:
+        # Its library for Triton lacks the rounded product that scales scores in float32.
+        return f"computes float16 and bfloat16 on ROCm, got {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"computes head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if value.shape[-1] != query.shape[-1]:
@@ -73,7 +76,8 @@ def _forward(
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = call_of(query, key, intervals, scale, query_start, positions, prefix, deterministic)
+    facts = (query, key, intervals, scale, query_start, positions, prefix)
+    call = call_of(*facts, deterministic=deterministic)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
@@ -120,7 +124,8 @@ def _gradients_of(
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = call_of(query, key, intervals, scale, query_start, positions, prefix, deterministic)
+    facts = (query, key, intervals, scale, query_start, positions, prefix)
+    call = call_of(*facts, deterministic=deterministic)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:

@@ -76,29 +76,38 @@ def sequence_at(
     OF_KEYS: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """The `Sequence` of a slot, with its block of keys if `OF_KEYS`, else of queries."""
+    """The `Sequence` of a slot, with its block of keys if `OF_KEYS`, else of queries; empty where
+    other kernels compute the batch entry.
+    """
     if FORM.PACKED:
-        sequence = document_sequence(positions, counts, counts.n_documents, slot, BLOCK, OF_KEYS)
+        p_offsets_q, p_offsets_k = positions.cu_seqlens_q, positions.cu_seqlens_k
+        n_documents = counts.n_documents
+        if OF_KEYS:
+            document, block = document_at(p_offsets_k, slot, n_documents, counts.n_keys, BLOCK)
+        else:
+            document, block = document_at(p_offsets_q, slot, n_documents, counts.n_queries, BLOCK)
+        sequence = document_sequence(
+            p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
+        )
     else:
         start = counts.query_start
         if FORM.START_ON_DEVICE:
             start = tl.load(positions.query_start + batch.to(tl.int64) * counts.query_start_stride)
         start = tl.minimum(tl.maximum(start, 0), tiles.MAX_POSITION)
-        sequence = Sequence(slot, 0, counts.n_queries, 0, counts.n_keys, start)
+        n_queries, n_keys = counts.n_queries, counts.n_keys
+        if FORM.UNLESS_DESCRIBED:
+            rest = tl.load(positions.described + batch) == 0
+            n_queries, n_keys = n_queries * rest, n_keys * rest
+        sequence = Sequence(slot, 0, n_queries, 0, n_keys, start)
     return sequence
 
 
 @triton.jit
 def document_sequence(
-    positions, counts, n_documents, slot, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
+    p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS: tl.constexpr
 ):
-    """The `Sequence` of a slot in packed documents, as `sequence_at`."""
+    """The `Sequence` of a block of a packed document, of its keys if `OF_KEYS`, else of queries."""
     n_queries, n_keys = counts.n_queries, counts.n_keys
-    p_offsets_q, p_offsets_k = positions.cu_seqlens_q, positions.cu_seqlens_k
-    if OF_KEYS:
-        document, block = document_at(p_offsets_k, slot, n_documents, n_keys, BLOCK)
-    else:
-        document, block = document_at(p_offsets_q, slot, n_documents, n_queries, BLOCK)
     offset_q = offset_at(p_offsets_q, document, n_documents, n_queries)
     offset_k = offset_at(p_offsets_k, document, n_documents, n_keys)
     queries = offset_at(p_offsets_q, document + 1, n_documents, n_queries) - offset_q

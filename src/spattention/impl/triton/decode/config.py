@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..config import block_d
@@ -16,28 +17,29 @@ class DecodeLaunch:
         block_n: keys of a block.
         num_warps: warps of a program.
         num_stages: blocks of keys in flight.
-        programs: programs per multiprocessor that short bands are cut for.
-        longest: keys that a program reads at most, a power of two times block_n.
+        programs: programs per multiprocessor that run at once; few keys are cut for one such wave.
+        longest: keys that a program reads at most, a multiple of block_n.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int = 8
+    programs: int = 2
     longest: int = 512
 
-    def chunk(self, keys: int, multiprocessors: int) -> int:
-        """Keys of a chunk: `block_n` times the smallest power of two that leaves no more than
-        `programs` chunks for each multiprocessor, at most `longest`.
+    def chunk(self, spans: Sequence[int], copies: int, multiprocessors: int) -> int:
+        """Keys of a chunk: the smallest multiple of `block_n` whose programs all run at once, at
+        most `longest`.
 
         Args:
-            keys: of all key/value heads of all batch entries together.
+            spans: keys of each range of distances that is cut by itself.
+            copies: programs that read each chunk, of all batch entries together.
             multiprocessors: of the GPU.
         """
-        chunk = self.block_n
-        while chunk < self.longest and keys > chunk * self.programs * multiprocessors:
-            chunk *= 2
+        chunk, most = self.block_n, self.programs * multiprocessors
+        while chunk < self.longest and copies * sum(-(-n // chunk) for n in spans) > most:
+            chunk += self.block_n
         return chunk
 
 
@@ -68,7 +70,15 @@ FEW_SINGLE = {
 FEW_HALF_HOPPER = FEW_HALF | {128: DecodeLaunch(64, 64, 4, 3)}
 ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32)
 FEW_INTERPRETED = DecodeLaunch(64, 16, 1, 1, longest=32)
-BLOCK_P = 16  # chunks that are combined at a time
+BLOCK_P = 16  # chunks that are merged at a time
+MERGED_ROWS = 16  # rows of a key/value head up to which one launch decodes
+
+
+def merged_rows(rows: int) -> int:
+    """Rows that the last program of a key/value head merges, a power of two; 0 where a second
+    launch merges them, because one program would take longer.
+    """
+    return 1 << (rows - 1).bit_length() if rows <= MERGED_ROWS else 0
 
 
 def decode_launch(

@@ -9,60 +9,58 @@ import triton
 import triton.language as tl
 
 from .. import memory, softmax, tiles
+from .merge import normalised
+from .storage import load_at_distances, load_pages, load_prefix
 
 MAX_INT32 = tl.constexpr((1 << 31) - 1)
 
 
-class KeyHead(NamedTuple):
-    """The keys and values of one head: pointers, strides, the token of the newest query, and the
-    length of a ring.
-    """
-
-    p_key: Any
-    key_stride: Any
-    p_value: Any
-    value_stride: Any
-    newest: Any
-    length: Any
-
-
 class Rows(NamedTuple):
-    """The rows of a block, each `[M]`: query head, tokens behind the newest query, and distance
-    from the newest query to the first key.
+    """The rows of a block, each `[M]`: query head, tokens behind the newest query, position of the
+    first key, and distance to it from the newest query.
     """
 
     head: Any
     behind: Any
+    first: Any
     farthest: Any
 
 
-@triton.jit
-def visible(p_bands, o_head, o_distance, o_behind, o_farthest, INTERVALS: tl.constexpr):
-    """Mask of distances from the newest query, for queries that are `o_behind` it; arguments
-    broadcast.
+class Seen(NamedTuple):
+    """Distances that the rows of a block see, each `[M]`: tokens behind the newest query, distance
+    to the first key from the query itself, and the edges of each interval. The second interval is
+    the first for patterns that have one.
     """
-    p_head = p_bands + 4 * o_head
-    o_own = o_farthest - o_behind  # the farthest key, from the query itself
-    near, far = tl.load(p_head), tl.load(p_head + 1)
-    m_seen = tiles.visible(o_distance, o_behind, near, tiles.visible_count(o_own, near, far, 0))
-    if INTERVALS == 2:
-        near, far = tl.load(p_head + 2), tl.load(p_head + 3)
-        m_seen |= tiles.visible(
-            o_distance, o_behind, near, tiles.visible_count(o_own, near, far, 0)
-        )
-    return m_seen
+
+    behind: Any
+    own: Any
+    near: Any
+    far: Any
+    near_2: Any
+    far_2: Any
 
 
 @triton.jit
-def load_keys(keys, o_distance, end, FORM: tl.constexpr):
-    """Keys and values `[N, D]` at these distances; zeros from distance `end` on."""
-    o_token = keys.newest - o_distance
-    if FORM.RINGS:
-        o_token = tl.where(o_token < 0, o_token + keys.length, o_token)
-    m_key = o_distance < end
-    b_key = memory.gather_tokens(keys.p_key, o_token, m_key, keys.key_stride, FORM)
-    b_value = memory.gather_tokens(keys.p_value, o_token, m_key, keys.value_stride, FORM)
-    return b_key, b_value
+def load_seen(p_bands, rows, INTERVALS: tl.constexpr):
+    """The `Seen` of rows. It is loaded before the loop over keys, which would wait in each step."""
+    p_head = p_bands + 4 * rows.head
+    near, far = tl.load(p_head), tl.load(p_head + 1)
+    near_2, far_2 = near, far
+    if INTERVALS == 2:
+        near_2, far_2 = tl.load(p_head + 2), tl.load(p_head + 3)
+    return Seen(rows.behind, rows.farthest - rows.behind, near, far, near_2, far_2)
+
+
+@triton.jit
+def visible(seen, o_distance, INTERVALS: tl.constexpr):
+    """Mask `[M, N]` of distances `[N]` from the newest query."""
+    o_distance, o_behind = o_distance[None, :], seen.behind[:, None]
+    count = tiles.visible_count(seen.own, seen.near, seen.far, 0)
+    m_seen = tiles.visible(o_distance, o_behind, seen.near[:, None], count[:, None])
+    if INTERVALS == 2:
+        count = tiles.visible_count(seen.own, seen.near_2, seen.far_2, 0)
+        m_seen |= tiles.visible(o_distance, o_behind, seen.near_2[:, None], count[:, None])
+    return m_seen
 
 
 @triton.jit
@@ -101,20 +99,16 @@ def attend_rows(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    seen = load_seen(p_bands, rows, FORM.INTERVALS)
+    o_page = load_pages(keys, begin + tl.arange(0, BLOCK_N), end, FORM)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        b_key, b_value = load_keys(keys, o_distance, end, FORM)
+        o_next = load_pages(keys, o_distance + BLOCK_N, end, FORM)
+        b_key, b_value = load_at_distances(keys, o_distance, o_page, end, FORM)
+        o_page = o_next
         scores = product(b_query, b_key, FORM.PRECISE)
         scores = softmax.scaled(scores, scale, FORM.PRECISE)
-        m_seen = visible(
-            p_bands,
-            rows.head[:, None],
-            o_distance[None, :],
-            rows.behind[:, None],
-            rows.farthest[:, None],
-            FORM.INTERVALS,
-        )
-        scores = tl.where(m_seen, scores, float("-inf"))
+        scores = tl.where(visible(seen, o_distance, FORM.INTERVALS), scores, float("-inf"))
         p, row_max, row_sum, factor = softmax.update(
             scores, row_max, row_sum, 1.0, False, FORM.PRECISE
         )
@@ -148,11 +142,15 @@ def attend_row(
     row_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     b_out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    seen = load_seen(p_bands, rows, FORM.INTERVALS)
+    o_page = load_pages(keys, begin + tl.arange(0, BLOCK_N), end, FORM)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        b_key, b_value = load_keys(keys, o_distance, end, FORM)
+        o_next = load_pages(keys, o_distance + BLOCK_N, end, FORM)
+        b_key, b_value = load_at_distances(keys, o_distance, o_page, end, FORM)
+        o_page = o_next
         scores = tl.sum(b_key.to(tl.float32) * b_query, 1)  # [N]
-        m_seen = visible(p_bands, rows.head, o_distance, rows.behind, rows.farthest, FORM.INTERVALS)
+        m_seen = tl.sum(visible(seen, o_distance, FORM.INTERVALS).to(tl.int32), 0) > 0  # [N]
         scores = tl.where(m_seen, scores, float("-inf"))
         p, row_max, row_sum, factor = softmax.update(
             scores[:, None], row_max, row_sum, 1.0, False, FORM.PRECISE
@@ -194,9 +192,8 @@ def attend_prefix(
     scale,
     FORM: tl.constexpr,
 ):
-    """Compute and store the sums of the places `[begin, end)` of each document's prefix; `n_keys`
-    is the length of `KeyHead`. Rows of different documents have nothing in common, so each
-    document is computed separately.
+    """Compute and store the sums of the places `[begin, end)` of each document's prefix. Rows of
+    different documents have nothing in common, so each document is computed separately.
 
     Here the farthest key of a row is not cut; -1 for no row.
     """
@@ -211,18 +208,16 @@ def attend_prefix(
     while farthest >= 0:
         m_document = m_row & (rows.farthest == farthest) & (rows.farthest >= rows.behind)
         nearest = tl.min(tl.where(m_document, rows.behind, MAX_INT32), 0)
+        start = tl.max(tl.where(m_document, rows.first, 0), 0)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(begin, end, BLOCK_N):
             o_place = first + tl.arange(0, BLOCK_N)  # [N]
             o_distance = farthest - o_place
-            # No token after the last query of the document, nor after the last that is stored.
+            # No token after the last query of the document.
             m_key = (o_place < end) & (o_distance >= nearest)
-            o_token = keys.newest - o_distance
-            m_key = m_key & (o_token < keys.length)
-            b_key = memory.gather_tokens(keys.p_key, o_token, m_key, keys.key_stride, FORM)
-            b_value = memory.gather_tokens(keys.p_value, o_token, m_key, keys.value_stride, FORM)
+            b_key, b_value, m_key = load_prefix(keys, o_place, o_distance, start, m_key, FORM)
             if BLOCK_M == 1:
                 scores = tl.sum(b_key.to(tl.float32) * b_query.to(tl.float32), 1)[None, :]
             else:
@@ -263,13 +258,3 @@ def attend_documents(
         b_out = normalised(b_out, row_sum, FORM.PRECISE)
         memory.scatter_tokens(p_part, b_out, o_row, m_row, FORM.HEAD_DIM, FORM)
         farthest = tl.max(tl.where(rows.farthest < farthest, rows.farthest, -1), 0)
-
-
-@triton.jit
-def normalised(b_out, row_sum, PRECISE: tl.constexpr):
-    """`b_out` `[M, D]` over `row_sum` `[M]`."""
-    if PRECISE:
-        b_out = tl.div_rn(b_out, row_sum[:, None] + tl.zeros_like(b_out))
-    else:
-        b_out *= (1.0 / row_sum)[:, None]
-    return b_out

@@ -9,6 +9,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .. import scheduler, tiles, varlen
+from . import memory
+
+# Offsets of documents that a program reads at a time.
+OFFSETS = gl.constexpr(512)
 
 
 class ForwardCounts(NamedTuple):
@@ -43,6 +47,16 @@ class BackwardCounts(NamedTuple):
     pitch: Any
     n_key_blocks: Any
     key_programs: Any
+
+
+class BackwardStats(NamedTuple):
+    """`RowStats`, and the parts of dK and dV of a prefix that `prefix.py` adds, or None."""
+
+    lse: Any
+    d_lse: Any
+    lse_log2: Any
+    delta: Any
+    part: Any
 
 
 class QueryTile(NamedTuple):
@@ -81,6 +95,36 @@ def leaves_no_block(form):
     return form.PREFIX > 0 or form.PACKED
 
 
+@gluon.constexpr_function
+def whole_in_every_warp(length, warps):
+    """A layout of a vector of which every warp holds all elements: its sum needs no barrier."""
+    registers = [[1 << bit] for bit in range(5, length.bit_length() - 1)]
+    lanes = [[1 << bit] for bit in range(5)]
+    repeated = [[0]] * (warps.bit_length() - 1)
+    return gl.DistributedLinearLayout(registers, lanes, repeated, [], [length])
+
+
+@gluon.jit
+def document_at(p_cu_seqlens, slot, n_documents, n_tokens, BLOCK: gl.constexpr):
+    """`varlen.document_at`, by counting the documents that start up to a slot: loads that do not
+    wait for one another. Where offsets decrease, which they must not, the block may be one that the
+    document does not have.
+    """
+    LAYOUT: gl.constexpr = whole_in_every_warp(OFFSETS, gl.num_warps())
+    document = slot * 0
+    for done in range(0, n_documents, OFFSETS):
+        o_document = done + 1 + gl.arange(0, OFFSETS, LAYOUT)
+        o_offset = gl.load(
+            p_cu_seqlens + o_document, mask=o_document <= n_documents, other=n_tokens
+        )
+        o_first = gl.minimum(gl.maximum(o_offset, 0), n_tokens) // BLOCK + o_document
+        m_before = (o_first <= slot) & (o_document <= n_documents)
+        document += gl.sum(m_before.to(gl.int32), 0)
+    offset = varlen.offset_at(p_cu_seqlens, document, n_documents, n_tokens)
+    block = slot - (offset // BLOCK + document)
+    return document, gl.where(block < 0, n_tokens // BLOCK + 1, block)
+
+
 @gluon.jit
 def sequence_at(
     positions,
@@ -100,7 +144,13 @@ def sequence_at(
     if FORM.PACKED:
         n_tokens = counts.n_keys if OF_KEYS else counts.n_queries
         n_documents = n_slots - n_tokens // BLOCK - 1  # `varlen.num_slots`
-        sequence = varlen.document_sequence(positions, counts, n_documents, slot, BLOCK, OF_KEYS)
+        p_offsets_q = positions.cu_seqlens_q + batch * (n_documents + 1)
+        p_offsets_k = positions.cu_seqlens_k + batch * (n_documents + 1)
+        p_offsets = p_offsets_k if OF_KEYS else p_offsets_q
+        document, block = document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
+        sequence = varlen.document_sequence(
+            p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
+        )
     elif FORM.HAS_KEY_START:
         start = gl.load(positions.key_start + batch)
         start = min(max(start, 0), counts.n_keys)
@@ -108,6 +158,20 @@ def sequence_at(
     else:
         sequence = varlen.Sequence(slot, 0, counts.n_queries, 0, counts.n_keys, 0)
     return sequence
+
+
+@gluon.jit
+def shift_of_keys(sequence, BLOCK: gl.constexpr):
+    """Tokens, 0 to 3, by which the blocks of keys of a packed document start before multiples of
+    BLOCK.
+
+    Blocks of queries start at multiples of four in memory (`tiles.query_blocks`). With this shift
+    the queries that see a block of keys do too, as far as their bands allow it. Else some blocks of
+    keys would need one more block of queries.
+    """
+    shift = (sequence.offset_q - sequence.start) & 3
+    # Then the document's slots are enough.
+    return shift * (shift <= sequence.offset_k % BLOCK)
 
 
 @gluon.jit
@@ -148,16 +212,25 @@ def query_tile(
 
 @gluon.jit
 def seen_keys(tile, key_block, FORM: gl.constexpr):
-    """Keys of a block that some query of the sequence may see: `[low, high)`. The others may hold
-    anything, NaN included.
+    """Keys of a block that the queries of a tile, or earlier ones of their sequence, may see:
+    `[low, high)`. The others may hold anything, NaN included, or belong to later queries alone.
     """
-    start = tile.first - tile.first_query
     # From position 0 on, some query sees every key before the end.
-    low = key_block.limit * (start > 0)
-    high = start + tile.n_queries - key_block.near
+    low = key_block.limit * (tile.first > tile.first_query)
+    high = tile.last + 1 - key_block.near
     if FORM.PREFIX > 0:
-        high = gl.where(key_block.far == tiles.IN_PREFIX, FORM.PREFIX, high)
+        high = gl.where(key_block.far == tiles.IN_PREFIX, min(FORM.PREFIX, tile.last + 1), high)
     return low, min(tile.n_keys, high)
+
+
+@gluon.jit
+def zero_unseen(tile, key_block, s_tokens, FORM: gl.constexpr):
+    """Zero the first tokens of a block of keys or values in shared memory, `s_tokens`, where they
+    are not among `seen_keys`.
+    """
+    low, high = seen_keys(tile, key_block, FORM)
+    if (key_block.start < low) | (key_block.start + s_tokens.shape[0] > high):
+        memory.zero_outside(s_tokens, key_block.start, low, high)
 
 
 @gluon.jit

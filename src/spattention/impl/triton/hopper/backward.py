@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import scheduler, softmax, tiles
-from . import arguments, memory, pipeline
-from .backward_preprocess import delta_of_keys, init_stats
+from . import arguments, memory, pipeline, prefix
+from .backward_preprocess import KeyRing, delta_of_step, init_stats
 
 
 class Descriptors(NamedTuple):
@@ -64,6 +64,7 @@ def query_gradient(
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = inputs.key.dtype
     STEP_BYTES: gl.constexpr = 2 * BLOCK_N * HEAD_DIM * 2
+    FIRST: gl.constexpr = 1 if prefix.is_narrow(FORM) else 0  # step after that of the prefix
     # [M, N] scores, [M, D] gradient, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
@@ -136,35 +137,38 @@ def query_gradient(
         p_out = out.pointer + batch_64 * out.stride_b + head_64 * out.stride_h
         if FORM.PACKED:
             p_out += offset_q.to(gl.int64) * out.stride_t
-        b_out = memory.load_tokens(p_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
+        end = gl.where(n_steps > FORM.EXACT_STEPS, n_queries, 0)  # else it is not needed
+        b_out = memory.load_tokens(p_out, first_query, out.stride_t, end, BLOCK_M, HEAD_DIM)
     else:
         gdc_wait()  # for the preprocess kernel
         lse_log2 = gl.load(stats.lse_log2 + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
         delta = gl.load(stats.delta + row_pitched + o_query, mask=m_pitch, other=0.0)  # [M]
     pipeline.consumer_wait(query_full, 0)
+    if FIRST > 0:
+        pipeline.consumer_wait(key_full, 0)
+        of_prefix = prefix.recompute(
+            s_query, s_d_out, s_keys.index(0), s_values.index(0), tile, lse_log2, scale, FORM
+        )
     if FORM.COMPUTE_DELTA:
         if n_steps > FORM.EXACT_STEPS:
             b_d_out = s_d_out.load(memory.wide_layout(HEAD_DIM, WARPS))
             summed = gl.sum(b_out.to(gl.float32) * b_d_out.to(gl.float32), 1)
             delta += gl.convert_layout(summed, ROW)
         else:
-            for step in range(n_steps):
-                key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-                pipeline.consumer_wait(key_full, step)
-                if arguments.is_bounded(FORM):
-                    zero_unseen_keys(tile, key_block, step, s_keys, s_values, FORM)
-                s_key, s_value = s_keys.index(step).permute((1, 0)), s_values.index(step)
-                scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
-                d_p = warpgroup_mma(
-                    s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True
-                )
-                scores, d_p = warpgroup_mma_wait(0, [scores, d_p])
-                delta += delta_of_keys(
-                    scores, d_p, o_position, key_block, lse_log2, scale, SCORES, FORM.PREFIX
-                )
+            if FIRST > 0:
+                delta += gl.convert_layout(gl.sum(of_prefix.p * of_prefix.d_p, 1), ROW)
+            ring = KeyRing(s_keys, s_values, key_full)
+            for step in range(FIRST, n_steps):
+                delta += delta_of_step(step, s_query, s_d_out, ring, tile, lse_log2, scale, FORM)
         gl.store(stats.delta + row_pitched + o_query, delta, mask=m_pitch)
-    b_d_query = warpgroup_mma_init(gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT))
-    for step in range(n_steps):
+    b_d_query = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
+    if FIRST > 0:
+        p_part = prefix.part_of(stats.part, tile, n_heads, n_blocks, FORM)
+        b_d_query = prefix.gradients(
+            s_query, s_d_out, s_keys.index(0), of_prefix, delta, b_d_query, p_part, FORM
+        )
+    b_d_query = warpgroup_mma_init(b_d_query)
+    for step in range(FIRST, n_steps):
         key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
         first_key, near, far = key_block.start, key_block.near, key_block.far
         start = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
@@ -172,7 +176,8 @@ def query_gradient(
         s_key, s_value = s_keys.index(step % 2), s_values.index(step % 2)
         pipeline.consumer_wait(key_full, step)
         if arguments.is_bounded(FORM):
-            zero_unseen_keys(tile, key_block, step, s_keys, s_values, FORM)
+            arguments.zero_unseen(tile, key_block, s_key, FORM)
+            arguments.zero_unseen(tile, key_block, s_value, FORM)
         # [M, N] = [M, D] @ [D, N], both
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(s_d_out, s_value.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -203,16 +208,6 @@ def query_gradient(
     )
     pipeline.invalidate(query_full)
     pipeline.invalidate(key_full)
-
-
-@gluon.jit
-def zero_unseen_keys(tile, key_block, n, s_keys, s_values, FORM: gl.constexpr):
-    """Zero the keys and values in block `n` of the ring that no query of the sequence sees."""
-    start = key_block.start
-    low, high = arguments.seen_keys(tile, key_block, FORM)
-    if (start < low) | (start + s_keys.shape[1] > high):
-        memory.zero_outside(s_keys.index(n % 2), start, low, high)
-        memory.zero_outside(s_values.index(n % 2), start, low, high)
 
 
 @gluon.jit
@@ -279,6 +274,8 @@ def key_gradient(
     if FORM.HAS_KEY_START:
         first_key -= offset_k  # negative in the padding
     if FORM.PACKED:
+        first_key -= arguments.shift_of_keys(sequence, BLOCK_N)
+    if FORM.PACKED:
         if first_key >= n_keys:
             return
     last_key = min(first_key + BLOCK_N, n_keys) - 1
@@ -297,8 +294,12 @@ def key_gradient(
             bands, first_key, last_key, query_start, n_queries, BLOCK_M, FORM.INTERVALS, offset_q
         )
         if tiles.total_blocks(queries) == 0:
-            memory.store_zeros(p_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM)
-            memory.store_zeros(p_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM)
+            memory.store_zeros(
+                p_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
+            )
+            memory.store_zeros(
+                p_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
+            )
             return
 
     s_key = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], SHARED_K)
@@ -403,9 +404,11 @@ def key_gradient(
         m_key = m_key & (o_key >= 0)
         b_d_value = gl.where(m_key[:, None], b_d_value, 0.0)
     b_d_key = gl.where(m_key[:, None], b_d_key * softmax.natural(scale), 0.0)
-    memory.store_tokens(p_d_key, b_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM)
     memory.store_tokens(
-        p_d_value, b_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM
+        p_d_key, b_d_key, first_key, d_key.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
+    )
+    memory.store_tokens(
+        p_d_value, b_d_value, first_key, d_value.stride_t, n_keys, BLOCK_N, HEAD_DIM, FORM.PACKED
     )
     pipeline.invalidate(key_full)
     pipeline.invalidate(query_full)

@@ -5,6 +5,8 @@ For every query row, compute `lse_log2 = lse * log2(e)` and `delta = rowsum(dO *
 the dQ and dK/dV passes read. For the fused pass, prepare the sums of dQ too.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
@@ -12,6 +14,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import scheduler, softmax, tiles
 from . import arguments, memory, pipeline
+
+
+class KeyRing(NamedTuple):
+    """Two buffers of keys and of values, and the barriers of their copies."""
+
+    keys: Any
+    value_pair: Any
+    full: Any
 
 
 @gluon.jit
@@ -45,6 +55,29 @@ def delta_of_keys(
     m_seen = arguments.visible(o_position[:, None], o_key[None, :], near, far, PREFIX)
     p = gl.where(m_seen, softmax.recompute(scores, lse_log2[:, None], scale), 0.0)
     return gl.sum(p * d_p, 1)
+
+
+@gluon.jit
+def delta_of_step(step, s_query, s_d_out, ring, tile, lse_log2, scale, FORM: gl.constexpr):
+    """Contribution to delta, `[M]`, of block `step` of a `KeyRing`, which is on its way."""
+    ROW: gl.constexpr = lse_log2.type.layout
+    SCORES: gl.constexpr = ROW.parent
+    BLOCK_M: gl.constexpr = FORM.BLOCK_M
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
+    key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+    pipeline.consumer_wait(ring.full, step)
+    s_key, s_value = ring.keys.index(step), ring.value_pair.index(step)
+    if arguments.is_bounded(FORM):
+        arguments.zero_unseen(tile, key_block, s_key, FORM)
+        arguments.zero_unseen(tile, key_block, s_value, FORM)
+    # [M, N] = [M, D] @ [D, N], both
+    s_key, s_value = s_key.permute((1, 0)), s_value.permute((1, 0))
+    scores = warpgroup_mma(s_query, s_key, zeros, use_acc=False, is_async=True)
+    d_p = warpgroup_mma(s_d_out, s_value, zeros, use_acc=False, is_async=True)
+    scores, d_p = warpgroup_mma_wait(0, [scores, d_p])
+    o_position = tile.first + gl.arange(0, BLOCK_M, ROW)  # [M]
+    return delta_of_keys(scores, d_p, o_position, key_block, lse_log2, scale, SCORES, FORM.PREFIX)
 
 
 @gluon.jit(do_not_specialize=arguments.BackwardCounts._fields)
@@ -183,9 +216,7 @@ def preprocess_kernel(
         pipeline.copy_tokens(t_value, batch, key_head, first_key, barrier, s_tokens, True)
         pipeline.consumer_wait(full, 2 * step + 1)
         if arguments.is_bounded(FORM):
-            low, high = arguments.seen_keys(tile, key_block, FORM)
-            if (key_block.start < low) | (key_block.start + BLOCK_N > high):
-                memory.zero_outside(s_tokens, key_block.start, low, high)
+            arguments.zero_unseen(tile, key_block, s_tokens, FORM)
         d_p = warpgroup_mma(s_d_out, s_operand, zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma_wait(0, [d_p])
         delta += delta_of_keys(

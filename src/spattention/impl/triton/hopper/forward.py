@@ -5,6 +5,8 @@ While the tensor cores multiply one block of values, the softmax of the next blo
 computed.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -13,7 +15,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import scheduler, softmax, tiles
-from . import arguments, memory, pipeline
+from . import arguments, memory, pipeline, prefix
+
+
+class Source(NamedTuple):
+    """Descriptors of keys and values, and where those of a program are: batch entry, head, and
+    first token of the sequence.
+    """
+
+    key: Any
+    value: Any
+    batch: Any
+    head: Any
+    offset: Any
+
+
+class Buffers(NamedTuple):
+    """Queries, a buffer of keys and two of values in shared memory, and the barriers of the last
+    two's copies.
+    """
+
+    query: Any
+    key: Any
+    value_pair: Any
+    key_full: Any
+    value_full: Any
 
 
 @gluon.jit
@@ -57,6 +83,141 @@ def init_softmax(p_sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HAS_SI
     return row_max, row_sum
 
 
+@gluon.jit
+def copy_key(source, buffers, n, start, pred):
+    """Start to copy block `n` of keys, from key `start` of the sequence on."""
+    s_key = buffers.key
+    barrier = pipeline.expect_tx(buffers.key_full, n, s_key.shape[0] * s_key.shape[1] * 2, pred)
+    start += source.offset
+    pipeline.copy_tokens(source.key, source.batch, source.head, start, barrier, s_key, pred)
+
+
+@gluon.jit
+def copy_value(source, buffers, n, start):
+    """Start to copy block `n` of values, like `copy_key`."""
+    s_value = buffers.value_pair.index(n % 2)
+    BYTES: gl.constexpr = s_value.shape[0] * s_value.shape[1] * 2
+    barrier = pipeline.expect_tx(buffers.value_full, n, BYTES, True)
+    start += source.offset
+    pipeline.copy_tokens(source.value, source.batch, source.head, start, barrier, s_value, True)
+
+
+@gluon.jit
+def block_of_step(step, tile, n_steps, FORM: gl.constexpr):
+    """The `Block` of keys of a step. A narrow prefix comes last: its keys and values arrive while
+    others are multiplied.
+    """
+    if prefix.is_narrow(FORM):
+        step = gl.where(step + 1 < n_steps, step + 1, 0)
+    return tiles.block_at(step, tile.keys, tile.bands, FORM.BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+
+
+@gluon.jit
+def attend_blocks(
+    source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM: gl.constexpr
+):
+    """`b_out`, `row_max` and `row_sum` after all keys; not for a narrow prefix alone. The first
+    blocks of keys and values are on their way.
+    """
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    BOUNDED: gl.constexpr = arguments.is_bounded(FORM)
+    NARROW: gl.constexpr = prefix.is_narrow(FORM)
+    DTYPE: gl.constexpr = source.key.dtype
+    # [M, N] scores, [M, D] output, and the former as the left operand of a product
+    SCORES: gl.constexpr = o_position.type.layout.parent
+    OUT: gl.constexpr = b_out.type.layout
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    s_query, s_key, s_values = buffers.query, buffers.key, buffers.value_pair
+    key_full, value_full = buffers.key_full, buffers.value_full
+    n_steps = tiles.total_blocks(tile.keys)
+    key_block = block_of_step(0, tile, n_steps, FORM)
+    next_key = block_of_step(1, tile, n_steps, FORM).start
+    zeros = gl.full([s_query.shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
+    pipeline.consumer_wait(key_full, 0)
+    # [M, N] = [M, D] @ [D, N]
+    scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    copy_key(source, buffers, 1, next_key, n_steps > 1)
+    scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
+    p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
+    b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
+
+    for step in range(1, n_steps - 1 if NARROW else n_steps):
+        # All products of the step before are done.
+        if BOUNDED:
+            zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
+        key_block = block_of_step(step, tile, n_steps, FORM)
+        next_key = block_of_step(step + 1, tile, n_steps, FORM).start
+        copy_value(source, buffers, step, key_block.start)
+        pipeline.consumer_wait(key_full, step)
+        # [M, N] = [M, D] @ [D, N]
+        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        pipeline.consumer_wait(value_full, step - 1)
+        # [M, D] += [M, N] @ [N, D]
+        b_out = warpgroup_mma(b_p, s_values.index((step - 1) % 2), b_out, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        copy_key(source, buffers, step + 1, next_key, step + 1 < n_steps)
+        scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
+        p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
+        b_out = warpgroup_mma_wait(0, [b_out])
+        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
+
+    step = n_steps - 1
+    if NARROW:
+        if BOUNDED:
+            zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
+        key_block = block_of_step(step, tile, n_steps, FORM)
+        copy_value(source, buffers, step, key_block.start)
+        pipeline.consumer_wait(key_full, step)
+        scores = prefix.product(s_query, s_key, FORM)
+        pipeline.consumer_wait(value_full, step - 1)
+        # [M, D] += [M, N] @ [N, D]
+        b_out = warpgroup_mma(b_p, s_values.index((step - 1) % 2), b_out, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        p, row_max, row_sum, factor = prefix.probabilities(
+            scores, o_position, key_block, row_max, row_sum, scale, FORM
+        )
+        b_out = warpgroup_mma_wait(0, [b_out])
+        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        b_out = add_values_of_prefix(buffers, tile, key_block, step, p, b_out, FORM)
+    else:
+        if BOUNDED:
+            zero_unseen_values(tile, key_block, step, s_values, value_full, FORM)
+        pipeline.consumer_wait(value_full, step)
+        b_out = warpgroup_mma(b_p, s_values.index(step % 2), b_out, is_async=True)
+        b_out = warpgroup_mma_wait(0, [b_out])
+    return b_out, row_max, row_sum
+
+
+@gluon.jit
+def attend_prefix(buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM: gl.constexpr):
+    """`b_out`, `row_max` and `row_sum` after a narrow prefix alone."""
+    key_block = block_of_step(0, tile, 1, FORM)
+    pipeline.consumer_wait(buffers.key_full, 0)
+    scores = prefix.product(buffers.query, buffers.key, FORM)
+    scores = warpgroup_mma_wait(0, [scores])
+    p, row_max, row_sum, _ = prefix.probabilities(
+        scores, o_position, key_block, row_max, row_sum, scale, FORM
+    )
+    b_out = add_values_of_prefix(buffers, tile, key_block, 0, p, b_out, FORM)
+    return b_out, row_max, row_sum
+
+
+@gluon.jit
+def add_values_of_prefix(buffers, tile, key_block, n, p, b_out, FORM: gl.constexpr):
+    """`b_out` with the values of a narrow prefix, block `n` of the ring."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, b_out.type.layout, 2)
+    s_value = prefix.tokens(buffers.value_pair.index(n % 2), FORM)
+    pipeline.consumer_wait(buffers.value_full, n)
+    if arguments.is_bounded(FORM):
+        arguments.zero_unseen(tile, key_block, s_value, FORM)
+    # [M, D] += [M, WIDTH] @ [WIDTH, D]
+    b_p = gl.convert_layout(p.to(s_value.dtype), OPERAND)
+    b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
+    return warpgroup_mma_wait(0, [b_out])
+
+
 @gluon.jit(do_not_specialize=arguments.ForwardCounts._fields)
 def forward_kernel(
     t_query,
@@ -91,12 +252,9 @@ def forward_kernel(
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = t_key.dtype
-    KEY_BYTES: gl.constexpr = BLOCK_N * HEAD_DIM * 2
-    BOUNDED: gl.constexpr = arguments.is_bounded(FORM)
-    # [M, N] scores, [M, D] output, and the former as the left operand of a product
+    # [M, N] scores, [M, D] output
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     SHARED_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HEAD_DIM], DTYPE)
     SHARED_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], DTYPE)
@@ -133,7 +291,6 @@ def forward_kernel(
 
     row_max, row_sum = init_softmax(p_sinks, head, BLOCK_M, ROW, FORM.HAS_SINKS)
     b_out = gl.full([BLOCK_M, HEAD_DIM], 0.0, gl.float32, OUT)
-    zeros = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
 
     if n_steps == 0:
         lse, _ = softmax.finalize(row_max, row_sum)
@@ -150,62 +307,23 @@ def forward_kernel(
     key_full = pipeline.allocate_barriers(1)
     value_full = pipeline.allocate_barriers(2)
 
-    key_block = tiles.block_at(0, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-    next_key = tiles.block_at(1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
     offset_q, offset_k = tile.offset_q, tile.offset_k
+    source = Source(t_key, t_value, batch, key_head, offset_k)
+    buffers = Buffers(s_query, s_key, s_values, key_full, value_full)
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
     pipeline.copy_tokens(t_query, batch, head, offset_q + first_query, barrier, s_query, True)
-    barrier = pipeline.expect_tx(key_full, 0, KEY_BYTES, True)
-    pipeline.copy_tokens(t_key, batch, key_head, offset_k + key_block.start, barrier, s_key, True)
-    barrier = pipeline.expect_tx(value_full, 0, KEY_BYTES, True)
-    s_value = s_values.index(0)
-    pipeline.copy_tokens(
-        t_value, batch, key_head, offset_k + key_block.start, barrier, s_value, True
-    )
-
+    first_start = block_of_step(0, tile, n_steps, FORM).start
+    copy_key(source, buffers, 0, first_start, True)
+    copy_value(source, buffers, 0, first_start)
     pipeline.consumer_wait(query_full, 0)
-    pipeline.consumer_wait(key_full, 0)
-    # [M, N] = [M, D] @ [D, N]
-    scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, [scores])
-    barrier = pipeline.expect_tx(key_full, 1, KEY_BYTES, n_steps > 1)
-    pipeline.copy_tokens(t_key, batch, key_head, offset_k + next_key, barrier, s_key, n_steps > 1)
-    scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
-    p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
-    b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
-
-    for step in range(1, n_steps):
-        # All products of the step before are done.
-        if BOUNDED:
-            zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
-        key_block = tiles.block_at(step, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-        next_key = tiles.block_at(step + 1, keys, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX).start
-        barrier = pipeline.expect_tx(value_full, step, KEY_BYTES, True)
-        s_value = s_values.index(step % 2)
-        pipeline.copy_tokens(
-            t_value, batch, key_head, offset_k + key_block.start, barrier, s_value, True
+    if not prefix.is_narrow(FORM) or n_steps > 1:
+        b_out, row_max, row_sum = attend_blocks(
+            source, buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM
         )
-        pipeline.consumer_wait(key_full, step)
-        # [M, N] = [M, D] @ [D, N]
-        scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        pipeline.consumer_wait(value_full, step - 1)
-        # [M, D] += [M, N] @ [N, D]
-        b_out = warpgroup_mma(b_p, s_values.index((step - 1) % 2), b_out, is_async=True)
-        scores = warpgroup_mma_wait(1, [scores])
-        more = step + 1 < n_steps
-        barrier = pipeline.expect_tx(key_full, step + 1, KEY_BYTES, more)
-        pipeline.copy_tokens(t_key, batch, key_head, offset_k + next_key, barrier, s_key, more)
-        scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
-        p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
-        b_out = warpgroup_mma_wait(0, [b_out])
-        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-        b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
-
-    if BOUNDED:
-        zero_unseen_values(tile, key_block, n_steps - 1, s_values, value_full, FORM)
-    pipeline.consumer_wait(value_full, n_steps - 1)
-    b_out = warpgroup_mma(b_p, s_values.index((n_steps - 1) % 2), b_out, is_async=True)
-    b_out = warpgroup_mma_wait(0, [b_out])
+    else:
+        b_out, row_max, row_sum = attend_prefix(
+            buffers, tile, o_position, b_out, row_max, row_sum, scale, FORM
+        )
 
     lse, row_sum = softmax.finalize(row_max, row_sum)
     gl.store(p_lse + o_query, lse, mask=o_query < n_queries)

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import scheduler, softmax, tiles
-from . import arguments, memory, pipeline
+from . import arguments, memory, pipeline, prefix
 from .forward import init_softmax, mask_scores
 
 ROWS = gl.constexpr(64)
@@ -96,10 +96,10 @@ def own_steps(keys, bands, first, last, n_keys, FORM: gl.constexpr):
         low, high = tiles.key_range(first, last, bands.near_1, bands.far_1, FORM.PREFIX, n_keys)
         high = gl.where(first <= last, high, low)
         before_1, count_1 = tiles.blocks_within(keys.start_1, low, high, BLOCK_N)
-    prefix = 0
+    of_prefix = 0
     if FORM.PREFIX > 0:
-        prefix = gl.where(first <= last, keys.prefix.count, 0)
-    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1, prefix)
+        of_prefix = gl.where(first <= last, keys.prefix.count, 0)
+    return OwnSteps(before, count_0, keys.count_0 + before_1 - count_0, count_1, of_prefix)
 
 
 @gluon.jit
@@ -238,27 +238,82 @@ def attend(
     FORM: gl.constexpr,
 ):
     """Output `[M, D]` and log-sum-exp `[M]` of a consumer's rows, which see at least one key."""
-    BLOCK_N: gl.constexpr = FORM.BLOCK_N
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    queries, keys, values = work.query_ring, work.key_ring, work.value_ring
+    done, n_query = progress.done, progress.n_query
+    b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
+    pipeline.consumer_wait(queries.full, n_query)
+    if not prefix.is_narrow(FORM):
+        b_out, row_max, row_sum = attend_blocks(
+            work, tile, own, progress, o_query, b_out, row_max, row_sum, FORM
+        )
+    else:
+        b_out, row_max, row_sum = attend_prefix(
+            work, tile, progress, o_query, b_out, row_max, row_sum, FORM
+        )
+        if own_total(own, FORM) > 1:
+            b_out, row_max, row_sum = attend_blocks(
+                work, tile, own, progress, o_query, b_out, row_max, row_sum, FORM
+            )
+        else:
+            pipeline.consumer_release(queries.empty, n_query)
+            skip(done + 1, done + progress.n_steps, keys, values)
+    lse, row_sum = softmax.finalize(row_max, row_sum)
+    b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
+    return b_out, lse
+
+
+@gluon.jit
+def attend_prefix(work, tile, progress, o_query, b_out, row_max, row_sum, FORM: gl.constexpr):
+    """`b_out`, `row_max` and `row_sum` after the keys of a prefix, the program's step 0."""
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, b_out.type.layout, 2)
+    keys, values, n = work.key_ring, work.value_ring, progress.done
+    STAGES: gl.constexpr = keys.buffers.shape[0]
+    s_query = work.query_ring.buffers.index(progress.n_query % CONSUMERS)
+    key_block = tiles.block_at(0, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
+    pipeline.consumer_wait(keys.full, n)
+    scores = prefix.product(s_query, keys.buffers.index(n % STAGES), FORM)
+    scores = warpgroup_mma_wait(0, [scores])
+    pipeline.consumer_release(keys.empty, n)
+    p, row_max, row_sum, _ = prefix.probabilities(
+        scores, o_query, key_block, row_max, row_sum, work.scale, FORM
+    )
+    pipeline.consumer_wait(values.full, n)
+    # [M, D] += [M, WIDTH] @ [WIDTH, D]
+    b_p = gl.convert_layout(p.to(keys.buffers.dtype), OPERAND)
+    s_value = prefix.tokens(values.buffers.index(n % STAGES), FORM)
+    b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
+    b_out = warpgroup_mma_wait(0, [b_out])
+    pipeline.consumer_release(values.empty, n)
+    return b_out, row_max, row_sum
+
+
+@gluon.jit
+def attend_blocks(work, tile, own, progress, o_query, b_out, row_max, row_sum, FORM: gl.constexpr):
+    """`b_out`, `row_max` and `row_sum` after a consumer's blocks of keys from the first step on,
+    which must exist. Releases the queries and all blocks of the program's tile.
+    """
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    FIRST: gl.constexpr = 1 if prefix.is_narrow(FORM) else 0  # step after that of the prefix
     queries, keys, values = work.query_ring, work.key_ring, work.value_ring
     done, n_query = progress.done, progress.n_query
     DTYPE: gl.constexpr = keys.buffers.dtype
     STAGES: gl.constexpr = keys.buffers.shape[0]
     # [M, N] scores, [M, D] output, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    OUT: gl.constexpr = b_out.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     s_query = queries.buffers.index(n_query % CONSUMERS)
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
-    b_out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
 
     step = gl.where(own.count_0 > 0, own.before, own.gap)
     if FORM.PREFIX > 0:
-        step = own_step(0, own, FORM)
+        step = own_step(FIRST, own, FORM)
     n = done + step
-    skip(done, n, keys, values)
+    skip(done + FIRST, n, keys, values)
     key_block = tiles.block_at(step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX)
-    pipeline.consumer_wait(queries.full, n_query)
     pipeline.consumer_wait(keys.full, n)
     # [M, N] = [M, D] @ [D, N]
     s_key = keys.buffers.index(n % STAGES).permute((1, 0))
@@ -267,9 +322,11 @@ def attend(
     pipeline.consumer_release(keys.empty, n)
     scores = mask_scores(scores, tile, o_query, key_block, SCORES, FORM)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, work.scale, FORM.FALLING)
+    if FIRST > 0:
+        b_out = b_out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
 
-    for s in range(1, own_total(own, FORM)):
+    for s in range(FIRST + 1, own_total(own, FORM)):
         # All products of the step before are done.
         previous = n
         step = own_step(s, own, FORM)
@@ -307,10 +364,7 @@ def attend(
     b_out = warpgroup_mma_wait(0, [b_out])
     pipeline.consumer_release(values.empty, n)
     skip(n + 1, done + progress.n_steps, keys, values)
-
-    lse, row_sum = softmax.finalize(row_max, row_sum)
-    b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
-    return b_out, lse
+    return b_out, row_max, row_sum
 
 
 @gluon.jit(do_not_specialize=[*arguments.ForwardCounts._fields, "n_tiles"])

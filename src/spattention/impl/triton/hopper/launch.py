@@ -15,10 +15,27 @@ from .. import varlen
 from ..arguments import Form, Positions, RowStats, heads
 from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
+from ..config import OPTIONS
 from . import backward as backward_pass
-from . import backward_preprocess, forward_persistent, fused_backward, query_sums
+from . import (
+    backward_preprocess,
+    documents,
+    forward_persistent,
+    fused_backward,
+    prefix,
+    query_sums,
+)
 from . import forward as forward_pass
-from .planning import BLOCK, KEYS_FUSED, HopperPlan, TileOrder, pitch
+from .arguments import BackwardStats
+from .planning import (
+    BLOCK,
+    KEYS_FUSED,
+    HopperPlan,
+    TileOrder,
+    has_parts,
+    max_documents,
+    pitch,
+)
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -29,6 +46,8 @@ _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
 _fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
 _finish = CompiledKernelCache(query_sums.finish_kernel)
+_documents = CompiledKernelCache(documents.documents_kernel)
+_sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
 
 
 class _Box:
@@ -87,6 +106,36 @@ def _vector_box(elements: int, length: int) -> _Box:
     return _Box([elements], [1], [length], VECTOR_LAYOUT)
 
 
+def find_documents(call: Call) -> tuple[Call, Call]:
+    """The call over the documents that the first keys of each row describe, and the call over the
+    rows where they describe none, which the portable kernels compute.
+    """
+    key_start = call.positions.key_start
+    assert key_start is not None
+    n_documents = max_documents(call.queries)
+    offsets = key_start.new_empty((2 * n_documents + 3) * call.batch)
+    offsets_q, offsets_k, described = offsets.split(
+        [(n_documents + 1) * call.batch] * 2 + [call.batch]
+    )
+    with on_device(call.device):
+        _documents(
+            call.batch,
+            (call.device, specialization(key_start, offsets_q, offsets_k), call.start_strides),
+            key_start,
+            *call.start_strides[1:],
+            offsets_q,
+            offsets_k,
+            described,
+            call.queries,
+            n_documents,
+            num_warps=8,
+            **OPTIONS,
+        )
+    positions = Positions(None, None, offsets_q, offsets_k)
+    rest = call.positions._replace(described=described)
+    return call.variant("documents", positions, n_documents), call.variant("rest", rest)
+
+
 class _ForwardLaunch(NamedTuple):
     """Facts of a forward launch that are the same in every call of a form."""
 
@@ -119,7 +168,7 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
     if plan.persistent:
         counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
-        programs = min(programs, properties.multi_processor_count)
+        programs = min(programs, plan.turns * properties.multi_processor_count)
     form = Form(
         HEAD_DIM=call.head_dim,
         BLOCK_D=call.head_dim,
@@ -170,7 +219,8 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
 class _BackwardLaunch(NamedTuple):
     """Facts of the backward launches that are the same in every call of a form.
 
-    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it.
+    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it;
+    `sum_programs` and `sum_counts` belong to the sums of a prefix's parts.
     """
 
     plan: HopperPlan
@@ -180,6 +230,8 @@ class _BackwardLaunch(NamedTuple):
     counts: tuple[int, ...]
     constants: dict[str, Any]
     computing_delta: dict[str, Any]
+    sum_programs: int
+    sum_counts: tuple[int, ...]
 
 
 def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _BackwardLaunch:
@@ -226,12 +278,16 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         counts,
         {"FORM": form, **options},
         {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
+        (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
     return found
 
 
 def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowStats) -> None:
-    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`."""
+    """Launch the backward kernels of a plan; they fill the gradients, `lse_log2` and `delta`. Those
+    of a prefix's keys are left to `portable/prefix_gradient.py` unless `has_parts`.
+    """
     query, key, value, out, d_out, d_query, d_key, d_value = tensors
     launch = _backward_launch(call, plan, stats.d_lse is not None)
     blocks = plan.launches.backward
@@ -244,9 +300,12 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     positions = _positions(call)
     results, grad_results = heads(out), heads(d_out)
     gradients = (heads(d_query), heads(d_key), heads(d_value))
+    part = None
+    if has_parts(call):
+        part = stats.delta.new_empty((launch.query_programs, 2, call.prefix, call.head_dim))
     specialization_key = (
         call.device,
-        specialization(out, d_out, *stats, d_query, d_key, d_value, *positions),
+        specialization(out, d_out, *stats, d_query, d_key, d_value, part, *positions),
         results[1:],
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
@@ -261,7 +320,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         *descriptors,
         results,
         *gradients,
-        stats,
+        BackwardStats(*stats, part),
         call.bands,
         positions,
         *launch.counts,
@@ -270,31 +329,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     def run(programs: int, key_programs: int, constants: dict[str, Any]) -> None:
         _backward(programs, specialization_key, *arguments, key_programs, call.scale, **constants)
 
-    with on_device(call.device):
-        if plan.split_backward and not plan.fused_backward:
-            run(launch.query_programs, 0, launch.computing_delta)
-            run(launch.key_programs, launch.key_programs, launch.constants)
-            return
-        _preprocess(
-            launch.query_programs,
-            specialization_key,
-            *inputs,
-            results,
-            grad_results,
-            stats,
-            gradients[0],
-            sums,
-            turns,
-            call.bands,
-            positions,
-            *launch.counts,
-            launch.key_programs,
-            call.scale,
-            **launch.constants,
-        )
-        if not plan.fused_backward:
-            run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
-            return
+    def run_fused() -> None:
         _fused_backward(
             launch.key_programs,
             specialization_key,
@@ -318,7 +353,49 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 launch.counts[3],  # blocks of queries
                 call.queries,
                 call.scale,
-                **{**launch.constants, "launch_pdl": False},
+                FORM=launch.constants["FORM"],
+                **blocks.options,
+            )
+
+    with on_device(call.device):
+        if plan.split_backward and not plan.fused_backward:
+            run(launch.query_programs, 0, launch.computing_delta)
+            run(launch.key_programs, launch.key_programs, launch.constants)
+        else:
+            _preprocess(
+                launch.query_programs,
+                specialization_key,
+                *inputs,
+                results,
+                grad_results,
+                stats,
+                gradients[0],
+                sums,
+                turns,
+                call.bands,
+                positions,
+                *launch.counts,
+                launch.key_programs,
+                call.scale,
+                **launch.constants,
+            )
+            if plan.fused_backward:
+                run_fused()
+            else:
+                programs = launch.key_programs + launch.query_programs
+                run(programs, launch.key_programs, launch.constants)
+        if part is not None:
+            _sum_parts(
+                launch.sum_programs,
+                specialization_key,
+                *gradients[1:],
+                part,
+                call.bands_by_key_head,
+                positions,
+                *launch.sum_counts,
+                call.scale,
+                FORM=launch.constants["FORM"],
+                **blocks.options,
             )
 
 

@@ -23,27 +23,51 @@ def load_tokens(p_head, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM:
 
 
 @gluon.jit
+def before_end(o_token, n_tokens, FROM_ZERO: gl.constexpr):
+    """Mask of the tokens before token `n_tokens`; if `FROM_ZERO`, without those before token 0."""
+    m_token = o_token < n_tokens
+    if FROM_ZERO:
+        m_token = m_token & (o_token >= 0)
+    return m_token
+
+
+@gluon.jit
 def store_tokens(
-    p_head, b_tokens, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr
+    p_head,
+    b_tokens,
+    first,
+    stride,
+    n_tokens,
+    TOKENS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    FROM_ZERO: gl.constexpr = False,
 ):
-    """Store `b_tokens` `[TOKENS, D]` from token `first` on, except those from `n_tokens` on."""
+    """Store `b_tokens` `[TOKENS, D]` from token `first` on, where `before_end`."""
     WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
     b_wide = gl.convert_layout(b_tokens.to(p_head.dtype.element_ty), WIDE)
     o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
     o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
     p_block = p_head + o_token.to(gl.int64)[:, None] * stride + o_dim[None, :]
-    gl.store(p_block, b_wide, mask=(o_token < n_tokens)[:, None])
+    gl.store(p_block, b_wide, mask=before_end(o_token, n_tokens, FROM_ZERO)[:, None])
 
 
 @gluon.jit
-def store_zeros(p_head, first, stride, n_tokens, TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Store zeros from token `first` on, except from `n_tokens` on."""
+def store_zeros(
+    p_head,
+    first,
+    stride,
+    n_tokens,
+    TOKENS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    FROM_ZERO: gl.constexpr = False,
+):
+    """Store zeros from token `first` on, where `before_end`."""
     WIDE: gl.constexpr = wide_layout(HEAD_DIM, gl.num_warps())
     o_token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
     o_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))
     b_zeros = gl.full([TOKENS, HEAD_DIM], 0.0, p_head.dtype.element_ty, WIDE)
     p_block = p_head + o_token.to(gl.int64)[:, None] * stride + o_dim[None, :]
-    gl.store(p_block, b_zeros, mask=(o_token < n_tokens)[:, None])
+    gl.store(p_block, b_zeros, mask=before_end(o_token, n_tokens, FROM_ZERO)[:, None])
 
 
 @gluon.jit

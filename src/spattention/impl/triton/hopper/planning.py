@@ -46,6 +46,7 @@ class HopperPlan:
         split_backward: whether dQ and dK/dV are launched separately.
         fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
             instead of seven (`backward.py`).
+        turns: programs of the persistent kernel per multiprocessor, one after another.
     """
 
     launches: HopperLaunches
@@ -53,6 +54,7 @@ class HopperPlan:
     persistent: bool
     split_backward: bool
     fused_backward: bool = False
+    turns: int = 1
 
     def __str__(self) -> str:
         forward = "persistent forward" if self.persistent else "forward"
@@ -63,13 +65,19 @@ class HopperPlan:
 
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+MIN_MEAN_DOCUMENT = 128  # tokens
+# Queries of all heads of a call whose documents are looked for. About two thousand tokens of 16
+# heads save as much time as that takes.
+MIN_ROW_QUERIES = 1 << 15
 # What the kernels need, as it stands in docs/backends.md.
 NEEDS = {
     "vendor": "an NVIDIA GPU",
     "capability": "a GPU of compute capability 9.0 (Hopper)",
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
-    "positions": "packed documents, or queries from position 0 with at most one `key_start` each",
+    "positions": "packed documents, or queries from position 0 with at most one `key_start` each; "
+    "one for every query needs as many keys as queries, a multiple of 4, no prefix, and "
+    f"{MIN_ROW_QUERIES:,} queries of all heads",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -85,11 +93,14 @@ LAUNCHES = {
     ),
 }
 BLOCK = 64  # queries or keys
+PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of 128 keys, of which a multiprocessor runs one at a time
 KEYS_FUSED = 128  # keys of a block
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
+# An exchange of ranks that runs meanwhile gets multiprocessors as soon as the first turns end.
+TURNS_OF_A_PART = 8
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
@@ -118,11 +129,32 @@ def _refusal_of_shape(call: Call) -> str | None:
     if call.head_dim not in LAUNCHES:
         return f"{NEEDS['head_dim']}, got {call.head_dim}"
     # Elsewhere a block may hold keys of two documents, or keys after the last query.
-    if not call.has_one_start:
+    if not call.has_one_start and not (has_documents(call) and call.prefix == 0):
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
     return None
+
+
+def has_documents(call: Call) -> bool:
+    """True if the documents of each row are looked for in its first keys (`documents.py`). That
+    costs two launches more each way: worth it for many tokens.
+    """
+    large = call.batch * call.heads * call.queries >= MIN_ROW_QUERIES
+    return call.has_row_starts and call.queries % 4 == 0 and large
+
+
+def max_documents(queries: int) -> int:
+    """Documents that are looked for in a row; rows of shorter ones are left to the portable
+    kernels. Every one of them costs a program that may find nothing to do. Their offsets, one more,
+    are whole units of 16 bytes.
+    """
+    return (queries // MIN_MEAN_DOCUMENT + 2) | 3
+
+
+def has_parts(call: Call) -> bool:
+    """True if the programs of dQ compute dK and dV of the prefix, as `prefix.py` says."""
+    return 0 < call.prefix <= PREFIX_WIDTH and call.n_documents == 0
 
 
 def triton_is_tested() -> bool:
@@ -169,8 +201,14 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     # Packed documents count as a batch of documents of mean length.
     documents = call.n_documents or call.batch
     keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-    found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
-    return replace(found, fused_backward=True) if use_fused(call) else found
+    queries = keys if call.n_documents else call.queries
+    found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
+    if not call.has_all_keys:
+        found = replace(found, turns=TURNS_OF_A_PART)
+    if use_fused(call):
+        return replace(found, fused_backward=True)
+    # The preprocess kernel reads where documents are before it waits for the kernel before it.
+    return found if call.has_one_start else replace(found, split_backward=True)
 
 
 def readable(*tensors: torch.Tensor) -> bool:
@@ -193,7 +231,7 @@ def _has_aligned_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
 
 @lru_cache(maxsize=1024)
 def _plan(
-    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, bounded: bool
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int, head_dim: int, bounded: bool
 ) -> HopperPlan:
     order = tile_order(intervals, batch, keys, head_dim)
     if bounded:  # only the kernels of blocks of 64 know where a sequence ends
@@ -203,8 +241,8 @@ def _plan(
         order=order,
         persistent=not bounded
         and order == TileOrder.HEAD_MAJOR
-        and use_persistent(intervals, keys, head_dim),
-        split_backward=split_backward(intervals, batch, keys),
+        and use_persistent(intervals, keys, head_dim, queries),
+        split_backward=split_backward(intervals, batch, keys, queries),
     )
 
 
@@ -216,28 +254,37 @@ def pitch(queries: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
+def mean_keys(intervals: tuple[int, ...], keys: int, queries: int | None = None) -> float:
     """Number of keys that a query of any head sees on average.
 
     Args:
-        intervals: `near, far, near, far` of each head; `near == far` is an empty interval.
-        keys: keys of each batch entry, and also its queries.
+        intervals: `near, far, near, far` of each head; `near == far` is an empty interval. Edges
+            are negative for keys before the queries.
+        keys: keys of each batch entry.
+        queries: queries of each batch entry; by default as many.
     """
+    rows = keys if queries is None else queries
 
-    def pairs(width: int) -> int:
-        """Pairs at distances below `width`."""
-        width = min(width, keys)
-        return width * keys - width * (width - 1) // 2
+    def ramp(length: int) -> int:
+        """Sum of `min(i, keys)` over `i` from 1 to `length`."""
+        within = max(0, min(length, keys))
+        return within * (within + 1) // 2 + keys * max(0, length - keys)
 
-    seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
-    return seen / (len(intervals) // 4 * keys)
+    def pairs(near: int) -> int:
+        """Pairs at distances from `near` on."""
+        return ramp(rows - near) - ramp(-near)
+
+    seen = sum(pairs(near) - pairs(far) for near, far in zip(intervals[::2], intervals[1::2]))
+    return seen / (len(intervals) // 4 * max(1, rows))
 
 
-def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
+def use_persistent(
+    intervals: tuple[int, ...], keys: int, head_dim: int, queries: int | None = None
+) -> bool:
     """True if queries see enough keys on average for the persistent forward pass to be faster. That
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
-    return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
+    return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
 def can_fuse(call: Call) -> bool:
@@ -248,6 +295,7 @@ def can_fuse(call: Call) -> bool:
     return (
         call.head_dim == 128
         and call.prefix == 0
+        and call.query_start == 0
         and call.keys == call.queries
         and call.has_all_keys
         and not bounded
@@ -267,15 +315,18 @@ def use_fused(call: Call) -> bool:
     )
 
 
-def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
+def split_backward(
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int | None = None
+) -> bool:
     """True if dQ and dK/dV should be launched separately instead of in one grid.
 
     Launched separately, dQ computes `delta` itself and the preprocess kernel is not needed, but the
     GPU drains twice. Worth it for many short blocks, at least enough to fill the GPU. Arguments as
     in `mean_keys`, batch B.
     """
-    blocks = batch * (len(intervals) // 4) * -(-keys // BLOCK)
-    steps = mean_keys(intervals, keys) / BLOCK
+    rows = keys if queries is None else queries
+    blocks = batch * (len(intervals) // 4) * -(-rows // BLOCK)
+    steps = mean_keys(intervals, keys, queries) / BLOCK
     return blocks >= max(steps * MIN_BLOCKS_PER_STEP_SPLIT, PROGRAMS)
 
 

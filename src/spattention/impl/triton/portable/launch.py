@@ -63,7 +63,7 @@ def _prepare(
     **facts: Any,
 ) -> _Prepared:
     """Facts of a launch with `slots` slots; `documents` and other facts as in `Form`."""
-    query_start, key_start, cu_seqlens_q, _ = call.positions
+    query_start, key_start, cu_seqlens_q, _, described = call.positions
     # Without a prefix no kernel depends on documents.
     documents = call.prefix > 0 and _has_documents(call) and documents is not False
     form = Form(
@@ -77,6 +77,7 @@ def _prepare(
         PACKED=cu_seqlens_q is not None,
         START_ON_DEVICE=query_start is not None,
         HAS_KEY_START=key_start is not None,
+        UNLESS_DESCRIBED=described is not None,
         PRECISE=call.precise,
         **facts,
     )

@@ -1,0 +1,137 @@
+# mypy: allow-untyped-defs
+"""Addresses of keys and values: dense, in the rings of a `BandStore`, or in the blocks of a paged
+cache. Legend of `kernels.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .. import memory
+
+
+class KeyHead(NamedTuple):
+    """The keys and values of one head of one batch entry.
+
+    `newest` is the token of the newest query, and `length` the number of tokens or the length of a
+    ring. `p_pages` points to the entry's row of the block table; the pointers are then those of
+    block 0, and `page_stride` leads from block to block. `prefix` is the token of the first key of
+    a ring's prefix, which is of the document that starts at position `held`.
+    """
+
+    p_key: Any
+    key_stride: Any
+    key_page_stride: Any
+    p_value: Any
+    value_stride: Any
+    value_page_stride: Any
+    newest: Any
+    length: Any
+    p_pages: Any
+    n_pages: Any
+    prefix: Any
+    held: Any
+
+
+@triton.jit
+def load_key_head(key, value, positions, counts, batch, key_head, newest, FORM: tl.constexpr):
+    """The `KeyHead` of an int32 `key_head`; `newest` is the newest query's position."""
+    head = key_head.to(tl.int64)
+    p_key, p_value = key.pointer, value.pointer
+    # Fields that other forms need: Triton 3.6 has no None in a result.
+    p_pages, length, prefix, held = p_key, counts.n_keys, counts.n_keys, counts.n_keys
+    if FORM.PAGE > 0:
+        p_key += head * key.stride_h
+        p_value += head * value.stride_h
+        p_pages = positions.pages + batch * counts.pages_stride
+    elif FORM.RINGS:
+        offset = tl.load(positions.ring_offsets + key_head)
+        p_key += batch * key.stride_b + offset * key.stride_t
+        p_value += batch * value.stride_b + offset * value.stride_t
+        length = tl.maximum(tl.load(positions.ring_lengths + key_head), 1)  # 0 without keys
+        newest = (tl.maximum(newest, 0) % length).to(tl.int32)
+        length = length.to(tl.int32)
+        if FORM.PREFIX > 0:
+            prefix = (tl.load(positions.ring_prefixes + key_head) - offset).to(tl.int32)
+            held = tl.load(positions.held + batch * counts.held_stride)
+    else:
+        p_key += batch * key.stride_b + head * key.stride_h
+        p_value += batch * value.stride_b + head * value.stride_h
+    return KeyHead(
+        p_key,
+        key.stride_t,
+        key.stride_b,
+        p_value,
+        value.stride_t,
+        value.stride_b,
+        newest,
+        length,
+        p_pages,
+        counts.n_pages,
+        prefix,
+        held,
+    )
+
+
+@triton.jit
+def load_pages(keys, o_distance, end, FORM: tl.constexpr):
+    """Blocks of a paged cache that hold the keys at these distances, `[N]`; 0 from distance `end`
+    on. Loops ask for them one step ahead, so that the keys of a step do not wait for them.
+    """
+    o_page = o_distance * 0
+    if FORM.PAGE > 0:
+        o_page = pages_of(keys, keys.newest - o_distance, o_distance < end, FORM)
+    return o_page
+
+
+@triton.jit
+def pages_of(keys, o_token, m_token, FORM: tl.constexpr):
+    """Blocks of a paged cache that hold these tokens, `[N]`; 0 where `m_token` is false."""
+    o_page = tl.load(keys.p_pages + o_token // FORM.PAGE, mask=m_token, other=0)
+    return tl.minimum(tl.maximum(o_page, 0), keys.n_pages - 1)
+
+
+@triton.jit
+def load_at_distances(keys, o_distance, o_page, end, FORM: tl.constexpr):
+    """Keys and values `[N, D]` at these distances, in these blocks of a paged cache; zeros from
+    distance `end` on.
+    """
+    o_token = keys.newest - o_distance
+    if FORM.RINGS:
+        o_token = tl.where(o_token < 0, o_token + keys.length, o_token)
+    return load_at_tokens(keys, o_token, o_page, o_distance < end, FORM)
+
+
+@triton.jit
+def load_prefix(keys, o_place, o_distance, first, m_key, FORM: tl.constexpr):
+    """Keys and values `[N, D]` of places in the prefix of the document that starts at position
+    `first`, which are at these distances, and the mask `[N]` of those that are stored.
+    """
+    o_page = o_place * 0
+    if FORM.RINGS:
+        in_ring = (first + o_place) % keys.length
+        o_token = tl.where(first == keys.held, keys.prefix + o_place, in_ring)
+    else:
+        o_token = keys.newest - o_distance
+        m_key = m_key & (o_token < keys.length)
+        if FORM.PAGE > 0:
+            o_page = pages_of(keys, o_token, m_key, FORM)
+    b_key, b_value = load_at_tokens(keys, o_token, o_page, m_key, FORM)
+    return b_key, b_value, m_key
+
+
+@triton.jit
+def load_at_tokens(keys, o_token, o_page, m_token, FORM: tl.constexpr):
+    """Keys and values `[N, D]` of tokens of the head, in these blocks of a paged cache; zeros where
+    `m_token` `[N]` is false.
+    """
+    p_key, p_value = keys.p_key, keys.p_value
+    if FORM.PAGE > 0:
+        o_page = o_page.to(tl.int64)[:, None]
+        p_key += o_page * keys.key_page_stride
+        p_value += o_page * keys.value_page_stride
+        o_token = o_token % FORM.PAGE
+    b_key = memory.gather_tokens(p_key, o_token, m_token, keys.key_stride, FORM)
+    b_value = memory.gather_tokens(p_value, o_token, m_token, keys.value_stride, FORM)
+    return b_key, b_value
