@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from .scalars import as_int
 from .widths import Interval, Widths, band_edges, integer, integers, local_windows, merged
 
 Intervals = tuple[tuple[Interval, ...], ...]
@@ -95,7 +96,7 @@ class BandPattern:
     def dense(cls, num_heads: int, span: int, *, prefix: int = 0) -> BandPattern:
         """Every head attends `[0, span)`: ordinary causal attention. For `prefix` see
         `BandPattern`."""
-        _check_size(num_heads, span)
+        num_heads, span, _ = _size(num_heads, span)
         constructor = _constructor("dense", num_heads=num_heads, span=span)
         return cls((((0, span),),) * num_heads, span, constructor, prefix=prefix)
 
@@ -105,7 +106,7 @@ class BandPattern:
     ) -> BandPattern:
         """Every head attends the nearest `window` tokens, itself included: `[0, window)`,
         `1 <= window <= span`. For `prefix` see `BandPattern`."""
-        _check_size(num_heads, span)
+        num_heads, span, _ = _size(num_heads, span)
         window = integer("window", window)
         if not 1 <= window <= span:
             raise ValueError(f"`window` must be between 1 and `span` = {span}, got {window}")
@@ -142,7 +143,7 @@ class BandPattern:
                 attention. "Heads" above then means bands: G + 1 edges.
             prefix: see `BandPattern`.
         """
-        groups = _check_size(num_heads, span, kv_heads)
+        num_heads, span, groups = _size(num_heads, span, kv_heads)
         widths = widths if isinstance(widths, str) else integers("widths", widths)
         edges = band_edges(groups, span, widths, first)
         bands = [merged([band], span) for band in zip(edges, edges[1:])]
@@ -182,9 +183,13 @@ class BandPattern:
             kv_heads: see `exclusive`; `local` is then one size or one per band.
             prefix: see `BandPattern`.
         """
-        groups = _check_size(num_heads, span, kv_heads)
+        num_heads, span, groups = _size(num_heads, span, kv_heads)
         widths = widths if isinstance(widths, str) else integers("widths", widths)
-        local = integers("local", local) if isinstance(local, Iterable) else local
+        whole = as_int(local)
+        if whole is not None:
+            local = whole
+        elif isinstance(local, Iterable):
+            local = integers("local", local)
         edges = band_edges(groups, span, widths, first)
         windows = local_windows(groups, span, widths, local, per="band" if kv_heads else "head")
         bands = [
@@ -208,7 +213,8 @@ class BandPattern:
     ) -> BandPattern:
         """Head h attends the nearer half of its uniform band, `[S_h, S_h + W_h // 2)`: the ablation
         GBHALF. For `kv_heads` and `prefix` see `exclusive`."""
-        edges = band_edges(_check_size(num_heads, span, kv_heads), span, "uniform", None)
+        num_heads, span, groups = _size(num_heads, span, kv_heads)
+        edges = band_edges(groups, span, "uniform", None)
         bands = [
             merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
         ]
@@ -221,7 +227,7 @@ class BandPattern:
     ) -> BandPattern:
         """Head h attends `[0, W_h + 1)`, W_h its uniform width: the ablation published as "sliding
         window". For `kv_heads` and `prefix` see `exclusive`."""
-        groups = _check_size(num_heads, span, kv_heads)
+        num_heads, span, groups = _size(num_heads, span, kv_heads)
         windows = local_windows(groups, span, "uniform", None)
         bands = [merged([(0, window)], span) for window in windows]
         constructor = _constructor("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
@@ -429,18 +435,19 @@ def _grouped(bands: Sequence[tuple[Interval, ...]], num_heads: int) -> Intervals
     return tuple(band for band in bands for _ in range(num_heads // len(bands)))
 
 
-def _check_size(num_heads: int, span: int, kv_heads: int | None = None) -> int:
-    """The number of bands: `kv_heads`, or one per head."""
-    if not 1 <= integer("num_heads", num_heads) <= MAX_HEADS:
+def _size(num_heads: int, span: int, kv_heads: int | None = None) -> tuple[int, int, int]:
+    """Heads and span as ints, and the number of bands: `kv_heads`, or one per head."""
+    num_heads = integer("num_heads", num_heads)
+    if not 1 <= num_heads <= MAX_HEADS:
         rule = "at least 1" if num_heads < 1 else f"at most {MAX_HEADS}"
         raise ValueError(f"`num_heads` must be {rule}, got {num_heads}")
-    _span(span)
+    span = _span(span)
     groups = num_heads if kv_heads is None else integer("kv_heads", kv_heads)
     if groups < 1 or num_heads % groups:
         raise ValueError(
             f"`kv_heads` must be at least 1 and divide `num_heads` = {num_heads}, got {kv_heads}"
         )
-    return groups
+    return num_heads, span, groups
 
 
 def _span(span: Any) -> int:
@@ -463,10 +470,8 @@ def _heads(intervals: Any) -> Intervals:
     try:
         pairs = [[(near, far) for near, far in head] for head in intervals]
     except (TypeError, ValueError):
-        raise ValueError(
-            f"`intervals` must be, per head, a sequence of pairs (near, far), got "
-            f"{reprlib.repr(intervals)}"
-        ) from None
+        rule = "`intervals` must be, per head, a sequence of pairs (near, far)"
+        raise ValueError(f"{rule}, got {reprlib.repr(intervals)}") from None
     as_integer = partial(integer, "intervals")
     return tuple(tuple((as_integer(near), as_integer(far)) for near, far in head) for head in pairs)
 
@@ -485,7 +490,7 @@ def _plain(constructor: Any) -> dict[str, Any] | None:
         for name, value in constructor.items():
             if isinstance(value, str):
                 plain[str(name)] = value
-            elif isinstance(value, Iterable):
+            elif as_int(value) is None and isinstance(value, Iterable):
                 plain[str(name)] = list(integers("constructor", value))
             else:
                 plain[str(name)] = integer("constructor", value)

@@ -20,8 +20,8 @@ from .cache_layout import (
     HeadGroup,
     RingLayout,
     as_device,
-    check_int,
     check_memory,
+    checked_int,
     ring_layout,
     ring_lengths,
     rollback,
@@ -30,6 +30,7 @@ from .cache_layout import (
 from .cache_prefix import StoredTokens
 from .checks import check_key_start, check_new_tokens, check_rows, readable
 from .padding import padding_first, reorder
+from .scalars import as_int
 
 
 class BandStore:
@@ -92,15 +93,15 @@ class BandStore:
         slack: int = UNSET,
     ) -> None:
         max_rollback = rollback(max_rollback, slack)
-        ring_lengths(pattern, num_key_heads, max_rollback=max_rollback, capacity=capacity)
+        lengths = ring_lengths(pattern, num_key_heads, max_rollback=max_rollback, capacity=capacity)
         value_dim = head_dim if value_dim is None else value_dim
-        check_int("batch_size", batch_size, at_least=1)
-        check_int("head_dim", head_dim, at_least=1)
-        check_int("value_dim", value_dim, at_least=1)
+        batch_size = checked_int("batch_size", batch_size, at_least=1)
+        head_dim = checked_int("head_dim", head_dim, at_least=1)
+        value_dim = checked_int("value_dim", value_dim, at_least=1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"`dtype` must be floating point, got {dtype!r}")
         self.pattern = pattern
-        self.num_key_heads = num_key_heads
+        self.num_key_heads = len(lengths)
         # Known on the host, without waiting for the device.
         self.is_empty = self.one_document = True
         self._columns = 0  # appended so far; counted while the rings are not at their full length
@@ -109,7 +110,7 @@ class BandStore:
         with torch.inference_mode(False):
             self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=as_device(device))
             self._padding = self.counts.new_full((batch_size, max_rollback), -1)
-            capacity = _needed(capacity, pattern)
+            capacity = _needed(as_int(capacity), pattern)
             self._allocate(capacity, max_rollback, head_dim, value_dim, dtype)
 
     @property
@@ -224,7 +225,7 @@ class BandStore:
                 replaced since, they are more than `max_rollback`: keys that are needed again would
                 be overwritten.
         """
-        check_int("tokens", tokens, at_least=0)
+        tokens = checked_int("tokens", tokens, at_least=0)
         fewest = int(self.columns.min())
         if tokens > fewest:
             raise ValueError(f"`tokens` must be at most the {fewest} in the store, got {tokens}")
@@ -274,7 +275,7 @@ class BandStore:
 
     def repeat(self, times: int) -> None:
         """Copy every sequence `times` times, copies side by side. Allocates new memory."""
-        check_int("times", times, at_least=1)
+        times = checked_int("times", times, at_least=1)
         rows = torch.arange(self.batch_size, device=self.device)
         self.select(rows.repeat_interleave(times))
 
@@ -324,7 +325,7 @@ class BandStore:
     def set_max_rollback(self, tokens: int) -> None:
         """Change how many tokens `crop` can take back, from now on: what is no longer kept does not
         come back. Allocates new memory."""
-        check_int("tokens", tokens, at_least=0)
+        tokens = checked_int("tokens", tokens, at_least=0)
         if tokens != self.max_rollback:
             self._move(self.capacity, tokens)
 

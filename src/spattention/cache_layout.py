@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .bands import BandPattern
+from .scalars import as_int
 
 MAX_ROLLBACK = 32  # above the 20 tokens that Transformers drafts at once by default
 UNSET: Any = object()  # for arguments for which None is an error
@@ -187,7 +188,7 @@ def ring_lengths(
     """
     if not isinstance(pattern, BandPattern):
         raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
-    check_int("num_key_heads", num_key_heads, at_least=1)
+    num_key_heads = checked_int("num_key_heads", num_key_heads, at_least=1)
     heads = pattern.num_heads
     if heads % num_key_heads:
         raise ValueError(
@@ -195,7 +196,7 @@ def ring_lengths(
         )
     max_rollback = rollback(max_rollback, slack)
     if capacity is not None:
-        check_int("capacity", capacity, at_least=1)
+        capacity = checked_int("capacity", capacity, at_least=1)
     group = heads // num_key_heads
     farthest = [head[-1][1] if head else 0 for head in pattern.intervals]
     reaches = [max(farthest[h * group : (h + 1) * group]) for h in range(num_key_heads)]
@@ -245,17 +246,18 @@ def rollback(max_rollback: int, slack: int = UNSET) -> int:
                 "`slack` is the former name of `max_rollback`: give one of them, got both"
             )
         max_rollback = slack
-    check_int(name, max_rollback, at_least=0)
-    return max_rollback
+    return checked_int(name, max_rollback, at_least=0)
 
 
-def check_int(name: str, value: Any, at_least: int) -> None:
-    """Raise `ValueError` unless `value` is an int of `at_least` so much."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def checked_int(name: str, value: Any, at_least: int) -> Any:
+    """The value as an int of `at_least` so much; raises `ValueError`."""
+    found = value if isinstance(value, torch.SymInt) else as_int(value)
+    if found is None:
         raise ValueError(f"`{name}` must be an int, got {value!r}")
-    if value < at_least:
+    if found < at_least:
         limit = f"be at least {at_least}" if at_least else "not be negative"
-        raise ValueError(f"`{name}` must {limit}, got {value}")
+        raise ValueError(f"`{name}` must {limit}, got {found}")
+    return found
 
 
 def check_memory(size: int, device: torch.device, *, longest: int, batch: int) -> None:

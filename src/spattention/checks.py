@@ -8,13 +8,13 @@ here, because that would wait for the device; `validate` reads them on request.
 from __future__ import annotations
 
 import sys
-from numbers import Real
 
 import torch
 from torch.autograd import forward_ad
 
 from .bands import BandPattern
 from .compat.pytorch import forward_mode_active, is_batched
+from .scalars import python_number
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_POSITION = 2**31 - 1  # positions are int32
@@ -174,7 +174,8 @@ def check_documents(
             f"`cu_seqlens_q` and `cu_seqlens_k` must name the same documents, "
             f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+    for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        longest = python_number(given)
         if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
             raise ValueError(f"`{name}` must be an int, got {type(longest).__name__}")
         if longest < 0:
@@ -277,10 +278,11 @@ def check_no_tangents(**tensors: torch.Tensor | None) -> None:
 
 def check_tensors(**tensors: torch.Tensor) -> None:
     """Check that each named argument is a tensor with strides; raises `ValueError`."""
+    strided = torch.strided
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
+        if tensor.layout != strided:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 
@@ -351,11 +353,12 @@ def _check_scale_and_sinks(
 
 
 def _check_scale(scale: float | None) -> None:
+    scale = python_number(scale)
     if scale is None:
         return
     if isinstance(scale, torch.Tensor):
         raise ValueError("`scale` must be a float, got a tensor")
-    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise ValueError(f"`scale` must be a float, got {type(scale).__name__}")
     # Not `math.isfinite`, which is no comparison that torch.compile keeps symbolic.
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
@@ -365,6 +368,7 @@ def _check_scale(scale: float | None) -> None:
 def _check_query_start(
     query: torch.Tensor, queries: int, keys: int, query_start: int | torch.Tensor | None
 ) -> None:
+    query_start = python_number(query_start)
     if query_start is None:
         if queries > keys:
             raise ValueError(

@@ -151,13 +151,20 @@ def is_other(text: str) -> bool:
     return text.partition(":")[0] in (*BASELINES, *RELATED)
 
 
-def named_pattern(text: str, num_heads: int, span: int) -> BandPattern:
-    """Read the name of a pattern, as in `attention_choice`; `dense` attends everything."""
+def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern") -> BandPattern:
+    """Read the name of a pattern, as in `attention_choice`; `dense` attends everything.
+
+    Args:
+        text: name and options.
+        num_heads: query heads.
+        span: in tokens.
+        what: the pattern's name in errors.
+    """
     name, colon, rest = text.partition(":")
     known_names = (STOCK, *PATTERNS)
     if name not in known_names:
         raise ValueError(
-            f"a pattern must be one of {known_names}, got {name!r}{_near(name, known_names)}"
+            f"{what} must be one of {known_names}, got {name!r}{_near(name, known_names)}"
         )
     constructor = getattr(BandPattern, name)
     known = [p for p in inspect.signature(constructor).parameters if p not in ("num_heads", "span")]
@@ -228,28 +235,33 @@ def other_attention(text: str, num_heads: int, span: int) -> Baseline:
             rest = rest.removesuffix(",")
             colon = rest
     decimals = {p for p in known if parameters[p].annotation == "float"}
-    options = _options(name, rest if colon else None, known, decimals)
+    nested = ("bands",) if "bands" in parameters else ()
+    options = _options(name, rest if colon else None, known, decimals, nested)
     other: Baseline = constructor(num_heads, span, **given, **options)
     if pattern is None:
         return other
     assert isinstance(other, related.Related)
-    bands = named_pattern(pattern, num_heads, other.band_span)
+    bands = named_pattern(pattern, num_heads, other.band_span, f"`bands` of `{name}`")
     return replace(other, bands=bands)  # type: ignore[call-arg]  # those with `bands` alone
 
 
 def _options(
-    name: str, text: str | None, known: Sequence[str], decimals: Collection[str] = ()
+    name: str,
+    text: str | None,
+    known: Sequence[str],
+    decimals: Collection[str] = (),
+    nested: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Read the options behind the colon, NAME=VALUE separated by commas; None without a colon.
-    Values of `decimals` are decimal numbers.
+    Values of `decimals` are decimal numbers; `nested` are options that were taken off before.
     """
     options: dict[str, Any] = {}
     for item in () if text is None else text.split(","):
         key, equals, value = item.partition("=")
         if key not in known or not equals:
             raise ValueError(
-                f"options of `{name}` are NAME=VALUE with a name of {list(known)}, got {item!r}"
-                f"{_near(key, known) if key not in known else ''}"
+                f"options of `{name}` are NAME=VALUE with a name of {[*known, *nested]}, got "
+                f"{item!r}{'' if key in known else _near(key, [*known, *nested])}"
             )
         if key in options:
             raise ValueError(f"option `{key}` of `{name}` must be given once, got {name}:{text}")

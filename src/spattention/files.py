@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished"
+LONGEST_REASON = 300  # characters of an exception's message
 JSON_BYTES = 2**20  # of a description; no such file here comes near it
 CLOSE = 0.85  # likeness of two names from which on one is a slip of the other
 
@@ -173,3 +174,15 @@ def shown(value: object) -> str:
     """`repr` of a value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message in one line of bounded length, with its type where it says little."""
+    if isinstance(error, KeyError):
+        return f"there is no {' '.join(str(error).split())[:LONGEST_REASON]}"
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
+    if isinstance(error, ValueError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -30,9 +30,10 @@ from transformers import (
 
 from . import baselines, hf, related
 from .compat.huggingface import ATTENTION_KEYS
-from .files import read_json
+from .files import read_json, reason
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
+from .hf.weights import is_mark
 from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, newest_good
 
 CONFIG = "config.json"
@@ -49,13 +50,12 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COUNTS = ("n_layer", "n_layers", "n_head", "n_heads", "n_routed_experts")  # beside `num_*`
 MOST = 2**16  # layers, heads, experts or labels
 LARGEST_JSON = 2**28  # bytes; the largest tokenizers have some 30 MB
-LONGEST_REASON = 300  # characters of a library's message
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a saved model, without their values.
+    """The weights of a saved model, without their values and without marks.
 
     Attributes:
         files: what holds them.
@@ -236,16 +236,6 @@ def named_errors(file: Path, rule: str) -> Iterator[None]:
         raise ValueError(f"{file} {rule}: {reason(error)}") from error
 
 
-def reason(error: BaseException) -> str:
-    """An exception's message in one line of bounded length, with its type where it says little."""
-    text = " ".join(str(error).split())
-    if len(text) > LONGEST_REASON:
-        text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
-    if isinstance(error, ValueError | OSError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def _to_stderr(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
@@ -364,7 +354,7 @@ def _check_loaded(
         raise ValueError(f"{weights} {rule}: {len(missing)} are missing, {_some(missing)}")
     unused = sorted(found["unexpected_keys"])
     if dense:
-        unused = [name for name in unused if not name.endswith(".sinks")]
+        unused = [name for name in unused if not (name.endswith(".sinks") or is_mark(name))]
     if unused:
         _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
     for name, parameter in model.named_parameters():
@@ -411,18 +401,18 @@ def _indexed(index: Path) -> tuple[Path, ...]:
 
 
 def _tensor_sizes(path: Path) -> list[int]:
-    """The number of values of each tensor in a file, which are not read."""
+    """The number of values of each tensor in a file but marks; the values are not read."""
     if path.suffix == ".safetensors":
         with (
             named_errors(path, "must be a whole file of safetensors"),
             safe_open(path, "pt") as file,
         ):
-            names = file.keys()
+            names = [name for name in file.keys() if not is_mark(name)]  # noqa: SIM118
             return [math.prod(file.get_slice(name).get_shape()) for name in names]
     try:
         # Nothing but tensors is unpickled, and on the meta device they take no memory.
         found = torch.load(path, map_location="meta", weights_only=True)
-        return [tensor.numel() for tensor in found.values()]
+        return [tensor.numel() for name, tensor in found.items() if not is_mark(name)]
     except Exception as error:  # PyTorch's message advises to unpickle whatever is there
         raise ValueError(
             f"{path} must hold tensors by name, as `torch.save` writes them, and nothing else"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from .bands import BandPattern
 from .hf import apply
+from .scalars import as_int
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ def count_parameters(config: OlmoeConfig) -> ParameterCount:
 def _size(name: str, given: int | None, default: int) -> int:
     if given is None:
         return default
-    if type(given) is not int or given < 1:
+    found = as_int(given)
+    if found is None or found < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {given!r}")
-    return given
+    return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from .scalars import as_int
 
 Interval = tuple[int, int]
 Widths = str | Sequence[int]
@@ -95,17 +96,14 @@ def merged(intervals: Sequence[Interval], span: int) -> tuple[Interval, ...]:
 
 def integer(name: str, value: Any) -> int:
     """The value as an int of 64 bits; ValueError, which names the argument, for anything else."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"`{name}` must be an integer, got {reprlib.repr(value)}") from None
-    if value.bit_length() > 63:
+    found = as_int(value)
+    if found is None:
+        raise ValueError(f"`{name}` must be an integer, got {reprlib.repr(value)}")
+    if found.bit_length() > 63:
         raise ValueError(
-            f"`{name}` must fit in 64 bits, got an integer of {value.bit_length() + 1} bits"
+            f"`{name}` must fit in 64 bits, got an integer of {found.bit_length() + 1} bits"
         )
-    return value
+    return found
 
 
 def integers(name: str, values: Any) -> tuple[int, ...]:

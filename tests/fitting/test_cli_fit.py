@@ -178,7 +178,7 @@ def test_data_of_another_tokenizer_is_refused(home, tmp_path, capsys):
         (["--dense-layers", "2"], "must be distinct indices from 0 to 1, got [2]"),
         (["--dense-layers", "0", "1"], "`pairs` must be at least 1.0 for 2 of 2 layers dense"),
         (["--span", "100"], "`span` must be at least 160"),
-        (["--prefix", "17"], "`prefix` must be at least 0 and at most 16"),
+        (["--prefix", "17"], "`--prefix` must be at most 16"),
         (["--profile", "nowhere.json"], "nowhere.json must be a profile, there is no such file"),
         (["--data", "nowhere.txt"], "nowhere.txt is neither a file nor a folder"),
         (["--data", "nowhere.u16.xz"], "nowhere.u16.xz is neither a file nor a folder"),

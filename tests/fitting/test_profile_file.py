@@ -143,7 +143,7 @@ def test_a_foreign_file_is_named(tmp_path, content, message):
 def test_a_missing_or_huge_file_is_named(profile, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"none\.json must be a profile, there is no such file"):
         Profile.load(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="must be a profile, there is no such file"):
+    with pytest.raises(ValueError, match="must be a profile, it is a folder"):
         Profile.load(tmp_path)
     profile.save(tmp_path / "profile.json")
     monkeypatch.setattr("spattention.fitting.profile.MOST_BYTES", 10)

@@ -85,6 +85,8 @@ def draw(variant: Variant, seed: int, device: str = "cuda", longest: int = 300) 
     generator = torch.Generator(device).manual_seed(rng.getrandbits(40))
     heads = variant.group * rng.choice((1, 2, 3, 8))
     lengths = [1, 2, 17, 64, 65, rng.randint(1, longest), rng.randint(1, longest)]
+    if variant.mode == "packed_rows":
+        lengths += [128, 192, 256]  # whole blocks, which the kernels for Hopper need
     if variant.dtype == SINGLE:
         # Over few numbers the plain computation may be exact by luck, and the budget with it.
         lengths = [rng.randint(150, 300)]

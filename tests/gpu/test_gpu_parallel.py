@@ -49,3 +49,25 @@ def test_shards_are_as_exact_as_the_whole(
     rank_plan.cache_clear()
     for label, mine in zip(("out", "d_query", "d_key", "d_value"), found):
         check_error(label, mine, rough[label], truth[label], deviations[label])
+
+
+def test_documents_of_shards_are_as_exact_as_alone() -> None:
+    """Documents that start inside a range and before it; those inside run as a packed row does."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    drawn = [
+        torch.randn(1, heads, 2048, 128, generator=generator, device="cuda").to(torch.bfloat16)
+        for heads in (HEADS, 2, 2, HEADS)
+    ]
+    pattern = BandPattern.shared_local(HEADS, 2048, widths="geometric", first=20, local=90)
+    starts = (0, 300, 611, 1000, 1400, 1750)
+    rows = torch.tensor(starts, dtype=torch.int32, device="cuda")
+    places = torch.arange(2048, device="cuda")
+    first = rows[torch.searchsorted(rows, places, right=True) - 1][None]
+    case = Case(*drawn[:3], pattern, {"key_start": first})
+    grads = drawn[3], torch.zeros(1, HEADS, 2048, device="cuda")
+    truth, rough, deviations = exact(case, grads), plain(case, grads), noise(case, grads)
+    for shards in (Shards.balanced(2048, 2), Shards.contiguous(2048, 2)):
+        plan = plan_exchange(pattern, shards, 2, documents=[starts])
+        found = in_turns.results(plan, drawn, impl="triton")
+        for label, mine in zip(("out", "d_query", "d_key", "d_value"), found):
+            check_error(label, mine, rough[label], truth[label], deviations[label])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -203,3 +205,29 @@ def test_a_failed_second_split_changes_nothing(mesh):
     with pytest.raises(ValueError, match="`mesh` must be a one-dimensional DeviceMesh"):
         spa.hf.context_parallel(model, "cp")
     assert torch.equal(logits(model, ids), wanted)
+
+
+def test_a_copy_stays_under_context_parallel(mesh):
+    """In the same group, with hooks of its own, which it can take away by itself."""
+    model, ids = spa.hf.context_parallel(banded("llama"), mesh), tokens(1, 12)
+    copied = copy.deepcopy(model)
+    wanted = banded("llama")(ids, labels=ids)
+    for each in (model, copied):
+        torch.testing.assert_close(each(ids, labels=ids).loss, wanted.loss)
+    spa.hf.context_parallel(copied, None)
+    past = transformers.DynamicCache(config=copied.config)
+    copied(ids, past_key_values=past)
+    assert past.get_seq_length() == 12, "alone, it fills a cache"
+    assert copied._forward_pre_hooks.keys() < model._forward_pre_hooks.keys()
+    torch.testing.assert_close(model(ids, labels=ids).loss, wanted.loss)
+
+
+def test_pickling_under_context_parallel_is_named(mesh, tmp_path):
+    model = spa.hf.context_parallel(banded("llama"), mesh)
+    for save in (pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(TypeError, match=r"not be pickled under `context_parallel`.*got one of"):
+            save(model)
+    spa.hf.context_parallel(model, None)
+    ids = tokens(1, 9)
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)

@@ -26,6 +26,7 @@ from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
 from ..hf.weights import Note, note_weights
 from ..impl.layout import without_autocast
+from ..scalars import as_number
 from .state import Handle, State, keep_state, stop_keeping_state
 
 VERSION = 1
@@ -139,7 +140,13 @@ def check_integers(kind: str, **values: tuple[Any, int, int]) -> None:
 
 
 def check_size(baseline: Baseline, least_span: int = 1) -> None:
-    """A baseline's heads and span are numbers that memory can be asked for."""
+    """A baseline's heads and span are numbers that memory can be asked for; all numbers become
+    Python's, for they are saved.
+    """
+    for field in fields(baseline):
+        number = as_number(getattr(baseline, field.name))
+        if number is not None:
+            object.__setattr__(baseline, field.name, number)
     check_integers(
         baseline.kind,
         num_heads=(baseline.num_heads, 1, MAX_HEADS),
@@ -215,9 +222,9 @@ def apply(model: Any, baseline: Baseline) -> Any:
     for module in modules.values():
         baseline.check(module)
     register(type(baseline))
+    setattr(config, kind, baseline.section())  # first: what `_equip` notes is read from there
     for module in modules.values():
         _equip(baseline, module, layers)
-    setattr(config, kind, baseline.section())
     model.set_attn_implementation(kind)
     section_changed(model)
     return model
@@ -233,6 +240,7 @@ def remove(model: Any) -> Any:
     for module in attention_modules(model, config).values():
         if hasattr(module, PLAN):
             delattr(module, PLAN)
+            note_weights(module, _note)
         stop_keeping_state(module)
     model.set_attn_implementation("sdpa")
     section_changed(model)

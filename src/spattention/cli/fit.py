@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
-from .. import hf
+from .. import baselines, hf, related
 from ..bands import BandPattern
 from ..data.model_text import check_same_tokenizer, open_tokens, tokenize_text
 from ..data.packed import SUFFIX
@@ -37,6 +37,8 @@ from .options.fit import Options
 
 ENOUGH = 8  # times the tokens that are used: rows are spread over so much text at most
 FORMAT = "spattention-fit"
+SECTIONS = (hf.NAME, *(kind.kind for kind in (*baselines.KINDS, *related.KINDS)))
+PREFIX_MAX = 16  # first tokens that a profile counts one by one
 
 
 def main(options: Options) -> None:
@@ -46,6 +48,12 @@ def main(options: Options) -> None:
     logging.disable_progress_bar()
     console = Console()
     measured = None if options.profile is None else Profile.load(options.profile)
+    most = PREFIX_MAX if measured is None else measured.prefix_max
+    if options.prefix > most:
+        raise ValueError(
+            f"`--prefix` must be at most {most}, the first tokens that are measured, got "
+            f"{options.prefix}"
+        )
     with _appearing(options.output) as folder:
         model, tokenizer = _open(options)
         config = model.config.get_text_config()
@@ -67,6 +75,7 @@ def main(options: Options) -> None:
                 kept,
                 needles=options.needles or None,
                 tokenizer=tokenizer,
+                prefix_max=PREFIX_MAX,
                 sensitivity=min(options.sensitivity, len(kept)),
             )
         patterns = fit_patterns(
@@ -137,7 +146,7 @@ def _open(options: Options) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         text = config.get_text_config()
-        section = getattr(text, hf.NAME, None)
+        section = next((kind for kind in SECTIONS if getattr(text, kind, None) is not None), None)
         if section is None:
             model = AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype, trust_remote_code=False
@@ -150,7 +159,8 @@ def _open(options: Options) -> tuple[Any, Any]:
             f"on the hub, got {name}: {reason}"
         ) from error
     if section is not None:
-        raise ValueError(f"`MODEL` must be dense, {name} has bands already")
+        found = "bands" if section == hf.NAME else f"the attention `{section}`"
+        raise ValueError(f"`MODEL` must be dense, {name} has {found} already")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"`MODEL` must have a tokenizer, {name} has none with words")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

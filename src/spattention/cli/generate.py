@@ -17,7 +17,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, log
 
 from .. import hf
 from ..benchmarking.timing import cache_bytes
+from ..compat.huggingface import attention_name
 from ..data.text import check_text
+from ..hf.decoder import OWN_IMPLEMENTATIONS
 from ..loading import model_folder, named_errors, open_model, open_tokenizer
 from .bounds import LARGEST, LARGEST_SEED, check_range
 from .options.generate import Options
@@ -52,9 +54,10 @@ def main(options: Options) -> None:
     folder = model_folder(options.folder)
     tokenizer = open_tokenizer(folder)
     model = open_model(folder)
-    has_bands = getattr(model.config.get_text_config(), "spattention", None) is not None
-    if options.compare and not has_bands:
-        raise ValueError(f"`--compare dense` needs a model with bands, {folder} has none")
+    attention = attention_name(model.config.get_text_config())
+    if options.compare and attention != hf.NAME:
+        found = "dense attention" if attention in OWN_IMPLEMENTATIONS else f"`{attention}`"
+        raise ValueError(f"`--compare dense` needs a model with bands, {folder} has {found}")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:

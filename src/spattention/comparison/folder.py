@@ -11,7 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import is_unfinished, read_json, remove_unfinished, shown, sync, write_atomically
+from ..files import (
+    is_unfinished,
+    read_json,
+    reason,
+    remove_unfinished,
+    shown,
+    sync,
+    write_atomically,
+)
 from ..training.lock import LOCK
 from .plan import Run
 from .summary import Result
@@ -123,8 +131,8 @@ class ResultsFolder:
             return result_from(read_json(file, RESULT_BYTES))
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} must hold a finished run, and does not ({error!r}): remove it to train "
-                "this run again"
+                f"{file} must hold a finished run, and does not ({reason(error)}): remove it to "
+                "train this run again"
             ) from error
 
     def add(self, run: Run, result: Result) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -107,6 +108,14 @@ def remove_pre_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> None:
 def state_dict_metadata(state_dict: Any) -> dict[str, Any]:
     """Notes of modules in a state dict, by their names; documented as this attribute."""
     return getattr(state_dict, "_metadata", None) or {}
+
+
+def copy_state_dict(state_dict: Any, without: Collection[str]) -> Any:
+    """A shallow copy without some names; PyTorch's own notes stay attached."""
+    left = OrderedDict((name, value) for name, value in state_dict.items() if name not in without)
+    if hasattr(state_dict, "_metadata"):
+        left._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return left
 
 
 def mark_static_address(tensor: torch.Tensor) -> None:

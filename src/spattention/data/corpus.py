@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import make_folder, naming, remove_empty, sync, sync_tree
+from ..files import make_folder, naming, reason, remove_empty, sync, sync_tree
 from .arrays import save_array
 from .prepare import CorpusFacts, split_documents, stored_stream, write_facts
 from .text import check_text, iterate_documents, text_kind
@@ -120,7 +120,7 @@ def _texts(what: str, column: str, rows: Iterable[dict[str, Any]]) -> Iterator[s
         except StopIteration:
             return
         except Exception as error:  # as in `open_source`
-            raise ValueError(f"{what}, row {number}, cannot be read: {error}") from error
+            raise ValueError(f"{what}, row {number}, cannot be read: {reason(error)}") from error
         if not isinstance(text, str | None):
             raise ValueError(
                 f"{what}, row {number}: `{column}` must be a string, got {type(text).__name__}"

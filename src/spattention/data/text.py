@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..files import reason
+
 SEPARATOR = "\f"
 LONGEST_LINE = 2**26  # characters of a JSON line
 LONGEST_DOCUMENT = 2**30  # characters between two separators of a text file
@@ -138,11 +140,17 @@ def _json_lines(path: Path, file: TextIO, column: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            entries = json.loads(line)
+            text = entries[column] if isinstance(entries, dict) else None
+        except (ValueError, KeyError, RecursionError) as error:
             raise ValueError(
-                f'{path}, line {number}, must be an object with a "{column}" entry: {error!r}'
+                f'{path}, line {number}, must be an object with a "{column}" entry: {reason(error)}'
             ) from error
+        if not isinstance(entries, dict):
+            raise ValueError(
+                f'{path}, line {number}, must be an object with a "{column}" entry, got '
+                f"{type(entries).__name__}"
+            )
         if not isinstance(text, str):
             raise ValueError(
                 f"{path}, line {number}: `{column}` must be a string, got {type(text).__name__}"

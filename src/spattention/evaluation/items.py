@@ -96,6 +96,8 @@ def read_items(path: Path, task: str) -> Iterator[tuple[str, Item]]:
     Raises:
         ValueError: naming the file, the line, the field and its rule, at the first bad item.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file with items of the local task {task}, not a folder")
     if not path.is_file():
         raise ValueError(f"{path} is missing: it holds the items of the local task {task}")
     count = 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bands import BandPattern
+from ..scalars import as_int, as_number
 from .allocate import allocate
 from .bins import causal_pairs, head_pairs, prefix_pairs
 from .capture import coverage
@@ -265,21 +266,20 @@ def _task(
     if not isinstance(profile, Profile):
         raise ValueError(f"`profile` must be a Profile, got {type(profile).__name__}")
     model = profile.model
-    number = isinstance(pairs, int | float) and not isinstance(pairs, bool)
-    if not number or not 0 < pairs <= 1:
+    share = as_number(pairs)
+    if share is None or not 0 < share <= 1:
         raise ValueError(f"`pairs` must be a number above 0 and at most 1, got {pairs!r}")
     length = profile.length if length is None else length
-    _check_integer("length", length, 1, profile.length, "the profile's longest row")
-    span = length if span is None else span
-    _check_integer("span", span, length, None, "`length`")
-    _check_integer("prefix", prefix, 0, min(profile.prefix_max, length), "what was measured")
-    budget = math.floor(Fraction(pairs) * model.layers * model.heads * length * (length + 1) // 2)
+    length = _integer("length", length, 1, profile.length, "the profile's longest row")
+    span = _integer("span", length if span is None else span, length, None, "`length`")
+    prefix = _integer("prefix", prefix, 0, min(profile.prefix_max, length), "what was measured")
+    budget = math.floor(Fraction(share) * model.layers * model.heads * length * (length + 1) // 2)
     layers = _layers(dense_layers, model.layers)
     if local is None:
         bare = Task(profile, budget, length, span, prefix, 1, 1, layers)
         local = max(1, min(LOCAL, bare.longest_window // 2))
-    _check_integer("local", local, 1, length, "`length`")
-    if kv_heads is not None and (type(kv_heads) is not int or kv_heads != model.kv_heads):
+    local = _integer("local", local, 1, length, "`length`")
+    if kv_heads is not None and as_int(kv_heads) != model.kv_heads:
         raise ValueError(
             f"`kv_heads` must be None or the model's {model.kv_heads} key/value heads, got "
             f"{kv_heads!r}"
@@ -303,17 +303,19 @@ def _layers(layers: Iterable[int], count: int) -> tuple[int, ...]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ValueError(f"`dense_layers` must be indices of layers, got {layers!r}")
     given = list(layers)
-    bad = [k for k in given if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < count]
-    if bad or len(set(given)) != len(given):
+    found = {k for k in map(as_int, given) if k is not None and 0 <= k < count}
+    if len(found) != len(given):
         raise ValueError(
             f"`dense_layers` must be distinct indices from 0 to {count - 1}, got {given}"
         )
-    return tuple(sorted(given))
+    return tuple(sorted(found))
 
 
-def _check_integer(name: str, value: object, least: int, most: int | None, bound: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: object, least: int, most: int | None, bound: str) -> int:
+    found = as_int(value)
+    if found is None:
         raise ValueError(f"`{name}` must be an integer, got {value!r}")
-    if value < least or (most is not None and value > most):
+    if found < least or (most is not None and found > most):
         upper = f" and at most {most} ({bound})" if most is not None else f" ({bound})"
-        raise ValueError(f"`{name}` must be at least {least}{upper}, got {value}")
+        raise ValueError(f"`{name}` must be at least {least}{upper}, got {found}")
+    return found

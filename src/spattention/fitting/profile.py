@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..scalars import as_int
 from .bins import distance_edges
 
 FORMAT = "spattention-profile"
@@ -296,7 +297,8 @@ class Profile:
         """
         source = Path(path)
         if not source.is_file():
-            raise ValueError(f"{source} must be a profile, there is no such file")
+            found = "it is a folder" if source.is_dir() else "there is no such file"
+            raise ValueError(f"{source} must be a profile, {found}")
         size = source.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"{source} must have at most {MOST_BYTES} bytes, got {size}")
@@ -322,7 +324,8 @@ def _array(name: str, value: Any) -> Tensor | None:
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_TOKENS:
+    found = as_int(value)
+    if found is None or not least <= found <= MOST_TOKENS:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
 
 

@@ -18,7 +18,7 @@ Imported with PEFT, never without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from .dealable import refuse_dealt
 from .decoder import has_sinks, is_attention
-from .section import KINDS, AttentionKind, kinds_of
+from .section import KINDS, AttentionKind, same_section, section_in
 from .sinks import Sinks
 
 WRITTEN = "_spattention_written"  # of a PEFT config: the section of the model that it is in
@@ -94,7 +94,7 @@ def follow(model: Any) -> None:
         return
     base = base_model(model)
     for name, config in configs.items():
-        setattr(config, WRITTEN, section_in(base))
+        setattr(config, WRITTEN, adapter_section(base))
         _wrap_sinks(base, name, config)
     active = _active(model)
     frozen = all(configs[name].inference_mode for name in active)
@@ -117,7 +117,7 @@ def meet(model: Any, config: Any, adapter_name: str) -> None:
     """
     refuse_dealt(model, "model", "to be given an adapter")
     bring_back(model, config, adapter_name)
-    setattr(config, WRITTEN, section_in(model))
+    setattr(config, WRITTEN, adapter_section(model))
     _wrap_sinks(model, adapter_name, config)
 
 
@@ -126,7 +126,7 @@ def bring_back(model: Any, config: Any, adapter_name: str) -> None:
     wanted: AdapterSection | None = vars(config).get(READ)
     if wanted is None:
         return
-    found = section_in(model)
+    found = adapter_section(model)
     if found is not None:
         check_same(wanted, found)
         return
@@ -149,22 +149,17 @@ def check_same(wanted: AdapterSection, found: AdapterSection | None) -> None:
             f"the adapter of {wanted.file} must be loaded into a model with "
             f"`config.{wanted.kind}`, got one without"
         )
-    if wanted.kind != found.kind or _meaning(wanted.data) != _meaning(found.data):
+    if wanted.kind != found.kind or not same_section(wanted.data, found.data):
         raise ValueError(
             f"the adapter of {wanted.file} must be loaded into a model with the `{wanted.kind}` "
             f"that it was trained with, {dict(wanted.data)}, got `{found.kind}` {dict(found.data)}"
         )
 
 
-def section_in(model: Any) -> AdapterSection | None:
-    """The section of a model's text config, of a kind that is registered."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        return None
-    text_config = config.get_text_config()
-    for kind in kinds_of(text_config):
-        return AdapterSection(kind.name, getattr(text_config, kind.name))
-    return None
+def adapter_section(model: Any) -> AdapterSection | None:
+    """The section of a live model, as its adapters carry it."""
+    found = section_in(model)
+    return None if found is None else AdapterSection(*found)
 
 
 def unwrap_sinks(model: Any) -> None:
@@ -219,15 +214,6 @@ def _active(model: Any) -> list[str]:
         return list(model.active_adapters)
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return next((list(layer.active_adapters) for layer in layers), [])
-
-
-def _meaning(section: Any) -> Any:
-    """A section without the entries that are there for readers alone."""
-    if isinstance(section, Mapping):
-        return {name: _meaning(value) for name, value in section.items() if name != "recipe"}
-    if isinstance(section, Iterable) and not isinstance(section, str):
-        return [_meaning(value) for value in section]
-    return section
 
 
 def _wrap_sinks(model: Any, adapter_name: str, config: Any) -> None:

@@ -10,11 +10,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..bands import BandPattern
 from ..cache import BandStore
-from ..cache_layout import MAX_ROLLBACK, UNSET, check_int, rollback, tokens_in_reach
+from ..cache_layout import MAX_ROLLBACK, UNSET, checked_int, rollback, tokens_in_reach
 from ..cached_attention import band_attention_cached
 from ..checks import readable
 from ..compat.pytorch import mark_static_address
 from ..impl.layout import under_autocast
+from ..scalars import as_int
 from .config import read_section
 from .mask import Rows
 from .tensor_parallel import HeadShard
@@ -55,7 +56,7 @@ class BandCache(Cache):
             raise ValueError(f"`config` must be a model's config, got {type(config).__name__}")
         max_rollback = rollback(max_rollback, slack)
         if capacity is not None:
-            check_int("capacity", capacity, at_least=1)
+            capacity = checked_int("capacity", capacity, at_least=1)
         text_config = config.get_text_config(decoder=True)
         section = read_section(text_config)
         if section is None:
@@ -343,12 +344,9 @@ def _check_padding(store: BandStore, rows: Rows) -> None:
 
 def _removed(tokens_to_remove: Any) -> int:
     """The number of tokens that `crop(tokens_to_remove)` takes back."""
-    if isinstance(tokens_to_remove, torch.Tensor) and tokens_to_remove.numel() == 1:
-        tokens_to_remove = tokens_to_remove.item()
-    if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
+    found = as_int(tokens_to_remove)
+    if found is None:
         raise ValueError(f"`tokens_to_remove` must be an int, got {tokens_to_remove!r}")
-    if tokens_to_remove > 0:
-        raise ValueError(
-            f"`tokens_to_remove` must be minus the number of tokens, got {tokens_to_remove}"
-        )
-    return -tokens_to_remove
+    if found > 0:
+        raise ValueError(f"`tokens_to_remove` must be minus the number of tokens, got {found}")
+    return -found

@@ -7,6 +7,7 @@ attention layers: it says which positions this rank has.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Mapping
@@ -70,6 +71,19 @@ class ContextParallel:
     group: Group
     layout: str
     handles: list[Any] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
+        # A copied model stays in the same group, of which there is but one; its hooks are its own.
+        memo[id(self)] = mode = ContextParallel(self.group, self.layout)
+        mode.handles = copy.deepcopy(self.handles, memo)
+        return mode
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model must not be pickled under `context_parallel`, whose ranks are those of this "
+            f"process group, got one of {dist.get_world_size(self.group)}: call "
+            "`context_parallel(model, None)` first, or save it with `save_pretrained`"
+        )
 
 
 def context_parallel(model: Any, mesh: Any, *, layout: str = "balanced") -> Any:

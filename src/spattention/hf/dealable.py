@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .weights import is_mark
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ORDER = "spattention_order"  # attribute of an attention module with dealt heads
 
@@ -93,7 +95,7 @@ def check_dealable(module: Any, key_heads: int) -> None:
         is_norm = name.count(".") == 1 and "Norm" in type(owner).__name__
         shared = tensor.dim() == 0 or (is_norm and tensor.shape == (head_dim,))
         rotary = "Rotary" in type(owner).__name__ and not isinstance(tensor, torch.nn.Parameter)
-        if not (name in moved or shared or rotary or name == "o_proj.bias"):
+        if not (name in moved or shared or rotary or name == "o_proj.bias" or is_mark(name)):
             raise ValueError(
                 f"`model` must have nothing but projections, norms over each head or all heads "
                 f"together, and sinks {where}, got {name} {list(tensor.shape)} of "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..bands import BandPattern
 from ..compat.huggingface import attention_name, follows_attention_interface
+from ..scalars import as_int
 from .config import NAME
 from .windows import keeps_window
 
@@ -115,15 +116,16 @@ def patterns_by_layer(
     count = config.num_hidden_layers
     if layers is not None and not isinstance(layers, Iterable):
         raise ValueError(f"`layers` must be indices of text layers, got {layers!r}")
-    named = None if layers is None else list(layers)
-    if named is not None:
-        if not named:
+    named = None
+    if layers is not None:
+        given = list(layers)
+        if not given:
             raise ValueError("`layers` must name at least one text layer, got none")
-        bad = [i for i in named if not (type(i) is int and 0 <= i < count)]
-        if bad or len(set(named)) != len(named):
+        named = [i for i in map(as_int, given) if i is not None and 0 <= i < count]
+        if len(set(named)) != len(given):
             raise ValueError(
                 f"`layers` must be distinct indices from 0 to {count - 1} of text layers, got "
-                f"{named}"
+                f"{given}"
             )
     chosen: list[BandPattern | None] = [None] * count
     if isinstance(pattern, BandPattern):
@@ -135,10 +137,10 @@ def patterns_by_layer(
         where = list(range(count)) if named is None else named
         is_list = isinstance(pattern, Sequence) and not isinstance(pattern, str)
         if not is_list or len(pattern) != len(where):
-            given = len(pattern) if is_list else type(pattern).__name__
+            shown = len(pattern) if is_list else type(pattern).__name__
             raise ValueError(
                 "`pattern` must be a BandPattern or a sequence of one (or None) per layer, "
-                f"{len(where)}, got {given}"
+                f"{len(where)}, got {shown}"
             )
         for index, entry in zip(where, pattern):
             if entry is not None and not isinstance(entry, BandPattern):

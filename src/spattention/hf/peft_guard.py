@@ -5,6 +5,7 @@ Imported as soon as both PEFT and a registered kind are there, never without PEF
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,15 +18,17 @@ from packaging.version import Version
 from peft.config import PeftConfigMixin
 from peft.tuners.lora import conversion
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import hotswap
+from peft.utils import hotswap, save_and_load
 from transformers import PreTrainedModel
 
 from ..compat.huggingface import UNLOAD, adapters_disabled, download_keywords, set_adapters_disabled
+from ..compat.pytorch import copy_state_dict
 from .adapters import (
     READ,
     WRITTEN,
     AdapterSection,
     AdapterSinks,
+    adapter_section,
     adapter_sinks,
     base_model,
     bring_back,
@@ -33,10 +36,10 @@ from .adapters import (
     follow,
     marked,
     meet,
-    section_in,
     unmarked,
     unwrap_sinks,
 )
+from .weights import is_mark, live_marks, refuse_saved_marks
 
 SINKS = ".sinks."  # in the names of an adapter's weights
 OLDEST = "0.21"
@@ -206,6 +209,41 @@ def _checking_swap(check: Callable[..., None]) -> Callable[..., None]:
     return compare
 
 
+def _writing_marks(get_state: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_peft_model_state_dict`: weights of an adapter are marked as their model's are."""
+
+    @wraps(get_state)
+    def get(model: Any, *args: Any, **keywords: Any) -> Any:
+        return {**get_state(model, *args, **keywords), **live_marks(model)}
+
+    return get
+
+
+def _reading_marks(set_state: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `set_peft_model_state_dict`, which passes over what a model has no place for."""
+
+    @wraps(set_state)
+    def load(model: Any, peft_model_state_dict: Any, *args: Any, **keywords: Any) -> Any:
+        weights = peft_model_state_dict
+        marks = [name for name in weights if is_mark(name)]
+        if not any(is_mark(name) for name, _ in model.named_buffers()):
+            refuse_saved_marks(weights, marks)
+        return set_state(model, copy_state_dict(weights, without=marks), *args, **keywords)
+
+    return load
+
+
+def _swapping_without_marks(swap: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the hot-swap of weights whose configs were compared, which takes no other tensors."""
+
+    @wraps(swap)
+    def swapped(model: Any, state_dict: Any, *args: Any, **keywords: Any) -> None:
+        marks = [name for name in state_dict if is_mark(name)]
+        swap(model, copy_state_dict(state_dict, without=marks), *args, **keywords)
+
+    return swapped
+
+
 def _keeping_all(convert_to_lora: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap PEFT's conversion of an adapter to LoRA, which makes a new config."""
 
@@ -216,7 +254,7 @@ def _keeping_all(convert_to_lora: Callable[..., Any]) -> Callable[..., Any]:
         given = parameters.bind(model, *args, **keywords).arguments
         adapter_name = given.get("adapter_name", "default")
         config, weights = convert_to_lora(model, *args, **keywords)
-        setattr(config, WRITTEN, section_in(base_model(model)))
+        setattr(config, WRITTEN, adapter_section(base_model(model)))
         for name, module in model.named_modules():
             if isinstance(module, AdapterSinks):
                 weights[f"{name}.weight"] = module.modules_to_save[adapter_name].weight.detach()
@@ -239,6 +277,14 @@ def _around(owner: Any, name: str, make: Callable[..., Any]) -> None:
         setattr(owner, name, make(inner))
 
 
+def _everywhere(name: str, owner: Any, function: Callable[..., Any]) -> None:
+    """Replace a function in the module that has it, and where PEFT has imported it from there."""
+    replaced = getattr(owner, name)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == "peft" and vars(module).get(name) is replaced:
+            setattr(module, name, function)
+
+
 def _install() -> None:
     _around(PeftConfigMixin, "save_pretrained", _saving_section)
     _around(PeftConfigMixin, "from_json_file", _reading_section)
@@ -257,10 +303,14 @@ def _install() -> None:
     _around(peft.PeftModel, "load_adapter", _checking_folder)
     PreTrainedModel.load_adapter = _requiring_sinks(PreTrainedModel.load_adapter)
     converting = _keeping_all(conversion.convert_to_lora)
-    for module in (conversion, peft.tuners.lora, peft.tuners, peft):
-        if hasattr(module, "convert_to_lora"):
-            setattr(module, "convert_to_lora", converting)  # noqa: B010  # mypy knows no such name
+    _everywhere("convert_to_lora", conversion, converting)
+    getting = _writing_marks(save_and_load.get_peft_model_state_dict)
+    _everywhere("get_peft_model_state_dict", save_and_load, getting)
+    setting = _reading_marks(save_and_load.set_peft_model_state_dict)
+    _everywhere("set_peft_model_state_dict", save_and_load, setting)
     _around(hotswap, "check_hotswap_configs_compatible", _checking_swap)
+    swapping = _swapping_without_marks(hotswap.hotswap_adapter_from_state_dict)
+    _everywhere("hotswap_adapter_from_state_dict", hotswap, swapping)
 
 
 _install()

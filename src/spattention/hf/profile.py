@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..compat.huggingface import attention_name, set_attention_name
 from ..fitting.bins import distance_edges
 from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
+from ..scalars import as_int, int_at_least
 from .attention import HONOURED, WITHOUT_EFFECT
 from .config import NAME
 from .decoder import attention_modules, check_model, text_configs
@@ -72,10 +73,8 @@ def profile(
             the tokens are not those of the model.
     """
     subject = _Subject(model)
-    if isinstance(prefix_max, bool) or not isinstance(prefix_max, int) or prefix_max < 1:
-        raise ValueError(f"`prefix_max` must be an integer of at least 1, got {prefix_max!r}")
-    if isinstance(sensitivity, bool) or not isinstance(sensitivity, int) or sensitivity < 0:
-        raise ValueError(f"`sensitivity` must be an integer of at least 0, got {sensitivity!r}")
+    prefix_max = int_at_least("prefix_max", prefix_max, 1)
+    sensitivity = int_at_least("sensitivity", sensitivity, 0)
     if sensitivity and torch.is_inference_mode_enabled():
         raise ValueError(f"`sensitivity` must be 0 under `torch.inference_mode`, got {sensitivity}")
     planted, triples = _needles(needles, tokenizer)
@@ -472,12 +471,13 @@ def _needles(needles: Any, tokenizer: Any) -> tuple[int, list[Needle]]:
     """The number of needles to plant, or the needles given."""
     if needles is None:
         return 0, []
-    if isinstance(needles, int) and not isinstance(needles, bool):
-        if needles < 1:
-            raise ValueError(f"`needles` must be at least 1, or None, got {needles}")
+    count = as_int(needles)
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"`needles` must be at least 1, or None, got {count}")
         if tokenizer is None:
-            raise ValueError(f"`tokenizer` must be given to plant {needles} needles, got None")
-        return needles, []
+            raise ValueError(f"`tokenizer` must be given to plant {count} needles, got None")
+        return count, []
     if isinstance(needles, str | Mapping) or not isinstance(needles, Sequence) or not needles:
         raise ValueError(
             "`needles` must be a number, or triples (tokens, needle range, answer range), got "

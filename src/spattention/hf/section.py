@@ -16,7 +16,7 @@ a config with a section also writes
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -40,13 +40,13 @@ from ..compat.huggingface import (
 from .decoder import is_attention
 from .head_weights import HeadWeights
 from .late import when_imported
-from .weights import allow_weights, checking_notes
+from .weights import REQUIREMENT, allow_weights, checking_notes, is_mark
 
 ARCHITECTURE_PREFIX = "Spattention"
-REQUIREMENT = " must be called before this model is loaded"
 LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
 ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
+TRAINER_GUARD = "spattention.hf.trainer_guard"
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def register_kind(kind: AttentionKind) -> None:
         # it does not know uninitialised. There is no public place to be stricter.
         wrap_missing_keys_check(_with_strict_weights)
         when_imported("peft", GUARD)
+        when_imported("transformers.trainer_callback", TRAINER_GUARD)
     KINDS[kind.name] = kind
     allow_weights(kind.name)
     AttentionInterface.register(kind.name, kind.forward)
@@ -122,6 +123,30 @@ def register_kind(kind: AttentionKind) -> None:
 def kinds_of(config: Any) -> Iterator[AttentionKind]:
     """The registered kinds that a config, without its parts, has a section of."""
     return (kind for name, kind in KINDS.items() if getattr(config, name, None) is not None)
+
+
+def section_in(model: Any) -> tuple[str, Mapping[str, Any]] | None:
+    """The registered kind that a model's text config has a section of, and the section."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    text_config = config.get_text_config()
+    for kind in kinds_of(text_config):
+        return kind.name, getattr(text_config, kind.name)
+    return None
+
+
+def same_section(one: Any, other: Any) -> bool:
+    """True if two sections differ in nothing but the entries that are there for readers alone."""
+    return _meaning(one) == _meaning(other)
+
+
+def _meaning(section: Any) -> Any:
+    if isinstance(section, Mapping):
+        return {name: _meaning(value) for name, value in section.items() if name != "recipe"}
+    if isinstance(section, Iterable) and not isinstance(section, str):
+        return [_meaning(value) for value in section]
+    return section
 
 
 def section_changed(model: Any) -> None:
@@ -173,6 +198,8 @@ def registered_call(saved: Mapping[str, Any]) -> str | None:
 def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
     @wraps(adjust)
     def strict(self: Any, loading_info: Any) -> None:
+        # Folders of earlier versions hold no marks.
+        loading_info.missing_keys -= {name for name, _ in self.named_buffers() if is_mark(name)}
         for kind in KINDS.values():
             if kind.check_weights is not None:
                 kind.check_weights(self, loading_info)

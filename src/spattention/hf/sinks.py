@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..compat.huggingface import keep_initial_value, offload_hook
+from ..scalars import as_number
 
 # What the operator computes with; storage formats such as float8 are none of these.
 LARGEST_SINK = 65504  # of float16
@@ -53,7 +54,7 @@ def new_parameter(module: Any, values: torch.Tensor) -> torch.nn.Parameter:
         module: the attention module.
         values: of the parameter, on PyTorch's default device or the module's.
     """
-    device = _execution_device(module)
+    device = execution_device(module)
     placed = values.to(dtype=_compute_dtype(module), device=device)
     parameter = torch.nn.Parameter(placed)
     keep_initial_value(parameter)
@@ -78,10 +79,11 @@ def sink_values(
     """
     if sinks is True:
         return [None] * len(layers)
-    if isinstance(sinks, int | float):
-        if not abs(sinks) <= LARGEST_SINK:
+    number = as_number(sinks)
+    if number is not None:
+        if not abs(number) <= LARGEST_SINK:
             raise ValueError(f"`sinks` must be from -{LARGEST_SINK} to {LARGEST_SINK}, got {sinks}")
-        return [torch.full((count,), float(sinks)) if count else None for count in heads]
+        return [torch.full((count,), float(number)) if count else None for count in heads]
     if isinstance(sinks, torch.Tensor | str) or not isinstance(sinks, Sequence):
         raise ValueError(
             "`sinks` must be True, False, a number, or one tensor [H] per layer, got "
@@ -125,7 +127,8 @@ def _compute_dtype(module: Any) -> torch.dtype:
     return torch.float32
 
 
-def _execution_device(module: Any) -> torch.device | str | int | None:
+def execution_device(module: Any) -> torch.device | str | int | None:
+    """The device that an attention module runs on; None if it is not known yet."""
     for parameter in module.parameters():
         if parameter.device.type != "meta":
             return parameter.device

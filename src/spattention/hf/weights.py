@@ -1,24 +1,31 @@
-"""Weights that were saved by themselves, with `torch.save(model.state_dict())`.
+"""Weights that were saved by themselves, such as `torch.save(model.state_dict())`.
 
 PyTorch keeps notes beside the tensors of a state dict, one per module, and pickles them along. For
 an attention module with bands (or a baseline) the note says which. So a file of weights alone
 cannot be opened in a process that has not registered the kind, and its weights not be loaded into a
-model without it. State dicts that stay in memory go anywhere; formats that hold tensors alone, such
-as safetensors, have no place for notes.
+model without it.
+
+Formats that hold tensors alone, such as safetensors, have no place for notes. For them each such
+module also has a buffer, the mark: a text that names the call. Strict loading refuses it as
+unexpected, in any process. State dicts that stay in memory go anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 
-from ..compat.pytorch import state_dict_metadata
+from ..compat.pytorch import copy_state_dict, state_dict_metadata
+from .sinks import execution_device
 
 NOTE = "spattention"  # in the metadata of a module
+MARK = "spattention_mark"  # the buffer of a module
+LIVE = "spattention_live"  # attribute of a mark in a state dict that was never in a file
+REQUIREMENT = " must be called before this model is loaded"
 REGISTERED: set[str] = set()  # kinds whose weights this process may open
 
 
@@ -59,8 +66,8 @@ def allow_weights(kind: str) -> None:
 
 
 def note_weights(module: Any, make_note: Callable[[Any], Note | None]) -> None:
-    """Have an attention module note in state dicts what it does, and look for it in those that it
-    loads.
+    """Have an attention module note and mark in state dicts what it does, and look for it in those
+    that it loads.
 
     Args:
         module: the attention module; a second call replaces the first.
@@ -68,13 +75,71 @@ def note_weights(module: Any, make_note: Callable[[Any], Note | None]) -> None:
     """
     if not hasattr(module, "_spattention_note"):
         module.register_state_dict_post_hook(_write)
+        module.register_load_state_dict_pre_hook(_read_mark)
     module._spattention_note = make_note
+    note = make_note(module)
+    if note is not None:
+        module.register_buffer(MARK, _mark(note, execution_device(module)))
+    elif hasattr(module, MARK):
+        delattr(module, MARK)
+
+
+def is_mark(name: str) -> bool:
+    """True for the name of a mark in a state dict."""
+    return name.rpartition(".")[2] == MARK
+
+
+def mark_text(mark: torch.Tensor) -> str:
+    """The text of a mark, also of one that was averaged or converted with its model's weights."""
+    return bytes(mark.detach().flatten().round().to("cpu", torch.uint8).tolist()).decode("latin-1")
+
+
+def _mark(note: Note, device: Any) -> torch.Tensor:
+    text = f"{note.kind}: {note.call}{REQUIREMENT}"
+    return torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8, device=device)
+
+
+def _live_mark(note: Note, device: Any) -> torch.Tensor:
+    mark = _mark(note, device)
+    setattr(mark, LIVE, True)
+    return mark
 
 
 def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
     note = module._spattention_note(module)
-    if note is not None:
-        local_metadata[NOTE] = note
+    if note is None:
+        return
+    local_metadata[NOTE] = note
+    found = state_dict.get(prefix + MARK)
+    if found is not None:
+        # Made again, since the buffer may have been averaged, or never been loaded.
+        state_dict[prefix + MARK] = _live_mark(note, found.device)
+
+
+def _read_mark(
+    module: Any,
+    state_dict: Any,
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    errors: list[str],
+) -> None:
+    """A hook of `load_state_dict`: weights without a mark are welcome, those of another kind of
+    attention are not.
+    """
+    note, found = module._spattention_note(module), state_dict.get(prefix + MARK)
+    if note is None:
+        return
+    device = getattr(module, MARK).device
+    mark = _mark(note, "cpu" if device.type == "meta" else device)
+    if found is not None and found.device.type != "meta" and mark_text(found) != mark_text(mark):
+        errors.append(
+            f'"{prefix}{MARK}" must be "{mark_text(mark)}" as in the model, got '
+            f'"{mark_text(found)[:200]}"'
+        )
+    state_dict[prefix + MARK] = mark
 
 
 def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,9 +151,42 @@ def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
             note = metadata.get(NOTE)
             if note is not None and note.is_from_file:
                 _check(self, name, note)
-        return load_state_dict(self, state_dict, *args, **keywords)
+        return load_state_dict(self, _without_live_marks(self, state_dict), *args, **keywords)
 
     return load
+
+
+def _without_live_marks(model: Any, state_dict: Any) -> Any:
+    """A state dict without the marks of modules that have none here; raises `ValueError` for one
+    from a file.
+    """
+    marks = [name for name in state_dict if isinstance(name, str) and is_mark(name)]
+    known = {name for name, _ in model.named_buffers()} if marks else set()
+    foreign = [name for name in marks if name not in known]
+    refuse_saved_marks(state_dict, foreign)
+    return copy_state_dict(state_dict, without=foreign) if foreign else state_dict
+
+
+def refuse_saved_marks(state_dict: Any, names: Iterable[str]) -> None:
+    """Check that marks have no model but in memory; raises `ValueError` for one from a file."""
+    for name in names:
+        if not hasattr(state_dict[name], LIVE):
+            raise ValueError(
+                "`state_dict` must be loaded into a model with the attention that its weights were "
+                f'saved from, "{mark_text(state_dict[name])[:200]}" in {name}, got a model '
+                f"without; remove the keys that end in {MARK} if that is meant"
+            )
+
+
+def live_marks(model: Any) -> dict[str, torch.Tensor]:
+    """The marks of a model by their names, as `state_dict` writes them."""
+    marked = ((name, module) for name, module in model.named_modules() if hasattr(module, MARK))
+    notes = ((name, module, module._spattention_note(module)) for name, module in marked)
+    return {
+        f"{name}.{MARK}": _live_mark(note, getattr(module, MARK).device)
+        for name, module, note in notes
+        if note is not None
+    }
 
 
 def _check(model: Any, name: str, note: Note) -> None:

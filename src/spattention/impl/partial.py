@@ -19,12 +19,14 @@ class Part(NamedTuple):
             then those of a pattern, and queries and keys have the same positions.
         scale: factor of the scores.
         key_start: int32 `[B, Q]`, the first key that each query may see, or None.
+        is_whole: whether these are all the keys of the queries.
     """
 
     intervals: tuple[int, ...]
     prefix: int
     scale: float
     key_start: Tensor | None
+    is_whole: bool = False
 
 
 def store(results: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], merge: bool) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..bands import BandPattern
+from ..scalars import as_int
 
 
 def deal(pattern: BandPattern, ranks: int, num_key_value_heads: int) -> tuple[int, ...]:
@@ -153,6 +154,7 @@ def _rows(tensor: torch.Tensor, order: Sequence[int], dim: int) -> torch.Tensor:
 
 
 def _positive(name: str, value: int) -> int:
-    if type(value) is not int or value < 1:
+    found = as_int(value)
+    if found is None or found < 1:
         raise ValueError(f"`{name}` must be a positive int, got {value!r}")
-    return value
+    return found

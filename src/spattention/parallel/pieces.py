@@ -91,6 +91,7 @@ class Call:
         prefix: number of first keys that every query sees, as in a pattern.
         table: index of the table; None for own keys.
         starts: first positions of the documents among the keys; None for one document.
+        is_whole: whether these are all the keys of the queries.
         first: whether no call before it has these queries and heads.
         first_keys: whether no call before it has these own keys and heads.
     """
@@ -103,6 +104,7 @@ class Call:
     prefix: int = 0
     table: int | None = None
     starts: tuple[int, ...] | None = None
+    is_whole: bool = False
     first: bool = True
     first_keys: bool = True
 

@@ -15,6 +15,7 @@ from numbers import Integral
 import torch
 
 from ..bands import BandPattern, Intervals
+from ..scalars import as_int
 from .pieces import Buffer, Call, Piece, Slice
 from .shards import Range, Shards, intersect, subtract, union
 
@@ -202,11 +203,11 @@ def plan_exchange(
         raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
     if not isinstance(shards, Shards):
         raise ValueError(f"`shards` must be Shards, got {type(shards).__name__}")
-    groups = num_key_value_heads
-    if type(groups) is not int or groups < 1 or pattern.num_heads % groups:
+    groups = as_int(num_key_value_heads)
+    if groups is None or groups < 1 or pattern.num_heads % groups:
         raise ValueError(
             f"`num_key_value_heads` must divide the pattern's {pattern.num_heads} heads, got "
-            f"{groups!r}"
+            f"{num_key_value_heads!r}"
         )
     return _plan(pattern, shards, groups, _documents(documents, shards.length))
 

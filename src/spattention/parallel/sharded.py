@@ -226,7 +226,7 @@ def _own_gradients(setting: Setting, whole: Whole, own: Pair) -> tuple[Tensor, P
 
 def _part(setting: Setting, call: Call, device: torch.device) -> Part:
     key_start = setting.plan.key_start(call, device)
-    return Part(call.intervals, call.prefix, setting.scale, key_start)
+    return Part(call.intervals, call.prefix, setting.scale, key_start, call.is_whole)
 
 
 def _queries(setting: Setting, call: Call, tensor: Tensor) -> Tensor:

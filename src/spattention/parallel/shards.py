@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..scalars import int_at_least
+
 Range = tuple[int, int]
 
 
@@ -51,7 +53,7 @@ class Shards:
             ranks: number of ranks.
             sizes: tokens per rank, which add up to `length`; 0 is allowed.
         """
-        length, ranks = _count("length", length, 0), _count("ranks", ranks, 1)
+        length, ranks = int_at_least("length", length, 0), int_at_least("ranks", ranks, 1)
         if sizes is None:
             edges = [length * rank // ranks for rank in range(ranks + 1)]
         else:
@@ -70,7 +72,7 @@ class Shards:
         Causal attention has more pairs at later positions. Here ranks have about equal numbers of
         pairs and, to one or two tokens, of tokens.
         """
-        length, ranks = _count("length", length, 0), _count("ranks", ranks, 1)
+        length, ranks = int_at_least("length", length, 0), int_at_least("ranks", ranks, 1)
         parts = 2 * ranks
         edges = [length * part // parts for part in range(parts + 1)]
         part = [(edges[i], edges[i + 1]) for i in range(parts)]
@@ -158,9 +160,3 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 def _nonempty(ranges: Sequence[Range]) -> tuple[Range, ...]:
     return tuple(each for each in ranges if each[0] < each[1])
-
-
-def _count(name: str, value: int, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"`{name}` must be an int of at least {least}, got {value!r}")
-    return value

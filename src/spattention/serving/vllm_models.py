@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from ..bands import BandPattern
 from ..hf.config import NAME
+from ..hf.weights import is_mark
 from .checks import banded, section_for
-from .head_classes import HeadClass, head_classes, rank_pattern
+from .head_classes import HeadClass, head_classes, rank_pattern, select_heads
 from .vllm_backend import BandAttentionBackend, ClassBands
 from .vllm_cache import PrefixWindowSpec
 
@@ -143,14 +144,6 @@ class BandAttention(torch.nn.Module):
         return out.index_select(1, self.undo_order).flatten(1)
 
 
-def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
-    """The bands of some heads, in the order given."""
-    if heads == list(range(pattern.num_heads)):
-        return pattern
-    intervals = tuple(pattern.intervals[head] for head in heads)
-    return replace(pattern, intervals=intervals, constructor=None)
-
-
 def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     """Replace the attention of every layer that has a pattern."""
     config = vllm_config.model_config.hf_text_config
@@ -210,6 +203,11 @@ class Banded:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         give_bands(self, vllm_config)  # type: ignore[arg-type]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Load weights without the marks that name this library to others."""
+        unmarked = ((name, weight) for name, weight in weights if not is_mark(name))
+        return super().load_weights(unmarked)  # type: ignore[misc]
 
 
 class SpattentionLlamaForCausalLM(Banded, LlamaForCausalLM):

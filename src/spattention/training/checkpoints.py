@@ -14,7 +14,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..files import read_json, sync, sync_tree, write_atomically
+from ..files import read_json, reason, sync, sync_tree, write_atomically
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**26
@@ -49,7 +49,9 @@ def check(checkpoint: Path) -> None:
         files = read_json(checkpoint / MANIFEST, MANIFEST_BYTES)["files"]
         wanted = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
+        raise DamagedCheckpoint(
+            f"{checkpoint / MANIFEST} cannot be read: {reason(error)}"
+        ) from error
     for name, (size, _) in wanted.items():
         path = checkpoint / name
         if not path.is_file():

@@ -2,7 +2,7 @@
 result with a committed table.
 
     python -m tests.impl.triton.chip_table                    # show every form
-    python -m tests.impl.triton.chip_table --check            # one form per GPU
+    python -m tests.impl.triton.chip_table --check            # two forms per GPU
     python -m tests.impl.triton.chip_table --check --all
     python -m tests.impl.triton.chip_table --update
 
@@ -103,7 +103,7 @@ FORMS = (
     "decode D128, 16 queries of 4, float32",
     "store D128, 1 query",
 )
-QUICK = ("portable D128",)
+QUICK = ("portable D128", "portable D128, grouped, sinks, first keys")
 
 
 def forms_of(chip: str, chosen: Iterable[str]) -> list[str]:

@@ -46,6 +46,15 @@ def test_plan_covers_training() -> None:
     assert not plan.persistent
 
 
+def test_a_part_leaves_multiprocessors_to_an_exchange() -> None:
+    """Its programs come in turns, between which other kernels get a place."""
+    query = torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16)
+    bands = BandPattern.exclusive(2, 128).flat
+    part = Call(query, query, bands, 0.1, 0, NOWHERE, has_all_keys=False)
+    plans = [hopper.plan(call, query) for call in (part, make_call()[0])]
+    assert [plan and plan.turns for plan in plans] == [planning.TURNS_OF_A_PART, 1]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -40,7 +40,7 @@ class Options:
         sensitivity: Profiled rows of which the gradient is taken too, all of them if they are
             fewer, to spend the budget where the loss minds most; 0 spends it where most attention
             is captured.
-        prefix: First tokens that every head attends.
+        prefix: First tokens that every head attends, at most 16.
         local: Nearest tokens that every head attends at least; default 64, or half of the window
             that the budget allows.
         share: Give all query heads of one key/value head the same bands.

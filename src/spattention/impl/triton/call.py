@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..attention_call import CallForm
 from . import tiles
 from .arguments import Positions
 from .constants import ConstantCache, int32_table
@@ -124,7 +125,7 @@ class Call:
         """
         found: Call | None = self.derived.get(name)
         if found is None:
-            found = self.at(positions)
+            found = self.at(NOWHERE)  # not to hold these tensors
             found.derived, found.n_documents = {}, n_documents
             self.derived[name] = found
         return found.at(positions)
@@ -149,23 +150,29 @@ def call_of(
     query_start: int,
     positions: Positions,
     prefix: int,
+    form: CallForm | None = None,
     *,
     has_all_keys: bool = True,
     deterministic: bool = True,
 ) -> Call:
-    """The `Call` with these arguments, made once per shape, pattern and form of positions."""
-    intervals = tuple(intervals)
-    form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
-    shapes = query.shape, key.shape, query.dtype
-    flags = has_all_keys, deterministic
-    facts = (intervals, prefix, scale, query_start, shapes, form, *flags)
+    """The `Call` with these arguments, made once per shape, pattern and form of positions; found
+    by `form`, if that is given.
+    """
+    facts: Hashable = (form, deterministic)
+    if form is None:
+        intervals = tuple(intervals)
+        given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
+        shapes = query.shape, key.shape, query.dtype
+        facts = (intervals, prefix, scale, query_start, shapes, given, has_all_keys, deterministic)
 
     def make() -> Call:
         arguments = query, key, intervals, scale, query_start, positions, prefix
-        return Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic)
+        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic)
+        made.positions = NOWHERE  # not to hold the tensors of the first call
+        return made
 
     found = _calls.get(facts, query.device, make)
-    return found if form == NOWHERE else found.at(positions)
+    return found if all(each is None for each in positions) else found.at(positions)
 
 
 def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:

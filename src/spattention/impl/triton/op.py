@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import triton
 
-from ..attention_call import AttentionCall
+from ...compat.pytorch import needs_dispatcher
+from ..attention_call import AttentionCall, CallForm
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
@@ -55,6 +56,7 @@ def _forward(
     sinks: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    form: CallForm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out [B, H, Q, D]` and the log-sum-exp, float32 `[B, H, Q]`.
 
@@ -70,13 +72,14 @@ def _forward(
         key_start: int32 `[B]` or `[B, Q]`.
         sinks: `[H]`.
         cu_seqlens_q, cu_seqlens_k: int32 `[documents + 1]`.
+        form: the call's, where it did not come through the dispatcher.
     """
     out, lse = _forward_results(query)
     if out.numel() == 0:
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    facts = (query, key, intervals, scale, query_start, positions, prefix)
+    facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
@@ -109,6 +112,8 @@ def _gradients_of(
     sinks: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    *,
+    form: CallForm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and sinks (None without sinks), from those of `out` and (or
     None) of `lse`.
@@ -124,7 +129,7 @@ def _gradients_of(
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    facts = (query, key, intervals, scale, query_start, positions, prefix)
+    facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
@@ -167,9 +172,10 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, intervals, prefix, scale, query_start, deterministic, *optional = inputs
+    query, key, value, intervals, prefix, scale, query_start, deterministic, *optional = inputs[:13]
     ctx.save_for_backward(query, key, value, *output, *optional)
     ctx.rest = intervals, prefix, scale, query_start, deterministic
+    ctx.form = inputs[13] if len(inputs) > 13 else None
     ctx.set_materialize_grads(False)
 
 
@@ -178,19 +184,45 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    d_query, d_key, d_value, d_sinks = _differentiate(
-        d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
-    )
+    inputs = (d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional)
+    # With gradients on, someone wants a second derivative, which the operator refuses.
+    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher(inputs):
+        d_query, d_key, d_value, d_sinks = backward(*inputs)
+    else:
+        d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
     d_sinks = None if optional[2] is None else d_sinks
     return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
 
 
+class _Recorded(torch.autograd.Function):
+    """The operator as autograd records it outside the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        inputs: tuple[Any, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        found = _gradients(ctx, *gradients)
+        return (*found[:3], found[10], None)
+
+
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` and the log-sum-exp, recorded for autograd."""
-    return _attend(
-        call.query,
-        call.key,
-        call.value,
+    query, key, value, sinks = call.query, call.key, call.value, dense(call.sinks)
+    inputs = (
+        query,
+        key,
+        value,
         call.pattern.flat,
         call.pattern.prefix,
         call.scale,
@@ -198,10 +230,17 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         call.deterministic,
         call.query_start_tensor,
         call.key_start,
-        dense(call.sinks),
+        sinks,
         dense(call.cu_seqlens_q),
         dense(call.cu_seqlens_k),
     )
+    if call.form is None:
+        return forward(*inputs)
+    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    needs_grad = needs_grad or (sinks is not None and sinks.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _Recorded.apply(query, key, value, sinks, (*inputs, call.form))
+    return _forward(*inputs, call.form)
 
 
 _COMMON = (
@@ -222,7 +261,7 @@ backward = register(
     _backward,
     _fake_backward,
 )
-_attend = differentiable(forward, _save, _gradients, compute=_forward)
-_differentiate = differentiable(backward, compute=_gradients_of)
+differentiable(forward, _save, _gradients)
+differentiable(backward)
 batched(forward, packed="cu_seqlens_q")
 batched(backward, packed="cu_seqlens_q", sums_sinks=True)

@@ -78,4 +78,4 @@ def differentiate_part(
 def _call(query: torch.Tensor, key: torch.Tensor, part: Part) -> Call:
     positions = Positions(None, part.key_start, None, None)
     facts = part.intervals, part.scale, 0, positions, part.prefix
-    return call_of(query, key, *facts, has_all_keys=False)
+    return call_of(query, key, *facts, has_all_keys=part.is_whole)

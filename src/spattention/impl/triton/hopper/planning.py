@@ -76,7 +76,7 @@ NEEDS = {
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
     "positions": "packed documents, or queries from position 0 with at most one `key_start` each; "
-    "one for every query needs as many keys as queries, a multiple of 4, no prefix, and "
+    "one for every query needs as many keys as queries, a multiple of 64, no prefix, and "
     f"{MIN_ROW_QUERIES:,} queries of all heads",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
@@ -138,10 +138,11 @@ def _refusal_of_shape(call: Call) -> str | None:
 
 def has_documents(call: Call) -> bool:
     """True if the documents of each row are looked for in its first keys (`documents.py`). That
-    costs two launches more each way: worth it for many tokens.
+    costs two launches more each way: worth it for many tokens. Both suites use the same statistics,
+    whose rows must have no pitch of their own.
     """
     large = call.batch * call.heads * call.queries >= MIN_ROW_QUERIES
-    return call.has_row_starts and call.queries % 4 == 0 and large
+    return call.has_row_starts and call.queries % BLOCK == 0 and large
 
 
 def max_documents(queries: int) -> int:

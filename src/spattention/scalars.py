@@ -1,0 +1,46 @@
+"""Numbers as users pass them: Python's, NumPy's, or in a tensor of one value."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+def as_int(value: Any) -> int | None:
+    """The value as an int; None for a bool, and for whatever is no integer."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # among them tensors of floating point, and of several values
+        return None
+
+
+def int_at_least(name: str, value: Any, least: int) -> int:
+    """The value of an argument as an int; raises `ValueError`."""
+    found = as_int(value)
+    if found is None or found < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
+    return found
+
+
+def python_number(value: Any) -> Any:
+    """Numbers of NumPy as Python's; anything else as it is, tensors and symbols among them."""
+    if isinstance(value, int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def as_number(value: Any) -> int | float | None:
+    """The value as an int or a float; None for a bool, and for whatever is no real number."""
+    whole = as_int(value)
+    if whole is not None:
+        return whole
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 and value.is_floating_point() else None
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

@@ -1,0 +1,120 @@
+"""Messages of commands say what is there, and what a person may give instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import saved_model
+import transformers
+from saved_model import CONTEXT
+
+from spattention import baselines, related
+from spattention.choice import attention_choice
+from spattention.cli import main
+from spattention.data.text import iterate_documents
+from spattention.training.checkpoints import MANIFEST
+
+OTHERS = {
+    "mea": lambda model: related.apply(model, related.MEA(4, CONTEXT)),
+    "longformer": lambda model: baselines.apply(model, baselines.Longformer(4, CONTEXT)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Saved models: dense, and with each of `OTHERS`."""
+    folder = tmp_path_factory.mktemp("models")
+    saved_model.save(folder / "dense", bands=False)
+    for name, apply in OTHERS.items():
+        saved_model.save(folder / name, bands=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / name)
+        apply(model).save_pretrained(folder / name)
+    return folder
+
+
+def refused(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1
+    return said.err
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_fit_names_the_attention_of_its_model(name, folders, tmp_path, capsys):
+    """Not a call to make the model known, after which it would be refused all the same."""
+    said = refused(capsys, "fit", folders / name, "--output", tmp_path / "o")
+    assert f"`MODEL` must be dense, {folders / name} has the attention `{name}` already" in said
+
+
+def test_fit_checks_the_prefix_before_it_profiles(folders, tmp_path, capsys):
+    said = refused(capsys, "fit", folders / "dense", "--output", tmp_path / "o", "--prefix", 17)
+    assert said == (
+        "error: `--prefix` must be at most 16, the first tokens that are measured, got 17\n"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("make", "found"), [(True, "it is a folder"), (False, "no such file")])
+def test_a_folder_is_no_missing_profile(make, found, folders, tmp_path, capsys):
+    if make:
+        (tmp_path / "p").mkdir()
+    arguments = ("--output", tmp_path / "o", "--profile", tmp_path / "p")
+    said = refused(capsys, "fit", folders / "dense", *arguments)
+    assert f"{tmp_path / 'p'} must be a profile, " in said
+    assert found in said
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("dense", "dense attention"), ("mea", "`mea`"), ("longformer", "`longform")]
+)
+def test_a_comparison_names_the_attention(name, found, folders, capsys):
+    said = refused(capsys, "generate", folders / name, "Once", "--compare", "dense")
+    assert f"needs a model with bands, {folders / name} has {found}" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "mea:prefix=4",
+            r"a name of \['mix', 'norm', 'components', 'bands'\], got 'prefix=4'",
+        ),
+        ("mea:band=exclusive", r"got 'band=exclusive', did you mean 'bands'\?"),
+        ("mea:bands=mea", r"^`bands` of `mea` must be one of \('dense', .*\), got 'mea'"),
+        ("mea:bands=exclusiv", r"^`bands` of `mea` .* did you mean 'exclusive'\?"),
+        ("mea:bands=exclusive:x=1", r"^options of `exclusive` are .* got 'x=1'"),
+        ("bigbird:bands=dense", r"^options of `bigbird` are .* got 'bands=dense'"),
+    ],
+)
+def test_nested_bands_are_among_the_options(text, message):
+    with pytest.raises(ValueError, match=message):
+        attention_choice(text, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("[1]", "got list"),
+        ("3", "got int"),
+        ('{"other": "a"}', "there is no 'text'"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "RecursionError: maximum recursion depth exceeded"),
+    ],
+)
+def test_bad_lines_are_told_in_words(line, found, tmp_path):
+    """Not by the `repr` of an exception."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match='line 2, must be an object with a "text" entry') as caught:
+        list(iterate_documents(tmp_path / "a.jsonl"))
+    assert found in str(caught.value)
+    assert "Error(" not in str(caught.value)
+
+
+def test_a_damaged_manifest_is_told_in_words(folders, capsys):
+    manifest = folders / "dense" / MANIFEST
+    manifest.write_text("{}")
+    said = refused(capsys, "generate", folders / "dense", "Once")
+    assert f"{manifest} cannot be read: there is no 'files'" in said

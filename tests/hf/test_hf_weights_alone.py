@@ -1,0 +1,259 @@
+"""Weights, adapters and checkpoints of band models that are opened without their config."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import EXACT, FIRST, SECOND, banded, build, logits, tokens
+
+import spattention as spa
+from spattention import related
+from spattention.baselines.adapter import remove
+from spattention.hf.weights import MARK, mark_text
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+CALL = "spattention.hf.register() must be called before this"
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+OPEN = """
+import json, sys, warnings
+import torch, transformers
+warnings.simplefilter("ignore")
+mode, folder = sys.argv[1:3]
+if mode == "register":
+    import spattention
+    spattention.hf.register()
+import accelerate, peft
+from safetensors.torch import load_file, load_model
+from transformers import Trainer, TrainingArguments
+
+def dense():
+    return transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/dense")
+
+def adapted():
+    return peft.get_peft_model(dense(), peft.LoraConfig(**json.loads(sys.argv[3])))
+
+def resume(model, checkpoint):
+    settings = TrainingArguments(
+        f"{folder}/again", per_device_train_batch_size=1, max_steps=3, report_to=[], use_cpu=True
+    )
+    data = [{"input_ids": list(range(2, 10)), "labels": list(range(2, 10))}] * 3
+    Trainer(model, settings, train_dataset=data).train(resume_from_checkpoint=checkpoint)
+
+def swapped(model):
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+    hotswap_adapter_from_state_dict(
+        model, load_file(f"{folder}/adapter/adapter_model.safetensors"), "default",
+        model.peft_config["default"],
+    )
+
+ways = {
+    "strict": lambda: dense().load_state_dict(load_file(f"{folder}/weights.safetensors")),
+    "of_a_folder": lambda: dense().load_state_dict(load_file(f"{folder}/bands/model.safetensors")),
+    "load_model": lambda: load_model(dense(), f"{folder}/weights.safetensors"),
+    "accelerate": lambda: accelerate.load_checkpoint_in_model(
+        dense(), f"{folder}/weights.safetensors", strict=True
+    ),
+    "trainer": lambda: resume(dense(), f"{folder}/full/checkpoint-1"),
+    "adapter_trainer": lambda: resume(adapted(), f"{folder}/lora/checkpoint-1"),
+    "hot_swap": lambda: swapped(adapted()),
+    "set_state": lambda: peft.set_peft_model_state_dict(
+        adapted(), load_file(f"{folder}/adapter/adapter_model.safetensors")
+    ).unexpected_keys,
+}
+found = {}
+for name in sys.argv[4:]:
+    try:
+        found[name] = f"done: {ways[name]()}"
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+WAYS = (
+    *("strict", "of_a_folder", "load_model", "accelerate"),
+    *("trainer", "adapter_trainer", "hot_swap", "set_state"),
+)
+
+
+def small(model):
+    return model.float()
+
+
+def train(model, folder, steps=1, resume=None, **keywords):
+    settings = transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=1,
+        max_steps=steps,
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **keywords,
+    )
+    data = [{"input_ids": list(range(2, 10)), "labels": list(range(2, 10))}] * 3
+    trainer = transformers.Trainer(model, settings, train_dataset=data)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What band models without sinks leave behind: weights, checkpoints and an adapter."""
+    folder = tmp_path_factory.mktemp("saved")
+    small(build("llama")).save_pretrained(folder / "dense")
+    model = small(banded("llama"))
+    model.save_pretrained(folder / "bands")
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    train(model, folder / "full")
+    adapted = peft.get_peft_model(small(banded("llama")), peft.LoraConfig(**LORA))
+    train(adapted, folder / "lora")
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def opened(mode, folder, *names):
+    command = [sys.executable, "-c", OPEN, mode, str(folder), json.dumps(LORA), *names]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_weights_alone_fail_by_name(saved):
+    """In a process that never imported the library, or as near to it as PEFT allows."""
+    found = opened("plain", saved, *WAYS)
+    for name in ("trainer", "adapter_trainer"):
+        assert f"spattention: {CALL} training is resumed" in found[name]
+        assert found[name].startswith("TypeError")
+    for name in ("strict", "of_a_folder", "load_model", "accelerate", "hot_swap"):
+        assert not found[name].startswith("done"), name
+    for name in set(WAYS) - {"trainer", "adapter_trainer", "accelerate"}:
+        assert f"self_attn.{MARK}" in found[name], found[name]
+
+
+def test_registered_processes_refuse_them_too(saved):
+    """An adapter's folder brings its bands back, as its config is there; weights alone do not."""
+    found = opened("register", saved, *(way for way in WAYS if way != "hot_swap"))
+    assert found.pop("adapter_trainer") == "done: None"
+    for name, result in found.items():
+        assert "`state_dict` must be loaded into a model with the attention that its" in result
+        assert f"{CALL} model is loaded" in result, name
+        assert result.startswith("ValueError"), name
+
+
+def test_marks_tell_what_they_mark(saved):
+    """Readable with safetensors alone; layers that keep their attention have none."""
+    weights = load_file(saved / "bands" / "model.safetensors")
+    mark = weights[f"model.layers.1.self_attn.{MARK}"]
+    assert mark_text(mark) == f"spattention: {CALL} model is loaded"
+    assert bytes(mark.tolist()).decode() == mark_text(mark)
+    partly = spa.hf.apply(build("llama"), FIRST, layers=[1])
+    assert [name for name in partly.state_dict() if MARK in name] == [
+        f"model.layers.1.self_attn.{MARK}"
+    ]
+
+
+@pytest.mark.parametrize("source", ["weights.safetensors", "dense/model.safetensors"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_alone_load_into_bands(source, assign, saved):
+    """Marked or not, as from a dense model or an earlier version; marked again when saved."""
+    ids = tokens(1, 9)
+    config = transformers.AutoConfig.from_pretrained(saved / "bands")
+    with torch.device("meta" if assign else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="spattention"
+        )
+    weights = load_file(saved / source)
+    model.load_state_dict(weights, assign=assign)
+    if not assign:
+        wanted = small(banded("llama"))
+        torch.testing.assert_close(logits(model.eval(), ids), logits(wanted, ids))
+    assert mark_text(model.state_dict()[f"model.layers.0.self_attn.{MARK}"]).endswith("is loaded")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w.bfloat16(), lambda w: 0.75 * w + 0.25 * w, lambda w: w.clone()]
+)
+def test_marks_bear_arithmetic(change):
+    """Averages and conversions of weights meet every tensor of a state dict."""
+    model, other = banded("llama"), banded("llama", seed=1)
+    other.load_state_dict({name: change(w) for name, w in model.state_dict().items()})
+    averaged = torch.optim.swa_utils.AveragedModel(other, use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(other)
+    model.load_state_dict(averaged.module.state_dict())
+
+
+def test_marks_of_another_attention_are_refused():
+    heads, span = 4, 24
+    other = related.apply(build("llama", num_key_value_heads=4), related.MEA(heads, span))
+    weights = other.state_dict()
+    model = banded("llama", num_key_value_heads=4)
+    with pytest.raises(RuntimeError, match=r'_mark" must be "spattention: .* got "mea: '):
+        model.load_state_dict(weights, strict=False)
+    plain = remove(other)
+    assert not any(MARK in name for name in plain.state_dict())
+
+
+def test_folders_without_marks_still_load(saved, tmp_path, caplog):
+    """As earlier versions wrote them: no error, no warning, and the next save marks them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved / "bands")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    plain = {name: weight for name, weight in weights.items() if MARK not in name}
+    save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
+    caplog.clear()
+    transformers.logging.enable_propagation()
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    transformers.logging.disable_propagation()
+    assert not info["missing_keys"]
+    assert "MISSING" not in caplog.text
+    ids = tokens(1, 9)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    again.save_pretrained(tmp_path)
+    marks = [w for name, w in load_file(tmp_path / "model.safetensors").items() if MARK in name]
+    assert [mark_text(mark) for mark in marks] == [f"spattention: {CALL} model is loaded"] * 2
+
+
+def test_adapter_weights_in_memory_go_anywhere():
+    """From one live model to another, as for a comparison with dense attention."""
+    model = peft.get_peft_model(banded("llama"), peft.LoraConfig(**LORA))
+    dense = peft.get_peft_model(build("llama"), peft.LoraConfig(**LORA))
+    weights = peft.get_peft_model_state_dict(model)
+    assert sum(MARK in name for name in weights) == 2
+    assert not any(
+        MARK in k for k in peft.set_peft_model_state_dict(dense, weights).unexpected_keys
+    )
+    ids = tokens(1, 9)
+    torch.testing.assert_close(logits(dense, ids), logits(build("llama"), ids), **EXACT)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_trainer_resumes_the_same_bands(lora, saved, tmp_path):
+    checkpoint = saved / ("lora" if lora else "full") / "checkpoint-1"
+
+    def model(pattern):
+        made = small(banded("llama", pattern))
+        return peft.get_peft_model(made, peft.LoraConfig(**LORA)) if lora else made
+
+    trainer = train(model((FIRST, SECOND)), tmp_path, steps=2, resume=str(checkpoint))
+    assert trainer.state.global_step == 2
+    wrong = "with the `spattention` that it was trained with"
+    with pytest.raises(ValueError, match=wrong if not lora else "must be loaded into a model with"):
+        train(model((SECOND, FIRST)), tmp_path, steps=2, resume=str(checkpoint))
+
+
+def test_states_of_dense_training_are_as_before(tmp_path):
+    train(small(build("llama")), tmp_path)
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert not any("spattention" in name for name in state)
+    resumed = train(small(banded("llama")), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
