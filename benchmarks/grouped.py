@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import selectors
+import shlex
 import subprocess
 import sys
 import time
@@ -252,10 +253,11 @@ def main() -> None:
 
 def save(output: Path, rows: list[dict[str, Any]], commit: str | None) -> None:
     """Write the rows; the machine's facts, which every measurement has, only once."""
+    arguments = [output.name if each == str(output) else each for each in sys.argv[1:]]
     environments = [row["environment"] for row in rows if "environment" in row]
     record = {
         "what": "milliseconds of attention with grouped queries, medians of graph replays",
-        "command": "python -m benchmarks.grouped " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.grouped " + shlex.join(arguments),
         "environment": {**(environments[-1] if environments else {})},
         "rows": [{name: v for name, v in row.items() if name != "environment"} for row in rows],
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import spattention as spa
+from spattention.cache_layout import ring_lengths
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,15 +70,30 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        (P.shared_local(8, 1024, widths="geometric"), "| 1,024 | H = 8, geometric | .33 |"),
+        (
+            P.shared_local(8, 1024, widths="geometric"),
+            "| 1,024 | H = 8, geometric | .33 | .33, .59 |",
+        ),
         (
             P.shared_local(8, 2048, widths="geometric", local=64),
-            "| 2,048 | H = 8, geometric, `local=64` | .18 |",
+            "| 2,048 | H = 8, geometric, `local=64` | .18 | .27, .55 |",
         ),
-        (P.shared_local(16, 4096, widths="geometric"), "| 4,096 | H = 16, geometric | .12 |"),
-        (P.shared_local(16, 16384, widths="geometric"), "| 16,384 | H = 16, geometric | .12 |"),
-        (P.shared_local(16, 65536, widths="geometric"), "| 65,536 | H = 16, geometric | .12 |"),
-        (P.shared_local(16, 131072, widths="geometric"), "| 131,072 | H = 16, geometric | .12 |"),
+        (
+            P.shared_local(16, 4096, widths="geometric"),
+            "| 4,096 | H = 16, geometric | .12 | .24, .35 |",
+        ),
+        (
+            P.shared_local(16, 16384, widths="geometric"),
+            "| 16,384 | H = 16, geometric | .12 | .23, .35 |",
+        ),
+        (
+            P.shared_local(16, 65536, widths="geometric"),
+            "| 65,536 | H = 16, geometric | .12 | .23, .35 |",
+        ),
+        (
+            P.shared_local(16, 131072, widths="geometric"),
+            "| 131,072 | H = 16, geometric | .12 | .23, .35 |",
+        ),
         (P.shared_local(32, 8192, widths="geometric"), "| a band for each query head | .09 |"),
         (P.shared_local(32, 8192, widths="geometric", kv_heads=8), "| `kv_heads=8` | .18 |"),
     ],
@@ -88,3 +104,12 @@ def test_shares_of_pairs_are_those_of_the_patterns(pattern, said):
     n = pattern.span
     share = sum(pattern.pairs(n)) / (pattern.num_heads * n * (n + 1) / 2)
     assert f" {share:.2f} ".replace(" 0.", " .") in said
+    if "H =" in said:
+        assert f"| {_kept(pattern, 1)}, {_kept(pattern, 4)} |" in said
+
+
+def _kept(pattern, group):
+    """Share of a dense cache that a store keeps, where `group` heads share a key/value head."""
+    heads = pattern.num_heads // group
+    kept = sum(ring_lengths(pattern, heads)) / (heads * pattern.span)
+    return f"{kept:.2f}".removeprefix("0")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from test_docs import EXAMPLES, ROOT
 
 import spattention as spa
@@ -97,6 +98,7 @@ def given(tmp_path, monkeypatch) -> dict[str, Any]:
         "query": torch.randn(1, HEADS, 128, 16),
         "key": torch.randn(1, HEADS, 128, 16),
         "value": torch.randn(1, HEADS, 128, 16),
+        "documents": Dataset.from_dict({"text": ["It was a dark and stormy night."] * 20}),
         "pieces": [
             (torch.randn(1, HEADS, n, 64), torch.randn(1, 4, n, 64), torch.randn(1, 4, n, 64))
             for n in (20, 1, 1)
@@ -115,6 +117,8 @@ def test_examples_of_a_page_run(name, given):
             continue
         if "spattention.adapters import" in text:
             pytest.importorskip(text.split("spattention.adapters import ")[1].split()[0])
+        if "from trl import" in text:
+            pytest.importorskip("trl")
         exec(compile(text, f"{name}, example {number}", "exec"), given)
 
 

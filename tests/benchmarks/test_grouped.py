@@ -183,7 +183,10 @@ def test_a_run_continues_what_its_output_has(
     monkeypatch.setattr(sys, "argv", command)
     grouped.main()
     first = len(FakeWorker.measured)
-    rows = json.loads(output.read_text())["rows"]
+    written = json.loads(output.read_text())
+    assert "--output grouped.json --head-dims 128" in written["command"]
+    assert written["environment"] == {"gpu": "X1"}
+    rows = written["rows"]
     assert [row["by"] for row in rows if "failed" in row] == ["FlashAttention-4"] * 2
     assert first == len(rows) - 2
     printed = capsys.readouterr().out

@@ -194,6 +194,7 @@ def test_the_command(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     facts = open_facts(tmp_path / "out")
     assert f"{facts.train_tokens:,} training tokens in 299" in shown
+    assert f"must be at most {facts.validation_tokens}. A larger `--held-out` keeps more." in shown
     assert len(read_documents(tmp_path / "a.txt")) == 300 == facts.train_documents + 1
     assert main(arguments) == 2
     assert "must be a new folder" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from ..data.text import sample_path
 from ..data.tokenizer import END_OF_TEXT, find_tokenizer
 from .options.prepare import Options
 
+FEW = 2048  # validation tokens; one window of many recipes is longer
+
 
 def main(options: Options) -> None:
     """Tokenize and print the number of tokens."""
@@ -49,3 +51,9 @@ def main(options: Options) -> None:
         f"{facts.end_of_text}.",
         highlight=False,
     )
+    if 0 < facts.validation_tokens < FEW:
+        console.print(
+            f"Few validation tokens: the `context` of a run must be at most "
+            f"{facts.validation_tokens:,}. A larger `--held-out` keeps more.",
+            highlight=False,
+        )
