@@ -331,7 +331,8 @@ def test_chunks_beyond_the_text_are_not_merged(
     new_empty = torch.Tensor.new_empty
 
     def new_nan(tensor: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
+        made = new_empty(tensor, *shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
     pattern = P((((0, 3), (90, 400)), ((0, 400),), (), ((300, 400),)), 400, prefix=prefix)
