@@ -20,7 +20,15 @@ from . import backward as backward_pass
 from . import backward_preprocess, documents, forward_persistent, prefix
 from . import forward as forward_pass
 from .arguments import BackwardStats
-from .planning import BLOCK, HopperPlan, TileOrder, has_parts, max_documents, pitch
+from .planning import (
+    BLOCK,
+    QUERY_GRADIENT_REGISTERS,
+    HopperPlan,
+    TileOrder,
+    has_parts,
+    max_documents,
+    pitch,
+)
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -250,6 +258,9 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks,
     )
     options = {"launch_pdl": True, **launch.options}
+    limit = {}
+    if call.head_dim in QUERY_GRADIENT_REGISTERS and (call.prefix or any(_bounds(call).values())):
+        limit["maxnreg"] = QUERY_GRADIENT_REGISTERS[call.head_dim]  # else it needs fewer
     found = call.derived["hopper backward"] = _BackwardLaunch(
         plan,
         has_d_lse,
@@ -257,7 +268,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks * call.batch * call.key_heads,
         counts,
         {"FORM": form, **options},
-        {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        {"FORM": form._replace(COMPUTE_DELTA=True), **options, **limit},
         2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
         (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
