@@ -30,6 +30,7 @@ from .arguments import BackwardStats
 from .planning import (
     BLOCK,
     KEYS_FUSED,
+    QUERY_GRADIENT_REGISTERS,
     HopperPlan,
     TileOrder,
     has_parts,
@@ -270,6 +271,9 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks,
     )
     options = {"launch_pdl": True, **launch.options}
+    limit = {}
+    if call.head_dim in QUERY_GRADIENT_REGISTERS and (call.prefix or any(_bounds(call).values())):
+        limit["maxnreg"] = QUERY_GRADIENT_REGISTERS[call.head_dim]  # else it needs fewer
     found = call.derived["hopper backward"] = _BackwardLaunch(
         plan,
         has_d_lse,
@@ -277,7 +281,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks * call.batch * call.key_heads,
         counts,
         {"FORM": form, **options},
-        {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        {"FORM": form._replace(COMPUTE_DELTA=True), **options, **limit},
         2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
         (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
