@@ -42,6 +42,11 @@ class Variant:
         modes = ("self", "packed", "left_pad")
         return self.mode in modes and self.head_dim in (64, 128) and self.dtype != SINGLE
 
+    @property
+    def fuses(self) -> bool:
+        """Whether five products per tile cover it, on such a GPU."""
+        return self.hopper and self.mode == "self" and self.head_dim == 128
+
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"D{self.head_dim}", self.mode]
         parts += [f"{self.intervals}_bands", f"group{self.group}", *["sinks"] * self.sinks]

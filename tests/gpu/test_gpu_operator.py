@@ -15,6 +15,7 @@ from spattention.impl.triton import op
 from spattention.testing import check_error, exact, plain, run
 
 from .cases import VARIANTS, Variant, draw
+from .plans import changed_plans
 
 SELF = VARIANTS[0]
 ONE_OF_EACH_MODE = tuple({variant.mode: variant for variant in VARIANTS}.values())
@@ -35,6 +36,7 @@ def _arguments(variant: Variant, seed: int = 3) -> tuple:
         case.pattern.prefix,
         0.1,
         0 if starts is not None else start,
+        True,
         starts,
         case.options.get("key_start"),
         case.options.get("sinks"),
@@ -58,6 +60,28 @@ def test_same_bits_on_every_run(variant: Variant) -> None:
         again = run(case, grads, impl="triton")
         for name in first:
             assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("widths", ["uniform", "geometric"])
+def test_same_bits_of_sums_in_turn(widths: str) -> None:
+    """Blocks of keys that run at the same time add to dQ in a fixed order."""
+    pattern = spa.BandPattern.shared_local(16, 8192, widths=widths)
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    *inputs, d_out = (torch.randn(1, 16, 8192, 128, **like) for _ in range(4))
+    leaves = [each.requires_grad_() for each in inputs]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = spa.band_attention(*leaves, pattern, impl="triton")
+        return torch.autograd.grad(out, leaves, d_out)
+
+    in_seven = gradients()
+    with changed_plans(fused_backward=True):
+        first = gradients()
+        for _ in range(20):
+            for found, expected in zip(gradients(), first):
+                assert torch.equal(found, expected)
+    for found, expected in zip(first, in_seven):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
 def test_full_graph_compile() -> None:

@@ -21,7 +21,10 @@ from spattention.impl.triton.hopper import (
     backward_preprocess,
     forward,
     forward_persistent,
+    fused_backward,
 )
+
+from .plans import changed_plans
 
 REPEATS = 1000
 INPUTS = 3
@@ -63,6 +66,16 @@ def another_process() -> Iterator[None]:
 def test_same_bits_beside_another_process(
     batch: int, heads: int, length: int, head_dim: int, widths: str
 ) -> None:
+    check_same_bits(batch, heads, length, head_dim, widths)
+
+
+@pytest.mark.parametrize("length", [4096, 16384])
+def test_same_bits_of_sums_in_turn(length: int) -> None:
+    with changed_plans(fused_backward=True):
+        check_same_bits(1, 8, length, 128, "geometric")
+
+
+def check_same_bits(batch: int, heads: int, length: int, head_dim: int, widths: str) -> None:
     pattern = spa.BandPattern.shared_local(heads, length, widths=widths)
     torch.manual_seed(0)
     like = {"device": "cuda", "dtype": torch.bfloat16}
@@ -101,11 +114,14 @@ def test_no_kernel_leaves_a_barrier_behind() -> None:
             3, batch, 8, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
         )
         spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
+    with changed_plans(fused_backward=True):
+        spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
     kernels = (
         forward.forward_kernel,
         forward_persistent.forward_kernel,
         backward_preprocess.preprocess_kernel,
         backward.backward_kernel,
+        fused_backward.fused_backward_kernel,
     )
     for kernel in kernels:
         compiled = kernel.device_caches[torch.cuda.current_device()][0].values()

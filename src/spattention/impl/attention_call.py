@@ -39,6 +39,7 @@ class AttentionCall(NamedTuple):
         cu_seqlens_k: given with `cu_seqlens_q`.
         form: the call's form, if it runs eagerly on plain tensors: no compiler, transform, mode or
             tensor subclass has to see its operators. None: they go through the dispatcher.
+        deterministic: whether the gradients must have the same bits on every run.
     """
 
     query: Tensor
@@ -53,6 +54,7 @@ class AttentionCall(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     form: CallForm | None = None
+    deterministic: bool = True
 
 
 class WholeResults(NamedTuple):

@@ -74,6 +74,42 @@ def test_refusal_names_the_reason(changes: dict[str, Any], reason: str) -> None:
     assert hopper.plan(call, query) is None
 
 
+def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **options: Any) -> Call:
+    """A call of long exclusive bands in any order, without memory for its tokens."""
+    query = torch.zeros(1).to(torch.bfloat16).expand(1, heads, tokens, head_dim)
+    options = {"deterministic": False, **options}
+    positions = options.pop("positions", NOWHERE)
+    bands = BandPattern.exclusive(heads, tokens).flat
+    prefix = options.pop("prefix", 0)
+    return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
+
+
+def test_long_bands_in_any_order_take_five_products() -> None:
+    plan = planning._plan_of_shape(long_call())
+    assert plan is not None
+    assert plan.fused_backward
+    assert "five products" in str(plan)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 16384},  # short bands
+        {"heads": 1, "tokens": 16384},  # few blocks of keys
+        {"head_dim": 64},
+        {"prefix": 4},
+        {"has_all_keys": False},
+        {"positions": Positions(None, torch.zeros(1, dtype=torch.int32), None, None)},
+        {"deterministic": True},
+    ],
+    ids=str,
+)
+def test_other_calls_keep_seven_products(options: dict[str, Any]) -> None:
+    plan = planning._plan_of_shape(long_call(**options))
+    assert plan is not None
+    assert not plan.fused_backward
+
+
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability in ((8, 0), (10, 0), (12, 0), None):
         monkeypatch.setattr(calls, "compute_capability", lambda device, found=capability: found)

@@ -50,6 +50,7 @@ def _forward(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -66,6 +67,7 @@ def _forward(
         prefix: `BandPattern.prefix`.
         scale: factor of the scores.
         query_start: position of the first query; used when `query_start_tensor` is None.
+        deterministic: whether the gradients must have the same bits on every run.
         query_start_tensor: the same as int32 `[]` or `[B]`, read on the device.
         key_start: int32 `[B]` or `[B, Q]`.
         sinks: `[H]`.
@@ -77,7 +79,8 @@ def _forward(
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = call_of(query, key, intervals, scale, query_start, positions, prefix, form)
+    facts = (query, key, intervals, scale, query_start, positions, prefix, form)
+    call = call_of(*facts, deterministic=deterministic)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
@@ -103,6 +106,7 @@ def _gradients_of(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
@@ -125,7 +129,8 @@ def _gradients_of(
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = call_of(query, key, intervals, scale, query_start, positions, prefix, form)
+    facts = (query, key, intervals, scale, query_start, positions, prefix, form)
+    call = call_of(*facts, deterministic=deterministic)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
@@ -157,7 +162,7 @@ def _fake_backward(
     value: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sinks = rest[8]
+    sinks = rest[9]
     return (
         empty_like_query(query, query.shape[3]),
         empty_like_query(key, key.shape[3]),
@@ -167,10 +172,10 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, intervals, prefix, scale, query_start, *optional = inputs[:12]
+    query, key, value, intervals, prefix, scale, query_start, deterministic, *optional = inputs[:13]
     ctx.save_for_backward(query, key, value, *output, *optional)
-    ctx.rest = intervals, prefix, scale, query_start
-    ctx.form = inputs[12] if len(inputs) > 12 else None
+    ctx.rest = intervals, prefix, scale, query_start, deterministic
+    ctx.form = inputs[13] if len(inputs) > 13 else None
     ctx.set_materialize_grads(False)
 
 
@@ -186,7 +191,7 @@ def _gradients(
     else:
         d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
     d_sinks = None if optional[2] is None else d_sinks
-    return d_query, d_key, d_value, None, None, None, None, None, None, d_sinks, None, None
+    return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
 
 
 class _Recorded(torch.autograd.Function):
@@ -208,7 +213,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         found = _gradients(ctx, *gradients)
-        return (*found[:3], found[9], None)
+        return (*found[:3], found[10], None)
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,6 +227,7 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         call.pattern.prefix,
         call.scale,
         call.query_start,
+        call.deterministic,
         call.query_start_tensor,
         call.key_start,
         sinks,
@@ -238,8 +244,9 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _COMMON = (
-    "int[] intervals, int prefix, float scale, SymInt query_start, Tensor? query_start_tensor, "
-    "Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "int[] intervals, int prefix, float scale, SymInt query_start, bool deterministic, "
+    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 forward = register(
     "triton_forward",

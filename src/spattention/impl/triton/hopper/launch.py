@@ -17,10 +17,25 @@ from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
 from ..config import OPTIONS
 from . import backward as backward_pass
-from . import backward_preprocess, documents, forward_persistent, prefix
+from . import (
+    backward_preprocess,
+    documents,
+    forward_persistent,
+    fused_backward,
+    prefix,
+    query_sums,
+)
 from . import forward as forward_pass
 from .arguments import BackwardStats
-from .planning import BLOCK, HopperPlan, TileOrder, has_parts, max_documents, pitch
+from .planning import (
+    BLOCK,
+    KEYS_FUSED,
+    HopperPlan,
+    TileOrder,
+    has_parts,
+    max_documents,
+    pitch,
+)
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -29,6 +44,8 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
+_finish = CompiledKernelCache(query_sums.finish_kernel)
 _documents = CompiledKernelCache(documents.documents_kernel)
 _sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
 
@@ -223,7 +240,8 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         return found
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
-    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
+    block_n = KEYS_FUSED if plan.fused_backward else launch.block_n
+    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, block_n)
     form = Form(
         HEAD_DIM=call.head_dim,
         BLOCK_D=call.head_dim,
@@ -234,6 +252,8 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         GROUPED=call.group > 1,
         **_bounds(call),
         HAS_D_LSE=has_d_lse,
+        FUSED=plan.fused_backward,
+        ORDERED=plan.fused_backward and call.deterministic,
     )
     if not call.has_all_keys:
         form = form._replace(EXACT_STEPS=0)
@@ -290,10 +310,14 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
     )
-    arguments = (
+    descriptors = (
         *inputs,
         _vector_descriptor(stats.lse_log2, blocks.block_m),
         _vector_descriptor(stats.delta, blocks.block_m),
+    )
+    sums, turns = _query_sums(call, launch) if plan.fused_backward else (None, None)
+    arguments = (
+        *descriptors,
         results,
         *gradients,
         BackwardStats(*stats, part),
@@ -305,8 +329,36 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     def run(programs: int, key_programs: int, constants: dict[str, Any]) -> None:
         _backward(programs, specialization_key, *arguments, key_programs, call.scale, **constants)
 
+    def run_fused() -> None:
+        _fused_backward(
+            launch.key_programs,
+            specialization_key,
+            *descriptors,
+            *gradients,
+            sums,
+            turns,
+            call.bands_by_key_head,
+            *launch.counts,
+            launch.key_programs,
+            call.scale,
+            **launch.constants,
+        )
+        if turns is None:
+            _finish(
+                launch.query_programs,
+                specialization_key,
+                sums,
+                gradients[0],
+                call.heads,
+                launch.counts[3],  # blocks of queries
+                call.queries,
+                call.scale,
+                FORM=launch.constants["FORM"],
+                **blocks.options,
+            )
+
     with on_device(call.device):
-        if plan.split_backward:
+        if plan.split_backward and not plan.fused_backward:
             run(launch.query_programs, 0, launch.computing_delta)
             run(launch.key_programs, launch.key_programs, launch.constants)
         else:
@@ -317,6 +369,9 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 results,
                 grad_results,
                 stats,
+                gradients[0],
+                sums,
+                turns,
                 call.bands,
                 positions,
                 *launch.counts,
@@ -324,7 +379,11 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 call.scale,
                 **launch.constants,
             )
-            run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
+            if plan.fused_backward:
+                run_fused()
+            else:
+                programs = launch.key_programs + launch.query_programs
+                run(programs, launch.key_programs, launch.constants)
         if part is not None:
             _sum_parts(
                 launch.sum_programs,
@@ -338,6 +397,16 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 FORM=launch.constants["FORM"],
                 **blocks.options,
             )
+
+
+def _query_sums(call: Call, launch: _BackwardLaunch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for the sums of dQ and, if they have an order, the turns that are over."""
+    blocks, device = launch.query_programs, call.device
+    sums = torch.empty(blocks * BLOCK * call.head_dim, dtype=torch.float32, device=device)
+    turns = None
+    if launch.constants["FORM"].ORDERED:
+        turns = torch.empty(4 * blocks, dtype=torch.int32, device=device)
+    return sums, turns
 
 
 def _positions(call: Call) -> Positions:

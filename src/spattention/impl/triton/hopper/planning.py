@@ -44,6 +44,8 @@ class HopperPlan:
         order: order of the blocks.
         persistent: whether the forward pass is the persistent kernel, for long bands.
         split_backward: whether dQ and dK/dV are launched separately.
+        fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
+            instead of seven (`backward.py`).
         turns: programs of the persistent kernel per multiprocessor, one after another.
     """
 
@@ -51,11 +53,14 @@ class HopperPlan:
     order: TileOrder
     persistent: bool
     split_backward: bool
+    fused_backward: bool = False
     turns: int = 1
 
     def __str__(self) -> str:
         forward = "persistent forward" if self.persistent else "forward"
         backward = "dQ, then dK and dV" if self.split_backward else "dQ, dK and dV in one launch"
+        if self.fused_backward:
+            backward = "dQ, dK and dV in five products per tile"
         return f"{forward}; {backward}; heads {self.order.name.lower().replace('_', ' ')}"
 
 
@@ -90,6 +95,9 @@ LAUNCHES = {
 BLOCK = 64  # queries or keys
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
+MIN_MEAN_KEYS_FUSED = 2000  # keys per query
+MIN_PROGRAMS_FUSED = 8 * 132  # blocks of 128 keys, of which a multiprocessor runs one at a time
+KEYS_FUSED = 128  # keys of a block
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 # An exchange of ranks that runs meanwhile gets multiprocessors as soon as the first turns end.
 TURNS_OF_A_PART = 8
@@ -198,6 +206,8 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
     if not call.has_all_keys:
         found = replace(found, turns=TURNS_OF_A_PART)
+    if use_fused(call):
+        return replace(found, fused_backward=True)
     # The preprocess kernel reads where documents are before it waits for the kernel before it.
     return found if call.has_one_start else replace(found, split_backward=True)
 
@@ -238,10 +248,10 @@ def _plan(
 
 
 def pitch(queries: int) -> int:
-    """Rows of `lse_log2` and `delta` per head: a multiple of four, so that the rows of each head
-    start at a multiple of 16 bytes.
+    """Rows of `lse_log2` and `delta` per head: whole blocks, as TMA reads them. The rows of each
+    head start at a multiple of 16 bytes.
     """
-    return -(-queries // 4) * 4
+    return -(-queries // BLOCK) * BLOCK
 
 
 @lru_cache(maxsize=1024)
@@ -276,6 +286,34 @@ def use_persistent(
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
     return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
+
+
+def can_fuse(call: Call) -> bool:
+    """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
+    would hold keys of other sequences, or keys that no query of a part sees.
+    """
+    bounded = any(each is not None for each in call.positions)
+    return (
+        call.head_dim == 128
+        and call.prefix == 0
+        and call.query_start == 0
+        and call.keys == call.queries
+        and call.has_all_keys
+        and not bounded
+    )
+
+
+def use_fused(call: Call) -> bool:
+    """True if five products per tile are faster: where the sums of dQ in memory cost less than two
+    products, for long bands, and many blocks of keys share the GPU.
+    """
+    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED)
+    return (
+        can_fuse(call)
+        and not call.deterministic
+        and programs >= MIN_PROGRAMS_FUSED
+        and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
+    )
 
 
 def split_backward(
