@@ -257,3 +257,16 @@ def test_states_of_dense_training_are_as_before(tmp_path):
     assert not any("spattention" in name for name in state)
     resumed = train(small(banded("llama")), tmp_path, 2, str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 2
+
+
+def test_a_section_is_not_lost_while_bands_run(tmp_path):
+    """Without it a live model ran with bands, and came back dense."""
+    model, ids = banded("llama"), tokens(1, 9)
+    del model.config.spattention
+    with pytest.raises(ValueError, match=r"`config\.spattention` must be there to save a model"):
+        model.save_pretrained(tmp_path)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    assert not any(MARK in name for name in load_file(tmp_path / "model.safetensors"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, ids), logits(build("llama"), ids), **EXACT)

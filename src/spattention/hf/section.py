@@ -40,7 +40,13 @@ from ..compat.huggingface import (
 from .decoder import is_attention
 from .head_weights import HeadWeights
 from .late import when_imported
-from .weights import REQUIREMENT, allow_weights, checking_notes, is_mark
+from .weights import (
+    REQUIREMENT,
+    allow_weights,
+    checking_notes,
+    is_mark,
+    refusing_lost_sections,
+)
 
 ARCHITECTURE_PREFIX = "Spattention"
 LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
@@ -108,6 +114,7 @@ def register_kind(kind: AttentionKind) -> None:
         register_module_module_registration_hook(_equip_when_built)
         PreTrainedConfig.to_dict = _with_marks(PreTrainedConfig.to_dict)
         PreTrainedModel.load_state_dict = checking_notes(PreTrainedModel.load_state_dict)
+        PreTrainedModel.save_pretrained = refusing_lost_sections(PreTrainedModel.save_pretrained)
         # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that
         # it does not know uninitialised. There is no public place to be stricter.
         wrap_missing_keys_check(_with_strict_weights)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..compat.huggingface import attention_name
 from ..compat.pytorch import copy_state_dict, state_dict_metadata
 from .sinks import execution_device
 
@@ -109,6 +110,9 @@ def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, 
     note = module._spattention_note(module)
     if note is None:
         return
+    if getattr(module.config, note.kind, None) is None:  # taken off, to be saved as dense
+        state_dict.pop(prefix + MARK, None)
+        return
     local_metadata[NOTE] = note
     found = state_dict.get(prefix + MARK)
     if found is not None:
@@ -154,6 +158,27 @@ def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
         return load_state_dict(self, _without_live_marks(self, state_dict), *args, **keywords)
 
     return load
+
+
+def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `save_pretrained` of Transformers' models, which writes what the config says."""
+
+    @wraps(save_pretrained)
+    def save(self: Any, *args: Any, **keywords: Any) -> Any:
+        for name, module in self.named_modules():
+            make_note = getattr(module, "_spattention_note", None)
+            note = None if make_note is None else make_note(module)
+            if note is None or attention_name(module.config) != note.kind:
+                continue
+            if getattr(module.config, note.kind, None) is None:
+                raise ValueError(
+                    f"`config.{note.kind}` must be there to save a model that runs with it, got "
+                    f'none for {name}: apply it again, or call `set_attn_implementation("sdpa")` '
+                    "to save a dense model"
+                )
+        return save_pretrained(self, *args, **keywords)
+
+    return save
 
 
 def _without_live_marks(model: Any, state_dict: Any) -> Any:

@@ -77,17 +77,17 @@ class Chip:
         else:
             code = built.asm["ptx"]
             found = from_ptxas(name, built, log)
-        return replace(found, products=len(re.findall(self.product, code)))
+        return replace(found, products=code.count(self.product))
 
 
 KIB = 1024
 CHIPS = {
-    "sm_80": Chip("A100", (8, 0), "cuda", 80, 163 * KIB, r"mma\.sync"),
-    "sm_86": Chip("RTX 30", (8, 6), "cuda", 86, 99 * KIB, r"mma\.sync"),
-    "sm_89": Chip("RTX 40, L40S", (8, 9), "cuda", 89, 99 * KIB, r"mma\.sync"),
-    "sm_100": Chip("B200", (10, 0), "cuda", 100, 227 * KIB, r"tcgen05\.mma"),
-    "sm_120": Chip("RTX 50", (12, 0), "cuda", 120, 99 * KIB, r"mma\.sync"),
-    "gfx942": Chip("MI300", (0, 0), "hip", "gfx942", 64 * KIB, r"v_mfma"),
+    "sm_80": Chip("A100", (8, 0), "cuda", 80, 163 * KIB, "mma.sync"),
+    "sm_86": Chip("RTX 30", (8, 6), "cuda", 86, 99 * KIB, "mma.sync"),
+    "sm_89": Chip("RTX 40, L40S", (8, 9), "cuda", 89, 99 * KIB, "mma.sync"),
+    "sm_100": Chip("B200", (10, 0), "cuda", 100, 227 * KIB, "tcgen05.mma"),
+    "sm_120": Chip("RTX 50", (12, 0), "cuda", 120, 99 * KIB, "mma.sync"),
+    "gfx942": Chip("MI300", (0, 0), "hip", "gfx942", 64 * KIB, "v_mfma"),
 }
 FORMS = (
     "portable D64",

@@ -175,3 +175,39 @@ def test_described_rows_are_left_out() -> None:
     for name, result in found.items():
         assert (result[0] == 7.0).all()
         torch.testing.assert_close(result[1], expected[name][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
+def test_every_token_of_a_row_is_written_once() -> None:
+    """Queries and keys by the slots of the documents that are found, padding among them."""
+    rng = random.Random(2)
+    for _ in range(40):
+        padding, queries = rng.choice((0, 0, 5, 64, 130)), 448
+        cuts = sorted(rng.sample(range(padding + 1, queries), rng.randint(0, 4)))
+        first = [max([cut for cut in cuts if cut <= i], default=padding) for i in range(queries)]
+        n_documents = planning.max_documents(queries)
+        described, (offsets_q,), (offsets_k,) = found_documents(int32([first]), n_documents)
+        assert described == [1]
+        for offsets, of_keys in ((offsets_q, False), (offsets_k, True)):
+            written = [0] * queries
+            for slot in range(varlen.num_slots(queries, n_documents, BLOCK)):
+                firsts = [offset // BLOCK + d for d, offset in enumerate(offsets)]
+                document = sum(first <= slot for first in firsts[1:])
+                block = slot - firsts[document]
+                if document == n_documents:
+                    continue  # behind the last offset, the end of the row
+                start, end = offsets[document], offsets[document + 1]
+                shift = 0
+                if of_keys:
+                    q_start, q_end = offsets_q[document], offsets_q[document + 1]
+                    distance = (end - start) - (q_end - q_start)
+                    sequence = varlen.Sequence(
+                        block, q_start, q_end - q_start, start, end - start, distance
+                    )
+                    shift = arguments.shift_of_keys.fn(sequence, BLOCK)
+                for token in range(
+                    start + block * BLOCK - shift, start + (block + 1) * BLOCK - shift
+                ):
+                    if start <= token < end:
+                        written[token] += 1
+            assert written == [1] * queries
