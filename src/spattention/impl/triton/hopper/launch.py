@@ -254,7 +254,6 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         **_bounds(call),
         HAS_D_LSE=has_d_lse,
         FUSED=plan.fused_backward,
-        ORDERED=plan.fused_backward and call.deterministic,
     )
     if not call.has_all_keys:
         form = form._replace(EXACT_STEPS=0)
@@ -319,7 +318,9 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         _vector_descriptor(stats.lse_log2, blocks.block_m),
         _vector_descriptor(stats.delta, blocks.block_m),
     )
-    sums, turns = _query_sums(call, launch) if plan.fused_backward else (None, None)
+    sums = None
+    if plan.fused_backward:
+        sums = stats.delta.new_empty((launch.query_programs, BLOCK, call.head_dim))
     arguments = (
         *descriptors,
         results,
@@ -338,28 +339,26 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             launch.key_programs,
             specialization_key,
             *descriptors,
-            *gradients,
+            *gradients[1:],
             sums,
-            turns,
             call.bands_by_key_head,
             *launch.counts,
             launch.key_programs,
             call.scale,
             **launch.constants,
         )
-        if turns is None:
-            _finish(
-                launch.query_programs,
-                specialization_key,
-                sums,
-                gradients[0],
-                call.heads,
-                launch.counts[3],  # blocks of queries
-                call.queries,
-                call.scale,
-                FORM=launch.constants["FORM"],
-                **blocks.options,
-            )
+        _finish(
+            launch.query_programs,
+            specialization_key,
+            sums,
+            gradients[0],
+            call.heads,
+            launch.counts[3],  # blocks of queries
+            call.queries,
+            call.scale,
+            FORM=launch.constants["FORM"],
+            **blocks.options,
+        )
 
     with on_device(call.device):
         if plan.split_backward and not plan.fused_backward:
@@ -373,9 +372,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 results,
                 grad_results,
                 stats,
-                gradients[0],
                 sums,
-                turns,
                 call.bands,
                 positions,
                 *launch.counts,
@@ -401,16 +398,6 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 FORM=launch.constants["FORM"],
                 **blocks.options,
             )
-
-
-def _query_sums(call: Call, launch: _BackwardLaunch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Memory for the sums of dQ and, if they have an order, the turns that are over."""
-    blocks, device = launch.query_programs, call.device
-    sums = torch.empty(blocks * BLOCK * call.head_dim, dtype=torch.float32, device=device)
-    turns = None
-    if launch.constants["FORM"].ORDERED:
-        turns = torch.empty(4 * blocks, dtype=torch.int32, device=device)
-    return sums, turns
 
 
 def _positions(call: Call) -> Positions:
