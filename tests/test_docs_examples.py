@@ -19,11 +19,12 @@ import spattention as spa
 from spattention.data.text import read_documents, sample_path
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 
+# What an example says -> the test that runs it.
 ELSEWHERE = {
-    ("parallel.md", 0): "tests/distributed/test_context_parallel.py",
-    ("parallel.md", 1): "tests/distributed/test_sharded_attention.py",
-    ("serving.md", 0): "tests/serving/test_vllm.py",
-    ("serving.md", 1): "tests/serving/test_vllm.py",
+    "init_device_mesh(": "tests/distributed/test_context_parallel.py",
+    "sharded_attention(query": "tests/distributed/test_sharded_attention.py",
+    "from openai import": "tests/serving/test_vllm.py",
+    "from vllm import": "tests/serving/test_vllm.py",
 }
 HEADS, VOCABULARY = 8, 300
 NAMES = sorted({page.name for page, _ in EXAMPLES})
@@ -113,7 +114,7 @@ def test_examples_of_a_page_run(name, given):
         spa.hf.apply(given["model"], given["pattern"])
     blocks = [text for page, text in EXAMPLES if page.name == name]
     for number, text in enumerate(blocks):
-        if (name, number) in ELSEWHERE:
+        if any(said in text for said in ELSEWHERE):
             continue
         if "spattention.adapters import" in text:
             pytest.importorskip(text.split("spattention.adapters import ")[1].split()[0])
@@ -123,9 +124,8 @@ def test_examples_of_a_page_run(name, given):
 
 
 def test_examples_elsewhere_name_their_tests():
-    counts = {name: sum(page.name == name for page, _ in EXAMPLES) for name in NAMES}
-    for (name, number), test in ELSEWHERE.items():
-        assert number < counts[name]
+    for said, test in ELSEWHERE.items():
+        assert any(said in text for _, text in EXAMPLES)
         assert (ROOT / test).is_file()
 
 
