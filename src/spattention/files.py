@@ -83,6 +83,8 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
     path = Path(name)
     on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)
     local = not on_hub or ("/" in name and path.parent.is_dir()) or path.suffix in suffixes
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{rule}, {shown_path(name)} is a link to nothing")
     if path.exists() or not local:
         return
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
