@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import selectors
+import shlex
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from spattention.files import write_atomically
 
 HEADS, KEY_HEADS = 32, 8
 SHAPES = ((1, 16384, 64), (4, 4096, 128), (1, 65536, 64))  # batch, tokens, head_dim
+LONG = 16384  # longer sequences run other kernels, and are measured last
 VARIANTS = ("plain", "sinks", "packed", "prefix")
 BANDS = ("query head", "key/value head")
 DENSE = ("dense, cuDNN", "dense, FlashAttention-2")
@@ -64,7 +66,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All measurements, those that say most first."""
-    order: list[tuple[int, Case]] = []
+    found = []
     for batch, length, head_dim in SHAPES:
         for variant in VARIANTS:
             for bands in BANDS:
@@ -79,16 +81,16 @@ def cases() -> list[Case]:
                         continue
                     elif by == "flash-sparse-attn" and bands != "key/value head":
                         continue  # its windows belong to key/value heads
-                    order.append((VARIANTS.index(variant), case))
-    return [case for _, case in sorted(order, key=lambda each: each[0])]
+                    found.append(case)
+    return sorted(found, key=lambda case: (case.length > LONG, VARIANTS.index(case.variant)))
 
 
 def worker_name(case: Case) -> tuple[Any, ...]:
     """Cases of the same name share a worker, and so what it compiled."""
     if case.by in DENSE:
-        return ("dense", case.head_dim)
+        return ("dense", case.head_dim, case.length > LONG)
     if case.by == "spattention":
-        return (case.by, case.head_dim)
+        return (case.by, case.variant, case.head_dim, case.length > LONG)
     if case.by == "FlexAttention":  # compiled for one shape
         return (case.by, case.variant, case.batch, case.length, case.head_dim)
     return (case.by, case.head_dim, "plain" if case.variant == "prefix" else case.variant)
@@ -251,10 +253,11 @@ def main() -> None:
 
 def save(output: Path, rows: list[dict[str, Any]], commit: str | None) -> None:
     """Write the rows; the machine's facts, which every measurement has, only once."""
+    arguments = [output.name if each == str(output) else each for each in sys.argv[1:]]
     environments = [row["environment"] for row in rows if "environment" in row]
     record = {
         "what": "milliseconds of attention with grouped queries, medians of graph replays",
-        "command": "python -m benchmarks.grouped " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.grouped " + shlex.join(arguments),
         "environment": {**(environments[-1] if environments else {})},
         "rows": [{name: v for name, v in row.items() if name != "environment"} for row in rows],
     }

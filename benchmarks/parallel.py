@@ -1,15 +1,17 @@
-"""Several GPUs against one: attention on shards of a long sequence, and data-parallel training.
+"""Several GPUs against one: attention on shards of a long sequence, training and decoding.
 
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output results.json
     torchrun --nproc-per-node 2 -m benchmarks.parallel --attention --output results.json
 
-Three parts, each with a flag; all of them without any:
+Four parts, each with a flag; all of them without any:
 
     --correctness    shards in bfloat16 against the whole sequence in float32 and in bfloat16
     --attention      forward and backward of one long sequence: one GPU against all of them, by the
                      exchange of what the bands reach, by an all-gather and by Ulysses
     --data-parallel  tokens per second and losses of a Llama of 1 B parameters with bands under
                      FSDP2, at the same global batch
+    --tensor-parallel
+                     time per token and cache of the same model by Transformers' `tp_plan="auto"`
 
 Results are written after every part; a part that fails is recorded and the next one runs. Times are
 those of the slowest rank, medians over repetitions.
@@ -18,13 +20,9 @@ those of the slowest rank, medians over repetitions.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,79 +40,18 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
+from spattention.parallel.work import rank_plan
 
-Row = dict[str, Any]
-IN_A_ROW = 3  # runs of one measurement
+from .machine import Machine, Row
+from .parallel_decoding import tensor_parallel
+from .parallel_training import data_parallel
+
 WAYS = {
     "ours, balanced": (sharded_attention, "balanced"),
     "ours, contiguous": (sharded_attention, "contiguous"),
     "all-gather, balanced": (gathered_attention, "balanced"),
     "Ulysses, contiguous": (ulysses_attention, "contiguous"),
 }
-
-
-class Machine:
-    """This process's device, and how it measures."""
-
-    def __init__(self, device: str) -> None:
-        self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.cuda = device == "cuda"
-        if self.cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        self.device = torch.device(device, torch.cuda.current_device() if self.cuda else None)
-        dist.init_process_group("nccl" if self.cuda else "gloo", timeout=timedelta(seconds=120))
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self, run: Callable[[], object], repetitions: int, together: bool = True) -> float:
-        """Median time of a run, of which a few follow one another without a pause, as layers do;
-        of the slowest rank if all run it together."""
-        found = []
-        for repetition in range(repetitions + 2):
-            self.wait()
-            if together:
-                dist.barrier()
-            start = time.perf_counter()
-            for _ in range(IN_A_ROW):
-                run()
-            self.wait()
-            mean = (time.perf_counter() - start) / IN_A_ROW
-            took = torch.tensor(mean, device=self.device)
-            if together:
-                dist.all_reduce(took, dist.ReduceOp.MAX)
-            if repetition >= 2:
-                found.append(took.item())
-        return statistics.median(found)
-
-    def forget_peak(self) -> float:
-        """Start to watch memory; GiB that are in use now."""
-        if not self.cuda:
-            return 0.0
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**30
-
-    def peak(self, base: float) -> float:
-        """Largest memory beyond `base` since then, in GiB, of the rank that needed most."""
-        most = torch.cuda.max_memory_allocated() / 2**30 - base if self.cuda else 0.0
-        held = torch.tensor(most, device=self.device)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return held.item()
-
-    def alone(self, run: Callable[[], Any]) -> Any:
-        """The result of a run on rank 0, on every rank, while the others wait; its error too."""
-        found: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                found[0] = run()
-            except Exception as error:  # raised on all ranks, none of which may wait for more
-                traceback.print_exc()
-                found[1] = f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(found, src=0, device=self.device if self.cuda else None)
-        if found[1]:
-            raise RuntimeError(found[1])
-        return found[0]
 
 
 def layout(name: str, length: int, ranks: int) -> Shards:
@@ -248,11 +185,11 @@ def exposed(
     with without_exchange():
         silent = times(run, mine, True)
     _, key, value, _ = mine
-    trip = exchange.Exchange(plan, plan.for_rank(machine.rank), key, value, None)
+    trip = exchange.Exchange(plan, rank_plan(plan, machine.rank), key, value, None)
 
     def there_and_back() -> None:
-        buffers = trip.finish(trip.start(key, value))
-        trip.start_reverse(buffers, key).wait()
+        tables = trip.finish(trip.start(key, value), key, value)
+        trip.start_reverse(tables, key).wait()
 
     travel = 1e3 * machine.seconds(there_and_back, options.repetitions)
     fetched = [plan.fetched_keys(rank) for rank in range(plan.shards.ranks)]
@@ -278,94 +215,12 @@ def busiest(pattern: BandPattern, shards: Shards) -> float:
     return max(work) / sum(work)
 
 
-def data_parallel(options: argparse.Namespace, machine: Machine) -> list[Row]:
-    """Steps of one rank and of all, from the same weights over the same global batches."""
-    group = dist.new_group([0])
-    rows = []
-    single = machine.alone(lambda: train(options, machine, [0], group))
-    rows.append({"part": "data-parallel", "ranks": 1, **single})
-    every = list(range(machine.ranks))
-    row = {"part": "data-parallel", "ranks": machine.ranks, **train(options, machine, every, None)}
-    row["scaling_efficiency"] = row["tokens_per_s"] / single["tokens_per_s"] / machine.ranks
-    row["largest_loss_difference"] = max(
-        abs(a - b) for a, b in zip(row["losses"], single["losses"])
-    )
-    rows.append(row)
-    return rows
-
-
-def train(options: argparse.Namespace, machine: Machine, ranks: list[int], group: Any) -> Row:
-    """A few steps under FSDP2 on some ranks, called on those alone."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from spattention import hf
-
-    length = options.context
-    config = LlamaConfig(
-        vocab_size=32768,
-        hidden_size=options.hidden,
-        intermediate_size=4 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=max(1, options.hidden // 256),
-        max_position_embeddings=length,
-    )
-    torch.manual_seed(0)
-    with torch.device(machine.device):
-        model = LlamaForCausalLM(config)
-    bands = BandPattern.shared_local(config.num_attention_heads, length, widths="geometric")
-    hf.apply(model, bands)
-    parameters = sum(each.numel() for each in model.parameters())
-    kind = machine.device.type
-    mesh = DeviceMesh.from_group(group or dist.group.WORLD, kind)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    rows_here = options.global_batch // len(ranks)
-    passes = range(0, rows_here, options.micro_batch)
-    losses, seconds = [], []
-    if machine.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(options.steps):
-        random = torch.Generator().manual_seed(step)
-        tokens = torch.randint(32768, (options.global_batch, length), generator=random)
-        # Runs of one token make the loss fall, so that a wrong gradient would show.
-        tokens = tokens // 4096 * 4096 + torch.arange(length) % 64
-        first = machine.rank * rows_here
-        machine.wait()
-        start = time.perf_counter()
-        total = torch.zeros((), device=machine.device)
-        for row in passes:
-            part = tokens[first + row : first + row + options.micro_batch].to(machine.device)
-            loss = model(input_ids=part, labels=part, use_cache=False).loss / len(passes)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if len(ranks) > 1:
-            dist.all_reduce(total)
-        losses.append(total.item() / len(ranks))
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[2:] or seconds)
-    per_s = options.global_batch * length / median
-    peak = torch.cuda.max_memory_allocated() / 2**30 if machine.cuda else 0.0
-    return {
-        "parameters": parameters,
-        "context": length,
-        "global_batch": options.global_batch,
-        "step_s": median,
-        "tokens_per_s": per_s,
-        "losses": losses,
-        "peak_gib": peak,
-    }
-
-
-PARTS = {"correctness": correctness, "attention": attention, "data_parallel": data_parallel}
+PARTS = {
+    "correctness": correctness,
+    "attention": attention,
+    "data_parallel": data_parallel,
+    "tensor_parallel": tensor_parallel,
+}
 
 
 def table(rows: list[Row]) -> str:
@@ -397,6 +252,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=32768, help="tokens before decoding")
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--commit", help="recorded where git cannot tell")
     return parser.parse_args()
 

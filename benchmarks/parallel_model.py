@@ -1,8 +1,10 @@
 """Context parallelism on paper: bytes per link, balance and memory, to 1,024 GPUs, 1 M tokens.
 
-    python -m benchmarks.parallel_model --bandwidth 300e9 --output results.json
+    python -m benchmarks.parallel_model --measured parallel_h100.json --output results.json
 
-Nothing is measured here. For one layer's attention, forward and backward, four ways are counted:
+Bandwidth between two GPUs and the kernels' speed come from a results file of `benchmarks.parallel`;
+between nodes a bandwidth is assumed. For one layer's attention, forward and backward, four ways are
+counted:
 
     ring        dense ring attention: keys and values go round all ranks
     all-gather  every rank receives all keys and values, and its bands skip what they do not see
@@ -11,12 +13,14 @@ Nothing is measured here. For one layer's attention, forward and backward, four 
 
 Bytes are those that the busiest rank receives over its link in a forward and a backward pass, keys,
 values and their gradients in half precision. Compute time is pairs times FLOP per pair over the
-kernels' speed; a fully overlapped step takes the longer of both.
+kernels' speed; a fully overlapped step takes the longer of both. The measured bandwidth is that of
+packing, exchange and unpacking together.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from spattention import BandPattern
 from spattention.benchmarking.results import write_rows
 from spattention.parallel import Shards, deal, plan_exchange
 from spattention.parallel.deal import group_work
+from spattention.parallel.work import rank_plan
 
 HALF = 2  # bytes
 FLOP_PER_PAIR = 14  # times head_dim: 4 forward, 10 backward
@@ -52,7 +57,8 @@ def ways(options: argparse.Namespace, length: int, ranks: int) -> list[dict[str,
     def row(name: str, received: float, held: float, busiest: float, total: float) -> None:
         """Bytes received in both passes, keys held at once, pairs of the busiest rank and all."""
         compute = busiest * FLOP_PER_PAIR * width / options.flops
-        link = received / options.bandwidth
+        inside = ranks <= options.node
+        link = received / (options.bandwidth if inside else options.between_nodes)
         rows.append(
             {
                 "way": name,
@@ -98,10 +104,26 @@ def ways(options: argparse.Namespace, length: int, ranks: int) -> list[dict[str,
         # Forward: what a rank lacks. Backward: the gradients of what it gave.
         received = max(a + b for a, b in zip(fetched, given)) * size
         band_work = work(bands, shards)
-        held = mine * token + max(fetched) * size
+        # Tables, and the keys of its own, of the rank that fetches most.
+        tables = rank_plan(plan, fetched.index(max(fetched))).tables
+        held = sum((t.heads[1] - t.heads[0]) * t.length for t in tables) * size + mine * token
         row(f"ours, {layout}", received, held, max(band_work), sum(band_work))
         rows[-1]["keys_fetched_over_all"] = max(fetched) / groups / length
     return rows
+
+
+def measured(path: Path) -> tuple[float, float]:
+    """Bytes per second into a GPU, and useful FLOP per second of one GPU's attention."""
+    content = json.loads(path.read_text())
+    rows, settings = content["rows"], content["settings"]
+    ours = next(row for row in rows if row.get("way") == "ours, balanced")
+    # Forward a rank receives what it fetches, backward gradients of what others fetched.
+    received = 1e6 * sum(ours["megabytes_fetched"])
+    single = next(row for row in rows if row.get("way") == "one GPU")
+    bands = BandPattern.shared_local(settings["heads"], settings["length"], widths="geometric")
+    pairs = sum(bands.pairs(settings["length"]))
+    flop = pairs * FLOP_PER_PAIR * settings["head_dim"]
+    return received / (1e-3 * ours["exchange_alone_ms"]), flop / (1e-3 * single["total_ms"])
 
 
 def main() -> None:
@@ -112,9 +134,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--key-heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--bandwidth", type=float, default=300e9, help="bytes/s per rank")
-    parser.add_argument("--flops", type=float, default=450e12, help="FLOP/s of useful work")
+    parser.add_argument("--measured", type=Path, required=True, help="of benchmarks.parallel")
+    parser.add_argument("--node", type=int, default=8, help="GPUs that the measured link joins")
+    parser.add_argument("--between-nodes", type=float, default=50e9, help="bytes/s per GPU")
     options = parser.parse_args()
+    options.bandwidth, options.flops = measured(options.measured)
     rows = [
         row
         for length in options.lengths
@@ -130,6 +154,7 @@ def main() -> None:
         )
     if options.output:
         settings = {k: v for k, v in vars(options).items() if k != "output"}
+        settings["measured"] = options.measured.name
         what = "context parallelism of one layer's attention, counted"
         write_rows(options.output, what, settings, rows)
 

@@ -98,6 +98,8 @@ def band_attention(
         query_start=query_start,
         key_start=key_start,
     )
+    if not deterministic:
+        call = call._replace(deterministic=False)
     out, lse = attend(call, choose(impl, call.query, call.value))
     return (out, lse) if return_lse else out
 
@@ -161,6 +163,8 @@ def band_attention_varlen(
         scale=scale,
         sinks=sinks,
     )
+    if not deterministic:
+        call = call._replace(deterministic=False)
     out, lse = attend(call, choose(impl, call.query, call.value))
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -300,7 +300,7 @@ class BandPattern:
             raise ValueError(f"`query_start` must be at most {MAX_SPAN}, got {query_start}")
         positions = torch.arange(query_len, device=device) + query_start
         keys = torch.arange(key_len, device=device)
-        return attended(self, positions[:, None] - keys, keys)
+        return attended(self.intervals, self.prefix, positions[:, None] - keys, keys)
 
     def pairs(self, seq_len: int) -> tuple[int, ...]:
         """Attended (query, key) pairs per head in causal self-attention over `seq_len` tokens: the
@@ -380,19 +380,22 @@ class BandPattern:
         return f"BandPattern.{self.constructor['name']}({text}){suffix}"
 
 
-def attended(pattern: BandPattern, distance: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def attended(
+    intervals: Intervals, prefix: int, distance: torch.Tensor, place: torch.Tensor
+) -> torch.Tensor:
     """The keys that each head attends, by band or prefix: bool `[..., num_heads, Q, K]`.
 
     Args:
-        pattern: the bands.
+        intervals: the bands of each head.
+        prefix: number of first keys that every head with bands attends.
         distance: int `[..., Q, K]`, from the query to the key.
         place: int, broadcast to `[..., Q, K]`: index of the key among those that the query may see.
     """
-    seen = in_bands(distance, pattern.intervals)
-    if not pattern.prefix:
+    seen = in_bands(distance, intervals)
+    if not prefix:
         return seen
-    in_prefix = (place >= 0) & (place < pattern.prefix) & (distance >= 0)
-    attends = torch.tensor([bool(head) for head in pattern.intervals], device=distance.device)
+    in_prefix = (place >= 0) & (place < prefix) & (distance >= 0)
+    attends = torch.tensor([bool(head) for head in intervals], device=distance.device)
     return seen | (in_prefix.unsqueeze(-3) & attends[:, None, None])
 
 
@@ -467,10 +470,8 @@ def _heads(intervals: Any) -> Intervals:
     try:
         pairs = [[(near, far) for near, far in head] for head in intervals]
     except (TypeError, ValueError):
-        raise ValueError(
-            f"`intervals` must be, per head, a sequence of pairs (near, far), got "
-            f"{reprlib.repr(intervals)}"
-        ) from None
+        rule = "`intervals` must be, per head, a sequence of pairs (near, far)"
+        raise ValueError(f"{rule}, got {reprlib.repr(intervals)}") from None
     as_integer = partial(integer, "intervals")
     return tuple(tuple((as_integer(near), as_integer(far)) for near, far in head) for head in pairs)
 

@@ -1,15 +1,22 @@
 """The door of the operators: arguments of a user in, one checked `AttentionCall` out.
 
-Autocast and defaults are applied here and nowhere else.
+Autocast and defaults are applied here and nowhere else. What a check found out from shapes alone is
+not asked again of a call of the same form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .bands import BandPattern
 from .checks import check_attention, check_tensors, check_varlen
-from .impl.attention_call import AttentionCall
+from .compat.pytorch import needs_dispatcher
+from .impl.attention_call import AttentionCall, CallForm
 from .impl.layout import score_scale, under_autocast
 from .scalars import python_number
 
@@ -29,22 +36,42 @@ def bind(
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
     query_start = python_number(query_start)
-    check_attention(
+    optional = (sinks, query_start, key_start)
+    form = _form_of((query, key, value), pattern, scale, optional)
+    if form is None or not form.checked:
+        check_attention(
+            query,
+            key,
+            value,
+            pattern,
+            scale=scale,
+            sinks=sinks,
+            query_start=query_start,
+            key_start=key_start,
+        )
+        _remember(form, query, optional)
+    scale = score_scale(query, scale)
+    start, start_tensor = 0, None
+    if query_start is None:
+        start = key.shape[2] - query.shape[2]
+    elif isinstance(query_start, Tensor):
+        start_tensor = query_start
+    else:
+        start = query_start
+    return AttentionCall(
         query,
         key,
         value,
         pattern,
-        scale=scale,
-        sinks=sinks,
-        query_start=query_start,
-        key_start=key_start,
+        scale,
+        sinks,
+        start,
+        start_tensor,
+        key_start,
+        None,
+        None,
+        form,
     )
-    scale = score_scale(query, scale)
-    if query_start is None:
-        query_start = key.shape[2] - query.shape[2]
-    if isinstance(query_start, Tensor):
-        return AttentionCall(query, key, value, pattern, scale, sinks, 0, query_start, key_start)
-    return AttentionCall(query, key, value, pattern, scale, sinks, query_start, None, key_start)
 
 
 def bind_varlen(
@@ -66,20 +93,25 @@ def bind_varlen(
     """
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
-    check_varlen(
-        query,
-        key,
-        value,
-        pattern,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=scale,
-        sinks=sinks,
-    )
+    max_seqlen_q, max_seqlen_k = python_number(max_seqlen_q), python_number(max_seqlen_k)
+    optional = (sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    form = _form_of((query, key, value), pattern, scale, optional)
+    if form is None or not form.checked:
+        check_varlen(
+            query,
+            key,
+            value,
+            pattern,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            scale=scale,
+            sinks=sinks,
+        )
+        _remember(form, query, optional)
     scale = score_scale(query, scale)
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     return AttentionCall(
         query,
         key,
@@ -89,4 +121,51 @@ def bind_varlen(
         sinks,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        form=form,
     )
+
+
+def _form_of(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    pattern: BandPattern,
+    scale: float | None,
+    optional: tuple[Any, ...],
+) -> CallForm | None:
+    """The form of a call, or None for one that something else than eager execution has to see."""
+    if torch.compiler.is_compiling() or type(pattern) is not BandPattern:
+        return None
+    if scale is not None and type(scale) is not float:
+        return None
+    if needs_dispatcher((*tensors, *optional)):
+        return None
+    query, key, value = tensors
+    return _form(
+        pattern,
+        scale,
+        (query.shape, query.stride(), query.dtype, query.device),
+        (key.shape, key.stride(), key.dtype, key.device),
+        (value.shape, value.stride(), value.dtype, value.device),
+        *[None if each is None else _facts(each) for each in optional],
+    )
+
+
+def _facts(argument: Any) -> Hashable:
+    """Type and shape of an argument, or type and value of a number."""
+    if isinstance(argument, Tensor):
+        if argument.layout != torch.strided:
+            return argument.layout
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return type(argument), argument if isinstance(argument, int) else None
+
+
+@lru_cache(maxsize=4096)
+def _form(*facts: Hashable) -> CallForm:
+    return CallForm()
+
+
+def _remember(form: CallForm | None, query: Tensor, optional: tuple[Any, ...]) -> None:
+    """Note that a call of this form passed. On the CPU checks read the values of tensors as well,
+    which another call of the form does not share.
+    """
+    if form is not None:
+        form.checked = query.is_cuda or not any(isinstance(each, Tensor) for each in optional)

@@ -278,10 +278,11 @@ def check_no_tangents(**tensors: torch.Tensor | None) -> None:
 
 def check_tensors(**tensors: torch.Tensor) -> None:
     """Check that each named argument is a tensor with strides; raises `ValueError`."""
+    strided = torch.strided
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
+        if tensor.layout != strided:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 UNFINISHED = ".unfinished"
 LONGEST_REASON = 300  # characters of an exception's message
 JSON_BYTES = 2**20  # of a description; no such file here comes near it
+CLOSE = 0.85  # likeness of two names from which on one is a slip of the other
 
 
 @contextmanager
@@ -85,12 +86,31 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
     local = not on_hub or ("/" in name and path.parent.is_dir()) or path.suffix in suffixes
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{rule}, {shown_path(name)} is a link to nothing")
-    if path.exists() or not local:
+    slip = path.suffix and _near(path, CLOSE)  # one.tx, where there is one.txt
+    if path.exists() or not (local or slip):
         return
+    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{_near(path)}")
+
+
+def check_folder(path: Path) -> None:
+    """Check that the folder of a saved model is there.
+
+    Raises:
+        ValueError: if it is not, with the nearest name in the same folder.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} must be the folder of a saved model, it is a link to nothing")
+    if not path.exists():
+        raise ValueError(
+            f"{path} must be the folder of a saved model, there is no such folder{_near(path)}"
+        )
+
+
+def _near(path: Path, cutoff: float = 0.6) -> str:
+    """A hint at the nearest name in the folder of a path that does not exist."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    hint = f", did you mean {path.parent / close[0]}?" if close else ""
-    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{hint}")
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=cutoff)
+    return f", did you mean {path.parent / close[0]}?" if close else ""
 
 
 def is_unfinished(path: Path) -> bool:

@@ -43,23 +43,6 @@ def merge(parts: Iterable[Partial], *, sinks: torch.Tensor | None = None) -> Par
     return merged.to(outs[0].dtype), total
 
 
-def merge_into(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> None:
-    """Join a partial result to `out` and `lse` in place; they see disjoint keys.
-
-    Args:
-        out: `[B, H, Q, D]`, in the dtype of `lse`.
-        lse: `[B, H, Q]`.
-        part: `[B, H, Q, D]`, any dtype.
-        part_lse: `[B, H, Q]`, in the dtype of `lse`.
-    """
-    total = torch.logaddexp(lse, part_lse)
-    weight = torch.exp(part_lse - total).masked_fill_(part_lse == -torch.inf, 0.0)
-    out.lerp_(part.to(out.dtype), weight[..., None])
-    lse.copy_(total)
-
-
 def _checked(parts: Iterable[Partial]) -> list[Partial]:
     """The parts as a list; raises `ValueError` unless they fit together."""
     if isinstance(parts, torch.Tensor) or not isinstance(parts, Iterable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks import grouped, grouped_worker
 from benchmarks.grouped import Case, Worker, cases
 from benchmarks.grouped_worker import Task, check, exact, sampled_rows
 from spattention import BandPattern, band_attention
+from spattention.benchmarking import competitors
 from spattention.benchmarking.attend import Attend
 from spattention.benchmarking.flex import Flex
 from spattention.testing import Case as Checked
@@ -92,6 +94,40 @@ def test_a_wrong_mask_is_not_timed() -> None:
         check(Attend(attend, given.inputs), given)
 
 
+def test_a_worker_checks_and_times_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("band_attention", "band_attention_varlen"):
+        operator = functools.partial(getattr(competitors, name))
+
+        def on_cpu(*given: Any, impl: str, _operator: Any = operator, **options: Any) -> Any:
+            return _operator(*given, impl="blockwise", **options)
+
+        monkeypatch.setattr(competitors, name, on_cpu)
+
+    def dense(inputs: Any) -> dict[str, Attend]:
+        attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, *inputs[:3])
+        return {"cuDNN": Attend(lambda: attend(is_causal=True, enable_gqa=True), inputs)}
+
+    def milliseconds(call: Any, rest: float) -> float:
+        call()
+        return 2.0
+
+    monkeypatch.setattr(grouped_worker, "graph_milliseconds", milliseconds)
+    monkeypatch.setattr(grouped_worker, "kernels", lambda task: "kernels of a test")
+    monkeypatch.setattr(grouped_worker, "dense", dense)
+    chosen = [
+        Case("spattention", variant, bands, 2, 128, 16)
+        for variant in grouped.VARIANTS
+        for bands in grouped.BANDS
+    ]
+    for members in (chosen, [Case("dense, cuDNN", "plain", "-", 2, 128, 16)]):
+        bench = grouped_worker.Bench(members, CPU)
+        assert bench.prepare() == {}
+        found = [bench.time(index) for index in range(len(members))]
+        assert all(row["total"] == 2.0 and max(row["errors"].values()) < 0.02 for row in found)
+    failed = grouped_worker.Bench([Case("FlashAttention-4", "plain", "-", 2, 128, 16)], CPU)
+    assert failed.prepare() == {0: "ModuleNotFoundError: No module named 'flash_attn'"}
+
+
 def test_rows_to_check_have_all_edges() -> None:
     rows = sampled_rows(task("packed")).tolist()
     assert {0, 59, 60, 61, 191} <= set(rows)
@@ -111,8 +147,9 @@ def test_cases_leave_out_what_cannot_be_asked() -> None:
     assert len(ours) == 3 * 4 * 2
     sparse = {case.bands for case in every if case.by == "flash-sparse-attn"}
     assert sparse == {"key/value head"}
-    variants = [case.variant for case in every]
+    variants = [case.variant for case in every if case.length <= grouped.LONG]
     assert variants == sorted(variants, key=grouped.VARIANTS.index)
+    assert [case.length for case in every[len(variants) :]] == [65536] * 27
 
 
 class FakeWorker:
@@ -146,7 +183,10 @@ def test_a_run_continues_what_its_output_has(
     monkeypatch.setattr(sys, "argv", command)
     grouped.main()
     first = len(FakeWorker.measured)
-    rows = json.loads(output.read_text())["rows"]
+    written = json.loads(output.read_text())
+    assert "--output grouped.json --head-dims 128" in written["command"]
+    assert written["environment"] == {"gpu": "X1"}
+    rows = written["rows"]
     assert [row["by"] for row in rows if "failed" in row] == ["FlashAttention-4"] * 2
     assert first == len(rows) - 2
     printed = capsys.readouterr().out

@@ -108,7 +108,7 @@ def test_logits_that_are_not_finite_are_told(
     edit(folder / "config.json", rms_norm_eps=-1.0)
     command = ["generate", str(folder), PROMPT, "--temperature", temperature]
     check(command, f"{folder} must give finite logits, got NaN", capsys)
-    data = ["--data", str(_prepared(tmp_path)), "--context", "64", "--windows", "2"]
+    data = ["--data", str(_prepared(tmp_path, folder)), "--context", "64", "--windows", "2"]
     capsys.readouterr()
     command = ["evaluate", str(folder), *data, "--output", str(tmp_path / "out")]
     check(command, f"{folder} must give finite losses, got nan", capsys)
@@ -157,17 +157,17 @@ def test_evaluate_refuses_by_name(
     saved: Path, files: Path, tmp_path: Path, arguments: list[str], error: str, capsys: Texts
 ) -> None:
     given = [text.format(files=files) for text in arguments]
-    data = [] if "--data" in arguments else ["--data", str(_prepared(tmp_path))]
+    data = [] if "--data" in arguments else ["--data", str(_prepared(tmp_path, saved))]
     output = ["--output", str(tmp_path / "out")]
     command = ["evaluate", str(saved), *output, *data, *given]
     check(command, error.format(files=files), capsys)
     assert not (tmp_path / "out").exists()
 
 
-def _prepared(folder: Path) -> Path:
-    """Data of one short document for training and one for validation."""
+def _prepared(folder: Path, model: Path) -> Path:
+    """Data for a model, of one short document for training and one for validation."""
     (folder / "source.txt").write_text("\f".join(f"{PROMPT} {k}\n" * 60 for k in range(4)))
-    arguments = ["--vocabulary", "260", "--held-out", "0.25", "--output", str(folder / "data")]
+    arguments = ["--tokenizer", str(model), "--held-out", "0.25", "--output", str(folder / "data")]
     assert main(["prepare", str(folder / "source.txt"), *arguments]) == 0
     return folder / "data"
 

@@ -39,6 +39,40 @@ def test_help_imports_nothing_heavy(name):
     assert "usage: spattention" in ended.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "tiny-gpu"], "tiny-gpu is no file, did you mean tiny-cpu?"),
+        (["train", "tiny-cpu", "--set", "stepz=3"], "no field 'stepz', did you mean `steps`?"),
+        (["evaluate", "runs/tiny-cp"], "there is no such folder, did you mean runs/tiny-cpu?"),
+        (["generate", "runs/tiny-cp", "It was"], "did you mean runs/tiny-cpu?"),
+        (["generate", "runs/tiny-cpu"], "give a prompt or --file, one of them"),
+        (["prepare", "one.tx", "--output", "out"], "a file nor a folder, did you mean one.txt?"),
+        (["fit", "runs/tiny-cp", "--output", "out"], "did you mean runs/tiny-cpu?"),
+        (
+            ["fit", "runs/tiny-cpu", "--data", "one.tx", "--output", "out"],
+            "one.tx is neither a file nor a folder",
+        ),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_slip_is_told_before_anything_heavy(arguments, told, tmp_path):
+    """Names that do not exist take no seconds of imports, and are not asked of the hub."""
+    (tmp_path / "runs" / "tiny-cpu").mkdir(parents=True)
+    (tmp_path / "one.txt").write_text("text")
+    code = (
+        "import sys; from spattention.cli import main\n"
+        f"assert main({arguments!r}) == 2\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert told in ended.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:

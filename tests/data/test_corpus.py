@@ -7,12 +7,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models
 
 from spattention.cli import main
 from spattention.data.corpus import BATCH, Source, open_source, prepare_corpus
 from spattention.data.prepare import open_facts, open_stream
 from spattention.data.text import read_documents
 from spattention.data.tokenizer import (
+    end_of_text_id,
     find_tokenizer,
     load_tokenizer,
     tokenize,
@@ -192,6 +194,7 @@ def test_the_command(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     facts = open_facts(tmp_path / "out")
     assert f"{facts.train_tokens:,} training tokens in 299" in shown
+    assert f"must be at most {facts.validation_tokens}. A larger `--held-out` keeps more." in shown
     assert len(read_documents(tmp_path / "a.txt")) == 300 == facts.train_documents + 1
     assert main(arguments) == 2
     assert "must be a new folder" in capsys.readouterr().err
@@ -272,3 +275,11 @@ def test_a_folder_without_validation_says_so(tmp_path, tokenizer):
     assert len(open_stream(tmp_path / "out", "train"))
     with pytest.raises(ValueError, match=r"out must hold validation tokens, but none were held"):
         open_stream(tmp_path / "out", "validation")
+
+
+def test_another_end_of_text_is_suggested(tmp_path):
+    """As of a Llama's tokenizer, which has no `<|endoftext|>`."""
+    own = Tokenizer(models.BPE(vocab={"</s>": 0, "a": 1}, merges=[]))
+    with pytest.raises(ValueError, match=r"it has not: give `end_of_text`, such as '</s>'$"):
+        end_of_text_id(own)
+    assert end_of_text_id(own, "</s>") == 0

@@ -181,7 +181,7 @@ def test_data_of_another_tokenizer_is_refused(home, tmp_path, capsys):
         (["--prefix", "17"], "`--prefix` must be at most 16"),
         (["--profile", "nowhere.json"], "nowhere.json must be a profile, there is no such file"),
         (["--data", "nowhere.txt"], "nowhere.txt is neither a file nor a folder"),
-        (["--data", "nowhere.u16.xz"], "nowhere.json is missing"),
+        (["--data", "nowhere.u16.xz"], "nowhere.u16.xz is neither a file nor a folder"),
     ],
 )
 def test_one_line_names_what_is_wrong(home, tmp_path, more, error, capsys):

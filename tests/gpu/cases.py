@@ -42,6 +42,11 @@ class Variant:
         modes = ("self", "packed", "left_pad")
         return self.mode in modes and self.head_dim in (64, 128) and self.dtype != SINGLE
 
+    @property
+    def fuses(self) -> bool:
+        """Whether five products per tile cover it, on such a GPU."""
+        return self.hopper and self.mode == "self" and self.head_dim == 128
+
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"D{self.head_dim}", self.mode]
         parts += [f"{self.intervals}_bands", f"group{self.group}", *["sinks"] * self.sinks]
@@ -80,6 +85,8 @@ def draw(variant: Variant, seed: int, device: str = "cuda", longest: int = 300) 
     generator = torch.Generator(device).manual_seed(rng.getrandbits(40))
     heads = variant.group * rng.choice((1, 2, 3, 8))
     lengths = [1, 2, 17, 64, 65, rng.randint(1, longest), rng.randint(1, longest)]
+    if variant.mode == "packed_rows":
+        lengths += [128, 192, 256]  # whole blocks, which the kernels for Hopper need
     if variant.dtype == SINGLE:
         # Over few numbers the plain computation may be exact by luck, and the budget with it.
         lengths = [rng.randint(150, 300)]

@@ -9,6 +9,7 @@ import torch
 
 import spattention as spa
 from spattention.impl.triton.decode import append
+from spattention.serving import paged_attention
 from spattention.testing import Case
 
 
@@ -62,6 +63,23 @@ def decode(case: Case) -> None:
     for moved, _ in placed(case):
         inputs = (moved.query, moved.key, moved.value)
         spa.band_attention(*inputs, moved.pattern, impl="triton", **moved.options)
+
+
+def paged(device: str) -> None:
+    """Decoding from paged caches, with each tensor in every place."""
+    pattern = spa.BandPattern.shared_local(8, 64, kv_heads=2)
+    table = torch.zeros(3, 9, dtype=torch.int32, device=device)
+    seq_lens = torch.full((3,), 70, dtype=torch.int32, device=device)
+    for head_dim in (64, 20):
+        query = torch.zeros(3, 8, 1, head_dim, dtype=torch.bfloat16, device=device)
+        key, value = torch.zeros(2, 9, 16, 2, head_dim, dtype=torch.bfloat16, device=device)
+        rest = table, seq_lens, pattern
+        for place in PLACES:
+            paged_attention(place(query), key, value, *rest, impl="triton")
+            paged_attention(query, place(key), value, *rest, impl="triton")
+            paged_attention(query, key, place(value), *rest, impl="triton")
+            paged_attention(query, key, value, *rest, out=place(query), impl="triton")
+            paged_attention(query, key, value, shifted(table), *rest[1:], impl="triton")
 
 
 def write(device: str) -> None:

@@ -40,6 +40,9 @@ def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{variant} {plan}", lambda c=case, p=plan: check(c, p)
         if variant.hopper:
             yield f"{variant} any order", lambda c=case: check(c, {}, deterministic=False)
+        if variant.fuses:
+            plan = {"fused_backward": True}
+            yield f"{variant} {plan}", lambda c=case, p=plan: check(c, p, deterministic=False)
         if variant.dtype == cases.BRAIN:
             prefix = min(5, case.pattern.span)
             pattern = BandPattern(case.pattern.intervals, case.pattern.span, prefix=prefix)

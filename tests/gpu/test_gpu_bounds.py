@@ -55,7 +55,7 @@ def results(case: Case, place: str = "", tokens: Any = None) -> dict[str, torch.
     return run(hostile, (tensors["d_out"], d_lse), impl="triton")
 
 
-@pytest.mark.parametrize("prefix", [0, 20])
+@pytest.mark.parametrize("prefix", [0, 4, 20])
 @pytest.mark.parametrize("place", ["key", "value"])
 @pytest.mark.parametrize(("dtype", "head_dim"), [(BRAIN, 128), (HALF, 64)])
 def test_nan_stays_in_its_block_of_padded_rows(
@@ -75,7 +75,7 @@ def test_nan_stays_in_its_block_of_padded_rows(
             assert found[name][:, :, token:].isnan().any()
 
 
-@pytest.mark.parametrize("prefix", [0, 20])
+@pytest.mark.parametrize("prefix", [0, 4, 20])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("more", [0, 5])
 @pytest.mark.parametrize(("dtype", "head_dim"), [(BRAIN, 128), (HALF, 64)])

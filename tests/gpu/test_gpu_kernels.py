@@ -4,6 +4,7 @@ beforehand, and NaN in every key that no query sees."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,15 @@ def test_random_cases_of_larger_plans(
         check_cases(variant, CASES_OF_A_PLAN)
 
 
-def check_cases(variant: Variant, count: int) -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", [each for each in VARIANTS if each.fuses], ids=str)
+@pytest.mark.parametrize("order", [TileOrder.HEAD_MAJOR, TileOrder.ROUND_ROBIN])
+def test_random_cases_in_five_products(variant: Variant, order: TileOrder) -> None:
+    with changed_plans(order=order, fused_backward=True):
+        check_cases(variant, CASES_OF_A_PLAN, deterministic=False)
+
+
+def check_cases(variant: Variant, count: int, **options: Any) -> None:
     assert torch.empty(4, device="cuda").isnan().all()
     for seed in range(count):
         case = draw(variant, seed)
@@ -63,7 +72,7 @@ def check_cases(variant: Variant, count: int) -> None:
             torch.randn(rows, generator=generator, device="cuda"),
         )
         truth, rough = exact(case, grads), plain(case, grads)
-        found = run(poison_unseen(case), grads, impl="triton")
+        found = run(poison_unseen(case), grads, impl="triton", **options)
         for name in truth:
             check_error(f"seed {seed}: {name}", found[name], rough[name], truth[name])
 

@@ -15,6 +15,7 @@ from spattention.impl.triton import op
 from spattention.testing import check_error, exact, plain, run
 
 from .cases import VARIANTS, Variant, draw
+from .plans import changed_plans
 
 SELF = VARIANTS[0]
 ONE_OF_EACH_MODE = tuple({variant.mode: variant for variant in VARIANTS}.values())
@@ -35,6 +36,7 @@ def _arguments(variant: Variant, seed: int = 3) -> tuple:
         case.pattern.prefix,
         0.1,
         0 if starts is not None else start,
+        True,
         starts,
         case.options.get("key_start"),
         case.options.get("sinks"),
@@ -58,6 +60,26 @@ def test_same_bits_on_every_run(variant: Variant) -> None:
         again = run(case, grads, impl="triton")
         for name in first:
             assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("widths", ["uniform", "geometric"])
+def test_five_products_give_what_seven_give(widths: str) -> None:
+    """Where many blocks of keys add to the same queries at the same time."""
+    pattern = spa.BandPattern.shared_local(16, 8192, widths=widths)
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    *inputs, d_out = (torch.randn(1, 16, 8192, 128, **like) for _ in range(4))
+    leaves = [each.requires_grad_() for each in inputs]
+
+    def gradients(fused: bool) -> tuple[torch.Tensor, ...]:
+        with changed_plans(fused_backward=fused):
+            out = spa.band_attention(*leaves, pattern, impl="triton", deterministic=False)
+            return torch.autograd.grad(out, leaves, d_out)
+
+    expected = gradients(False)
+    for _ in range(5):
+        for found, wanted in zip(gradients(True), expected):
+            limit = 0.01 * wanted.abs().max().item()
+            torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
 
 
 def test_full_graph_compile() -> None:

@@ -7,11 +7,13 @@ import torch
 
 import spattention as spa
 from spattention import BandPattern
+from spattention.impl.triton.hopper import TileOrder
 from spattention.testing import Case, check_case
 from spattention.testing.cases import run
 
 from .cases import VARIANTS, Variant, draw
 from .hostile import PLACES, check_hostile, documents
+from .plans import changed_plans
 
 DEVICE = "cuda"
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -68,6 +70,18 @@ def test_prefixes_that_many_queries_see(layout: str, head_dim: int, prefix: int)
         options["key_start"] = first[None]
     case = Case(*inputs(LONG, pattern, 2, head_dim, BRAIN), pattern, options)
     check_case(case, impl="triton")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("persistent", "split"), [(True, True), (False, True), (False, False)])
+def test_narrow_prefixes_of_larger_plans(persistent: bool, split: bool, head_dim: int) -> None:
+    """Prefixes of at most 16 keys have a step of their own, and parts of dK and dV."""
+    for prefix in (4, 16):
+        pattern = BandPattern(BANDS, 400, prefix=prefix)
+        case = Case(*inputs(LONG, pattern, 2, head_dim, BRAIN), pattern)
+        order = TileOrder.HEAD_MAJOR
+        with changed_plans(order=order, persistent=persistent, split_backward=split):
+            check_case(case, impl="triton")
 
 
 def test_packed_documents_of_many_queries() -> None:

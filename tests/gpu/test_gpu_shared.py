@@ -21,7 +21,10 @@ from spattention.impl.triton.hopper import (
     backward_preprocess,
     forward,
     forward_persistent,
+    fused_backward,
 )
+
+from .plans import changed_plans
 
 REPEATS = 1000
 INPUTS = 3
@@ -101,11 +104,14 @@ def test_no_kernel_leaves_a_barrier_behind() -> None:
             3, batch, 8, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
         )
         spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
+    with changed_plans(fused_backward=True):
+        spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
     kernels = (
         forward.forward_kernel,
         forward_persistent.forward_kernel,
         backward_preprocess.preprocess_kernel,
         backward.backward_kernel,
+        fused_backward.fused_backward_kernel,
     )
     for kernel in kernels:
         compiled = kernel.device_caches[torch.cuda.current_device()][0].values()

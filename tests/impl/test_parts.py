@@ -7,8 +7,8 @@ import torch
 
 from spattention import BandPattern, band_attention
 from spattention.attention import choose
-from spattention.impl.attention_call import AttentionCall, WholeResults
-from spattention.merging import merge_into
+from spattention.impl.attention_call import WholeResults
+from spattention.impl.partial import Part, merge_into
 
 # Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
 CALLS = (((0, 20), (0, 13)), ((20, 29), (0, 13)), ((13, 29), (13, 29)))
@@ -34,16 +34,15 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
     for (first, last), (start, stop) in CALLS:
         queries, seen = slice(first, last), slice(start, stop)
         keys = [tensor[:, :, seen] for tensor in (k, v)]
-        start_of_queries = first - start
-        part, part_lse = module.attend_part(
-            AttentionCall(q[:, :, queries], *keys, pattern, 0.25, query_start=start_of_queries)
-        )
-        merge_into(total[:, :, queries], total_lse[:, :, queries], part, part_lse)
+        shift = first - start
+        edges = zip(pattern.flat[::2], pattern.flat[1::2])
+        bands = [(near - shift, far - shift) if near < far else (0, 0) for near, far in edges]
+        part = Part(tuple(edge for band in bands for edge in band), 0, 0.25, None)
+        results = total[:, :, queries], total_lse[:, :, queries]
+        module.attend_part(q[:, :, queries], *keys, results, part, merge=first > 0)
         query, *rows = (t[:, :, queries].contiguous() for t in (q, out, lse, d_out, d_lse))
-        shares = module.differentiate_part(
-            AttentionCall(query, *keys, pattern, 0.25, query_start=start_of_queries),
-            WholeResults(*rows),
-        )
+        shares = [torch.empty_like(tensor) for tensor in (query, *keys)]
+        module.differentiate_part(query, *keys, WholeResults(*rows), shares, part)
         for gradient, where, share in zip(found, (queries, seen, seen), shares):
             gradient[:, :, where] += share
     if sinks is not None:

@@ -13,6 +13,7 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
+from spattention.parallel.work import rank_plan
 
 LENGTH, HEADS = 61, 4
 PATTERNS = {
@@ -64,7 +65,7 @@ def test_exactly_the_missing_keys_are_fetched(name, ranks, layout, key_heads, pa
 @pytest.mark.parametrize("name", PATTERNS)
 def test_both_sides_plan_the_same_pieces(name):
     plan = plan_exchange(PATTERNS[name], Shards.balanced(LENGTH, 4), 2)
-    ranks = [plan.for_rank(rank) for rank in range(4)]
+    ranks = [rank_plan(plan, rank) for rank in range(4)]
     for source in range(4):
         assert ranks[source].sends[source] == ()
         for destination in range(4):

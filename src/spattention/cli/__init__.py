@@ -2,7 +2,8 @@
 
 A command module has a frozen dataclass `Options`, whose docstrings are its help, unless a function
 `description()` says more, and `main(options)`. The options are in `cli.options`, which imports
-nothing heavy, so that `--help` and a slip in the options take no time. A user's error is a
+nothing heavy, so that `--help` and a slip in the options take no time; nor do names of files and
+fields that do not exist, where a function `check(options)` looks for them. A user's error is a
 ValueError or an OSError, whose message becomes the one line that is shown. Any other exception is a
 bug.
 """
@@ -96,6 +97,8 @@ def _run(arguments: list[str]) -> int:
             description=described.description() if hasattr(described, "description") else None,
             args=rest,
         )
+        if hasattr(described, "check"):
+            described.check(options)
         import_module(f"spattention.cli.{name}").main(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

@@ -28,7 +28,6 @@ from ..data.model_text import check_same_tokenizer, open_tokens, tokenize_text
 from ..data.packed import SUFFIX
 from ..data.text import sample_path
 from ..evaluation.perplexity import token_losses
-from ..files import check_local
 from ..fitting import Profile, captured, explain
 from ..fitting import fit as fit_patterns
 from ..fitting.picture import fit_figure, profile_figure
@@ -143,7 +142,6 @@ def _open(options: Options) -> tuple[Any, Any]:
     name = options.model
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`MODEL` must be a folder with a config.json, {name} has none")
-    check_local(name, "`MODEL` must be a saved model or a name on the hub")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)

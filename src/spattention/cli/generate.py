@@ -209,8 +209,6 @@ def _check(options: Options) -> None:
 
 
 def _prompt(options: Options) -> str:
-    if (options.prompt is None) == (options.file is None):
-        raise ValueError("give a prompt or --file, one of them")
     if options.prompt is not None:
         check_text(options.prompt, "the prompt")
         return options.prompt

@@ -8,18 +8,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..data.corpus import open_source, prepare_corpus
 from ..data.text import sample_path
 from ..data.tokenizer import END_OF_TEXT, find_tokenizer
-from ..files import check_local
 from .options.prepare import Options
 
-# No dataset on the hub has a name that ends like this.
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".xz", ".gz", ".zst")
+FEW = 2048  # validation tokens; one window of many recipes is longer
 
 
 def main(options: Options) -> None:
     """Tokenize and print the number of tokens."""
     console = Console()
     named = str(sample_path()) if options.source is None else options.source
-    check_local(named, "`SOURCE` must be text or a dataset on the hub", SUFFIXES)
     tokenizer = None if options.tokenizer is None else find_tokenizer(options.tokenizer)
     source = open_source(
         named,
@@ -54,3 +51,9 @@ def main(options: Options) -> None:
         f"{facts.end_of_text}.",
         highlight=False,
     )
+    if 0 < facts.validation_tokens < FEW:
+        console.print(
+            f"Few validation tokens: the `context` of a run must be at most "
+            f"{facts.validation_tokens:,}. A larger `--held-out` keeps more.",
+            highlight=False,
+        )

@@ -16,6 +16,8 @@ from .limits import LARGEST_VOCABULARY
 from .tokens import TokenStream
 
 END_OF_TEXT = "<|endoftext|>"
+# Of other tokenizers, the likeliest first.
+USUAL_ENDS = ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 TOKENIZER = "tokenizer.json"
 TOKENIZER_BYTES = 2**28
 UNREACHABLE = "\U0010ffff"  # a noncharacter: text does not hold it
@@ -121,7 +123,9 @@ def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
     """The id of the token that ends each document, by default `<|endoftext|>`."""
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise ValueError(f"the tokenizer must have the token {token}, it has not")
+        own = [name for name in USUAL_ENDS if tokenizer.token_to_id(name) is not None]
+        hint = f": give `end_of_text`, such as {own[0]!r}" if own else ""
+        raise ValueError(f"the tokenizer must have the token {token}, it has not{hint}")
     return found
 
 

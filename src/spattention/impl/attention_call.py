@@ -9,6 +9,19 @@ from torch import Tensor
 from ..bands import BandPattern
 
 
+class CallForm:
+    """Everything about a call but the values in its tensors: pattern, shapes, strides, dtypes.
+
+    Equal forms are one object, so that implementations find what they made of it by identity.
+
+    Attributes:
+        checked: whether a call of this form passed the checks.
+    """
+
+    def __init__(self) -> None:
+        self.checked = False
+
+
 class AttentionCall(NamedTuple):
     """Checked arguments of one call, the same for rows and for packed documents.
 
@@ -24,6 +37,9 @@ class AttentionCall(NamedTuple):
         key_start: int32 `[B]` or `[B, Q]`.
         cu_seqlens_q: int32 `[documents + 1]`, of packed documents alone.
         cu_seqlens_k: given with `cu_seqlens_q`.
+        form: the call's form, if it runs eagerly on plain tensors: no compiler, transform, mode or
+            tensor subclass has to see its operators. None: they go through the dispatcher.
+        deterministic: whether the gradients must have the same bits on every run.
     """
 
     query: Tensor
@@ -37,6 +53,8 @@ class AttentionCall(NamedTuple):
     key_start: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    form: CallForm | None = None
+    deterministic: bool = True
 
 
 class WholeResults(NamedTuple):

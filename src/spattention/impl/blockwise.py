@@ -24,6 +24,7 @@ from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
+from .partial import Part, store
 from .sinks import sink_gradient
 
 
@@ -32,17 +33,35 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return forward(call.query, call.key, call.value, *_rest(call))
 
 
-def attend_part(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """`attend` over a part of the keys."""
-    return attend(call)
+def attend_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    results: tuple[Tensor, Tensor],
+    part: Part,
+    *,
+    merge: bool,
+) -> None:
+    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
+    store(results, _forward(query, key, value, None, *rest), merge)
 
 
-def differentiate_part(call: AttentionCall, whole: WholeResults) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys."""
+def differentiate_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    whole: WholeResults,
+    gradients: Sequence[Tensor],
+    part: Part,
+) -> None:
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`."""
     d_lse = torch.zeros_like(whole.lse) if whole.d_lse is None else whole.d_lse
-    inputs = call.query, call.key, call.value, whole.out, whole.lse
-    d_query, d_key, d_value, _ = backward(whole.d_out, d_lse, *inputs, *_rest(call))
-    return d_query, d_key, d_value
+    inputs = whole.d_out, d_lse, query, key, value, whole.out, whole.lse, None
+    rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
+    for gradient, found in zip(gradients, _backward(*inputs, *rest)):
+        gradient.copy_(found)
 
 
 def _rest(call: AttentionCall) -> tuple[Any, ...]:

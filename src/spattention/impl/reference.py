@@ -7,6 +7,8 @@ read: they may be NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import pad
 
@@ -14,59 +16,56 @@ from ..bands import BandPattern, attended
 from . import masked
 from .attention_call import AttentionCall, WholeResults
 from .layout import laid_out_like_query, lse_dtype
+from .partial import Part, store
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, H, Q, Dv]` and log-sum-exp `[B, H, Q]`."""
-    dtype = lse_dtype(call.query)
-    group = call.query.shape[1] // call.key.shape[1]
-    mask = visible(call)
-    q = call.query.to(dtype)
-    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (call.key, call.value))
-
-    scores = (masked.scores(q, k, mask) * call.scale).masked_fill(~mask, -torch.inf)
-    if call.sinks is not None:
-        sink = call.sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
-        scores = pad(scores, (0, 1), value=-torch.inf)
-    highest = scores.detach().amax(dim=-1, keepdim=True)
-    highest = highest.masked_fill(highest.isinf(), 0.0)
-    weights = torch.exp(scores - highest)
-    total = weights.sum(dim=-1, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    lse = (highest + torch.log(total)).masked_fill(empty, -torch.inf)
-    result = masked.weighted_sum((weights / total)[..., : k.shape[2]], v, mask)
-    return laid_out_like_query(result, call.query), lse[..., 0]
+    inputs = call.query, call.key, call.value
+    return _masked_attention(*inputs, visible(call), call.scale, call.sinks)
 
 
-def attend_part(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` over a part of the keys."""
-    return attend(call)
+def attend_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor],
+    part: Part,
+    *,
+    merge: bool,
+) -> None:
+    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    mask = _part_mask(query, key, part)
+    store(results, _masked_attention(query, key, value, mask, part.scale, None), merge)
 
 
 def differentiate_part(
-    call: AttentionCall, whole: WholeResults
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value that these keys give to attention over more keys."""
-    dtype = lse_dtype(call.query)
-    group = call.query.shape[1] // call.key.shape[1]
-    mask = visible(call)
-    q, d_o, o = (tensor.to(dtype) for tensor in (call.query, whole.d_out, whole.out))
-    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (call.key, call.value))
-    scores = masked.scores(q, k, mask) * call.scale
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    whole: WholeResults,
+    gradients: Sequence[torch.Tensor],
+    part: Part,
+) -> None:
+    """Gradients of query, key and value that these keys give to attention over more keys, into
+    `gradients`."""
+    dtype = lse_dtype(query)
+    group = query.shape[1] // key.shape[1]
+    mask = _part_mask(query, key, part)
+    q, d_o, o = (tensor.to(dtype) for tensor in (query, whole.d_out, whole.out))
+    k, v = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (key, value))
+    scores = masked.scores(q, k, mask) * part.scale
     weights = torch.exp(scores - whole.lse[..., None]).masked_fill(~mask, 0.0)
     delta = (d_o * o).sum(dim=-1) - (0.0 if whole.d_lse is None else whole.d_lse)
     d_scores = weights * (masked.scores(d_o, v, mask) - delta[..., None])
-    d_scores = d_scores.masked_fill(~mask, 0.0) * call.scale
+    d_scores = d_scores.masked_fill(~mask, 0.0) * part.scale
     d_query = masked.weighted_sum(d_scores, k, mask)
     d_key, d_value = (
         masked.weighted_sum(rows.mT, others, mask.mT).unflatten(1, (-1, group)).sum(dim=2)
         for rows, others in ((d_scores, q), (weights, d_o))
     )
-    given = call.query.dtype
-    return d_query.to(given), d_key.to(given), d_value.to(given)
+    for gradient, found in zip(gradients, (d_query, d_key, d_value)):
+        gradient.copy_(found)
 
 
 def visible(call: AttentionCall) -> torch.Tensor:
@@ -91,10 +90,24 @@ def row_mask(
     positions = start + torch.arange(query.shape[2], device=query.device)  # [B or 1, Q]
     distance = positions[:, :, None] - keys
     if key_start is None:
-        return attended(pattern, distance, keys)
+        return attended(pattern.intervals, pattern.prefix, distance, keys)
     first = key_start if key_start.dim() == 2 else key_start[:, None]
     place = keys - first.clamp(min=0)[:, :, None]
-    return attended(pattern, distance, place) & (place >= 0)[:, None]
+    return attended(pattern.intervals, pattern.prefix, distance, place) & (place >= 0)[:, None]
+
+
+def _part_mask(query: torch.Tensor, key: torch.Tensor, part: Part) -> torch.Tensor:
+    """Which keys each query of a call on a part sees: bool `[B or 1, H, Q, K]`."""
+    edges = part.intervals
+    bands = [(near, far) for near, far in zip(edges[::2], edges[1::2])]
+    heads = tuple(
+        tuple(band for band in pair if band[0] < band[1]) for pair in zip(bands[::2], bands[1::2])
+    )
+    queries, keys = (torch.arange(t.shape[2], device=query.device) for t in (query, key))
+    distance = (queries[:, None] - keys)[None]
+    first = distance.new_zeros(1, 1) if part.key_start is None else part.key_start.clamp(min=0)
+    place = keys - first[:, :, None]
+    return attended(heads, part.prefix, distance, place) & (place >= 0)[:, None]
 
 
 def packed_mask(
@@ -116,7 +129,8 @@ def packed_mask(
     # gather in bounds.
     inside = (query_document < len(keys_before)) & (query_offset >= 0)
     query_position = query_offset + keys_before[query_document * inside]
-    mask = attended(pattern, query_position[:, None] - key_position, key_position)
+    distance = query_position[:, None] - key_position
+    mask = attended(pattern.intervals, pattern.prefix, distance, key_position)
     mask = mask & (key_position >= 0)
     return (mask & (query_document[:, None] == key_document) & inside[:, None])[None]
 
@@ -126,3 +140,33 @@ def _place(total: int, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     tokens = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
     return document, tokens - cu_seqlens.long()[document]
+
+
+def _masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = lse_dtype(query)
+    group = query.shape[1] // key.shape[1]
+    q = query.to(dtype)
+    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (key, value))
+
+    scores = (masked.scores(q, k, mask) * scale).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    if scores.shape[-1] == 0:  # no keys and no sinks: amax needs an entry
+        scores = pad(scores, (0, 1), value=-torch.inf)
+    highest = scores.detach().amax(dim=-1, keepdim=True)
+    highest = highest.masked_fill(highest.isinf(), 0.0)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (highest + torch.log(total)).masked_fill(empty, -torch.inf)
+    result = masked.weighted_sum((weights / total)[..., : k.shape[2]], v, mask)
+    return laid_out_like_query(result, query), lse[..., 0]

@@ -1,18 +1,14 @@
-"""The plan of context-parallel attention: which keys each rank lacks, and the calls that it makes.
+"""The plan of context-parallel attention: which keys each rank lacks, and who holds them.
 
 Everything follows from the pattern, the layout of the shards and the starts of packed documents.
-Ranks therefore make the plan without asking one another.
-
-A range of queries that continues a document from before it sees keys of that document alone, so
-its calls need no document starts: their keys are cut at the document's first. Queries of documents
-that start inside the range see keys of the range alone.
+Ranks therefore make the plan without asking one another. `work.py` has the calls that follow.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral
 
@@ -20,86 +16,12 @@ import torch
 
 from ..bands import BandPattern, Intervals
 from ..scalars import as_int
+from .pieces import Buffer, Call, Piece, Slice
 from .shards import Range, Shards, intersect, subtract, union
 
-Slice = tuple[int, int | None]
 Documents = tuple[tuple[int, ...], ...]
 EVERY: Slice = (0, None)
 ONE_DOCUMENT = (0,)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Keys and values that one rank sends to another in one block.
-
-    Attributes:
-        entries: batch entries, `(start, stop)`.
-        heads: key/value heads, `(start, stop)`.
-        keys: positions, `(start, stop)`.
-    """
-
-    entries: Slice
-    heads: Range
-    keys: Range
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Consecutive fetched keys of adjacent key/value heads, which all lack the same.
-
-    Attributes:
-        piece: all of them.
-        sources: the rank that holds each part, with the part, in order of position.
-    """
-
-    piece: Piece
-    sources: tuple[tuple[int, Piece], ...]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the operator: queries of one range against consecutive keys.
-
-    Attributes:
-        entries: batch entries.
-        heads: key/value heads.
-        queries: positions of the queries, in a range of this rank.
-        keys: positions of the keys.
-        pattern: of the query heads that read these key/value heads.
-        buffer: index of the buffer that holds the keys; None if they are this rank's own.
-        starts: first positions of the documents among the keys; None for one document.
-        first: whether no call before it has these queries and heads.
-    """
-
-    entries: Slice
-    heads: Range
-    queries: Range
-    keys: Range
-    pattern: BandPattern
-    buffer: int | None = None
-    starts: tuple[int, ...] | None = None
-    first: bool = True
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """Work of one rank.
-
-    Attributes:
-        rank: its number.
-        buffers: the keys and values that it fetches.
-        local: calls on its own keys.
-        fetched: calls on fetched keys.
-        sends: pieces per destination.
-        receives: pieces per source, in the source's order.
-    """
-
-    rank: int
-    buffers: tuple[Buffer, ...]
-    local: tuple[Call, ...]
-    fetched: tuple[Call, ...]
-    sends: tuple[tuple[Piece, ...], ...]
-    receives: tuple[tuple[Piece, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -175,13 +97,13 @@ class Plan:
             total += count * (g1 - g0) * (stop - start)
         return total
 
-    def for_rank(self, rank: int) -> RankPlan:
-        """The work of one rank."""
-        return _rank_plan(self, rank)
-
     def heads_of(self, heads: Range) -> tuple[int, int]:
         """Query heads of a range of key/value heads."""
         return heads[0] * self.group_size, heads[1] * self.group_size
+
+    def bands_of(self, heads: Range) -> Intervals:
+        """Intervals of the query heads of a range of key/value heads."""
+        return self.pattern.intervals[slice(*self.heads_of(heads))]
 
     def offset(self, rank: int, position: int) -> int:
         """Index of a position among a rank's tokens."""
@@ -242,7 +164,7 @@ class Plan:
     def _sources(self, piece: Piece) -> Iterator[tuple[int, Piece]]:
         start, stop = piece.keys
         for (_, last), rank, held in self._holders[self._holder_of(start) :]:
-            found = intersect(held, (start, stop))
+            found = intersect(held, piece.keys)
             if found is None:
                 break
             yield rank, Piece(piece.entries, piece.heads, found)
@@ -332,129 +254,3 @@ def _first_tokens(starts: Sequence[int], queries: Range) -> torch.Tensor:
     """int32 `[queries]`: position of the first token of each query's document."""
     first = torch.tensor(tuple(starts), dtype=torch.int32)
     return first[torch.searchsorted(first, torch.arange(*queries), right=True) - 1]
-
-
-@lru_cache(maxsize=64)
-def _rank_plan(plan: Plan, rank: int) -> RankPlan:
-    ranks = range(plan.shards.ranks)
-
-    def between(source: int, destination: int) -> tuple[Piece, ...]:
-        pieces = (each for buffer in plan.buffers[destination] for each in buffer.sources)
-        return tuple(piece for holder, piece in pieces if holder == source)
-
-    local: list[Call] = []
-    fetched: list[Call] = []
-    for entries, starts in plan.layouts:
-        for segment in plan.shards.ranges[rank]:
-            own: list[Call] = []
-            others: list[Call] = []
-            for call in _calls(plan, rank, entries, starts, segment):
-                (own if call.buffer is None else others).append(call)
-            calls = _mark_first([*own, *others])
-            local += calls[: len(own)]
-            fetched += calls[len(own) :]
-    return RankPlan(
-        rank,
-        plan.buffers[rank],
-        tuple(local),
-        tuple(fetched),
-        tuple(between(rank, other) for other in ranks),
-        tuple(between(other, rank) for other in ranks),
-    )
-
-
-def _calls(
-    plan: Plan, rank: int, entries: Slice, starts: Sequence[int], segment: Range
-) -> Iterator[Call]:
-    """Calls of one range of queries, each of which sees disjoint keys."""
-    everyone = (0, plan.num_key_value_heads)
-    start, end = segment
-    first, stop = continued(segment, starts)
-    if start < stop:
-        queries = start, stop
-        for keys in reversed(plan.shards.ranges[rank]):  # the queries' own range first
-            own = intersect(keys, (first, stop))
-            if own is not None:
-                yield from _against(plan, entries, queries, first, everyone, own, None)
-        for index, buffer in enumerate(plan.buffers[rank]):
-            piece = buffer.piece
-            if piece.entries == entries and piece.keys[1] <= start:
-                held = intersect(piece.keys, (first, stop))
-                if held is not None:
-                    yield from _against(plan, entries, queries, first, piece.heads, held, index)
-    if stop < end:
-        inside = tuple(each for each in starts if stop < each < end)
-        fresh = (stop, *inside) if inside else None
-        yield Call(entries, everyone, (stop, end), (stop, end), plan.pattern, None, fresh)
-
-
-def _mark_first(calls: Sequence[Call]) -> list[Call]:
-    """The calls, in which `first` tells those whose queries and heads none before them has."""
-    found: list[Call] = []
-    for call in calls:
-        shared = any(
-            intersect(call.queries, other.queries) and intersect(call.heads, other.heads)
-            for other in found
-        )
-        found.append(replace(call, first=not shared))
-    return found
-
-
-def _against(
-    plan: Plan,
-    entries: Slice,
-    queries: Range,
-    first: int,
-    heads: Range,
-    keys: Range,
-    buffer: int | None,
-) -> Iterator[Call]:
-    """Calls of queries of one document, whose first token is at `first`, against keys of it: those
-    in the bands, and those of the prefix."""
-    early = first + plan.pattern.prefix
-    found = _in_bands(plan, queries, heads, (max(keys[0], early), keys[1]))
-    if found is not None:
-        heads_here, rows, seen = found
-        yield Call(entries, heads_here, rows, seen, _without_prefix(plan, heads_here), buffer)
-    seen_first = intersect(keys, (first, early))
-    rows = max(queries[0], keys[0]), queries[1]
-    if seen_first is not None and rows[0] < rows[1] and any(plan.reach[slice(*heads)]):
-        yield Call(entries, heads, rows, seen_first, _everything(plan, heads), buffer)
-
-
-def _in_bands(
-    plan: Plan, queries: Range, heads: Range, keys: Range
-) -> tuple[Range, Range, Range] | None:
-    """The smallest range each of key/value heads, queries and keys that has all pairs in bands."""
-    found: list[tuple[int, Range, Range]] = []
-    for group in range(*heads):
-        for near, far in plan.reach[group]:
-            seen = max(keys[0], queries[0] - far + 1), min(keys[1], queries[1] - near)
-            if seen[0] < seen[1]:
-                rows = max(queries[0], seen[0] + near), min(queries[1], seen[1] - 1 + far)
-                found.append((group, rows, seen))
-    if not found:
-        return None
-    groups, rows_of, seen_of = zip(*found)
-    return (min(groups), max(groups) + 1), _hull(rows_of), _hull(seen_of)
-
-
-def _hull(ranges: Sequence[Range]) -> Range:
-    starts, stops = zip(*ranges)
-    return min(starts), max(stops)
-
-
-def _without_prefix(plan: Plan, heads: Range) -> BandPattern:
-    return _pattern(plan.pattern.intervals[slice(*plan.heads_of(heads))], plan.pattern.span)
-
-
-def _everything(plan: Plan, heads: Range) -> BandPattern:
-    """All keys, for heads with any band."""
-    span = max(plan.pattern.span, plan.shards.length)
-    chosen = plan.pattern.intervals[slice(*plan.heads_of(heads))]
-    return _pattern(tuple(((0, span),) if head else () for head in chosen), span)
-
-
-@lru_cache(maxsize=1024)
-def _pattern(intervals: Intervals, span: int) -> BandPattern:
-    return BandPattern(intervals, span)

@@ -3,21 +3,23 @@
 Forward, on every rank:
 
     1. start to send the keys and values that others lack
-    2. attend the rank's own keys
-    3. wait for what this rank lacks, attend it, and merge by log-sum-exp
+    2. attend the keys of each range of queries itself
+    3. wait for what this rank lacks, attend the keys before each range, and merge by log-sum-exp
 
 Backward takes output and log-sum-exp of the whole, so that each call gives its share of the
-gradients by itself. Fetched keys come first; their gradients travel back while the rank's own keys
-are differentiated. Gradients add up in float32 (float64 for float64 input), in a fixed order.
+gradients by itself. Keys before a range come first; their gradients travel back while those of the
+ranges themselves are computed.
 
-Fetched keys of adjacent key/value heads that lack the same are one call of the operator. Heads that
-lack different ranges are a call each, because the operator takes one start for all heads of a call.
-A kernel with a start per head would need a single call: one launch in place of up to
-`num_key_value_heads` in each direction, which matters where a rank has few queries.
+Keys before a range are a call for all heads, or for a few with similar numbers of them, on a table
+that holds what each head's bands reach (`work.py`). An output or a gradient of a query of two calls
+adds up in query's dtype, which rounds once; so does a gradient of a key that comes from up to three
+places. Other sums, and outputs with sinks, are float32 (float64 for float64 input). All sums have a
+fixed order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,14 +27,16 @@ import torch
 from torch import Tensor
 
 from ..attention import Result, choose
-from ..impl.attention_call import AttentionCall, WholeResults
+from ..impl.attention_call import WholeResults
 from ..impl.layout import empty_like_query, lse_dtype, score_scale, without_autocast
+from ..impl.partial import Part
 from ..impl.sinks import sink_gradient
-from ..merging import merge_into
 from .agreement import Group
-from .exchange import Exchange, Fetched
-from .plan import Call, Plan, RankPlan
+from .exchange import Exchange, Pair
+from .pieces import Call, RankPlan
+from .plan import Plan
 from .prepare import prepare
+from .work import rank_plan
 
 
 def sharded_attention(
@@ -75,7 +79,7 @@ def sharded_attention(
     """
     query, key, value, rank = prepare(query, key, value, plan, group, scale=scale, sinks=sinks)
     implementation = choose(impl, query, value)
-    setting = Setting(plan, plan.for_rank(rank), group, score_scale(query, scale), implementation)
+    setting = Setting(plan, rank_plan(plan, rank), group, score_scale(query, scale), implementation)
     with without_autocast(query):
         out, lse = _Sharded.apply(query, key, value, sinks, setting)
     return (out, lse) if return_lse else out
@@ -99,7 +103,6 @@ class Whole(NamedTuple):
     d_lse: Tensor | None
     out: Tensor
     lse: Tensor
-    d_query: Tensor
 
 
 class _Sharded(torch.autograd.Function):
@@ -112,19 +115,23 @@ class _Sharded(torch.autograd.Function):
         rank = setting.rank
         exchange = Exchange(setting.plan, rank, key, value, setting.group)
         pending = exchange.start(key, value)
-        out, lse = _empty_results(query, value, rank)
-        own = Fetched(key, value)
+        out = empty_like_query(query, value.shape[-1])
+        if rank.sums + (sinks is not None) > 2:
+            out = torch.empty_like(out, dtype=lse_dtype(query))
+        if not rank.covers[0]:
+            out.zero_()
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype(query))
         for call in rank.local:
-            _attend(setting, call, query, own, out, lse)
-        buffers = exchange.finish(pending)
-        for call in rank.fetched:
-            assert call.buffer is not None
-            _attend(setting, call, query, buffers[call.buffer], out, lse)
+            _attend(setting, call, query, Pair(key, value), out, lse)
+        tables = exchange.finish(pending, key, value)
+        del pending  # what was received is in the tables
+        for call, table in zip(rank.fetched, tables):
+            _attend(setting, call, query, table, out, lse)
         if sinks is not None:
             _add_sinks(sinks, out, lse)
         if out.dtype != query.dtype:
             out = empty_like_query(query, value.shape[-1]).copy_(out)
-        flat = [tensor for buffer in buffers for tensor in buffer]
+        flat = [tensor for table in tables for tensor in table]
         ctx.save_for_backward(query, key, value, sinks, out, lse, *flat)
         ctx.setting = setting
         ctx.set_materialize_grads(False)
@@ -137,84 +144,89 @@ class _Sharded(torch.autograd.Function):
         setting: Setting = ctx.setting
         rank = setting.rank
         exchange = Exchange(setting.plan, rank, key, value, setting.group)
-        buffers = [Fetched(*pair) for pair in zip(flat[::2], flat[1::2])]
+        tables = [Pair(*pair) for pair in zip(flat[::2], flat[1::2])]
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        whole = Whole(query, d_out, d_lse, out, lse, torch.zeros_like(query, dtype=lse.dtype))
+        whole = Whole(query, d_out, d_lse, out, lse)
         with without_autocast(query):
-            d_buffers = [_zeros(buffer, lse.dtype) for buffer in buffers]
-            for call in rank.fetched:
-                assert call.buffer is not None
-                _differentiate(setting, call, whole, buffers[call.buffer], d_buffers[call.buffer])
-            pending = exchange.start_reverse(d_buffers, key)
-            own = Fetched(key, value)
-            d_own = _zeros(own, lse.dtype)
-            for call in rank.local:
-                _differentiate(setting, call, whole, own, d_own)
-            exchange.add_reverse(pending, *d_own)
+            parts = [
+                _differentiate(setting, call, whole, table)
+                for call, table in zip(rank.fetched, tables)
+            ]
+            d_tables = [Pair(*part[1:]) for part in parts]
+            pending = exchange.start_reverse(d_tables, key)
+            d_query, d_own = _own_gradients(setting, whole, Pair(key, value))
+            for call, (d_rows, *_) in zip(rank.fetched, parts):
+                _queries(setting, call, d_query).add_(d_rows)
+            exchange.add_reverse(pending, d_tables, d_own)
             d_sinks = None
             if sinks is not None:
                 d_sinks = sink_gradient(sinks, d_out, d_lse, out, lse).to(sinks.dtype)
-        d_query, d_key, d_value = (gradient.to(query.dtype) for gradient in (whole.d_query, *d_own))
-        return d_query, d_key, d_value, d_sinks, None
-
-
-def _empty_results(query: Tensor, value: Tensor, rank: RankPlan) -> tuple[Tensor, Tensor]:
-    """Output 0 and log-sum-exp -inf. The output is in the dtype of the sums if calls merge."""
-    dtype = lse_dtype(query)
-    out = empty_like_query(query, value.shape[-1])
-    if not all(call.first for call in (*rank.local, *rank.fetched)):
-        out = torch.empty_like(out, dtype=dtype)
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-    return out.zero_(), lse
+        found = (gradient.to(query.dtype) for gradient in (d_query, *d_own))
+        return (*found, d_sinks, None)
 
 
 def _attend(
-    setting: Setting, call: Call, query: Tensor, source: Fetched, out: Tensor, lse: Tensor
+    setting: Setting, call: Call, query: Tensor, source: Pair, out: Tensor, lse: Tensor
 ) -> None:
-    """Join one call's attention to `out` and `lse`, in place."""
-    bound = _bound(setting, call, _queries(setting, call, query), source)
-    part, part_lse = setting.implementation.attend_part(bound)
-    whole, whole_lse = _queries(setting, call, out), _queries(setting, call, lse)
-    if call.first:
-        whole.copy_(part)
-        whole_lse.copy_(part_lse)
-    else:
-        merge_into(whole, whole_lse, part, part_lse)
+    """Write one call's attention into `out` and `lse`, or join it to what is there."""
+    setting.implementation.attend_part(
+        _queries(setting, call, query),
+        *(_keys(setting, call, tensor) for tensor in source),
+        (_queries(setting, call, out), _queries(setting, call, lse)),
+        _part(setting, call, query.device),
+        merge=not call.first,
+    )
 
 
 def _differentiate(
-    setting: Setting, call: Call, whole: Whole, source: Fetched, gradient: Fetched
-) -> None:
-    """Add one call's share to the gradients of query, key and value, in place."""
-    query, d_out, out, d_query = (
-        _queries(setting, call, tensor)
-        for tensor in (whole.query, whole.d_out, whole.out, whole.d_query)
+    setting: Setting,
+    call: Call,
+    whole: Whole,
+    source: Pair,
+    gradients: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
+    """One call's share of the gradients of query, key and value, in `gradients` or new tensors."""
+    query, d_out, out = (
+        _queries(setting, call, tensor) for tensor in (whole.query, whole.d_out, whole.out)
     )
     lse, d_lse = (
         None if tensor is None else _queries(setting, call, tensor).contiguous()
         for tensor in (whole.lse, whole.d_lse)
     )
-    assert lse is not None
-    bound = _bound(setting, call, query, source)
-    results = WholeResults(out, lse, d_out, d_lse)
-    found = setting.implementation.differentiate_part(bound, results)
-    d_key, d_value = (_keys(setting, call, tensor) for tensor in gradient)
-    for total, part in zip((d_query, d_key, d_value), found):
-        total.add_(part)
-
-
-def _bound(setting: Setting, call: Call, query: Tensor, source: Fetched) -> AttentionCall:
-    """The call of an implementation on a call's queries and keys."""
     key, value = (_keys(setting, call, tensor) for tensor in source)
-    return AttentionCall(
-        query,
-        key,
-        value,
-        call.pattern,
-        setting.scale,
-        query_start=call.queries[0] - call.keys[0],
-        key_start=setting.plan.key_start(call, query.device),
-    )
+    if gradients is None:
+        gradients = [empty_like_query(each, each.shape[3]) for each in (query, key, value)]
+    assert lse is not None
+    results, part = WholeResults(out, lse, d_out, d_lse), _part(setting, call, query.device)
+    setting.implementation.differentiate_part(query, key, value, results, gradients, part)
+    return gradients
+
+
+def _own_gradients(setting: Setting, whole: Whole, own: Pair) -> tuple[Tensor, Pair]:
+    """Gradients of query, key and value from the calls on own keys."""
+    query, rank = whole.query, setting.rank
+    make = torch.empty_like if rank.covers[1] else torch.zeros_like
+    low = rank.sums <= 2, rank.key_sums <= 3, rank.key_sums <= 3
+    totals = [
+        make(tensor, dtype=tensor.dtype if is_low else whole.lse.dtype)
+        for is_low, tensor in zip(low, (query, *own))
+    ]
+    for call in rank.local:
+        views = [
+            _queries(setting, call, totals[0]),
+            *(_keys(setting, call, total) for total in totals[1:]),
+        ]
+        if call.first and call.first_keys:
+            _differentiate(setting, call, whole, own, views)
+        else:
+            for view, share in zip(views, _differentiate(setting, call, whole, own)):
+                view.add_(share)
+    return totals[0], Pair(*totals[1:])
+
+
+def _part(setting: Setting, call: Call, device: torch.device) -> Part:
+    key_start = setting.plan.key_start(call, device)
+    return Part(call.intervals, call.prefix, setting.scale, key_start, call.is_whole)
 
 
 def _queries(setting: Setting, call: Call, tensor: Tensor) -> Tensor:
@@ -225,18 +237,12 @@ def _queries(setting: Setting, call: Call, tensor: Tensor) -> Tensor:
 
 
 def _keys(setting: Setting, call: Call, tensor: Tensor) -> Tensor:
-    """View of a call's keys in a tensor of this rank, or of the call's buffer."""
+    """View of a call's keys in a tensor of this rank; all keys of its table."""
+    if call.table is not None:
+        return tensor
     first, stop = call.keys
-    if call.buffer is None:
-        heads = tensor[slice(*call.entries), slice(*call.heads)]
-        return heads.narrow(2, setting.plan.offset(setting.rank.rank, first), stop - first)
-    piece = setting.rank.buffers[call.buffer].piece
-    heads = tensor[:, call.heads[0] - piece.heads[0] : call.heads[1] - piece.heads[0]]
-    return heads.narrow(2, first - piece.keys[0], stop - first)
-
-
-def _zeros(pair: Fetched, dtype: torch.dtype) -> Fetched:
-    return Fetched(*(torch.zeros_like(tensor, dtype=dtype) for tensor in pair))
+    heads = tensor[slice(*call.entries), slice(*call.heads)]
+    return heads.narrow(2, setting.plan.offset(setting.rank.rank, first), stop - first)
 
 
 def _add_sinks(sinks: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -12,7 +12,7 @@ engine then manages one table of blocks per class instead of one per layer and c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..bands import BandPattern
 
@@ -82,6 +82,14 @@ def rank_pattern(pattern: BandPattern, ranks: int, rank: int) -> BandPattern:
     """The bands of the query heads that a tensor-parallel rank holds."""
     here = pattern.num_heads // ranks
     return pattern if ranks == 1 else pattern.heads(rank * here, (rank + 1) * here)
+
+
+def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
+    """The bands of some heads, in the order given."""
+    if heads == list(range(pattern.num_heads)):
+        return pattern
+    intervals = tuple(pattern.intervals[head] for head in heads)
+    return replace(pattern, intervals=intervals, constructor=None)
 
 
 def kv_reaches(pattern: BandPattern, num_kv_heads: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..bands import BandPattern
 from ..hf.config import NAME
 from ..hf.weights import is_mark
 from .checks import banded, section_for
-from .head_classes import HeadClass, head_classes, rank_pattern
+from .head_classes import HeadClass, head_classes, rank_pattern, select_heads
 from .vllm_backend import BandAttentionBackend, ClassBands
 from .vllm_cache import PrefixWindowSpec
 
@@ -143,14 +142,6 @@ class BandAttention(torch.nn.Module):
             return out
         out = out.unflatten(-1, (self.num_heads, self.head_size))
         return out.index_select(1, self.undo_order).flatten(1)
-
-
-def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
-    """The bands of some heads, in the order given."""
-    if heads == list(range(pattern.num_heads)):
-        return pattern
-    intervals = tuple(pattern.intervals[head] for head in heads)
-    return replace(pattern, intervals=intervals, constructor=None)
 
 
 def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:

@@ -58,6 +58,7 @@ def main() -> None:
                 placements.train(cases.draw(variant, seed, "cpu"))
         for few in decoding:
             placements.decode(decode_cases.draw(few, seed, "cpu"))
+    placements.paged("cpu")
     placements.write("cpu")
     repeated = Counter(form.split()[0] for form, times in LAUNCHES.items() if times > 1)
     for name, forms in sorted(repeated.items()):

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 import spattention as spa
 from spattention.impl import triton as kernels
+from spattention.impl.triton import merging
 from spattention.impl.triton.decode import append
-from spattention.impl.triton.hopper import TileOrder
+from spattention.impl.triton.hopper import TileOrder, planning
 from tests.gpu.plans import changed_plans
 from tests.impl.triton.small_cases import rings as ring_tensors
 
@@ -28,6 +30,7 @@ CORE = (
     "hopper D128, two bands",
     "hopper D128, two bands, persistent, split",
     "hopper D128, two bands, prefix",
+    "hopper D128, two bands, fused",
     "portable D128",
     "portable D128, prefix",
     "decode D128, 1 query",
@@ -99,6 +102,11 @@ def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128)
     )
 
 
+def merge(dtype: torch.dtype, head_dim: int) -> None:
+    out, part = torch.zeros(2, 1, 8, 256, head_dim, dtype=dtype)
+    merging.merge(out, torch.zeros(1, 8, 256), part, torch.zeros(1, 8, 256))
+
+
 def forms() -> Iterator[tuple[str, Any]]:
     """Name and call of every form; a call launches one kernel or several."""
     grouped = {"dtype": HALF, "key_heads": 2, "sinks": True, "d_lse": True}
@@ -120,6 +128,13 @@ def forms() -> Iterator[tuple[str, Any]]:
 
                 shape = ", persistent, split" if persistent else ""
                 yield f"hopper D{head_dim}, {variant}{shape}", call
+            if head_dim == 128 and "prefix" not in variant:
+
+                def fused(options: Any = options):
+                    with changed_plans(fused_backward=True):
+                        train(head_dim=128, **options)
+
+                yield f"hopper D128, {variant}, fused", fused
     start = torch.zeros(1, 256, dtype=torch.int32)
     first = torch.zeros(1, dtype=torch.int32)
     for head_dim in (64, 128, 256):
@@ -144,6 +159,14 @@ def forms() -> Iterator[tuple[str, Any]]:
             f"portable D{head_dim}, grouped, sinks, first keys, prefix",
             lambda d=head_dim, o=options: train(head_dim=d, **o, **grouped),
         )
+    for head_dim in (64, 128):
+        rows = {"pattern": TWO, "key_start": start}
+
+        def row_call(options: Any = rows, head_dim: int = head_dim) -> None:
+            with mock.patch.object(planning, "MIN_ROW_QUERIES", 0):
+                train(BRAIN, head_dim, **options)
+
+        yield f"hopper D{head_dim}, rows of documents", row_call
     yield "hopper D128, packed, prefix", lambda: train_packed(BRAIN, 128, pattern=PREFIX)
     yield "portable D128, start on device", lambda: train(BRAIN, 128, ONE, query_start=first)
     for head_dim in (64, 128, 256):
@@ -164,3 +187,4 @@ def forms() -> Iterator[tuple[str, Any]]:
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
     yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
+    yield "merge D128", lambda: merge(BRAIN, 128)

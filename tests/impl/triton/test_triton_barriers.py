@@ -37,6 +37,7 @@ def test_kernels_with_barriers_are_found() -> None:
         "forward",
         "forward_persistent",
         "backward_preprocess",
+        "fused_backward",
     }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,15 @@ def test_every_form_fits_the_shared_memory(chip: str) -> None:
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+def test_docs_name_the_largest_kernel(chip: str) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "backends.md").read_text()
+    (row,) = (line for line in page.splitlines() if f"({chip})" in line)
+    largest = max(numbers[NUMBERS.index("shared")] for numbers in TABLE["chips"][chip].values())
+    assert f"| {-(-largest // 1024)} of {CHIPS[chip].shared // 1024} KiB |" in row
+    assert "compiled, not run" in row
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_half_precision_uses_tensor_cores(chip: str, head_dim: int) -> None:
     """B200 has its own instruction for products of at least 64 rows."""
@@ -58,9 +68,9 @@ def test_half_precision_uses_tensor_cores(chip: str, head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("chip", [name for name in CHIPS if name != "gfx942"])
 def test_float32_keeps_its_gradients_in_registers(chip: str, head_dim: int) -> None:
-    """With four warps dQ kept 1.5 to 5 KB per thread in memory."""
+    """With four warps dQ kept 1.5 to 5 KB per thread in memory; with eight about .3."""
     name = f"portable D{head_dim}, float32: portable.query_gradient.query_gradient_kernel"
-    assert TABLE["chips"][chip][name][NUMBERS.index("stack")] <= 256
+    assert TABLE["chips"][chip][name][NUMBERS.index("stack")] <= 512
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -46,6 +46,15 @@ def test_plan_covers_training() -> None:
     assert not plan.persistent
 
 
+def test_a_part_leaves_multiprocessors_to_an_exchange() -> None:
+    """Its programs come in turns, between which other kernels get a place."""
+    query = torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16)
+    bands = BandPattern.exclusive(2, 128).flat
+    part = Call(query, query, bands, 0.1, 0, NOWHERE, has_all_keys=False)
+    plans = [hopper.plan(call, query) for call in (part, make_call()[0])]
+    assert [plan and plan.turns for plan in plans] == [planning.TURNS_OF_A_PART, 1]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -63,6 +72,42 @@ def test_refusal_names_the_reason(changes: dict[str, Any], reason: str) -> None:
     call, query = make_call(**changes)
     assert reason in (hopper.refusal(call) or "")
     assert hopper.plan(call, query) is None
+
+
+def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **options: Any) -> Call:
+    """A call of long exclusive bands in any order, without memory for its tokens."""
+    query = torch.zeros(1).to(torch.bfloat16).expand(1, heads, tokens, head_dim)
+    options = {"deterministic": False, **options}
+    positions = options.pop("positions", NOWHERE)
+    bands = BandPattern.exclusive(heads, tokens).flat
+    prefix = options.pop("prefix", 0)
+    return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
+
+
+def test_long_bands_in_any_order_take_five_products() -> None:
+    plan = planning._plan_of_shape(long_call())
+    assert plan is not None
+    assert plan.fused_backward
+    assert "five products" in str(plan)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 16384},  # short bands
+        {"heads": 1, "tokens": 16384},  # few blocks of keys
+        {"head_dim": 64},
+        {"prefix": 4},
+        {"has_all_keys": False},
+        {"positions": Positions(None, torch.zeros(1, dtype=torch.int32), None, None)},
+        {"deterministic": True},
+    ],
+    ids=str,
+)
+def test_other_calls_keep_seven_products(options: dict[str, Any]) -> None:
+    plan = planning._plan_of_shape(long_call(**options))
+    assert plan is not None
+    assert not plan.fused_backward
 
 
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ...files import check_folder
+
 Part = Literal["loss", "recall", "heads", "tasks"]
 
 
@@ -58,3 +60,8 @@ class Options:
     seed: int = 0
     output: Path = Path("spattention-evaluate")
     replace: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def check(options: Options) -> None:
+    """Find the model's folder."""
+    check_folder(options.checkpoint)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ...files import check_local
+
 
 @dataclass(frozen=True)
 class Options:
@@ -65,3 +67,12 @@ class Options:
     dense_layers: tuple[int, ...] = ()
     sinks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def check(options: Options) -> None:
+    """Find the model and the data, where these are paths."""
+    check_local(options.model, "`MODEL` must be a saved model or a name on the hub")
+    if options.data is not None and not options.data.exists():
+        raise ValueError(
+            f"`--data` must be text or tokens, {options.data} is neither a file nor a folder"
+        )

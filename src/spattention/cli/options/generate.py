@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ...files import check_folder
+
 
 @dataclass(frozen=True)
 class Options:
@@ -41,3 +43,10 @@ class Options:
     seed: int = 0
     compare: Literal["dense"] | None = None
     compile: bool = False
+
+
+def check(options: Options) -> None:
+    """Find the model's folder, and one text."""
+    check_folder(options.folder)
+    if (options.prompt is None) == (options.file is None):
+        raise ValueError("give a prompt or --file, one of them")

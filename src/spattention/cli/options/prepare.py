@@ -8,6 +8,11 @@ from typing import Annotated
 
 import tyro
 
+from ...files import check_local
+
+# No dataset on the hub has a name that ends like this.
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".xz", ".gz", ".zst")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,3 +51,9 @@ class Options:
     split: str = "train"
     column: str = "text"
     streaming: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def check(options: Options) -> None:
+    """Find the source, where it is a path."""
+    if options.source is not None:
+        check_local(options.source, "`SOURCE` must be text or a dataset on the hub", SUFFIXES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 import tyro
 from docstring_parser import parse
 
-from ...training.recipe import Recipe
+from ...training.recipe import Recipe, find_recipe, read_recipe
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,8 @@ def description() -> str:
         default = words.get(field.default) or f"default {json.dumps(field.default)}"
         lines.append(f"- {field.name} ({default}): {' '.join((said[field.name] or '').split())}")
     return "\n".join([about, "", "The fields of a recipe:", *lines])
+
+
+def check(options: Options) -> None:
+    """Find the recipe, and check the names and values of its fields."""
+    read_recipe(find_recipe(options.recipe), list(itertools.chain.from_iterable(options.set)))

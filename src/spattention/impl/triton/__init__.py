@@ -15,8 +15,8 @@ Decoding is chosen for at most 16 queries, with at least 8 keys for each, where 
 gradient. Its first call with a pattern, a batch size and a number of queries makes a table on the
 device. That call cannot be inside the capture of a CUDA graph: call once to warm up.
 
-float32 is computed in IEEE float32, not TensorFloat32. Both values of `deterministic` run the same
-kernels, which give the same bits on every run.
+float32 is computed in IEEE float32, not TensorFloat32. All kernels give the same bits on every run,
+except `hopper/fused_backward.py`, which long bands get with `deterministic=False`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,16 @@ def describe(call: AttentionCall) -> tuple[str, str | None]:
         call.query_start_tensor, call.key_start, call.cu_seqlens_q, call.cu_seqlens_k
     )
     pattern, start = call.pattern, call.query_start
-    facts = Call(query, key, pattern.flat, call.scale, start, positions, pattern.prefix)
+    facts = Call(
+        query,
+        key,
+        pattern.flat,
+        call.scale,
+        start,
+        positions,
+        pattern.prefix,
+        deterministic=call.deterministic,
+    )
     return launch.describe(facts, query, key, value)
 
 

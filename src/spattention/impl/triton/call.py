@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..attention_call import CallForm
 from . import tiles
 from .arguments import Positions
 from .constants import ConstantCache, int32_table
@@ -59,6 +60,7 @@ class Call:
             `cu_seqlens_q` and `cu_seqlens_k` int32 `[documents + 1]`, each or None.
         prefix: number of keys of the pattern's prefix.
         has_all_keys: False for a part of the keys of its rows, as in `parts.py`.
+        deterministic: whether the gradients must have the same bits on every run.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Call:
         prefix: int = 0,
         *,
         has_all_keys: bool = True,
+        deterministic: bool = True,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -91,7 +94,7 @@ class Call:
         self.positions = positions
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
-        self.has_all_keys = has_all_keys
+        self.has_all_keys, self.deterministic = has_all_keys, deterministic
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
         # What launches make of these facts and of which positions there are, by name
@@ -122,7 +125,7 @@ class Call:
         """
         found: Call | None = self.derived.get(name)
         if found is None:
-            found = self.at(positions)
+            found = self.at(NOWHERE)  # not to hold these tensors
             found.derived, found.n_documents = {}, n_documents
             self.derived[name] = found
         return found.at(positions)
@@ -147,17 +150,29 @@ def call_of(
     query_start: int,
     positions: Positions,
     prefix: int,
+    form: CallForm | None = None,
+    *,
+    has_all_keys: bool = True,
+    deterministic: bool = True,
 ) -> Call:
-    """The `Call` with these arguments, made once per shape, pattern and form of positions."""
-    intervals = tuple(intervals)
-    form = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
-    facts = (intervals, prefix, scale, query_start, query.shape, key.shape, query.dtype, form)
+    """The `Call` with these arguments, made once per shape, pattern and form of positions; found
+    by `form`, if that is given.
+    """
+    facts: Hashable = (form, deterministic)
+    if form is None:
+        intervals = tuple(intervals)
+        given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
+        shapes = query.shape, key.shape, query.dtype
+        facts = (intervals, prefix, scale, query_start, shapes, given, has_all_keys, deterministic)
 
     def make() -> Call:
-        return Call(query, key, intervals, scale, query_start, positions, prefix)
+        arguments = query, key, intervals, scale, query_start, positions, prefix
+        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic)
+        made.positions = NOWHERE  # not to hold the tensors of the first call
+        return made
 
     found = _calls.get(facts, query.device, make)
-    return found if form == NOWHERE else found.at(positions)
+    return found if all(each is None for each in positions) else found.at(positions)
 
 
 def band_table(intervals: tuple[int, ...], key_heads: int, device: torch.device) -> torch.Tensor:

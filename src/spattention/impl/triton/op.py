@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import triton
 
-from ..attention_call import AttentionCall
+from ...compat.pytorch import needs_dispatcher
+from ..attention_call import AttentionCall, CallForm
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
@@ -49,11 +50,13 @@ def _forward(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    form: CallForm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out [B, H, Q, D]` and the log-sum-exp, float32 `[B, H, Q]`.
 
@@ -64,17 +67,20 @@ def _forward(
         prefix: `BandPattern.prefix`.
         scale: factor of the scores.
         query_start: position of the first query; used when `query_start_tensor` is None.
+        deterministic: whether the gradients must have the same bits on every run.
         query_start_tensor: the same as int32 `[]` or `[B]`, read on the device.
         key_start: int32 `[B]` or `[B, Q]`.
         sinks: `[H]`.
         cu_seqlens_q, cu_seqlens_k: int32 `[documents + 1]`.
+        form: the call's, where it did not come through the dispatcher.
     """
     out, lse = _forward_results(query)
     if out.numel() == 0:
         return out, lse
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = call_of(query, key, intervals, scale, query_start, positions, prefix)
+    facts = (query, key, intervals, scale, query_start, positions, prefix, form)
+    call = call_of(*facts, deterministic=deterministic)
     launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
     return out, lse
 
@@ -100,11 +106,14 @@ def _gradients_of(
     prefix: int,
     scale: float,
     query_start: int,
+    deterministic: bool,
     query_start_tensor: torch.Tensor | None,
     key_start: torch.Tensor | None,
     sinks: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    *,
+    form: CallForm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and sinks (None without sinks), from those of `out` and (or
     None) of `lse`.
@@ -120,7 +129,8 @@ def _gradients_of(
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
     out, d_out = ensure_inner_contiguous(out), ensure_inner_contiguous(d_out)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
-    call = call_of(query, key, intervals, scale, query_start, positions, prefix)
+    facts = (query, key, intervals, scale, query_start, positions, prefix, form)
+    call = call_of(*facts, deterministic=deterministic)
     tensors = BackwardTensors(query, key, value, out, d_out, d_query, d_key, d_value)
     delta = launch.backward(call, tensors, lse, d_lse)
     if scale == 0.0:
@@ -152,7 +162,7 @@ def _fake_backward(
     value: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sinks = rest[8]
+    sinks = rest[9]
     return (
         empty_like_query(query, query.shape[3]),
         empty_like_query(key, key.shape[3]),
@@ -162,9 +172,10 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, intervals, prefix, scale, query_start, *optional = inputs
+    query, key, value, intervals, prefix, scale, query_start, deterministic, *optional = inputs[:13]
     ctx.save_for_backward(query, key, value, *output, *optional)
-    ctx.rest = intervals, prefix, scale, query_start
+    ctx.rest = intervals, prefix, scale, query_start, deterministic
+    ctx.form = inputs[13] if len(inputs) > 13 else None
     ctx.set_materialize_grads(False)
 
 
@@ -173,34 +184,69 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    d_query, d_key, d_value, d_sinks = _differentiate(
-        d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional
-    )
+    inputs = (d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional)
+    # With gradients on, someone wants a second derivative, which the operator refuses.
+    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher(inputs):
+        d_query, d_key, d_value, d_sinks = backward(*inputs)
+    else:
+        d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
     d_sinks = None if optional[2] is None else d_sinks
-    return d_query, d_key, d_value, None, None, None, None, None, None, d_sinks, None, None
+    return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
+
+
+class _Recorded(torch.autograd.Function):
+    """The operator as autograd records it outside the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        inputs: tuple[Any, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        found = _gradients(ctx, *gradients)
+        return (*found[:3], found[10], None)
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` and the log-sum-exp, recorded for autograd."""
-    return _attend(
-        call.query,
-        call.key,
-        call.value,
+    query, key, value, sinks = call.query, call.key, call.value, dense(call.sinks)
+    inputs = (
+        query,
+        key,
+        value,
         call.pattern.flat,
         call.pattern.prefix,
         call.scale,
         call.query_start,
+        call.deterministic,
         call.query_start_tensor,
         call.key_start,
-        dense(call.sinks),
+        sinks,
         dense(call.cu_seqlens_q),
         dense(call.cu_seqlens_k),
     )
+    if call.form is None:
+        return forward(*inputs)
+    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    needs_grad = needs_grad or (sinks is not None and sinks.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _Recorded.apply(query, key, value, sinks, (*inputs, call.form))
+    return _forward(*inputs, call.form)
 
 
 _COMMON = (
-    "int[] intervals, int prefix, float scale, SymInt query_start, Tensor? query_start_tensor, "
-    "Tensor? key_start, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "int[] intervals, int prefix, float scale, SymInt query_start, bool deterministic, "
+    "Tensor? query_start_tensor, Tensor? key_start, Tensor? sinks, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 forward = register(
     "triton_forward",
@@ -215,7 +261,7 @@ backward = register(
     _backward,
     _fake_backward,
 )
-_attend = differentiable(forward, _save, _gradients, compute=_forward)
-_differentiate = differentiable(backward, compute=_gradients_of)
+differentiable(forward, _save, _gradients)
+differentiable(backward)
 batched(forward, packed="cu_seqlens_q")
 batched(backward, packed="cu_seqlens_q", sums_sinks=True)

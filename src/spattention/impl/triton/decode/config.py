@@ -25,8 +25,8 @@ class DecodeLaunch:
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int = 2
-    longest: int = 512
+    programs: int = 4
+    longest: int = 1024
 
     def chunk(self, spans: Sequence[int], copies: int, multiprocessors: int) -> int:
         """Keys of a chunk: the smallest multiple of `block_n` whose programs all run at once, at
@@ -66,8 +66,11 @@ FEW_SINGLE = {
     128: DecodeLaunch(16, 16, 4, 1),
     256: DecodeLaunch(16, 16, 4, 1),
 }
-# On Hopper another block of keys is in flight.
-FEW_HALF_HOPPER = FEW_HALF | {128: DecodeLaunch(64, 64, 4, 3)}
+# On Hopper more keys are in flight in fewer programs, whose chunks are merged sooner.
+FEW_HALF_HOPPER = FEW_HALF | {
+    64: DecodeLaunch(64, 64, 4, 4, programs=2),
+    128: DecodeLaunch(64, 64, 4, 3, programs=1),
+}
 ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32)
 FEW_INTERPRETED = DecodeLaunch(64, 16, 1, 1, longest=32)
 BLOCK_P = 16  # chunks that are merged at a time
@@ -105,4 +108,6 @@ def decode_launch(
         launch = FEW_SINGLE[width]
     else:
         launch = (FEW_HALF_HOPPER if capability[0] == 9 else FEW_HALF)[width]
-    return replace(launch, block_m=min(launch.block_m, block_d(rows)))
+    # With many rows a program has more to multiply than to wait for.
+    programs = launch.programs if rows <= MERGED_ROWS else max(2, launch.programs)
+    return replace(launch, block_m=min(launch.block_m, block_d(rows)), programs=programs)

@@ -203,7 +203,7 @@ def attend_prefix(
     p_head = p_bands + 4 * rows.head
     m_attends = tl.load(p_head) < tl.load(p_head + 1)  # a head without keys has no prefix either
     farthest = tl.max(rows.farthest, 0)
-    # Rows that may see no key: `combine_kernel` reads no sums where lse is -inf.
+    # Rows that may see no key: no sums are read where lse is -inf.
     tl.store(p_part_lse + o_row, o_row * 0.0 + float("-inf"), mask=m_row)
     while farthest >= 0:
         m_document = m_row & (rows.farthest == farthest) & (rows.farthest >= rows.behind)

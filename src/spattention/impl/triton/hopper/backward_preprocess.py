@@ -2,7 +2,7 @@
 """Backward preprocess on Hopper, with the legend of `pipeline.py`.
 
 For every query row, compute `lse_log2 = lse * log2(e)` and `delta = rowsum(dO * O) - d_lse`, which
-the dQ and dK/dV passes read.
+the dQ and dK/dV passes read. For the fused pass, zero the sums of dQ too.
 """
 
 from typing import Any, NamedTuple
@@ -89,6 +89,7 @@ def preprocess_kernel(
     out,
     d_out,
     stats,
+    p_sums,
     p_bands,
     positions,
     n_heads,
@@ -165,6 +166,10 @@ def preprocess_kernel(
     lse_log2, delta = init_stats(stats, row + o_query, m_query, BLOCK_M, ROW, FORM.HAS_D_LSE)  # [M]
     # Rows up to the pitch are read with the last block of queries: they must hold numbers.
     gl.store(stats.lse_log2 + row_pitched + o_query, lse_log2, mask=o_query < pitch)
+    if FORM.FUSED:
+        place = (batch * n_heads + head) * n_blocks + slot
+        p_block_sums = p_sums + place.to(gl.int64) * (BLOCK_M * HEAD_DIM)
+        memory.store_zeros(p_block_sums, 0, HEAD_DIM, BLOCK_M, BLOCK_M, HEAD_DIM)
     if n_steps == 0:
         gl.store(stats.delta + row_pitched + o_query, delta, mask=o_query < pitch)
         return

@@ -17,10 +17,26 @@ from ..call import BackwardTensors, Call, ForwardTensors, on_device
 from ..compiled import CompiledKernelCache, specialization
 from ..config import OPTIONS
 from . import backward as backward_pass
-from . import backward_preprocess, documents, forward_persistent, prefix
+from . import (
+    backward_preprocess,
+    documents,
+    forward_persistent,
+    fused_backward,
+    prefix,
+    query_sums,
+)
 from . import forward as forward_pass
 from .arguments import BackwardStats
-from .planning import BLOCK, HopperPlan, TileOrder, has_parts, max_documents, pitch
+from .planning import (
+    BLOCK,
+    KEYS_FUSED,
+    QUERY_GRADIENT_REGISTERS,
+    HopperPlan,
+    TileOrder,
+    has_parts,
+    max_documents,
+    pitch,
+)
 
 VECTOR_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -29,6 +45,8 @@ _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
+_fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
+_finish = CompiledKernelCache(query_sums.finish_kernel)
 _documents = CompiledKernelCache(documents.documents_kernel)
 _sum_parts = CompiledKernelCache(prefix.sum_parts_kernel)
 
@@ -151,7 +169,7 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
     if plan.persistent:
         counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
-        programs = min(programs, properties.multi_processor_count)
+        programs = min(programs, plan.turns * properties.multi_processor_count)
     form = Form(
         HEAD_DIM=call.head_dim,
         BLOCK_D=call.head_dim,
@@ -223,7 +241,8 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         return found
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
-    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, launch.block_n)
+    block_n = KEYS_FUSED if plan.fused_backward else launch.block_n
+    n_key_blocks = varlen.num_slots(call.keys, call.n_documents, block_n)
     form = Form(
         HEAD_DIM=call.head_dim,
         BLOCK_D=call.head_dim,
@@ -234,6 +253,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         GROUPED=call.group > 1,
         **_bounds(call),
         HAS_D_LSE=has_d_lse,
+        FUSED=plan.fused_backward,
     )
     if not call.has_all_keys:
         form = form._replace(EXACT_STEPS=0)
@@ -250,6 +270,9 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks,
     )
     options = {"launch_pdl": True, **launch.options}
+    limit = {}
+    if call.head_dim in QUERY_GRADIENT_REGISTERS and (call.prefix or any(_bounds(call).values())):
+        limit["maxnreg"] = QUERY_GRADIENT_REGISTERS[call.head_dim]  # else it needs fewer
     found = call.derived["hopper backward"] = _BackwardLaunch(
         plan,
         has_d_lse,
@@ -257,7 +280,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks * call.batch * call.key_heads,
         counts,
         {"FORM": form, **options},
-        {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        {"FORM": form._replace(COMPUTE_DELTA=True), **options, **limit},
         2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
         (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
@@ -290,10 +313,16 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         grad_results[1:],
         *[gradient[1:] for gradient in gradients],
     )
-    arguments = (
+    descriptors = (
         *inputs,
         _vector_descriptor(stats.lse_log2, blocks.block_m),
         _vector_descriptor(stats.delta, blocks.block_m),
+    )
+    sums = None
+    if plan.fused_backward:
+        sums = stats.delta.new_empty((launch.query_programs, BLOCK, call.head_dim))
+    arguments = (
+        *descriptors,
         results,
         *gradients,
         BackwardStats(*stats, part),
@@ -305,8 +334,34 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
     def run(programs: int, key_programs: int, constants: dict[str, Any]) -> None:
         _backward(programs, specialization_key, *arguments, key_programs, call.scale, **constants)
 
+    def run_fused() -> None:
+        _fused_backward(
+            launch.key_programs,
+            specialization_key,
+            *descriptors,
+            *gradients[1:],
+            sums,
+            call.bands_by_key_head,
+            *launch.counts,
+            launch.key_programs,
+            call.scale,
+            **launch.constants,
+        )
+        _finish(
+            launch.query_programs,
+            specialization_key,
+            sums,
+            gradients[0],
+            call.heads,
+            launch.counts[3],  # blocks of queries
+            call.queries,
+            call.scale,
+            FORM=launch.constants["FORM"],
+            **blocks.options,
+        )
+
     with on_device(call.device):
-        if plan.split_backward:
+        if plan.split_backward and not plan.fused_backward:
             run(launch.query_programs, 0, launch.computing_delta)
             run(launch.key_programs, launch.key_programs, launch.constants)
         else:
@@ -317,6 +372,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 results,
                 grad_results,
                 stats,
+                sums,
                 call.bands,
                 positions,
                 *launch.counts,
@@ -324,7 +380,11 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 call.scale,
                 **launch.constants,
             )
-            run(launch.key_programs + launch.query_programs, launch.key_programs, launch.constants)
+            if plan.fused_backward:
+                run_fused()
+            else:
+                programs = launch.key_programs + launch.query_programs
+                run(programs, launch.key_programs, launch.constants)
         if part is not None:
             _sum_parts(
                 launch.sum_programs,

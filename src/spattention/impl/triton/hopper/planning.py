@@ -44,20 +44,31 @@ class HopperPlan:
         order: order of the blocks.
         persistent: whether the forward pass is the persistent kernel, for long bands.
         split_backward: whether dQ and dK/dV are launched separately.
+        fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
+            instead of seven (`backward.py`).
+        turns: programs of the persistent kernel per multiprocessor, one after another.
     """
 
     launches: HopperLaunches
     order: TileOrder
     persistent: bool
     split_backward: bool
+    fused_backward: bool = False
+    turns: int = 1
 
     def __str__(self) -> str:
         forward = "persistent forward" if self.persistent else "forward"
         backward = "dQ, then dK and dV" if self.split_backward else "dQ, dK and dV in one launch"
+        if self.fused_backward:
+            backward = "dQ, dK and dV in five products per tile"
         return f"{forward}; {backward}; heads {self.order.name.lower().replace('_', ' ')}"
 
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+MIN_MEAN_DOCUMENT = 128  # tokens
+# Queries of all heads of a call whose documents are looked for. About two thousand tokens of 16
+# heads save as much time as that takes.
+MIN_ROW_QUERIES = 1 << 15
 # What the kernels need, as it stands in docs/backends.md.
 NEEDS = {
     "vendor": "an NVIDIA GPU",
@@ -65,7 +76,8 @@ NEEDS = {
     "dtype": "float16 or bfloat16",
     "head_dim": "head_dim 64 or 128",
     "positions": "packed documents, or queries from position 0 with at most one `key_start` each; "
-    "one for every query needs as many keys as queries, a multiple of 4, and no prefix",
+    "one for every query needs as many keys as queries, a multiple of 64, no prefix, and "
+    f"{MIN_ROW_QUERIES:,} queries of all heads",
     "rows": "fewer than 2**31 query rows",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
@@ -80,11 +92,17 @@ LAUNCHES = {
         LaunchConfig(64, 64, 4),
     ),
 }
+# By head_dim: registers with which three programs of dQ alone fit on a multiprocessor.
+QUERY_GRADIENT_REGISTERS = {64: 168}
 BLOCK = 64  # queries or keys
-MIN_MEAN_DOCUMENT = 128  # tokens
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
+MIN_MEAN_KEYS_FUSED = 2000  # keys per query
+MIN_PROGRAMS_FUSED = 8 * 132  # blocks of 128 keys, of which a multiprocessor runs one at a time
+KEYS_FUSED = 128  # keys of a block
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
+# An exchange of ranks that runs meanwhile gets multiprocessors as soon as the first turns end.
+TURNS_OF_A_PART = 8
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
@@ -121,8 +139,12 @@ def _refusal_of_shape(call: Call) -> str | None:
 
 
 def has_documents(call: Call) -> bool:
-    """True if the documents of each row are looked for in its first keys (`documents.py`)."""
-    return call.has_row_starts and call.queries % 4 == 0
+    """True if the documents of each row are looked for in its first keys (`documents.py`). That
+    costs two launches more each way: worth it for many tokens. Both suites use the same statistics,
+    whose rows must have no pitch of their own.
+    """
+    large = call.batch * call.heads * call.queries >= MIN_ROW_QUERIES
+    return call.has_row_starts and call.queries % BLOCK == 0 and large
 
 
 def max_documents(queries: int) -> int:
@@ -182,7 +204,12 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     # Packed documents count as a batch of documents of mean length.
     documents = call.n_documents or call.batch
     keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
-    found = _plan(call.intervals, documents, keys, call.head_dim, bounded)
+    queries = keys if call.n_documents else call.queries
+    found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
+    if not call.has_all_keys:
+        found = replace(found, turns=TURNS_OF_A_PART)
+    if use_fused(call):
+        return replace(found, fused_backward=True)
     # The preprocess kernel reads where documents are before it waits for the kernel before it.
     return found if call.has_one_start else replace(found, split_backward=True)
 
@@ -207,7 +234,7 @@ def _has_aligned_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
 
 @lru_cache(maxsize=1024)
 def _plan(
-    intervals: tuple[int, ...], batch: int, keys: int, head_dim: int, bounded: bool
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int, head_dim: int, bounded: bool
 ) -> HopperPlan:
     order = tile_order(intervals, batch, keys, head_dim)
     if bounded:  # only the kernels of blocks of 64 know where a sequence ends
@@ -217,52 +244,92 @@ def _plan(
         order=order,
         persistent=not bounded
         and order == TileOrder.HEAD_MAJOR
-        and use_persistent(intervals, keys, head_dim),
-        split_backward=split_backward(intervals, batch, keys),
+        and use_persistent(intervals, keys, head_dim, queries),
+        split_backward=split_backward(intervals, batch, keys, queries),
     )
 
 
 def pitch(queries: int) -> int:
-    """Rows of `lse_log2` and `delta` per head: a multiple of four, so that the rows of each head
-    start at a multiple of 16 bytes.
+    """Rows of `lse_log2` and `delta` per head: whole blocks, as TMA reads them. The rows of each
+    head start at a multiple of 16 bytes.
     """
-    return -(-queries // 4) * 4
+    return -(-queries // BLOCK) * BLOCK
 
 
 @lru_cache(maxsize=1024)
-def mean_keys(intervals: tuple[int, ...], keys: int) -> float:
+def mean_keys(intervals: tuple[int, ...], keys: int, queries: int | None = None) -> float:
     """Number of keys that a query of any head sees on average.
 
     Args:
-        intervals: `near, far, near, far` of each head; `near == far` is an empty interval.
-        keys: keys of each batch entry, and also its queries.
+        intervals: `near, far, near, far` of each head; `near == far` is an empty interval. Edges
+            are negative for keys before the queries.
+        keys: keys of each batch entry.
+        queries: queries of each batch entry; by default as many.
     """
+    rows = keys if queries is None else queries
 
-    def pairs(width: int) -> int:
-        """Pairs at distances below `width`."""
-        width = min(width, keys)
-        return width * keys - width * (width - 1) // 2
+    def ramp(length: int) -> int:
+        """Sum of `min(i, keys)` over `i` from 1 to `length`."""
+        within = max(0, min(length, keys))
+        return within * (within + 1) // 2 + keys * max(0, length - keys)
 
-    seen = sum(pairs(far) - pairs(near) for near, far in zip(intervals[::2], intervals[1::2]))
-    return seen / (len(intervals) // 4 * keys)
+    def pairs(near: int) -> int:
+        """Pairs at distances from `near` on."""
+        return ramp(rows - near) - ramp(-near)
+
+    seen = sum(pairs(near) - pairs(far) for near, far in zip(intervals[::2], intervals[1::2]))
+    return seen / (len(intervals) // 4 * max(1, rows))
 
 
-def use_persistent(intervals: tuple[int, ...], keys: int, head_dim: int) -> bool:
+def use_persistent(
+    intervals: tuple[int, ...], keys: int, head_dim: int, queries: int | None = None
+) -> bool:
     """True if queries see enough keys on average for the persistent forward pass to be faster. That
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
-    return head_dim == 128 and mean_keys(intervals, keys) >= MIN_MEAN_KEYS_PERSISTENT
+    return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
-def split_backward(intervals: tuple[int, ...], batch: int, keys: int) -> bool:
+def can_fuse(call: Call) -> bool:
+    """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
+    would hold keys of other sequences, or keys that no query of a part sees.
+    """
+    bounded = any(each is not None for each in call.positions)
+    return (
+        call.head_dim == 128
+        and call.prefix == 0
+        and call.query_start == 0
+        and call.keys == call.queries
+        and call.has_all_keys
+        and not bounded
+    )
+
+
+def use_fused(call: Call) -> bool:
+    """True if five products per tile are faster: where the sums of dQ in memory cost less than two
+    products, for long bands, and many blocks of keys share the GPU.
+    """
+    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED)
+    return (
+        can_fuse(call)
+        and not call.deterministic
+        and programs >= MIN_PROGRAMS_FUSED
+        and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
+    )
+
+
+def split_backward(
+    intervals: tuple[int, ...], batch: int, keys: int, queries: int | None = None
+) -> bool:
     """True if dQ and dK/dV should be launched separately instead of in one grid.
 
     Launched separately, dQ computes `delta` itself and the preprocess kernel is not needed, but the
     GPU drains twice. Worth it for many short blocks, at least enough to fill the GPU. Arguments as
     in `mean_keys`, batch B.
     """
-    blocks = batch * (len(intervals) // 4) * -(-keys // BLOCK)
-    steps = mean_keys(intervals, keys) / BLOCK
+    rows = keys if queries is None else queries
+    blocks = batch * (len(intervals) // 4) * -(-rows // BLOCK)
+    steps = mean_keys(intervals, keys, queries) / BLOCK
     return blocks >= max(steps * MIN_BLOCKS_PER_STEP_SPLIT, PROGRAMS)
 
 

@@ -1,0 +1,73 @@
+"""Tensor-parallel decoding: one GPU against all of them, by Transformers' plans."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .machine import Machine, Row
+from .parallel_training import llama
+
+
+def tensor_parallel(options: argparse.Namespace, machine: Machine) -> list[Row]:
+    """Time per new token after a prompt, and the memory of a rank's weights and cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = [folder]
+        dist.broadcast_object_list(where, src=0)
+        path = Path(where[0])
+
+        def save() -> None:
+            model, _ = llama(options, options.prompt + options.new_tokens, machine.device)
+            model.to(torch.bfloat16).save_pretrained(path)
+
+        machine.alone(save)
+        single = machine.alone(lambda: decode(options, machine, path, None))
+        every = decode(options, machine, path, "auto")
+        largest = torch.tensor([every[name] for name in LARGEST], device=machine.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        every |= dict(zip(LARGEST, largest.tolist()))
+    every["times_faster"] = single["token_ms"] / every["token_ms"]
+    common = {"part": "tensor-parallel", "prompt": options.prompt}
+    return [{**common, "ranks": 1, **single}, {**common, "ranks": machine.ranks, **every}]
+
+
+LARGEST = ("prompt_s", "token_ms", "cache_gib", "weights_gib")
+
+
+def decode(
+    options: argparse.Namespace, machine: Machine, path: Path, tp_plan: str | None
+) -> dict[str, Any]:
+    """Times and sizes of this rank."""
+    from transformers import AutoModelForCausalLM
+
+    from spattention import hf
+
+    hf.register()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, tp_plan=tp_plan)
+    model = model.eval() if tp_plan else model.eval().to(machine.device)
+    random = torch.Generator().manual_seed(0)
+    prompt = torch.randint(32768, (1, options.prompt), generator=random).to(machine.device)
+    cache = hf.BandCache(model.config)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(options.new_tokens + 1):
+            machine.wait()
+            start = time.perf_counter()
+            logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+            prompt = logits[:, -1:].argmax(-1)
+            machine.wait()
+            seconds.append(time.perf_counter() - start)
+    local = (getattr(each, "to_local", lambda each=each: each)() for each in model.parameters())
+    return {
+        "prompt_s": seconds[0],
+        "token_ms": 1e3 * statistics.median(seconds[3:] or seconds[1:]),
+        "cache_gib": cache.nbytes / 2**30,
+        "weights_gib": sum(each.numel() * each.element_size() for each in local) / 2**30,
+    }

@@ -1,0 +1,108 @@
+# mypy: allow-untyped-defs
+"""Buffers that the warpgroups of `fused_backward.py` share, and their walk over tiles.
+
+A program has 128 keys of one key head. It goes through the query heads of the group, in each
+through the intervals, the farther one first, and in each interval through the blocks of queries
+that see some of the keys, the last one first: these are its *visits*, which `n` counts.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .. import scheduler, tiles
+
+ROWS = gl.constexpr(64)  # queries of a block, and keys of a consumer
+CONSUMERS = gl.constexpr(2)
+KEYS = gl.constexpr(128)
+STAGES = gl.constexpr(3)  # blocks of queries in flight
+
+
+class Ring(NamedTuple):
+    """Buffers of blocks of queries and what belongs to them, with the barriers of a
+    `pipeline.Ring`.
+    """
+
+    queries: Any
+    d_outs: Any
+    lses: Any
+    deltas: Any
+    full: Any
+    empty: Any
+
+
+class Work(NamedTuple):
+    """Results and tables, buffers in shared memory with their barriers, and sizes.
+
+    `p_sums` are the sums of dQ, float32 `[B, H, blocks, 64 * D]`. `s_keys` and `s_values` are
+    `[2, 64, D]`; `s_scores` are two pairs of transposed gradients of the scores, `[4, 64, 64]`.
+    """
+
+    d_key: Any
+    d_value: Any
+    p_sums: Any
+    p_bands: Any
+    s_keys: Any
+    s_values: Any
+    key_full: Any
+    ring: Any
+    s_scores: Any
+    scores_full: Any
+    scores_empty: Any
+    counts: Any
+    scale: Any
+
+
+class KeyBlock(NamedTuple):
+    """The keys of a program, and the entry of its first query head in the table of bands."""
+
+    batch: Any
+    entry: Any
+    first_key: Any
+
+
+class Visits(NamedTuple):
+    """A query head's visits: the last block of queries and the number of blocks, by interval."""
+
+    last_0: Any
+    count_0: Any
+    last_1: Any
+    count_1: Any
+
+
+@gluon.jit
+def key_block(p_bands, counts, FORM: gl.constexpr):
+    """The `KeyBlock` of this program."""
+    n_head_batches = counts.n_batch * (counts.n_heads // counts.group)
+    head_batch, rank = scheduler.work_tile(
+        gl.program_id(0), counts.n_key_blocks, n_head_batches, counts.order
+    )
+    entry = head_batch // counts.n_batch * counts.group
+    index = rank
+    if not FORM.GROUPED:  # other heads of a group may see what the first one does not
+        near = gl.load(p_bands + 8 * entry + 1)
+        index = scheduler.key_block(rank, near, counts.n_key_blocks, counts.n_queries, KEYS)
+    return KeyBlock(head_batch % counts.n_batch, entry, index * KEYS)
+
+
+@gluon.jit
+def visits_of(bands, first_key, n_queries, INTERVALS: gl.constexpr):
+    """The `Visits` of the keys from `first_key` on."""
+    near, far = bands.near_0, bands.far_0
+    last_0, count_0 = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, KEYS)
+    last_1, count_1 = last_0, 0
+    if INTERVALS == 2:
+        near, far = bands.near_1, bands.far_1
+        last_1, count_1 = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, KEYS)
+    return Visits(last_0, count_0, last_1, count_1)
+
+
+@gluon.jit
+def visit_at(step, visits, INTERVALS: gl.constexpr):
+    """Index of the block of queries of a step."""
+    index = visits.last_0 - step
+    if INTERVALS == 2:
+        farther = step < visits.count_1
+        index = gl.where(farther, visits.last_1, visits.last_0 + visits.count_1) - step
+    return index

@@ -1,0 +1,40 @@
+"""Data, context and tensor parallelism in one model, and what measures them (gloo, CPU)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_three_ways_train_as_one_process(ranks, tmp_path):
+    """Losses and weights of three steps of Llama, Qwen3 and OLMoE, with rows split and shared."""
+    assert f"three ways on {ranks} ranks equal one" in launch(
+        ranks, HERE / "three_ways.py", tmp_path
+    )
+
+
+@pytest.mark.slow
+def test_the_example_of_many_gpus_trains():
+    """The script of `examples/` on eight processes."""
+    shown = launch(8, HERE.parents[1] / "examples" / "many_gpus.py")
+    words = next(line for line in shown.splitlines() if line.startswith("loss ")).split()
+    assert float(words[-4]) < float(words[1]) - 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_several_gpus_runs(tmp_path):
+    """Every part, in tiny sizes."""
+    sizes = "--length 256 --check-length 256 --heads 4 --key-heads 4 --head-dim 16 --repetitions 1"
+    sizes += " --context 64 --global-batch 4 --micro-batch 1 --steps 2 --hidden 256 --layers 2"
+    sizes += " --prompt 64 --new-tokens 4"
+    output = tmp_path / "results.json"
+    options = ["--device", "cpu", *sizes.split(), "--output", output]
+    shown = launch(2, "-m", "benchmarks.parallel", *options)
+    for part in ("correctness", "attention", "data-parallel", "tensor-parallel"):
+        assert f"\n{part} " in "\n" + shown, shown[-2000:]

@@ -1,0 +1,73 @@
+"""Attention on shards by the kernels, all ranks in turns on one GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spattention import BandPattern
+from spattention.parallel import Shards, plan_exchange, work
+from spattention.parallel.work import rank_plan
+from spattention.testing import Case, check_error, exact, noise, plain
+from tests.parallel import in_turns
+
+LENGTH, HEADS = 1403, 8
+PATTERNS = {
+    "geometric": BandPattern.shared_local(HEADS, LENGTH, widths="geometric", first=20, local=90),
+    "exclusive": BandPattern.exclusive(HEADS, LENGTH),
+    "dense": BandPattern.dense(HEADS, LENGTH),
+    "prefix": BandPattern.shared_local(HEADS, LENGTH, local=50, prefix=70),
+}
+
+
+@pytest.mark.parametrize("key_heads", [8, 2])
+@pytest.mark.parametrize(("ranks", "cost"), [(2, 1 << 16), (3, 0)])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float32, 64)])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_shards_are_as_exact_as_the_whole(
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    ranks: int,
+    cost: int,
+    key_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within the budget of one call over all keys, whatever the calls that add up to it."""
+    monkeypatch.setattr(work, "CALL_TOKENS", cost)
+    rank_plan.cache_clear()
+    generator = torch.Generator("cuda").manual_seed(0)
+    drawn = [
+        torch.randn(1, heads, LENGTH, head_dim, generator=generator, device="cuda").to(dtype)
+        for heads in (HEADS, key_heads, key_heads, HEADS)
+    ]
+    case = Case(*drawn[:3], PATTERNS[name], {})
+    grads = drawn[3], torch.zeros(1, HEADS, LENGTH, device="cuda")
+    truth, rough, deviations = exact(case, grads), plain(case, grads), noise(case, grads)
+    plan = plan_exchange(PATTERNS[name], Shards.balanced(LENGTH, ranks), key_heads)
+    found = in_turns.results(plan, drawn, impl="triton")
+    rank_plan.cache_clear()
+    for label, mine in zip(("out", "d_query", "d_key", "d_value"), found):
+        check_error(label, mine, rough[label], truth[label], deviations[label])
+
+
+def test_documents_of_shards_are_as_exact_as_alone() -> None:
+    """Documents that start inside a range and before it; those inside run as a packed row does."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    drawn = [
+        torch.randn(1, heads, 2048, 128, generator=generator, device="cuda").to(torch.bfloat16)
+        for heads in (HEADS, 2, 2, HEADS)
+    ]
+    pattern = BandPattern.shared_local(HEADS, 2048, widths="geometric", first=20, local=90)
+    starts = (0, 300, 611, 1000, 1400, 1750)
+    rows = torch.tensor(starts, dtype=torch.int32, device="cuda")
+    places = torch.arange(2048, device="cuda")
+    first = rows[torch.searchsorted(rows, places, right=True) - 1][None]
+    case = Case(*drawn[:3], pattern, {"key_start": first})
+    grads = drawn[3], torch.zeros(1, HEADS, 2048, device="cuda")
+    truth, rough, deviations = exact(case, grads), plain(case, grads), noise(case, grads)
+    for shards in (Shards.balanced(2048, 2), Shards.contiguous(2048, 2)):
+        plan = plan_exchange(pattern, shards, 2, documents=[starts])
+        found = in_turns.results(plan, drawn, impl="triton")
+        for label, mine in zip(("out", "d_query", "d_key", "d_value"), found):
+            check_error(label, mine, rough[label], truth[label], deviations[label])
