@@ -42,9 +42,9 @@ from spattention.parallel import (
 )
 from spattention.parallel.work import rank_plan
 
-from .machine import Machine, Row
 from .parallel_decoding import tensor_parallel
 from .parallel_training import data_parallel
+from .rank import Machine, Row
 
 WAYS = {
     "ours, balanced": (sharded_attention, "balanced"),

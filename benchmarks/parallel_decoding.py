@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .machine import Machine, Row
 from .parallel_training import llama
+from .rank import Machine, Row
 
 
 def tensor_parallel(options: argparse.Namespace, machine: Machine) -> list[Row]:

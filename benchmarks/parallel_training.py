@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from spattention import BandPattern
 
-from .machine import Machine, Row
+from .rank import Machine, Row
 
 HEAD_DIM = 64
 PEAK_FLOPS = 700e12  # per GPU, as in docs/training.md

@@ -38,7 +38,7 @@ from .widths import Interval, Widths, band_edges, integer, integers, local_windo
 Intervals = tuple[tuple[Interval, ...], ...]
 
 FORMAT_VERSIONS = (1, 2)  # without and with a prefix
-MAX_INTERVALS = 2
+MAX_INTERVALS = 2  # more would change the kernels' table (`impl/triton/call.py`), rings and fitting
 MAX_SPAN = 2**31 - 1  # positions are int32
 MAX_HEADS = 2**20
 

@@ -1,7 +1,7 @@
-"""The door of the operators: arguments of a user in, one checked `AttentionCall` out.
+"""Entry point that the public operators share: arguments in, one checked `AttentionCall` out.
 
-Autocast and defaults are applied here and nowhere else. What a check found out from shapes alone is
-not asked again of a call of the same form.
+Autocast and defaults are applied here and nowhere else. Checks that depend only on shapes, strides,
+dtypes and devices are skipped once a call equal in these has passed (`CallForm`).
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def _form_of(
     scale: float | None,
     optional: tuple[Any, ...],
 ) -> CallForm | None:
-    """The form of a call, or None for one that something else than eager execution has to see."""
+    """The form of a call. None under torch.compile, a torch.func transform, a dispatch mode or a
+    tensor subclass: such calls are checked every time.
+    """
     if torch.compiler.is_compiling() or type(pattern) is not BandPattern:
         return None
     if scale is not None and type(scale) is not float:
@@ -150,7 +152,7 @@ def _form_of(
 
 
 def _facts(argument: Any) -> Hashable:
-    """Type and shape of an argument, or type and value of a number."""
+    """Shape, strides, dtype and device of a tensor, or type and value of a number."""
     if isinstance(argument, Tensor):
         if argument.layout != torch.strided:
             return argument.layout

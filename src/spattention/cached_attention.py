@@ -336,8 +336,8 @@ def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, 
 def _with_prefix(
     call: _CachedCall, same: SameReach, slots: Tensor, oldest: Tensor, beyond: Tensor
 ) -> Tensor:
-    """The same slots after those of the prefix of the first query's document, as far as its tokens
-    are older than the ring's: both together are then the first that the query may see.
+    """The ring's slots with those of the prefix of the first query's document before them, without
+    the prefix's tokens that the ring holds too.
 
     Args:
         call: the call.
@@ -376,7 +376,9 @@ def _store_start(store: BandStore, key_start: Tensor | None) -> Tensor | None:
 
 
 def _all_zero(start: Tensor) -> bool:
-    """True if no key is hidden and asking costs nothing: sequences then run together."""
+    """True if no key is hidden, so that sequences run together; False where reading it would wait
+    for the GPU.
+    """
     return readable(start) and not bool(start.any())
 
 

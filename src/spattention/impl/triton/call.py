@@ -1,5 +1,5 @@
-"""Facts of one call that its launches share, for every suite of kernels: sizes, table of bands,
-positions. Nothing here knows a kernel.
+"""Host-side description of one call (sizes, table of bands, positions), shared by the portable,
+Hopper and decoding kernels. No choice of a kernel is made here.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Call:
         )
 
     def variant(self, name: str, positions: Positions, n_documents: int = 0) -> Call:
-        """The call with positions of another form, of `n_documents` documents in each batch entry;
-        those of a name keep what launches make of them.
+        """A copy with other tensors of positions, of `n_documents` documents in each batch entry.
+        Copies of one name share what launches keep in `derived`.
         """
         found: Call | None = self.derived.get(name)
         if found is None:
@@ -244,7 +244,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 def check_query_start(query_start: int) -> None:
     """Raise ValueError for a position that does not fit the kernels' 32-bit arithmetic.
 
-    The operators check it themselves: a compiled graph may call them with a new start.
+    The upper bound alone; `checks.py` refuses negative ones. PyTorch's operators ask again, since a
+    compiled graph may call them with a new start.
     """
     if query_start > MAX_POSITION:
         raise ValueError(

@@ -82,7 +82,9 @@ NEEDS = {
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
 }
-# By head_dim: one warpgroup, two or three programs on a multiprocessor.
+# By head_dim: one warpgroup, two or three programs on a multiprocessor. The plan counts with blocks
+# of `BLOCK` queries, the fused backward has blocks of `KEYS_FUSED` keys. What the portable kernels
+# get on the same GPU is in `triton/config.py`.
 LAUNCHES = {
     64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)),
     # Up to 168 registers, three programs of the forward pass fit on a multiprocessor.
@@ -101,7 +103,8 @@ MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of 128 keys, of which a multiprocessor runs one at a time
 KEYS_FUSED = 128  # keys of a block
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
-# An exchange of ranks that runs meanwhile gets multiprocessors as soon as the first turns end.
+# Under context parallelism a multiprocessor runs this many shorter programs in sequence: NCCL's
+# exchange beside them waits for the end of one alone.
 TURNS_OF_A_PART = 8
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
