@@ -254,7 +254,7 @@ def test_chunks_cover_what_a_group_reaches_once() -> None:
             intervals.append(pair[: rng.choice((0, 1, 2))])
         pattern = P(tuple(intervals), span)
         key_heads = rng.choice([n for n in (1, 2, 3, 6) if heads % n == 0])
-        launch = DecodeLaunch(16, 16, 4, 1, programs=rng.choice((1, 4)), longest=64)
+        launch = DecodeLaunch(16, 16, 4, 1, programs=rng.choice((1, 4)), longest=64, many=32)
         made = make_plan(
             launch, pattern.flat, key_heads, queries, rng.randint(1, 3), 4, torch.device("cpu")
         )
@@ -276,10 +276,11 @@ def test_chunks_cover_what_a_group_reaches_once() -> None:
 
 def test_few_keys_are_cut_for_one_wave() -> None:
     """As long as all programs run at once they are as short as possible, and equally long."""
-    launch = DecodeLaunch(1, 64, 4, 1, programs=2, longest=512)
+    launch = DecodeLaunch(1, 64, 4, 1, programs=2, longest=1024, many=512)
     assert launch.chunk([4096] * 16, 1, 132) == 256
     assert launch.chunk([256] * 16, 1, 132) == 64
-    assert launch.chunk([4096] * 16, 32, 132) == 512
+    assert launch.chunk([4096] * 16, 4, 132) == 1024
+    assert launch.chunk([4096] * 16, 32, 132) == 512  # more than a wave
 
 
 def test_counters_are_zero_again() -> None:

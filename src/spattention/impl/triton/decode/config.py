@@ -18,7 +18,8 @@ class DecodeLaunch:
         num_warps: warps of a program.
         num_stages: blocks of keys in flight.
         programs: programs per multiprocessor that run at once; few keys are cut for one such wave.
-        longest: keys that a program reads at most, a multiple of block_n.
+        longest: keys that a program of that wave reads at most, a multiple of block_n.
+        many: keys of a chunk where the programs are more than one wave.
     """
 
     block_m: int
@@ -26,21 +27,23 @@ class DecodeLaunch:
     num_warps: int
     num_stages: int
     programs: int = 4
-    longest: int = 1024
+    longest: int = 2048
+    many: int = 1024
 
     def chunk(self, spans: Sequence[int], copies: int, multiprocessors: int) -> int:
-        """Keys of a chunk: the smallest multiple of `block_n` whose programs all run at once, at
-        most `longest`.
+        """Keys of a chunk: the smallest multiple of `block_n` whose programs all run at once, or
+        `many` where that would be more than `longest`.
 
         Args:
             spans: keys of each range of distances that is cut by itself.
             copies: programs that read each chunk, of all batch entries together.
             multiprocessors: of the GPU.
         """
-        chunk, most = self.block_n, self.programs * multiprocessors
-        while chunk < self.longest and copies * sum(-(-n // chunk) for n in spans) > most:
-            chunk += self.block_n
-        return chunk
+        most = self.programs * multiprocessors
+        for chunk in range(self.block_n, self.longest + 1, self.block_n):
+            if copies * sum(-(-n // chunk) for n in spans) <= most:
+                return chunk
+        return self.many
 
 
 # One query per key/value head in single precision, by BLOCK_D.
@@ -71,10 +74,17 @@ FEW_HALF_HOPPER = FEW_HALF | {
     64: DecodeLaunch(64, 64, 4, 4, programs=2),
     128: DecodeLaunch(64, 64, 4, 3, programs=1),
 }
-ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32)
-FEW_INTERPRETED = DecodeLaunch(64, 16, 1, 1, longest=32)
+ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32, many=32)
+FEW_INTERPRETED = DecodeLaunch(64, 16, 1, 1, longest=32, many=32)
 BLOCK_P = 16  # chunks that are merged at a time
 MERGED_ROWS = 16  # rows of a key/value head up to which one launch decodes
+
+
+def paged_stages(num_stages: int) -> int:
+    """Stages of the loop over a paged cache, with which as many keys are in flight as with
+    `num_stages` over a dense one: Triton gives half of them to the numbers of the blocks.
+    """
+    return 2 * num_stages - 1
 
 
 def merged_rows(rows: int) -> int:

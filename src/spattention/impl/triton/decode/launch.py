@@ -11,7 +11,7 @@ from ..arguments import Form, Heads, heads
 from ..call import check_query_start, on_device, softmax_scale, start_strides
 from ..compiled import CompiledKernelCache, specialization
 from ..config import OPTIONS, block_d
-from .config import BLOCK_P, DecodeLaunch, merged_rows
+from .config import BLOCK_P, DecodeLaunch, merged_rows, paged_stages
 from .counters import arrival_counters
 from .kernels import DecodeCounts, DecodePositions, chunk_kernel
 from .merge import Result, combine_kernel
@@ -58,6 +58,7 @@ def launch_decode(
     result_key = specialization(out, lse, sinks, arrived), out.stride()
     counts = _counts(made, tensors, positions, blocks, query_start)
     page = 0 if positions.pages is None else key.shape[1]
+    stages = paged_stages(launch.num_stages) if page else launch.num_stages
     with on_device(query.device):
         _chunk(
             made.n_chunks * blocks * batch,
@@ -82,6 +83,7 @@ def launch_decode(
             FORM=_chunk_form(
                 head_dim,
                 launch,
+                stages,
                 made.n_intervals,
                 made.prefix,
                 page,
@@ -90,7 +92,7 @@ def launch_decode(
                 precise,
             ),
             num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            num_stages=stages,
             **OPTIONS,
         )
         if not merged:
@@ -140,6 +142,7 @@ def _counts(
 def _chunk_form(
     head_dim: int,
     launch: DecodeLaunch,
+    stages: int,
     n_intervals: int,
     prefix: int,
     page: int,
@@ -156,7 +159,7 @@ def _chunk_form(
         BLOCK_D=block_d(head_dim),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        STAGES=launch.num_stages,
+        STAGES=stages,
         INTERVALS=n_intervals,
         PREFIX=prefix,
         RINGS=there.ring_offsets,

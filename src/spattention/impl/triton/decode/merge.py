@@ -73,8 +73,9 @@ def merge_block(result, counts, batch, block, key_head, first_chunk, n_parts, FO
     ROWS: tl.constexpr = FORM.MERGED_ROWS
     BLOCK_D: tl.constexpr = FORM.BLOCK_D
     HEAD_DIM: tl.constexpr = FORM.HEAD_DIM
-    # 32 KiB of sums at a time
+    # 32 KiB of sums at a time, two of them ahead
     PARTS: tl.constexpr = min(max(8192 // (ROWS * BLOCK_D), 1), 64)
+    STAGES: tl.constexpr = min(FORM.STAGES, 3)
     unit = 1.0 if FORM.PRECISE else softmax.LOG2_E
     n_rows = counts.group * counts.n_queries
     o_row = block * FORM.BLOCK_M + tl.arange(0, ROWS)  # [ROWS]
@@ -88,7 +89,7 @@ def merge_block(result, counts, batch, block, key_head, first_chunk, n_parts, FO
 
     row_max, row_sum = softmax.init(result.p_sinks, o_head, ROWS, FORM.HAS_SINKS, FORM.PRECISE)
     b_sum = tl.zeros([ROWS, PARTS, BLOCK_D], tl.float32)
-    for first in tl.range(0, n_parts, PARTS, num_stages=FORM.STAGES):
+    for first in tl.range(0, n_parts, PARTS, num_stages=STAGES):
         o_part = first + tl.arange(0, PARTS)
         m_part = m_row[:, None] & (o_part < n_parts)[None, :]
         o_stored = o_part[None, :] * n_rows + o_row[:, None]  # [ROWS, PARTS]

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .. import memory, softmax, tiles
 from .merge import normalised
-from .storage import load_at_distances, load_pages, load_prefix
+from .storage import load_at_distances, load_prefix
 
 MAX_INT32 = tl.constexpr((1 << 31) - 1)
 
@@ -100,12 +100,9 @@ def attend_rows(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen = load_seen(p_bands, rows, FORM.INTERVALS)
-    o_page = load_pages(keys, begin + tl.arange(0, BLOCK_N), end, FORM)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        o_next = load_pages(keys, o_distance + BLOCK_N, end, FORM)
-        b_key, b_value = load_at_distances(keys, o_distance, o_page, end, FORM)
-        o_page = o_next
+        b_key, b_value = load_at_distances(keys, o_distance, end, FORM)
         scores = product(b_query, b_key, FORM.PRECISE)
         scores = softmax.scaled(scores, scale, FORM.PRECISE)
         scores = tl.where(visible(seen, o_distance, FORM.INTERVALS), scores, float("-inf"))
@@ -143,12 +140,9 @@ def attend_row(
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     b_out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     seen = load_seen(p_bands, rows, FORM.INTERVALS)
-    o_page = load_pages(keys, begin + tl.arange(0, BLOCK_N), end, FORM)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.STAGES):
         o_distance = first + tl.arange(0, BLOCK_N)  # [N]
-        o_next = load_pages(keys, o_distance + BLOCK_N, end, FORM)
-        b_key, b_value = load_at_distances(keys, o_distance, o_page, end, FORM)
-        o_page = o_next
+        b_key, b_value = load_at_distances(keys, o_distance, end, FORM)
         scores = tl.sum(b_key.to(tl.float32) * b_query, 1)  # [N]
         m_seen = tl.sum(visible(seen, o_distance, FORM.INTERVALS).to(tl.int32), 0) > 0  # [N]
         scores = tl.where(m_seen, scores, float("-inf"))

@@ -75,32 +75,12 @@ def load_key_head(key, value, positions, counts, batch, key_head, newest, FORM: 
 
 
 @triton.jit
-def load_pages(keys, o_distance, end, FORM: tl.constexpr):
-    """Blocks of a paged cache that hold the keys at these distances, `[N]`; 0 from distance `end`
-    on. Loops ask for them one step ahead, so that the keys of a step do not wait for them.
-    """
-    o_page = o_distance * 0
-    if FORM.PAGE > 0:
-        o_page = pages_of(keys, keys.newest - o_distance, o_distance < end, FORM)
-    return o_page
-
-
-@triton.jit
-def pages_of(keys, o_token, m_token, FORM: tl.constexpr):
-    """Blocks of a paged cache that hold these tokens, `[N]`; 0 where `m_token` is false."""
-    o_page = tl.load(keys.p_pages + o_token // FORM.PAGE, mask=m_token, other=0)
-    return tl.minimum(tl.maximum(o_page, 0), keys.n_pages - 1)
-
-
-@triton.jit
-def load_at_distances(keys, o_distance, o_page, end, FORM: tl.constexpr):
-    """Keys and values `[N, D]` at these distances, in these blocks of a paged cache; zeros from
-    distance `end` on.
-    """
+def load_at_distances(keys, o_distance, end, FORM: tl.constexpr):
+    """Keys and values `[N, D]` at these distances; zeros from distance `end` on."""
     o_token = keys.newest - o_distance
     if FORM.RINGS:
         o_token = tl.where(o_token < 0, o_token + keys.length, o_token)
-    return load_at_tokens(keys, o_token, o_page, o_distance < end, FORM)
+    return load_at_tokens(keys, o_token, o_distance < end, FORM)
 
 
 @triton.jit
@@ -108,27 +88,27 @@ def load_prefix(keys, o_place, o_distance, first, m_key, FORM: tl.constexpr):
     """Keys and values `[N, D]` of places in the prefix of the document that starts at position
     `first`, which are at these distances, and the mask `[N]` of those that are stored.
     """
-    o_page = o_place * 0
     if FORM.RINGS:
         in_ring = (first + o_place) % keys.length
         o_token = tl.where(first == keys.held, keys.prefix + o_place, in_ring)
     else:
         o_token = keys.newest - o_distance
         m_key = m_key & (o_token < keys.length)
-        if FORM.PAGE > 0:
-            o_page = pages_of(keys, o_token, m_key, FORM)
-    b_key, b_value = load_at_tokens(keys, o_token, o_page, m_key, FORM)
+    b_key, b_value = load_at_tokens(keys, o_token, m_key, FORM)
     return b_key, b_value, m_key
 
 
 @triton.jit
-def load_at_tokens(keys, o_token, o_page, m_token, FORM: tl.constexpr):
-    """Keys and values `[N, D]` of tokens of the head, in these blocks of a paged cache; zeros where
-    `m_token` `[N]` is false.
+def load_at_tokens(keys, o_token, m_token, FORM: tl.constexpr):
+    """Keys and values `[N, D]` of tokens of the head; zeros where `m_token` `[N]` is false.
+
+    The numbers of the blocks of a paged cache are loaded in the same step. Triton pipelines both
+    loads, each with half of the stages (`config.paged_stages`).
     """
     p_key, p_value = keys.p_key, keys.p_value
     if FORM.PAGE > 0:
-        o_page = o_page.to(tl.int64)[:, None]
+        o_page = tl.load(keys.p_pages + o_token // FORM.PAGE, mask=m_token, other=0)
+        o_page = tl.minimum(tl.maximum(o_page, 0), keys.n_pages - 1).to(tl.int64)[:, None]
         p_key += o_page * keys.key_page_stride
         p_value += o_page * keys.value_page_stride
         o_token = o_token % FORM.PAGE
