@@ -2,9 +2,9 @@
 
 A side is a name and the PYTHONPATH of its processes: a `src` folder, and perhaps a folder with
 another Triton. Every turn runs each side once, in a process of its own, in an order that changes
-from turn to turn. Times of the attention table's fifteen cases are medians of graph replays; host
-times are medians of 1,000 calls, taken in turns with `scaled_dot_product_attention`. The result is
-the median over the turns. A side that is given twice shows the scatter of a side against itself.
+from turn to turn. Times of the attention table's fifteen cases are medians of graph replays, and
+the result is the median over the turns. A side that is given twice shows the scatter of a side
+against itself. `host_time.py` times the host.
 
     python -m benchmarks.kernels_in_turns --side old=old/src --side new=src --side again=old/src
     python -m benchmarks.kernels_in_turns --side 3.6=src --side 3.9=src:triton390
@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = ((1, 8, 4096), (4, 16, 4096), (16, 8, 1024), (1, 16, 16384), (1, 16, 65536))
-HOST_SHAPE = (1, 8, 256)
 HEAD_DIM = 128
-HOST_CALLS = 1000
 REST = 0.25  # seconds before a measurement: a power limit looks back over a tenth or two
 BUDGET = 30.0  # milliseconds of replays of a case
 
 
 def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-    """All times of this process: milliseconds of the cases, microseconds of the host."""
+    """All times of this process, in milliseconds."""
     import torch
     import triton
 
@@ -61,7 +59,6 @@ def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
             forward, total = calls(torch, spa, tensors, pattern)
             times[f"{case}, forward"] = replayed(torch, forward)
             times[f"{case}, forward + backward"] = replayed(torch, total)
-    times |= host_times(torch, spa, inputs(*HOST_SHAPE))
     return {
         "source": str(Path(spa.__file__).parent),
         "triton": triton.__version__,
@@ -114,33 +111,6 @@ def replayed(torch: Any, call: Callable[[], None]) -> float:
     together = max(1, round(1.0 / once))
     samples = min(60, max(9, round(BUDGET / (once * together))))
     return statistics.median(run(together) for _ in range(samples))
-
-
-def host_times(torch: Any, spa: Any, tensors: list[Any]) -> dict[str, float]:
-    """Median microseconds that a call keeps the host busy, with and without bands in turns."""
-    query, key, value, d_out = tensors
-    pattern = spa.BandPattern.shared_local(HOST_SHAPE[1], HOST_SHAPE[2])
-    attend = {
-        "host, bands": lambda: spa.band_attention(query, key, value, pattern, impl="triton"),
-        "host, dense": lambda: torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True
-        ),
-    }
-    samples: dict[str, list[float]] = {}
-    for index in range(HOST_CALLS + 20):
-        for name, call in attend.items():
-            begin = time.perf_counter()
-            out = call()
-            middle = time.perf_counter()
-            torch.autograd.grad(out, (query, key, value), d_out)
-            end = time.perf_counter()
-            if index >= 20:
-                samples.setdefault(f"{name}, forward", []).append(middle - begin)
-                samples.setdefault(f"{name}, backward", []).append(end - middle)
-        if index % 50 == 0:
-            torch.cuda.synchronize()
-    torch.cuda.synchronize()
-    return {name: statistics.median(each) * 1e6 for name, each in samples.items()}
 
 
 def run_side(path: str, shapes: str) -> dict[str, Any]:
@@ -214,7 +184,7 @@ def main() -> int:
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             result = {
-                "what": "milliseconds of cases and microseconds of the host, in turns",
+                "what": "milliseconds of cases, in turns",
                 "command": "python " + " ".join(sys.argv),
                 "sides": facts,
                 "medians": {name: dict(zip(paths, medians)) for name, medians in summary(sides)},

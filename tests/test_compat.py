@@ -35,6 +35,7 @@ PYTORCH = {
     "_C": lambda: torch._C,
     "_AutoDispatchBelowAutograd": lambda: pytorch.below_autograd,
     "_are_functorch_transforms_active": lambda: pytorch.in_transform,
+    "_is_tracing": lambda: pytorch._tracing,
     "_len_torch_dispatch_stack": lambda: torch._C._len_torch_dispatch_stack(),
     "torch._functorch.utils.enable_single_level_autograd_function": lambda: pytorch.single_level,
     "_SingleLevelFunction": lambda: pytorch.SingleLevelFunction,

@@ -140,8 +140,11 @@ DAMAGED: list[tuple[Damage, str]] = [
         config(num_hidden_layers=10**4, spattention=None, attn_implementation="sdpa"),
         "`num_hidden_layers` must be at most the 23 tensors",
     ),
-    (config(rope_parameters={"rope_type": "magic"}), "must describe a causal language model: KeyE"),
-    (config(hidden_act="magic"), "config.json must describe a causal language model: KeyError"),
+    (
+        config(rope_parameters={"rope_type": "magic"}),
+        "must describe a causal language model: there",
+    ),
+    (config(hidden_act="magic"), "config.json must describe a causal language model: there is no"),
     (config(dtype="float7"), "config.json must be a config of Transformers"),
     (config(is_encoder_decoder=True), "config.json must describe a decoder alone"),
     (config(text_config=[]), "`text_config` must be an object, got list"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -138,8 +138,6 @@ class RingLayout(NamedTuple):
 
     Attributes:
         pattern: the bands and the prefix, as far as the capacity.
-        bands: the same without the prefix.
-        attends: bool `[H]`, True for query heads that attend anything.
         ring_lengths: slots of each key/value head's ring, on the host.
         slots: of all rings and prefixes; the index of the slot of zeros.
         offsets: int64 `[Hkv]`, first slot of each ring.
@@ -152,8 +150,6 @@ class RingLayout(NamedTuple):
     """
 
     pattern: BandPattern
-    bands: BandPattern
-    attends: Tensor
     ring_lengths: tuple[int, ...]
     slots: int
     offsets: Tensor
@@ -223,8 +219,6 @@ def ring_layout(
     same_width = {n: [h for h, w in enumerate(widths) if w == n] for n in sorted({*widths} - {0})}
     return RingLayout(
         pattern=pattern,
-        bands=replace(pattern, prefix=0),
-        attends=rings.index(map(bool, pattern.intervals)).bool(),
         ring_lengths=lengths,
         slots=sum(lengths) + pattern.prefix * sum(map(bool, lengths)),
         offsets=rings.index(rings.offsets),

@@ -84,6 +84,8 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
     path = Path(name)
     on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)
     local = not on_hub or ("/" in name and path.parent.is_dir()) or path.suffix in suffixes
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{rule}, {shown_path(name)} is a link to nothing")
     slip = path.suffix and _near(path, CLOSE)  # one.tx, where there is one.txt
     if path.exists() or not (local or slip):
         return
@@ -96,6 +98,8 @@ def check_folder(path: Path) -> None:
     Raises:
         ValueError: if it is not, with the nearest name in the same folder.
     """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} must be the folder of a saved model, it is a link to nothing")
     if not path.exists():
         raise ValueError(
             f"{path} must be the folder of a saved model, there is no such folder{_near(path)}"

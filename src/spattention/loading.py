@@ -133,6 +133,9 @@ def open_config(folder: Path) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{file} must describe a decoder alone, got an encoder and a decoder")
     _check_sizes(file, text)
+    if (folder / GENERATION).exists():
+        with named_errors(folder / GENERATION, "must be a generation config of Transformers"):
+            GenerationConfig.from_pretrained(folder, **LOCAL)
     config.return_dict = True  # as the commands read results, whatever the folder says
     return config
 
@@ -355,6 +358,11 @@ def _check_loaded(
     unused = sorted(found["unexpected_keys"])
     if dense:
         unused = [name for name in unused if not (name.endswith(".sinks") or is_mark(name))]
+    if marks := [name for name in unused if is_mark(name)]:
+        raise ValueError(
+            f"{weights} {rule}: they were trained with another attention, as {_some(marks)} says, "
+            f"and {CONFIG} names none"
+        )
     if unused:
         _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
     for name, parameter in model.named_parameters():

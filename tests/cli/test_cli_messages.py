@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,35 @@ def test_a_damaged_manifest_is_told_in_words(folders, capsys):
     manifest.write_text("{}")
     said = refused(capsys, "generate", folders / "dense", "Once")
     assert f"{manifest} cannot be read: there is no 'files'" in said
+
+
+def test_weights_with_bands_need_their_section(tmp_path, capsys):
+    """A dense model's config in the folder of one with bands, as a copy leaves it."""
+    saved_model.save(tmp_path / "bands")
+    saved_model.save(tmp_path / "dense", bands=False)
+    (tmp_path / "bands" / "config.json").write_bytes(
+        (tmp_path / "dense" / "config.json").read_bytes()
+    )
+    said = refused(capsys, "generate", tmp_path / "bands", "Once")
+    assert "they were trained with another attention, as model.layers.0.self_attn." in said
+
+
+def test_a_generation_config_is_named(tmp_path, capsys):
+    saved_model.save(tmp_path / "m")
+    file = tmp_path / "m" / "generation_config.json"
+    file.write_text('{"max_new_tokens": -3}')
+    said = refused(capsys, "generate", tmp_path / "m", "Once")
+    assert said.startswith(f"error: {file} must be a generation config of Transformers: ")
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "fifo"])
+def test_special_files_are_not_looked_up_on_the_hub(kind, tmp_path, monkeypatch, capsys):
+    """They are there, but neither files nor folders."""
+    monkeypatch.chdir(tmp_path)
+    if kind == "fifo":
+        os.mkfifo("source")
+    else:
+        Path("source").symlink_to("source" if kind == "loop" else "nothing")
+    said = refused(capsys, "prepare", "source", "--output", "out")
+    assert "source is a link to nothing" in said or "source is neither a file nor a folder" in said
+    assert "did you mean" not in said

@@ -63,25 +63,23 @@ def test_same_bits_on_every_run(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("widths", ["uniform", "geometric"])
-def test_same_bits_of_sums_in_turn(widths: str) -> None:
-    """Blocks of keys that run at the same time add to dQ in a fixed order."""
+def test_five_products_give_what_seven_give(widths: str) -> None:
+    """Where many blocks of keys add to the same queries at the same time."""
     pattern = spa.BandPattern.shared_local(16, 8192, widths=widths)
     like = {"device": "cuda", "dtype": torch.bfloat16}
     *inputs, d_out = (torch.randn(1, 16, 8192, 128, **like) for _ in range(4))
     leaves = [each.requires_grad_() for each in inputs]
 
-    def gradients() -> tuple[torch.Tensor, ...]:
-        out = spa.band_attention(*leaves, pattern, impl="triton")
-        return torch.autograd.grad(out, leaves, d_out)
+    def gradients(fused: bool) -> tuple[torch.Tensor, ...]:
+        with changed_plans(fused_backward=fused):
+            out = spa.band_attention(*leaves, pattern, impl="triton", deterministic=False)
+            return torch.autograd.grad(out, leaves, d_out)
 
-    in_seven = gradients()
-    with changed_plans(fused_backward=True):
-        first = gradients()
-        for _ in range(20):
-            for found, expected in zip(gradients(), first):
-                assert torch.equal(found, expected)
-    for found, expected in zip(first, in_seven):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * expected.abs().max().item())
+    expected = gradients(False)
+    for _ in range(5):
+        for found, wanted in zip(gradients(True), expected):
+            limit = 0.01 * wanted.abs().max().item()
+            torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
 
 
 def test_full_graph_compile() -> None:

@@ -66,16 +66,6 @@ def another_process() -> Iterator[None]:
 def test_same_bits_beside_another_process(
     batch: int, heads: int, length: int, head_dim: int, widths: str
 ) -> None:
-    check_same_bits(batch, heads, length, head_dim, widths)
-
-
-@pytest.mark.parametrize("length", [4096, 16384])
-def test_same_bits_of_sums_in_turn(length: int) -> None:
-    with changed_plans(fused_backward=True):
-        check_same_bits(1, 8, length, 128, "geometric")
-
-
-def check_same_bits(batch: int, heads: int, length: int, head_dim: int, widths: str) -> None:
     pattern = spa.BandPattern.shared_local(heads, length, widths=widths)
     torch.manual_seed(0)
     like = {"device": "cuda", "dtype": torch.bfloat16}

@@ -270,3 +270,35 @@ def test_a_section_is_not_lost_while_bands_run(tmp_path):
     assert not any(MARK in name for name in load_file(tmp_path / "model.safetensors"))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(again, ids), logits(build("llama"), ids), **EXACT)
+
+
+def test_a_section_covers_every_marked_layer(tmp_path):
+    """A config that was edited so that some layers run dense does not open."""
+    banded("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["spattention"]["layers"][1] = None
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"must name the attention of all .*layers\.1.*{MARK}"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    config["spattention"]["layers"] = [None, None]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must give at least one layer a pattern, got None for"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["spattention", "mea"])
+def test_a_version_is_no_bool(name, tmp_path):
+    """JSON's `true` equals 1 in Python."""
+    model = build("llama", num_key_value_heads=4)
+    if name == "mea":
+        related.apply(model, related.MEA(4, 24))
+    else:
+        spa.hf.apply(model, FIRST)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config[name]["version"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"`config\.{name}` must .* version 1.*True"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -6,9 +6,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import spattention as spa
 from spattention.serving.head_classes import head_classes
@@ -94,6 +96,39 @@ def test_prefix_tokens_are_served(tmp_path: Path) -> None:
     )
     (classes,) = head_classes(list(patterns), 2)[:1]
     assert long["most_blocks"] < 0.7 * len(classes) * -(-400 // 16)
+
+
+def test_decoding_requests_go_to_the_kernels() -> None:
+    """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; a
+    step of decoding alone never waits for the device."""
+    from spattention.serving.vllm_backend import BandMetadataBuilder
+
+    builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
+    builder.block_size, builder.window, builder.prefix = 16, 40, 3
+    builder.has_kernels = True
+    mixed = SimpleNamespace(
+        num_reqs=3,
+        query_start_loc_cpu=torch.tensor([0, 1, 2, 9]),
+        seq_lens=torch.tensor([50, 7, 30], dtype=torch.int32),
+        block_table_tensor=torch.arange(12, dtype=torch.int32).view(3, 4),
+    )
+    step = builder.build(0, mixed).step
+    assert step.decodes is not None
+    assert step.decodes.seq_lens.tolist() == [50, 7]
+    assert step.decodes.seq_lens.data_ptr() == mixed.seq_lens.data_ptr()
+    assert step.decodes.block_table.data_ptr() == mixed.block_table_tensor.data_ptr()
+    assert [batch.tokens.tolist() for batch in step.batches] == [list(range(2, 9))]
+    unreadable = SimpleNamespace(
+        num_reqs=2,
+        query_start_loc_cpu=torch.tensor([0, 1, 2]),
+        seq_lens=torch.empty(2, dtype=torch.int32, device="meta"),
+        block_table_tensor=torch.empty(2, 4, dtype=torch.int32, device="meta"),
+    )
+    assert builder.build(0, unreadable).step.batches == []
+    builder.has_kernels = False
+    step = builder.build(0, mixed).step
+    assert step.decodes is None
+    assert sum(len(batch.tokens) for batch in step.batches) == 9
 
 
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:

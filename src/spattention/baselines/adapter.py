@@ -116,7 +116,8 @@ class Baseline(ABC):
     @classmethod
     def from_section(cls, section: Any) -> Self:
         """The baseline that `section` wrote; raises `ValueError` for anything else."""
-        if not isinstance(section, Mapping) or section.get("version") != VERSION:
+        version = section.get("version") if isinstance(section, Mapping) else None
+        if version != VERSION or isinstance(version, bool):
             raise ValueError(
                 f"`config.{cls.kind}` must be a section of version {VERSION}, got {section!r}"
             )

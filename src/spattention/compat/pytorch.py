@@ -29,6 +29,9 @@ _dynamo_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame
 # Number of active `__torch_dispatch__` modes; the public way makes an object for each.
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
+# True inside `torch.jit.trace`; the public name is a Python function around it.
+_tracing: Callable[[], bool] = torch._C._is_tracing
+
 # The autograd function of one level of transforms, and the context that it needs. Public ones hide
 # the levels, so that an operator which is itself an autograd kernel cannot take its turn.
 SingleLevelFunction = torch.autograd.function._SingleLevelFunction
@@ -66,7 +69,7 @@ def needs_dispatcher(inputs: Sequence[Any]) -> bool:
     """
     if _dynamo_callback() is not None or in_transform() or forward_mode_active():
         return True
-    if _dispatch_modes() or torch.overrides.has_torch_function(inputs):
+    if _tracing() or _dispatch_modes() or torch.overrides.has_torch_function(inputs):
         return True
     for each in inputs:
         kind = type(each)

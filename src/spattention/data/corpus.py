@@ -89,7 +89,8 @@ def open_source(
         plain = text_kind(path) == ".txt" or any(text_kind(f) == ".txt" for f in path.glob("*"))
         separator = "a form feed ends a document in a .txt file" if plain else None
         return Source(what, iterate_documents(path, column), separator=separator)
-    if path.is_absolute() and not path.exists():
+    other = (path.exists() or path.is_symlink()) and not (path.is_file() or path.is_dir())
+    if other or (path.is_absolute() and not path.exists()):
         raise ValueError(f"{path} is neither a file nor a folder")
     import datasets
 

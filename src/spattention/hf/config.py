@@ -39,6 +39,11 @@ class Section(dict[str, Any]):
             None if index is None else patterns[index]
             for index in _layers(data["layers"], len(patterns), num_layers)
         )
+        if num_layers and not any(self.layer_patterns):
+            raise ValueError(
+                "`config.spattention` must give at least one layer a pattern, got None for all "
+                f"{num_layers} in `layers`"
+            )
 
     @property
     def sinks(self) -> bool:
@@ -96,7 +101,8 @@ def remove_section(config: Any) -> None:
 
 def _patterns(data: Mapping[str, Any]) -> list[BandPattern]:
     # The version first: another version may have other entries.
-    if data.get("version") != VERSION:
+    version = data.get("version")
+    if version != VERSION or isinstance(version, bool):
         raise ValueError(
             f"`config.spattention` must have version {VERSION} (the one this library writes), "
             f"got {data.get('version')!r}"

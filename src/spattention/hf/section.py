@@ -207,12 +207,25 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
     def strict(self: Any, loading_info: Any) -> None:
         # Folders of earlier versions hold no marks.
         loading_info.missing_keys -= {name for name, _ in self.named_buffers() if is_mark(name)}
+        if any(_kinds_below(self.config)):
+            _refuse_other_marks(self, loading_info.unexpected_keys)
         for kind in KINDS.values():
             if kind.check_weights is not None:
                 kind.check_weights(self, loading_info)
         adjust(self, loading_info)
 
     return strict
+
+
+def _refuse_other_marks(model: Any, unexpected: Iterable[str]) -> None:
+    """Check that a section names all layers whose weights are marked."""
+    modules = dict(model.named_modules())
+    for key in sorted(unexpected):
+        if is_mark(key) and key.rpartition(".")[0] in modules:
+            raise ValueError(
+                "the config must name the attention of all layers whose weights the checkpoint "
+                f"marks, got {key} and a layer with stock attention"
+            )
 
 
 def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

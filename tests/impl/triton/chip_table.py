@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,14 @@ def forms_of(chip: str, chosen: Iterable[str]) -> list[str]:
     return [form for form in chosen if chip != "gfx942" or "float32" not in form]
 
 
-def compile_chip(name: str, chosen: Iterable[str]) -> Iterator[Compiled]:
+def compile_chips(chosen: Iterable[str]) -> dict[str, list[Compiled]]:
+    """Compile the kernels of forms for all GPUs, in as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        return dict(zip(CHIPS, pool.map(compile_chip, CHIPS, [tuple(chosen)] * len(CHIPS))))
+
+
+def compile_chip(name: str, chosen: Iterable[str]) -> list[Compiled]:
     """Compile the kernels of forms for a GPU; print each."""
     import triton
 
@@ -123,10 +132,12 @@ def compile_chip(name: str, chosen: Iterable[str]) -> Iterator[Compiled]:
     calls = dict(all_forms())
     logs: dict[int, str] = {}
     target = {"compute_capability": chip.capability, "target": chip.target}
+    rows = []
     for form in forms_of(name, chosen):
         for row in compile_form(form, calls[form], logs, chip.numbers, **target):
             print(f"{name:7} {row} {row.products:3} products", flush=True)
-            yield row
+            rows.append(row)
+    return rows
 
 
 def differences(
@@ -152,9 +163,8 @@ def check(forms: Iterable[str]) -> list[str]:
     if table["triton"] != triton.__version__:
         return [f"Triton {triton.__version__} is not that of the table, {table['triton']}"]
     worse = []
-    for name, chip in CHIPS.items():
-        found = list(compile_chip(name, forms))
-        lines = differences(chip, found, table["chips"][name], forms_of(name, forms))
+    for name, found in compile_chips(forms).items():
+        lines = differences(CHIPS[name], found, table["chips"][name], forms_of(name, forms))
         worse += [f"{name} {line}" for line in lines]
     return worse
 
@@ -163,8 +173,7 @@ def update() -> None:
     """Compile every form for every GPU, and write the table."""
     import triton
 
-    chips = {name: list(compile_chip(name, FORMS)) for name in CHIPS}
-    write_table(TABLE, digest(PORTABLE_SOURCES), triton.__version__, chips)
+    write_table(TABLE, digest(PORTABLE_SOURCES), triton.__version__, compile_chips(FORMS))
 
 
 def write_table(path: Path, sources: str, version: str, chips: dict[str, list[Compiled]]) -> None:
@@ -201,8 +210,7 @@ def main() -> int:
         update()
         return 0
     if not options.check:
-        for name in CHIPS:
-            list(compile_chip(name, FORMS))
+        compile_chips(FORMS)
         return 0
     worse = check(FORMS if options.all else QUICK)
     for line in worse:

@@ -129,14 +129,12 @@ def forms() -> Iterator[tuple[str, Any]]:
                 shape = ", persistent, split" if persistent else ""
                 yield f"hopper D{head_dim}, {variant}{shape}", call
             if head_dim == 128 and "prefix" not in variant:
-                for deterministic in (False, True):
 
-                    def fused(options: Any = options, deterministic: bool = deterministic):
-                        with changed_plans(fused_backward=True):
-                            train(head_dim=128, deterministic=deterministic, **options)
+                def fused(options: Any = options):
+                    with changed_plans(fused_backward=True):
+                        train(head_dim=128, **options)
 
-                    order = ", ordered" if deterministic else ""
-                    yield f"hopper D128, {variant}, fused{order}", fused
+                yield f"hopper D128, {variant}, fused", fused
     start = torch.zeros(1, 256, dtype=torch.int32)
     first = torch.zeros(1, dtype=torch.int32)
     for head_dim in (64, 128, 256):

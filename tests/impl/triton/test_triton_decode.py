@@ -321,3 +321,20 @@ def _attend(pattern: spa.BandPattern, rows: int) -> Any:
 def test_many_rows_are_merged_by_a_second_launch() -> None:
     """One program would merge them longer than a launch takes."""
     assert [merged_rows(rows) for rows in (1, 2, 3, 5, 16, 17, 128)] == [1, 2, 4, 8, 16, 0, 0]
+
+
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_chunks_beyond_the_text_are_not_merged(
+    prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their programs store nothing, so what their memory held before must not matter."""
+    new_empty = torch.Tensor.new_empty
+
+    def new_nan(tensor: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(tensor, *shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
+    pattern = P((((0, 3), (90, 400)), ((0, 400),), (), ((300, 400),)), 400, prefix=prefix)
+    case = _case(pattern, keys=50, key_heads=2, query_start=int32(40, 3), sinks=True)
+    check_case(case, impl="triton", backward=False)

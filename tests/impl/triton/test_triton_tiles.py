@@ -76,6 +76,29 @@ def test_ranges_are_what_the_mask_says() -> None:
     assert tiles_seen > 10_000
 
 
+def test_whole_blocks_of_queries_that_see_keys() -> None:
+    """Blocks of keys visit all blocks of queries that see one of their keys, and at most those that
+    would see one if every block of keys were whole.
+    """
+    rng = random.Random(6)
+    seen = 0
+    for _ in range(SHAPES):
+        rows, block = rng.choice((4, 8)), rng.choice((8, 16))
+        tokens = rng.randint(1, 120)
+        near = rng.choice((0, rng.randint(0, 130)))
+        far = near + rng.choice((1, rng.randint(1, 140)))
+        if rng.random() < 0.1:
+            near = far = tiles.MISSING.value
+        for first in range(0, tokens, block):
+            last, count = tiles.whole_query_blocks.fn(first, near, far, tokens, rows, block)
+            found = set(range(last - count + 1, last + 1))
+            keys = range(first, first + block)
+            queries = {key + distance for key in keys for distance in range(near, far)}
+            assert found == {query // rows for query in queries if query < tokens}
+            seen += len(found)
+    assert seen > 10_000
+
+
 def test_blocks_of_a_document_start_in_it() -> None:
     """Covered from key 0 on, a range is covered whole, and nothing before its document is read."""
     rng = random.Random(5)

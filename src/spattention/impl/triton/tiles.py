@@ -233,6 +233,18 @@ def query_blocks(
 
 
 @triton.jit
+def whole_query_blocks(
+    first_key, near, far, n_queries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """`(last, count)`: the last block of queries that sees some of the BLOCK_N keys from
+    `first_key` on, and how many consecutive ones do. Blocks start at multiples of BLOCK_M.
+    """
+    low = first_key + near
+    last = min(first_key + BLOCK_N - 2 + far, n_queries - 1) // BLOCK_M
+    return last, (low < n_queries) * (last - low // BLOCK_M + 1)
+
+
+@triton.jit
 def with_prefix_queries(blocks, bands, low, high, BLOCK, WITH_BANDS: tl.constexpr):
     """A `BlockRange` of queries with the queries `[low, high)` that see a block of keys as their
     prefix. Without those of the bands unless `WITH_BANDS`.

@@ -188,9 +188,7 @@ def chunk_kernel(
     scale,
     FORM: tl.constexpr,
 ):
-    """One chunk of one key/value head for one block of rows. `chunks` `[chunks, 8]` are key head,
-    begin, end, 1 for a prefix, first chunk of the head, number of chunks of the head, 0, 0.
-    """
+    """One chunk of one key/value head for one block of rows; `chunks` as in `plan.DecodePlan`."""
     HEAD_DIM: tl.constexpr = FORM.HEAD_DIM
     counts = DecodeCounts(
         query_start_stride,
@@ -229,25 +227,48 @@ def chunk_kernel(
     p_part_lse = result.p_part_lse + first_row
     o_farthest = tl.where(m_row, o_farthest - FORM.PREFIX, -1)
     rows = Rows(o_head, o_behind, o_first, o_farthest)
-    if FORM.PREFIX > 0:
-        if tl.load(p_chunk + 3) != 0:
-            farthest = tl.where(m_row, o_farthest + FORM.PREFIX, -1)
-            rows = Rows(o_head, o_behind, o_first, farthest)
-            b_query = load_rows(query, batch, o_head, o_query, m_row, FORM)
-            attend_prefix(
-                b_query,
-                keys,
-                p_bands,
-                rows,
-                begin,
-                end,
-                o_row,
-                m_row,
-                p_part,
-                p_part_lse,
-                scale,
-                FORM,
-            )
+    farthest = tl.max(o_farthest, 0)
+    in_prefix = tl.load(p_chunk + 3) != 0
+    is_needed = True
+    if FORM.MERGED_ROWS > 0:  # beyond the text, nobody waits for the chunk
+        is_needed = (begin <= farthest) | in_prefix | (chunk == tl.load(p_chunk + 4))
+    if is_needed:
+        if FORM.PREFIX > 0:
+            if in_prefix:
+                whole = tl.where(m_row, o_farthest + FORM.PREFIX, -1)
+                rows = Rows(o_head, o_behind, o_first, whole)
+                b_query = load_rows(query, batch, o_head, o_query, m_row, FORM)
+                attend_prefix(
+                    b_query,
+                    keys,
+                    p_bands,
+                    rows,
+                    begin,
+                    end,
+                    o_row,
+                    m_row,
+                    p_part,
+                    p_part_lse,
+                    scale,
+                    FORM,
+                )
+            else:
+                attend_chunk(
+                    query,
+                    keys,
+                    counts,
+                    batch,
+                    rows,
+                    o_row,
+                    m_row,
+                    begin,
+                    end,
+                    p_bands,
+                    p_part,
+                    p_part_lse,
+                    scale,
+                    FORM,
+                )
         else:
             attend_chunk(
                 query,
@@ -265,25 +286,5 @@ def chunk_kernel(
                 scale,
                 FORM,
             )
-    else:
-        attend_chunk(
-            query,
-            keys,
-            counts,
-            batch,
-            rows,
-            o_row,
-            m_row,
-            begin,
-            end,
-            p_bands,
-            p_part,
-            p_part_lse,
-            scale,
-            FORM,
-        )
-    if FORM.MERGED_ROWS > 0:
-        first_chunk, n_parts = tl.load(p_chunk + 4), tl.load(p_chunk + 5)
-        n_key_heads = n_heads // group
-        p_arrived = result.p_arrived + (batch * n_blocks + block) * n_key_heads + key_head
-        merge_last(result, counts, batch, block, key_head, first_chunk, n_parts, p_arrived, FORM)
+        if FORM.MERGED_ROWS > 0:
+            merge_last(result, counts, batch, block, p_chunks, p_chunk, key_head, farthest, FORM)

@@ -32,12 +32,34 @@ class Result(NamedTuple):
 
 
 @triton.jit
+def needed_chunks(p_chunks, first_chunk, n_parts, farthest):
+    """Number of a head's chunks that are within the text: those of the prefix, and those that start
+    at distance `farthest` or nearer; at least 1. They are its first.
+    """
+    needed = 0
+    for first in range(0, n_parts, 64):
+        o_part = first + tl.arange(0, 64)
+        p_part = p_chunks + 8 * (first_chunk + o_part)
+        m_part = o_part < n_parts
+        near = tl.load(p_part + 1, mask=m_part, other=0)
+        in_prefix = tl.load(p_part + 3, mask=m_part, other=0)
+        needed += tl.sum((m_part & ((near <= farthest) | (in_prefix != 0))).to(tl.int32), 0)
+    return tl.maximum(needed, 1)
+
+
+@triton.jit
 def merge_last(
-    result, counts, batch, block, key_head, first_chunk, n_parts, p_arrived, FORM: tl.constexpr
+    result, counts, batch, block, p_chunks, p_chunk, key_head, farthest, FORM: tl.constexpr
 ):
     """Count the chunk of this program as stored. The last program of a block of rows merges the
-    block's `n_parts` chunks from `first_chunk` on, and sets the counter back to 0.
+    block's chunks that are within the text, and sets the counter back to 0. The other programs of
+    the block have done nothing.
     """
+    first_chunk, n_parts, last = tl.load(p_chunk + 4), tl.load(p_chunk + 5), tl.load(p_chunk + 6)
+    if last > farthest:
+        n_parts = needed_chunks(p_chunks, first_chunk, n_parts, farthest)
+    n_key_heads = counts.n_heads // counts.group
+    p_arrived = result.p_arrived + (batch * counts.n_blocks + block) * n_key_heads + key_head
     tl.debug_barrier()  # all threads have stored their part
     arrived = tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu")
     if arrived == n_parts - 1:

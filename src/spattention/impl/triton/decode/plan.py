@@ -22,8 +22,9 @@ class DecodePlan(NamedTuple):
         launch: of the chunks.
         bands: int32 `[H, 4]` on the device, near, far, near, far; a missing interval is empty.
         chunks: int32 `[chunks, 8]` on the device, `key head, near, far, 0`, in distances from the
-            newest query, or `key head, begin, end, 1`, in places of the prefix; then the first
-            chunk and the number of chunks of the key/value head, whose chunks are consecutive.
+            newest query, or `key head, begin, end, 1`, in places of the prefix; then of the
+            key/value head the first chunk, the number of chunks and `near` of the last, and 0. The
+            chunks of a head are consecutive: those of the prefix, then the others by distance.
         ranges: int32 `[Hkv + 1]` on the device, the first chunks of each key/value head.
         n_chunks: number of chunks.
         n_intervals: intervals of the fullest head, 1 or 2.
@@ -81,11 +82,13 @@ def make_plan(
     chunks: list[list[int]] = []
     ranges = [0]
     for key_head, union in enumerate(unions):
-        parts = [[key_head, *part, 0] for near, far in union for part in cut(near, far, longest)]
-        if union and prefix:
-            parts += [[key_head, *part, 1] for part in cut(0, prefix, longest)]
+        parts = (
+            [[key_head, *part, 1] for part in cut(0, prefix, longest)] if union and prefix else []
+        )
+        parts += [[key_head, *part, 0] for near, far in union for part in cut(near, far, longest)]
         parts = parts or [[key_head, 0, 0, 0]]  # a head without keys has a result too
-        chunks += [[*part, ranges[-1], len(parts), 0, 0] for part in parts]
+        farthest = parts[-1][1]
+        chunks += [[*part, ranges[-1], len(parts), farthest, 0] for part in parts]
         ranges.append(len(chunks))
 
     def table(entries: list[Any], width: int) -> torch.Tensor:

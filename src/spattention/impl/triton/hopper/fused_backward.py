@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .. import softmax, tiles, turns
+from .. import softmax, tiles
 from . import arguments, memory, pipeline
 from .backward import Descriptors
 from .fused_work import CONSUMERS, KEYS, ROWS, STAGES, Ring, Work, key_block, visits_of
@@ -92,8 +92,8 @@ def consume(half: gl.constexpr, work, FORM: gl.constexpr):
     done = 0  # visits before those of this interval
     for interval in range(FORM.INTERVALS * (counts.group if FORM.GROUPED else 1)):
         near, far = load_interval(work.p_bands, block.entry, interval, FORM.INTERVALS)
-        last, n_steps = turns.visits(block.first_key, near, far, n_queries, ROWS, KEYS)
-        own_last, own_steps = turns.visits(first_key, near, far, n_queries, ROWS, ROWS)
+        last, n_steps = tiles.whole_query_blocks(block.first_key, near, far, n_queries, ROWS, KEYS)
+        own_last, own_steps = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, ROWS)
         own_done = done
         if own_steps > 0:
             own_done += last - own_last
@@ -165,11 +165,9 @@ def fused_backward_kernel(
     t_d_out,
     t_lse_log2,
     t_delta,
-    d_query,
     d_key,
     d_value,
     p_sums,
-    p_turns,
     p_bands,
     n_heads,
     group,
@@ -232,11 +230,9 @@ def fused_backward_kernel(
     scores_full = pipeline.allocate_barriers(2 * CONSUMERS)
     scores_empty = pipeline.allocate_barriers(2)
     work = Work(
-        d_query,
         d_key,
         d_value,
         p_sums,
-        p_turns,
         p_bands,
         gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, HEAD_DIM], TOKENS),
         gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, HEAD_DIM], TOKENS),

@@ -3,7 +3,7 @@
 
 A program has 128 keys of one key head. It goes through the query heads of the group, in each
 through the intervals, the farther one first, and in each interval through the blocks of queries
-that see some of the keys, the last one first: these are its *visits* (`turns.py`). `n` counts them.
+that see some of the keys, the last one first: these are its *visits*, which `n` counts.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .. import scheduler, turns
+from .. import scheduler, tiles
 
 ROWS = gl.constexpr(64)  # queries of a block, and keys of a consumer
 CONSUMERS = gl.constexpr(2)
@@ -35,16 +35,13 @@ class Ring(NamedTuple):
 class Work(NamedTuple):
     """Results and tables, buffers in shared memory with their barriers, and sizes.
 
-    `p_sums` are the sums of dQ, float32 `[B, H, blocks, 64 * D]`, and `p_turns` the turns that are
-    over, int32 `[B, H, blocks, 4]`, one per warp. `s_keys` and `s_values` are `[2, 64, D]`;
-    `s_scores` are two pairs of transposed gradients of the scores, `[4, 64, 64]`.
+    `p_sums` are the sums of dQ, float32 `[B, H, blocks, 64 * D]`. `s_keys` and `s_values` are
+    `[2, 64, D]`; `s_scores` are two pairs of transposed gradients of the scores, `[4, 64, 64]`.
     """
 
-    d_query: Any
     d_key: Any
     d_value: Any
     p_sums: Any
-    p_turns: Any
     p_bands: Any
     s_keys: Any
     s_values: Any
@@ -62,7 +59,6 @@ class KeyBlock(NamedTuple):
 
     batch: Any
     entry: Any
-    index: Any
     first_key: Any
 
 
@@ -75,18 +71,9 @@ class Visits(NamedTuple):
     count_1: Any
 
 
-class Visit(NamedTuple):
-    """Index of a block of queries, and whether it is visited through the second interval."""
-
-    index: Any
-    second: Any
-
-
 @gluon.jit
 def key_block(p_bands, counts, FORM: gl.constexpr):
-    """The `KeyBlock` of this program. By rising index, except those that nothing sees: a visit
-    waits for blocks of lower indices alone.
-    """
+    """The `KeyBlock` of this program."""
     n_head_batches = counts.n_batch * (counts.n_heads // counts.group)
     head_batch, rank = scheduler.work_tile(
         gl.program_id(0), counts.n_key_blocks, n_head_batches, counts.order
@@ -96,24 +83,26 @@ def key_block(p_bands, counts, FORM: gl.constexpr):
     if not FORM.GROUPED:  # other heads of a group may see what the first one does not
         near = gl.load(p_bands + 8 * entry + 1)
         index = scheduler.key_block(rank, near, counts.n_key_blocks, counts.n_queries, KEYS)
-    return KeyBlock(head_batch % counts.n_batch, entry, index, index * KEYS)
+    return KeyBlock(head_batch % counts.n_batch, entry, index * KEYS)
 
 
 @gluon.jit
 def visits_of(bands, first_key, n_queries, INTERVALS: gl.constexpr):
     """The `Visits` of the keys from `first_key` on."""
-    last_0, count_0 = turns.visits(first_key, bands.near_0, bands.far_0, n_queries, ROWS, KEYS)
+    near, far = bands.near_0, bands.far_0
+    last_0, count_0 = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, KEYS)
     last_1, count_1 = last_0, 0
     if INTERVALS == 2:
-        last_1, count_1 = turns.visits(first_key, bands.near_1, bands.far_1, n_queries, ROWS, KEYS)
+        near, far = bands.near_1, bands.far_1
+        last_1, count_1 = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, KEYS)
     return Visits(last_0, count_0, last_1, count_1)
 
 
 @gluon.jit
 def visit_at(step, visits, INTERVALS: gl.constexpr):
-    """The `Visit` of a step."""
-    index, second = visits.last_0 - step, False
+    """Index of the block of queries of a step."""
+    index = visits.last_0 - step
     if INTERVALS == 2:
-        second = step < visits.count_1
-        index = gl.where(second, visits.last_1, visits.last_0 + visits.count_1) - step
-    return Visit(index, second)
+        farther = step < visits.count_1
+        index = gl.where(farther, visits.last_1, visits.last_0 + visits.count_1) - step
+    return index

@@ -30,6 +30,7 @@ from .arguments import BackwardStats
 from .planning import (
     BLOCK,
     KEYS_FUSED,
+    QUERY_GRADIENT_REGISTERS,
     HopperPlan,
     TileOrder,
     has_parts,
@@ -253,7 +254,6 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         **_bounds(call),
         HAS_D_LSE=has_d_lse,
         FUSED=plan.fused_backward,
-        ORDERED=plan.fused_backward and call.deterministic,
     )
     if not call.has_all_keys:
         form = form._replace(EXACT_STEPS=0)
@@ -270,6 +270,9 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks,
     )
     options = {"launch_pdl": True, **launch.options}
+    limit = {}
+    if call.head_dim in QUERY_GRADIENT_REGISTERS and (call.prefix or any(_bounds(call).values())):
+        limit["maxnreg"] = QUERY_GRADIENT_REGISTERS[call.head_dim]  # else it needs fewer
     found = call.derived["hopper backward"] = _BackwardLaunch(
         plan,
         has_d_lse,
@@ -277,7 +280,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         n_key_blocks * call.batch * call.key_heads,
         counts,
         {"FORM": form, **options},
-        {"FORM": form._replace(COMPUTE_DELTA=True), **options},
+        {"FORM": form._replace(COMPUTE_DELTA=True), **options, **limit},
         2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
         (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
@@ -315,7 +318,9 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         _vector_descriptor(stats.lse_log2, blocks.block_m),
         _vector_descriptor(stats.delta, blocks.block_m),
     )
-    sums, turns = _query_sums(call, launch) if plan.fused_backward else (None, None)
+    sums = None
+    if plan.fused_backward:
+        sums = stats.delta.new_empty((launch.query_programs, BLOCK, call.head_dim))
     arguments = (
         *descriptors,
         results,
@@ -334,28 +339,26 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             launch.key_programs,
             specialization_key,
             *descriptors,
-            *gradients,
+            *gradients[1:],
             sums,
-            turns,
             call.bands_by_key_head,
             *launch.counts,
             launch.key_programs,
             call.scale,
             **launch.constants,
         )
-        if turns is None:
-            _finish(
-                launch.query_programs,
-                specialization_key,
-                sums,
-                gradients[0],
-                call.heads,
-                launch.counts[3],  # blocks of queries
-                call.queries,
-                call.scale,
-                FORM=launch.constants["FORM"],
-                **blocks.options,
-            )
+        _finish(
+            launch.query_programs,
+            specialization_key,
+            sums,
+            gradients[0],
+            call.heads,
+            launch.counts[3],  # blocks of queries
+            call.queries,
+            call.scale,
+            FORM=launch.constants["FORM"],
+            **blocks.options,
+        )
 
     with on_device(call.device):
         if plan.split_backward and not plan.fused_backward:
@@ -369,9 +372,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 results,
                 grad_results,
                 stats,
-                gradients[0],
                 sums,
-                turns,
                 call.bands,
                 positions,
                 *launch.counts,
@@ -397,16 +398,6 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 FORM=launch.constants["FORM"],
                 **blocks.options,
             )
-
-
-def _query_sums(call: Call, launch: _BackwardLaunch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Memory for the sums of dQ and, if they have an order, the turns that are over."""
-    blocks, device = launch.query_programs, call.device
-    sums = torch.empty(blocks * BLOCK * call.head_dim, dtype=torch.float32, device=device)
-    turns = None
-    if launch.constants["FORM"].ORDERED:
-        turns = torch.empty(4 * blocks, dtype=torch.int32, device=device)
-    return sums, turns
 
 
 def _positions(call: Call) -> Positions:

@@ -92,6 +92,8 @@ LAUNCHES = {
         LaunchConfig(64, 64, 4),
     ),
 }
+# By head_dim: registers with which three programs of dQ alone fit on a multiprocessor.
+QUERY_GRADIENT_REGISTERS = {64: 168}
 BLOCK = 64  # queries or keys
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query

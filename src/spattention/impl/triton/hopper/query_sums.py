@@ -5,9 +5,8 @@ A sum is kept in float32 in the order in which threads hold it: four consecutive
 that one instruction adds 512 consecutive bytes. It is made in two halves of the head's columns,
 for want of registers.
 
-If `FORM.ORDERED`, blocks of keys add in turn (`turns.py`): the first stores, and the last writes
-dQ. All that a warp adds, the same warp of another program adds to as well, so each warp has turns
-of its own. Otherwise they add in any order to zeros, and `finish_kernel` writes dQ.
+Programs add to zeros in any order, so that the last bits of dQ differ from run to run. Then
+`finish_kernel` writes dQ.
 """
 
 from triton.experimental import gluon
@@ -15,9 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from .. import softmax, tiles, turns
+from .. import softmax, tiles
 from . import memory, pipeline
-from .fused_work import CONSUMERS, KEYS, ROWS, STAGES, key_block, visit_at, visits_of
+from .fused_work import CONSUMERS, ROWS, STAGES, key_block, visit_at, visits_of
 from .registers import hidden_zero
 
 
@@ -27,7 +26,7 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     COLUMNS: gl.constexpr = HEAD_DIM // 2
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    counts, d_query = work.counts, work.d_query
+    counts = work.counts
     block = key_block(work.p_bands, counts, FORM)
     key_head = gl.load(work.p_bands + 8 * block.entry) // counts.group
     for half in gl.static_range(CONSUMERS):
@@ -38,65 +37,48 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
         pipeline.copy_tokens(inputs.value, block.batch, key_head, start, barrier, s_value, True)
     gdc_wait()  # for the preprocess kernel
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, OUT)
-    batch_64 = block.batch.to(gl.int64)
     done = 0  # visits before those of this member
     for member in range(counts.group if FORM.GROUPED else 1):
         bands = tiles.load_bands(work.p_bands, block.entry + member)
         visits = visits_of(bands, block.first_key, counts.n_queries, FORM.INTERVALS)
         n_steps = visits.count_0 + visits.count_1
         row = block.batch * counts.n_heads + bands.head
-        p_d_query = d_query.pointer + batch_64 * d_query.stride_b
-        p_d_query += bands.head.to(gl.int64) * d_query.stride_h
         for step in gl.static_range(STAGES):
-            visit = visit_at(step, visits, FORM.INTERVALS)
-            fetch(inputs, block.batch, bands.head, visit, work, done + step, step < n_steps)
-        p_turn = work.p_turns
+            index = visit_at(step, visits, FORM.INTERVALS)
+            fetch(inputs, block.batch, bands.head, index, work, done + step, step < n_steps)
         for step in range(n_steps):
             n = done + step
-            visit = visit_at(step, visits, FORM.INTERVALS)
-            place = row * counts.n_query_blocks + visit.index
+            place = row * counts.n_query_blocks + visit_at(step, visits, FORM.INTERVALS)
             zero = hidden_zero(step)
             pipeline.consumer_wait(work.scores_full, 2 * n)
             b_left = product(work, n, zero, 0, 0, zeros)
             pipeline.consumer_wait(work.scores_full, 2 * n + 1)
             b_left = product(work, n, zero, 1, 0, b_left)
-            turn, total, reached = 0, 0, 0
-            if FORM.ORDERED:  # during the product, because a fence takes long
-                turn, total = turn_of(block.index, visit, bands, counts, FORM.INTERVALS)
-                p_last_turn, p_turn = p_turn, work.p_turns + 4 * place
-                reached = end_turn(p_last_turn, gl.where(step > 0, 1, 0), p_turn)
             b_left = warpgroup_mma_wait(0, [b_left])
             later = visit_at(step + STAGES, visits, FORM.INTERVALS)
             more = step + STAGES < n_steps
             fetch(inputs, block.batch, bands.head, later, work, n + STAGES, more)
-            if FORM.ORDERED:
-                while reached < turn:
-                    reached = turns_over(p_turn)
             p_sums = work.p_sums + place.to(gl.int64) * (ROWS * HEAD_DIM)
-            add(b_left, p_sums, p_d_query, visit, turn, total, work, FORM)
+            add(b_left, p_sums)
             # A scheduling barrier: ptxas moves nothing across the loop of a wait.
             pipeline.consumer_wait(work.scores_full, 2 * n + 1)
             b_right = product(work, n, zero, 0, 1, zeros)
             b_right = product(work, n, zero, 1, 1, b_right)
             b_right = warpgroup_mma_wait(0, [b_right])
             pipeline.consumer_release(work.scores_empty, n)
-            p_right = p_sums + ROWS * COLUMNS
-            add(b_right, p_right, p_d_query + COLUMNS, visit, turn, total, work, FORM)
-        if FORM.ORDERED:
-            if n_steps > 0:
-                end_turn(p_turn, 1, p_turn)
+            add(b_right, p_sums + ROWS * COLUMNS)
         done += n_steps
 
 
 @gluon.jit
-def fetch(inputs, batch, head, visit, work, n, pred):
+def fetch(inputs, batch, head, index, work, n, pred):
     """Start to copy a block of queries, and what belongs to it, as block `n` of the ring."""
     ring, counts = work.ring, work.counts
     BYTES: gl.constexpr = 2 * ROWS * ring.queries.shape[2] * 2 + 2 * ROWS * 4
     if pred:
         pipeline.producer_acquire(ring.empty, n)
     slot = n % ring.full.shape[0]
-    first = visit.index * ROWS
+    first = index * ROWS
     row = (batch * counts.n_heads + head) * counts.pitch + first
     barrier = pipeline.expect_tx(ring.full, n, BYTES, pred)
     pipeline.copy_tokens(inputs.query, batch, head, first, barrier, ring.queries.index(slot), pred)
@@ -119,72 +101,6 @@ def product(work, n, zero, half: gl.constexpr, side: gl.constexpr, b_sum):
 
 
 @gluon.jit
-def turn_of(index, visit, bands, counts, INTERVALS: gl.constexpr):
-    """`(turn, total)` of a visit of the block of keys `index`."""
-    n_queries, n_blocks = counts.n_queries, counts.n_key_blocks
-    near, far = bands.near_0, bands.far_0
-    turn, _ = turns.turns_before(index, visit.index, near, far, n_queries, ROWS, KEYS)
-    total, _ = turns.turns_before(n_blocks, visit.index, near, far, n_queries, ROWS, KEYS)
-    if INTERVALS == 2:
-        near, far = bands.near_1, bands.far_1
-        before, also = turns.turns_before(index, visit.index, near, far, n_queries, ROWS, KEYS)
-        turn += before + gl.where(also & (not visit.second), 1, 0)
-        more, _ = turns.turns_before(n_blocks, visit.index, near, far, n_queries, ROWS, KEYS)
-        total += more
-    return turn, total
-
-
-@gluon.jit
-def turns_over(p_turn):
-    """Turns that are over, for this warp."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 warp;
-        .reg .b64 address;
-        mov.u32 warp, %tid.x;
-        bfe.u32 warp, warp, 5, 2;
-        mad.wide.u32 address, warp, 4, $1;
-        ld.acquire.gpu.global.s32 $0, [address];
-        }""",
-        "=r,l",
-        [p_turn],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def end_turn(p_turn, some, p_next):
-    """End this warp's turn if `some`; all see what it added before. Return the turns that are over
-    of the next block of queries. One fence serves both, because it takes about a microsecond.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 warp, lane;
-        .reg .b64 address;
-        .reg .pred one;
-        mov.u32 warp, %tid.x;
-        and.b32 lane, warp, 31;
-        bfe.u32 warp, warp, 5, 2;
-        mad.wide.u32 address, warp, 4, $3;
-        ld.relaxed.gpu.global.s32 $0, [address];
-        bar.warp.sync 0xffffffff;
-        fence.acq_rel.gpu;
-        bar.warp.sync 0xffffffff;
-        mad.wide.u32 address, warp, 4, $1;
-        setp.lt.u32 one, lane, $2;
-        @one red.relaxed.gpu.global.add.s32 [address], 1;
-        }""",
-        "=&r,l,r,l",
-        [p_turn, some, p_next],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def flat(b_tile):
     """A tile `[64, N]` of a product in the order in which threads hold it."""
     TILES: gl.constexpr = b_tile.shape[1] // 8
@@ -200,24 +116,11 @@ def unflat(b_flat, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def add(b_tile, p_sums, p_d_query, visit, turn, total, work, FORM: gl.constexpr):
-    """Add half of the columns to the sums of a block of queries; the last turn writes dQ."""
-    COLUMNS: gl.constexpr = b_tile.shape[1]
+def add(b_tile, p_sums):
+    """Add half of the columns to the sums of a block of queries."""
     b_flat = flat(b_tile)
-    o_flat = gl.arange(0, ROWS * COLUMNS, b_flat.type.layout)
-    if FORM.ORDERED:
-        if turn + 1 == total:
-            b_flat += gl.load(p_sums + o_flat, mask=o_flat < turn * ROWS * COLUMNS, other=0.0)
-            b_d_query = unflat(b_flat, COLUMNS) * softmax.natural(work.scale)
-            first, stride = visit.index * ROWS, work.d_query.stride_t
-            n_queries = work.counts.n_queries
-            memory.store_tokens(p_d_query, b_d_query, first, stride, n_queries, ROWS, COLUMNS)
-        elif turn == 0:
-            gl.store(p_sums + o_flat, b_flat)
-        else:
-            reduce_add(p_sums + (o_flat & -4), b_flat)
-    else:
-        reduce_add(p_sums + (o_flat & -4), b_flat)
+    o_flat = gl.arange(0, b_flat.shape[0], b_flat.type.layout)
+    reduce_add(p_sums + (o_flat & -4), b_flat)
 
 
 @gluon.jit
