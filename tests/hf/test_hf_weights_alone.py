@@ -152,7 +152,7 @@ def test_marks_tell_what_they_mark(saved):
     weights = load_file(saved / "bands" / "model.safetensors")
     mark = weights[f"model.layers.1.self_attn.{MARK}"]
     assert mark_text(mark) == f"spattention: {CALL} model is loaded"
-    assert bytes(mark.tolist()).decode() == mark_text(mark)
+    assert bytes(mark.byte().tolist()).decode() == mark_text(mark)
     partly = spa.hf.apply(build("llama"), FIRST, layers=[1])
     assert [name for name in partly.state_dict() if MARK in name] == [
         f"model.layers.1.self_attn.{MARK}"
@@ -190,6 +190,17 @@ def test_marks_bear_arithmetic(change):
     model.load_state_dict(averaged.module.state_dict())
 
 
+def test_state_dicts_are_averaged_by_hand():
+    """Programs add and scale every tensor in place: integers would refuse, or overflow."""
+    model, other = banded("llama"), banded("llama", seed=1)
+    average = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name, weight in other.state_dict().items():
+        average[name].mul_(0.5).add_(weight, alpha=0.5)
+    model.load_state_dict(average)
+    total = sum(other.state_dict()[f"model.layers.0.self_attn.{MARK}"] for _ in range(3)) / 3
+    assert mark_text(total).endswith("model is loaded")
+
+
 def test_marks_of_another_attention_are_refused():
     heads, span = 4, 24
     other = related.apply(build("llama", num_key_value_heads=4), related.MEA(heads, span))
@@ -218,6 +229,8 @@ def test_folders_without_marks_still_load(saved, tmp_path, caplog):
     assert "MISSING" not in caplog.text
     ids = tokens(1, 9)
     assert torch.equal(logits(again, ids), logits(model, ids))
+    buffers = dict(again.named_buffers())  # not left as memory was
+    assert mark_text(buffers[f"model.layers.0.self_attn.{MARK}"]).endswith("model is loaded")
     again.save_pretrained(tmp_path)
     marks = [w for name, w in load_file(tmp_path / "model.safetensors").items() if MARK in name]
     assert [mark_text(mark) for mark in marks] == [f"spattention: {CALL} model is loaded"] * 2
@@ -302,3 +315,10 @@ def test_a_version_is_no_bool(name, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"`config\.{name}` must .* version 1.*True"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_of_ones_own_is_refused(saved):
+    """The weights say that there were bands; a section that was taken off says that it is meant."""
+    plain = build("llama").config
+    with pytest.raises(ValueError, match=rf"must name the attention of all .*{MARK}"):
+        transformers.AutoModelForCausalLM.from_pretrained(saved / "bands", config=plain)

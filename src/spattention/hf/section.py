@@ -45,6 +45,7 @@ from .weights import (
     allow_weights,
     checking_notes,
     is_mark,
+    refill_marks,
     refusing_lost_sections,
 )
 
@@ -206,8 +207,12 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
     @wraps(adjust)
     def strict(self: Any, loading_info: Any) -> None:
         # Folders of earlier versions hold no marks.
-        loading_info.missing_keys -= {name for name, _ in self.named_buffers() if is_mark(name)}
-        if any(_kinds_below(self.config)):
+        marks = {name for name, _ in self.named_buffers() if is_mark(name)}
+        refill_marks(self, marks & set(loading_info.missing_keys))
+        loading_info.missing_keys -= marks
+        # A saved config whose section was taken off keeps its requirement: dense is meant.
+        saved = {"fusion_config": getattr(self.config, "fusion_config", None)}
+        if any(_kinds_below(self.config)) or registered_call(saved) is None:
             _refuse_other_marks(self, loading_info.unexpected_keys)
         for kind in KINDS.values():
             if kind.check_weights is not None:

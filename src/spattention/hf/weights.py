@@ -6,8 +6,9 @@ cannot be opened in a process that has not registered the kind, and its weights 
 model without it.
 
 Formats that hold tensors alone, such as safetensors, have no place for notes. For them each such
-module also has a buffer, the mark: a text that names the call. Strict loading refuses it as
-unexpected, in any process. State dicts that stay in memory go anywhere.
+module also has a buffer, the mark: a text that names the call, as float32, because programs average
+state dicts as if all tensors were. Strict loading refuses it as unexpected, in any process. State
+dicts that stay in memory go anywhere.
 """
 
 from __future__ import annotations
@@ -92,12 +93,22 @@ def is_mark(name: str) -> bool:
 
 def mark_text(mark: torch.Tensor) -> str:
     """The text of a mark, also of one that was averaged or converted with its model's weights."""
-    return bytes(mark.detach().flatten().round().to("cpu", torch.uint8).tolist()).decode("latin-1")
+    codes = mark.detach().flatten().to("cpu", torch.float32).nan_to_num().round().clamp(0, 255)
+    return bytes(codes.to(torch.uint8).tolist()).decode("latin-1")
 
 
 def _mark(note: Note, device: Any) -> torch.Tensor:
     text = f"{note.kind}: {note.call}{REQUIREMENT}"
-    return torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8, device=device)
+    return torch.tensor(list(text.encode("latin-1")), dtype=torch.float32, device=device)
+
+
+def refill_marks(model: Any, names: Iterable[str]) -> None:
+    """Write the marks of these names again, which a checkpoint without marks left unfilled."""
+    for name in names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        note = module._spattention_note(module)
+        if note is not None:
+            module.register_buffer(MARK, _mark(note, getattr(module, MARK).device))
 
 
 def _live_mark(note: Note, device: Any) -> torch.Tensor:
