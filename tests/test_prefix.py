@@ -5,7 +5,6 @@ import torch
 
 from spattention import BandPattern, band_attention
 from spattention.impl import reference
-from spattention.serving.checks import check_no_prefix
 
 PATTERN = BandPattern((((0, 2),), ((3, 5),), ()), span=7, prefix=2)
 
@@ -93,9 +92,3 @@ def test_vmap_keeps_the_prefix():
     found = torch.func.vmap(lambda q, k, v: band_attention(q, k, v, pattern))(*tensors)
     each = [band_attention(*(t[i] for t in tensors), pattern) for i in range(3)]
     torch.testing.assert_close(found, torch.stack(each))
-
-
-def test_paths_without_prefixes_refuse_them():
-    """A path that does not know prefixes names them and never computes without."""
-    with pytest.raises(NotImplementedError, match=r"`pattern` must have no prefix .*2"):
-        check_no_prefix(PATTERN)
