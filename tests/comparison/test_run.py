@@ -166,7 +166,7 @@ def test_a_run_apart_gives_the_same_losses(data, tmp_path):
 
 
 def test_a_failure_in_the_process_reaches_the_parent(data, tmp_path):
-    with pytest.raises(RunFailed, match=r"(?s)dense-seed0 failed:.*at most the number of validation tokens"):
+    with pytest.raises(RunFailed, match=r"(?s)dense-seed0 failed:.*at most the number of valid"):
         train_in_process(*job(data, tmp_path, context=2**20), lambda event: None)
 
 
