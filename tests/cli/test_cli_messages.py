@@ -129,7 +129,8 @@ def test_weights_with_bands_need_their_section(tmp_path, capsys):
         (tmp_path / "dense" / "config.json").read_bytes()
     )
     said = refused(capsys, "generate", tmp_path / "bands", "Once")
-    assert "they were trained with another attention, as model.layers.0.self_attn." in said
+    assert "must name the attention of all layers whose weights the checkpoint marks" in said
+    assert "model.layers.0.self_attn." in said
 
 
 def test_a_generation_config_is_named(tmp_path, capsys):
