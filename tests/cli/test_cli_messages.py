@@ -133,6 +133,17 @@ def test_weights_with_bands_need_their_section(tmp_path, capsys):
     assert "model.layers.0.self_attn." in said
 
 
+def test_a_section_that_was_cut_out_is_missed(tmp_path, capsys):
+    """With the name of its attention; only the weights say that they need it."""
+    saved_model.save(tmp_path / "bands")
+    file = tmp_path / "bands" / "config.json"
+    config = json.loads(file.read_text())
+    del config["spattention"], config["attn_implementation"]
+    file.write_text(json.dumps(config))
+    said = refused(capsys, "generate", tmp_path / "bands", "Once")
+    assert "they were trained with another attention, as model.layers.0.self_attn." in said
+
+
 def test_a_generation_config_is_named(tmp_path, capsys):
     saved_model.save(tmp_path / "m")
     file = tmp_path / "m" / "generation_config.json"
