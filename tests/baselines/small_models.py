@@ -42,8 +42,10 @@ def build(family: str, seed: int = 0, **overrides: Any) -> Any:
             **{**COMMON, **more, "num_experts_per_tok": 2, **overrides}
         )
     else:
-        more = {"num_key_value_heads": 2, "intermediate_size": 48}  # grouped keys and values
-        config = transformers.LlamaConfig(**{**COMMON, **more, **overrides})
+        kind = transformers.Qwen3Config if family == "qwen3" else transformers.LlamaConfig
+        # Grouped keys and values.
+        more = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
+        config = kind(**{**COMMON, **more, **overrides})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", experts_implementation="eager"

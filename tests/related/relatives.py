@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 
 from spattention import BandPattern
 from spattention.related import CCA, DGA, MEA, Elementwise, RecurrentNear, Related, RRAttention
+from tests.baselines.small_models import HEADS, LAYERS, SPAN, VOCABULARY, build, inputs, tokens
 
-HEADS, SPAN, LAYERS, VOCABULARY = 4, 48, 3, 61
+__all__ = ["HEADS", "LAYERS", "SPAN", "VOCABULARY", "build", "inputs", "tokens"]
+
 EXCLUSIVE = BandPattern.exclusive(HEADS, SPAN)
 CHOSEN: dict[str, Related] = {
     "mea": MEA(HEADS, SPAN),
@@ -37,37 +38,6 @@ CHOSEN |= {
 NOT_CAUSAL = ("dga", "rrattention", "rrattention_exclusive")
 LLAMA_ALONE = ("virtual_heads",)  # they mix behind the norm of the keys
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_attention_heads": HEADS,
-    "num_hidden_layers": LAYERS,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "initializer_range": 0.2,
-}
-
-
-def build(family: str, seed: int = 0, **overrides: Any) -> Any:
-    """A model in float64 and evaluation mode, with weights large enough that attention matters."""
-    config: Any
-    if family == "olmoe":
-        more = {"num_key_value_heads": HEADS, "intermediate_size": 16, "num_experts": 4}
-        config = transformers.OlmoeConfig(
-            **{**COMMON, **more, "num_experts_per_tok": 2, **overrides}
-        )
-    else:
-        kind = transformers.Qwen3Config if family == "qwen3" else transformers.LlamaConfig
-        more = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
-        config = kind(**{**COMMON, **more, **overrides})
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation="eager"
-    )
-    return model.double().eval()
-
 
 def scatter(model: Any, seed: int = 1) -> Any:
     """Move the weights that a related system added away from where they start."""
@@ -77,18 +47,6 @@ def scatter(model: Any, seed: int = 1) -> Any:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data += 0.3 * noise
     return model
-
-
-def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
-
-
-def inputs(length: int, seed: int = 0) -> list[torch.Tensor]:
-    """query `[2, 4, N, 8]`, key and value `[2, 2, N, 8]`, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((2, HEADS, length, 8), (2, 2, length, 8), (2, 2, length, 8))
-    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
 def logits(model: Any, ids: torch.Tensor, **keywords: Any) -> torch.Tensor:
