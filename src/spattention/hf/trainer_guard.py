@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+from ..files import write_atomically
 from .section import KINDS, AttentionKind, same_section, section_in
 
 MODEL = "_spattention_model"  # of a state: a weak reference to the model that is trained
@@ -36,10 +37,9 @@ def _saving_section(save_to_json: Callable[..., None]) -> Callable[..., None]:
         found = None if reference is None else section_in(reference())
         if found is None:
             return save_to_json(self, json_path)
-        # As Transformers writes it, so that no file ever lacks the section.
+        # In the form of Transformers, at once: no file ever lacks the section.
         data = {**asdict(self), _requirement(KINDS[found[0]]): found[1]}
-        text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-        Path(json_path).write_text(text, encoding="utf-8")
+        write_atomically(Path(json_path), json.dumps(data, indent=2, sort_keys=True) + "\n")
 
     return save
 
