@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], Any]
 
@@ -172,12 +173,12 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.nbytes for layer in cache.layers for t in _tensors(layer))
 
 
-def _tensors(layer: Any) -> Iterable[torch.Tensor]:
+def _tensors(layer: Any) -> Iterable[Tensor]:
     # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
     # Related systems keep what is not keys and values in a state with named tensors.
     state = getattr(layer, "state", None)
     held = [*vars(layer).values(), *getattr(state, "tensors", {}).values()]
-    return {t.data_ptr(): t for t in held if isinstance(t, torch.Tensor)}.values()
+    return {t.data_ptr(): t for t in held if isinstance(t, Tensor)}.values()
 
 
 def copy_speed(size: int = 1 << 30) -> float:

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat.huggingface import attention_name
 from ..hf.decoder import plan_of
-from ..hf.head_weights import HeadWeights, stock_weights
+from ..hf.head_weights import HeadWeights, causal_weights
 from ..hf.section import KINDS
 
 ROWS = 64  # queries at a time
@@ -71,7 +71,7 @@ def head_statistics(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
 
 def _head_weights(module: Any) -> HeadWeights:
     kind = KINDS.get(attention_name(module.config))
-    return stock_weights if kind is None or kind.weights is None else kind.weights
+    return causal_weights if kind is None or kind.weights is None else kind.weights
 
 
 @contextmanager
