@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": "loss by position, recall, heads and tasks of a trained model",
     "fit": "fit bands to a pretrained dense model, and save it with them",
     "generate": "continue a text with a trained model",
-    "prepare": "turn text into packed tokens to train on",
+    "prepare": "turn text into tokens to train on",
     "train": "pre-train or fine-tune a model by a recipe",
     "tune": "find the fastest launches of the kernels on this GPU",
 }

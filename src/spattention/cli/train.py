@@ -8,7 +8,6 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from types import TracebackType
 
 from accelerate.utils import get_int_from_env
 from rich.console import Console
@@ -111,12 +110,7 @@ class TrainProgress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def update(self, event: Event) -> None:
