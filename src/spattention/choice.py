@@ -154,14 +154,8 @@ def is_other(text: str) -> bool:
 
 
 def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern") -> BandPattern:
-    """Read the name of a pattern, as in `attention_choice`; `dense` attends everything.
-
-    Args:
-        text: name and options.
-        num_heads: query heads.
-        span: in tokens.
-        what: the pattern's name in errors.
-    """
+    """Read the name of a pattern with its options, as in `attention_choice`; `dense` attends
+    everything. Errors call it `what`."""
     name, colon, rest = text.partition(":")
     known_names = (STOCK, *PATTERNS)
     if name not in known_names:
@@ -186,12 +180,8 @@ def pattern_remarks(
     pattern: BandPattern, name: str | None = None, most_equal: float = 0.0
 ) -> list[str]:
     """Remarks on a pattern that is valid and hardly meant: dense, or with equal or empty heads.
-
-    Args:
-        pattern: the bands.
-        name: how the remarks call it; its constructor without it.
-        most_equal: share of heads that may attend the same distances without a remark.
-    """
+    They call it `name`, by default its constructor. A share `most_equal` of the heads may attend
+    the same distances without a remark."""
     kind = pattern.constructor["name"] if pattern.constructor else None
     name = name or kind or "the pattern"
     heads = pattern.num_heads

@@ -93,11 +93,7 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Check that the folder of a saved model is there.
-
-    Raises:
-        ValueError: if it is not, with the nearest name in the same folder.
-    """
+    """Check that a saved model's folder is there; raises `ValueError` with the nearest name."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} must be the folder of a saved model, it is a link to nothing")
     if not path.exists():

@@ -41,14 +41,12 @@ class LayerHeads:
 
 
 def head_statistics(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
-    """Run a causal language model once and measure each layer's heads.
-
-    Args:
-        model: a model of Transformers with stock attention, bands or a baseline, on any device.
-        ids: int64 `[B, N]`, whole rows without padding.
+    """Run a causal language model of Transformers once, over whole rows `[B, N]` without padding,
+    and measure each layer's heads.
 
     Raises:
-        ValueError: for another attention implementation, or layers with windows of their own.
+        ValueError: for an attention implementation other than stock attention, bands or a baseline,
+            or layers with windows of their own.
     """
     name = attention_name(model.config.get_text_config())
     kind = KINDS.get(name)
