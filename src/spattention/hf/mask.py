@@ -208,15 +208,7 @@ def dense_mask(
     rows: Rows, query_len: int, key_len: int, window: int | None, device: torch.device
 ) -> torch.Tensor:
     """The causal mask of a layer that keeps its own attention, bool `[B or 1, 1, Q, K]`. As in
-    Transformers, its window counts padding between tokens too.
-
-    Args:
-        rows: of this forward pass.
-        query_len: Q.
-        key_len: K.
-        window: the layer's own sliding window in tokens, itself included.
-        device: of the mask.
-    """
+    Transformers, its window in tokens, itself included, counts padding between tokens too."""
     start = key_len - query_len if rows.query_start is None else rows.query_start
     positions = (start + torch.arange(query_len, device=device))[:, None]
     keys = torch.arange(key_len, device=device)
