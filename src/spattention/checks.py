@@ -34,7 +34,7 @@ def check_attention(
     key_start: torch.Tensor | None,
 ) -> None:
     """Arguments of `band_attention`, after `check_tensors`; raises `ValueError`."""
-    _check_forms(query, key, value, pattern, form="[B, H, length, D]", dims=4)
+    _check_layout(query, key, value, pattern, layout="[B, H, length, D]", dims=4)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     batch, _, queries, _ = query.shape
     key_batch, _, keys, _ = key.shape
@@ -109,8 +109,8 @@ def check_rows(rows: torch.Tensor, batch_size: int, *, allow_bool: bool) -> None
         raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
     is_mask = rows.dtype == torch.bool
     if rows.dim() != 1 or (is_mask and rows.shape[0] != batch_size):
-        form = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
-        raise ValueError(f"`rows` must be {form}, got {list(rows.shape)}")
+        shape = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
+        raise ValueError(f"`rows` must be {shape}, got {list(rows.shape)}")
     if rows.shape[0] == 0 or (is_mask and readable(rows) and not rows.any()):
         raise ValueError("`rows` must name at least one sequence, got none")
     if not is_mask and readable(rows):
@@ -136,7 +136,7 @@ def check_varlen(
     sinks: torch.Tensor | None,
 ) -> None:
     """Arguments of `band_attention_varlen`, after `check_tensors`; raises `ValueError`."""
-    _check_forms(query, key, value, pattern, form="[T, H, D]", dims=3)
+    _check_layout(query, key, value, pattern, layout="[T, H, D]", dims=3)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     if value.shape[0] != key.shape[0]:
         raise ValueError(
@@ -254,13 +254,13 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 
-def _check_forms(
+def _check_layout(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: BandPattern,
     *,
-    form: str,
+    layout: str,
     dims: int,
 ) -> None:
     if not isinstance(pattern, BandPattern):
@@ -268,7 +268,7 @@ def _check_forms(
     dtype, device = query.dtype, query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != dims:
-            raise ValueError(f"`{name}` must be {form}, got shape {list(tensor.shape)}")
+            raise ValueError(f"`{name}` must be {layout}, got shape {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             if not tensor.is_floating_point():
                 raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
