@@ -93,7 +93,7 @@ def main(options: Options) -> None:
         if options.output is not None:
             stem = _write(options.output, record, rows, plotted)
     title = "milliseconds by graph replay (busy GPU); useful TFLOP/s; ratios of forward + backward"
-    results.show(title, HEADINGS, map(_cells, rows))
+    results.show(title, COLUMNS, rows)
     print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
     print("\n".join(kernels_that_ran(rows) + not_measured(missing)))
     if options.output is not None:
@@ -361,41 +361,22 @@ def _measure_calls(options: Options) -> dict[str, str]:
     return found
 
 
-HEADINGS = (
-    "B, H, N",
-    "mask",
-    "by",
-    "forward",
-    "backward",
-    "total",
-    "eager total",
-    "TFLOP/s fwd",
-    "TFLOP/s",
-    "floor",
-    "share",
-    "peak MiB",
-    "x dense",
-    "x flex",
-)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{row.batch}, {row.heads}, {row.length}",
-        row.mask,
-        row.by,
-        f"{row.forward:.3f}",
-        f"{row.total - row.forward:.3f}",
-        f"{row.total:.3f} ({row.busy_total:.3f})",
-        f"{row.eager_total:.3f}",
-        f"{row.useful_forward:.0f}",
-        f"{row.useful_total:.0f}",
-        f"{row.floor:.3f}",
-        f"{row.share_of_floor:.0%}",
-        f"{row.peak_memory:.0f}",
-        _ratio(row.over_dense, row.busy_over_dense),
-        _ratio(row.over_flex, row.busy_over_flex),
-    )
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "B, H, N": lambda row: f"{row.batch}, {row.heads}, {row.length}",
+    "mask": lambda row: row.mask,
+    "by": lambda row: row.by,
+    "forward": lambda row: f"{row.forward:.3f}",
+    "backward": lambda row: f"{row.total - row.forward:.3f}",
+    "total": lambda row: f"{row.total:.3f} ({row.busy_total:.3f})",
+    "eager total": lambda row: f"{row.eager_total:.3f}",
+    "TFLOP/s fwd": lambda row: f"{row.useful_forward:.0f}",
+    "TFLOP/s": lambda row: f"{row.useful_total:.0f}",
+    "floor": lambda row: f"{row.floor:.3f}",
+    "share": lambda row: f"{row.share_of_floor:.0%}",
+    "peak MiB": lambda row: f"{row.peak_memory:.0f}",
+    "x dense": lambda row: _ratio(row.over_dense, row.busy_over_dense),
+    "x flex": lambda row: _ratio(row.over_flex, row.busy_over_flex),
+}
 
 
 def _ratio(rested: float | None, busy: float | None) -> str:
@@ -418,8 +399,8 @@ def _write(
             "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "
             "attended pairs alone.",
         ),
-        HEADINGS,
-        map(_cells, rows),
+        COLUMNS,
+        rows,
     )
     shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
     if shown:

@@ -86,16 +86,15 @@ def main(options: Options) -> None:
             print(f"measured batch {batch}, length {length}", flush=True)
     record = results.run_header(options)
     record |= {"copy": copy, "missing": missing, "rows": [asdict(row) for row in rows]}
-    cells = [_cells(row) for row in rows]
     notes = [
         f"A copy moves {copy:.2f} TB/s. Milliseconds, medians of graph replays (`eager`: of plain "
         "calls). TB/s count compulsory bytes; `x dense` is against the fastest dense decoding.",
         *(f"- not measured: {reason}" for reason in missing),
     ]
-    results.show(notes[0], HEADINGS, cells)
+    results.show(notes[0], COLUMNS, rows)
     print("\n".join(notes[1:]))
     if options.output is not None:
-        stem = results.write_page(options.output, "decode", record, ["", *notes], HEADINGS, cells)
+        stem = results.write_page(options.output, "decode", record, ["", *notes], COLUMNS, rows)
         plot(stem.with_suffix(".png"), rows, record["environment"]["gpu"])
         print(f"wrote {stem}.json, .md and .png")
 
@@ -259,33 +258,18 @@ def check(cache: Cache, pattern: BandPattern, out: torch.Tensor) -> None:
             check_error(name, out[one], plain(case)["out"], exact(case)["out"])
 
 
-HEADINGS = (
-    "B, N",
-    "mask",
-    "by",
-    "layout",
-    "ms",
-    "eager ms",
-    "TB/s",
-    "of a copy",
-    "cache MiB",
-    "x dense",
-)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{row.batch}, {row.length}",
-        row.mask,
-        row.by,
-        row.layout,
-        f"{row.time:.4f}",
-        f"{row.eager:.4f}",
-        f"{row.speed:.2f}",
-        f"{row.share_of_copy:.0%}",
-        f"{row.cache:.0f}",
-        "" if row.over_dense is None else f"{row.over_dense:.2f}",
-    )
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "B, N": lambda row: f"{row.batch}, {row.length}",
+    "mask": lambda row: row.mask,
+    "by": lambda row: row.by,
+    "layout": lambda row: row.layout,
+    "ms": lambda row: f"{row.time:.4f}",
+    "eager ms": lambda row: f"{row.eager:.4f}",
+    "TB/s": lambda row: f"{row.speed:.2f}",
+    "of a copy": lambda row: f"{row.share_of_copy:.0%}",
+    "cache MiB": lambda row: f"{row.cache:.0f}",
+    "x dense": lambda row: "" if row.over_dense is None else f"{row.over_dense:.2f}",
+}
 
 
 def plot(path: Path, rows: list[Row], gpu: str) -> None:
