@@ -336,16 +336,9 @@ def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, 
 def _with_prefix(
     call: _CachedCall, same: SameReach, slots: Tensor, oldest: Tensor, beyond: Tensor
 ) -> Tensor:
-    """The ring's slots with those of the prefix of the first query's document before them, without
-    the prefix's tokens that the ring holds too.
-
-    Args:
-        call: the call.
-        same: the C heads.
-        slots: int64 `[B, C, n]`, of the ring.
-        oldest: int64 `[B]`, the position of the first slot.
-        beyond: int64 `[B]`, how many of the first slots no band reaches.
-    """
+    """The ring's slots `[B, C, n]` with those of the prefix of the first query's document before
+    them, without the prefix's tokens that the ring holds too. The first slot has position `oldest
+    [B]`; no band reaches the first `beyond [B]` slots."""
     store, first, prefix = call.store, _first_key(call), same.pattern.prefix
     start = first[:, 0]
     if call.padding is not None and first.shape[1] > 1:

@@ -32,11 +32,7 @@ def padding_first(mask: Tensor) -> Tensor:
 
 def reorder(tensor: Tensor, order: Tensor) -> Tensor:
     """`tensor [B, H, n, D]` with column `order[b, i]` of batch entry b in place i; differentiable.
-
-    Args:
-        tensor: `[B, H, n, D]`, any strides.
-        order: integers `[B, n]`, a permutation of the columns of each batch entry.
-    """
+    Each row of `order [B, n]` is a permutation of the columns."""
     return _Reorder.apply(tensor, order.to(torch.int64))
 
 

@@ -130,16 +130,9 @@ def validation_loss(
 def token_losses(
     model: Any, ids: torch.Tensor, positions: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of every token but the first, in nats.
-
-    Args:
-        model: a causal language model of Transformers.
-        ids: int64 `[B, N]`, on any device.
-        positions: int64 `[B, N]`, counted from 0 in each document; None for one document per row.
-
-    Returns:
-        float32 `[B, N - 1]`, on the model's device.
-    """
+    """Negative log-likelihood of every token but the first, in nats, float32 `[B, N - 1]` on the
+    model's device. Positions `[B, N]` count from 0 in each document; None stands for one document
+    per row."""
     model.eval()
     ids = ids.to(model.device)
     more = {} if positions is None else {"position_ids": positions.to(model.device)}
