@@ -38,11 +38,11 @@ class Recipe:
         attention: dense, a pattern, a baseline or a related system, as `spattention compare` names
             them; one, or a list of dense and patterns with one per layer.
         sinks: whether layers with a pattern have attention sinks.
-        data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
+        data: folders that `spattention prepare` wrote, and token files (.u16.xz).
         validation: the same, for the validation loss; empty for what the folders of `data` hold
             out, or else a share of its streams.
         held_out: that share, by documents; 0 for none.
-        end_of_text: the token between documents of packed streams whose JSON does not name it.
+        end_of_text: the token between documents of token files whose JSON does not name it.
         across_documents: whether tokens attend earlier documents in their window.
         context: tokens per window, and the span of the patterns.
         steps: optimizer steps.
