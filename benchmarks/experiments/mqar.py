@@ -3,10 +3,11 @@
 
     python -m benchmarks.experiments.mqar mqar-2048 --jobs 3
 
-The task is that of `trained_recall.py`. Sequences grow during training, since a phase of short ones
-is what long ones are learned from: `CURRICULUM` has the share of the steps of each length. Half of
-the variants differ from geometric bands in one thing, so that each says what that thing is worth.
-An entry is written with every evaluation, and again at the end; what is finished is not made again.
+The task is that of `trained_recall.py`. Training starts with short sequences, which are learned
+first, and doubles them whenever the model has learned its length (`LEARNED`), at the latest after
+`PATIENCE` of the steps: a model that learns a length sooner has more steps for the longest one.
+Most variants differ from geometric bands in one thing, so that each says what that thing is worth.
+An entry is written with every evaluation; what is finished is not made again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from spattention.evaluation.perplexity import Mean
-from spattention.evaluation.recall import pairs
 from spattention.files import write_atomically
 from spattention.provenance import machine, source_commit, versions
 from spattention.training.layers import recipe_attention
@@ -36,8 +36,10 @@ from .trained_recall import FORMAT, HELD_OUT, SINKS, answers, entry_path
 
 Row = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "triton")
-# Keys of a sequence as a share of the last length's, and the share of the steps.
-CURRICULUM = ((1 / 16, 0.2), (1 / 4, 0.2), (1.0, 0.6))
+FIRST = 8  # keys of the first sequences
+LEARNED = 0.5  # nats per value, mean of the last `WINDOW` steps
+WINDOW = 10
+PATIENCE = 0.6  # share of the steps after which sequences have their full length
 BANDS = "shared_local:widths=geometric,local=32"
 
 
@@ -71,15 +73,6 @@ class Setting:
     def length(self) -> int:
         """Tokens of the longest sequences; also the entries of the vocabulary."""
         return 4 * self.count
-
-    def count_at(self, step: int) -> int:
-        """Keys of the sequences of a step."""
-        done = 0.0
-        for share, part in CURRICULUM:
-            done += part
-            if step < round(done * self.steps):
-                return max(1, round(share * self.count))
-        return self.count
 
     def attention(self) -> tuple[str, ...]:
         """The variants, in the order in which they are worth running."""
@@ -235,6 +228,7 @@ def run(
         "pairs": attention.pairs(setting.length) / everything,
         "loss": [],
         "accuracies": [],
+        "grown": [],
         "model": {
             "layers": setting.layers,
             "heads": setting.heads,
@@ -245,7 +239,7 @@ def run(
             "batch": setting.tokens // setting.length,
             "learning_rate": setting.learning_rate,
             "warmup": setting.warmup,
-            "curriculum": [list(part) for part in CURRICULUM],
+            "curriculum": [FIRST, LEARNED, WINDOW, PATIENCE],
         },
         "commit": commit,
         "machine": machine(),
@@ -253,11 +247,15 @@ def run(
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
     }
     losses: list[torch.Tensor] = []
+    generator = torch.Generator(device).manual_seed(seed)
+    count, recent = min(FIRST, setting.count), []
     for step in range(setting.steps):
-        count = setting.count_at(step)
-        items = max(1, setting.tokens // (4 * count))
-        question = pairs(setting.length, count, items, seed * HELD_OUT + step)
-        ids = question.ids.to(device)
+        if count < setting.count and has_grown(recent, step, setting):
+            count, recent = min(2 * count, setting.count), []
+            if step >= PATIENCE * setting.steps:
+                count = setting.count
+            entry["grown"].append({"step": step, "count": count})
+        ids = questions(setting, count, setting.tokens // (4 * count), generator)
         model.train()
         loss = F.cross_entropy(
             _logits(model, ids, count).float().flatten(0, 1), ids[:, 2 * count + 1 :: 2].flatten()
@@ -268,6 +266,7 @@ def run(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
+        recent.append(losses[-1])
         last = step + 1 == setting.steps
         if last or (step + 1) % setting.evaluate_every == 0:
             mean = torch.stack(losses).mean().item()
@@ -286,6 +285,29 @@ def run(
     return entry
 
 
+def has_grown(recent: Sequence[torch.Tensor], step: int, setting: Setting) -> bool:
+    """True if the next step takes longer sequences."""
+    if step >= PATIENCE * setting.steps:
+        return True
+    # A look at the loss waits for the device.
+    if len(recent) < WINDOW or len(recent) % WINDOW:
+        return False
+    return torch.stack(list(recent[-WINDOW:])).mean().item() < LEARNED
+
+
+def questions(setting: Setting, count: int, items: int, generator: torch.Generator) -> torch.Tensor:
+    """Sequences as `spattention.evaluation.recall.pairs` makes them, int64 `[items, 4 * count]`,
+    drawn on the generator's device.
+    """
+    device = generator.device
+    draw = {"device": device, "generator": generator}
+    order = torch.rand(items, setting.length, **draw).argsort(dim=1)  # type: ignore[call-overload]
+    drawn = order[:, : 2 * count].view(items, count, 2)
+    again = torch.rand(items, count, **draw).argsort(dim=1)  # type: ignore[call-overload]
+    second = drawn.gather(1, again[:, :, None].expand(-1, -1, 2))
+    return torch.cat([drawn.flatten(1), second.flatten(1)], dim=1)
+
+
 def _logits(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Logits `[items, count, vocabulary]` of the values: at the keys, the second time."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
@@ -297,15 +319,16 @@ def _logits(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
 def ask(model: Any, setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """`(right, distances)`, both `[items, count]`, of sequences that no run is trained on."""
     model.eval()
-    question = pairs(setting.length, setting.count, setting.items, HELD_OUT - 1)
+    generator = torch.Generator().manual_seed(HELD_OUT)
+    asked = questions(setting, setting.count, setting.items, generator)
     batch = max(1, setting.tokens // setting.length)
     guess = torch.cat(
         [
             _logits(model, ids.to(device), setting.count).argmax(-1).cpu()
-            for ids in question.ids.split(batch)
+            for ids in asked.split(batch)
         ]
     )
-    wanted, distances = answers(question)
+    wanted, distances = answers(asked)
     return guess == wanted, distances
 
 

@@ -202,15 +202,14 @@ def ask(model: LlamaForCausalLM, question: Question) -> tuple[torch.Tensor, torc
     count = ids.shape[1] // 4
     guess = torch.cat([model(input_ids=each).logits.argmax(-1) for each in ids.split(BATCH)])
     asked = torch.arange(2 * count, 4 * count, 2)
-    values, distances = answers(question)
+    values, distances = answers(ids)
     return guess[:, asked] == values, distances
 
 
-def answers(question: Question) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(values, distances)`, both `[items, count]`: what follows each key the second time, and how
-    far before that key the value stands.
+    far before that key the value stands; of sequences `[items, 4 * count]`.
     """
-    ids = question.ids
     count = ids.shape[1] // 4
     asked = torch.arange(2 * count, 4 * count, 2)  # the keys, the second time
     places = torch.full((ids.shape[0], int(ids.max()) + 1), 2 * count)
