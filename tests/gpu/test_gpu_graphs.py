@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from spattention.data.packed import write_packed
+
 from spattention.data.tokens import TokenStream
 from spattention.training.graphs import WARM_UP, PassGraph
 from spattention.training.pretrain import pretrain

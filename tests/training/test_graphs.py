@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spattention.data.packed import write_packed
 from transformers import masking_utils
 
 from spattention.compat.huggingface import packing_known
-from spattention.data.packed import write_packed
 from spattention.data.tokens import TokenStream
 from spattention.training import graphs, pretrain
 from spattention.training.graphs import WARM_UP, PassGraph, asks_for_graphs, refusal
