@@ -334,6 +334,41 @@ def test_losses_of_different_texts_are_not_compared(tmp_path):
         page.read([tmp_path / "a.json", tmp_path / "b.json"])
 
 
+def test_a_run_counts_once(tmp_path):
+    """The same seed in two files is not two seeds; another part of the run may be elsewhere."""
+    parts = [[result("dense", 10, 0, 2.8)], [result("dense", 10, 0, 2.9)]]
+    for name, rows in zip("ab", parts, strict=True):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": rows}))
+    runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
+    with pytest.raises(SystemExit, match=r"loss of dense at 10 M is there with seeds \[0, 0\]"):
+        page.after_training(runs)
+
+
+def test_losses_by_position_are_beyond_dense():
+    def at(row, seed, parts):
+        losses = {"mean": sum(parts) / 2, "edges": [1, 128, 2048], "parts": parts}
+        return {
+            "row": row, "million_tokens": 10.0, "seed": seed,
+            "loss": {"wiki": losses, "books": losses},
+        }  # fmt: skip
+
+    rows = [at("dense", 0, [3.0, 2.0]), at("dense", 1, [3.2, 2.2]), at("fitted", 0, [3.1, 2.3])]
+    runs = {("dense", 10.0): rows[:2], ("fitted", 10.0): rows[2:]}
+    found = page.positions(runs)
+    assert "| attention | text | 1 to 127 | 128 to 2,047 |" in found
+    assert "| fitted | Wikipedia | +0.000 | +0.200 |" in found
+
+
+def test_speeds_stand_beside_pairs_and_cache():
+    prefill = {"tokens_per_second": 123_456.0, "pairs": 0.35}
+    step = {"tokens_per_second": 9_876.0, "rows": 32, "cache_bytes": 65.6e6}
+    row = {"row": "fitted", "million_tokens": 0.0, "seed": 0}
+    row["speed"] = {"prefill": {"2048": prefill}, "decode": {"8192": step}}
+    found = page.speeds({("fitted", 0.0): [row]})
+    assert "| fitted | 0.35 | 65.6 | 123,000 | 9,880 |" in found
+    assert "32 texts decoded, tokens/s" in found
+
+
 def test_scores_of_ruler_need_no_losses(tmp_path):
     scores = {"single": {"mean": 0.98, "error": 0.02, "items": 50}}
     row = {"row": "dense", "million_tokens": 0.0, "seed": 0, "ruler": {"2048": scores}}
