@@ -35,6 +35,7 @@ from .mask import rows_mask
 from .parallel_guard import guard_parallel
 from .section import AttentionKind, kinds_of, register_kind, section_changed
 from .sinks import current_sinks, new_parameter, sink_values
+from .tensor_parallel import natural_pattern
 from .weights import Note, note_weights
 from .windows import check_traded, check_windows, replace_windows
 
@@ -173,7 +174,8 @@ def _note(module: Any) -> Note | None:
     plan = plan_of(module)
     if plan is None or plan.pattern is None:
         return None
-    meaning = {name: value for name, value in plan.pattern.to_dict().items() if name != "recipe"}
+    pattern = natural_pattern(module, plan.pattern)  # as weights are written, dealt or not
+    meaning = {name: value for name, value in pattern.to_dict().items() if name != "recipe"}
     return Note(NAME, CALL, json.dumps(meaning))
 
 
