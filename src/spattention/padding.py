@@ -38,12 +38,9 @@ def reorder(tensor: Tensor, order: Tensor) -> Tensor:
 
 def restore(tensor: Tensor, order: Tensor) -> Tensor:
     """Undo `reorder(tensor, order)`."""
-    return reorder(tensor, _inverse(order.to(torch.int64)))
-
-
-def _inverse(order: Tensor) -> Tensor:
+    order = order.to(torch.int64)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+    return reorder(tensor, torch.empty_like(order).scatter_(1, order, places))
 
 
 class _Reorder(torch.autograd.Function):

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function
 
-from ..checks import readable
+from ..checks import in_graph, readable
 from ..padding import padding_first
 from .config import read_section
 
@@ -279,9 +279,7 @@ def _all_have_bands(config: Any) -> bool:
 def decidable(tensor: torch.Tensor) -> bool:
     """True if values can be read. That waits for a GPU; Transformers reads the same masks in the
     same places for its own attention."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return tensor.device.type != "meta" and not in_graph(tensor)
 
 
 def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: int) -> Rows:
