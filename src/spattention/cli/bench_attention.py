@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 from ..benchmarking import results, timing
@@ -283,12 +284,7 @@ def _check(
 
 
 def _row(
-    options: Options,
-    inputs: Tensors,
-    pattern: BandPattern,
-    mask: str,
-    by: str,
-    attend: Attend,
+    options: Options, inputs: Tensors, pattern: BandPattern, mask: str, by: str, attend: Attend
 ) -> Row:
     query = inputs[0]
     batch, heads, length, head_dim = query.shape
@@ -335,7 +331,7 @@ def _measure_calls(options: Options) -> dict[str, str]:
     inputs = _inputs(options, 1, 8, 256)
     query, key, value, d_out = inputs
 
-    def attend_dense() -> torch.Tensor:
+    def attend_dense() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     calls = {
@@ -346,7 +342,7 @@ def _measure_calls(options: Options) -> dict[str, str]:
     for name, attend in calls.items():
         out = attend()
 
-        def backward(out: torch.Tensor = out) -> None:
+        def backward(out: Tensor = out) -> None:
             torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True)
 
         with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import band_attention
@@ -62,9 +63,9 @@ class Row:
 class Cache(NamedTuple):
     """Queries `[B, H, Q, D]`, keys and values `[B, Hkv, N, D]`."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
     @property
     def token_bytes(self) -> int:
@@ -177,7 +178,7 @@ def _cache(options: Options, batch: int, length: int) -> Cache:
     generator = torch.Generator(DEVICE).manual_seed(options.seed)
     key_heads = options.key_heads or options.heads
 
-    def draw(heads: int, tokens: int) -> torch.Tensor:
+    def draw(heads: int, tokens: int) -> Tensor:
         shape = (batch, heads, tokens, options.head_dim)
         made = torch.empty(shape, device=DEVICE, dtype=DTYPES[options.dtype])
         for row in made:  # a row at a time: some of these tensors are large
@@ -207,7 +208,7 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
     grouped = query.shape[1] != key.shape[1]
 
     def through(backend: SDPBackend) -> Attend:
-        def attend() -> torch.Tensor:
+        def attend() -> Tensor:
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(
                     query, key, value, enable_gqa=grouped
@@ -224,7 +225,7 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
         # Its kernel for few queries does not compile for tensors of 2^31 elements and more.
         rows = max(1, (2**31 - 1) // key[0].numel())
 
-        def flex() -> torch.Tensor:
+        def flex() -> Tensor:
             parts = zip(*(tensor.split(rows) for tensor in (query, key, value)))
             return torch.cat([compiled(q, k, v, enable_gqa=grouped) for q, k, v in parts])
 
@@ -238,7 +239,7 @@ def compulsory(pattern: BandPattern, key_heads: int, queries: int, length: int) 
     return int(seen.unflatten(0, (key_heads, -1)).any(dim=1).sum())
 
 
-def check(cache: Cache, pattern: BandPattern, out: torch.Tensor) -> None:
+def check(cache: Cache, pattern: BandPattern, out: Tensor) -> None:
     """The correctness gate: first and last rows and heads against float64, within the budget of
     `testing.py`.
     """
@@ -249,10 +250,7 @@ def check(cache: Cache, pattern: BandPattern, out: torch.Tensor) -> None:
             one = slice(row, row + 1), slice(head, head + 1)
             keys = slice(row, row + 1), slice(head // group, head // group + 1)
             case = Case(
-                cache.query[one],
-                cache.key[keys],
-                cache.value[keys],
-                pattern.heads(head, head + 1),
+                cache.query[one], cache.key[keys], cache.value[keys], pattern.heads(head, head + 1)
             )
             name = f"row {row}, head {head}"
             check_error(name, out[one], plain(case)["out"], exact(case)["out"])
