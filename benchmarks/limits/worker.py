@@ -1,7 +1,8 @@
-"""One process of `grouped.py`: builds its cases, checks and compiles them, and times one when told.
+"""One process of `processes.py`: checks and compiles its cases, and times one when it is told.
 
-The first line of its input is a JSON list of cases. It answers `{"failed": {index: reason}}`, then
-one line of numbers for every index that it reads.
+The first line of its input is a JSON list of cases. It answers `{"failed": {index: reason},
+"seconds": {index: seconds}}`, then one line of numbers for every index that it reads. Inputs are
+made again for each measurement, so that many processes share a GPU.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ import torch
 import spattention as spa
 from spattention.benchmarking.attend import Attend, Tensors, longest_document, tokens_first
 from spattention.benchmarking.competitors import (
+    PATTERNS,
     Flash4,
     FlashSparse,
     bands,
@@ -26,48 +30,43 @@ from spattention.benchmarking.competitors import (
     dense_packed,
     package_versions,
 )
-from spattention.benchmarking.flex import Flex
+from spattention.benchmarking.flex import Flex, FlexFlash
+from spattention.benchmarking.limits import work_of
 from spattention.benchmarking.results import environment
-from spattention.benchmarking.timing import graph_milliseconds
+from spattention.benchmarking.timing import (
+    copy_speed,
+    eager_milliseconds,
+    graph_milliseconds,
+    matrix_speed,
+)
+from spattention.binding import bind
+from spattention.impl import triton as kernels_of_triton
 
-from .grouped import DENSE, HEADS, KEY_HEADS, Case
-from .packed import document_lengths
+from ..packed import document_lengths
+from .cases import ANY_ORDER, BANDS, DECODE, DENSE, LONG_EAGER, OURS, Case
+from .check import Task, check
+from .decoding import Decoding
 
-REST = 0.1  # seconds before a measurement
+REST = 0.15  # seconds before a measurement: a power limit looks back over a tenth or two
 DOCUMENTS = 16  # of a packed row
 PREFIX = 4
-ROWS = 64  # query rows that are compared with float64
-# Of the norm, in half precision. Sums over all rows cancel in the gradients of sinks.
-ERRORS = {"out": 0.02, "d_query": 0.02, "d_key": 0.02, "d_value": 0.02, "d_sinks": 0.05}
-COMPETITORS = {each.name: each for each in (Flex, FlashSparse, Flash4)}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a case computes.
-
-    Args:
-        inputs: query `[B, H, N, D]`, key and value `[B, Hkv, N, D]`, gradient of the output.
-        pattern: its mask.
-        sinks: `[H]` or None.
-        offsets: of packed documents, int32 `[documents + 1]`, or None.
-    """
-
-    inputs: Tensors
-    pattern: spa.BandPattern
-    sinks: torch.Tensor | None = None
-    offsets: torch.Tensor | None = None
+TRIES, PAUSE = 5, 3.0  # seconds between them, where other processes have the GPU's memory
+NO_MEMORY = torch.OutOfMemoryError.__name__
+COMPETITORS = {each.name: each for each in (Flex, FlexFlash, FlashSparse, Flash4)}
 
 
 def pattern_of(case: Case) -> spa.BandPattern:
-    """Geometric bands with a local window."""
-    if case.by in DENSE:
-        return spa.BandPattern.dense(HEADS, case.batch * case.length)
+    """The mask of a case, over the tokens of its row."""
+    if case.mask == "dense":
+        tokens = case.batch * case.length if case.variant == "packed" else case.length
+        return spa.BandPattern.dense(case.heads, tokens)
+    if case.mask in PATTERNS:
+        return PATTERNS[case.mask](case.heads, case.length)
     return spa.BandPattern.shared_local(
-        HEADS,
+        case.heads,
         case.length,
         widths="geometric",
-        kv_heads=KEY_HEADS if case.bands == "key/value head" else None,
+        kv_heads=case.key_heads if case.mask == BANDS["key/value head"] else None,
         prefix=PREFIX if case.variant == "prefix" else 0,
     )
 
@@ -91,155 +90,71 @@ def task_of(case: Case, device: torch.device) -> Task:
 
     query, key, value, d_out = (
         tensor(batch, heads, tokens, case.head_dim)
-        for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
+        for heads in (case.heads, case.key_heads, case.key_heads, case.heads)
     )
-    sinks = tensor(HEADS).requires_grad_() if case.variant == "sinks" else None
+    sinks = tensor(case.heads).requires_grad_() if case.variant == "sinks" else None
     inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), d_out)
     return Task(inputs, pattern_of(case), sinks, offsets_of(tokens, device) if packed else None)
 
 
-def sampled_rows(task: Task) -> torch.Tensor:
-    """Query rows to check: the first and last, the edges of documents, and random ones."""
-    length = task.inputs[0].shape[2]
-    generator = torch.Generator().manual_seed(1)
-    chosen = set(torch.randint(length, (ROWS,), generator=generator).tolist()) | {0, length - 1}
-    if task.offsets is not None:
-        edges = task.offsets[1:-1].tolist()
-        chosen |= {row for edge in edges for row in (edge - 1, edge)}
-    return torch.tensor(sorted(chosen), device=task.inputs[0].device)
-
-
-def exact(task: Task, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output and gradients in float64 where only `rows` have a gradient of the output."""
-    query, key, value, d_out = task.inputs
-    length = query.shape[2]
-    group = query.shape[1] // key.shape[1]
-    distance = rows[:, None] - torch.arange(length, device=rows.device)
-    first = torch.zeros_like(rows)
-    if task.offsets is not None:
-        document = torch.searchsorted(task.offsets[1:].contiguous(), rows, right=True)
-        first = task.offsets[document].long()
-    depth = rows - first
-    found: dict[str, Any] = {"out": [], "d_query": [], "d_key": [], "d_value": []}
-    d_sinks = torch.zeros(query.shape[1], dtype=torch.float64, device=rows.device)
-    for entry in range(query.shape[0]):
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in found}
-        for head in range(key.shape[1]):
-            heads = slice(head * group, head * group + group)
-            q = query[entry, heads][:, rows].detach().double().requires_grad_()
-            k, v = (t[entry, head].detach().double().requires_grad_() for t in (key, value))
-            seen = torch.stack(
-                [in_bands(bands, distance) for bands in task.pattern.intervals[heads]]
-            )
-            seen |= (distance >= 0) & (depth[:, None] - distance < task.pattern.prefix)
-            seen &= distance <= depth[:, None]
-            scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
-            leaves = [q, k, v]
-            lse = torch.logsumexp(scores, dim=-1)
-            if task.sinks is not None:
-                sinks = task.sinks.detach()[heads].double().requires_grad_()
-                leaves.append(sinks)
-                lse = torch.logaddexp(lse, sinks[:, None])
-            out = torch.exp(scores - lse[..., None]) @ v
-            grads = torch.autograd.grad(out, leaves, d_out[entry, heads][:, rows].double())
-            for name, part in zip(parts, (out.detach(), *grads)):
-                parts[name].append(part)
-            if task.sinks is not None:
-                d_sinks[heads] += grads[3]
-        found["out"].append(torch.cat(parts["out"]))
-        found["d_query"].append(torch.cat(parts["d_query"]))
-        found["d_key"].append(torch.stack(parts["d_key"]))
-        found["d_value"].append(torch.stack(parts["d_value"]))
-    results = {name: torch.stack(each) for name, each in found.items()}
-    return results if task.sinks is None else results | {"d_sinks": d_sinks}
-
-
-def in_bands(bands: tuple[tuple[int, int], ...], distance: torch.Tensor) -> torch.Tensor:
-    seen = torch.zeros_like(distance, dtype=torch.bool)
-    for near, far in bands:
-        seen |= (distance >= near) & (distance < far)
-    return seen
-
-
-def check(attend: Attend, task: Task) -> dict[str, float]:
-    """Relative errors of output and gradients; RuntimeError if one is too large."""
-    rows = sampled_rows(task)
-    expected = exact(task, rows)
-    d_out = torch.zeros_like(task.inputs[3])
-    d_out[:, :, rows] = task.inputs[3][:, :, rows]
-    out = attend()
-    if attend.tokens_first:
-        d_out = d_out.transpose(1, 2).contiguous()
-    grads = attend.gradients(out, d_out)
-    results = [out.detach(), *grads[:3]]
-    if attend.tokens_first:
-        results = [result.transpose(1, 2) for result in results]
-    found = dict(zip(expected, [*(result[:, :, rows] for result in results[:2]), *results[2:]]))
-    if len(grads) == 4:
-        found["d_sinks"] = grads[3]
-    errors = {}
-    for name, truth in expected.items():
-        errors[name] = ((found[name].double() - truth).norm() / truth.norm()).item()
-        if not errors[name] < ERRORS[name]:
-            raise RuntimeError(f"{name} is off by {errors[name]:.4f} of its norm")
-    return {name: round(error, 5) for name, error in errors.items()}
-
-
 @dataclass
-class Bench:
-    """The cases of this process.
+class Attention:
+    """Cases with a forward and a backward pass.
 
     Args:
-        cases: to prepare and to time.
         device: of all tensors.
     """
 
-    cases: list[Case]
     device: torch.device
-    competitors: dict[Any, tuple[Task, Any]] = field(default_factory=dict)
-    calls: dict[int, Attend] = field(default_factory=dict)
-    errors: dict[int, dict[str, float]] = field(default_factory=dict)
+    competitors: dict[str, Any] = field(default_factory=dict)
+    copy: float | None = None
 
-    def prepare(self) -> dict[int, str]:
-        """Build, compile and check every case; the reasons of those that fail."""
-        failed = {}
-        for index, case in enumerate(self.cases):
-            # Competitors are optional packages that raise whatever they like.
-            try:
-                attend, task = self.call(case)
-                self.errors[index] = check(attend, task)
-                with torch.no_grad():
-                    attend()  # may compile once more without gradients
-                self.calls[index] = attend
-            except Exception as error:
-                lines = str(error).strip().splitlines() or ["no reason given"]
-                failed[index] = f"{type(error).__name__}: {lines[0][:300]}"
-        return failed
+    def prepare(self, case: Case) -> dict[str, Any]:
+        """Compile and check a case; the facts of its row."""
+        task = task_of(case, self.device)
+        ours = case.by in (OURS, ANY_ORDER)
+        facts: dict[str, Any] = {"kernels": kernels(task, case.by != ANY_ORDER)} if ours else {}
+        if case.by == ANY_ORDER and facts["kernels"] == kernels(task):
+            return facts | {"as": OURS}
+        attend = self.call(case, task)
+        facts["errors"] = check(attend, task)
+        with torch.no_grad():
+            attend()  # may compile again without gradients
+        return facts
 
-    def call(self, case: Case) -> tuple[Attend, Task]:
-        """The call of a case, and what it computes."""
-        # Flex compiles for the inputs of one object, so that patterns share what is compiled.
-        shape = (case.batch, case.length, case.head_dim, case.variant)
-        if shape not in self.competitors:
-            task = task_of(case, self.device)
-            make = COMPETITORS.get(case.by)
-            self.competitors[shape] = (task, None if make is None else make(task.inputs))
-        task, competitor = self.competitors[shape]
-        pattern = pattern_of(case)
-        task = Task(task.inputs, pattern, task.sinks, task.offsets)
-        if case.by == "spattention":
-            return bands(task.inputs, pattern, task.sinks, task.offsets), task
-        if case.by in DENSE:
+    def call(self, case: Case, task: Task) -> Attend:
+        """The call of a case."""
+        if case.by in (OURS, ANY_ORDER):
+            order = case.by == OURS
+            return bands(task.inputs, task.pattern, task.sinks, task.offsets, deterministic=order)
+        if case.by in DENSE[:2]:
             if task.offsets is not None:
-                return dense_packed(task.inputs, task.offsets), task
-            return dense(task.inputs)[case.by.removeprefix("dense, ").removesuffix("-2")], task
-        return competitor.on(pattern, task.sinks, task.offsets), task
+                return dense_packed(task.inputs, task.offsets)
+            return dense(task.inputs)[case.by.removeprefix("dense, ").removesuffix("-2")]
+        competitor = self.competitor(case.by.removeprefix("dense, "), task.inputs)
+        if case.by in DENSE:
+            found: Attend = competitor.dense
+            return found
+        found = competitor.on(task.pattern, task.sinks, task.offsets)
+        return found
 
-    def time(self, index: int) -> dict[str, Any]:
-        """Milliseconds forward and in total, and useful TFLOP/s."""
-        case, attend = self.cases[index], self.calls[index]
-        shape = (case.batch, case.length, case.head_dim, case.variant)
-        task = self.competitors[shape][0]
+    def competitor(self, name: str, inputs: Tensors) -> Any:
+        """The competitor on these inputs, with what it has compiled for others."""
+        if name in self.competitors:
+            self.competitors[name].take(inputs)
+        else:
+            self.competitors[name] = COMPETITORS[name](inputs)
+        return self.competitors[name]
+
+    def release(self) -> None:
+        """Forget the inputs, whose memory other processes need."""
+        for competitor in self.competitors.values():
+            competitor.inputs = ()
+
+    def time(self, case: Case) -> dict[str, Any]:
+        """Milliseconds forward and in total, and what limits them."""
+        task = task_of(case, self.device)
+        attend = self.call(case, task)
 
         def forward() -> None:
             with torch.no_grad():
@@ -248,29 +163,31 @@ class Bench:
         def total() -> None:
             attend.backward(attend())
 
-        times = [graph_milliseconds(call, rest=REST) for call in (forward, total)]
-        torch.cuda.empty_cache()
-        pattern = pattern_of(case)
+        eager = (case.batch, case.heads, case.length) == LONG_EAGER
+        milliseconds = eager_milliseconds if eager else graph_milliseconds
+        times = [milliseconds(call, rest=REST) for call in (forward, total)]
+        found: dict[str, Any] = {"forward": round(times[0], 4), "total": round(times[1], 4)}
+        if case.by != OURS:
+            return found
         lengths = [case.length] * case.batch
         if task.offsets is not None:
             lengths = (task.offsets[1:] - task.offsets[:-1]).tolist()
-        work = 14 * case.head_dim * sum(sum(pattern.pairs(length)) for length in lengths)
-        found = {
-            "forward": round(times[0], 4),
-            "total": round(times[1], 4),
-            "useful": round(work / times[1] / 1e9, 1),
-            "errors": self.errors[index],
+        work = work_of(task.pattern, lengths, task.inputs[0], task.inputs[1])
+        self.copy = self.copy or copy_speed()
+        return found | {
+            "work": [asdict(each) for each in work],
+            "matrix": [round(matrix_speed(each, rest=REST), 1) for each in times],
+            "copy": round(self.copy, 3),
         }
-        if case.by == "spattention":
-            found["kernels"] = kernels(Task(task.inputs, pattern, task.sinks, task.offsets))
-        return found
 
 
-def kernels(task: Task) -> str:
+def kernels(task: Task, deterministic: bool = True) -> str:
     """Name of the kernels that this library runs for a task."""
     query, key, value = task.inputs[:3]
     if task.offsets is None:
-        return spa.explain(query, key, value, task.pattern, sinks=task.sinks, impl="triton").kernels
+        options: dict[str, Any] = dict.fromkeys(("scale", "query_start", "key_start"))
+        call = bind(query, key, value, task.pattern, sinks=task.sinks, **options)
+        return kernels_of_triton.describe(call._replace(deterministic=deterministic))[0]
     query, key, value, _ = (tensor[0] for tensor in tokens_first(task.inputs))
     longest = longest_document(task.offsets)
     return spa.explain(
@@ -286,8 +203,61 @@ def kernels(task: Task) -> str:
     ).kernels
 
 
+@dataclass
+class Bench:
+    """The cases of this process.
+
+    Args:
+        cases: to prepare and to time.
+        device: of all tensors.
+    """
+
+    cases: list[Case]
+    device: torch.device
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        decodes = all(case.variant == DECODE for case in self.cases)
+        self.part = Decoding(self.device) if decodes else Attention(self.device)
+
+    def prepare(self) -> dict[str, Any]:
+        """Build, compile and check every case; the reasons of those that fail, and seconds."""
+        failed, seconds = {}, {}
+        for index, case in enumerate(self.cases):
+            began = time.monotonic()
+            for _ in range(TRIES):
+                found = attempt(partial(self.part.prepare, case))
+                self.release()
+                if not found.get("failed", "").startswith(NO_MEMORY):
+                    break
+                time.sleep(PAUSE)
+            seconds[index] = round(time.monotonic() - began, 1)
+            if "failed" in found:
+                failed[index] = found["failed"]
+            self.facts[index] = found
+        return {"failed": failed, "seconds": seconds}
+
+    def time(self, index: int) -> dict[str, Any]:
+        """Numbers of a case."""
+        facts = self.facts[index]
+        if "as" in facts:
+            return facts
+        try:
+            return self.part.time(self.cases[index]) | facts
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give memory back to other processes."""
+        self.part.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of a call, or the reason why there are none."""
+    """Numbers of a call, or the reason why there are none: competitors are optional packages that
+    raise whatever they like.
+    """
     try:
         return call()
     except Exception as error:
@@ -300,12 +270,10 @@ def main() -> None:
     os.dup2(2, 1)  # what packages print is no answer
     cases = [Case(**case) for case in json.loads(sys.stdin.readline())]
     bench = Bench(cases, torch.device("cuda"))
-    print(json.dumps({"failed": bench.prepare()}), file=answers, flush=True)
-    torch.cuda.empty_cache()
+    print(json.dumps(bench.prepare()), file=answers, flush=True)
     facts = {**environment(), **package_versions(), "date": datetime.now(UTC).date().isoformat()}
     for line in sys.stdin:
-        index = json.loads(line)
-        found = attempt(lambda: bench.time(index))  # noqa: B023
+        found = attempt(partial(bench.time, json.loads(line)))
         print(json.dumps({**found, "environment": facts}), file=answers, flush=True)
 
 

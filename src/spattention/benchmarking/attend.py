@@ -46,6 +46,9 @@ class Competitor(Protocol):
 
     name: str
 
+    def take(self, inputs: Tensors) -> None:
+        """Attend over other inputs of the same shape; what is compiled stays."""
+
     def on(
         self,
         pattern: BandPattern,
