@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..serving_memory import LONGEST
-from ..serving_replay import HEAD_DIM, SHAPES
+from ..serving_patterns import HEAD_DIM
+from ..serving_replay import SHAPES
 
 MULTI_HEAD = ((1, 16, 65536), (1, 16, 16384), (4, 16, 4096), (1, 8, 4096), (16, 8, 1024))
 LONG_EAGER = (1, 16, 131072)  # plain calls: a graph would need twice the memory

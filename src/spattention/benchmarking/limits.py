@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 
@@ -33,7 +33,7 @@ class Work:
 
 
 def work_of(
-    pattern: BandPattern, lengths: Sequence[int], query: torch.Tensor, key: torch.Tensor
+    pattern: BandPattern, lengths: Sequence[int], query: Tensor, key: Tensor
 ) -> tuple[Work, Work]:
     """Work of the forward pass, and of a forward and a backward pass.
 
