@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from .cases import Case
+
+MEASURE_SECONDS = 45  # of one case
 
 
 class Worker:
@@ -42,9 +45,11 @@ class Worker:
         except BrokenPipeError:
             self.process.wait()
 
-    def receive(self) -> dict[str, Any] | None:
-        """The next message, or None if the process has ended."""
+    def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """The next message, or None if the process has ended, or sends none within `seconds`."""
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            return None
         for line in self.process.stdout:
             if line.startswith("{"):  # packages print to the same stream
                 message: dict[str, Any] = json.loads(line)
@@ -124,8 +129,8 @@ def measure(worker: Worker, case: Case) -> dict[str, Any]:
     if case in worker.failed:
         return {"failed": worker.failed[case]}
     worker.send(worker.cases.index(case))
-    found = worker.receive()
+    found = worker.receive(MEASURE_SECONDS)
     if found is None:
-        worker.failed = dict.fromkeys(worker.cases, "its worker ended")
-        return {"failed": "its worker ended"}
+        worker.fail(f"its worker ended or took {MEASURE_SECONDS} s")
+        return {"failed": worker.failed[case]}
     return {**found, "prepared": worker.seconds.get(case)}

@@ -282,7 +282,7 @@ class FakeWorker:
         self.case = self.cases[index]
         FakeWorker.measured.append(self.case)
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self, seconds: float) -> dict[str, Any]:
         found: dict[str, Any] = {"forward": 1.0, "environment": FACTS}
         if self.case.variant != DECODE:
             found["total"] = 3.0 if self.case.by == OURS else 6.0
@@ -372,6 +372,20 @@ def test_a_worker_that_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (ended,) = processes.prepare([cases()[:2]], 20.0, 4)
     assert processes.measure(ended, cases()[0]) == {"failed": "its worker ended"}
     ended.stop()
+
+
+def test_a_case_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run continues with other workers."""
+    monkeypatch.setattr(processes, "MEASURE_SECONDS", 0.2)
+    silent = Worker.__new__(Worker)
+    silent.cases, silent.failed, silent.seconds = cases()[:2], {}, {}
+    silent.process = subprocess.Popen(
+        ["sleep", "60"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    reason = "its worker ended or took 0.2 s"
+    assert processes.measure(silent, silent.cases[0]) == {"failed": reason}
+    assert processes.measure(silent, silent.cases[1]) == {"failed": reason}
+    assert silent.process.poll() is not None
 
 
 class SlowWorker(Worker):
