@@ -160,7 +160,7 @@ class Decoding:
 
 
 def by_flash_sparse(pattern: spa.BandPattern, query: torch.Tensor, cache: torch.Tensor) -> Attend:
-    """flash-sparse-attn on the mask of a pattern, without splits of the keys: it has none on Hopper."""
+    """flash-sparse-attn on the mask of a pattern. It does not split keys on Hopper."""
     module = import_below("flash_sparse_attn", "ops.cute")
     sizes = window_sizes(pattern, cache.shape[3])
     windows = torch.tensor(sizes, device=query.device, dtype=torch.int32)
