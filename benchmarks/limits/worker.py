@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo
 
 import spattention as spa
 from spattention.benchmarking.attend import Attend, Tensors, longest_document, tokens_first
@@ -50,6 +51,7 @@ from .decoding import Decoding
 REST = 0.15  # seconds before a measurement: a power limit looks back over a tenth or two
 DOCUMENTS = 16  # of a packed row
 PREFIX = 4
+RECOMPILES = 64  # of one function, beyond which it runs without a compiler
 TRIES, PAUSE = 5, 3.0  # seconds between them, where other processes have the GPU's memory
 NO_MEMORY = torch.OutOfMemoryError.__name__
 COMPETITORS = {each.name: each for each in (Flex, FlexFlash, FlashSparse, Flash4)}
@@ -143,6 +145,7 @@ class Attention:
         if name in self.competitors:
             self.competitors[name].take(inputs)
         else:
+            dynamo.recompile_limit = RECOMPILES
             self.competitors[name] = COMPETITORS[name](inputs)
         return self.competitors[name]
 
