@@ -69,13 +69,12 @@ def run(results: Results, name: str) -> str:
     packages = [f"{each} {facts[each]}" for each in ("torch", "triton") if each in facts]
     packages += [f"{each} {facts[each]}" for each in ("flash-attn-4", "flash-sparse-attn")
                  if each in facts]  # fmt: skip
-    copies = sorted({line.rate for line in results.lines("forward") if line.bound == "bytes"})
-    products = sorted({line.rate for line in results.lines("total") if line.bound == "products"})
-    rates = []
+    rows = [row for row in results.rows.values() if "copy" in row]
+    copies = [row["copy"] for row in rows]
+    products = [rate for row in rows for rate in row.get("matrix", ())]
+    rates = [f"copies reach {min(copies):.2f} to {max(copies):.2f} TB/s"]
     if products:
-        rates.append(f"matrix products reach {products[0]:.0f} to {products[-1]:.0f} TFLOP/s")
-    if copies:
-        rates.append(f"copies {copies[0]:.2f} to {copies[-1]:.2f} TB/s")
+        rates.append(f"matrix products {min(products):.0f} to {max(products):.0f} TFLOP/s")
     text = (
         f"{facts['gpu']}, {', '.join(packages)} ([results](../benchmarks/results/{name})); "
         f"{' and '.join(rates)}."

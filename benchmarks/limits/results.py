@@ -43,14 +43,12 @@ class Line:
         case: that of this library.
         limit: milliseconds that the call takes at least.
         bound: "products" or "bytes", whichever takes longer.
-        rate: of the limit, in TFLOP/s or TB/s.
         times: milliseconds by implementation, dense attention on all keys among them.
     """
 
     case: Case
     limit: float
     bound: str
-    rate: float
     times: dict[str, float]
 
     def share(self, by: str) -> float:
@@ -108,7 +106,6 @@ class Results:
                 case,
                 work.limit(matrix, copy),
                 "bytes" if by_bytes else "products",
-                copy if by_bytes else matrix,
                 times,
             )
 
