@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 from ..benchmarking import results, timing
@@ -101,7 +102,7 @@ def main(options: Options) -> None:
         if options.output is not None:
             stem = _write(options.output, record, rows, plotted)
     title = "milliseconds by graph replay (busy GPU); useful TFLOP/s; ratios of forward + backward"
-    results.show(title, HEADINGS, map(_cells, rows))
+    results.show(title, COLUMNS, rows)
     print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
     print("\n".join(kernels_that_ran(rows) + not_measured(missing)))
     if options.output is not None:
@@ -295,12 +296,7 @@ def _check(
 
 
 def _row(
-    options: Options,
-    inputs: Tensors,
-    pattern: BandPattern,
-    mask: str,
-    by: str,
-    attend: Attend,
+    options: Options, inputs: Tensors, pattern: BandPattern, mask: str, by: str, attend: Attend
 ) -> Row:
     query = inputs[0]
     batch, heads, length, _ = query.shape
@@ -343,7 +339,7 @@ def _measure_calls(options: Options) -> dict[str, str]:
     inputs = _inputs(options, 1, 8, 256)
     query, key, value, d_out = inputs
 
-    def attend_dense() -> torch.Tensor:
+    def attend_dense() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     calls = {
@@ -354,7 +350,7 @@ def _measure_calls(options: Options) -> dict[str, str]:
     for name, attend in calls.items():
         out = attend()
 
-        def backward(out: torch.Tensor = out) -> None:
+        def backward(out: Tensor = out) -> None:
             torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True)
 
         with torch.no_grad():
@@ -369,43 +365,23 @@ def _measure_calls(options: Options) -> dict[str, str]:
     return found
 
 
-HEADINGS = (
-    "B, H, N",
-    "mask",
-    "by",
-    "forward",
-    "backward",
-    "total",
-    "eager total",
-    "TFLOP/s fwd",
-    "TFLOP/s",
-    "matrix",
-    "floor",
-    "share",
-    "peak MiB",
-    "x dense",
-    "x flex",
-)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{row.batch}, {row.heads}, {row.length}",
-        row.mask,
-        row.by,
-        f"{row.forward:.3f}",
-        f"{row.total - row.forward:.3f}",
-        f"{row.total:.3f} ({row.busy_total:.3f})",
-        f"{row.eager_total:.3f}",
-        f"{row.useful_forward:.0f}",
-        f"{row.useful_total:.0f}",
-        f"{row.matrix:.0f}",
-        "" if row.floor is None else f"{row.floor:.3f}",
-        "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}",
-        f"{row.peak_memory:.0f}",
-        _ratio(row.over_dense, row.busy_over_dense),
-        _ratio(row.over_flex, row.busy_over_flex),
-    )
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "B, H, N": lambda row: f"{row.batch}, {row.heads}, {row.length}",
+    "mask": lambda row: row.mask,
+    "by": lambda row: row.by,
+    "forward": lambda row: f"{row.forward:.3f}",
+    "backward": lambda row: f"{row.total - row.forward:.3f}",
+    "total": lambda row: f"{row.total:.3f} ({row.busy_total:.3f})",
+    "eager total": lambda row: f"{row.eager_total:.3f}",
+    "TFLOP/s fwd": lambda row: f"{row.useful_forward:.0f}",
+    "TFLOP/s": lambda row: f"{row.useful_total:.0f}",
+    "matrix": lambda row: f"{row.matrix:.0f}",
+    "floor": lambda row: "" if row.floor is None else f"{row.floor:.3f}",
+    "share": lambda row: "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}",
+    "peak MiB": lambda row: f"{row.peak_memory:.0f}",
+    "x dense": lambda row: _ratio(row.over_dense, row.busy_over_dense),
+    "x flex": lambda row: _ratio(row.over_flex, row.busy_over_flex),
+}
 
 
 def _ratio(rested: float | None, busy: float | None) -> str:
@@ -429,8 +405,8 @@ def _write(
             "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "
             "attended pairs alone; `matrix`: what matrix products reach that take as long.",
         ),
-        HEADINGS,
-        map(_cells, rows),
+        COLUMNS,
+        rows,
     )
     shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
     if shown:
