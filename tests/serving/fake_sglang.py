@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +155,7 @@ class Registry:
     hooks: dict[str, Any] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=dict)
     parallel: Parallel = field(default_factory=Parallel)
+    in_use: tuple[str, str] = ("spattention", "spattention")
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Registry:
@@ -219,7 +220,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Registry:
         "sglang.srt.arg_groups.choices": {"add_attention_backend_choices": registry.choices.extend},
         "sglang.srt.arg_groups.model_override_base": {
             "register_model_override_predicate": register_model_override_predicate,
-            "resolving_view": lambda server_args: server_args,
+            # What SGLang filled in for the device.
+            "resolving_view": lambda args: SimpleNamespace(
+                **vars(args) | {"attention_backend": "intel_amx"}
+            ),
         },
         "sglang.srt.layers": {},
         "sglang.srt.layers.attention": {},
@@ -239,7 +243,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Registry:
         },
         "sglang.srt.plugins": {},
         "sglang.srt.plugins.hook_registry": {"HookRegistry": HookRegistry, "HookType": HookType},
-        "sglang.srt.runtime_context": {"get_parallel": lambda: registry.parallel},
+        "sglang.srt.runtime_context": {
+            "get_parallel": lambda: registry.parallel,
+            "attention_backends": lambda: registry.in_use,
+        },
         "sglang.srt.models": {},
         "sglang.srt.models.registry": {"ModelRegistry": ModelRegistry},
     }

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from spattention.hf.weights import MARK
-from spattention.serving.checks import FAMILIES
+from spattention.serving.checks import BACKEND, FAMILIES
 from spattention.serving.sglang_plugin import (
-    BACKEND,
     REFUSED,
     choose_backend,
     find_model,
@@ -172,6 +171,16 @@ def test_ranks_get_their_heads_and_sinks(registry: fake_sglang.Registry, ranks: 
         assert first.bands.pattern == PATTERN.heads(heads.start, heads.stop)
         assert first.bands.sinks.equal(sinks[heads])
         assert not hasattr(second, "bands")
+
+
+@pytest.mark.parametrize("in_use", [("fa3", BACKEND), (BACKEND, "triton")])
+def test_other_back_ends_never_run_bands(
+    registry: fake_sglang.Registry, in_use: tuple[str, str]
+) -> None:
+    """Whatever else SGLang chose, for one mode or both, a model with bands is not built for it."""
+    registry.in_use = in_use
+    with pytest.raises(ValueError, match="_attention_backend` must be 'spattention' for a model"):
+        model(banded())
 
 
 def test_missing_sinks_end_the_start(registry: fake_sglang.Registry) -> None:

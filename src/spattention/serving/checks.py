@@ -20,6 +20,7 @@ FAMILIES = (
     "OlmoeForCausalLM",
     "Qwen3ForCausalLM",
 )
+BACKEND = "spattention"  # SGLang's name for this library's attention
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 

@@ -14,12 +14,12 @@ from packaging.version import Version
 
 from .checks import (
     ARCHITECTURE_PREFIX,
+    BACKEND,
     check_architectures,
     check_cache_dtype,
     check_ranks,
 )
 
-BACKEND = "spattention"
 MODELS = "spattention.serving.sglang_models"
 # SGLang changes the interfaces that this library implements from one release to the next.
 OLDEST, BEFORE = "0.5.23", "0.5.24"
@@ -85,7 +85,8 @@ def choose_backend(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
     settings = resolving_view(server_args)
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    chosen = {name: getattr(settings, name) for name in names}
+    # The user's, since SGLang has filled in those of some devices by now.
+    chosen = {name: getattr(server_args, name) for name in names}
     if not check_model(hf_config):
         for name, given in chosen.items():
             if given == BACKEND:

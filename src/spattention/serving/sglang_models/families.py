@@ -12,11 +12,11 @@ from sglang.srt.models.mistral import MistralForCausalLM
 from sglang.srt.models.olmo2 import Olmo2ForCausalLM
 from sglang.srt.models.olmoe import OlmoeForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import attention_backends, get_parallel
 from torch import Tensor
 
 from ...hf.weights import is_mark
-from ..checks import section_for
+from ..checks import BACKEND, section_for
 from ..head_classes import rank_pattern
 from ..sglang_backend import LayerBands
 
@@ -26,6 +26,7 @@ SINKS = "sinks"  # the parameter of an attention module, as Transformers' models
 def give_bands(model: torch.nn.Module, config: Any) -> None:
     """Give every attention layer that has a pattern its bands, and its sinks if there are any."""
     section = section_for(config)
+    check_backends()
     ranks, rank = get_parallel().attn_tp_size, get_parallel().attn_tp_rank
     owners: list[tuple[Any, Any]] = [
         (module, module.attn)
@@ -52,6 +53,16 @@ def give_bands(model: torch.nn.Module, config: Any) -> None:
             sinks = torch.nn.Parameter(start, requires_grad=False)
             owner.register_parameter(SINKS, sinks)
         attention.bands = LayerBands(pattern, sinks)
+
+
+def check_backends() -> None:
+    """SGLang attends by this library alone, since others ignore bands; raises `ValueError`."""
+    for name, given in zip(("prefill", "decode"), attention_backends()):
+        if given != BACKEND:
+            raise ValueError(
+                f"`{name}_attention_backend` must be {BACKEND!r} for a model with bands, got "
+                f"{given!r}"
+            )
 
 
 def check_layer(attention: Any) -> None:
