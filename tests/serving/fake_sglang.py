@@ -125,7 +125,6 @@ class RadixAttention(torch.nn.Module):
         scaling: float,
         num_kv_heads: int,
         layer_id: int,
-        sliding_window_size: int = -1,
     ) -> None:
         super().__init__()
         self.tp_q_head_num = num_heads
@@ -133,7 +132,7 @@ class RadixAttention(torch.nn.Module):
         self.head_dim = self.qk_head_dim = self.v_head_dim = head_dim
         self.scaling = scaling
         self.layer_id = layer_id
-        self.sliding_window_size = sliding_window_size
+        self.sliding_window_size = -1
         self.attn_type = AttentionType.DECODER
         self.is_cross_attention = self.use_irope = False
         self.logit_cap = 0.0
@@ -201,12 +200,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Registry:
             super().__init__()
             ranks = registry.parallel.attn_tp_size
             heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-            windows = getattr(config, "sglang_windows", [-1] * config.num_hidden_layers)
             self.layers = torch.nn.ModuleList()
-            for layer, window in enumerate(windows):
+            for layer in range(config.num_hidden_layers):
                 owner = torch.nn.Module()
                 owner.attn = RadixAttention(
-                    heads // ranks, 16, 0.25, max(1, kv_heads // ranks), layer, window
+                    heads // ranks, 16, 0.25, max(1, kv_heads // ranks), layer
                 )
                 self.layers.append(owner)
 
@@ -250,7 +248,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Registry:
         "sglang.srt.models": {},
         "sglang.srt.models.registry": {"ModelRegistry": ModelRegistry},
     }
-    for name in ("Llama", "Mistral", "Olmo2", "Olmoe", "Qwen3"):
+    for name in ("Llama", "Mistral", "Olmoe", "Qwen3"):
         family = f"{name}ForCausalLM"
         contents[f"sglang.srt.models.{name.lower()}"] = {family: type(family, (Model,), {})}
     for name, attributes in contents.items():

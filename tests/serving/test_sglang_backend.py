@@ -170,8 +170,8 @@ class Runner:
             self.pool.k_buffer[index, unread] = self.pool.v_buffer[index, unread] = torch.nan
 
 
-def layer(pattern: P | None, index: int = 0, sinks: Any = None, **options: Any) -> RadixAttention:
-    made: Any = RadixAttention(HEADS, DIM, 0.5, KV_HEADS, index, **options)
+def layer(pattern: P | None, index: int = 0, sinks: Any = None) -> RadixAttention:
+    made: Any = RadixAttention(HEADS, DIM, 0.5, KV_HEADS, index)
     if pattern is not None:
         module = import_module("spattention.serving.sglang_backend")
         made.bands = module.LayerBands(pattern, sinks)
@@ -207,15 +207,11 @@ def test_cached_prefixes_are_shared(backend_module: Any, pattern: P) -> None:
     runner.step([1, 2], [8, 3], ForwardMode.EXTEND)
 
 
-def test_layers_without_a_pattern_keep_their_own(backend_module: Any) -> None:
-    """Dense layers, and those with a window, whose own token SGLang does not count."""
-    layers = [layer(None), layer(None, 1, sliding_window_size=6), layer(PATTERN, 2)]
-    runner = Runner(backend_module, layers, [50, 20])
+def test_layers_without_a_pattern_are_dense(backend_module: Any) -> None:
+    runner = Runner(backend_module, [layer(None), layer(PATTERN, 1)], [50, 20])
     runner.step([0, 1], [30, 18], ForwardMode.EXTEND)
     runner.step([0, 1], [1, 1], ForwardMode.DECODE)
-    dense, window = (backend_module.own_bands(one, 50).pattern for one in layers[:2])
-    assert dense == P.dense(HEADS, 50)
-    assert window == P.sliding_window(HEADS, 50, 7)
+    assert runner.backend._bands(runner.layers[0]).pattern == P.dense(HEADS, 55)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

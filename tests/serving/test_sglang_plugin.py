@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spattention.hf.weights import MARK
-from spattention.serving.checks import BACKEND, FAMILIES
+from spattention.serving.checks import BACKEND, SGLANG_FAMILIES
 from spattention.serving.sglang_plugin import (
     REFUSED,
     choose_backend,
@@ -114,6 +114,8 @@ def test_no_folder_loses_its_bands(registry: fake_sglang.Registry, seam: Any) ->
     seam = seam or (lambda c: find_model(pytest.fail, SimpleNamespace(hf_config=c)))
     with pytest.raises(ValueError, match="which would run it without its bands"):
         seam(banded(architectures=["LlamaForCausalLM"]))
+    with pytest.raises(ValueError, match="the families that spattention serves, got"):
+        seam(banded(architectures=["SpattentionOlmo3ForCausalLM"]))
     lost = config()
     lost.architectures = [ARCHITECTURE]
     with pytest.raises(ValueError, match="the folder has lost its bands"):
@@ -131,11 +133,11 @@ def test_models_are_registered_where_built(registry: fake_sglang.Registry) -> No
     stock.architectures = ["LlamaForCausalLM"]
     find_model(original, SimpleNamespace(hf_config=stock))
     assert registry.models == {}
-    for family in FAMILIES:
+    for family in SGLANG_FAMILIES:
         given = banded(architectures=[f"Spattention{family}"])
         found, _ = find_model(original, SimpleNamespace(hf_config=given))
         assert found.__name__ == f"Spattention{family}"
-    assert sorted(registry.models) == [f"Spattention{family}" for family in FAMILIES]
+    assert sorted(registry.models) == [f"Spattention{family}" for family in SGLANG_FAMILIES]
     with pytest.raises(ValueError, match="must be built by spattention, got TransformersForCaus"):
         find_model(
             lambda model_config: (None, "TransformersForCausalLM"),
@@ -190,20 +192,23 @@ def test_missing_sinks_end_the_start(registry: fake_sglang.Registry) -> None:
 
 
 def test_ignored_windows_end_the_start(registry: fake_sglang.Registry) -> None:
-    """SGLang's models of Llama's form have no windows; OLMo 3's has."""
+    """A layer without a pattern whose window SGLang's model ignores."""
+    kinds = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="layer 1 must have a pattern, since SGLang's model ignor"):
         model(banded(sliding_window=16))
-    kinds = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="layer 1 must have a pattern"):
         model(banded(sliding_window=16, layer_types=kinds))
     model(banded(sliding_window=16, layer_types=kinds[::-1]))
-    model(banded(sliding_window=16, layer_types=kinds, sglang_windows=[-1, 15]))
 
 
 def test_other_forms_of_attention_are_refused(registry: fake_sglang.Registry) -> None:
     made = model(banded())
     families = import_module("spattention.serving.sglang_models.families")
-    for name, given in (("logit_cap", 30.0), ("is_cross_attention", True), ("attn_type", "x")):
+    for name, given in (
+        ("logit_cap", 30.0),
+        ("is_cross_attention", True),
+        ("sliding_window_size", 15),
+    ):
         attention = fake_sglang.RadixAttention(4, 16, 0.25, 2, 0)
         setattr(attention, name, given)
         with pytest.raises(ValueError, match=f"`{name}` of a layer must be"):

@@ -39,7 +39,7 @@ def create(model_runner: Any) -> BandAttentionBackend:
 
 
 class BandAttentionBackend(AttentionBackend):
-    """Attention of all layers of a model with bands; those without a pattern keep their own."""
+    """Attention of all layers of a model with bands; those without a pattern are dense."""
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
@@ -157,19 +157,12 @@ class BandAttentionBackend(AttentionBackend):
             self.pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
 
     def _bands(self, layer: Any) -> LayerBands:
-        """The bands of a layer, or its own attention in their form."""
+        """The bands of a layer; those of dense attention for a layer without a pattern."""
         found: LayerBands | None = getattr(layer, "bands", None)
         if found is None:
-            found = layer.bands = own_bands(layer, self.req_to_token.shape[1])
+            dense = BandPattern.dense(layer.tp_q_head_num, self.req_to_token.shape[1])
+            found = layer.bands = LayerBands(dense, None)
         return found
-
-
-def own_bands(layer: Any, longest: int) -> LayerBands:
-    """Dense attention, or that of a layer's window, for requests of up to `longest` tokens."""
-    # SGLang counts the tokens before the query's own.
-    window = layer.sliding_window_size
-    reach = longest if window is None or window < 0 else min(window + 1, longest)
-    return LayerBands(BandPattern.sliding_window(layer.tp_q_head_num, longest, reach), None)
 
 
 def check_pool(model_runner: Any) -> None:

@@ -15,6 +15,7 @@ from packaging.version import Version
 from .checks import (
     ARCHITECTURE_PREFIX,
     BACKEND,
+    SGLANG_FAMILIES,
     check_architectures,
     check_cache_dtype,
     check_ranks,
@@ -105,7 +106,7 @@ def choose_backend(server_args: Any, hf_config: Any) -> dict[str, Any]:
 def check_model(hf_config: Any) -> bool:
     """True for a folder with bands that can be served; `ValueError` for one that cannot."""
     architectures = list(hf_config.architectures or [])
-    check_architectures(hf_config.get_text_config(), architectures)
+    check_architectures(hf_config.get_text_config(), architectures, SGLANG_FAMILIES)
     return bool(architectures) and architectures[0].startswith(ARCHITECTURE_PREFIX)
 
 

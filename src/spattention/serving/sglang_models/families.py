@@ -9,7 +9,6 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.mistral import MistralForCausalLM
-from sglang.srt.models.olmo2 import Olmo2ForCausalLM
 from sglang.srt.models.olmoe import OlmoeForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.runtime_context import attention_backends, get_parallel
@@ -38,7 +37,7 @@ def give_bands(model: torch.nn.Module, config: Any) -> None:
         check_layer(attention)
         pattern = section.layer_patterns[attention.layer_id]
         if pattern is None:
-            check_window(attention, config)
+            check_own(attention.layer_id, config)
             continue
         pattern = rank_pattern(pattern, ranks, rank)
         if pattern.num_heads != attention.tp_q_head_num:
@@ -71,21 +70,21 @@ def check_layer(attention: Any) -> None:
         ("attn_type", attention.attn_type, AttentionType.DECODER),
         ("is_cross_attention", attention.is_cross_attention, False),
         ("logit_cap", attention.logit_cap, 0.0),
+        ("sliding_window_size", attention.sliding_window_size, -1),
         ("use_irope", attention.use_irope, False),
     ):
         if given != wanted:
             raise ValueError(f"`{name}` of a layer must be {wanted!r} for spattention, got {given}")
 
 
-def check_window(attention: Any, config: Any) -> None:
-    """A layer without a pattern has its own window in SGLang, too; raises `ValueError`."""
+def check_own(layer: int, config: Any) -> None:
+    """A layer without a pattern is dense, in the folder as in SGLang; raises `ValueError`."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    has_window = window if kinds is None else kinds[attention.layer_id] == "sliding_attention"
-    if has_window and attention.sliding_window_size < 0:
+    if window if kinds is None else kinds[layer] != "full_attention":
         raise ValueError(
-            f"layer {attention.layer_id} must have a pattern, since SGLang's model ignores its "
-            f"window of {window} tokens"
+            f"layer {layer} must have a pattern, since SGLang's model ignores its window of "
+            f"{window} tokens"
         )
 
 
@@ -139,15 +138,10 @@ class SpattentionOlmoeForCausalLM(Banded, OlmoeForCausalLM):
     pass
 
 
-class SpattentionOlmo3ForCausalLM(Banded, Olmo2ForCausalLM):
-    """SGLang runs OLMo 3 by its model of OLMo 2, with windows in the layers that have them."""
-
-
 # SGLang's registry looks for this name.
 EntryClass = [
     SpattentionLlamaForCausalLM,
     SpattentionMistralForCausalLM,
-    SpattentionOlmo3ForCausalLM,
     SpattentionOlmoeForCausalLM,
     SpattentionQwen3ForCausalLM,
 ]
