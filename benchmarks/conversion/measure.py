@@ -53,12 +53,12 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
         found["loss"] = {name: _loss(model, rows) for name, rows in text.held_out.items()}
     if "passkeys" in sizes.parts:
         found["passkeys"] = {
-            str(length): _passkeys(model, tokenizer, text.long, length, sizes.trials)
+            str(length): passkeys(model, tokenizer, text.long, length, sizes.trials)
             for length in sizes.passkey_lengths
         }
     if "ruler" in sizes.parts:
         found["ruler"] = {
-            str(length): _ruler(model, tokenizer, text.long, length, sizes.ruler_items)
+            str(length): ruler_scores(model, tokenizer, text.long, length, sizes.ruler_items)
             for length in sizes.ruler_lengths
         }
     if "tasks" in sizes.parts:
@@ -85,7 +85,7 @@ def _loss(model: Any, rows: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _passkeys(
+def passkeys(
     model: Any, tokenizer: Any, long: Tensor, length: int, trials: int
 ) -> dict[str, float]:
     """Share of passkeys repeated exactly, by depth from 0 to 1."""
@@ -111,7 +111,9 @@ def _passkeys(
     return {str((2 * k + 1) / (2 * DEPTHS)): share for k, share in enumerate(table)}
 
 
-def _ruler(model: Any, tokenizer: Any, long: Tensor, length: int, count: int) -> dict[str, Any]:
+def ruler_scores(
+    model: Any, tokenizer: Any, long: Tensor, length: int, count: int
+) -> dict[str, Any]:
     haystacks = [_haystack(long, k, length) for k in range(count)]
     scores = {}
     for task in ruler.TASKS:

@@ -35,12 +35,20 @@ from .callbacks import (
     Event,
     IntervalCallback,
     MetricsCallback,
+    SwitchCallback,
     ThroughputCallback,
     TimeLimitCallback,
 )
 from .checkpoints import STAGING, clean, step_of
+from .graphs import asks_for_graphs, refusal
 from .layers import Layered
-from .load import check_memory, load_model, load_saved_tokenizer, load_weights
+from .load import (
+    check_memory,
+    first_attention,
+    load_model,
+    load_saved_tokenizer,
+    load_weights,
+)
 from .lock import held
 from .loss import check_loss, defer_loss
 from .precision import to_bfloat16
@@ -107,6 +115,7 @@ def pretrain(
     passes = recipe.passes(arguments.world_size)
     _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
     check_loss(recipe.loss, arguments.device)
+    refusal(recipe, arguments.device, arguments.world_size)  # raises where graphs must be
     check_memory(recipe, arguments.device, arguments.world_size)
     data = open_training(
         recipe.data,
@@ -151,13 +160,19 @@ def _train(
     arguments.eval_on_start = validates and resume is None and recipe.model not in SHAPES
     if not validates:
         arguments.eval_strategy = IntervalStrategy.NO
+    start = step_of(resume) if resume else 0
+    callbacks = list(more)
+    first_choice = first_attention(recipe, model)
+    if first_choice is not None and recipe.first_steps is not None and start < recipe.first_steps:
+        first_choice.apply(model)
+        callbacks.append(SwitchCallback(model, attention, recipe.first_steps))
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)
 
     facts = {
         "kind": "begin",
         "steps": recipe.steps,
-        "step": step_of(resume) if resume else 0,
+        "step": start,
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
         "pairs_per_token": attention.pairs(recipe.context) / recipe.context,
@@ -173,10 +188,19 @@ def _train(
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
         return Outcome(folder, recipe.steps, recipe.steps)
-    callbacks = [*more, *_callbacks(recipe, folder, model, attention, facts, command, send)]
+    callbacks += _callbacks(recipe, folder, model, attention, facts, command, send)
     if minutes is not None:
         callbacks.append(TimeLimitCallback(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)
+    wanted = asks_for_graphs(recipe)
+    reason = refusal(recipe, arguments.device, arguments.world_size) if wanted else None
+
+    def without_graph(why: str) -> None:
+        if first:
+            send({"kind": "note", "text": f"passes run without a CUDA graph: {why}"})
+
+    if reason is not None:
+        without_graph(reason)
     trainer = make_trainer(
         model,
         arguments,
@@ -185,6 +209,7 @@ def _train(
         callbacks,
         optimizer=optimizer,
         tokenizer=load_saved_tokenizer(data, recipe.context),
+        without_graph=without_graph if wanted and reason is None else None,
     )
     _run(trainer, folder, resume)
     return Outcome(folder, trainer.state.global_step, recipe.steps)

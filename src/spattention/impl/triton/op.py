@@ -186,8 +186,9 @@ def _gradients(
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     inputs = (d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional)
-    # With gradients on, someone wants a second derivative, which the operator refuses.
-    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher(inputs):
+    # With gradients on, someone wants a second derivative, which the operator refuses. What was
+    # saved needed no dispatcher in the forward pass.
+    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher((d_out, d_lse)):
         d_query, d_key, d_value, d_sinks = backward(*inputs)
     else:
         d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
