@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -253,3 +254,19 @@ def test_an_interrupted_fit_leaves_nothing(home, tmp_path, monkeypatch, error):
     monkeypatch.setattr(command, "_save", stop)
     assert fit(home, tmp_path / "deep" / "out") in (130, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_that_is_killed_leaves_nothing(home, tmp_path, monkeypatch):
+    """SIGTERM, which schedulers send, in the middle of the work."""
+    command = import_module("spattention.cli.fit")
+
+    def stop(folder, *rest):
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command, "_save", stop)
+    with pytest.raises(SystemExit) as error:
+        fit(home, tmp_path / "deep" / "out")
+    assert error.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -7,8 +7,10 @@ import json
 import math
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,7 +128,8 @@ def _appearing(output: Path) -> Iterator[Path]:
     made = make_folder(output.parent)
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
-        yield folder
+        with _ending_on_request():
+            yield folder
         folder.chmod(0o755)  # mkdtemp's own mode would hide it from other users
         sync_tree(folder)
         if output.exists():
@@ -136,6 +139,26 @@ def _appearing(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         remove_empty(made)
         raise
+
+
+@contextmanager
+def _ending_on_request() -> Iterator[None]:
+    """Turn a request to end (SIGTERM: `kill`, a scheduler) into SystemExit, so that what was begun
+    is cleared up. Python's default ends the process at once.
+    """
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open(options: Options) -> tuple[Any, Any]:
