@@ -17,6 +17,7 @@ from spattention.choice import STOCK
 from spattention.comparison.plan import Plan, read_plan
 from spattention.files import write_atomically
 
+from .budget_page import section as budget_section
 from .figures import (
     TITLES,
     Entry,
@@ -29,7 +30,9 @@ from .figures import (
     time_figure,
     tokens_figure,
 )
-from .ledger import HERE, finished, read_ledger
+from .gaps import table as gap_table
+from .ledger import HERE, finished, read_ledger, same_runs
+from .mqar_page import sections as mqar_sections
 from .recall_page import section as recall_section
 from .speeds import read_speeds
 from .tasks_page import section as tasks_section
@@ -44,13 +47,17 @@ ORDER = [
     "context-8192",
     "context-16384",
     "olmoe-1024",
+    "budget-2048",
+    "budget-25m-2048",
+    "budget-25m-8192",
 ]
 BASELINES = ("sliding_window", "longformer", "bigbird", "reformer")
 ON_A_PAR = 0.005  # of dense's loss: what the project set out to confirm or refute
 DRAWN = {"tokens": tokens_figure, "time": time_figure, "position": position_figure}
 
+TITLE = "# Evidence: does it keep the quality?\n"
 INTRO = """\
-# Evidence: does it keep the quality?
+## How to read this page
 
 This page is written by `python -m benchmarks.experiments.evidence` from the runs in
 `benchmarks/experiments/ledger`, one JSON each with its configuration, seed, data, commit and GPU.
@@ -165,10 +172,11 @@ def write(plans: Path, ledger: Path, page: Path, order: Sequence[str]) -> Path:
     """
     found = {path.stem: read_plan(path) for path in sorted(plans.glob("*.toml"))}
     names = [*(n for n in order if n in found), *(n for n in found if n not in order)]
-    parts = [INTRO]
+    parts = [TITLE, budget_section(found, ledger), INTRO]
     for name in names:
         parts.append(section(found[name], ledger, page.parent / "images"))
     parts.append(recall_section(ledger, page.parent / "images"))
+    parts += mqar_sections(ledger, page.parent / "images")
     parts.append(OUTRO)
     write_atomically(page, "\n".join(part for part in parts if part))
     return page
@@ -178,6 +186,11 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     """A plan's tables, plots, and what is missing."""
     entries = read_ledger(ledger, plan.name)
     lines = [f"## {plan.title[0].upper()}{plan.title[1:]}", "", _configuration(plan), ""]
+    known = {(e["label"], e["seed"]) for e in entries if finished(e)}
+    missing = [run for run in plan.runs if (run.label, run.seed) not in known]
+    others = same_runs(ledger, missing, entries)
+    entries = [e for e in entries if finished(e) or e["label"] not in {o["label"] for o in others}]
+    entries += others
     done = {(e["label"], e["seed"]): e for e in entries if finished(e)}
     speeds = read_speeds(ledger, plan)
     if speeds is not None:
@@ -193,9 +206,13 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     ]
     for label in rows:
         lines.append(_row(label, done))
+    if others:
+        names = dict.fromkeys(f"{e['label']} ({e['plan']})" for e in others)
+        lines += ["", f"Of other plans, with the same recipe, data and seed: {', '.join(names)}."]
     timed = _versions(done) if speeds is None else [speeds.line()]
     timed += [""] if timed else []  # what follows is no item of the list
     lines += ["", *_verdicts(plan, done), *timed, *_missing(plan, entries, done), ""]
+    lines += gap_table(rows, done)
     for what, draw in DRAWN.items():
         figure = draw(rows, done)
         if figure is not None:
