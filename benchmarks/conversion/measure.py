@@ -1,4 +1,4 @@
-"""Measurements of one model: held-out loss, passkeys, RULER's tasks, zero-shot tasks."""
+"""Measurements of one model: held-out loss, passkeys, RULER's tasks, zero-shot tasks, speed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from spattention.evaluation.perplexity import validation_loss
 from spattention.hf.needles import Needle, plant
 
 from . import choices
+from .speed import speed
 from .text import Text
 
 TOKENS = 32_768  # of a batch
 DEPTHS = 5  # .1, .3, .5, .7, .9
-PARTS = ("loss", "passkeys", "ruler", "tasks")
+PARTS = ("loss", "passkeys", "ruler", "tasks", "speed")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Sizes:
         ruler_lengths: tokens per prompt.
         ruler_items: prompts per length and task.
         tasks: zero-shot tasks.
+        speed_lengths: tokens of a text that is read at once; while decoding, of the longest.
+        speed_rows: texts that are decoded together.
     """
 
     parts: tuple[str, ...]
@@ -39,6 +42,8 @@ class Sizes:
     ruler_lengths: tuple[int, ...]
     ruler_items: int
     tasks: dict[str, choices.Prepared]
+    speed_lengths: tuple[int, ...]
+    speed_rows: int
 
 
 def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, Any]:
@@ -61,6 +66,8 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
             task: asdict(choices.accuracy(model, prepared))
             for task, prepared in sizes.tasks.items()
         }
+    if "speed" in sizes.parts:
+        found["speed"] = speed(model, text.long, sizes.speed_lengths, sizes.speed_rows)
     return found
 
 

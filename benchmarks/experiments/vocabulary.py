@@ -23,7 +23,12 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from spattention.data.packed import SUFFIX, described_end_of_text, read_packed, write_packed
+from spattention.data.token_file import (
+    SUFFIX,
+    described_end_of_text,
+    read_token_file,
+    write_token_file,
+)
 from spattention.data.tokenizer import (
     DocumentEncoder,
     end_of_text_id,
@@ -130,8 +135,8 @@ def encode(options: Options, name: str) -> dict[str, int | str]:
             parts = encoder.encode(pieces)
             ids = parts.tokens[parts.tokens != end]
             documents.append(np.append(ids, np.array([end], ids.dtype)))
-        write_packed(path, TokenStream.from_documents(documents), end)
-    made = read_packed(path)
+        write_token_file(path, TokenStream.from_documents(documents), end)
+    made = read_token_file(path)
     return {
         "tokens_before": len(stream),
         "digest_before": stream.digest()[:16],
@@ -144,7 +149,7 @@ def encode(options: Options, name: str) -> dict[str, int | str]:
 def _open(options: Options, name: str) -> tuple[TokenStream, Tokenizer]:
     path = options.data / f"{name}{SUFFIX}"
     end = described_end_of_text(path)
-    stream = read_packed(path, options.end_of_text if end is None else end)
+    stream = read_token_file(path, options.end_of_text if end is None else end)
     if options.tokens:
         count = max(1, int(np.searchsorted(stream.starts, options.tokens, side="right")) - 1)
         stream = stream.take(range(count))
