@@ -47,11 +47,13 @@ def finished(entry: dict[str, Any] | None) -> bool:
 
 
 def check_same(path: Path, entry: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """An entry of this name must be of this configuration; raises `ValueError`."""
+    """An entry of this name must be of this configuration; raises `ValueError`. Fields that do not
+    change what is computed may differ, such as those that recipes did not have at the time.
+    """
     different = [
         f"{name} was {entry['recipe'].get(name)!r}, now {recipe[name]!r}"
         for name in recipe
-        if name not in PLACES and recipe[name] != entry["recipe"].get(name)
+        if name not in FREE and recipe[name] != entry["recipe"].get(name)
     ]
     if different:
         raise ValueError(
@@ -99,5 +101,4 @@ def same_runs(ledger: Path, runs: Sequence[Run], entries: Sequence[dict[str, Any
 
 def _computed(recipe: dict[str, Any]) -> dict[str, Any]:
     """What decides the losses of a recipe; fields that it does not have are None."""
-    left_out = {*PLACES, *FREE}
-    return {k: v for k, v in recipe.items() if k not in left_out and v is not None}
+    return {k: v for k, v in recipe.items() if k not in FREE and v is not None}

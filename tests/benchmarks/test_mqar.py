@@ -27,7 +27,7 @@ def test_sequences_show_pairs_and_ask_for_each() -> None:
     assert ids.shape == (5, 16)
     for row in ids.tolist():
         first, again = (
-            {k: v for k, v in zip(part[::2], part[1::2])} for part in (row[:8], row[8:])
+            dict(zip(part[::2], part[1::2], strict=True)) for part in (row[:8], row[8:])
         )
         assert first == again
         assert len(set(row[:8])) == 8

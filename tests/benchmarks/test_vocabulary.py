@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.experiments import vocabulary
-from spattention.data.packed import described_end_of_text, read_packed, write_packed
+from spattention.data.token_file import described_end_of_text, read_token_file, write_token_file
 from spattention.data.tokenizer import (
     end_of_text_id,
     entries_of,
@@ -31,12 +31,12 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     old = train_tokenizer([*TEXTS["books"], *TEXTS["val_books"]], 280)
     save_tokenizer(old, folder / "tokenizer_olmo.json")
     for name, texts in TEXTS.items():
-        write_packed(folder / f"{name}.u16.xz", tokenize(texts, old), end_of_text_id(old))
+        write_token_file(folder / f"{name}.u16.xz", tokenize(texts, old), end_of_text_id(old))
     return folder
 
 
-def options(streams: Path, output: Path, **more: object) -> vocabulary.Options:
-    return vocabulary.Options(streams, output, vocabulary=300, processes=1, **more)  # type: ignore[arg-type]
+def options(data: Path, output: Path, **more: object) -> vocabulary.Options:
+    return vocabulary.Options(data, output, vocabulary=300, processes=1, **more)  # type: ignore[arg-type]
 
 
 def test_streams_hold_the_same_text_in_new_tokens(streams: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_streams_hold_the_same_text_in_new_tokens(streams: Path, tmp_path: Path)
     assert entries_of(new) <= 300
     for name, texts in TEXTS.items():
         path = tmp_path / f"{name}.u16.xz"
-        stream = read_packed(path)
+        stream = read_token_file(path)
         assert described_end_of_text(path) == end_of_text_id(new)
         assert stream.num_documents == len(texts)
         for k, text in enumerate(texts):
@@ -68,7 +68,7 @@ def test_a_long_document_keeps_its_text(
     (tmp_path / "books.u16.xz").unlink()
     vocabulary.encode(options(streams, tmp_path), "books")
     stream, new = (
-        read_packed(tmp_path / "books.u16.xz"),
+        read_token_file(tmp_path / "books.u16.xz"),
         load_tokenizer(tmp_path / "tokenizer.json"),
     )
     assert stream.num_documents == 2
