@@ -88,11 +88,11 @@ def fit(label: str, done: Mapping[tuple[str, int], Entry]) -> Fit | None:
 
 
 def table(rows: Sequence[str], done: Mapping[tuple[str, int], Entry]) -> list[str]:
-    """Where each gap ends, as lines of Markdown; empty if nothing can be fitted."""
+    """Where the gaps of several seeds end, as lines of Markdown; empty if there are none."""
     lines = []
     for label in rows:
         found = fit(label, done) if label != STOCK else None
-        if found is None:
+        if found is None or len(found.levels) < 2:
             continue
         cells = [
             label,
@@ -105,10 +105,7 @@ def table(rows: Sequence[str], done: Mapping[tuple[str, int], Entry]) -> list[st
     if not lines:
         return []
     return [
-        "The gap to dense attention as a line in the logarithm of tokens, over the last three",
-        "quarters of the tokens; ± is the standard deviation over seeds. *Ends at* is where the",
-        "mean line is 0, in brackets the earliest and the latest of the seeds'. A line says little",
-        "beyond a few times the tokens of the runs.",
+        "The line of each gap:",
         "",
         "| attention | gap at the end | for each doubling | ends at, million tokens | seeds |",
         "|---|---:|---:|---:|---:|",
