@@ -187,7 +187,7 @@ def test_the_page_starts_with_its_sentences():
     assert text.startswith(f"{evidence.TITLE}\n{budget_page.section(found, evidence.HERE)}")
 
 
-def test_related_systems_are_measured_against_their_bands(tmp_path):
+def test_related_systems_have_their_own_baselines(tmp_path):
     """Each row has its own baseline, rows without runs say so, and marks hold the tables."""
     assert related_page.base("mea") == "mea:mix=0"
     assert related_page.base("mea:bands=exclusive:first=2") == "mea:mix=0,bands=exclusive:first=2"
