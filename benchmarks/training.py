@@ -1,74 +1,53 @@
-"""Throughput of full training steps, dense attention against bands, in one model of OLMoE's shape.
+"""Throughput of full training steps, dense attention against bands, in one model.
 
 One model with one optimizer serves both sides: attention has no parameters, and the sides take
 turns, so that a drift of the clock meets all of them. A step is what `spattention train` does:
 passes with the recipe's loss, auxiliary losses and precision, gradient clipping, AdamW on float32
-masters. The dense side is PyTorch's `scaled_dot_product_attention` with cuDNN or FlashAttention:
-one of them per run, because a compiled layer keeps the one that it was traced with.
+masters; with `--graphs` the passes of every side are CUDA graphs. Tokens attend across documents.
+The dense side is PyTorch's `scaled_dot_product_attention` with cuDNN or FlashAttention: one of them
+per run, because a compiled layer keeps the one that it was traced with.
+
+Before they are timed, bands are compared with a dense mask of the same pattern. On a GPU the
+kernels of attention are also timed alone. Dense attention's step, less its kernels and with those
+of the bands, is what the bands' step should take.
 
     python -m benchmarks.training --length 4096 --output benchmarks/results/training_h200.4096.json
+    python -m benchmarks.training --model paper-small --length 1024 4096 --graphs --output ...
     python -m benchmarks.training --merge benchmarks/results/training_h200.*.json --output ...
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spattention.benchmarking.results import environment, processor
 from spattention.benchmarking.timing import synchronize
-from spattention.choice import AttentionChoice, attention_choice
-from spattention.hf.config import remove_section
-from spattention.models import build, preset
+from spattention.choice import attention_choice
+from spattention.training.graphs import WARM_UP, PassGraph, Recorder
 from spattention.training.pretrain import prepare_model
-from spattention.training.recipe import Recipe, recipe_from
+from spattention.training.recipe import recipe_from
 from spattention.training.work import active_parameters, work_per_token
 
-BACKENDS = {
-    "cudnn": ("dense cuDNN", SDPBackend.CUDNN_ATTENTION),
-    "flash": ("dense FlashAttention", SDPBackend.FLASH_ATTENTION),
-    "math": ("dense, PyTorch's own products", SDPBackend.MATH),
-}
-
-
-@dataclass
-class Side:
-    """One way to attend: how it is switched on, and what its steps took, in seconds. Between the
-    sides the model has its stock attention.
-    """
-
-    name: str
-    attention: AttentionChoice
-    backend: SDPBackend | None
-    seconds: list[float]
-
-    @contextlib.contextmanager
-    def chosen(self, model: Any) -> Iterator[None]:
-        self.attention.apply(model)
-        try:
-            with sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext():
-                yield
-        finally:
-            remove_section(model.config)
-            model.set_attn_implementation("sdpa")
+from .training_models import NAMES, random_model
+from .training_sides import BACKENDS, Side, predict
 
 
 def main() -> None:
-    """Measure one length, or merge the files of several."""
+    """Measure some lengths, or merge the files of several."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=4096, help="context, in tokens")
-    parser.add_argument("--model", default="olmoe-1b-7b", help="preset of spattention.models")
+    parser.add_argument("--length", type=int, nargs="+", default=[4096], help="context, in tokens")
+    parser.add_argument("--model", default="olmoe-1b-7b", choices=NAMES)
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
+    parser.add_argument("--graphs", action="store_true", help="passes are CUDA graphs")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens per pass, at least")
     parser.add_argument("--passes", type=int, default=4, help="passes per optimizer step")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each side")
@@ -79,7 +58,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--vocabulary", type=int, help="instead of the preset's")
     parser.add_argument("--peak-tflops", type=float, default=700.0, help="what MFU is against")
-    parser.add_argument("--profile", action="store_true", help="name the kernels of one pass")
+    parser.add_argument("--profile", action="store_true", help="name the kernels of one step")
     parser.add_argument("--commit", help="to record, where git cannot tell")
     parser.add_argument("--merge", nargs="+", type=Path, help="files of single lengths")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -89,14 +68,17 @@ def main() -> None:
         return
     # Each side has its own graphs; beyond the limit a step would run uncompiled, and be timed so.
     limit = 8 * (1 + len(options.patterns))
-    with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
-        found = measure(options)
-    print(table(found["rows"]))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.output.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(options.output)
+    parts: list[dict[str, Any]] = []
+    for length in options.length:
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+            parts.append(measure(argparse.Namespace(**vars(options) | {"length": length})))
+        print(table(parts[-1]["rows"]), flush=True)
+        if options.output is not None:
+            write(options.output, parts[0] if len(options.length) == 1 else together(parts))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -117,35 +99,37 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "checkpointing": options.checkpointing,
         }
     )
-    chosen = preset(
-        options.model,
-        context=options.length,
-        num_layers=options.layers,
-        vocab_size=options.vocabulary,
-    )
     torch.manual_seed(0)
-    with device:
-        model = build(chosen, pattern=None)
+    model = random_model(options.model, options.length, options.layers, options.vocabulary, device)
+    config = model.config
     windows = max(1, options.tokens // options.length)
     optimizer = prepare_model(recipe, model, options.passes, device)
     assert optimizer is not None
     model.train()
-    batch = torch.randint(chosen.config.vocab_size, (windows, options.length), device=device)
-    step = stepper(model, optimizer, recipe, batch, options.passes)
-    heads = chosen.pattern.num_heads
+    batch = torch.randint(config.vocab_size, (windows, options.length), device=device)
+    step = stepper(model, optimizer, recipe.clip, batch, options.passes)
+    heads = config.num_attention_heads
     name, backend = BACKENDS[options.dense]
-    sides = [Side(name, attention_choice("dense", heads, options.length), backend, [])]
+    sides = [Side(name, attention_choice("dense", heads, options.length), backend)]
     sides += [
-        Side(text, attention_choice(text, heads, options.length), None, [])
-        for text in options.patterns
+        Side(text, attention_choice(text, heads, options.length), None) for text in options.patterns
     ]
-    losses = {}
     for side in sides:
+        side.compare(model, batch)
+        if device.type == "cuda":
+            side.time_kernels(config, windows, options.length, options.passes)
+    graphs = graphs_of(model, len(sides)) if options.graphs else [None] * len(sides)
+    for side, graph in zip(sides, graphs):
         began = time.perf_counter()
+        side.graph = graph
         with side.chosen(model):
-            for _ in range(2):  # compiles, tunes, allocates
-                losses[side.name] = step()
+            # Compiles, tunes, allocates, and records.
+            for _ in range(2 if graph is None else WARM_UP // options.passes + 2):
+                side.loss = step(side)
+        if graph is not None and graph.replay is None:
+            raise RuntimeError(f"{side.name} has no graph: {graph.reason}")
         print(f"{side.name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
+    losses = {side.name: side.loss for side in sides}
     if not all(0 < loss < 30 for loss in losses.values()):
         raise RuntimeError(f"a loss is out of range: {losses}")
     peak_before(device)
@@ -154,18 +138,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with side.chosen(model):
                 synchronize(device)
                 began = time.perf_counter()
-                step()
+                step(side)
                 synchronize(device)
                 side.seconds.append(time.perf_counter() - began)
         print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
     tokens = batch.numel() * options.passes
     rows = [row(options, model, side, tokens) for side in sides]
-    for entry in rows:
+    medians = {side.name: entry["seconds"] for side, entry in zip(sides, rows)}
+    for side, entry in zip(sides, rows):
         entry["over_dense"] = rows[0]["seconds"] / entry["seconds"]
+        entry.update(predict(sides[0], side, medians))
     found = {
         "what": "training throughput",
         "environment": environment() if device.type == "cuda" else {"cpu": processor()},
-        "settings": {k: v for k, v in vars(options).items() if k not in ("merge", "output")},
+        "settings": {
+            name: value for name, value in vars(options).items() if name not in ("merge", "output")
+        },
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
         "windows_per_pass": windows,
@@ -182,26 +170,44 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def graphs_of(model: Any, count: int) -> list[PassGraph]:
+    """Graphs of passes of one model, one for each side, which share their memory."""
+
+    def tell(reason: str) -> None:
+        print(f"without a graph: {reason}", flush=True)
+
+    recorder = Recorder()
+    return [
+        PassGraph(lambda inputs: run_pass(model, inputs), model.parameters(), tell, recorder)
+        for _ in range(count)
+    ]
+
+
+def run_pass(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """A forward and backward pass; the detached loss."""
+    loss: torch.Tensor = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
 def stepper(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
+    clip: float,
     batch: torch.Tensor,
     passes: int,
-) -> Callable[[], float]:
-    """One optimizer step as a function; it returns the loss of the last pass."""
+) -> Callable[[Side], float]:
+    """One optimizer step of a side as a function; it returns the loss of the last pass."""
     items = torch.tensor(batch.numel() * passes, device=batch.device)
+    inputs = {"input_ids": batch, "labels": batch, "num_items_in_batch": items}
 
-    def step() -> float:
+    def step(side: Side) -> float:
         for _ in range(passes):
-            loss = model(
-                input_ids=batch, labels=batch, use_cache=False, num_items_in_batch=items
-            ).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            loss = run_pass(model, inputs) if side.graph is None else side.graph(inputs)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         model.zero_grad()
-        return float(loss.detach()) * passes
+        return float(loss) * passes
 
     return step
 
@@ -219,16 +225,19 @@ def row(options: argparse.Namespace, model: Any, side: Side, tokens: int) -> dic
         "tokens_per_second": tokens / seconds,
         "work_per_token": work,
         "mfu": tokens / seconds * work / options.peak_tflops / 1e12,
+        "loss": side.loss,
+        "kernel_seconds": side.kernel_seconds,
+        "check": side.check,
     }
 
 
-def profile(model: Any, side: Side, step: Callable[[], float]) -> list[dict[str, Any]]:
+def profile(model: Any, side: Side, step: Callable[[Side], float]) -> list[dict[str, Any]]:
     """The kernels that take most of a step, by name: their types tell what they multiply."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with side.chosen(model), torch.profiler.profile(activities=kinds) as found:
-        step()
+        step(side)
         synchronize(next(model.parameters()).device)
     events = [e for e in found.key_averages() if e.self_device_time_total > 0]
     events.sort(key=lambda e: -e.self_device_time_total)
@@ -246,22 +255,44 @@ def peak_before(device: torch.device) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| length | attention | tokens/s | spread | MFU | over dense |",
-        "|---|---|---|---|---|---|",
+        "| length | attention | tokens/s | spread | MFU | over dense | of the predicted gain | "
+        "of the predicted speed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['length']:,} | {r['attention']} | {r['tokens_per_second']:,.0f} | "
-        f"{100 * r['spread']:.1f} % | {100 * r['mfu']:.1f} % | {r['over_dense']:.3f} |"
+        f"{100 * r['spread']:.1f} % | {100 * r['mfu']:.1f} % | {r['over_dense']:.3f} | "
+        f"{share(r, 'gain')} | {share(r, 'speed')} |"
         for r in rows
     ]
     return "\n".join(lines)
 
 
+def share(row: dict[str, Any], of: str) -> str:
+    """How much of a prediction a row reaches; empty without one."""
+    found = row.get(f"share_of_predicted_{of}")
+    return "" if found is None else f"{found:.2f}"
+
+
+def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several lengths in one file."""
+    return {"what": "training throughput", "parts": parts}
+
+
+def write(output: Path, found: dict[str, Any]) -> None:
+    """Write results at once."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(output)
+
+
 def merge(files: list[Path], output: Path) -> None:
     """One file, and a table beside it, of several lengths."""
-    parts = [json.loads(file.read_text()) for file in files]
-    parts.sort(key=lambda part: part["settings"]["length"])
-    output.write_text(json.dumps({"what": "training throughput", "parts": parts}, indent=1) + "\n")
+    read = [json.loads(file.read_text()) for file in files]
+    parts = [part for found in read for part in found.get("parts", [found])]
+    parts.sort(key=lambda part: (part["settings"]["model"], part["settings"]["length"]))
+    write(output, together(parts))
     rows = [entry for part in parts for entry in part["rows"]]
     facts = parts[0]["environment"]
     text = "\n".join(

@@ -45,6 +45,7 @@ PYTORCH = {
     "_scaled_dot_product_flash_attention_for_cpu": lambda: pytorch.cpu_attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: pytorch.cpu_attention_backward,
     "_foreach_copy_": lambda: pytorch.copy_each,
+    "_foreach_zero_": lambda: pytorch.zero_each,
     "_nn": lambda: pytorch.STOCK_ATTENTION,
     "_schema": lambda: torch.ops.aten.mm.default._schema.arguments,
     "_forward_pre_hooks": lambda: torch.nn.Linear(2, 2)._forward_pre_hooks,

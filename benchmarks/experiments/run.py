@@ -52,7 +52,7 @@ class Options:
 
     Args:
         plans: TOML files, see plan.py.
-        data: Folder of the packed streams that plans name.
+        data: Folder of the token files that plans name.
         work: Folder of checkpoints.
         ledger: Folder of the entries.
         minutes: Stop after so long, with a checkpoint of the run in progress; None: never.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .bands import BandPattern
+from .files import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,7 +142,9 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
         return Other(text, other_attention(text, num_heads, span))
     if name not in (STOCK, *PATTERNS):
         known = (STOCK, *PATTERNS, *BASELINES, *RELATED)
-        raise ValueError(f"a pattern must be one of {known}, got {name!r}{_near(name, known)}")
+        raise ValueError(
+            f"a pattern must be one of {known}, got {name!r}{did_you_mean(name, known)}"
+        )
     return Bands(text, named_pattern(text, num_heads, span))
 
 
@@ -152,19 +154,13 @@ def is_other(text: str) -> bool:
 
 
 def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern") -> BandPattern:
-    """Read the name of a pattern, as in `attention_choice`; `dense` attends everything.
-
-    Args:
-        text: name and options.
-        num_heads: query heads.
-        span: in tokens.
-        what: the pattern's name in errors.
-    """
+    """Read the name of a pattern with its options, as in `attention_choice`; `dense` attends
+    everything. Errors call it `what`."""
     name, colon, rest = text.partition(":")
     known_names = (STOCK, *PATTERNS)
     if name not in known_names:
         raise ValueError(
-            f"{what} must be one of {known_names}, got {name!r}{_near(name, known_names)}"
+            f"{what} must be one of {known_names}, got {name!r}{did_you_mean(name, known_names)}"
         )
     constructor = getattr(BandPattern, name)
     known = [p for p in inspect.signature(constructor).parameters if p not in ("num_heads", "span")]
@@ -184,12 +180,8 @@ def pattern_remarks(
     pattern: BandPattern, name: str | None = None, most_equal: float = 0.0
 ) -> list[str]:
     """Remarks on a pattern that is valid and hardly meant: dense, or with equal or empty heads.
-
-    Args:
-        pattern: the bands.
-        name: how the remarks call it; its constructor without it.
-        most_equal: share of heads that may attend the same distances without a remark.
-    """
+    They call it `name`, by default its constructor. A share `most_equal` of the heads may attend
+    the same distances without a remark."""
     kind = pattern.constructor["name"] if pattern.constructor else None
     name = name or kind or "the pattern"
     heads = pattern.num_heads
@@ -206,11 +198,6 @@ def pattern_remarks(
         if kind == "shared_local":
             remarks[-1] += ": their own bands lie within the local window; a smaller `local` helps"
     return remarks
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def other_attention(text: str, num_heads: int, span: int) -> Baseline:
@@ -261,7 +248,7 @@ def _options(
         if key not in known or not equals:
             raise ValueError(
                 f"options of `{name}` are NAME=VALUE with a name of {[*known, *nested]}, got "
-                f"{item!r}{'' if key in known else _near(key, [*known, *nested])}"
+                f"{item!r}{'' if key in known else did_you_mean(key, [*known, *nested])}"
             )
         if key in options:
             raise ValueError(f"option `{key}` of `{name}` must be given once, got {name}:{text}")

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spattention as spa
 from benchmarks.conversion import choices, flex, inputs, page, train
 from benchmarks.conversion.text import order
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 
@@ -169,7 +169,7 @@ def test_text_is_tokenized_anew(tmp_path):
     old, new = (train_tokenizer(words, size) for size in (290, 300))
     ids = [np.array([*old.encode(text).ids, 280], np.uint16) for text in words]
     stream = TokenStream.from_documents(ids)
-    write_packed(tmp_path / "a.u16.xz", stream, 280)
+    write_token_file(tmp_path / "a.u16.xz", stream, 280)
     found = inputs.translate(list(inputs.documents(tmp_path / "a.u16.xz", 280)), old, new, 10**6)
     ends = np.flatnonzero(found == inputs.END)
     assert len(ends) == 2

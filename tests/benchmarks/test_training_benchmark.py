@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import training
+from benchmarks import training, training_models
+from benchmarks.training_sides import Side, predict
+from spattention import BandPattern
 from spattention.choice import attention_choice
 from spattention.models import build, preset
 
@@ -31,6 +33,8 @@ def test_all_sides_are_measured_in_one_model(
     assert [row["attention"] for row in rows] == ["dense, PyTorch's own products", *patterns]
     assert all(len(row["all_seconds"]) == 2 and row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["over_dense"] == 1
+    checked = [row["attention"] for row in rows if row["check"]]
+    assert checked == [name for name in patterns if not name.startswith("longformer")]
 
 
 def test_a_side_leaves_the_model_as_it_was() -> None:
@@ -43,10 +47,47 @@ def test_a_side_leaves_the_model_as_it_was() -> None:
     before, section = model(tokens).logits, model.config.to_dict()
     seen = []
     for name in (*PATTERNS, "dense"):
-        side = training.Side(name, attention_choice(name, heads, 32), None, [])
+        side = Side(name, attention_choice(name, heads, 32), None)
         with side.chosen(model):
             seen.append(model(tokens).logits)
         torch.testing.assert_close(model(tokens).logits, before)
         assert model.config.to_dict() == section
     torch.testing.assert_close(seen.pop(), before)
     assert [bool((other - before).abs().max() > 1e-4) for other in seen] == [True] * len(PATTERNS)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-4b"])
+def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands with a prefix per key/value head agree with their dense mask; another mask does not."""
+    for shape in (training_models.LLAMA_1B, training_models.QWEN3_4B):
+        for key, value in {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}.items():
+            monkeypatch.setitem(shape, key, value)
+    torch.manual_seed(0)
+    model = training_models.random_model(name, 64, 2, 96, torch.device("cpu"))
+    tokens = torch.randint(96, (2, 64))
+    text = "exclusive:kv_heads=8,prefix=4"
+    side = Side(text, attention_choice(text, 32, 64), None)
+    side.compare(model, tokens)
+    assert side.check is not None
+    assert side.check["gradient_difference"] < 1e-4
+    mask = BandPattern.mask
+    monkeypatch.setattr(
+        BandPattern, "mask", lambda self, *rest, **more: mask(self, *rest, **more).flip(0)
+    )
+    with pytest.raises(RuntimeError, match="differs from its reference"):
+        side.compare(model, tokens)
+
+
+def test_predictions_are_of_kernels_alone() -> None:
+    """A gain of half of what the kernels save is a share of .5."""
+    sides = [
+        Side(name, attention_choice("dense", 2, 8), None, kernel_seconds=seconds)
+        for name, seconds in (("dense", 0.5), ("bands", 0.1))
+    ]
+    found = predict(*sides, {"dense": 1.0, "bands": 0.8})
+    assert found == {
+        "predicted_seconds": pytest.approx(0.6),
+        "share_of_predicted_gain": pytest.approx(0.5),
+        "share_of_predicted_speed": pytest.approx(0.75),
+    }
+    assert predict(sides[0], sides[0], {"dense": 1.0}) == {}

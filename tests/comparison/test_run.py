@@ -18,8 +18,8 @@ from spattention.comparison.memory import resident_bytes
 from spattention.comparison.plan import Run
 from spattention.comparison.process import RunFailed, show_one_gpu, train_in_process
 from spattention.comparison.run import train
-from spattention.data.packed import write_packed
 from spattention.data.prepare import open_facts, open_stream, prepare
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
 from spattention.training import load, pretrain
@@ -130,7 +130,7 @@ def test_packed_tokens_name_the_end_of_text(data, tmp_path):
     swapped = TokenStream(
         np.array([9, *range(1, 9), 0, *range(10, 300)], np.uint16)[stream.tokens], stream.starts
     )
-    write_packed(tmp_path / "t.u16.xz", swapped, end_of_text=9)
+    write_token_file(tmp_path / "t.u16.xz", swapped, end_of_text=9)
     known = Tokenizer.from_file(str(folder / "tokenizer.json"))
     known.save(str(tmp_path / "tokenizer.json"))
     for name, end, tokenizer in (

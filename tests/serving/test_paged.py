@@ -15,7 +15,7 @@ from spattention.serving.paged import (
     Step,
     attend,
     leading_decodes,
-    request_batches,
+    prefills_of,
     write,
 )
 
@@ -89,12 +89,12 @@ class Engine:
             seq_lens = torch.tensor(lengths[:count], dtype=torch.int32)
             decodes = Decodes(self.table[:count], seq_lens)
         rest = offsets[count:], lengths[count:], self.table[count:]
-        batches = request_batches(*rest, self.block_size, self.window, self.pattern.prefix)
+        prefills = prefills_of(*rest, self.block_size, self.window, self.pattern.prefix)
         out = torch.full_like(query, torch.nan)
         attend(
             query,
             self.cache,
-            Step(decodes, batches),
+            Step(decodes, prefills),
             self.pattern,
             out,
             scale=0.5,
@@ -193,12 +193,24 @@ def test_a_window_of_the_farthest_edge_is_needed() -> None:
         assert out.allclose(engine.expected(0, None), **EXACT) == same
 
 
-def test_only_readable_blocks_are_gathered() -> None:
-    """Decoding gathers blocks within the window, not the whole request."""
+def test_only_readable_keys_are_gathered() -> None:
+    """Decoding gathers the window and the prefix, not the whole request."""
     table = torch.arange(1000, dtype=torch.int32)[None]
-    (batch,) = request_batches([0, 1], [10_001], table, 16, 100)
-    assert batch.blocks.tolist() == [list(range(618, 626))]
-    assert batch.query_start.tolist() == [10_000 - 618 * 16]
+    found = prefills_of([3, 4], [10_001], table, 16, 100, prefix=2)
+    assert found is not None
+    assert (found.first, found.last, found.max_seqlen_k) == (3, 4, 102)
+    tokens = found.blocks * 16 + found.places
+    assert tokens.tolist() == [0, 1, *range(9_901, 10_001)]
+
+
+def test_requests_without_new_tokens_are_no_documents() -> None:
+    """Their keys are not gathered either."""
+    table = torch.arange(20, dtype=torch.int32).view(2, 10)
+    found = prefills_of([0, 0, 3], [5, 3], table, 16, None)
+    assert found is not None
+    assert found.cu_seqlens_q.tolist() == found.cu_seqlens_k.tolist() == [0, 3]
+    assert found.blocks.tolist() == [10, 10, 10]
+    assert prefills_of([2, 2], [5], table, 16, None) is None
 
 
 def test_padding_tokens_are_written_to_the_unused_slot() -> None:

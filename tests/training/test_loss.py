@@ -55,8 +55,36 @@ def test_compiled_chunks_are_the_same(monkeypatch):
     results = []
     for compiled in (False, True):
         total = chunked_cross_entropy(hidden, weight, targets, compiled=compiled)
-        results.append((total, *torch.autograd.grad(total, (hidden, weight))))
+        results.append((total, *torch.autograd.grad(0.3 * total, (hidden, weight))))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_chunks_leave_a_frozen_head(monkeypatch):
+    """Hidden states alone have a gradient then, the same."""
+    monkeypatch.setattr(chunks, "_compiled_with_gradient", chunks._with_gradient)
+    hidden = torch.randn(40, 8, requires_grad=True)
+    weight = torch.randn(50, 8)
+    targets = torch.randint(50, (40,))
+    chunked_cross_entropy(hidden, weight, targets, compiled=True).backward()
+    found, hidden.grad = hidden.grad, None
+    F.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
+    torch.testing.assert_close(found, hidden.grad, atol=1e-5, rtol=1e-5)
+    assert weight.grad is None
+
+
+def test_bfloat16_heads_get_float32_gradients(monkeypatch):
+    """The sum over chunks is float32, for parameters whose gradients are."""
+    monkeypatch.setattr(chunks, "ROWS", 16)
+    monkeypatch.setattr(chunks, "_compiled_with_gradient", chunks._with_gradient)
+    hidden = torch.randn(64, 8).bfloat16().requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(50, 8).bfloat16())
+    weight.grad_dtype = torch.float32
+    targets = torch.randint(50, (64,))
+    chunked_cross_entropy(hidden, weight, targets, compiled=True).backward()
+    exact = weight.detach().float().requires_grad_()
+    F.cross_entropy(hidden.detach().float() @ exact.T, targets, reduction="sum").backward()
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, exact.grad, atol=0.03, rtol=0.03)
 
 
 def test_no_more_logits_than_a_chunk_at_once(monkeypatch):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
 
 # Entries of config.json that name the attention implementation: Transformers reads both.
@@ -41,6 +42,13 @@ def decoder_layer_names(model: PreTrainedModel) -> set[str]:
 def keep_initial_value(parameter: torch.nn.Parameter) -> None:
     """Have Transformers keep a parameter as it is where a checkpoint lacks it."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def wrap_module_loading(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Wrap the method by which PyTorch loads each module of a state dict, for Transformers' models:
+    `load_state_dict` of a module that wraps a model does not call that of the model.
+    """
+    PreTrainedModel._load_from_state_dict = wrap(PreTrainedModel._load_from_state_dict)
 
 
 def wrap_missing_keys_check(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
@@ -80,3 +88,25 @@ def download_keywords(model: Any, keywords: dict[str, Any]) -> dict[str, Any]:
 def to_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs on the device of a Trainer, as its own `prediction_step` does it."""
     return trainer._prepare_inputs(inputs)
+
+
+@contextmanager
+def packing_known(packed: bool) -> Iterator[None]:
+    """Have Transformers take rows without a cache for packed documents, or for one text each.
+
+    It reads `position_ids` to tell, which waits for the GPU. In the capture of a CUDA graph it
+    takes all rows for packed ones, which then get a mask.
+    """
+
+    def indices(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if not packed:
+            return None
+        jumps = position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1
+        return jumps.cumsum(-1)
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = indices
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before

@@ -49,6 +49,9 @@ cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_
 # Copies a list of tensors in one launch.
 copy_each: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_copy_
 
+# Zeroes a list of tensors in one launch.
+zero_each: Callable[[list[torch.Tensor]], None] = torch._foreach_zero_
+
 # `scaled_dot_product_attention` as it is without `context_parallel`, which replaces the public name
 # by a function of one of these modules. Nothing else tells that it is active.
 STOCK_ATTENTION = torch._C._nn.scaled_dot_product_attention

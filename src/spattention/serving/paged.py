@@ -5,43 +5,43 @@ value. A request's tokens are in the blocks that its row of the block table name
 may name any block where the engine has freed one: no band and no prefix reaches it.
 
 Requests with one new token are decoded by kernels that read the block table, where there are
-kernels. For all others the readable blocks are gathered, and `band_attention` reads the copies.
+kernels. The others are packed documents: their readable keys are gathered, and one call of
+`band_attention_varlen` reads the copies.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from ..attention import band_attention, kernels_for
+from ..attention import band_attention_varlen, kernels_for
 from ..bands import BandPattern
 
 
 @dataclass(frozen=True)
-class RequestBatch:
-    """Requests with the same number of new tokens, which attend in one call.
+class Prefills:
+    """Requests of a step as packed documents, which have the keys that their queries read.
 
     Attributes:
-        tokens: int64 `[R * Q]`, their rows in the flat query; request after request.
-        first: int64 `[R, P]`, the blocks of the prefix; P is 0 without one.
-        blocks: int64 `[R, M]`, the blocks that hold readable keys, in order of position.
-        query_start: int32 `[R]`, the place of each request's first query among the gathered keys,
-            those of the prefix before them.
-        key_start: int32 `[R]`, the place of the first key: 0, or after the prefix where `blocks`
-            starts with the same tokens. None without a prefix.
-        prefix: tokens of the prefix.
+        first, last: the rows of their new tokens in the flat query.
+        blocks: int64 `[T_k]`, the block of each key, one document after another.
+        places: int64 `[T_k]`, its place in the block.
+        cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in these rows.
+        cu_seqlens_k: int32 `[documents + 1]`, in the keys.
+        max_seqlen_q, max_seqlen_k: the most queries and keys of a document.
     """
 
-    tokens: torch.Tensor
-    first: torch.Tensor
+    first: int
+    last: int
     blocks: torch.Tensor
-    query_start: torch.Tensor
-    key_start: torch.Tensor | None
-    prefix: int
+    places: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Step:
 
     Attributes:
         decodes: the requests that kernels compute, the first of the step; None without any.
-        batches: all other requests.
+        prefills: the requests after them; None without any.
     """
 
     decodes: Decodes | None
-    batches: list[RequestBatch]
+    prefills: Prefills | None
 
 
 def leading_decodes(query_offsets: Sequence[int]) -> int:
@@ -76,15 +76,15 @@ def leading_decodes(query_offsets: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if b - a != 1), len(query_offsets) - 1)
 
 
-def request_batches(
+def prefills_of(
     query_offsets: Sequence[int],
     seq_lens: Sequence[int],
     block_table: torch.Tensor,
     block_size: int,
     window: int | None,
     prefix: int = 0,
-) -> list[RequestBatch]:
-    """The requests of one engine step, grouped by their number of new tokens.
+) -> Prefills | None:
+    """Requests of one engine step as packed documents; None if they have no new token.
 
     Args:
         query_offsets: `[requests + 1]`, where each request's new tokens start in the flat query.
@@ -94,53 +94,38 @@ def request_batches(
         window: how far back a query reads, in tokens, itself included; None: to the start.
         prefix: how many of the first tokens it reads besides.
     """
-    by_queries: dict[int, list[int]] = defaultdict(list)
-    for request, (start, stop) in enumerate(zip(query_offsets, query_offsets[1:])):
-        if stop > start:
-            by_queries[stop - start].append(request)
-    return [
-        _batch(requests, queries, query_offsets, seq_lens, block_table, block_size, window, prefix)
-        for queries, requests in by_queries.items()
-    ]
+    rows, queries, held, gaps = [], [], [], []
+    for row, (start, stop) in enumerate(zip(query_offsets, query_offsets[1:])):
+        if stop == start:
+            continue
+        oldest = 0 if window is None else seq_lens[row] - (stop - start) - window + 1
+        rows.append(row)
+        queries.append(stop - start)
+        gaps.append(max(0, oldest - prefix))  # tokens between the prefix and the window
+        held.append(seq_lens[row] - gaps[-1])
+    if not rows:
+        return None
+    device, keys = block_table.device, sum(held)
 
+    def on_device(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=device)
 
-def _batch(
-    requests: list[int],
-    queries: int,
-    query_offsets: Sequence[int],
-    seq_lens: Sequence[int],
-    block_table: torch.Tensor,
-    block_size: int,
-    window: int | None,
-    prefix: int,
-) -> RequestBatch:
-    device = block_table.device
-    computed = [seq_lens[request] - queries for request in requests]
-    oldest = [0 if window is None else max(0, length - window + 1) for length in computed]
-    first = [position // block_size for position in oldest]
-    # Where the window starts inside of the prefix, it is read from the start.
-    first = [block if block * block_size >= prefix else 0 for block in first]
-    last = [(seq_lens[request] - 1) // block_size for request in requests]
-    width = max(end - start for start, end in zip(first, last)) + 1
-    columns = torch.tensor(first)[:, None] + torch.arange(width)
-    # Requests with fewer blocks than others read their last one again, after their last query.
-    columns = columns.minimum(torch.tensor(last)[:, None]).to(device)
-    offsets = torch.tensor([query_offsets[request] for request in requests])
-    starts = [length - block * block_size + prefix for length, block in zip(computed, first)]
-    table = block_table[torch.tensor(requests, device=device)].long()
-    in_prefix = min(-(-prefix // block_size), table.shape[1])
-    key_start = [0 if block else prefix for block in first]
-
-    def int32(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
-
-    return RequestBatch(
-        tokens=(offsets[:, None] + torch.arange(queries)).flatten().to(device),
-        first=table[:, :in_prefix],
-        blocks=table.gather(1, columns),
-        query_start=int32(starts),
-        key_start=int32(key_start) if prefix else None,
-        prefix=prefix,
+    lengths = torch.tensor([queries, held], device=device)
+    offsets = torch.nn.functional.pad(lengths.cumsum(1), (1, 0))
+    documents = torch.arange(len(rows), device=device)
+    documents = documents.repeat_interleave(lengths[1], output_size=keys)
+    positions = torch.arange(keys, device=device) - offsets[1][documents]
+    positions += on_device(gaps)[documents] * (positions >= prefix)
+    cu_seqlens_q, cu_seqlens_k = offsets.int()
+    return Prefills(
+        first=query_offsets[0],
+        last=query_offsets[-1],
+        blocks=block_table[on_device(rows)[documents], positions // block_size].long(),
+        places=positions % block_size,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max(queries),
+        max_seqlen_k=max(held),
     )
 
 
@@ -171,38 +156,41 @@ def attend(
         kernels = kernels or kernels_for(query, query)
         assert kernels is not None
         _decode(query, cache, step.decodes, pattern, out, scale, sinks, kernels)
-    heads, head_dim = query.shape[1:]
-    for batch in step.batches:
-        requests, _ = batch.blocks.shape
-        key, value = _gather(cache, batch).split(head_dim, dim=-1)
-        rows = query[batch.tokens].view(requests, -1, heads, head_dim).transpose(1, 2)
-        result = band_attention(
-            rows,
-            key,
-            value,
-            pattern,
-            scale=scale,
-            sinks=sinks,
-            query_start=batch.query_start,
-            key_start=batch.key_start,
-        )
-        assert isinstance(result, torch.Tensor)  # no log-sum-exp was asked for
-        out[batch.tokens] = result.transpose(1, 2).flatten(0, 1)
+    if step.prefills is not None:
+        _prefill(query, cache, step.prefills, pattern, out, scale, sinks)
 
 
-def _gather(cache: torch.Tensor, batch: RequestBatch) -> torch.Tensor:
-    """Keys and values `[R, Hkv, prefix + M * block_size, 2 * D]`: those of the prefix, then those
-    in the bands. The first are thus the first that a query sees, whatever lies between.
-    """
-    # [R, M, Hkv, block_size, 2 * D] to [R, Hkv, M * block_size, 2 * D]
-    pages = cache[batch.blocks].transpose(1, 2).flatten(2, 3)
-    prefix = batch.prefix
-    if not prefix:
-        return pages
-    first = cache[batch.first].transpose(1, 2).flatten(2, 3)[:, :, :prefix]
-    # A row of the block table may have no room for the whole prefix: no request is so long.
-    first = torch.nn.functional.pad(first, (0, 0, 0, prefix - first.shape[2]))
-    return torch.cat((first, pages), dim=2)
+def gather(cache: torch.Tensor, prefills: Prefills) -> torch.Tensor:
+    """Keys and values of packed documents, `[T_k, Hkv, 2 * D]`."""
+    return cache.transpose(1, 2)[prefills.blocks, prefills.places]
+
+
+def _prefill(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    prefills: Prefills,
+    pattern: BandPattern,
+    out: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Write the rows of `out` that belong to packed documents."""
+    key, value = gather(cache, prefills).split(query.shape[2], dim=-1)
+    rows = slice(prefills.first, prefills.last)
+    result = band_attention_varlen(
+        query[rows],
+        key,
+        value,
+        pattern,
+        prefills.cu_seqlens_q,
+        prefills.cu_seqlens_k,
+        prefills.max_seqlen_q,
+        prefills.max_seqlen_k,
+        scale=scale,
+        sinks=sinks,
+    )
+    assert isinstance(result, torch.Tensor)  # no log-sum-exp was asked for
+    out[rows] = result
 
 
 def _decode(

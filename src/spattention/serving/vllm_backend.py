@@ -2,7 +2,7 @@
 
 On the CPU it is tested against Transformers. On CUDA requests with one new token are decoded by
 kernels that read the block table (`paged.py`), inside CUDA graphs where a step has no others. For
-the rest each step gathers the readable blocks, with one synchronisation per class of heads. The
+the rest each step gathers the readable keys, with one synchronisation per class of heads. The
 kernels are tested on GPUs; this module has not been run there.
 """
 
@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import (
 from ..attention import kernels_for
 from ..bands import BandPattern
 from .checks import check_cache_dtype
-from .paged import Decodes, Step, attend, leading_decodes, request_batches, write
+from .paged import Decodes, Step, attend, leading_decodes, prefills_of, write
 
 
 @dataclass
@@ -92,9 +92,9 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
         table, seq_lens = common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens
         decodes = leading_decodes(offsets) if self.has_kernels else 0
-        batches = []
+        prefills = None
         if decodes < requests:  # only these wait for the device
-            batches = request_batches(
+            prefills = prefills_of(
                 offsets[decodes:],
                 seq_lens[decodes:requests].tolist(),
                 table[decodes:requests],
@@ -104,7 +104,7 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
             )
         # Slices of vLLM's own buffers, which a captured graph reads again.
         by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
-        return BandMetadata(Step(by_kernels, batches))
+        return BandMetadata(Step(by_kernels, prefills))
 
 
 def _has_kernels(kv_cache_spec: Any, device: torch.device) -> bool:

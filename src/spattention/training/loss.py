@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -104,16 +105,52 @@ def chunked_cross_entropy(
         hidden: `[T, D]`.
         weight: `[V, D]`.
         targets: int64 `[T]`; those equal to -100 do not count.
-        compiled: compile what is done to a chunk.
+        compiled: compile what is done to a chunk, and compute gradients in the forward pass: logits
+            are then made once, and take no float32 memory.
 
     Returns:
         float32 `[]`.
     """
-    one = _compiled_cross_entropy if compiled and torch.is_grad_enabled() else _cross_entropy
+    if compiled and torch.is_grad_enabled():
+        return _WithGradients.apply(hidden, weight, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
     for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
-        total = total + checkpoint(one, rows, weight, wanted, use_reentrant=False)
+        # Nothing is random there, and a CUDA graph cannot hold the reading of a random state.
+        total = total + checkpoint(
+            _cross_entropy, rows, weight, wanted, use_reentrant=False, preserve_rng_state=False
+        )
     return total
+
+
+class _WithGradients(torch.autograd.Function):
+    """The same sum; its gradients wait for the backward pass, which only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows, wanted, d_rows in zip(
+            hidden.split(ROWS), targets.split(ROWS), d_hidden.split(ROWS)
+        ):
+            loss, d_logits = _compiled_with_gradient(rows, weight, wanted)
+            total += loss
+            torch.mm(d_logits, weight, out=d_rows)
+            if d_weight is not None:
+                d_weight += d_logits.T @ rows
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scaled = None if d_weight is None else d_weight * d_total
+        return (d_hidden * d_total).to(d_hidden.dtype), scaled, None
 
 
 def _cross_entropy(
@@ -123,7 +160,22 @@ def _cross_entropy(
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
-_compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=False)
+def _with_gradient(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum and its gradient by the logits `[T, V]`, in hidden's dtype."""
+    logits = F.linear(hidden, weight)
+    lse = torch.logsumexp(logits.float(), dim=-1)
+    counts = targets != IGNORED
+    index = torch.where(counts, targets, 0)
+    chosen = logits.gather(1, index[:, None]).float()[:, 0]
+    loss = torch.where(counts, lse - chosen, 0.0).sum()
+    entries = torch.arange(logits.shape[1], device=logits.device)
+    gradient = torch.exp(logits.float() - lse[:, None]) - (entries == index[:, None]).float()
+    return loss, torch.where(counts[:, None], gradient, 0.0).to(hidden.dtype)
+
+
+_compiled_with_gradient = torch.compile(_with_gradient, dynamic=False)
 
 
 def _liger() -> Summed:

@@ -39,6 +39,7 @@ from .callbacks import (
     TimeLimitCallback,
 )
 from .checkpoints import STAGING, clean, step_of
+from .graphs import asks_for_graphs, refusal
 from .layers import Layered
 from .load import check_memory, load_model, load_saved_tokenizer, load_weights
 from .lock import held
@@ -107,6 +108,7 @@ def pretrain(
     passes = recipe.passes(arguments.world_size)
     _needs_masters(recipe, arguments.world_size)  # raises before anything is read or written
     check_loss(recipe.loss, arguments.device)
+    refusal(recipe, arguments.device, arguments.world_size)  # raises where graphs must be
     check_memory(recipe, arguments.device, arguments.world_size)
     data = open_training(
         recipe.data,
@@ -177,6 +179,15 @@ def _train(
     if minutes is not None:
         callbacks.append(TimeLimitCallback(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)
+    wanted = asks_for_graphs(recipe)
+    reason = refusal(recipe, arguments.device, arguments.world_size) if wanted else None
+
+    def without_graph(why: str) -> None:
+        if first:
+            send({"kind": "note", "text": f"passes run without a CUDA graph: {why}"})
+
+    if reason is not None:
+        without_graph(reason)
     trainer = make_trainer(
         model,
         arguments,
@@ -185,6 +196,7 @@ def _train(
         callbacks,
         optimizer=optimizer,
         tokenizer=load_saved_tokenizer(data, recipe.context),
+        without_graph=without_graph if wanted and reason is None else None,
     )
     _run(trainer, folder, resume)
     return Outcome(folder, trainer.state.global_step, recipe.steps)

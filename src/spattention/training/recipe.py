@@ -20,7 +20,7 @@ FREE = frozenset(
     {
         *("data", "validation", "micro_batch", "compile", "checkpointing", "loss", "workers"),
         *("threads", "log_every", "evaluate_every", "save_every", "keep", "tensorboard", "wandb"),
-        *("divergence", "peak_tflops", "shard_size"),
+        *("divergence", "peak_tflops", "shard_size", "cuda_graphs"),
     }
 )
 RECIPE_BYTES = 2**20
@@ -38,11 +38,11 @@ class Recipe:
         attention: dense, a pattern, a baseline or a related system, as `spattention compare` names
             them; one, or a list of dense and patterns with one per layer.
         sinks: whether layers with a pattern have attention sinks.
-        data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
+        data: folders that `spattention prepare` wrote, and token files (.u16.xz).
         validation: the same, for the validation loss; empty for what the folders of `data` hold
             out, or else a share of its streams.
         held_out: that share, by documents; 0 for none.
-        end_of_text: the token between documents of packed streams whose JSON does not name it.
+        end_of_text: the token between documents of token files whose JSON does not name it.
         across_documents: whether tokens attend earlier documents in their window.
         context: tokens per window, and the span of the patterns.
         steps: optimizer steps.
@@ -65,6 +65,9 @@ class Recipe:
         loss: "plain" makes all logits at once, "chunked" some thousand rows at a time, "liger"
             likewise with Liger's kernels (GPU; package liger-kernel).
         compile: compile each layer, and under "ddp" the chunks of the loss.
+        cuda_graphs: replay forward and backward pass as one CUDA graph, which needs one GPU, a loss
+            other than "liger" and no checkpointing. "auto" does with `compile` where that is
+            possible, and says why not; true raises where it is not.
         checkpointing: keep each layer's input alone and recompute the rest.
         parallel: "ddp" copies the model to each device, "fsdp2" shards it.
         shard_size: devices that share one copy under "fsdp2", such as those of a node; whole copies
@@ -111,6 +114,7 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     loss: Literal["plain", "chunked", "liger"] = "chunked"
     compile: bool = False
+    cuda_graphs: Literal[True, False, "auto"] = "auto"
     checkpointing: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     shard_size: int = 0
@@ -240,7 +244,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
-            if value in typing.get_args(kind):
+            # 1 is no true, and 0 no false.
+            if any(type(value) is type(each) and value == each for each in typing.get_args(kind)):
                 return value
         elif typing.get_origin(kind) is tuple:
             items = (value,) if isinstance(value, str) and str not in kinds else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from transformers import (
 
 from ..compat.huggingface import to_device
 from ..data.tokens import IGNORED
+from .graphs import PassGraph
+
+ITEMS = "num_items_in_batch"
 
 
 def make_trainer(
@@ -30,6 +33,7 @@ def make_trainer(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    without_graph: Callable[[str], None] | None = None,
 ) -> Trainer:
     """A Trainer over windows, silent except for the callbacks given.
 
@@ -41,6 +45,8 @@ def make_trainer(
         callbacks: callbacks, in the order in which they are called.
         optimizer: optimizer to use instead of the one that `arguments` describe.
         tokenizer: tokenizer to save next to the model.
+        without_graph: record passes as a CUDA graph, and call this with the reason where they run
+            without it; None records none.
     """
     trainer = _PerToken(
         model=model,
@@ -55,6 +61,8 @@ def make_trainer(
     # Only tensors of two and more dimensions decay, as in `precision.groups`: sinks do not.
     trainer.get_decay_parameter_names = _decaying
     trainer.remove_callback(PrinterCallback)  # the callbacks given show what there is to see
+    if without_graph is not None:
+        trainer.graph = PassGraph(trainer.run_pass, model.parameters(), without_graph)
     # The Trainer turns the cache off in the config, from where it would get into what is saved;
     # `_collate` turns it off for training alone.
     model.config.use_cache = True
@@ -62,13 +70,26 @@ def make_trainer(
 
 
 class _PerToken(Trainer):
-    """A Trainer whose validation loss is the mean over all predicted tokens.
+    """A Trainer whose validation loss is the mean over all predicted tokens, and whose passes may
+    be a CUDA graph.
 
-    The Trainer's own is a mean of the batches' means. It depends on how windows fall into batches,
-    and on how often windows are repeated to fill the last ones of several devices.
+    The Trainer's own loss is a mean of the batches' means. It depends on how windows fall into
+    batches, and on how often windows are repeated to fill the last ones of several devices.
     """
 
+    graph: PassGraph | None = None
     _summed: torch.Tensor  # losses, and how many
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        if self.graph is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = to_device(self, inputs)
+        return self.graph({**inputs, ITEMS: num_items_in_batch})
+
+    def run_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """A forward and backward pass as the Trainer makes it; the detached loss."""
+        rest = {name: value for name, value in inputs.items() if name != ITEMS}
+        return super().training_step(self.model_wrapped, rest, inputs[ITEMS])
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         inputs = to_device(self, inputs)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from spattention import BandPattern
+from spattention import BandPattern, explain
 from spattention.impl.triton import call as calls
-from spattention.impl.triton import hopper
+from spattention.impl.triton import hopper, op
 from spattention.impl.triton.arguments import Positions
 from spattention.impl.triton.call import Call
 from spattention.impl.triton.hopper import planning
@@ -53,6 +54,34 @@ def test_a_part_leaves_multiprocessors_to_an_exchange() -> None:
     part = Call(query, query, bands, 0.1, 0, NOWHERE, has_all_keys=False)
     plans = [hopper.plan(call, query) for call in (part, make_call()[0])]
     assert [plan and plan.turns for plan in plans] == [planning.TURNS_OF_A_PART, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "options", "covered"),
+    [
+        (40, 0, {}, True),
+        (40, 0, {"query_start": 88}, True),
+        (40, 0, {"query_start": 80}, False),
+        (40, 0, {"query_start": torch.tensor(88, dtype=torch.int32)}, False),
+        (40, 0, {"key_start": torch.tensor([3], dtype=torch.int32)}, False),
+        (40, 2, {}, False),
+        (128, 2, {}, True),
+    ],
+)
+def test_the_last_queries_of_a_row_are_covered(
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    prefix: int,
+    options: dict[str, Any],
+    covered: bool,
+) -> None:
+    """A chunk of a prompt runs like a whole prompt: its positions count from its first query."""
+    monkeypatch.setattr(op, "INTERPRETED", True)
+    query, key = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16) for n in (tokens, 128))
+    pattern = replace(BandPattern.exclusive(2, 128), prefix=prefix)
+    found = explain(query, key, key, pattern, impl="triton", **options)
+    assert found.kernels.startswith("Hopper") == covered
+    assert covered or "position 0" in found.reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -170,15 +170,15 @@ def describe(call: AttentionCall) -> tuple[str, str | None]:
     positions = Positions(
         call.query_start_tensor, call.key_start, call.cu_seqlens_q, call.cu_seqlens_k
     )
-    pattern, start = call.pattern, call.query_start
+    bands, start = op.bands_and_start(call)
     facts = Call(
         query,
         key,
-        pattern.flat,
+        bands,
         call.scale,
         start,
         positions,
-        pattern.prefix,
+        call.pattern.prefix,
         deterministic=call.deterministic,
     )
     return launch.describe(facts, query, key, value)

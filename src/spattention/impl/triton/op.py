@@ -8,6 +8,7 @@ schemas take no Python objects. Packed calls (`cu_seqlens_q` given) come as `[1,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -185,8 +186,9 @@ def _gradients(
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     inputs = (d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional)
-    # With gradients on, someone wants a second derivative, which the operator refuses.
-    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher(inputs):
+    # With gradients on, someone wants a second derivative, which the operator refuses. What was
+    # saved needed no dispatcher in the forward pass.
+    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher((d_out, d_lse)):
         d_query, d_key, d_value, d_sinks = backward(*inputs)
     else:
         d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
@@ -216,17 +218,42 @@ class _Recorded(torch.autograd.Function):
         return (*found[:3], found[10], None)
 
 
+def bands_and_start(call: AttentionCall) -> tuple[tuple[int, ...], int]:
+    """The bands, and the position of the first query, with which the kernels compute a call.
+
+    Where the last query is at the last key, positions count from the first query, as in
+    `parts.py`: the Hopper kernels run such calls. A prefix does not move with the bands.
+    """
+    flat, start = call.pattern.flat, call.query_start
+    if (
+        start == 0
+        or start + call.query.shape[2] != call.key.shape[2]
+        or call.query_start_tensor is not None
+        or call.key_start is not None
+        or call.pattern.prefix
+        or torch.compiler.is_compiling()  # another start would be another graph
+    ):
+        return flat, start
+    return _moved(flat, start), 0
+
+
+@lru_cache(maxsize=1024)
+def _moved(bands: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    return tuple([edge - tokens for edge in bands])
+
+
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` and the log-sum-exp, recorded for autograd."""
     query, key, value, sinks = call.query, call.key, call.value, dense(call.sinks)
+    bands, start = bands_and_start(call)
     inputs = (
         query,
         key,
         value,
-        call.pattern.flat,
+        bands,
         call.pattern.prefix,
         call.scale,
-        call.query_start,
+        start,
         call.deterministic,
         call.query_start_tensor,
         call.key_start,
