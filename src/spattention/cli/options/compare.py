@@ -26,7 +26,8 @@ class Options:
             published_bigbird, published_reformer, or a related system: mea, cca, rrattention,
             dga, elementwise, recurrent_near. Options follow a colon, as in
             shared_local:widths=geometric,prefix=4, sliding_window:window=128 or
-            mea:norm=0,bands=exclusive. By default a sliding window is one token wider than a
+            mea:norm=0,bands=exclusive; intervals writes out those of every head, as in
+            intervals:heads=0-64+256-512. By default a sliding window is one token wider than a
             uniform band.
         steps: Optimizer steps of each run.
         seeds: Seeds of weights and data order. With two or more, differences within the spread
