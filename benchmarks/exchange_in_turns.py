@@ -12,7 +12,8 @@ come the kernels of one pass of each form on every rank, with the time at which 
     now                          this one
     now, exchange as before      its copies alone: messages do not come first
     now, 16 turns                16 programs a multiprocessor in the persistent forward pass
-    now, 16 turns, 8 blocks      a group of ranks of its own, with at most 8 blocks of NCCL
+    now, 8 blocks                a group of ranks of its own, with at most 8 blocks of NCCL
+    now, 16 turns, 8 blocks      both
     before, 8 blocks             the same group
     all-gather, Ulysses          the other ways, which have no exchange to hide
 """
@@ -141,6 +142,7 @@ def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:
         "now": Form(now),
         "now, exchange as before": Form(now, start=exchange_of(before).start_all_to_all),
         "now, 16 turns": Form(now, turns=16),
+        "now, 8 blocks": Form(now, group=few),
         "now, 16 turns, 8 blocks": Form(now, group=few, turns=16),
         "before, 8 blocks": Form(before, group=few),
         "all-gather, balanced": Form(now, attend="gathered_attention"),
