@@ -90,8 +90,6 @@ class Recorder:
         self, function: Callable[[], torch.Tensor]
     ) -> tuple[Callable[[], None], torch.Tensor]:
         """Record a function without running it: what replays it, and where its result will lie."""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that pins batches, may call CUDA meanwhile.
         with torch.cuda.graph(

@@ -39,6 +39,7 @@ from .callbacks import (
     TimeLimitCallback,
 )
 from .checkpoints import STAGING, clean, step_of
+from .experts import simplify_experts
 from .graphs import asks_for_graphs, refusal
 from .layers import Layered
 from .load import check_memory, load_model, load_saved_tokenizer, load_weights
@@ -258,6 +259,7 @@ def prepare_model(
     # Under FSDP2 the weight is a distributed tensor between the passes.
     defer_loss(model, recipe.loss, compiled=recipe.compile and recipe.parallel == "ddp")
     balance_routers(model, recipe.balance_loss, recipe.z_loss, passes)
+    simplify_experts(model)
     optimizer = None
     if masters:
         optimizer = to_bfloat16(
