@@ -15,32 +15,10 @@ from spattention.training import graphs, pretrain
 from spattention.training.graphs import WARM_UP, PassGraph, asks_for_graphs, refusal
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cpu_recorder import Recorder
 from small_run import losses, recipe
 
 CUDA = torch.device("cuda")
-
-
-class Recorder:
-    """A recorder of the CPU: what it records runs at each replay, and never before."""
-
-    def __init__(self, waits: str | None = None) -> None:
-        self.waits = waits
-        self.replays = 0
-
-    def run(self, function):
-        return function()
-
-    def run_watched(self, function):
-        return function(), self.waits
-
-    def record(self, function):
-        loss = torch.full((), torch.nan)
-
-        def replay() -> None:
-            self.replays += 1
-            loss.copy_(function())
-
-        return replay, loss
 
 
 @pytest.fixture(scope="module")
