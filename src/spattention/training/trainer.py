@@ -83,8 +83,7 @@ class _PerToken(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         if self.graph is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        inputs = to_device(self, inputs)
-        return self.graph({**inputs, ITEMS: num_items_in_batch})
+        return self.graph(to_device(self, {**inputs, ITEMS: num_items_in_batch}))
 
     def run_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
         """A forward and backward pass as the Trainer makes it; the detached loss."""
