@@ -31,7 +31,7 @@ from spattention.benchmarking.results import environment
 from spattention.benchmarking.timing import graph_milliseconds
 
 from .grouped import DENSE, HEADS, KEY_HEADS, Case
-from .packed import document_lengths
+from .token_file import document_lengths
 
 REST = 0.1  # seconds before a measurement
 DOCUMENTS = 16  # of a packed row

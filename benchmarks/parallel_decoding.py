@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from .parallel_training import llama
 from .rank import Machine, Row
 
 
-def tensor_parallel(options: argparse.Namespace, machine: Machine) -> list[Row]:
-    """Time per new token after a prompt, and the memory of a rank's weights and cache."""
+def tensor_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
+    """Time per new token after a prompt, and the memory of each rank's weights and cache."""
+    common = {"part": "tensor-parallel", "prompt": options.prompt}
     with tempfile.TemporaryDirectory() as folder:
         where = [folder]
         dist.broadcast_object_list(where, src=0)
@@ -28,17 +31,18 @@ def tensor_parallel(options: argparse.Namespace, machine: Machine) -> list[Row]:
             model.to(torch.bfloat16).save_pretrained(path)
 
         machine.alone(save)
+        gc.collect()
         single = machine.alone(lambda: decode(options, machine, path, None))
-        every = decode(options, machine, path, "auto")
-        largest = torch.tensor([every[name] for name in LARGEST], device=machine.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        every |= dict(zip(LARGEST, largest.tolist()))
+        yield {**common, "ranks": 1, **single}
+        gc.collect()
+        mine = decode(options, machine, path, "auto")
+        found: list[Row] = [{}] * machine.ranks
+        dist.all_gather_object(found, mine)
+    every: Row = {name: max(each[name] for each in found) for name in mine}
     every["times_faster"] = single["token_ms"] / every["token_ms"]
-    common = {"part": "tensor-parallel", "prompt": options.prompt}
-    return [{**common, "ranks": 1, **single}, {**common, "ranks": machine.ranks, **every}]
-
-
-LARGEST = ("prompt_s", "token_ms", "cache_gib", "weights_gib")
+    for name in ("token_ms", "cache_gib", "weights_gib"):
+        every[f"{name}_by_rank"] = [each[name] for each in found]
+    yield {**common, "ranks": machine.ranks, **every}
 
 
 def decode(

@@ -1,38 +1,42 @@
-"""Data-parallel training of a Llama with bands under FSDP2: one GPU against all of them."""
+"""Data-parallel training with bands under FSDP2 and DDP: one GPU against all of them."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from spattention import BandPattern
+from spattention.training.work import active_parameters
 
 from .rank import Machine, Row
 
 HEAD_DIM = 64
 PEAK_FLOPS = 700e12  # per GPU, as in docs/training.md
 STATE_BYTES = 16  # per parameter, as there
+VOCABULARY = 32768
 
 
-def data_parallel(options: argparse.Namespace, machine: Machine) -> list[Row]:
+def data_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
     """Steps of one rank and of all, from the same weights over the same global batches."""
     group = dist.new_group([0])
-    rows = []
-    single = machine.alone(lambda: train(options, machine, [0], group))
-    rows.append({"part": "data-parallel", "ranks": 1, **single})
     every = list(range(machine.ranks))
-    row = {"part": "data-parallel", "ranks": machine.ranks, **train(options, machine, every, None)}
-    row["scaling_efficiency"] = row["tokens_per_s"] / single["tokens_per_s"] / machine.ranks
-    row["largest_loss_difference"] = max(
-        abs(a - b) for a, b in zip(row["losses"], single["losses"])
-    )
-    rows.append(row)
-    return rows
+    for way in WAYS:
+        common = {"part": "data-parallel", "way": way}
+        single = machine.alone(lambda way=way: train(options, machine, way, [0], group))
+        yield {**common, "ranks": 1, **single}
+        row = {**common, "ranks": machine.ranks, **train(options, machine, way, every, None)}
+        row["scaling_efficiency"] = row["tokens_per_s"] / single["tokens_per_s"] / machine.ranks
+        row["largest_loss_difference"] = max(
+            abs(a - b) for a, b in zip(row["losses"], single["losses"])
+        )
+        yield row
 
 
 def llama(
@@ -44,7 +48,7 @@ def llama(
     from spattention import hf
 
     config = LlamaConfig(
-        vocab_size=32768,
+        vocab_size=VOCABULARY,
         hidden_size=options.hidden,
         intermediate_size=4 * options.hidden,
         num_hidden_layers=options.layers,
@@ -59,22 +63,67 @@ def llama(
     return hf.apply(model, bands), bands
 
 
-def train(options: argparse.Namespace, machine: Machine, ranks: list[int], group: Any) -> Row:
-    """A few steps under FSDP2 on some ranks, called on those alone."""
+def olmoe(
+    options: argparse.Namespace, length: int, device: torch.device
+) -> tuple[Any, BandPattern]:
+    """OLMoE 0.25B-1.75B, or the tiny one on the CPU, with bands."""
+    from spattention.models import build, preset
+
+    name = "olmoe-0.25b-1.75b" if device.type == "cuda" else "olmoe-tiny"
+    chosen = preset(name, context=length)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return build(chosen), chosen.pattern
+
+
+def drawn_tokens(step: int, rows: int, length: int) -> torch.Tensor:
+    """Random tokens; runs of one token make the loss fall, so that a wrong gradient would show."""
+    random = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (rows, length), generator=random)
+    return tokens // 4096 * 4096 + torch.arange(length) % 64
+
+
+def sharded(model: Any, machine: Machine, group: Any) -> Any:
+    """A model under FSDP2, with products in bfloat16."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    length = options.context
-    model, bands = llama(options, length, machine.device)
-    parameters = sum(each.numel() for each in model.parameters())
-    pairs = sum(bands.pairs(length)) * options.layers / length
-    work = 6 * parameters + 14 * HEAD_DIM * pairs  # per token, as in docs/training.md
-    kind = machine.device.type
-    mesh = DeviceMesh.from_group(group or dist.group.WORLD, kind)
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, machine.device.type)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def replicated(model: Any, machine: Machine, group: Any) -> Any:
+    """A model under DDP; the caller's autocast gives products in bfloat16."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model, process_group=group)
+
+
+WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "Llama, FSDP2": (llama, sharded),
+    "OLMoE, FSDP2": (olmoe, sharded),
+    "Llama, DDP": (llama, replicated),
+}
+
+
+def train(
+    options: argparse.Namespace, machine: Machine, way: str, ranks: list[int], group: Any
+) -> Row:
+    """A few steps on some ranks, called on those alone."""
+    length, (make, spread) = options.context, WAYS[way]
+    gc.collect()  # models of an earlier run, which are cycles
+    before = allocated(machine)
+    model, bands = make(options, length, machine.device)
+    parameters, config = sum(each.numel() for each in model.parameters()), model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    pairs = sum(bands.pairs(length)) * config.num_hidden_layers / length
+    work = 6 * active_parameters(model) + 14 * head_dim * pairs  # per token
+    vocabulary = config.vocab_size
+    model = spread(model, machine, group)
+    in_half = torch.autocast(machine.device.type, torch.bfloat16, enabled=spread is replicated)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     rows_here = options.global_batch // len(ranks)
     passes = range(0, rows_here, options.micro_batch)
@@ -82,26 +131,30 @@ def train(options: argparse.Namespace, machine: Machine, ranks: list[int], group
     if machine.cuda:
         torch.cuda.reset_peak_memory_stats()
     for step in range(options.steps):
-        random = torch.Generator().manual_seed(step)
-        tokens = torch.randint(32768, (options.global_batch, length), generator=random)
-        # Runs of one token make the loss fall, so that a wrong gradient would show.
-        tokens = tokens // 4096 * 4096 + torch.arange(length) % 64
+        tokens = drawn_tokens(step, options.global_batch, length) % vocabulary
         first = machine.rank * rows_here
         machine.wait()
         start = time.perf_counter()
         total = torch.zeros((), device=machine.device)
         for row in passes:
             part = tokens[first + row : first + row + options.micro_batch].to(machine.device)
-            loss = model(input_ids=part, labels=part, use_cache=False).loss / len(passes)
+            is_last = row == passes[-1]
+            if spread is replicated:
+                model.require_backward_grad_sync = is_last
+            with in_half:
+                loss = model(input_ids=part, labels=part, use_cache=False).loss / len(passes)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if step == options.steps - 1:
+            state = allocated(machine) - before
         optimizer.zero_grad()
         if len(ranks) > 1:
             dist.all_reduce(total)
         losses.append(total.item() / len(ranks))
         seconds.append(time.perf_counter() - start)
+    shards = len(ranks) if spread is sharded else 1
     median = statistics.median(seconds[2:] or seconds)
     per_s = options.global_batch * length / median
     peak = torch.cuda.max_memory_allocated() / 2**30 if machine.cuda else 0.0
@@ -112,7 +165,13 @@ def train(options: argparse.Namespace, machine: Machine, ranks: list[int], group
         "step_s": median,
         "tokens_per_s": per_s,
         "mfu": per_s * work / (len(ranks) * PEAK_FLOPS),
-        "state_gib": STATE_BYTES * parameters / len(ranks) / 2**30,
+        "state_gib": state,
+        "state_by_formula_gib": STATE_BYTES * parameters / shards / 2**30,
         "losses": losses,
         "peak_gib": peak,
     }
+
+
+def allocated(machine: Machine) -> float:
+    """GiB of this rank's tensors on its GPU."""
+    return torch.cuda.memory_allocated() / 2**30 if machine.cuda else 0.0

@@ -114,15 +114,15 @@ def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 
     return 1e3 * statistics.median(once() for _ in range(max(3, min(50, int(budget / first)))))
 
 
-def rows_of(name: str, where: str, tensors: Tensors) -> dict[str, Any]:
-    """One row of the results."""
+def row_of(name: str, where: str, tensors: Tensors, seconds: float = 2.0) -> dict[str, Any]:
+    """One row of the results, each of whose times takes about `seconds` to measure."""
     query, key, _ = tensors
     length, scale = query.shape[2], query.shape[3] ** -0.5
     call, part = prepared(name, query.shape[1], length)
     with torch.no_grad():
         error = check(call(*tensors, scale), tensors, scale, part)
         row: dict[str, Any] = {"attention": name, "inputs": where, "tokens": length}
-        row |= {"milliseconds": milliseconds(lambda: call(*tensors, scale), query.device)}
+        row |= {"milliseconds": milliseconds(lambda: call(*tensors, scale), query.device, seconds)}
         row |= {"error": error}
         if hasattr(part, "captured"):
             kept = part.select(query, key, scale)
@@ -131,7 +131,7 @@ def rows_of(name: str, where: str, tensors: Tensors) -> dict[str, Any]:
             row["captured"] = torch.cat(given, dim=2).mean().item()
             row["blocks"] = (kept.sum() / (kept.shape[2] * (kept.shape[2] + 1) / 2)).item()
             row["blocks"] /= kept.shape[0] * kept.shape[1]
-            choose = milliseconds(lambda: part.select(query, key, scale), query.device)
+            choose = milliseconds(lambda: part.select(query, key, scale), query.device, seconds)
             row["milliseconds_of_choice"] = choose
     return row
 
@@ -144,12 +144,15 @@ def main() -> None:
     parser.add_argument("--random", type=int, nargs=3, metavar=("HEADS", "KV_HEADS", "HEAD_DIM"))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--names", nargs="+", default=NAMES)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each time's measurement")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if (options.model is None) == (options.random is None):
         parser.error("give either --model with --text, or --random")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
+    settings = {name: str(value) for name, value in vars(options).items()}
     for length in options.lengths:
         if options.random:
             inputs = random_inputs(options.random, length, device)
@@ -167,11 +170,9 @@ def main() -> None:
             del model
         for where, tensors in inputs.items():
             for name in options.names:
-                rows.append(rows_of(name, where, tensors))
+                rows.append(row_of(name, where, tensors, options.seconds))
                 print(rows[-1], flush=True)
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
-    settings = {name: str(value) for name, value in vars(options).items()}
-    write_rows(options.output, "prefill", settings, rows, environment={"gpu": gpu})
+                write_rows(options.output, "prefill", settings, rows, environment={"gpu": gpu})
 
 
 if __name__ == "__main__":

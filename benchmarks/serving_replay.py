@@ -44,17 +44,11 @@ from .serving_memory import (
     draw_lengths,
     request_bytes,
 )
+from .serving_patterns import HEAD_DIM, HEADS, KV_HEADS, LOCAL, PATTERNS
 
-HEADS, KV_HEADS, HEAD_DIM, LOCAL = 32, 8, 128, 2048
 DTYPE, ITEMSIZE = torch.bfloat16, 2
 TOKEN = 2 * HEAD_DIM * ITEMSIZE  # bytes of key and value of a token in one head
-SHARED = {"kv_heads": KV_HEADS, "local": LOCAL}
 P = spa.BandPattern
-PATTERNS = {
-    "dense": P.dense(HEADS, LONGEST),
-    "geometric": P.shared_local(HEADS, LONGEST, widths="geometric", **SHARED),
-    "uniform": P.shared_local(HEADS, LONGEST, **SHARED),
-}
 SHAPES = {
     "geometric, 32 / 8 heads": (PATTERNS["geometric"], KV_HEADS),
     "shared_local, 16 / 16 heads": (P.shared_local(16, LONGEST), 16),

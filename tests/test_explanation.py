@@ -46,7 +46,7 @@ def test_wrong_arguments_raise(change: dict[str, Any], message: str) -> None:
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spattention.explanation.HAS_TRITON", False)
+    monkeypatch.setattr("spattention.attention.HAS_TRITON", False)
     assert "pip install" in spa.explain(*inputs(), PATTERN).reasons[0]
     with pytest.raises(ValueError, match="needs Triton"):
         spa.explain(*inputs(), PATTERN, impl="triton")

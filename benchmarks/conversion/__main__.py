@@ -5,11 +5,12 @@
 A row is a way to convert the model, measured before any training and after each number of tokens;
 every number of tokens is a run of its own, with its own decay of the learning rate. The results are
 written, whole, after each measurement; a second call with the same settings continues where the
-first stopped. The profile is kept beside the results.
+first stopped, also after it was killed. The profile is kept beside the results.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -49,6 +50,7 @@ class Options:
         items: folder of zero-shot tasks as JSON lines; without it they are left out.
         rows: which rows; default all.
         tokens: numbers of training tokens in millions; 0 is before any training.
+        untrained: which rows before any training, where they differ from `rows`.
         seeds: of the order of the text.
         attention: "bands" is the library's operator, "flex" FlexAttention with the same masks.
         pairs: budget of bands, as a share of dense attention's pairs.
@@ -63,11 +65,15 @@ class Options:
         ruler_lengths: tokens per prompt.
         ruler_items: prompts per length and task.
         task_items: questions per zero-shot task.
+        speed_lengths: tokens of a text that is read at once; while decoding, of the longest.
+        speed_rows: texts that are decoded together.
         batch: windows per step.
         micro_batch: windows at a time.
         rate: peak learning rate.
         lora_rate: peak learning rate of adapters.
         rank: of adapters.
+        compile: compile the layers and the loss while training.
+        profile: JSON of a profile to take instead of making one; made if it is not there.
         minutes: begin no further run after this time.
         commit: to record, where git cannot tell.
     """
@@ -78,6 +84,7 @@ class Options:
     items: Path | None = None
     rows: tuple[str, ...] = tuple(ROWS)
     tokens: tuple[float, ...] = (0, 1, 3, 10)
+    untrained: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     attention: Literal["bands", "flex"] = "bands"
     pairs: float = 0.35
@@ -92,16 +99,23 @@ class Options:
     ruler_lengths: tuple[int, ...] = (2048,)
     ruler_items: int = 200
     task_items: int = 1000
+    speed_lengths: tuple[int, ...] = (2048, 8192)
+    speed_rows: int = 32
     batch: int = 16
     micro_batch: int = 8
     rate: float = 6e-4
     lora_rate: float = 1e-3
     rank: int = 16
+    compile: bool = False
+    profile: Path | None = None
     minutes: float = 1e9
     commit: Annotated[str | None, tyro.conf.arg(metavar="COMMIT")] = None
 
 
-FREE = ("rows", "tokens", "seeds", "minutes", "output", "commit", "model", "text", "items")
+FREE = (
+    *("rows", "untrained", "tokens", "seeds", "minutes", "output", "commit", "model", "text"),
+    *("items", "profile"),
+)
 
 
 def main(options: Options) -> None:
@@ -109,21 +123,25 @@ def main(options: Options) -> None:
     began = time.monotonic()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for name, known in (("rows", tuple(ROWS)), ("parts", PARTS)):
+    for name, known in (("rows", tuple(ROWS)), ("untrained", tuple(ROWS)), ("parts", PARTS)):
         if unknown := sorted({*getattr(options, name)} - {*known}):
             raise SystemExit(f"`--{name}` must be of {list(known)}, got {unknown}")
+    if "speed" in options.parts and options.attention != "bands":
+        raise SystemExit(f"`--attention` must be bands for speed, got {options.attention}")
     settings = {k: v for k, v in asdict(options).items() if k not in FREE}
     settings = json.loads(json.dumps(settings, default=str)) | {"text": digests(options.text)}
     results = _earlier(options.output, settings)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     longest = max(options.context, *options.passkey_lengths, *options.ruler_lengths)
+    if "speed" in options.parts:
+        longest = max(longest, *options.speed_lengths)
     text = read_text(options.text, options.context, longest, options.windows)
     profile = _profile(options, text, tokenizer)
     wanted = "tasks" in options.parts and options.items is not None
     tasks = choices.prepare(options.items, options.task_items, tokenizer) if wanted else {}
     sizes = Sizes(
         options.parts, options.passkey_lengths, options.trials, options.ruler_lengths,
-        options.ruler_items, tasks,
+        options.ruler_items, tasks, options.speed_lengths, options.speed_rows,
     )  # fmt: skip
     for name, seed, tokens in _runs(options, results):
         if time.monotonic() - began > 60 * options.minutes:
@@ -145,7 +163,7 @@ def _runs(options: Options, results: list[dict[str, Any]]) -> Iterator[tuple[str
     done = {(row["row"], row["seed"], row["million_tokens"]) for row in results}
     for tokens in sorted(options.tokens):
         for seed in options.seeds if tokens else options.seeds[:1]:
-            for name in options.rows:
+            for name in options.rows if tokens else options.untrained or options.rows:
                 if tokens or not ROWS[name].lora:
                     run = (name, seed, tokens)
                     known = (
@@ -175,8 +193,8 @@ def _open(options: Options) -> Any:
 
 
 def _profile(options: Options, text: Text, tokenizer: Any) -> Profile:
-    """The profile beside the results, made if it is not there."""
-    path = options.output.with_suffix(".profile.json")
+    """The profile that was given or lies beside the results, made if it is not there."""
+    path = options.profile or options.output.with_suffix(".profile.json")
     if path.exists():
         return Profile.load(path)
     count = options.profile_rows
@@ -204,14 +222,17 @@ def _run(
     model = _open(options)
     facts = _convert(model, row, profile, options, name)
     schedule = Schedule(
-        options.batch, options.micro_batch, options.rate, options.lora_rate, options.rank
-    )
+        options.batch, options.micro_batch, options.rate, options.lora_rate, options.rank,
+        options.compile,
+    )  # fmt: skip
     on_gpu = model.device.type == "cuda"
     if row.lora:
         model = with_lora(model.to(torch.bfloat16) if on_gpu else model, schedule)
     if tokens:
         count = round(tokens * MILLION)
         facts["train"] = train(model, text.train, count, schedule, seed=seed, lora=row.lora)
+        if on_gpu:  # what training used, for other processes on the same GPU
+            torch.cuda.empty_cache()
     elif on_gpu:
         model.to(torch.bfloat16)
     facts |= measure(model, tokenizer, text, sizes)
@@ -240,6 +261,7 @@ def _convert(model: Any, row: Row, profile: Profile, options: Options, name: str
     _keep(options.output.with_suffix(".patterns.json"), name, patterns, table.markdown())
     return {
         "attention": options.attention,
+        "profile": hashlib.sha256(json.dumps(profile.to_dict()).encode()).hexdigest()[:16],
         "pairs": table.pairs,
         "cache": table.cache,
         "captured": float(captured(profile, patterns).mean()),

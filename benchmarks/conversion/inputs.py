@@ -5,7 +5,7 @@
         --wiki wiki.u16.xz --books books.u16.xz --val-wiki vw.u16.xz --val-books vb.u16.xz \\
         --val-long vl.u16.xz --output FOLDER
 
-The streams are packed tokens (`spattention.data.packed`) made with `tokenizer`. They become text
+The streams are token files (`spattention.data.token_file`) made with `tokenizer`. They become text
 and then tokens of the model: articles in an order by seed 0, and a passage from within each book.
 """
 
@@ -22,7 +22,7 @@ import tyro
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spattention.data.packed import read_packed
+from spattention.data.token_file import read_token_file
 
 END = 0  # <|endoftext|> of SmolLM2
 LEAST = 64  # tokens of a document
@@ -105,8 +105,8 @@ def save_model(gguf: Path, folder: Path) -> None:
 
 
 def documents(path: Path, end: int) -> Iterator[np.ndarray]:
-    """The documents of a packed stream, without the token between them."""
-    stream = read_packed(path, end)
+    """The documents of a token file, without the token between them."""
+    stream = read_token_file(path, end)
     for start, stop in zip(stream.starts, stream.starts[1:]):
         ids = stream.tokens[start:stop]
         ids = ids[ids != end]

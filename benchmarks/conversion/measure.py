@@ -1,4 +1,4 @@
-"""Measurements of one model: held-out loss, passkeys, RULER's tasks, zero-shot tasks."""
+"""Measurements of one model: held-out loss, passkeys, RULER's tasks, zero-shot tasks, speed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from spattention.evaluation.perplexity import validation_loss
 from spattention.hf.needles import Needle, plant
 
 from . import choices
+from .speed import speed
 from .text import Text
 
 TOKENS = 32_768  # of a batch
 DEPTHS = 5  # .1, .3, .5, .7, .9
-PARTS = ("loss", "passkeys", "ruler", "tasks")
+PARTS = ("loss", "passkeys", "ruler", "tasks", "speed")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Sizes:
         ruler_lengths: tokens per prompt.
         ruler_items: prompts per length and task.
         tasks: zero-shot tasks.
+        speed_lengths: tokens of a text that is read at once; while decoding, of the longest.
+        speed_rows: texts that are decoded together.
     """
 
     parts: tuple[str, ...]
@@ -39,6 +42,8 @@ class Sizes:
     ruler_lengths: tuple[int, ...]
     ruler_items: int
     tasks: dict[str, choices.Prepared]
+    speed_lengths: tuple[int, ...]
+    speed_rows: int
 
 
 def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, Any]:
@@ -48,12 +53,12 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
         found["loss"] = {name: _loss(model, rows) for name, rows in text.held_out.items()}
     if "passkeys" in sizes.parts:
         found["passkeys"] = {
-            str(length): _passkeys(model, tokenizer, text.long, length, sizes.trials)
+            str(length): passkeys(model, tokenizer, text.long, length, sizes.trials)
             for length in sizes.passkey_lengths
         }
     if "ruler" in sizes.parts:
         found["ruler"] = {
-            str(length): _ruler(model, tokenizer, text.long, length, sizes.ruler_items)
+            str(length): ruler_scores(model, tokenizer, text.long, length, sizes.ruler_items)
             for length in sizes.ruler_lengths
         }
     if "tasks" in sizes.parts:
@@ -61,6 +66,8 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
             task: asdict(choices.accuracy(model, prepared))
             for task, prepared in sizes.tasks.items()
         }
+    if "speed" in sizes.parts:
+        found["speed"] = speed(model, text.long, sizes.speed_lengths, sizes.speed_rows)
     return found
 
 
@@ -78,7 +85,7 @@ def _loss(model: Any, rows: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _passkeys(
+def passkeys(
     model: Any, tokenizer: Any, long: Tensor, length: int, trials: int
 ) -> dict[str, float]:
     """Share of passkeys repeated exactly, by depth from 0 to 1."""
@@ -104,7 +111,9 @@ def _passkeys(
     return {str((2 * k + 1) / (2 * DEPTHS)): share for k, share in enumerate(table)}
 
 
-def _ruler(model: Any, tokenizer: Any, long: Tensor, length: int, count: int) -> dict[str, Any]:
+def ruler_scores(
+    model: Any, tokenizer: Any, long: Tensor, length: int, count: int
+) -> dict[str, Any]:
     haystacks = [_haystack(long, k, length) for k in range(count)]
     scores = {}
     for task in ruler.TASKS:

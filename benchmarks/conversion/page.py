@@ -55,8 +55,15 @@ def read(files: Sequence[Path]) -> Runs:
 
 
 def holding(runs: Runs, part: str) -> Runs:
-    """The runs that measured a part."""
+    """The runs that measured a part; raises where two files hold the same run of it."""
     kept = {key: [row for row in rows if row.get(part)] for key, rows in runs.items()}
+    for (name, tokens), rows in kept.items():
+        seeds = [row["seed"] for row in rows] if tokens else [0] * len(rows)
+        if len(set(seeds)) < len(seeds):
+            raise SystemExit(
+                f"a run must be in one file, {part} of {name} at {tokens:g} M is there with seeds "
+                f"{seeds}"
+            )
     return {key: rows for key, rows in kept.items() if rows}
 
 
@@ -148,11 +155,55 @@ def ruler(runs: Runs) -> str:
     return "\n".join(lines) + "\n"
 
 
+def positions(runs: Runs) -> str:
+    """Losses beyond dense's by position in the window, after the most tokens."""
+    runs = holding(runs, "loss")
+    last = max((tokens for _, tokens in runs), default=0)
+    dense = runs["dense", last]
+    names = sorted((n for n, tokens in runs if tokens == last), key=lambda n: _total(runs[n, last]))
+    edges = dense[0]["loss"][SOURCES[0]]["edges"]
+    ranges = [f"{near:,} to {far - 1:,}" for near, far in zip(edges, edges[1:])]
+    lines = [f"| attention | text | {' | '.join(ranges)} |", "|---" * (len(ranges) + 2) + "|"]
+    for name in names:
+        for source, title in zip(SOURCES, ("Wikipedia", "books")):
+            cells = []
+            for k in range(len(ranges)):
+                base = mean(row["loss"][source]["parts"][k] for row in dense)
+                found = [row["loss"][source]["parts"][k] - base for row in runs[name, last]]
+                cells.append(_figure(found))
+            lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def speeds(runs: Runs) -> str:
+    """Pairs, bytes of the cache, and tokens per second of a first pass and of decoding."""
+    runs = holding(runs, "speed")
+    rows = [found[0] for (_, tokens), found in runs.items() if not tokens]
+    if not rows:
+        return ""
+    lengths = list(rows[0]["speed"]["prefill"])
+    (longest,) = rows[0]["speed"]["decode"]
+    head = ["attention", *(f"pairs at {int(length):,}" for length in lengths), "cache, MB a text"]
+    head += [f"first pass of {int(length):,}, tokens/s" for length in lengths]
+    head += [f"{rows[0]['speed']['decode'][longest]['rows']} texts decoded, tokens/s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        prefill, step = row["speed"]["prefill"], row["speed"]["decode"][longest]
+        cells = [row["row"], *(f"{prefill[length]['pairs']:.2f}" for length in lengths)]
+        cells += [f"{step['cache_bytes'] / 1e6:.1f}"]
+        cells += [f"{_round(prefill[length]['tokens_per_second']):,}" for length in lengths]
+        cells += [f"{_round(step['tokens_per_second']):,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[Runs], str]] = {
     "before": before_training,
     "after": after_training,
     "needles": needles,
     "ruler": ruler,
+    "positions": positions,
+    "speed": speeds,
 }
 
 
@@ -171,6 +222,11 @@ def _figure(values: Sequence[float]) -> str:
         return MISSING
     spread = f" ({stdev(values):.3f})" if len(values) > 1 else ""
     return f"{mean(values):+.3f}{spread}"
+
+
+def _round(value: float) -> int:
+    """Three digits: more is noise."""
+    return int(float(f"{value:.3g}"))
 
 
 def _total(rows: Sequence[dict[str, Any]]) -> float:

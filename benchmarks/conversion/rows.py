@@ -41,6 +41,10 @@ class Row:
     lora: bool = False
 
 
+def _all_distances(profile: Profile, budget: Budget) -> Sequence[BandPattern]:
+    return [BandPattern.dense(profile.model.heads, budget.span)] * profile.model.layers
+
+
 def _window(prefix: int = 0) -> Callable[[Profile, Budget], Sequence[BandPattern]]:
     return lambda profile, budget: sliding_window(profile, prefix=prefix, **budget.options())
 
@@ -90,6 +94,7 @@ def _fitted(
 
 ROWS: dict[str, Row] = {
     "dense": Row(None),
+    "dense-bands": Row(_all_distances),
     "window": Row(_window()),
     "window-sinks": Row(_window(), sinks=True),
     "window-prefix": Row(_window(PREFIX)),

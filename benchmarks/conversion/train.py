@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spattention.compat.pytorch import raise_recompile_limit
 from spattention.training.precision import groups, to_bfloat16
 
 from .text import order
@@ -18,6 +22,7 @@ WARMUP = 0.1  # of the steps
 BETAS = (0.9, 0.95)
 MAX_NORM = 1.0
 DECAY = 0.1
+GRAPHS = 64  # of a function, for all rows of a process together
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Schedule:
         rate: peak learning rate of all weights.
         lora_rate: peak learning rate of adapters.
         rank: of adapters.
+        compiled: compile layers and loss.
     """
 
     batch: int
@@ -37,6 +43,7 @@ class Schedule:
     rate: float
     lora_rate: float
     rank: int
+    compiled: bool = False
 
 
 def with_lora(model: Any, schedule: Schedule) -> Any:
@@ -69,8 +76,8 @@ def train(
     chosen = order(len(windows), steps * schedule.batch, seed).view(steps, schedule.batch)
     model.train()
     losses = []
-    began = time.perf_counter()
-    for step, batch in enumerate(chosen):
+
+    def update(step: int, batch: Tensor) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate * _share(step, steps)
         total = torch.zeros((), device=model.device)
@@ -84,6 +91,11 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(total)
+
+    began = time.perf_counter()
+    with compiled(model) if schedule.compiled else nullcontext():
+        for step, batch in enumerate(chosen):
+            update(step, batch)
     found = torch.stack(losses).tolist()
     if not all(map(math.isfinite, found)):
         raise SystemExit(f"the loss must be finite, got {found}")
@@ -94,6 +106,30 @@ def train(
         "losses": [round(loss, 4) for loss in found[:: max(1, steps // 50)]],
         "parameters": sum(p.numel() for p in trained),
     }
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """Compile the decoder's layers, all but attention, and the loss; afterwards all is as before.
+
+    Attention is left out because every layer has bands of its own: with it, each would be a graph.
+    """
+    name = model.config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers, loss = list(base.model.layers), base.loss_function
+    raise_recompile_limit(GRAPHS)
+    ALL_ATTENTION_FUNCTIONS[name] = torch._dynamo.disable(attend)
+    base.loss_function = torch.compile(loss, dynamic=False)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+        base.loss_function = loss
+        for layer in layers:
+            del layer.forward
 
 
 def _share(step: int, steps: int) -> float:

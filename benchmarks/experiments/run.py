@@ -6,6 +6,10 @@
 Checkpoints lie in the work folder; the same command goes on from them. The work folder may be
 thrown away between runs, never between the pieces of one. `--at-once 4` makes four runs at a time
 on the same GPU, each in a process of its own.
+
+An entry is written after every validation loss, so that a run that is killed leaves its losses. A
+model is evaluated by the process that trained it. With `--tokenizer` that includes passkeys and
+RULER's tasks at the model's whole context.
 """
 
 from __future__ import annotations
@@ -36,8 +40,10 @@ from spattention.training.callbacks import Diverged
 from spattention.training.checkpoints import newest_good
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
+from spattention.training.record import LOSSES
 
 from .ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
+from .retrieval import retrieval
 from .side_by_side import side_by_side
 
 OF_THE_RUN = ("facts", "machine", "versions", "train", "validation")  # from its losses.json
@@ -52,7 +58,7 @@ class Options:
 
     Args:
         plans: TOML files, see plan.py.
-        data: Folder of the packed streams that plans name.
+        data: Folder of the token files that plans name.
         work: Folder of checkpoints.
         ledger: Folder of the entries.
         minutes: Stop after so long, with a checkpoint of the run in progress; None: never.
@@ -62,6 +68,8 @@ class Options:
         commit: The commit to record, where git cannot tell.
         windows: Validation windows of the final loss by position.
         items: Sequences per question of recall; 0 takes neither recall nor a look at heads.
+        tokenizer: `tokenizer.json` of the data, for passkeys and RULER's tasks; neither without it.
+        prompts: Prompts per task, and passkeys per depth.
         at_once: Runs that are made at a time. Entries of several at once hold no speeds worth
             showing, and none is shown.
         beside: How many other runs share the GPU, or other work the host; `--at-once` gives it to
@@ -79,6 +87,8 @@ class Options:
     commit: str | None = None
     windows: int = 256
     items: int = 16
+    tokenizer: Path | None = None
+    prompts: int = 16
     at_once: int = 1
     beside: int = 0
     until: float | None = None
@@ -155,6 +165,8 @@ def _of_one(options: Options, plan: Path, run: Run, commit: str, until: float | 
         "commit": commit,
         "windows": options.windows,
         "items": options.items,
+        "prompts": options.prompts,
+        **({} if options.tokenizer is None else {"tokenizer": options.tokenizer}),
         "beside": options.at_once - 1,
         **({} if until is None else {"until": until}),
     }
@@ -176,40 +188,45 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
     _say(f"{plan.name}/{run.name}")(f"begins; {_left(seconds)}")
     folder = options.work / plan.name / run.name
     torch._dynamo.reset()  # graphs of the run before it; their number is limited
-    diverged = None
     minutes = None
     if seconds is not None:
         minutes = max(0.0, seconds - (time.monotonic() - began)) / 60
+
+    def save(step: int, diverged: str | None = None, final: dict[str, Any] | None = None) -> None:
+        losses = json.loads((folder / LOSSES).read_text()) if diverged is None else {}
+        entry = {
+            "plan": plan.name,
+            "title": plan.title,
+            "label": run.label,
+            "seed": run.seed,
+            "step": step,
+            "tokens": step * recipe.batch * recipe.context,
+            "diverged": diverged,
+            "commit": commit,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "data": json.loads((folder / "run.json").read_text())["data"],
+            "beside": max(options.beside, (known or {}).get("beside", 0)),
+            "seconds": (known or {}).get("seconds", 0.0) + time.monotonic() - began,
+            "recipe": {**recipe.to_dict(), **{name: run.fields[name] for name in PLACES}},
+            "facts": {},
+            "train": [],
+            "validation": [],
+            **{name: losses[name] for name in OF_THE_RUN if name in losses},
+            "final": final,
+        }
+        write_entry(path, entry)
+
+    diverged = None
     try:
-        outcome = pretrain(recipe, folder, minutes=minutes, send=_Report(plan, run).update)
+        outcome = pretrain(recipe, folder, minutes=minutes, send=_Report(recipe.steps, save).update)
         step = outcome.step
     except Diverged as error:
         diverged, step = str(error), 0
-    losses = json.loads((folder / "losses.json").read_text()) if diverged is None else {}
     done = step == recipe.steps
-    entry = {
-        "plan": plan.name,
-        "title": plan.title,
-        "label": run.label,
-        "seed": run.seed,
-        "step": step,
-        "tokens": step * recipe.batch * recipe.context,
-        "diverged": diverged,
-        "commit": commit,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "data": json.loads((folder / "run.json").read_text())["data"],
-        "beside": max(options.beside, (known or {}).get("beside", 0)),
-        "seconds": (known or {}).get("seconds", 0.0) + time.monotonic() - began,
-        "recipe": {**recipe.to_dict(), **{name: run.fields[name] for name in PLACES}},
-        "facts": {},
-        "train": [],
-        "validation": [],
-        **{name: losses[name] for name in OF_THE_RUN if name in losses},
-        "final": _final(recipe, folder, options) if done else None,
-    }
-    write_entry(path, entry)
-    if done:
-        _say(f"{plan.name}/{run.name}")(f"loss {entry['final']['loss']['mean']:.4f}")
+    final = _final(recipe, folder, options) if done else None
+    save(step, diverged, final)
+    if final is not None:
+        _say(f"{plan.name}/{run.name}")(f"loss {final['loss']['mean']:.4f}")
         _keep_model(folder)
     return done or diverged is not None
 
@@ -246,7 +263,14 @@ def _final(recipe: Recipe, folder: Path, options: Options) -> dict[str, Any]:
         "by_position": [round(part.mean, 5) for part in found.parts],
         "by_position_error": [round(part.error, 5) for part in found.parts],
         **(_looks(model, data.validation, options.items) if options.items else {}),
+        **_retrieval(model, data.validation, options),
     }
+
+
+def _retrieval(model: Any, windows: Any, options: Options) -> dict[str, Any]:
+    if options.tokenizer is None:
+        return {}
+    return {"retrieval": retrieval(model, windows, options.tokenizer, options.prompts)}
 
 
 def _looks(model: Any, windows: Any, items: int) -> dict[str, Any]:
@@ -276,16 +300,26 @@ def _keep_model(folder: Path) -> None:
 
 @dataclass
 class _Report:
-    """Shows every tenth line of what a run sends."""
+    """Shows what a run sends, and saves its entry once a validation loss has been recorded.
 
-    plan: Plan
-    run: Run
+    Attributes:
+        steps: of the whole run, whose last step is saved with its evaluation.
+        save: called with the step of that loss.
+    """
+
+    steps: int
+    save: Callable[[int], None]
+    unsaved: int | None = None
 
     def update(self, event: dict[str, Any]) -> None:
         if event["kind"] == "note":
             print(f"  {event['text']}", flush=True)
+        elif event["kind"] == "step" and self.unsaved is not None:
+            self.save(self.unsaved)  # the step after it: the file of losses has it now
+            self.unsaved = None
         elif "eval_loss" in event:
             print(f"  step {event['step']}: validation {event['eval_loss']:.4f}", flush=True)
+            self.unsaved = event["step"] if event["step"] < self.steps else None
         elif "loss" in event:
             speed = event.get("tokens_per_second", 0)
             print(

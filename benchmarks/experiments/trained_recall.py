@@ -120,10 +120,10 @@ def main(options: Options) -> None:
             progress.advance(bar)
 
 
-def entry_path(ledger: Path, attention: str, seed: int) -> Path:
+def entry_path(ledger: Path, attention: str, seed: int, folder: str = ENTRIES) -> Path:
     """Where the entry of a run lies."""
     name = "".join(c if c.isalnum() or c == "_" else "-" for c in attention)
-    return ledger / ENTRIES / f"{name}-seed{seed}.json"
+    return ledger / folder / f"{name}-seed{seed}.json"
 
 
 def run(options: Options, name: str, seed: int) -> dict[str, Any]:
@@ -201,10 +201,21 @@ def ask(model: LlamaForCausalLM, question: Question) -> tuple[torch.Tensor, torc
     ids = question.ids
     count = ids.shape[1] // 4
     guess = torch.cat([model(input_ids=each).logits.argmax(-1) for each in ids.split(BATCH)])
+    asked = torch.arange(2 * count, 4 * count, 2)
+    values, distances = answers(ids)
+    return guess[:, asked] == values, distances
+
+
+def answers(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(values, distances)`, both `[items, count]`: what follows each key the second time, and how
+    far before that key the value stands; of sequences `[items, 4 * count]`.
+    """
+    count = ids.shape[1] // 4
     asked = torch.arange(2 * count, 4 * count, 2)  # the keys, the second time
-    right = guess[:, asked] == ids[:, asked + 1]
-    first = (ids[:, asked, None] == ids[:, None, : 2 * count : 2]).int().argmax(-1)
-    return right, asked - (2 * first + 1)
+    places = torch.full((ids.shape[0], int(ids.max()) + 1), 2 * count)
+    first = torch.arange(0, 2 * count, 2).expand(ids.shape[0], -1)
+    places.scatter_reduce_(1, ids[:, : 2 * count : 2], first, "amin")
+    return ids[:, asked + 1], asked - (places.gather(1, ids[:, asked]) + 1)
 
 
 def by_distance(right: torch.Tensor, distances: torch.Tensor) -> list[dict[str, float]]:

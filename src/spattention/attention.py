@@ -190,20 +190,24 @@ def choose(impl: str | None, query: torch.Tensor, value: torch.Tensor) -> Module
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
-        if not HAS_TRITON:
-            raise ValueError('`impl="triton"` needs Triton: pip install "spattention[gpu]"')
-        kernels = _kernels()
-        reason = kernels.refusal(query, value)
+        reason = refusal(query, value)
         if reason is not None:
             raise ValueError(f'`impl="triton"` {reason}')
-        return kernels
+        return _kernels()
     return reference if impl == "reference" else blockwise
 
 
 def kernels_for(query: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
     """`impl.triton`, where the rule of `band_attention` chooses it."""
-    kernels = _kernels() if query.is_cuda and HAS_TRITON else None
-    return None if kernels is None or kernels.refusal(query, value) else kernels
+    return None if not query.is_cuda or refusal(query, value) else _kernels()
+
+
+def refusal(query: torch.Tensor, value: torch.Tensor) -> str | None:
+    """The reason why the Triton kernels do not take these tensors, or None if they do."""
+    if not HAS_TRITON:
+        return 'needs Triton: pip install "spattention[gpu]"'
+    found: str | None = _kernels().refusal(query, value)
+    return found
 
 
 def _kernels() -> ModuleType:

@@ -97,8 +97,7 @@ class BandPattern:
         """Every head attends `[0, span)`: ordinary causal attention. For `prefix` see
         `BandPattern`."""
         num_heads, span, _ = _size(num_heads, span)
-        constructor = _constructor("dense", num_heads=num_heads, span=span)
-        return cls((((0, span),),) * num_heads, span, constructor, prefix=prefix)
+        return cls._named("dense", [((0, span),)], num_heads, span, prefix)
 
     @classmethod
     def sliding_window(
@@ -110,8 +109,8 @@ class BandPattern:
         window = integer("window", window)
         if not 1 <= window <= span:
             raise ValueError(f"`window` must be between 1 and `span` = {span}, got {window}")
-        constructor = _constructor("sliding_window", num_heads=num_heads, span=span, window=window)
-        return cls((((0, window),),) * num_heads, span, constructor, prefix=prefix)
+        bands = [((0, window),)]
+        return cls._named("sliding_window", bands, num_heads, span, prefix, window=window)
 
     @classmethod
     def exclusive(
@@ -147,15 +146,8 @@ class BandPattern:
         widths = widths if isinstance(widths, str) else integers("widths", widths)
         edges = band_edges(groups, span, widths, first)
         bands = [merged([band], span) for band in zip(edges, edges[1:])]
-        constructor = _constructor(
-            "exclusive",
-            num_heads=num_heads,
-            span=span,
-            widths=widths,
-            first=first,
-            kv_heads=kv_heads,
-        )
-        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
+        given = {"widths": widths, "first": first, "kv_heads": kv_heads}
+        return cls._named("exclusive", bands, num_heads, span, prefix, **given)
 
     @classmethod
     def shared_local(
@@ -196,16 +188,8 @@ class BandPattern:
             merged([(0, window), band], span)
             for window, band in zip(windows, zip(edges, edges[1:]))
         ]
-        constructor = _constructor(
-            "shared_local",
-            num_heads=num_heads,
-            span=span,
-            widths=widths,
-            local=local,
-            first=first,
-            kv_heads=kv_heads,
-        )
-        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
+        given = {"widths": widths, "local": local, "first": first, "kv_heads": kv_heads}
+        return cls._named("shared_local", bands, num_heads, span, prefix, **given)
 
     @classmethod
     def gapped(
@@ -218,8 +202,7 @@ class BandPattern:
         bands = [
             merged([(near, near + (far - near) // 2)], span) for near, far in zip(edges, edges[1:])
         ]
-        constructor = _constructor("gapped", num_heads=num_heads, span=span, kv_heads=kv_heads)
-        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
+        return cls._named("gapped", bands, num_heads, span, prefix, kv_heads=kv_heads)
 
     @classmethod
     def local_only(
@@ -230,8 +213,23 @@ class BandPattern:
         num_heads, span, groups = _size(num_heads, span, kv_heads)
         windows = local_windows(groups, span, "uniform", None)
         bands = [merged([(0, window)], span) for window in windows]
-        constructor = _constructor("local_only", num_heads=num_heads, span=span, kv_heads=kv_heads)
-        return cls(_grouped(bands, num_heads), span, constructor, prefix=prefix)
+        return cls._named("local_only", bands, num_heads, span, prefix, kv_heads=kv_heads)
+
+    @classmethod
+    def _named(
+        cls,
+        name: str,
+        bands: Sequence[tuple[Interval, ...]],
+        num_heads: int,
+        span: int,
+        prefix: int,
+        **arguments: Any,
+    ) -> BandPattern:
+        """The pattern of a constructor. Neighbouring heads share a band, equal numbers of them."""
+        heads = tuple(band for band in bands for _ in range(num_heads // len(bands)))
+        given = {"name": name, "num_heads": num_heads, "span": span, **arguments}
+        constructor = {key: value for key, value in given.items() if value is not None}
+        return cls(heads, span, constructor, prefix=prefix)
 
     @property
     def num_heads(self) -> int:
@@ -430,11 +428,6 @@ def _check_head(head: int, intervals: tuple[Interval, ...], span: int) -> None:
             )
 
 
-def _grouped(bands: Sequence[tuple[Interval, ...]], num_heads: int) -> Intervals:
-    """One band per query head: equal numbers of neighbouring heads share one."""
-    return tuple(band for band in bands for _ in range(num_heads // len(bands)))
-
-
 def _size(num_heads: int, span: int, kv_heads: int | None = None) -> tuple[int, int, int]:
     """Heads and span as ints, and the number of bands: `kv_heads`, or one per head."""
     num_heads = integer("num_heads", num_heads)
@@ -474,10 +467,6 @@ def _heads(intervals: Any) -> Intervals:
         raise ValueError(f"{rule}, got {reprlib.repr(intervals)}") from None
     as_integer = partial(integer, "intervals")
     return tuple(tuple((as_integer(near), as_integer(far)) for near, far in head) for head in pairs)
-
-
-def _constructor(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"name": name} | {k: v for k, v in arguments.items() if v is not None}
 
 
 def _plain(constructor: Any) -> dict[str, Any] | None:

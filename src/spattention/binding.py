@@ -39,39 +39,16 @@ def bind(
     optional = (sinks, query_start, key_start)
     form = _form_of((query, key, value), pattern, scale, optional)
     if form is None or not form.checked:
-        check_attention(
-            query,
-            key,
-            value,
-            pattern,
-            scale=scale,
-            sinks=sinks,
-            query_start=query_start,
-            key_start=key_start,
-        )
+        rows: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
+        check_attention(query, key, value, pattern, scale=scale, sinks=sinks, **rows)
         _remember(form, query, optional)
     scale = score_scale(query, scale)
-    start, start_tensor = 0, None
-    if query_start is None:
+    start_tensor = query_start if isinstance(query_start, Tensor) else None
+    start = 0 if isinstance(query_start, Tensor) else query_start
+    if start is None:
         start = key.shape[2] - query.shape[2]
-    elif isinstance(query_start, Tensor):
-        start_tensor = query_start
-    else:
-        start = query_start
-    return AttentionCall(
-        query,
-        key,
-        value,
-        pattern,
-        scale,
-        sinks,
-        start,
-        start_tensor,
-        key_start,
-        None,
-        None,
-        form,
-    )
+    positions = start, start_tensor, key_start, None, None
+    return AttentionCall(query, key, value, pattern, scale, sinks, *positions, form)
 
 
 def bind_varlen(
@@ -94,35 +71,15 @@ def bind_varlen(
     check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
     query, key, value = under_autocast(query, key, value)
     max_seqlen_q, max_seqlen_k = python_number(max_seqlen_q), python_number(max_seqlen_k)
-    optional = (sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    optional: tuple[Any, ...] = (sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     form = _form_of((query, key, value), pattern, scale, optional)
     if form is None or not form.checked:
-        check_varlen(
-            query,
-            key,
-            value,
-            pattern,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            scale=scale,
-            sinks=sinks,
-        )
+        check_varlen(query, key, value, pattern, *optional[1:], scale=scale, sinks=sinks)
         _remember(form, query, optional)
     scale = score_scale(query, scale)
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    return AttentionCall(
-        query,
-        key,
-        value,
-        pattern,
-        scale,
-        sinks,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        form=form,
-    )
+    positions = 0, None, None, cu_seqlens_q, cu_seqlens_k
+    return AttentionCall(query, key, value, pattern, scale, sinks, *positions, form)
 
 
 def _form_of(

@@ -39,14 +39,8 @@ def new_documents(batch_size: int, max_rollback: int, device: torch.device) -> T
 def prefix_slots(
     stored: StoredTokens, first: Tensor, heads: HeadGroup | SameReach | SameWidth
 ) -> Tensor:
-    """Slots of the first tokens of documents, int64 `[B, ..., C, prefix]`, valid for tokens that
-    are in the store.
-
-    Args:
-        stored: the store's tensors.
-        first: int64 `[B, ...]`, positions at which the documents start.
-        heads: the C heads.
-    """
+    """Slots of the first tokens of documents in C heads, int64 `[B, ..., C, prefix]`, valid for
+    tokens that are in the store. The documents start at positions `first [B, ...]`."""
     place = torch.arange(stored.layout.pattern.prefix, device=first.device)
     at = first[..., None, None] + place
     in_ring = heads.offset[:, None] + at % heads.length.clamp(min=1)[:, None]
@@ -146,12 +140,7 @@ def _fill(
 
 def move(before: StoredTokens, after: StoredTokens) -> None:
     """Fill the prefixes and `documents` of another layout, whose rings and counts are moved
-    already.
-
-    Args:
-        before: the tensors so far.
-        after: the new ones.
-    """
+    already."""
     position, columns = before.counts[0][:, None], before.documents.shape[1] - 1
     place = torch.arange(after.documents.shape[1] - 1, device=position.device)
     at = position - 1 - (position - 1 - place) % len(place)  # the newest position of each column
@@ -171,13 +160,8 @@ def move(before: StoredTokens, after: StoredTokens) -> None:
 def check_documents(
     stored: StoredTokens, key_start: Tensor, tokens: int, mask: Tensor | None
 ) -> None:
-    """Check that documents start at new tokens: the first tokens of any other are gone.
-
-    Args:
-        stored: the store's tensors.
-        key_start: int32 `[B]` or `[B, n]`, where the document of each next token starts.
-        tokens: n.
-        mask: bool `[B, n]`, False for padding; None: there is none.
+    """Check that documents start at new tokens: the first tokens of any other are gone. `key_start`
+    is that of the next tokens, and `mask [B, n]` is False for padding among them.
 
     Raises:
         ValueError: if a document starts before these tokens and was not the last one.

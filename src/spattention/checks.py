@@ -8,6 +8,7 @@ here, because that would wait for the device; `validate` reads them on request.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -141,15 +142,8 @@ def check_varlen(
         raise ValueError(
             f"`value` must have as many tokens as `key`, {key.shape[0]}, got {value.shape[0]}"
         )
-    check_documents(
-        query.shape[0],
-        key.shape[0],
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        query.device,
-    )
+    offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    check_documents(query.shape[0], key.shape[0], *offsets, *longest, query.device)
 
 
 def check_documents(
@@ -211,8 +205,8 @@ def validate(
         ValueError: naming the argument, the rule and the value given.
     """
     check_tensors(query=query, key=key, value=value)
-    rows = {"query_start": query_start, "key_start": key_start}
-    packed = {
+    rows: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
+    packed: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
@@ -220,16 +214,7 @@ def validate(
     }
     given = [name for name, value in packed.items() if value is not None]
     if not given:
-        check_attention(
-            query,
-            key,
-            value,
-            pattern,
-            scale=scale,
-            sinks=sinks,
-            query_start=query_start,
-            key_start=key_start,
-        )
+        check_attention(query, key, value, pattern, scale=scale, sinks=sinks, **rows)
         if key_start is not None:
             _check_key_start_values(key_start)
         if isinstance(query_start, torch.Tensor):
@@ -241,25 +226,8 @@ def validate(
     for name, value_given in rows.items():
         if value_given is not None:
             raise ValueError(f"`{name}` must not be given with `{given[0]}`, got {value_given!r}")
-    assert cu_seqlens_q is not None
-    assert cu_seqlens_k is not None
-    assert max_seqlen_q is not None
-    assert max_seqlen_k is not None
-    check_varlen(
-        query,
-        key,
-        value,
-        pattern,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=scale,
-        sinks=sinks,
-    )
-    _check_cu_seqlens_values(
-        query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
+    check_varlen(query, key, value, pattern, **packed, scale=scale, sinks=sinks)
+    _check_cu_seqlens_values(query.shape[0], key.shape[0], *packed.values())
 
 
 def check_no_tangents(**tensors: torch.Tensor | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .bands import BandPattern
+from .files import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STOCK = "dense"
 PATTERNS = ("shared_local", "exclusive", "sliding_window", "gapped", "local_only")
+EXPLICIT = "intervals"  # a pattern written out
 # name on the command line -> class in `spattention.baselines`, and what the name says already
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("Longformer", {}),
@@ -125,10 +126,11 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
             `exclusive`, `shared_local:widths=geometric,local=64`, `exclusive:widths=0/64/512` (the
             edges of two heads), `shared_local:local=64/512` (a window for each head),
             `shared_local:kv_heads=4` (a band for each of 4 key/value heads) or
-            `sliding_window:window=128,prefix=4` (the first 4 tokens beside every band), or a
-            baseline or related system with its options, as in `bigbird:random=2`,
-            `published_longformer` or `mea:norm=0,bands=exclusive`. `bands` is the name of a pattern
-            with its options, and comes last.
+            `sliding_window:window=128,prefix=4` (the first 4 tokens beside every band), `intervals`
+            with those of each head, as in `intervals:heads=0-8/0-4+16-32` (those of one head are
+            for all, and `none` is a head without keys), or a baseline or related system with its
+            options, as in `bigbird:random=2`, `published_longformer` or `mea:bands=exclusive`.
+            `bands` is the name of a pattern with its options, and comes last.
         num_heads: query heads of the model.
         span: context length of the model, in tokens.
 
@@ -140,9 +142,11 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
         return StockDense(num_heads)
     if is_other(text):
         return Other(text, other_attention(text, num_heads, span))
-    if name not in (STOCK, *PATTERNS):
-        known = (STOCK, *PATTERNS, *BASELINES, *RELATED)
-        raise ValueError(f"a pattern must be one of {known}, got {name!r}{_near(name, known)}")
+    if name not in (STOCK, *PATTERNS, EXPLICIT):
+        known = (STOCK, *PATTERNS, EXPLICIT, *BASELINES, *RELATED)
+        raise ValueError(
+            f"a pattern must be one of {known}, got {name!r}{did_you_mean(name, known)}"
+        )
     return Bands(text, named_pattern(text, num_heads, span))
 
 
@@ -152,19 +156,17 @@ def is_other(text: str) -> bool:
 
 
 def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern") -> BandPattern:
-    """Read the name of a pattern, as in `attention_choice`; `dense` attends everything.
-
-    Args:
-        text: name and options.
-        num_heads: query heads.
-        span: in tokens.
-        what: the pattern's name in errors.
-    """
+    """Read the name of a pattern with its options, as in `attention_choice`; `dense` attends
+    everything. Errors call it `what`."""
     name, colon, rest = text.partition(":")
-    known_names = (STOCK, *PATTERNS)
+    known_names = (STOCK, *PATTERNS, EXPLICIT)
     if name not in known_names:
         raise ValueError(
-            f"{what} must be one of {known_names}, got {name!r}{_near(name, known_names)}"
+            f"{what} must be one of {known_names}, got {name!r}{did_you_mean(name, known_names)}"
+        )
+    if name == EXPLICIT:
+        return _explicit(
+            _options(name, rest if colon else None, ("heads", "prefix")), num_heads, span
         )
     constructor = getattr(BandPattern, name)
     known = [p for p in inspect.signature(constructor).parameters if p not in ("num_heads", "span")]
@@ -173,6 +175,20 @@ def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern")
         # As wide as the published ablation: one uniform band and its neighbour.
         options.setdefault("window", min(span, span // max(1, num_heads) + 1))
     return constructor(num_heads, span, **options)
+
+
+def _explicit(options: dict[str, Any], num_heads: int, span: int) -> BandPattern:
+    """The pattern of intervals that are written out."""
+    if "heads" not in options:
+        raise ValueError(f"`{EXPLICIT}` must have the option `heads`, as in {EXPLICIT}:heads=0-8")
+    heads = options["heads"]
+    if len(heads) not in (1, num_heads):
+        raise ValueError(
+            f"option `heads` of `{EXPLICIT}` must have the intervals of one head or of all "
+            f"{num_heads}, got {len(heads)}"
+        )
+    intervals = heads * num_heads if len(heads) == 1 else heads
+    return BandPattern(intervals, span, prefix=options.get("prefix", 0))
 
 
 def is_dense(pattern: BandPattern) -> bool:
@@ -184,12 +200,8 @@ def pattern_remarks(
     pattern: BandPattern, name: str | None = None, most_equal: float = 0.0
 ) -> list[str]:
     """Remarks on a pattern that is valid and hardly meant: dense, or with equal or empty heads.
-
-    Args:
-        pattern: the bands.
-        name: how the remarks call it; its constructor without it.
-        most_equal: share of heads that may attend the same distances without a remark.
-    """
+    They call it `name`, by default its constructor. A share `most_equal` of the heads may attend
+    the same distances without a remark."""
     kind = pattern.constructor["name"] if pattern.constructor else None
     name = name or kind or "the pattern"
     heads = pattern.num_heads
@@ -206,11 +218,6 @@ def pattern_remarks(
         if kind == "shared_local":
             remarks[-1] += ": their own bands lie within the local window; a smaller `local` helps"
     return remarks
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def other_attention(text: str, num_heads: int, span: int) -> Baseline:
@@ -261,7 +268,7 @@ def _options(
         if key not in known or not equals:
             raise ValueError(
                 f"options of `{name}` are NAME=VALUE with a name of {[*known, *nested]}, got "
-                f"{item!r}{'' if key in known else _near(key, [*known, *nested])}"
+                f"{item!r}{'' if key in known else did_you_mean(key, [*known, *nested])}"
             )
         if key in options:
             raise ValueError(f"option `{key}` of `{name}` must be given once, got {name}:{text}")
@@ -269,15 +276,17 @@ def _options(
     return options
 
 
-def _value(name: str, key: str, text: str) -> int | str | tuple[int, ...]:
+def _value(name: str, key: str, text: str) -> int | str | tuple[Any, ...]:
     """Read an option's value: `widths` is a name or edges, `local` one integer or one per head,
-    all others are integers.
+    `heads` the intervals of each head, all others are integers.
     """
     if len(text) > LONGEST_VALUE:
         raise ValueError(
             f"option `{key}` of `{name}` must have at most {LONGEST_VALUE} characters, got "
             f"{len(text)}"
         )
+    if key == "heads":
+        return _intervals(name, text)
     if key in ("widths", "local") and re.fullmatch("-?[0-9]+(/-?[0-9]+)+", text):
         return tuple(int(part) for part in text.split("/"))
     if key == "widths":
@@ -290,6 +299,19 @@ def _value(name: str, key: str, text: str) -> int | str | tuple[int, ...]:
     if not re.fullmatch("-?[0-9]+", text):
         raise ValueError(f"option `{key}` of `{name}` must be an integer, got {text!r}")
     return int(text)
+
+
+def _intervals(name: str, text: str) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Read intervals, as in 0-8/0-4+16-32/none."""
+    head = r"(none|[0-9]+-[0-9]+(\+[0-9]+-[0-9]+)*)"
+    if not re.fullmatch(f"{head}(/{head})*", text):
+        raise ValueError(
+            f"option `heads` of `{name}` must be intervals as in 0-8/0-4+16-32/none, got {text!r}"
+        )
+    return tuple(
+        tuple(tuple(map(int, part.split("-"))) for part in each.split("+") if part != "none")
+        for each in text.split("/")
+    )
 
 
 def _decimal(name: str, key: str, text: str) -> float:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .attention import HAS_TRITON, IMPLEMENTATIONS
+from . import attention
+from .attention import choose, refusal
 from .bands import BandPattern
 from .binding import bind, bind_varlen
 from .checks import validate
+
+PYTORCH = "PyTorch operations"
 
 
 @dataclass(frozen=True)
@@ -62,62 +66,27 @@ def explain(
     Raises:
         ValueError: if an argument breaks a rule of the operator, or `impl` cannot compute the call.
     """
-    validate(
-        query,
-        key,
-        value,
-        pattern,
-        sinks=sinks,
-        query_start=query_start,
-        key_start=key_start,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
-    if impl not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"`impl` must be None or one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl in ("reference", "blockwise"):
-        return Explanation(impl, PYTORCH, (f'`impl="{impl}"` was given.',))
+    rows: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
+    packed: dict[str, Any] = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+    }
+    validate(query, key, value, pattern, sinks=sinks, **rows, **packed)
     if cu_seqlens_q is None:
-        call = bind(
-            query,
-            key,
-            value,
-            pattern,
-            scale=None,
-            sinks=sinks,
-            query_start=query_start,
-            key_start=key_start,
-        )
+        call = bind(query, key, value, pattern, scale=None, sinks=sinks, **rows)
     else:
-        assert cu_seqlens_k is not None
-        assert max_seqlen_q is not None
-        assert max_seqlen_k is not None
-        lengths = max_seqlen_q, max_seqlen_k
-        offsets = cu_seqlens_q, cu_seqlens_k
-        call = bind_varlen(query, key, value, pattern, *offsets, *lengths, scale=None, sinks=sinks)
-    refusal = _refusal(call.query, call.value, impl)
-    if refusal is not None:
-        if impl is not None:
-            raise ValueError(f'`impl="{impl}"` {refusal}')
-        return Explanation("blockwise", PYTORCH, (f'`impl="triton"` {refusal}.',))
-    from .impl import triton as kernels
-
-    name, need = kernels.describe(call)
+        call = bind_varlen(query, key, value, pattern, **packed, scale=None, sinks=sinks)
+    if impl is None:
+        reason = refusal(call.query, call.value)
+        if attention.HAS_TRITON and not call.query.is_cuda:
+            reason = f"needs CUDA tensors, got {call.query.device.type}"
+        if reason is not None:
+            return Explanation("blockwise", PYTORCH, (f'`impl="triton"` {reason}.',))
+    elif impl != "triton":
+        choose(impl, call.query, call.value)  # raises for a name that there is not
+        return Explanation(impl, PYTORCH, (f'`impl="{impl}"` was given.',))
+    name, need = choose("triton", call.query, call.value).describe(call)
     reasons = () if need is None else (f"The Hopper kernels need {need}.",)
     return Explanation("triton", name, reasons)
-
-
-PYTORCH = "PyTorch operations"
-
-
-def _refusal(query: torch.Tensor, value: torch.Tensor, impl: str | None) -> str | None:
-    """Why the Triton kernels do not run the call, or None if they do."""
-    if not HAS_TRITON:
-        return 'needs Triton: pip install "spattention[gpu]"'
-    if impl is None and not query.is_cuda:
-        return f"needs CUDA tensors, got {query.device.type}"
-    from .impl import triton as kernels
-
-    return kernels.refusal(query, value)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,7 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Check that the folder of a saved model is there.
-
-    Raises:
-        ValueError: if it is not, with the nearest name in the same folder.
-    """
+    """Check that a saved model's folder is there; raises `ValueError` with the nearest name."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} must be the folder of a saved model, it is a link to nothing")
     if not path.exists():
@@ -111,6 +107,12 @@ def _near(path: Path, cutoff: float = 0.6) -> str:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=cutoff)
     return f", did you mean {path.parent / close[0]}?" if close else ""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest of some names, for the end of a message; empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def is_unfinished(path: Path) -> bool:

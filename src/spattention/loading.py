@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +68,17 @@ class Weights:
     elements: int
 
 
-def model_folder(path: Path, say: Callable[[str], None] | None = None) -> Path:
-    """Find the folder of a saved model.
+def model_folder(path: Path) -> Path:
+    """Find the folder of a saved model; newer checkpoints that are damaged are named on standard
+    error.
 
     Args:
         path: that folder; the folder of a training run, for its newest whole checkpoint; or the
             folder of a comparison, for the model that it names.
-        say: called with one line for each newer checkpoint that is damaged; by default the line is
-            printed on standard error.
 
     Raises:
         ValueError: if there is no such model, or a checkpoint differs from its manifest.
     """
-    say = _to_stderr if say is None else say
     if not path.is_dir():
         raise ValueError(f"{path} must be the folder of a saved model, there is no such folder")
     if (path / CONFIG).is_file():
@@ -93,7 +91,7 @@ def model_folder(path: Path, say: Callable[[str], None] | None = None) -> Path:
             told = "; ".join(problems) or "it has none"
             raise ValueError(f"{path} must hold a whole checkpoint: {told}")
         for problem in problems:
-            say(f"damaged checkpoint: {problem}; {found} is taken instead")
+            _warn(f"damaged checkpoint: {problem}; {found} is taken instead")
         return found
     if (path / "results.json").is_file():
         return _of_comparison(path)
@@ -239,7 +237,7 @@ def named_errors(file: Path, rule: str) -> Iterator[None]:
         raise ValueError(f"{file} {rule}: {reason(error)}") from error
 
 
-def _to_stderr(line: str) -> None:
+def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
@@ -364,7 +362,7 @@ def _check_loaded(
             f"and {CONFIG} names none"
         )
     if unused:
-        _to_stderr(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
+        _warn(f"{weights.parent} has {len(unused)} weights of no use: {_some(unused)}")
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
             raise ValueError(f"{weights.parent} must hold finite weights, {name} has NaN or inf")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from .bands import BandPattern
@@ -76,35 +76,24 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
     if length < 1:
         raise ValueError(f"`length` must be at least 1, got {length}")
     heads = pattern.num_heads
-    columns = min(4, heads) if heads <= 16 else 8
-    rows = -(-heads // columns)
+    columns, width, height = _grid(heads)
     narrow = columns > 4
-    cell = 1.6 if narrow else 2.6
     cover = min(4.5, max(1.6, 0.24 * heads + 0.9))
-    width = max(cell * columns + 0.9, 6.0)
-    figure = Figure(figsize=(width, rows * (cell + 0.3) + cover + 1.0), layout="constrained")
-    heights = [rows * (cell + 0.3) + 0.6, cover]
+    figure = Figure(figsize=(width, height + cover + 1.0), layout="constrained")
+    heights = [height + 0.6, cover]
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     pairs = pattern.pairs(length)
     causal = length * (length + 1) // 2
     total = f"{100 * sum(pairs) / (causal * heads):.1f} % of dense attention's pairs"
     above.suptitle(f"{title or repr(pattern)}: {total}", color=INK, fontsize=11)
-    axes = above.subplots(rows, columns, squeeze=False)
-    for head, axis in enumerate(axes.flat):
-        if head >= heads:
-            axis.set_axis_off()
-            continue
-        _draw_mask(axis, pattern, head, length)
+    for head, axis in _panels(above, heads):
+        _draw_pairs(axis, mask_image(pattern, head, length), length)
         keys, share = _attended_keys(pattern, head), f"{100 * pairs[head] / causal:.1f} %"
         if narrow:  # a band to a line, as wide titles would run into each other
             text = "\n".join([f"head {head}, {share}", *keys])
         else:
             text = f"head {head}: {' '.join(keys)}\n{share} of the pairs"
         axis.set_title(text, fontsize=7 if narrow else 8, color=INK)
-        if head % columns == 0:
-            axis.set_ylabel("query position", fontsize=8, color=INK)
-        if head + columns >= heads:
-            axis.set_xlabel("key position", fontsize=8, color=INK)
     _draw_cover(below.subplots(), pattern)
     return figure
 
@@ -118,28 +107,39 @@ def seen_figure(seen: np.ndarray, title: str) -> Figure:
         title: text above; the share of dense attention's pairs follows it.
     """
     heads, length = seen.shape[:2]
-    columns = min(4, heads) if heads <= 16 else 8
-    rows = -(-heads // columns)
-    cell = 1.6 if columns > 4 else 2.6
-    size = max(cell * columns + 0.9, 6.0), rows * (cell + 0.3) + 1.0
-    figure = Figure(figsize=size, layout="constrained")
+    _, width, height = _grid(heads)
+    figure = Figure(figsize=(width, height + 1.0), layout="constrained")
     causal = length * (length + 1) // 2
     share = 100 * np.count_nonzero(seen) / (causal * heads)
     text = f"{title}: reaches {share:.1f} % of dense attention's pairs"
     figure.suptitle(text, color=INK, fontsize=11)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    for head, axis in _panels(figure, heads):
+        _draw_pairs(axis, seen_image(seen, head), length)
+        part = 100 * np.count_nonzero(seen[head]) / causal
+        axis.set_title(f"head {head}: {part:.1f} %", fontsize=8, color=INK)
+    return figure
+
+
+def _grid(heads: int) -> tuple[int, float, float]:
+    """Columns of a grid with a square for each head, its width and its height in inches."""
+    columns = min(4, heads) if heads <= 16 else 8
+    cell = 1.6 if columns > 4 else 2.6
+    return columns, max(cell * columns + 0.9, 6.0), -(-heads // columns) * (cell + 0.3)
+
+
+def _panels(figure: FigureBase, heads: int) -> Iterator[tuple[int, Axes]]:
+    """The heads with their squares, which are labelled at the edges of the grid."""
+    columns, _, _ = _grid(heads)
+    axes = figure.subplots(-(-heads // columns), columns, squeeze=False)
     for head, axis in enumerate(axes.flat):
         if head >= heads:
             axis.set_axis_off()
             continue
-        _draw_pairs(axis, seen_image(seen, head), length)
-        part = 100 * np.count_nonzero(seen[head]) / causal
-        axis.set_title(f"head {head}: {part:.1f} %", fontsize=8, color=INK)
         if head % columns == 0:
             axis.set_ylabel("query position", fontsize=8, color=INK)
         if head + columns >= heads:
             axis.set_xlabel("key position", fontsize=8, color=INK)
-    return figure
+        yield head, axis
 
 
 def seen_image(seen: np.ndarray, head: int, cells: int = 1024) -> np.ndarray:
@@ -226,10 +226,6 @@ def _draw_recall(axis: Axes, scores: Sequence[Score]) -> None:
     axis.set_title("recall (dashes: chance)", fontsize=10)
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_mask(axis: Axes, pattern: BandPattern, head: int, length: int) -> None:
-    _draw_pairs(axis, mask_image(pattern, head, length), length)
 
 
 def _draw_pairs(axis: Axes, image: np.ndarray, length: int) -> None:

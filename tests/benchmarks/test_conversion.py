@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spattention as spa
-from benchmarks.conversion import choices, flex, inputs, page, train
+from benchmarks.conversion import choices, flex, inputs, page, speed, train
 from benchmarks.conversion.text import order
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 
@@ -54,13 +56,17 @@ def home(tmp_path_factory):
     return folder
 
 
-def run(home, output, *more):
+def command(home, output, *more):
     sizes = ["--context", str(CONTEXT), "--profile-rows", "2", "--sensitivity-rows", "1"]
     sizes += ["--needles", "2", "--windows", "2", "--passkey-lengths", "96", "--trials", "1"]
     sizes += ["--batch", "2", "--micro-batch", "1", "--pairs", "0.5", "--commit", "abc"]
-    command = [sys.executable, "-m", "benchmarks.conversion", "--model", str(home / "model")]
-    command += ["--text", str(home / "text"), "--output", str(output), *sizes, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    start = [sys.executable, "-m", "benchmarks.conversion", "--model", str(home / "model")]
+    return [*start, "--text", str(home / "text"), "--output", str(output), *sizes, *more]
+
+
+def run(home, output, *more):
+    given = command(home, output, *more)
+    return subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_rows_are_measured_and_a_second_call_continues(home, tmp_path):
@@ -96,6 +102,42 @@ def test_rows_are_measured_and_a_second_call_continues(home, tmp_path):
     assert json.loads(output.read_text())["rows"] == rows
 
 
+def test_a_killed_call_keeps_every_finished_row(home, tmp_path):
+    """The file is whole after each row; the next call begins with the row that was cut."""
+    output = tmp_path / "found.json"
+    more = ["--rows", "dense", "window", "fitted", "--tokens", "0.001", "--parts", "loss"]
+    started = subprocess.Popen(command(home, output, *more), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not output.exists() and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    rows = json.loads(output.read_text())["rows"]
+    assert 1 <= len(rows) < 3
+    done = run(home, output, *more)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["rows"]
+    assert found[: len(rows)] == rows
+    assert [row["row"] for row in found] == ["dense", "window", "fitted"]
+
+
+def test_rows_before_training_may_be_others(home, tmp_path):
+    """`--untrained` with a profile that other calls share."""
+    outputs = [tmp_path / "a.json", tmp_path / "b.json"]
+    more = ["--tokens", "0", "0.001", "--parts", "loss", "--profile", str(tmp_path / "shared.json")]
+    done = run(home, outputs[0], "--rows", "dense", "--untrained", "window", "fitted", *more)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(outputs[0].read_text())["rows"]
+    assert [(row["row"], row["million_tokens"]) for row in rows] == [
+        ("window", 0), ("fitted", 0), ("dense", 0.001),
+    ]  # fmt: skip
+    again = run(home, outputs[1], "--rows", "fitted", "--untrained", "fitted", *more)
+    assert again.returncode == 0, again.stderr
+    assert "profiled" in done.stdout
+    assert "profiled" not in again.stdout
+    assert json.loads(outputs[1].read_text())["rows"][0]["loss"] == rows[1]["loss"]
+
+
 PATTERNS = [
     spa.BandPattern.shared_local(HEADS, 256, prefix=3),
     spa.BandPattern((((0, 5), (20, 90)), (), ((0, 256),), ((7, 30),)), 256),
@@ -124,6 +166,83 @@ def test_flex_attends_as_the_bands_do(with_sinks):
         for model in (bands, other)
     ]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("bands", [False, True])
+def test_compiled_training_is_the_same(bands):
+    """All but attention is compiled, and not afterwards."""
+    windows = torch.randint(0, 320, (4, 24), generator=torch.Generator().manual_seed(1))
+    found = []
+    for compiled in (False, True):
+        model = tiny()
+        if bands:
+            spa.hf.apply(model, PATTERNS)
+        schedule = train.Schedule(2, 1, 1e-3, 1e-3, 4, compiled)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        facts = train.train(model, windows, 4 * 24, schedule, seed=0, lora=False)
+        made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+        assert (made > 0) == compiled
+        assert made < 2 * LAYERS
+        found.append((facts["losses"], model(windows[:1]).logits))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-3)
+
+
+LONG = torch.randint(0, 320, (3, 128), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("bands", [False, True])
+def test_speed_is_measured_beside_the_cache(bands, monkeypatch):
+    monkeypatch.setattr(speed, "TOKENS", 256)
+    model = tiny()
+    if bands:
+        spa.hf.apply(model, PATTERNS)
+    found = speed.speed(model, LONG, (32, 128), rows=2)
+    assert set(found["prefill"]) == {"32", "128"}
+    assert all(each["tokens_per_second"] > 0 for each in found["prefill"].values())
+    step = found["decode"]["128"]
+    assert (step["rows"], step["tokens"]) == (2, 64)
+    dense = LAYERS * 2 * 128 * 2 * 8 * 4  # layers, key/value heads, tokens, key and value, floats
+    if not bands:
+        assert step["cache_bytes"] == pytest.approx(dense, rel=0.01)
+        assert found["prefill"]["128"]["pairs"] == 1.0
+        return
+    shares = [sum(each.pairs(128)) / (HEADS * 128 * 129 / 2) for each in PATTERNS]
+    assert found["prefill"]["128"]["pairs"] == pytest.approx(sum(shares) / LAYERS)
+    assert step["cache_bytes"] == pytest.approx(spa_bytes(model), rel=0.01)
+
+
+def spa_bytes(model):
+    cache = spa.hf.BandCache(model.config)
+    with torch.no_grad():
+        model(LONG[:1, :4], past_key_values=cache)
+    return cache.nbytes
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    """Bands that are others than the pattern's, and a cache that lost its keys."""
+    model = tiny()
+    spa.hf.apply(model, PATTERNS)
+    with torch.no_grad():
+        assert max(speed.check(model, LONG).values()) < 1e-5
+    made = speed._cache
+
+    class Loses:
+        def __call__(self, model, length):
+            cache = made(model, length)
+            for layer in cache.layers:
+                layer.update = lambda key, value, *rest, own=layer.update: own(0 * key, value)
+            return cache
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(speed, "_cache", Loses())
+        with pytest.raises(ValueError, match="`decode` must be within"):
+            speed.check(model, LONG)
+    other = spa.BandPattern.sliding_window(HEADS, 256, 7)
+    right = spa.band_attention
+    monkeypatch.setattr(spa, "band_attention", lambda q, k, v, _: right(q, k, v, other))
+    with torch.no_grad(), pytest.raises(ValueError, match="`bands` must be within"):
+        speed.check(model, LONG)
 
 
 class Knows:
@@ -169,7 +288,7 @@ def test_text_is_tokenized_anew(tmp_path):
     old, new = (train_tokenizer(words, size) for size in (290, 300))
     ids = [np.array([*old.encode(text).ids, 280], np.uint16) for text in words]
     stream = TokenStream.from_documents(ids)
-    write_packed(tmp_path / "a.u16.xz", stream, 280)
+    write_token_file(tmp_path / "a.u16.xz", stream, 280)
     found = inputs.translate(list(inputs.documents(tmp_path / "a.u16.xz", 280)), old, new, 10**6)
     ends = np.flatnonzero(found == inputs.END)
     assert len(ends) == 2
@@ -213,6 +332,41 @@ def test_losses_of_different_texts_are_not_compared(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": settings, "rows": rows}))
     with pytest.raises(SystemExit, match=r"of one text, \['a.json', 'b.json'\] differ"):
         page.read([tmp_path / "a.json", tmp_path / "b.json"])
+
+
+def test_a_run_counts_once(tmp_path):
+    """The same seed in two files is not two seeds; another part of the run may be elsewhere."""
+    parts = [[result("dense", 10, 0, 2.8)], [result("dense", 10, 0, 2.9)]]
+    for name, rows in zip("ab", parts, strict=True):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": rows}))
+    runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
+    with pytest.raises(SystemExit, match=r"loss of dense at 10 M is there with seeds \[0, 0\]"):
+        page.after_training(runs)
+
+
+def test_losses_by_position_are_beyond_dense():
+    def at(row, seed, parts):
+        losses = {"mean": sum(parts) / 2, "edges": [1, 128, 2048], "parts": parts}
+        return {
+            "row": row, "million_tokens": 10.0, "seed": seed,
+            "loss": {"wiki": losses, "books": losses},
+        }  # fmt: skip
+
+    rows = [at("dense", 0, [3.0, 2.0]), at("dense", 1, [3.2, 2.2]), at("fitted", 0, [3.1, 2.3])]
+    runs = {("dense", 10.0): rows[:2], ("fitted", 10.0): rows[2:]}
+    found = page.positions(runs)
+    assert "| attention | text | 1 to 127 | 128 to 2,047 |" in found
+    assert "| fitted | Wikipedia | +0.000 | +0.200 |" in found
+
+
+def test_speeds_stand_beside_pairs_and_cache():
+    prefill = {"tokens_per_second": 123_456.0, "pairs": 0.35}
+    step = {"tokens_per_second": 9_876.0, "rows": 32, "cache_bytes": 65.6e6}
+    row = {"row": "fitted", "million_tokens": 0.0, "seed": 0}
+    row["speed"] = {"prefill": {"2048": prefill}, "decode": {"8192": step}}
+    found = page.speeds({("fitted", 0.0): [row]})
+    assert "| fitted | 0.35 | 65.6 | 123,000 | 9,880 |" in found
+    assert "32 texts decoded, tokens/s" in found
 
 
 def test_scores_of_ruler_need_no_losses(tmp_path):

@@ -20,7 +20,7 @@ from benchmarks.experiments.speeds import read_speeds
 from spattention import baselines, hf
 from spattention.choice import attention_choice
 from spattention.comparison.plan import read_plan
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.data.training import open_training
 from spattention.evaluation.perplexity import validation_loss
@@ -65,7 +65,7 @@ def streams(folder: Path) -> None:
             np.array([*generator.integers(0, 39, generator.integers(30, 60)), 39], np.uint16)
             for _ in range(documents)
         ]
-        write_packed(folder / f"{name}.u16.xz", TokenStream.from_documents(made), 39)
+        write_token_file(folder / f"{name}.u16.xz", TokenStream.from_documents(made), 39)
 
 
 @pytest.fixture(scope="module")

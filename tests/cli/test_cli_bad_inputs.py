@@ -146,7 +146,7 @@ def test_foreign_models_are_refused(
         (["--shots", "100000"], "`--shots` must be integers from 0 to 1000, got [100000]"),
         (["--seed", "-1"], "`--seed` must be at least 0, got -1"),
         (["--tasks", "copa", "--task-data", "{files}/gone"], "`--task-data` must be a folder, got"),
-        (["--data", "{files}/letter.docx"], "`--data` must be text (.txt, .jsonl), packed tokens"),
+        (["--data", "{files}/letter.docx"], "`--data` must be text (.txt, .jsonl), a token file"),
         (["--data", "{files}/tokens.u16.xz"], "tokens.json is missing"),
         (["--data", "{files}/prepared"], "{files}/prepared"),
         (["--output", "{files}/text.txt"], "`--output` must be a folder"),

@@ -9,7 +9,7 @@ import pytest
 
 from spattention.cli import main
 from spattention.cli.evaluate import beside_chance
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.evaluation.perplexity import Mean
 from spattention.evaluation.tasks import TaskScore
@@ -100,7 +100,7 @@ def test_the_table_of_losses_fits_a_screen(compared, tmp_path):
     [
         (["--context", "65"], "`--context` must be from 2 to the model's 64, got 65"),
         (["--parts", "tasks"], '`--parts` must name "tasks" if and only if'),
-        (["--data", "nowhere"], "`--data` must be text (.txt, .jsonl), packed tokens"),
+        (["--data", "nowhere"], "`--data` must be text (.txt, .jsonl), a token file"),
         (["--windows", "0"], "`--windows` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
         (["--shots", "0", "-1"], "`--shots` must be integers from 0 to 1000, got [0, -1]"),
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said(compared, tmp_path, arguments, error, capsys):
 
 def test_tokens_that_the_model_does_not_know(compared, tmp_path, capsys):
     stream = TokenStream.from_documents([np.full(300, 60_000, np.uint16)])
-    write_packed(tmp_path / "a.u16.xz", stream, 7)
+    write_token_file(tmp_path / "a.u16.xz", stream, 7)
     assert evaluate(compared, tmp_path, "--data", str(tmp_path / "a.u16.xz")) == 2
     assert "entries, got token 60000" in capsys.readouterr().err
 

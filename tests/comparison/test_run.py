@@ -18,8 +18,8 @@ from spattention.comparison.memory import resident_bytes
 from spattention.comparison.plan import Run
 from spattention.comparison.process import RunFailed, show_one_gpu, train_in_process
 from spattention.comparison.run import train
-from spattention.data.packed import write_packed
 from spattention.data.prepare import open_facts, open_stream, prepare
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
 from spattention.training import load, pretrain
@@ -130,7 +130,7 @@ def test_packed_tokens_name_the_end_of_text(data, tmp_path):
     swapped = TokenStream(
         np.array([9, *range(1, 9), 0, *range(10, 300)], np.uint16)[stream.tokens], stream.starts
     )
-    write_packed(tmp_path / "t.u16.xz", swapped, end_of_text=9)
+    write_token_file(tmp_path / "t.u16.xz", swapped, end_of_text=9)
     known = Tokenizer.from_file(str(folder / "tokenizer.json"))
     known.save(str(tmp_path / "tokenizer.json"))
     for name, end, tokenizer in (
@@ -222,6 +222,11 @@ def test_choices_name_patterns_and_their_options():
     edges = attention_choice("shared_local:widths=0/8/64,local=4/64", 2, 64)
     assert edges.pattern == BandPattern.shared_local(2, 64, widths=[0, 8, 64], local=[4, 64])
     assert attention_choice("sliding_window", 8, 64).pairs(64) == 8 * (9 * 10 // 2 + 55 * 9)
+    all_heads = ((0, 8), (16, 32))
+    written = attention_choice("intervals:heads=0-8+16-32,prefix=2", 3, 64)
+    assert written.pattern == BandPattern([all_heads] * 3, 64, prefix=2)
+    written = attention_choice("intervals:heads=0-8+16-32/none/0-4", 3, 64)
+    assert written.pattern == BandPattern([all_heads, (), ((0, 4),)], 64)
     model = build(preset("olmoe-tiny", vocab_size=64, context=64, num_layers=1), pattern=None)
     bands.apply(model)
     assert model.config._attn_implementation == "spattention"
@@ -253,6 +258,10 @@ def test_choices_name_patterns_and_their_options():
         ("exclusive:widths=0/64", "`widths` must hold .*= 9 edges, got 2"),
         ("exclusive:widths=0//64", r"`widths` .* must be one of .*, got '0//64'"),
         ("sliding_window:window=1/2", "option `window` .* must be an integer, got '1/2'"),
+        ("intervals", "`intervals` must have the option `heads`"),
+        ("intervals:heads=0-8/0-8", "must have the intervals of one head or of all 8, got 2"),
+        ("intervals:heads=8", "option `heads` of `intervals` must be intervals as in .*, got '8'"),
+        ("intervals:local=8", "NAME=VALUE with a name of .*'heads', 'prefix'.* got 'local=8'"),
     ],
 )
 def test_choices_refuse(text, error):

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from spattention.data.corpus import open_source, prepare_corpus
-from spattention.data.packed import write_packed
 from spattention.data.prepare import open_stream
+from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import load_tokenizer
 from spattention.data.tokens import InOrder, TokenStream, Windows
 from spattention.data.training import open_training
@@ -27,7 +27,7 @@ def stream(*lengths):
 @pytest.fixture
 def packed(tmp_path):
     path = tmp_path / "a.u16.xz"
-    write_packed(path, stream(*[40] * 20), END)
+    write_token_file(path, stream(*[40] * 20), END)
     return path
 
 

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from spattention.data.packed import write_packed
 from spattention.data.prepare import open_stream, prepare
 from spattention.data.text import read_documents, sample_path
+from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import entries_of, load_tokenizer, tokenize, train_tokenizer
 from spattention.data.tokens import TokenStream
 
@@ -129,7 +129,7 @@ def test_packed_tokens_with_and_without_tokenizer(text, tmp_path):
     tokenizer = train_tokenizer([WORDS], 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     packed = tmp_path / "t.u16.xz"
-    write_packed(packed, tokenize(read_documents(text), tokenizer), end_of_text=0)
+    write_token_file(packed, tokenize(read_documents(text), tokenizer), end_of_text=0)
     bare = prepare(tmp_path / "bare", packed, vocabulary=0, held_out=0.1)
     assert (bare.train_documents, bare.tokenizer) == (9, "unknown")
     assert not (tmp_path / "bare" / "tokenizer.json").exists()
@@ -143,7 +143,7 @@ def test_packed_tokens_of_another_tokenizer(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     packed = tmp_path / "t.u16.xz"
     rows = [np.array([400, 0], np.uint16)] * 3
-    write_packed(packed, TokenStream.from_documents(rows), end_of_text=0)
+    write_token_file(packed, TokenStream.from_documents(rows), end_of_text=0)
     with pytest.raises(ValueError, match="tokenizer's 260 entries, got token 400"):
         prepare(
             tmp_path / "out",
@@ -155,7 +155,7 @@ def test_packed_tokens_of_another_tokenizer(tmp_path):
 
 
 def test_options_that_do_not_go_with_the_data(text, tmp_path):
-    with pytest.raises(ValueError, match="`end_of_text` is only for packed tokens"):
+    with pytest.raises(ValueError, match="`end_of_text` is only for a token file"):
         prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1, end_of_text=3)
     with pytest.raises(ValueError, match="must be a tokenizer of the `tokenizers` library"):
         prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1, tokenizer=text)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from launching import launch
 
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import prepare_model, pretrain
@@ -41,7 +41,7 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(60)]
-    write_packed(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
+    write_token_file(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
     (folder / "recipe.toml").write_text(RECIPE.format(data=folder / "a.u16.xz"))
     return folder / "recipe.toml"
 

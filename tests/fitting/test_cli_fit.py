@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import spattention as spa
 from spattention.cli import main
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 from spattention.fitting import Profile
@@ -145,7 +145,7 @@ def test_sinks_start_from_what_was_measured(home, tmp_path):
 
 def test_packed_tokens_of_the_model_are_data(home, tmp_path):
     tokens = np.random.default_rng(0).integers(1, 300, 5 * CONTEXT).astype(np.uint16)
-    write_packed(tmp_path / "a.u16.xz", TokenStream.from_documents([tokens]), 0)
+    write_token_file(tmp_path / "a.u16.xz", TokenStream.from_documents([tokens]), 0)
     command = ["fit", str(home / "dense"), "--output", str(tmp_path / "out"), *SMALL]
     assert main([*command, "--data", str(tmp_path / "a.u16.xz"), "--needles", "0"]) == 0
     profile = Profile.load(tmp_path / "out" / "profile.json")

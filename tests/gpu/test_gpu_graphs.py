@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.training.graphs import WARM_UP, PassGraph
 from spattention.training.pretrain import pretrain
@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "a.u16.xz"
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 99), 7).astype(np.uint16) for _ in range(200)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     return path
 
 

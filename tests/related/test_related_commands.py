@@ -13,7 +13,7 @@ from relatives import CHOSEN, build, tokens
 from spattention import related
 from spattention.cli import main
 from spattention.cli.generate import cache_bytes
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.loading import model_folder, open_model
 from spattention.training.pretrain import pretrain
@@ -64,7 +64,7 @@ def test_a_run_goes_on_where_it_stopped(name, tmp_path):
     """Trained weights of a system are in the checkpoint, and come back."""
     path, random = tmp_path / "a.u16.xz", np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     values = {
         "model": "olmoe-tiny",
         "layers": 1,

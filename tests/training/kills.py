@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.training import callbacks
 from spattention.training.checkpoints import newest_good, step_of
@@ -154,7 +154,7 @@ def write_data(folder: Path) -> Path:
     path = folder / "a.u16.xz"
     chance = np.random.default_rng(0)
     documents = [np.append(chance.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     return path
 
 

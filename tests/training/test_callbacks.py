@@ -20,7 +20,7 @@ from transformers import (
 from spattention import BandPattern, __version__, hf
 from spattention.choice import attention_choice
 from spattention.cli import main
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.loading import model_folder
 from spattention.models import build, count_parameters, preset
@@ -48,7 +48,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.u16.xz"
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     return path
 
 
@@ -286,7 +286,7 @@ def test_data_beyond_the_vocabulary_are_refused(data, tmp_path):
         pretrain(recipe(data, vocabulary=64), tmp_path / "run")
     larger = tmp_path / "larger.u16.xz"
     document = np.append(np.full(79, 899), 7).astype(np.uint16)
-    write_packed(larger, TokenStream.from_documents([document]), 7)
+    write_token_file(larger, TokenStream.from_documents([document]), 7)
     with pytest.raises(ValueError, match="largest token of the data, 899, got 320"):
         pretrain(recipe(data, validation=str(larger)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -295,7 +295,7 @@ def test_data_beyond_the_vocabulary_are_refused(data, tmp_path):
 def test_unnamed_end_of_text_leaves_the_models_own(data, tmp_path):
     unnamed = tmp_path / "a.u16.xz"
     document = np.arange(8, 200, dtype=np.uint16)
-    write_packed(unnamed, TokenStream.from_documents([document] * 4), 199)
+    write_token_file(unnamed, TokenStream.from_documents([document] * 4), 199)
     described = tmp_path / "a.json"
     facts = json.loads(described.read_text())
     del facts["end_of_text"]

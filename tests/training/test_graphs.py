@@ -9,7 +9,7 @@ import torch
 from transformers import masking_utils
 
 from spattention.compat.huggingface import packing_known
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.training import graphs, pretrain
 from spattention.training.graphs import WARM_UP, PassGraph, asks_for_graphs, refusal
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.u16.xz"
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(40)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spattention import hf
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.training.checkpoints import checkpoints, newest_good
 from spattention.training.lock import held
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.u16.xz"
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     return path
 
 
@@ -135,7 +135,7 @@ def test_another_recipe_or_other_data_does_not_go_on(data, whole, tmp_path):
     with pytest.raises(ValueError, match="holds a run of another recipe \\(batch was 2, now 4\\)"):
         pretrain(recipe(data, batch=4), whole)
     other = tmp_path / "b.u16.xz"
-    write_packed(other, TokenStream.from_documents([np.full(800, 9, np.uint16)] * 3), 7)
+    write_token_file(other, TokenStream.from_documents([np.full(800, 9, np.uint16)] * 3), 7)
     with pytest.raises(ValueError, match="the data is another"):
         pretrain(recipe(other), whole)
     (tmp_path / "full").mkdir()
@@ -150,7 +150,9 @@ def test_held_out_data_stay_held_out_on_resume(tmp_path):
     for seed in range(3):
         paths.append(tmp_path / f"{seed}.u16.xz")
         tokens = np.random.default_rng(seed).integers(8, 320, 12_000).astype(np.uint16)
-        write_packed(paths[-1], TokenStream.from_documents([np.append(tokens, np.uint16(7))]), 7)
+        write_token_file(
+            paths[-1], TokenStream.from_documents([np.append(tokens, np.uint16(7))]), 7
+        )
     a, b, c = map(str, paths)
 
     def go(trained, judged):
@@ -161,7 +163,7 @@ def test_held_out_data_stay_held_out_on_resume(tmp_path):
     with pytest.raises(ValueError, match="the data is another"):
         go([a], [b, c])
     tokens[5000:6000] = 8
-    write_packed(paths[2], TokenStream.from_documents([np.append(tokens, np.uint16(7))]), 7)
+    write_token_file(paths[2], TokenStream.from_documents([np.append(tokens, np.uint16(7))]), 7)
     with pytest.raises(ValueError, match="the data is another"):
         go([a, b], [c])
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spattention.cli import main
-from spattention.data.packed import write_packed
+from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.files import is_unfinished, read_json, write_atomically
 from spattention.training import load
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.u16.xz"
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_packed(path, TokenStream.from_documents(documents), 7)
+    write_token_file(path, TokenStream.from_documents(documents), 7)
     return path
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from spattention.data.packed import read_packed, write_packed
+from spattention.data.token_file import read_token_file, write_token_file
 from spattention.data.tokens import TokenStream, Windows
 from spattention.evaluation.perplexity import validation_loss
 from spattention.training.metrics import METRICS, read_metrics
@@ -27,7 +27,7 @@ def streams(tmp_path_factory):
     uneven.append(np.append(random.integers(8, 320, 95), 7).astype(np.uint16))
     paths = folder / "train.u16.xz", folder / "validation.u16.xz"
     for path, documents in zip(paths, (long, uneven)):
-        write_packed(path, TokenStream.from_documents(documents), 7)
+        write_token_file(path, TokenStream.from_documents(documents), 7)
     return paths
 
 
@@ -47,7 +47,7 @@ def test_documents_kept_apart_count_by_their_tokens(streams, tmp_path):
         pretrain(recipe(streams[0], **changes), folder)
         found.append([e["eval_loss"] for e in read_metrics(folder / METRICS) if "eval_loss" in e])
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-8")
-    windows = Windows(read_packed(streams[1]), 32, across_documents=False)
+    windows = Windows(read_token_file(streams[1]), 32, across_documents=False)
     assert found[2][-1] == pytest.approx(validation_loss(model, windows).loss.mean, abs=1e-4)
     for other in found[:2]:
         assert other == pytest.approx(found[2], abs=1e-4)

@@ -14,9 +14,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
+from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from ..compat.huggingface import attention_name
@@ -45,9 +47,7 @@ REFUSED = (
 class LayerAttention(Protocol):
     """The attention of one layer."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Causal attention of the last Q positions.
 
         Args:
@@ -60,11 +60,26 @@ class LayerAttention(Protocol):
             `[B, H, Q, Dv]` in query's dtype.
         """
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """The weights of queries `start` to `stop` of a whole sequence (Q = K), to be looked at:
         `[B, H, stop - start, K]`, float32, each row adds up to 1.
+        """
+
+
+class StatefulAttention(LayerAttention, Protocol):
+    """The attention of a layer whose past is a `State`, in place of keys and values."""
+
+    def attend_after(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Causal attention of tokens that follow a state, which then holds them too.
+
+        Args:
+            state: of the layer; each system says which tensors it has.
+            query: `[B, H, Q, D]`.
+            key: `[B, Hkv, Q, D]`; value alike.
+            value: see key.
+            scale: factor of the scores.
         """
 
 
@@ -79,6 +94,7 @@ class Baseline(ABC):
 
     kind: ClassVar[str]  # attention name and config section
     call: ClassVar[str] = "spattention.baselines.register()"  # named in errors
+    has_weights: ClassVar[bool] = False  # beside those of stock attention
     keeps_state: ClassVar[bool] = False  # its layers have `attend_after`, for a cache of its own
 
     num_heads: int
@@ -110,7 +126,12 @@ class Baseline(ABC):
 
     @classmethod
     def restore(cls, model: Any, section: Any) -> None:
-        """Apply a saved section to a model with stock attention, in place."""
+        """Apply the section of an adapter to a model with stock attention, in place."""
+        if cls.has_weights:
+            raise ValueError(
+                f"the base model must come with its `{cls.kind}` weights, which an adapter does "
+                "not hold, got a model without"
+            )
         apply(model, cls.from_section(section))
 
     @classmethod
@@ -167,10 +188,10 @@ def register(kind: type[Baseline]) -> None:
             forward=attention_forward,
             mask=no_mask,
             is_equipped=lambda module: hasattr(module, PLAN),
-            equip=lambda module: _equip_from_config(kind, module),
-            restore=lambda model, section: kind.restore(model, section),
+            equip=partial(_equip_from_config, kind),
+            restore=kind.restore,
             weights=_head_weights,
-            check_weights=lambda model, info: check_weights(kind, model, info),
+            check_weights=partial(check_weights, kind),
         )
     )
 
@@ -268,14 +289,14 @@ def check_weights(kind: type[Baseline], model: Any, loading_info: Any) -> None:
 
 def attention_forward(
     module: torch.nn.Module,
-    query: torch.Tensor,
+    query: Tensor,
     key: Any,
     value: Any,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **keywords: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """The attention function of every baseline; arguments are those of Transformers' interface.
     Key and value are tensors, or the handles of a `StateLayer`.
 
@@ -330,10 +351,10 @@ def no_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Tensor | None = None,
     *,
     use_vmap: bool = False,
     **others: Any,
@@ -349,13 +370,13 @@ def no_mask(
             "the model's mask must be causal, one document per row, for a baseline, got a mask of "
             "packed documents, windows or added rules"
         )
-    if isinstance(q_offset, torch.Tensor) or q_offset - kv_offset != kv_length - q_length:
+    if isinstance(q_offset, Tensor) or q_offset - kv_offset != kv_length - q_length:
         raise ValueError(
             "`past_key_values` must grow with its tokens for a baseline, got a static cache"
         )
 
 
-def _check_positions(kind: str, position_ids: torch.Tensor | None) -> None:
+def _check_positions(kind: str, position_ids: Tensor | None) -> None:
     # With a cache, Transformers does not look for documents packed in a row.
     if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
         return
@@ -397,14 +418,14 @@ def _equip_from_config(kind: type[Baseline], module: Any) -> None:
 
 def _head_weights(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     *,
     scale: float,
-    sinks: torch.Tensor | None,
+    sinks: Tensor | None,
     start: int,
     stop: int,
-) -> torch.Tensor:
+) -> Tensor:
     """See `hf.head_weights.HeadWeights`; baselines have no sinks."""
     weights = getattr(module, PLAN).weights(query, key, scale, start, stop)
     return torch.nn.functional.pad(weights, (0, 1))

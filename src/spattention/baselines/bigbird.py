@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from .adapter import Baseline, check_integers, check_size
 from .masks import MaskAttention, Visible
@@ -62,7 +63,7 @@ class BigBird(Baseline):
                 f"blocks, got {self.block}"
             )
 
-    def blocks(self, index: int) -> torch.Tensor:
+    def blocks(self, index: int) -> Tensor:
         """Which blocks of keys each block of queries sees in layer `index`: bool `[H, n, n]`."""
         count = -(-self.span // self.block)
         key = torch.arange(count, device="cpu")  # also where models are built on no device
@@ -78,13 +79,12 @@ class BigBird(Baseline):
         return kept | (rest & (ranks < self.random))
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
-        """See `Baseline.layer`."""
         size, blocks = self.block, self.blocks(index)
 
         def make(device: torch.device) -> Visible:
             table = blocks.to(device)
 
-            def visible(head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return table[head, query // size, key // size]
 
             return visible
@@ -92,7 +92,6 @@ class BigBird(Baseline):
         return MaskAttention(self.num_heads, make)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """See `Baseline.pairs`."""
         count = -(-self.span // self.block)
         starts = torch.arange(count) * self.block
         sizes = (seq_len - starts).clamp(0, self.block)  # tokens of each block that are there

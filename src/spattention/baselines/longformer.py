@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .adapter import Baseline, check_integers, check_size
 from .masks import MaskAttention, Visible, count_distances
@@ -80,7 +81,6 @@ class Longformer(Baseline):
         return [1] * (self.num_heads - self.dilated_heads) + [step] * self.dilated_heads
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
-        """See `Baseline.layer`."""
         # In tensors, also the window: compiled layers that differ in a number share no graph.
         steps = torch.tensor(self.steps(index, num_layers), device="cpu")
         reaches = steps * self.window(index, num_layers)
@@ -89,7 +89,7 @@ class Longformer(Baseline):
         def make(device: torch.device) -> Visible:
             step, reach = steps.to(device), reaches.to(device)
 
-            def visible(head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 distance = query - key
                 near = (distance < reach[head]) & (distance % step[head] == 0)
                 return near | (key < first)
@@ -99,7 +99,6 @@ class Longformer(Baseline):
         return MaskAttention(self.num_heads, make)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """See `Baseline.pairs`."""
         total = 0
         for index in range(num_layers):
             window = self.window(index, num_layers)

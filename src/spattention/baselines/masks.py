@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..compat.pytorch import recompile_limit
+from ..hf.head_weights import masked_weights
 
 # (head, query position, key position) -> bool; integer tensors that broadcast. Causality is added.
-Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
 BLOCK = 128  # of FlexAttention's block mask
 SHORT = 2048  # tokens whose dense masks are small; without gradients they need nothing compiled
 SHAPES = 256  # that FlexAttention is compiled for in one process
@@ -48,10 +50,7 @@ class MaskAttention:
         self.make = make
         self._blocks: dict[tuple[torch.device, int], BlockMask] = {}
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `LayerAttention.attend`."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         small = key.shape[2] <= SHORT and not torch.is_grad_enabled()
         if query.is_cuda and query.shape[2] == key.shape[2] and not small:
             return self.attend_blocks(query, key, value, scale, flex=compiled_flex)
@@ -62,26 +61,21 @@ class MaskAttention:
 
     def attend_blocks(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         scale: float,
         flex: Callable[..., Any] = flex_attention,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Whole sequences by FlexAttention, made of `flex`."""
         mask = self.block_mask(query.shape[2], query.device)
         return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
-        """See `LayerAttention.weights`."""
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = (query[:, :, start:stop].float() @ key.float().mT) * scale
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         mask = self._rows(range(start, stop), key.shape[2], query.device)
-        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        return masked_weights(query[:, :, start:stop], key, mask, scale)
 
-    def dense(self, query_len: int, key_len: int, device: torch.device) -> torch.Tensor:
+    def dense(self, query_len: int, key_len: int, device: torch.device) -> Tensor:
         """The mask of the last `query_len` of `key_len` positions, bool `[H, Q, K]`."""
         return self._rows(range(key_len - query_len, key_len), key_len, device)
 
@@ -107,9 +101,7 @@ class MaskAttention:
         partial = torch.stack(some, dim=1)[None] & ~whole
         visible = self.make(device)
 
-        def rule(
-            batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-        ) -> torch.Tensor:
+        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return visible(head, query, key) & (key <= query)
 
         return BlockMask.from_kv_blocks(
@@ -120,7 +112,7 @@ class MaskAttention:
             seq_lengths=(length, length),
         )
 
-    def _rows(self, positions: range, key_len: int, device: torch.device) -> torch.Tensor:
+    def _rows(self, positions: range, key_len: int, device: torch.device) -> Tensor:
         head = torch.arange(self.num_heads, device=device)[:, None, None]
         query = torch.arange(positions.start, positions.stop, device=device)[:, None]
         key = torch.arange(key_len, device=device)
@@ -142,7 +134,7 @@ def count_distances(distances: np.ndarray, first: int, seq_len: int) -> int:
     return int((seq_len - near).sum() + (seq_len - shared - seen).sum())
 
 
-def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of each row are set, and their columns first: int32."""
     columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), columns.to(torch.int32)

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .adapter import Baseline, check_size
 from .masks import MaskAttention, Visible, count_distances
@@ -46,12 +47,10 @@ class PublishedMask(Baseline):
             raise ValueError(f"`mask` of `{self.kind}` must be one of {NAMES}, got {self.mask!r}")
 
     def layer(self, index: int, num_layers: int) -> MaskAttention:
-        """See `Baseline.layer`."""
         rule: Visible = getattr(self, f"_{self.mask}")
         return MaskAttention(self.num_heads, lambda device: rule)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """See `Baseline.pairs`."""
         distances = np.arange(self.span)
         if self.mask == "longformer":
             seen = distances[distances <= self._window]
@@ -79,18 +78,16 @@ class PublishedMask(Baseline):
     def _step(self) -> int:
         return max(16, self.span // 32)
 
-    def _longformer(
-        self, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
+    def _longformer(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (query - key <= self._window) | (key < self._first)
         return seen & (head >= 0)  # all heads alike, one mask for each
 
-    def _bigbird(self, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def _bigbird(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query - key
         far = (distance > self._window) & (distance % self._step == 0)
         return ((distance <= self._window) | (key < self._first) | far) & (head >= 0)
 
-    def _reformer(self, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def _reformer(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         count = max(2, self.span // min(64, self.span // 8))
         apart = ((3 * query + 13 * head + 7) % count - (3 * key + 13 * head + 7) % count) % count
         near = (apart == 0) | (apart == 1) | (apart == count - 1)

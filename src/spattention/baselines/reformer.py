@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .adapter import Baseline, check_integers, check_size
@@ -67,7 +68,6 @@ class Reformer(Baseline):
             raise ValueError(f"`buckets` of `{self.kind}` must be even, got {self.buckets}")
 
     def layer(self, index: int, num_layers: int) -> HashedAttention:
-        """See `Baseline.layer`."""
         seed = self.seed * 2**20 + index
         return HashedAttention(self.num_heads, self.rounds, self.chunk, self.buckets, seed)
 
@@ -77,7 +77,6 @@ class Reformer(Baseline):
         return self.num_heads * self.rounds * (2 * chunks - 1) * self.chunk**2
 
     def check(self, module: Any) -> None:
-        """See `Baseline.check`."""
         if not hasattr(module, "q_proj") or not hasattr(module, "k_proj"):
             raise ValueError(
                 "`model` must have separate projections q_proj and k_proj for reformer, which "
@@ -114,11 +113,9 @@ class HashedAttention:
         self.chunk = chunk
         self.buckets = buckets
         self.seed = seed
-        self._rotations: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._rotations: dict[tuple[torch.device, int], Tensor] = {}
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `LayerAttention.attend`: `key` is the shared projection of all positions, `query` its
         last rows.
         """
@@ -126,10 +123,7 @@ class HashedAttention:
         out = hashed_attention(key, value, self.hash(key), self.chunk, scale)
         return out[:, :, key.shape[2] - query.shape[2] :]
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
-        """See `LayerAttention.weights`."""
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         length = key.shape[2]
         place = _places(self.hash(key), self.chunk, length)[1][..., :length]  # [R, B, H, K]
         seen = torch.zeros(1, dtype=torch.bool, device=key.device)
@@ -142,12 +136,12 @@ class HashedAttention:
         scores = scores.masked_fill(~(seen & (position <= row)), -torch.inf)
         return (scores - SELF_PENALTY * (position == row)).softmax(dim=-1)
 
-    def hash(self, shared: torch.Tensor) -> torch.Tensor:
+    def hash(self, shared: Tensor) -> Tensor:
         """Buckets of `shared [B, H, N, D]` in each round: `[R, B, H, N]`, int64."""
         rotated = torch.einsum("bhnd,rhdk->rbhnk", shared.detach().float(), self._rotation(shared))
         return torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
 
-    def _rotation(self, shared: torch.Tensor) -> torch.Tensor:
+    def _rotation(self, shared: Tensor) -> Tensor:
         """`[R, H, D, buckets / 2]`, the same on every device."""
         place = shared.device, shared.shape[-1]
         if place not in self._rotations:
@@ -160,8 +154,8 @@ class HashedAttention:
 
 
 def hashed_attention(
-    shared: torch.Tensor, value: torch.Tensor, buckets: torch.Tensor, chunk: int, scale: float
-) -> torch.Tensor:
+    shared: Tensor, value: Tensor, buckets: Tensor, chunk: int, scale: float
+) -> Tensor:
     """Attention within buckets.
 
     Args:
@@ -190,11 +184,11 @@ def hashed_attention(
         outs.append(out[:, :, :length])
         sums.append(lse[:, :, :length])
     shares = torch.stack(sums).softmax(dim=0)[..., None]  # exp(lse_r - lse), [R, B, H, N, 1]
-    merged: Sequence[torch.Tensor] = [share * out for share, out in zip(shares, outs)]
+    merged: Sequence[Tensor] = [share * out for share, out in zip(shares, outs)]
     return torch.stack(list(merged)).sum(dim=0).to(value.dtype)
 
 
-def _places(buckets: torch.Tensor, chunk: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(buckets: Tensor, chunk: int, length: int) -> tuple[Tensor, Tensor]:
     """Places of the tokens of each round after sorting.
 
     Returns:
@@ -211,13 +205,13 @@ def _places(buckets: torch.Tensor, chunk: int, length: int) -> tuple[torch.Tenso
     return order, buckets * (chunks + 2) + rank // chunk
 
 
-def _meet(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _meet(query: Tensor, key: Tensor) -> Tensor:
     """True where places share a bucket, the key in the query's chunk or the one before."""
     apart = query - key
     return (apart == 0) | (apart == 1)
 
 
-def _keys(shared: torch.Tensor, scale: float) -> torch.Tensor:
+def _keys(shared: Tensor, scale: float) -> Tensor:
     """Normalised keys with the scale in them, at least float32."""
     work = shared if shared.dtype == torch.float64 else shared.float()
     length = work.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(work.dtype).tiny)
@@ -225,24 +219,24 @@ def _keys(shared: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _one_round(
-    shared: torch.Tensor,
-    value: torch.Tensor,
-    order: torch.Tensor,
-    place: torch.Tensor,
+    shared: Tensor,
+    value: Tensor,
+    order: Tensor,
+    place: Tensor,
     number: int,
     chunk: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Output `[B, H, N', Dv]` and log-sum-exp `[B, H, N']` of round `number`, by position."""
 
-    def sort(tensor: torch.Tensor) -> torch.Tensor:
+    def sort(tensor: Tensor) -> Tensor:
         """`[B, H, N', ...]` by position to `[B, H, chunks, chunk, ...]` by place."""
         index = (
             order if tensor.dim() == 3 else order[..., None].expand(*order.shape, tensor.shape[-1])
         )
         return tensor.gather(2, index).unflatten(2, (-1, chunk))
 
-    def look_back(tensor: torch.Tensor, fill: float) -> torch.Tensor:
+    def look_back(tensor: Tensor, fill: float) -> Tensor:
         """Each chunk behind the one before it; before the first there is `fill`."""
         before = torch.full_like(tensor[:, :, :1], fill)
         return torch.cat([torch.cat([before, tensor[:, :, :-1]], dim=2), tensor], dim=3)

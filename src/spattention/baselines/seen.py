@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .adapter import Baseline
 
@@ -13,7 +14,7 @@ ROWS = 64  # queries at a time
 HEAD_DIM = 16
 
 
-def seen(baseline: Baseline, length: int, index: int = 0, num_layers: int = 1) -> torch.Tensor:
+def seen(baseline: Baseline, length: int, index: int = 0, num_layers: int = 1) -> Tensor:
     """The pairs that a layer attends over queries and keys from a fixed seed.
 
     Where they depend on the data, this is one example.

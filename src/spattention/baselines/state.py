@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -29,9 +29,9 @@ class State:
 
     def __init__(self) -> None:
         self.length = 0
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
 
-    def keep(self, **tensors: torch.Tensor) -> None:
+    def keep(self, **tensors: Tensor) -> None:
         """Replace tensors, without their graph."""
         self.tensors.update({name: tensor.detach() for name, tensor in tensors.items()})
 
@@ -44,7 +44,7 @@ class Handle:
         key: `[B, Hkv, n, D]`; value alike.
     """
 
-    def __init__(self, state: State, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, state: State, key: Tensor, value: Tensor) -> None:
         self.state = state
         self.key = key
         self.value = value
@@ -72,12 +72,12 @@ class StateLayer(CacheLayerMixin):
         self.section = section
         self.state = State()
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is allocated ahead."""
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """A handle in place of keys, and the same in place of values."""
         self.lazy_initialization(key_states, value_states)
@@ -117,7 +117,7 @@ class StateLayer(CacheLayerMixin):
                 f"{tokens_to_remove}: assisted generation needs a cache of keys"
             )
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row b what row `beam_idx[b]` was."""
         self.batch_select_indices(beam_idx)
 
@@ -126,7 +126,7 @@ class StateLayer(CacheLayerMixin):
         tensors = self.state.tensors
         self.state.keep(**{n: t.repeat_interleave(repeats, dim=0) for n, t in tensors.items()})
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows alone."""
         tensors = self.state.tensors
         self.state.keep(**{n: t[indices.to(t.device)] for n, t in tensors.items()})

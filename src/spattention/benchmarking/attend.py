@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,20 @@ class Attend:
         tokens_first: whether inputs are `[B, N, H, D]` instead of `[B, H, N, D]`.
     """
 
-    forward: Callable[[], torch.Tensor]
+    forward: Callable[[], Tensor]
     inputs: Tensors
-    sinks: torch.Tensor | None = None
+    sinks: Tensor | None = None
     tokens_first: bool = False
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> Tensor:
         return self.forward()
 
-    def gradients(self, out: torch.Tensor, d_out: torch.Tensor) -> Tensors:
+    def gradients(self, out: Tensor, d_out: Tensor) -> Tensors:
         """Gradients of query, key, value, and of the sinks if there are any."""
         leaves = self.inputs[:3] if self.sinks is None else (*self.inputs[:3], self.sinks)
         return torch.autograd.grad(out, leaves, d_out)
 
-    def backward(self, out: torch.Tensor) -> None:
+    def backward(self, out: Tensor) -> None:
         self.gradients(out, self.inputs[3])
 
 
@@ -47,10 +48,7 @@ class Competitor(Protocol):
     name: str
 
     def on(
-        self,
-        pattern: BandPattern,
-        sinks: torch.Tensor | None = None,
-        offsets: torch.Tensor | None = None,
+        self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None
     ) -> Attend:
         """The call on the mask of a pattern; whatever it raises is the reason not to time it.
 
@@ -68,6 +66,6 @@ def tokens_first(inputs: Tensors) -> Tensors:
     return *(tensor.requires_grad_() for tensor in moved[:3]), moved[3]
 
 
-def longest_document(offsets: torch.Tensor) -> int:
+def longest_document(offsets: Tensor) -> int:
     """Length of the longest document."""
     return int((offsets[1:] - offsets[:-1]).max())

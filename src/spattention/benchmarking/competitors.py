@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import band_attention, band_attention_varlen
@@ -34,29 +35,29 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def bands(
     inputs: Tensors,
     pattern: BandPattern,
-    sinks: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
+    sinks: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Attend:
     """This library's kernels. Arguments as in `Competitor.on`."""
     if offsets is not None:
         return _packed_bands(tokens_first(inputs), pattern, sinks, offsets)
     query, key, value, _ = inputs
 
-    def attend() -> torch.Tensor:
+    def attend() -> Tensor:
         out = band_attention(query, key, value, pattern, sinks=sinks, impl="triton")
-        assert isinstance(out, torch.Tensor)
+        assert isinstance(out, Tensor)
         return out
 
     return Attend(attend, inputs, sinks)
 
 
 def _packed_bands(
-    inputs: Tensors, pattern: BandPattern, sinks: torch.Tensor | None, offsets: torch.Tensor
+    inputs: Tensors, pattern: BandPattern, sinks: Tensor | None, offsets: Tensor
 ) -> Attend:
     query, key, value, _ = inputs
     longest = longest_document(offsets)
 
-    def attend() -> torch.Tensor:
+    def attend() -> Tensor:
         out = band_attention_varlen(
             query[0],
             key[0],
@@ -69,7 +70,7 @@ def _packed_bands(
             sinks=sinks,
             impl="triton",
         )
-        assert isinstance(out, torch.Tensor)
+        assert isinstance(out, Tensor)
         return out[None]
 
     return Attend(attend, inputs, sinks, tokens_first=True)
@@ -81,7 +82,7 @@ def dense(inputs: Tensors) -> dict[str, Attend]:
     grouped = query.shape[1] != key.shape[1]
 
     def on(backend: SDPBackend) -> Attend:
-        def attend() -> torch.Tensor:
+        def attend() -> Tensor:
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(
                     query, key, value, is_causal=True, enable_gqa=grouped
@@ -95,7 +96,7 @@ def dense(inputs: Tensors) -> dict[str, Attend]:
     }
 
 
-def dense_packed(inputs: Tensors, offsets: torch.Tensor) -> Attend:
+def dense_packed(inputs: Tensors, offsets: Tensor) -> Attend:
     """PyTorch's causal attention within documents: its FlashAttention-2."""
     from torch.nn.attention import varlen
 
@@ -106,8 +107,8 @@ def dense_packed(inputs: Tensors, offsets: torch.Tensor) -> Attend:
     query, key, value, _ = inputs = tokens_first(inputs)
     longest = longest_document(offsets)
 
-    def attend() -> torch.Tensor:
-        out: torch.Tensor = call(
+    def attend() -> Tensor:
+        out: Tensor = call(
             query[0], key[0], value[0], offsets, offsets, longest, longest, **options
         )
         return out[None]
@@ -131,10 +132,7 @@ class Flash4:
         return self._attend(causal=True)
 
     def on(
-        self,
-        pattern: BandPattern,
-        sinks: torch.Tensor | None = None,
-        offsets: torch.Tensor | None = None,
+        self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None
     ) -> Attend:
         """On the mask of a pattern: blocks that no query needs are left out."""
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -166,7 +164,7 @@ class Flash4:
             block_sparse_tensors_bwd=by_key,
         )
 
-    def _attend(self, sinks: torch.Tensor | None = None, **options: Any) -> Attend:
+    def _attend(self, sinks: Tensor | None = None, **options: Any) -> Attend:
         from flash_attn.cute import flash_attn_func
 
         query, key, value, _ = self.inputs
@@ -189,10 +187,7 @@ class FlashSparse:
         self.inputs = tokens_first(inputs)
 
     def on(
-        self,
-        pattern: BandPattern,
-        sinks: torch.Tensor | None = None,
-        offsets: torch.Tensor | None = None,
+        self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None
     ) -> Attend:
         """On the mask of a pattern; ValueError for one that its windows cannot express."""
         query, key, value, _ = self.inputs
@@ -211,7 +206,7 @@ class FlashSparse:
             options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
             call = self.module.flash_attn_varlen_func
 
-        def attend() -> torch.Tensor:
+        def attend() -> Tensor:
             out = call(query, key, value, **options)
             out = out[0] if isinstance(out, tuple) else out
             return out if offsets is None else out[None]

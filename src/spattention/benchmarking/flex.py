@@ -7,13 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 from .attend import Attend, Tensors
 
 
 def block_mask(
-    pattern: BandPattern, length: int, device: torch.device, offsets: torch.Tensor | None = None
+    pattern: BandPattern, length: int, device: torch.device, offsets: Tensor | None = None
 ) -> Any:
     """FlexAttention's, over blocks of 128."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -25,17 +26,15 @@ def block_mask(
 
 
 def mask_function(
-    pattern: BandPattern, length: int, device: torch.device, offsets: torch.Tensor | None = None
-) -> Callable[..., torch.Tensor]:
+    pattern: BandPattern, length: int, device: torch.device, offsets: Tensor | None = None
+) -> Callable[..., Tensor]:
     """FlexAttention's `mask_mod` of a pattern: true where `row` sees `column`. Bands and documents
     are tensors, so that patterns share compiled code.
     """
     edges = edges_of(pattern, device)
     near_0, far_0, near_1, far_1 = (edge.contiguous() for edge in edges.unbind(1))
 
-    def in_bands(
-        batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
-    ) -> torch.Tensor:
+    def in_bands(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         distance = row - column
         first = (distance >= near_0[head]) & (distance < far_0[head])
         return first | ((distance >= near_1[head]) & (distance < far_1[head]))
@@ -43,9 +42,7 @@ def mask_function(
     if offsets is not None:
         document = _documents(pattern, offsets, length)
 
-        def in_document(
-            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
-        ) -> torch.Tensor:
+        def in_document(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
             same = document[row] == document[column]
             return in_bands(batch, head, row, column) & same
 
@@ -53,9 +50,7 @@ def mask_function(
     if pattern.prefix:
         prefix = pattern.prefix
 
-        def in_bands_or_prefix(
-            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
-        ) -> torch.Tensor:
+        def in_bands_or_prefix(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
             first_keys = (column < prefix) & (column <= row)
             return in_bands(batch, head, row, column) | first_keys
 
@@ -63,7 +58,7 @@ def mask_function(
     return in_bands
 
 
-def _documents(pattern: BandPattern, offsets: torch.Tensor, length: int) -> torch.Tensor:
+def _documents(pattern: BandPattern, offsets: Tensor, length: int) -> Tensor:
     """Number of the document of every token, int32 `[N]`."""
     if pattern.prefix:
         raise NotImplementedError(
@@ -74,7 +69,7 @@ def _documents(pattern: BandPattern, offsets: torch.Tensor, length: int) -> torc
     return torch.searchsorted(offsets[1:].contiguous(), tokens, right=True).int()
 
 
-def edges_of(pattern: BandPattern, device: torch.device) -> torch.Tensor:
+def edges_of(pattern: BandPattern, device: torch.device) -> Tensor:
     """Near and far edges of both intervals of every head, int32 `[H, 4]`."""
     if pattern.prefix and not all(pattern.intervals):
         raise NotImplementedError(
@@ -98,10 +93,7 @@ class Flex:
         self.attend_with_sinks = torch.compile(_flex_with_sinks, dynamic=False)
 
     def on(
-        self,
-        pattern: BandPattern,
-        sinks: torch.Tensor | None = None,
-        offsets: torch.Tensor | None = None,
+        self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None
     ) -> Attend:
         """On the mask of a pattern."""
         query, key, value, _ = self.inputs
@@ -123,14 +115,8 @@ class Flex:
 
 
 def _flex_with_sinks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor,
-    mask: Any,
-    grouped: bool,
-    options: Any,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Any, grouped: bool, options: Any
+) -> Tensor:
     """FlexAttention, scaled by the share of the weights that the sinks leave."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -144,7 +130,7 @@ def _flex_with_sinks(
         return_aux=AuxRequest(lse=True),
     )
     out, auxiliary = found
-    scaled: torch.Tensor = out * torch.sigmoid(auxiliary.lse - sinks.float()[:, None])[..., None]
+    scaled: Tensor = out * torch.sigmoid(auxiliary.lse - sinks.float()[:, None])[..., None]
     return scaled.to(out.dtype)
 
 

@@ -25,11 +25,8 @@ TEXT = ("B, H, N", "B, N", "mask", "by", "layout")  # columns that are not numbe
 
 
 def run_header(options: Any) -> dict[str, Any]:
-    """Machine, date and command that a file of results starts with.
-
-    Args:
-        options: of the command, a dataclass with `commit` and `output`.
-    """
+    """Machine, date and command that a file of results starts with. The options of the command are
+    a dataclass with `commit` and `output`."""
     found = environment()
     found["commit"] = options.commit or found["commit"]
     return {
@@ -59,15 +56,7 @@ def write_page(
     rows: Iterable[Sequence[str]],
 ) -> Path:
     """Write `<name>_<gpu>_<date>.json` and `.md`, each at once; returns the path without suffix.
-
-    Args:
-        folder: made if it is not there.
-        name: what was measured, one word.
-        record: what `run_header` gave, and the results.
-        notes: lines of the page before its table.
-        headings: of the table.
-        rows: its cells.
-    """
+    The record has what `run_header` gave, and the results; notes are the lines before the table."""
     gpu = record["environment"]["gpu"]
     stem = folder / f"{name}_{gpu.split()[-1].lower()}_{record['date']}"
     lines = [
@@ -119,16 +108,8 @@ def write_rows(
     commit: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Write the rows, atomically, with machine, versions, commit, seed and command.
-
-    Args:
-        output: JSON file.
-        what: was measured.
-        settings: of the run.
-        rows: its results.
-        commit: to record where git cannot tell.
-        environment: more about the machine, such as its GPU.
-    """
+    """Write rows of results to a JSON file, atomically, with machine, versions, commit, seed and
+    command. `commit` is for where git cannot tell, `environment` says more about the machine."""
     commit = commit or source_commit()
     result = {
         "what": what,

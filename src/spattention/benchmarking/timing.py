@@ -12,8 +12,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], Any]
+
+BUDGET = 20.0  # milliseconds of a measurement
+SETTLE = 400.0  # milliseconds until a busy GPU's clock is steady
+CALLS = 200  # of a mean by the host's clock
+COPIED = 2**30  # bytes of a copy that is timed
 
 FIRST_CALL = """
 import sys, time, torch
@@ -41,7 +47,7 @@ def needs_gpu(command: str) -> None:
         raise ValueError(f"`spattention {command}` needs a CUDA device, and there is none")
 
 
-def graph_milliseconds(call: Call, budget: float = 20.0, rest: float = 0.0) -> float:
+def graph_milliseconds(call: Call, budget: float = BUDGET, rest: float = 0.0) -> float:
     """Median time of replays of a captured call: the GPU's own time, without the host's. Short ones
     are replayed several times between two events, because a single one would begin some
     microseconds after its event, when the host has launched it.
@@ -56,14 +62,9 @@ def graph_milliseconds(call: Call, budget: float = 20.0, rest: float = 0.0) -> f
     return _median_milliseconds(replay, budget, together=1.0)
 
 
-def busy_milliseconds(call: Call, settle: float = 400.0, budget: float = 200.0) -> float:
+def busy_milliseconds(call: Call) -> float:
     """Mean time of replays of a captured call one right after the other, on a GPU that has been
     busy with them: after some tenths of a second, its power limit may have slowed its clock.
-
-    Args:
-        call: as in `graph_milliseconds`.
-        settle: how long to replay before, in milliseconds.
-        budget: about how long to measure, in milliseconds; at least 3 replays.
     """
     replay = _captured(call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,8 +78,8 @@ def busy_milliseconds(call: Call, settle: float = 400.0, budget: float = 200.0) 
         return begin.elapsed_time(end) / replays
 
     once = max(mean(3), 1e-3)
-    mean(max(1, int(settle / once)))
-    return mean(max(3, int(budget / once)))
+    mean(max(1, int(SETTLE / once)))
+    return mean(max(3, int(SETTLE / 2 / once)))
 
 
 def _captured(call: Call) -> Call:
@@ -96,26 +97,20 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
-def eager_milliseconds(call: Call, budget: float = 20.0) -> float:
+def eager_milliseconds(call: Call) -> float:
     """Median time of plain calls between events; where the host is slower than the GPU, the host's
     time.
     """
     for _ in range(2):
         call()
-    return _median_milliseconds(call, budget)
+    return _median_milliseconds(call, BUDGET)
 
 
 def wall_seconds(
     call: Call, repeats: int, *, warm_up: int = 1, device: torch.device | None = None
 ) -> float:
-    """Median time of single calls by the host's clock, on any device.
-
-    Args:
-        call: what is measured.
-        repeats: calls that count.
-        warm_up: calls before them.
-        device: waited for before and after each call; None for the CPU.
-    """
+    """Median time of single calls by the host's clock, after some that do not count. A CUDA device
+    is waited for before and after each."""
     times = []
     for _ in range(warm_up + repeats):
         synchronize(device)
@@ -132,17 +127,17 @@ def synchronize(device: torch.device | None) -> None:
         torch.cuda.synchronize()
 
 
-def host_microseconds(call: Call, calls: int = 200) -> float:
+def host_microseconds(call: Call) -> float:
     """Mean time that a call keeps the host busy; the GPU's work must be short."""
     for _ in range(10):
         call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(CALLS):
         call()
     elapsed = time.perf_counter() - begin
     torch.cuda.synchronize()
-    return elapsed / calls * 1e6
+    return elapsed / CALLS * 1e6
 
 
 def first_call(head_dim: int, dtype: str) -> str:
@@ -172,26 +167,23 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.nbytes for layer in cache.layers for t in _tensors(layer))
 
 
-def _tensors(layer: Any) -> Iterable[torch.Tensor]:
+def _tensors(layer: Any) -> Iterable[Tensor]:
     # Whatever a layer stores, keys and values among it, under whatever name; each storage once.
     # Related systems keep what is not keys and values in a state with named tensors.
     state = getattr(layer, "state", None)
     held = [*vars(layer).values(), *getattr(state, "tensors", {}).values()]
-    return {t.data_ptr(): t for t in held if isinstance(t, torch.Tensor)}.values()
+    return {t.data_ptr(): t for t in held if isinstance(t, Tensor)}.values()
 
 
-def copy_speed(size: int = 1 << 30) -> float:
+def copy_speed() -> float:
     """TB/s of a copy on the device, bytes read and bytes written: what memory can give. The faster
     of the copy engine's and a kernel's.
-
-    Args:
-        size: bytes that are copied.
     """
-    source = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
+    source = torch.zeros(COPIED // 4, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     engine = graph_milliseconds(lambda: target.copy_(source))
     kernel = graph_milliseconds(lambda: torch.add(source, 1.0, out=target))
-    return 2 * size / min(engine, kernel) / 1e9
+    return 2 * COPIED / min(engine, kernel) / 1e9
 
 
 def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> float:

@@ -10,10 +10,11 @@ bug.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from ..files import did_you_mean
 
 COMMANDS = {
     "bench": "time the kernels beside dense attention and FlexAttention",
@@ -22,7 +23,7 @@ COMMANDS = {
     "evaluate": "loss by position, recall, heads and tasks of a trained model",
     "fit": "fit bands to a pretrained dense model, and save it with them",
     "generate": "continue a text with a trained model",
-    "prepare": "turn text into packed tokens to train on",
+    "prepare": "turn text into tokens to train on",
     "train": "pre-train or fine-tune a model by a recipe",
     "tune": "find the fastest launches of the kernels on this GPU",
 }
@@ -86,7 +87,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}{_nearest(name)}; see `spattention --help`")
+        return _fail(
+            f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; see `spattention --help`"
+        )
     try:
         import tyro
 
@@ -137,11 +140,6 @@ def _line(error: BaseException) -> str:
         first, *_, last = filter(None, map(str.strip, text.splitlines()))
         text = f"{first} {last}"
     return " ".join(text.split())[:LONGEST]
-
-
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _fail(message: str) -> int:

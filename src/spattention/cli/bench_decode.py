@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,7 +39,7 @@ DENSE = {
     "dense efficient": SDPBackend.EFFICIENT_ATTENTION,
     "dense math": SDPBackend.MATH,
 }
-Attend = Callable[[], torch.Tensor]
+Attend = Callable[[], Any]  # gives the output
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ class Row:
     over_dense: float | None = None
 
 
-@dataclass(frozen=True)
-class Cache:
+class Cache(NamedTuple):
     """Queries `[B, H, Q, D]`, keys and values `[B, Hkv, N, D]`."""
 
     query: torch.Tensor
@@ -158,15 +159,19 @@ def _measure_case(
         pattern = make(options.heads, length)
         moved = batch * cache.token_bytes * compulsory(pattern, key_heads, options.queries, length)
         store = _store(cache, pattern)
+        over_store = partial(band_attention_cached, cache.query, store, pattern)
         layouts: dict[str, tuple[int, Attend]] = {
-            "all keys": (whole, _over_all_keys(cache, pattern)),
-            "BandStore": (store.nbytes, _over_store(cache, store)),
+            "all keys": (whole, partial(band_attention, *cache, pattern)),
+            "BandStore": (
+                store.nbytes,
+                partial(band_attention_cached, cache.query, store, pattern),
+            ),
         }
         for layout, (held, attend) in layouts.items():
             check(cache, pattern, attend())
             found = row(mask, "spattention", layout, moved, held, attend)
             yield replace(found, over_dense=fastest / found.time)
-        del store, layouts, attend
+        del store, over_store, layouts, attend
 
 
 def _cache(options: Options, batch: int, length: int) -> Cache:
@@ -226,24 +231,6 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
 
         found["FlexAttention"] = flex
     return found
-
-
-def _over_all_keys(cache: Cache, pattern: BandPattern) -> Attend:
-    def attend() -> torch.Tensor:
-        out = band_attention(cache.query, cache.key, cache.value, pattern)
-        assert isinstance(out, torch.Tensor)
-        return out
-
-    return attend
-
-
-def _over_store(cache: Cache, store: BandStore) -> Attend:
-    def attend() -> torch.Tensor:
-        out = band_attention_cached(cache.query, store, store.pattern)
-        assert isinstance(out, torch.Tensor)
-        return out
-
-    return attend
 
 
 def compulsory(pattern: BandPattern, key_heads: int, queries: int, length: int) -> int:

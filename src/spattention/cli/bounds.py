@@ -19,15 +19,9 @@ LARGEST_TENSOR = 2**36  # elements; no GPU holds queries, keys and values of thi
 
 
 def check_range(options: Any, **bounds: tuple[float, float]) -> None:
-    """Check options against inclusive bounds; an option that is None is not checked.
-
-    Args:
-        options: of a command.
-        bounds: `(least, most)` by the name of the option's field.
-
-    Raises:
-        ValueError: naming the option, its bound and the value; NaN is within no bounds.
-    """
+    """Check options against inclusive bounds `(least, most)` by the names of their fields. An
+    option that is None is not checked; NaN is within no bounds. Raises `ValueError` that names the
+    option, its bound and the value."""
     for name, (least, most) in bounds.items():
         value = getattr(options, name)
         if value is None or least <= value <= most:
@@ -38,10 +32,7 @@ def check_range(options: Any, **bounds: tuple[float, float]) -> None:
 
 def check_each(option: str, values: Sequence[int], least: int, most: int) -> None:
     """Check that an option names at least one value, each once, and all within inclusive bounds.
-
-    Raises:
-        ValueError: naming the option, the rule and the value.
-    """
+    Raises `ValueError` that names the option, the rule and the value."""
     if not values:
         raise ValueError(f"`{option}` must name at least one, got none")
     if len(set(values)) != len(values):
@@ -52,11 +43,8 @@ def check_each(option: str, values: Sequence[int], least: int, most: int) -> Non
 
 
 def check_size(option: str, **sizes: int) -> None:
-    """Check that a tensor of these sizes fits some GPU.
-
-    Raises:
-        ValueError: naming the option, the sizes' names and the product.
-    """
+    """Check that a tensor of these sizes fits some GPU. Raises `ValueError` that names the option,
+    the sizes and the product."""
     product = 1
     for size in sizes.values():
         product *= size

@@ -57,7 +57,7 @@ def _compare(
             end_of_text=options.end_of_text,
         )
         shared = shared_fields(options, facts.vocabulary, folder.data)
-        settings = settings_from(shared, facts)
+        settings = {**shared, "data": facts.digest}  # what runs must share to be compared
         facts = evaluated_facts(options, prepared, facts)
         # Nothing is refused after this: what the folder held is replaced here at the earliest.
         folder.claim(settings, restart=options.restart)
@@ -90,11 +90,6 @@ def evaluated_facts(options: Options, folder: Path, facts: CorpusFacts) -> Corpu
     held_out = open_stream(folder, "validation")
     used = Windows(held_out, options.context, options.validation_windows).used()
     return replace(facts, unigram_entropy=used.unigram_entropy(), validation_tokens=len(used))
-
-
-def settings_from(shared: dict[str, Any], facts: CorpusFacts) -> dict[str, Any]:
-    """Everything that runs must share to be compared: the fields of their recipes, the tokens."""
-    return {**shared, "data": facts.digest}
 
 
 def shared_fields(options: Options, vocabulary: int, data: Path) -> dict[str, Any]:
@@ -142,12 +137,7 @@ def show(report: Report, output: Path, console: Console) -> None:
     """Print table, notes and a text."""
     if not report.results:
         return
-    table = Table(
-        title=TITLE,
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(title=TITLE, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     # Numbers are never broken but where they are here; names give way to them.
     for column, name in enumerate(HEADER):
         heading = name.replace(" ", "\n")

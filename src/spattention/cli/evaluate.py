@@ -22,7 +22,7 @@ from transformers import logging
 
 from ..compat.huggingface import attention_name
 from ..data.model_text import check_same_tokenizer, is_text, open_tokens, tokenize_text
-from ..data.packed import SUFFIX
+from ..data.token_file import SUFFIX
 from ..data.tokenizer import load_tokenizer
 from ..data.tokens import TokenStream, Windows
 from ..evaluation.heads import LayerHeads, head_statistics
@@ -346,7 +346,7 @@ def _data(options: Options, folder: Path) -> Path:
         open_tokenizer(folder)
         return path
     raise ValueError(
-        f"`--data` must be text (.txt, .jsonl), packed tokens ({SUFFIX}) or a folder that "
+        f"`--data` must be text (.txt, .jsonl), a token file ({SUFFIX}) or a folder that "
         f"`spattention prepare` wrote, got {path}"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -25,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, loggin
 from .. import baselines, hf, related
 from ..bands import BandPattern
 from ..data.model_text import check_same_tokenizer, open_tokens, tokenize_text
-from ..data.packed import SUFFIX
 from ..data.text import sample_path
+from ..data.token_file import SUFFIX
 from ..evaluation.perplexity import token_losses
+from ..files import make_folder, remove_empty, sync_tree
 from ..fitting import Profile, captured, explain
 from ..fitting import fit as fit_patterns
 from ..fitting.picture import fit_figure, profile_figure
@@ -112,28 +112,18 @@ def _appearing(output: Path) -> Iterator[Path]:
 
     It is made before the work, so that a place where nothing can be written is named at once.
     """
-    made = [path for path in output.parents if not path.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made = make_folder(output.parent)
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         yield folder
         folder.chmod(0o755)  # mkdtemp's own mode would hide it from other users
-        for path in (*folder.rglob("*"), folder):
-            if os.name != "nt" or path.is_file():
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+        sync_tree(folder)
         if output.exists():
             raise ValueError(f"`--output` must not exist, {output} was made meanwhile")
         folder.rename(output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        remove_empty(made)
         raise
 
 

@@ -1,4 +1,4 @@
-"""`spattention prepare`: turn text into packed tokens for `spattention train`."""
+"""`spattention prepare`: turn text into tokens for `spattention train`."""
 
 from __future__ import annotations
 

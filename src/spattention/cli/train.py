@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 import math
 import shlex
 import sys
 from pathlib import Path
-from types import TracebackType
 
 from accelerate.utils import get_int_from_env
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..files import check_local, shown
+from ..files import check_local, did_you_mean, shown
 from ..loading import open_config, open_weights
 from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
@@ -85,11 +83,9 @@ def _check_model(name: str) -> None:
     rule = (
         f"`model` must be one of {list(SHAPES)}, the folder of a saved model or a name on the hub"
     )
-    close = difflib.get_close_matches(name, SHAPES, n=1)
-    if close or path.exists():
-        raise ValueError(
-            f"{rule}, got {shown(name)}{f', did you mean {close[0]!r}?' if close else ''}"
-        )
+    hint = did_you_mean(name, SHAPES)
+    if hint or path.exists():
+        raise ValueError(f"{rule}, got {shown(name)}{hint}")
     check_local(name, rule)
 
 
@@ -114,12 +110,7 @@ class TrainProgress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def update(self, event: Event) -> None:

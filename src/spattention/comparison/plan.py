@@ -105,9 +105,9 @@ def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
         attention = entry["attention"]
         default = attention if isinstance(attention, str) else "+".join(dict.fromkeys(attention))
         label = entry.pop("label", default)
-        for turn, seed in enumerate(seeds):
-            rounds += [[]] if turn >= len(rounds) else []
-            rounds[turn].append(Run(label, seed, {**shared, **entry, "seed": seed}))
+        for number, seed in enumerate(seeds):
+            rounds += [[]] if number >= len(rounds) else []
+            rounds[number].append(Run(label, seed, {**shared, **entry, "seed": seed}))
     runs = tuple(run for each in rounds for run in each)
     plan = Plan(path.stem, values["title"], runs)
     names = [run.name for run in runs]

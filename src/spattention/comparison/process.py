@@ -24,12 +24,7 @@ class RunFailed(RuntimeError):
 
 
 def train_in_process(run: Run, folder: ResultsFolder, on_event: Callable[[Event], None]) -> Result:
-    """`run.train` in a fresh process.
-
-    Args:
-        run: what to train.
-        folder: of the comparison.
-        on_event: called with each event as it arrives.
+    """`run.train` in a fresh process; `on_event` is called with each event as it arrives.
 
     Raises:
         RunFailed: if the run raised or its process died.

@@ -52,15 +52,9 @@ class StepClock(TrainerCallback):
 
 
 def train(run: Run, folder: ResultsFolder, send: Callable[[Event], None]) -> Result:
-    """Train, or continue an earlier process's run; evaluate, save, continue a text.
-
-    Memory is that of the whole process.
-
-    Args:
-        run: what is trained, on the data in `folder`.
-        folder: of the comparison.
-        send: called with the events of `pretrain`.
-    """
+    """Train on the data in the folder of a comparison, or continue an earlier process's run;
+    evaluate, save, continue a text. `send` gets the events of `pretrain`. Memory is that of the
+    whole process."""
     began = time.perf_counter()
     before = resident_bytes()
     recipe, place = run.recipe, folder.training / run.name

@@ -44,6 +44,13 @@ def keep_initial_value(parameter: torch.nn.Parameter) -> None:
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
+def wrap_module_loading(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Wrap the method by which PyTorch loads each module of a state dict, for Transformers' models:
+    `load_state_dict` of a module that wraps a model does not call that of the model.
+    """
+    PreTrainedModel._load_from_state_dict = wrap(PreTrainedModel._load_from_state_dict)
+
+
 def wrap_missing_keys_check(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
     """Wrap what Transformers does with weights that a checkpoint lacks: it only warns, and leaves
     parameters that it does not know uninitialised.

@@ -1,1 +1,1 @@
-"""Text and token files in, packed streams of tokens out."""
+"""Text and token files in, streams of tokens out."""

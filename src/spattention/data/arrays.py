@@ -17,11 +17,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def open_array(path: Path, kinds: tuple[type[np.generic], ...]) -> np.ndarray:
-    """The row in a file, mapped into memory, not read.
-
-    Args:
-        path: the file.
-        kinds: the dtypes that it may have.
+    """The row in a file, of one of some dtypes, mapped into memory, not read.
 
     Raises:
         ValueError: if the file is missing, foreign, truncated, or claims another size than it has.

@@ -1,4 +1,4 @@
-"""A corpus of any size as packed tokens: tokenized on all cores, and written as it goes.
+"""A corpus of any size as tokens: tokenized on all cores, and written as it goes.
 
 The folder is what `prepare.open_stream` and `prepare.open_facts` read: for training and validation
 each a `.tokens.npy` that can be mapped into memory and the starts of its documents, the tokenizer,
@@ -284,13 +284,8 @@ def _too_few(count: int, held_out: float, separator: str | None = None) -> Value
 
 
 class StreamWriter:
-    """Writes one stream as `open_stream` reads it, document by document.
-
-    Args:
-        folder: where `NAME.tokens.npy` and `NAME.starts.npy` go.
-        name: name of the stream, "train" or "validation".
-        dtype: dtype of the tokens, uint16 or uint32.
-    """
+    """Writes one stream, `NAME.tokens.npy` and `NAME.starts.npy`, as `open_stream` reads it,
+    document by document. The dtype of its tokens is uint16 or uint32."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""Tokens for a model that has a tokenizer: of text, prepared folders and packed streams."""
+"""Tokens for a model that has a tokenizer: of text, prepared folders and token files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .packed import SUFFIX, read_packed
 from .prepare import open_stream
 from .text import iterate_documents, text_kind
+from .token_file import SUFFIX, read_token_file
 from .tokenizer import load_tokenizer
 from .tokens import TokenStream
 
@@ -22,13 +22,8 @@ def is_text(path: Path) -> bool:
 
 
 def tokenize_text(path: Path, tokenizer: Any, enough: int | None = None) -> TokenStream:
-    """The documents of text files, each with an end of text where the tokenizer has one.
-
-    Args:
-        path: a file or a folder, see `iterate_documents`.
-        tokenizer: a tokenizer of Transformers.
-        enough: number of tokens after which no more documents are read; None reads all.
-    """
+    """The documents of text files (see `iterate_documents`), each with an end of text where the
+    tokenizer of Transformers has one; once there are `enough` tokens, no more are read."""
     found: list[np.ndarray] = []
     size = 0
     for text in iterate_documents(path):
@@ -43,11 +38,8 @@ def tokenize_text(path: Path, tokenizer: Any, enough: int | None = None) -> Toke
 
 
 def check_same_tokenizer(data: Path, vocabulary: dict[str, int]) -> None:
-    """Check that a prepared folder was made with a model's tokenizer, where it holds one.
-
-    Raises:
-        ValueError: if it was made with another.
-    """
+    """Check that a prepared folder was made with a model's tokenizer, where it holds one; raises
+    `ValueError`."""
     file = data / "tokenizer.json"
     if file.is_file() and load_tokenizer(file).get_vocab() != vocabulary:
         raise ValueError(
@@ -56,5 +48,5 @@ def check_same_tokenizer(data: Path, vocabulary: dict[str, int]) -> None:
 
 
 def open_tokens(data: Path, name: str) -> TokenStream:
-    """A packed stream, or the stream of this name in a prepared folder."""
-    return read_packed(data) if data.name.endswith(SUFFIX) else open_stream(data, name)
+    """The stream in a token file, or the stream of this name in a prepared folder."""
+    return read_token_file(data) if data.name.endswith(SUFFIX) else open_stream(data, name)

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..files import read_json, shown, sync_tree, write_atomically
 from .arrays import open_array, save_array
-from .packed import SUFFIX, described_end_of_text, read_packed
 from .text import read_documents, sample_path
+from .token_file import SUFFIX, described_end_of_text, read_token_file
 from .tokenizer import (
     end_of_text_id,
     entries_of,
@@ -23,7 +23,7 @@ from .tokenizer import (
 )
 from .tokens import TokenStream
 
-UNKNOWN = "unknown"  # tokenizer of packed tokens that came without one
+UNKNOWN = "unknown"  # tokenizer of a token file that came without one
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def prepare(
 
     Args:
         folder: where `open_stream` finds the result.
-        data: text, JSON lines, a folder of these, or packed tokens; None for the sample that the
+        data: text, JSON lines, a folder of these, or a token file; None for the sample that the
             package ships.
         vocabulary: entries of the tokenizer that is trained on the training documents. For packed
             tokens without a `tokenizer` the model gets at least as many entries as the stream
             needs.
         held_out: share of the documents that is kept for validation.
-        tokenizer: a `tokenizer.json` to use instead; for packed tokens, the one that made them.
-        end_of_text: the token between documents of packed tokens, see `read_packed`.
+        tokenizer: a `tokenizer.json` to use instead; for a token file, the one that made it.
+        end_of_text: the token between documents of a token file, see `read_token_file`.
 
     Raises:
         ValueError: if the data cannot be read, or an option does not go with it.
@@ -71,7 +71,7 @@ def prepare(
         raise ValueError(f"`held_out` must lie between 0 and 1, got {held_out}")
     used = load_tokenizer(tokenizer) if tokenizer else None
     if data is not None and data.name.endswith(SUFFIX):
-        train, validation = read_packed(data, end_of_text).hold_out(held_out)
+        train, validation = read_token_file(data, end_of_text).hold_out(held_out)
         if end_of_text is None:
             end_of_text = described_end_of_text(data)
         largest = int(max(train.tokens.max(), validation.tokens.max()))
@@ -82,7 +82,7 @@ def prepare(
             )
     else:
         if end_of_text is not None:
-            raise ValueError("`end_of_text` is only for packed tokens, a tokenizer has its own")
+            raise ValueError("`end_of_text` is only for a token file, a tokenizer has its own")
         documents = read_documents(data or sample_path())
         kept, held = split_documents(documents, held_out)
         # The tokenizer must not know the validation text.

@@ -55,7 +55,7 @@ def iterate_documents(path: Path, column: str = "text") -> Iterator[str]:
     if kind is None:
         raise ValueError(
             f"{path} must be text (.txt), JSON lines (.jsonl), one of these compressed (.gz, .zst) "
-            "or packed tokens (.u16.xz)"
+            "or a token file (.u16.xz)"
         )
     found = False
     try:

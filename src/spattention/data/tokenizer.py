@@ -55,14 +55,8 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def find_tokenizer(name: str) -> Path:
-    """The `tokenizer.json` that a user names.
-
-    Args:
-        name: that file, a folder that holds one, or a model or a tokenizer on the Hugging Face hub.
-
-    Raises:
-        ValueError: if there is none; the message says why.
-    """
+    """The `tokenizer.json` that a user names: that file, a folder that holds one, or a model or a
+    tokenizer on the Hugging Face hub. Raises `ValueError` that says why there is none."""
     path = Path(name)
     if path.is_dir():
         if not (path / TOKENIZER).is_file():
@@ -229,13 +223,8 @@ def tokenize(
 def for_transformers(
     tokenizer: Tokenizer, context: int, end_of_text: int | None
 ) -> PreTrainedTokenizerFast:
-    """The same tokenizer as Transformers saves it beside a model.
-
-    Args:
-        tokenizer: what turns text into tokens.
-        context: the most tokens that the model takes.
-        end_of_text: the token that ends a text; None if none is known.
-    """
+    """The same tokenizer as Transformers saves it beside a model that takes `context` tokens at
+    most."""
     end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, model_max_length=context

@@ -1,4 +1,4 @@
-"""Packed streams: documents of tokens laid end to end, and windows cut from them."""
+"""Streams: documents of tokens laid end to end, and windows cut from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ CHUNK = 2**20  # tokens that are read at a time
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Documents of tokens, end to end.
-
-    Args:
-        tokens: `[T]`, uint16 or uint32.
-        starts: `[documents + 1]`, int64: document k is `tokens[starts[k]:starts[k + 1]]`; from 0 to
-            T.
-    """
+    """Documents of tokens, end to end: `tokens [T]`, uint16 or uint32, of which document k is
+    `tokens[starts[k]:starts[k + 1]]`. `starts [documents + 1]`, int64, runs from 0 to T."""
 
     tokens: np.ndarray
     starts: np.ndarray

@@ -1,4 +1,4 @@
-"""Datasets of a recipe: windows of prepared folders and packed streams, checked when opened."""
+"""Datasets of a recipe: windows of prepared folders and token files, checked when opened."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
 
-from .packed import SUFFIX, described_end_of_text, read_packed
 from .prepare import UNKNOWN, open_facts, open_stream
+from .token_file import SUFFIX, described_end_of_text, read_token_file
 from .tokens import TokenStream, Windows
 
 LARGE = 4 * 10**9  # bytes of tokens
@@ -59,13 +59,13 @@ def open_training(
     """Open and check everything that a run will read.
 
     Args:
-        data: folders that `spattention prepare` wrote, and packed streams (`.u16.xz`).
+        data: folders that `spattention prepare` wrote, and token files (`.u16.xz`).
         validation: the same, for the validation loss; if empty, what the folders hold out, or
             else a share of the streams.
         context: tokens per window.
-        end_of_text: the token between documents of packed streams whose JSON does not name it.
+        end_of_text: the token between documents of token files whose JSON does not name it.
         across_documents: see `Windows`.
-        held_out: share of the documents of packed streams that is held out if `validation` is
+        held_out: share of the documents of token files that is held out if `validation` is
             empty; 0 holds out none.
         limit: validation windows, spread over each stream; None for all.
         check: compare the tokens of prepared folders with their digests, see `open_stream`.
@@ -76,7 +76,7 @@ def open_training(
             than a window.
     """
     if not data:
-        raise ValueError("`data` must name at least one prepared folder or packed stream, got none")
+        raise ValueError("`data` must name at least one prepared folder or token file, got none")
     size = sum(file.stat().st_size for path in data for file in Path(path).glob("*.tokens.npy"))
     if check and size > LARGE:
         say(f"comparing {size / 1e9:.1f} GB of tokens with their digests")
@@ -174,17 +174,17 @@ def _check_tokenizers(folders: Sequence[Path]) -> None:
 
 
 def _tokenizer(folder: Path) -> Path | None:
-    """The tokenizer of a prepared folder; None for one of packed tokens without any."""
+    """The tokenizer of a prepared folder; None for one of a token file without any."""
     return None if open_facts(folder).tokenizer == UNKNOWN else folder / "tokenizer.json"
 
 
 def _open(path: Path, end_of_text: int | None, name: str = "train", *, check: bool) -> TokenStream:
     if path.name.endswith(SUFFIX):
-        return read_packed(path, end_of_text)
+        return read_token_file(path, end_of_text)
     if not path.is_dir():
         raise ValueError(
             f"`{'data' if name == 'train' else name}` must be folders that `spattention prepare` "
-            f"wrote or packed streams ({SUFFIX}), got {path}"
+            f"wrote or token files ({SUFFIX}), got {path}"
         )
     return open_stream(path, name, check=check)
 

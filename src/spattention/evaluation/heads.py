@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat.huggingface import attention_name
 from ..hf.decoder import plan_of
-from ..hf.head_weights import HeadWeights, stock_weights
+from ..hf.head_weights import HeadWeights, causal_weights
 from ..hf.section import KINDS
 
 ROWS = 64  # queries at a time
@@ -41,14 +41,12 @@ class LayerHeads:
 
 
 def head_statistics(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
-    """Run a causal language model once and measure each layer's heads.
-
-    Args:
-        model: a model of Transformers with stock attention, bands or a baseline, on any device.
-        ids: int64 `[B, N]`, whole rows without padding.
+    """Run a causal language model of Transformers once, over whole rows `[B, N]` without padding,
+    and measure each layer's heads.
 
     Raises:
-        ValueError: for another attention implementation, or layers with windows of their own.
+        ValueError: for an attention implementation other than stock attention, bands or a baseline,
+            or layers with windows of their own.
     """
     name = attention_name(model.config.get_text_config())
     kind = KINDS.get(name)
@@ -71,7 +69,7 @@ def head_statistics(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
 
 def _head_weights(module: Any) -> HeadWeights:
     kind = KINDS.get(attention_name(module.config))
-    return stock_weights if kind is None or kind.weights is None else kind.weights
+    return causal_weights if kind is None or kind.weights is None else kind.weights
 
 
 @contextmanager

@@ -87,11 +87,8 @@ FIELDS: dict[str, dict[str, Rule]] = {
 
 
 def read_items(path: Path, task: str) -> Iterator[tuple[str, Item]]:
-    """Read the items of a local task, each as its line and as an object.
-
-    Args:
-        path: JSON lines.
-        task: one of `FIELDS`.
+    """Read the items of a local task, a key of `FIELDS`, from JSON lines, each as its line and as
+    an object.
 
     Raises:
         ValueError: naming the file, the line, the field and its rule, at the first bad item.

@@ -99,14 +99,8 @@ def pairs(vocabulary: int, count: int, items: int, seed: int = 0) -> Question:
 
 
 def needle(text: torch.Tensor, vocabulary: int, depth: float, seed: int = 0) -> Question:
-    """A question of text with a needle in it, and its key again at the end; the value is asked.
-
-    Args:
-        text: int64 `[items, N]`, the haystacks; `4 NEEDLE` of their tokens are replaced.
-        vocabulary: tokens to draw from.
-        depth: place of the needle, from 0 to 1.
-        seed: RNG seed of the draws.
-    """
+    """A question of text `[items, N]` with a needle in it, at a depth from 0 to 1, and its key
+    again at the end; the value is asked. `4 NEEDLE` tokens of the text are replaced."""
     items, length = text.shape
     _check(vocabulary, items, length=(length, 4 * NEEDLE))
     if not 0 <= depth <= 1:
@@ -124,15 +118,8 @@ def needle(text: torch.Tensor, vocabulary: int, depth: float, seed: int = 0) -> 
 def questions(
     vocabulary: int, context: int, text: torch.Tensor, items: int = 16, seed: int = 0
 ) -> Iterator[Question]:
-    """All questions that fit into a context, smallest first.
-
-    Args:
-        vocabulary: tokens to draw from.
-        context: longest input, in tokens.
-        text: haystacks, int64 `[items, context]`.
-        items: sequences per question.
-        seed: RNG seed of the draws.
-    """
+    """All questions that fit into a context, smallest first; text `[items, context]` are the
+    haystacks."""
     for distance in (2**k for k in range(3, 32)):
         if 2 * distance <= context:
             yield copying(vocabulary, distance, items, seed)

@@ -45,14 +45,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and the texts that its answer must contain.
-
-    Attributes:
-        task: one of `TASKS`.
-        tokens: int64 `[N]`, the prompt.
-        answers: texts to find in the continuation.
-        new_tokens: length of the continuation.
-    """
+    """A prompt, int64 `[N]`, and the texts that its answer of `new_tokens` must contain."""
 
     task: Task
     tokens: Tensor
@@ -127,17 +120,8 @@ def score(answer: str, expected: Sequence[str]) -> float:
 
 @torch.no_grad()
 def ask(model: Any, items: Sequence[Item], tokenizer: Any, *, batch: int = 1) -> Mean:
-    """Mean score of a causal language model over items of one length and task.
-
-    Args:
-        model: of Transformers; it is put into evaluation mode.
-        items: from `make_items`.
-        tokenizer: of Transformers.
-        batch: prompts at a time.
-
-    Raises:
-        ValueError: if there are no items, or they differ in length.
-    """
+    """Mean score of a causal language model, which is put into evaluation mode, over items of one
+    length and task, `batch` at a time. Raises `ValueError` for no items or items that differ."""
     if len({(len(item.tokens), item.new_tokens) for item in items}) != 1:
         raise ValueError(f"`items` must be of one length and task, at least one, got {len(items)}")
     model.eval()

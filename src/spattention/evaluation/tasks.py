@@ -6,7 +6,6 @@ included, and only the place of the data is changed.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..files import did_you_mean
 from .items import read_items
 from .perplexity import Mean
 
@@ -167,7 +167,7 @@ def local_tasks(tasks: Sequence[str], folder: Path, work: Path, shots: int = 0) 
         if task not in (*LOCAL, MMLU):
             raise ValueError(
                 f"a local task must be one of {[*LOCAL, MMLU]}, got {task!r}"
-                f"{_near(task, [*LOCAL, MMLU])}"
+                f"{did_you_mean(task, [*LOCAL, MMLU])}"
             )
         if shots and task != MMLU:
             raise ValueError(f"`shots` must be 0 for the local task {task}, got {shots}")
@@ -284,13 +284,8 @@ def _check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
         if task not in known:
             raise ValueError(
                 f"`--tasks` must name tasks of the lm-evaluation-harness, got {task!r}"
-                f"{_near(task, known)}"
+                f"{did_you_mean(task, known)}"
             )
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> str:

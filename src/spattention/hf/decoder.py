@@ -33,6 +33,17 @@ class LayerPlan:
     own: str = "sdpa"
 
 
+def key_heads(config: Any) -> int:
+    """Key/value heads of a text config."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def head_dim(config: Any) -> int:
+    """Width of a head of a text config."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(width)
+
+
 def plan_of(module: torch.nn.Module) -> LayerPlan | None:
     """The plan of an attention module; None for any other module."""
     return getattr(module, NAME, None)

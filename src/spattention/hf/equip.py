@@ -11,6 +11,7 @@ from .config import NAME
 from .decoder import LayerPlan, has_sinks, plan_of
 from .parallel_guard import guard_parallel
 from .sinks import new_sinks
+from .tensor_parallel import natural_pattern
 from .weights import Note, note_weights
 
 CALL = "spattention.hf.register()"  # named in what a process without it reads
@@ -35,5 +36,6 @@ def _note(module: Any) -> Note | None:
     plan = plan_of(module)
     if plan is None or plan.pattern is None:
         return None
-    meaning = {name: value for name, value in plan.pattern.to_dict().items() if name != "recipe"}
+    pattern = natural_pattern(module, plan.pattern)  # as weights are written, dealt or not
+    meaning = {name: value for name, value in pattern.to_dict().items() if name != "recipe"}
     return Note(NAME, CALL, json.dumps(meaning))

@@ -42,7 +42,7 @@ class HeadWeights(Protocol):
         """
 
 
-def stock_weights(
+def causal_weights(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -52,43 +52,28 @@ def stock_weights(
     start: int,
     stop: int,
 ) -> Tensor:
-    """Weights of dense causal attention; see `HeadWeights`."""
-    pattern = BandPattern.dense(query.shape[1], key.shape[2])
-    return _weights(pattern, query, key, scale, sinks, start, stop)
-
-
-def band_weights(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    start: int,
-    stop: int,
-) -> Tensor:
-    """Weights of a module with bands, or of one that is left dense; see `HeadWeights`."""
+    """Weights of a module with bands, or of one with dense attention; see `HeadWeights`."""
     plan = plan_of(module)
     if plan is None or plan.pattern is None:
-        return stock_weights(module, query, key, scale=scale, sinks=sinks, start=start, stop=stop)
-    sinks = current_sinks(module) if plan.sinks else sinks
-    return _weights(plan.pattern, query, key, scale, sinks, start, stop)
+        pattern = BandPattern.dense(query.shape[1], key.shape[2])
+    else:
+        pattern = plan.pattern
+        sinks = current_sinks(module) if plan.sinks else sinks
+    mask = pattern.mask(stop - start, key.shape[2], query_start=start, device=query.device)
+    if sinks is None:
+        sinks = query.new_full(query.shape[1:2], -torch.inf)
+    return masked_weights(query[:, :, start:stop], key, mask, scale, sinks)
 
 
-def _weights(
-    pattern: BandPattern,
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    sinks: Tensor | None,
-    start: int,
-    stop: int,
+def masked_weights(
+    query: Tensor, key: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
 ) -> Tensor:
-    heads, length = query.shape[1], key.shape[2]
-    key = key.repeat_interleave(heads // key.shape[1], dim=1).float()
-    scores = (query[:, :, start:stop].float() @ key.mT) * scale
-    mask = pattern.mask(stop - start, length, query_start=start, device=query.device)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    own = scores.new_full((heads,), -torch.inf) if sinks is None else sinks.float()
-    column = own[:, None, None].expand(*scores.shape[:3], 1)
-    return torch.cat([scores, column], dim=-1).softmax(dim=-1).nan_to_num(0.0)
+    """Float32 weights `[B, H, R, N]` of queries `[B, H, R, D]` over keys `[B, Hkv, N, D]`, where
+    the mask is True; zeros for a row without keys. With sinks `[H]` the last column is theirs.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
+    scores = ((query.float() @ key.mT) * scale).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores.softmax(dim=-1).nan_to_num(0.0)

@@ -1,4 +1,4 @@
-"""Do something as soon as an optional package is imported, without importing it."""
+"""Change an optional package as soon as it is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def when_imported(package: str, follower: str) -> None:
         importlib.import_module(follower)
     else:
         sys.meta_path.insert(0, _Finder(package, follower))
+
+
+def replace_everywhere(name: str, owner: Any, function: Any) -> None:
+    """Replace a function in the module that has it, and where its package imported it from there.
+
+    Args:
+        name: of the function.
+        owner: the module.
+        function: takes its place.
+    """
+    replaced, package = getattr(owner, name), owner.__name__.partition(".")[0]
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == package and vars(module).get(name) is replaced:
+            setattr(module, name, function)
 
 
 class _Finder(MetaPathFinder):

@@ -5,7 +5,6 @@ Imported as soon as both PEFT and a registered kind are there, never without PEF
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -39,9 +38,11 @@ from .adapters import (
     unmarked,
     unwrap_sinks,
 )
-from .weights import is_mark, live_marks, refuse_saved_marks
+from .late import replace_everywhere
+from .weights import is_mark, live_marks, refuse_other_mark
 
 SINKS = ".sinks."  # in the names of an adapter's weights
+INSIDE = "base_model.model."  # begins the names of what is inside a `PeftModel`
 OLDEST = "0.21"
 
 if Version(peft.__version__) < Version(OLDEST):
@@ -226,11 +227,18 @@ def _reading_marks(set_state: Callable[..., Any]) -> Callable[..., Any]:
     def load(model: Any, peft_model_state_dict: Any, *args: Any, **keywords: Any) -> Any:
         weights = peft_model_state_dict
         marks = [name for name in weights if is_mark(name)]
-        if not any(is_mark(name) for name, _ in model.named_buffers()):
-            refuse_saved_marks(weights, marks)
+        for name in marks:
+            refuse_other_mark(model, _own_name(model, name), weights[name])
         return set_state(model, copy_state_dict(weights, without=marks), *args, **keywords)
 
     return load
+
+
+def _own_name(model: Any, name: str) -> str:
+    """The name of a mark in a model, which may be inside a `PeftModel` where it was not before."""
+    modules = {each for each, _ in model.named_modules()}
+    names = (name, name.removeprefix(INSIDE), f"{INSIDE}{name}")
+    return next((each for each in names if each.rpartition(".")[0] in modules), name)
 
 
 def _swapping_without_marks(swap: Callable[..., None]) -> Callable[..., None]:
@@ -277,14 +285,6 @@ def _around(owner: Any, name: str, make: Callable[..., Any]) -> None:
         setattr(owner, name, make(inner))
 
 
-def _everywhere(name: str, owner: Any, function: Callable[..., Any]) -> None:
-    """Replace a function in the module that has it, and where PEFT has imported it from there."""
-    replaced = getattr(owner, name)
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "peft" and vars(module).get(name) is replaced:
-            setattr(module, name, function)
-
-
 def _install() -> None:
     _around(PeftConfigMixin, "save_pretrained", _saving_section)
     _around(PeftConfigMixin, "from_json_file", _reading_section)
@@ -303,14 +303,14 @@ def _install() -> None:
     _around(peft.PeftModel, "load_adapter", _checking_folder)
     PreTrainedModel.load_adapter = _requiring_sinks(PreTrainedModel.load_adapter)
     converting = _keeping_all(conversion.convert_to_lora)
-    _everywhere("convert_to_lora", conversion, converting)
+    replace_everywhere("convert_to_lora", conversion, converting)
     getting = _writing_marks(save_and_load.get_peft_model_state_dict)
-    _everywhere("get_peft_model_state_dict", save_and_load, getting)
+    replace_everywhere("get_peft_model_state_dict", save_and_load, getting)
     setting = _reading_marks(save_and_load.set_peft_model_state_dict)
-    _everywhere("set_peft_model_state_dict", save_and_load, setting)
+    replace_everywhere("set_peft_model_state_dict", save_and_load, setting)
     _around(hotswap, "check_hotswap_configs_compatible", _checking_swap)
     swapping = _swapping_without_marks(hotswap.hotswap_adapter_from_state_dict)
-    _everywhere("hotswap_adapter_from_state_dict", hotswap, swapping)
+    replace_everywhere("hotswap_adapter_from_state_dict", hotswap, swapping)
 
 
 _install()

@@ -24,7 +24,7 @@ from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
 from ..scalars import as_int, int_at_least
 from .attention import HONOURED, WITHOUT_EFFECT
 from .config import NAME
-from .decoder import attention_modules, check_model, text_configs
+from .decoder import attention_modules, check_model, key_heads, text_configs
 from .mask import rows_mask
 from .needles import Needle, as_needle, plant
 from .packing import PACKING
@@ -354,13 +354,11 @@ class _Sums:
 def identity(model: Any, kv_heads: int | None = None) -> ModelIdentity:
     """The facts by which a model's profile is recognised."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    found = getattr(config, "num_key_value_heads", None) or heads
     return ModelIdentity(
         name=str(model.config.name_or_path or type(model).__name__),
         layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=found if kv_heads is None else kv_heads,
+        heads=config.num_attention_heads,
+        kv_heads=key_heads(config) if kv_heads is None else kv_heads,
         vocabulary=config.vocab_size,
     )
 

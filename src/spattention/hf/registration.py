@@ -9,7 +9,7 @@ from .config import NAME, Section, read_section
 from .conversion import convert
 from .decoder import LayerPlan, check_heads, check_sinks, has_sinks, plan_of
 from .equip import CALL, equip
-from .head_weights import band_weights
+from .head_weights import causal_weights
 from .mask import rows_mask
 from .section import AttentionKind, register_kind
 from .windows import check_traded
@@ -78,6 +78,6 @@ BANDS = AttentionKind(
     is_equipped=lambda module: plan_of(module) is not None,
     equip=_equip,
     restore=_restore,
-    weights=band_weights,
+    weights=causal_weights,
     check_weights=_check_sinks,
 )

@@ -36,6 +36,7 @@ from ..compat.huggingface import (
     register_fusion,
     set_attention_name,
     wrap_missing_keys_check,
+    wrap_module_loading,
 )
 from .decoder import is_attention
 from .head_weights import HeadWeights
@@ -47,6 +48,7 @@ from .weights import (
     is_mark,
     refill_marks,
     refusing_lost_sections,
+    refusing_other_marks,
 )
 
 ARCHITECTURE_PREFIX = "Spattention"
@@ -54,6 +56,9 @@ LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
 ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
 TRAINER_GUARD = "spattention.hf.trainer_guard"
+ACCELERATE_GUARD = "spattention.hf.accelerate_guard"
+PLANNER = "torch.distributed.checkpoint.default_planner"
+PLANNER_GUARD = "spattention.hf.planner_guard"
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,15 @@ def register_kind(kind: AttentionKind) -> None:
         register_module_module_registration_hook(_equip_when_built)
         PreTrainedConfig.to_dict = _with_marks(PreTrainedConfig.to_dict)
         PreTrainedModel.load_state_dict = checking_notes(PreTrainedModel.load_state_dict)
+        wrap_module_loading(refusing_other_marks)
         PreTrainedModel.save_pretrained = refusing_lost_sections(PreTrainedModel.save_pretrained)
         # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that
         # it does not know uninitialised. There is no public place to be stricter.
         wrap_missing_keys_check(_with_strict_weights)
         when_imported("peft", GUARD)
         when_imported("transformers.trainer_callback", TRAINER_GUARD)
+        when_imported("accelerate", ACCELERATE_GUARD)
+        when_imported(PLANNER, PLANNER_GUARD)
     KINDS[kind.name] = kind
     allow_weights(kind.name)
     AttentionInterface.register(kind.name, kind.forward)
@@ -206,10 +214,12 @@ def registered_call(saved: Mapping[str, Any]) -> str | None:
 def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
     @wraps(adjust)
     def strict(self: Any, loading_info: Any) -> None:
-        # Folders of earlier versions hold no marks.
+        # Folders of earlier versions hold no marks, or shorter ones.
         marks = {name for name, _ in self.named_buffers() if is_mark(name)}
-        refill_marks(self, marks & set(loading_info.missing_keys))
+        reshaped = {found for found in loading_info.mismatched_keys if found[0] in marks}
+        refill_marks(self, marks & ({*loading_info.missing_keys} | {key for key, *_ in reshaped}))
         loading_info.missing_keys -= marks
+        loading_info.mismatched_keys -= reshaped
         # A saved config whose section was taken off keeps its requirement: dense is meant.
         saved = {"fusion_config": getattr(self.config, "fusion_config", None)}
         if any(_kinds_below(self.config)) or registered_call(saved) is None:

@@ -18,7 +18,7 @@ from ..bands import BandPattern
 from ..parallel import deal as deal_groups
 from ..parallel import deal_heads, deal_pattern, undeal_heads
 from .dealable import ORDER, by_heads, check_dealable, refuse_changed
-from .decoder import attention_modules, plan_of
+from .decoder import attention_modules, key_heads, plan_of
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def head_shard(module: torch.nn.Module) -> HeadShard | None:
             mesh = parameter.device_mesh
             if mesh.ndim > 1:
                 continue
-            config: Any = module.config
-            key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            return HeadShard(mesh.get_local_rank(), mesh.size(), key_heads, mesh.get_group())
+            heads = key_heads(module.config)
+            return HeadShard(mesh.get_local_rank(), mesh.size(), heads, mesh.get_group())
     return None
 
 
@@ -124,7 +123,7 @@ def deal(model: Any, ranks: int) -> Any:
             "first"
         )
     text_config = config.get_text_config()
-    groups = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    groups = key_heads(text_config)
     found = []
     for module in attention_modules(model, text_config).values():
         plan = plan_of(module)

@@ -6,16 +6,18 @@ cannot be opened in a process that has not registered the kind, and its weights 
 model without it.
 
 Formats that hold tensors alone, such as safetensors, have no place for notes. For them each such
-module also has a buffer, the mark: a text that names the call, as float32, because programs average
-state dicts as if all tensors were. Strict loading refuses it as unexpected, in any process. State
-dicts that stay in memory go anywhere.
+module also has a buffer, the mark: a text that names the call and ends in a digest of the note, as
+float32, because programs average state dicts as if all tensors were. Strict loading refuses it as
+unexpected, in any process. State dicts that stay in memory go anywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,8 +28,10 @@ from .sinks import execution_device
 
 NOTE = "spattention"  # in the metadata of a module
 MARK = "spattention_mark"  # the buffer of a module
-LIVE = "spattention_live"  # attribute of a mark in a state dict that was never in a file
+LIVE = "spattention_live"  # attribute of a mark in a state dict: its note, pickled along
 REQUIREMENT = " must be called before this model is loaded"
+DIGEST = "; attention "  # comes before the digest in a mark
+DIGEST_CHARACTERS = 16  # all marks of a kind have the same length, whatever the attention
 REGISTERED: set[str] = set()  # kinds whose weights this process may open
 
 
@@ -98,8 +102,12 @@ def mark_text(mark: torch.Tensor) -> str:
 
 
 def _mark(note: Note, device: Any) -> torch.Tensor:
-    text = f"{note.kind}: {note.call}{REQUIREMENT}"
-    return torch.tensor(list(text.encode("latin-1")), dtype=torch.float32, device=device)
+    return torch.tensor(list(_text(note).encode("latin-1")), dtype=torch.float32, device=device)
+
+
+def _text(note: Note) -> str:
+    digest = hashlib.sha256(note.text.encode()).hexdigest()[:DIGEST_CHARACTERS]
+    return f"{note.kind}: {note.call}{REQUIREMENT}{DIGEST}{digest}"
 
 
 def refill_marks(model: Any, names: Iterable[str]) -> None:
@@ -108,12 +116,15 @@ def refill_marks(model: Any, names: Iterable[str]) -> None:
         module = model.get_submodule(name.rpartition(".")[0])
         note = module._spattention_note(module)
         if note is not None:
-            module.register_buffer(MARK, _mark(note, getattr(module, MARK).device))
+            device = getattr(module, MARK).device
+            if device.type == "meta":
+                device = execution_device(module) or "cpu"
+            module.register_buffer(MARK, _mark(note, device))
 
 
 def _live_mark(note: Note, device: Any) -> torch.Tensor:
     mark = _mark(note, device)
-    setattr(mark, LIVE, True)
+    setattr(mark, LIVE, note)
     return mark
 
 
@@ -121,8 +132,9 @@ def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, 
     note = module._spattention_note(module)
     if note is None:
         return
-    if getattr(module.config, note.kind, None) is None:  # taken off, to be saved as dense
-        state_dict.pop(prefix + MARK, None)
+    if _is_taken_off(module, note):
+        for name in _bands_alone(state_dict, prefix):
+            del state_dict[name]
         return
     local_metadata[NOTE] = note
     found = state_dict.get(prefix + MARK)
@@ -131,30 +143,23 @@ def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, 
         state_dict[prefix + MARK] = _live_mark(note, found.device)
 
 
-def _read_mark(
-    module: Any,
-    state_dict: Any,
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    errors: list[str],
-) -> None:
-    """A hook of `load_state_dict`: weights without a mark are welcome, those of another kind of
-    attention are not.
-    """
-    note, found = module._spattention_note(module), state_dict.get(prefix + MARK)
-    if note is None:
-        return
-    device = getattr(module, MARK).device
-    mark = _mark(note, "cpu" if device.type == "meta" else device)
-    if found is not None and found.device.type != "meta" and mark_text(found) != mark_text(mark):
-        errors.append(
-            f'"{prefix}{MARK}" must be "{mark_text(mark)}" as in the model, got '
-            f'"{mark_text(found)[:200]}"'
-        )
-    state_dict[prefix + MARK] = mark
+def _is_taken_off(module: Any, note: Note) -> bool:
+    """True if the section of a module's attention was deleted, for it to be saved as dense."""
+    return getattr(module.config, note.kind, None) is None
+
+
+def _bands_alone(state_dict: Any, prefix: str) -> list[str]:
+    """Names in a state dict that a module has for its bands: the mark, and sinks of any form."""
+    ours = (prefix + MARK, f"{prefix}sinks")
+    return [name for name in state_dict if name in ours or name.startswith(f"{prefix}sinks.")]
+
+
+def _read_mark(module: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
+    """A hook of `load_state_dict`: weights without a mark are welcome, and the buffer stays."""
+    note = module._spattention_note(module)
+    if note is not None:
+        device = getattr(module, MARK).device
+        state_dict[prefix + MARK] = _mark(note, "cpu" if device.type == "meta" else device)
 
 
 def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,23 +176,84 @@ def checking_notes(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def refusing_other_marks(load: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `_load_from_state_dict` of Transformers' models, which PyTorch calls before it loads
+    their modules, strict or not, also for a state dict of what wraps them.
+    """
+
+    @wraps(load)
+    def checked(self: Any, state_dict: Any, prefix: str, *args: Any, **keywords: Any) -> None:
+        for name in state_dict:
+            if name.startswith(prefix) and is_mark(name):
+                refuse_other_mark(self, name.removeprefix(prefix), state_dict[name])
+        load(self, state_dict, prefix, *args, **keywords)
+
+    return checked
+
+
+def refuse_other_mark(model: Any, name: str, found: torch.Tensor) -> None:
+    """Check that a mark in a state dict is that of the model's own module.
+
+    Args:
+        model: of Transformers.
+        name: of the mark in the model.
+        found: the mark. One that was never in a file may have no place in the model, or be that of
+            other bands. One that an earlier version wrote has no digest.
+
+    Raises:
+        ValueError: for a mark of other attention.
+    """
+    if found.device.type == "meta":
+        return
+    note = _note_of(model, name.rpartition(".")[0])
+    wanted, text = "none" if note is None else _text(note), mark_text(found)
+    (kind, _, digest), (own_kind, _, own_digest) = text.partition(DIGEST), wanted.partition(DIGEST)
+    live = getattr(found, LIVE, None)
+    # Weights of a file may have been read into the mark.
+    is_live = live is not None and not live.is_from_file and _text(live) == text
+    if (is_live and note is None) or (kind == own_kind and (is_live or digest in ("", own_digest))):
+        return
+    raise ValueError(
+        "`state_dict` must be loaded into a model with the attention that its weights were saved "
+        f'from, "{text[:200]}" in {name}, got "{wanted}"; remove the keys that end in {MARK} if '
+        "that is meant"
+    )
+
+
+def _note_of(model: Any, name: str) -> Note | None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    make_note = getattr(module, "_spattention_note", None)
+    return None if make_note is None else make_note(module)
+
+
 def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `save_pretrained` of Transformers' models, which writes what the config says."""
 
+    parameters = signature(save_pretrained)
+
     @wraps(save_pretrained)
     def save(self: Any, *args: Any, **keywords: Any) -> Any:
+        given = parameters.bind(self, *args, **keywords)
+        weights = given.arguments.get("state_dict")
         for name, module in self.named_modules():
             make_note = getattr(module, "_spattention_note", None)
             note = None if make_note is None else make_note(module)
-            if note is None or attention_name(module.config) != note.kind:
+            if note is None or not _is_taken_off(module, note):
                 continue
-            if getattr(module.config, note.kind, None) is None:
+            if attention_name(module.config) == note.kind:
                 raise ValueError(
                     f"`config.{note.kind}` must be there to save a model that runs with it, got "
                     f'none for {name}: apply it again, or call `set_attn_implementation("sdpa")` '
                     "to save a dense model"
                 )
-        return save_pretrained(self, *args, **keywords)
+            if weights is not None:
+                # It may have been taken before the section was taken off.
+                weights = copy_state_dict(weights, without=_bands_alone(weights, f"{name}."))
+                given.arguments["state_dict"] = weights
+        return save_pretrained(*given.args, **given.kwargs)
 
     return save
 
@@ -197,21 +263,11 @@ def _without_live_marks(model: Any, state_dict: Any) -> Any:
     from a file.
     """
     marks = [name for name in state_dict if isinstance(name, str) and is_mark(name)]
+    for name in marks:
+        refuse_other_mark(model, name, state_dict[name])
     known = {name for name, _ in model.named_buffers()} if marks else set()
     foreign = [name for name in marks if name not in known]
-    refuse_saved_marks(state_dict, foreign)
     return copy_state_dict(state_dict, without=foreign) if foreign else state_dict
-
-
-def refuse_saved_marks(state_dict: Any, names: Iterable[str]) -> None:
-    """Check that marks have no model but in memory; raises `ValueError` for one from a file."""
-    for name in names:
-        if not hasattr(state_dict[name], LIVE):
-            raise ValueError(
-                "`state_dict` must be loaded into a model with the attention that its weights were "
-                f'saved from, "{mark_text(state_dict[name])[:200]}" in {name}, got a model '
-                f"without; remove the keys that end in {MARK} if that is meant"
-            )
 
 
 def live_marks(model: Any) -> dict[str, torch.Tensor]:
@@ -227,11 +283,10 @@ def live_marks(model: Any) -> dict[str, torch.Tensor]:
 
 def _check(model: Any, name: str, note: Note) -> None:
     try:
-        module = model.get_submodule(name)
+        model.get_submodule(name)
     except AttributeError:
         return  # weights of another model, which PyTorch refuses
-    make_note = getattr(module, "_spattention_note", None)
-    found = None if make_note is None else make_note(module)
+    found = _note_of(model, name)
     if found is None or (found.kind, found.text) != (note.kind, note.text):
         raise ValueError(
             f"`state_dict` must be loaded into a model with the `config.{note.kind}` that its "

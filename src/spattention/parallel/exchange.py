@@ -1,4 +1,8 @@
-"""One exchange of keys and values among ranks, and its reverse for their gradients."""
+"""One exchange of keys and values among ranks, and its reverse for their gradients.
+
+All pieces for another rank travel in one message, keys and values together (`runs.py`). One copy
+packs what is sent, and one fills all tables.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from torch import Tensor
 
 from ..impl.layout import lse_dtype
 from .agreement import Group
-from .pieces import Piece, Placed, RankPlan, Table
+from .pieces import RankPlan, Table
 from .plan import Plan
+from .runs import Link, Run, consecutive, layout
 
 
 class Pair(NamedTuple):
@@ -21,9 +26,6 @@ class Pair(NamedTuple):
 
     key: Tensor
     value: Tensor
-
-
-Received = list[list[tuple[Piece, Pair]]]  # per other rank
 
 
 class Pending:
@@ -59,24 +61,49 @@ class Exchange:
         self.plan, self.rank, self.group = plan, rank, group
         self.batch = key.shape[0]
         self.widths = key.shape[-1], value.shape[-1]
-        self.send_sizes = [sum(map(self._elements, pieces)) for pieces in rank.sends]
-        self.receive_sizes = [sum(map(self._elements, pieces)) for pieces in rank.receives]
+        self.layout = layout(plan, rank, self.batch)
+        self.sent = [sum(run.length for run in runs) for runs in self.layout.sends]
 
     def start(self, key: Tensor, value: Tensor) -> Pending:
         """Start to send what other ranks lack, and to receive what this rank lacks."""
-        parts = [
-            self.own(tensor, piece).reshape(-1)
-            for pieces in self.rank.sends
-            for piece in pieces
-            for tensor in (key, value)
+        runs = [
+            run.of(tensor) for runs in self.layout.sends for tensor in (key, value) for run in runs
         ]
-        return self._flow(_flat(parts, key), self.send_sizes, self.receive_sizes)
+        return self._flow(_joined(runs, key), self.sent, self.layout.received)
 
     def finish(self, pending: Pending, key: Tensor, value: Tensor) -> list[Pair]:
-        """Wait for an exchange; the keys and values of each table. A table of one piece is not
-        copied."""
-        received = self._pieces(pending.wait(), self.rank.receives)
-        return [self._table(table, received, Pair(key, value)) for table in self.rank.tables]
+        """Wait for an exchange; the keys and values of each table. A table that is a part of a
+        message is not copied."""
+        messages = self._messages(pending.wait(), self.layout.received)
+        sources: dict[int | None, Pair] = dict(enumerate(messages))
+        sources[self.rank.rank] = Pair(key, value)
+        gap = _longest_gap(self.layout.tables)
+        sources[None] = Pair(*(key.new_zeros(1, 1, gap, width) for width in self.widths))
+        runs = [
+            link.there.of(sources[link.source][side])
+            for links, is_copied in zip(self.layout.tables, self.layout.is_copied)
+            if is_copied
+            for side in (0, 1)
+            for link in links
+        ]
+        flat, offset = _joined(runs, key), 0
+        found = []
+        for table, links, is_copied in zip(
+            self.rank.tables, self.layout.tables, self.layout.is_copied
+        ):
+            entries, heads = self._shape(table)
+            views = []
+            for side, width in enumerate(self.widths):
+                size = entries * heads * table.length
+                if is_copied:
+                    view = flat.narrow(0, offset, size * width)
+                    offset += size * width
+                else:
+                    message = sources[links[0].source][side]
+                    view = message[0, 0].narrow(0, links[0].there.first, size)
+                views.append(view.view(entries, heads, table.length, width))
+            found.append(Pair(*views))
+        return found
 
     def start_reverse(self, gradients: Sequence[Pair], like: Tensor) -> Pending:
         """Start to send the gradients of fetched keys and values to the ranks that hold them, in
@@ -86,104 +113,57 @@ class Exchange:
             gradients: of each table.
             like: a tensor of this rank.
         """
-        once = self.rank.fetched_once
-        dtype = like.dtype if once else lse_dtype(like)
-        shape = (sum(self.receive_sizes),)
-        flat = (like.new_empty if once else like.new_zeros)(shape, dtype=dtype)
-        received = self._pieces(flat, self.rank.receives)
-        for table, gradient in zip(self.rank.tables, gradients):
-            for part in table.parts:
-                if part.source != self.rank.rank:
-                    for total, each in zip(
-                        self._of(part, received), _in_table(table, gradient, part)
-                    ):
-                        total.copy_(each) if once else total.add_(each)
-        return self._flow(flat.to(like.dtype), self.receive_sizes, self.send_sizes)
+        if self.rank.fetched_once:
+            runs = [
+                link.here.of(gradients[link.table][side])
+                for links in self.layout.fetched
+                for side in (0, 1)
+                for link in links
+            ]
+            return self._flow(_joined(runs, like), self.layout.received, self.sent)
+        size = sum(self.layout.received) * sum(self.widths)
+        total = like.new_zeros(size, dtype=lse_dtype(like))
+        messages = self._messages(total, self.layout.received)
+        for links, message in zip(self.layout.fetched, messages):
+            for link in sorted(links, key=lambda link: link.table):
+                for each, gradient in zip(message, gradients[link.table]):
+                    link.there.of(each).add_(link.here.of(gradient))
+        return self._flow(total.to(like.dtype), self.layout.received, self.sent)
 
     def add_reverse(self, pending: Pending, gradients: Sequence[Pair], totals: Pair) -> None:
         """Wait for the gradients from other ranks, and add them to those of own keys and values,
         rank after rank; those of own keys in tables come first."""
-        for table, gradient in zip(self.rank.tables, gradients):
-            for part in table.parts:
-                if part.source == self.rank.rank:
-                    for total, each in zip(totals, _in_table(table, gradient, part)):
-                        self.own(total, part.piece).add_(each)
-        for pieces in self._pieces(pending.wait(), self.rank.sends):
-            for piece, pair in pieces:
-                for total, each in zip(totals, pair):
-                    self.own(total, piece).add_(each)
+        for links, gradient in zip(self.layout.tables, gradients):
+            own = [link for link in links if link.source == self.rank.rank]
+            _add(totals, [link.there for link in own], gradient, [link.here for link in own])
+        messages = self._messages(pending.wait(), self.sent)
+        for runs, message in zip(self.layout.sends, messages):
+            _add(totals, runs, message, consecutive(runs))
 
-    def own(self, tensor: Tensor, piece: Piece) -> Tensor:
-        """View of the tokens of a piece in a tensor of this rank."""
-        first = self.plan.offset(self.rank.rank, piece.keys[0])
-        length = piece.keys[1] - piece.keys[0]
-        entries = tensor[slice(*piece.entries), slice(*piece.heads)]
-        return entries.narrow(2, first, length)
-
-    def _table(self, table: Table, received: Received, own: Pair) -> Pair:
-        """Keys and values of a table; what no piece fills is 0."""
-        if len(table.parts) == 1 and table.is_full:
-            return self._part(table.parts[0], received, own)
-        first, last = table.entries
-        entries = (self.batch if last is None else last) - first
-        shape = entries, table.heads[1] - table.heads[0], table.length
-        make = own.key.new_empty if table.is_full else own.key.new_zeros
-        made = Pair(*(make(*shape, width) for width in self.widths))
-        for part in table.parts:
-            found = self._part(part, received, own)
-            for place, tensor in zip(_in_table(table, made, part), found):
-                place.copy_(tensor)
-        return made
-
-    def _part(self, part: Placed, received: Received, own: Pair) -> Pair:
-        if part.source == self.rank.rank:
-            return Pair(*(self.own(tensor, part.piece) for tensor in own))
-        return self._of(part, received)
-
-    def _of(self, part: Placed, received: Received) -> Pair:
-        """View of a part of a table among pieces of other ranks."""
-        for piece, pair in received[part.source]:
-            if _holds(piece, part.piece):
-                heads = slice(*(h - piece.heads[0] for h in part.piece.heads))
-                keys = slice(*(k - piece.keys[0] for k in part.piece.keys))
-                return Pair(*(tensor[:, heads, keys] for tensor in pair))
-        raise AssertionError(f"no piece of rank {part.source} holds {part.piece}")
-
-    def _pieces(self, flat: Tensor, pieces: Sequence[Sequence[Piece]]) -> Received:
-        """Per other rank, views of a flat buffer: pieces with their keys and values."""
+    def _messages(self, flat: Tensor, sizes: Sequence[int]) -> list[Pair]:
+        """Per other rank, views `[1, 1, keys, D]` of its message."""
         offset = 0
-        found: Received = []
-        for each in pieces:
-            found.append([])
-            for piece in each:
-                shape = self._shape(piece)
-                views = []
-                for width in self.widths:
-                    count = shape[0] * shape[1] * shape[2] * width
-                    views.append(flat.narrow(0, offset, count).view(*shape, width))
-                    offset += count
-                found[-1].append((piece, Pair(*views)))
+        found = []
+        for size in sizes:
+            views = []
+            for width in self.widths:
+                views.append(flat.narrow(0, offset, size * width).view(1, 1, size, width))
+                offset += size * width
+            found.append(Pair(*views))
         return found
 
-    def _shape(self, piece: Piece) -> tuple[int, int, int]:
-        first, last = piece.entries
-        count = (self.batch if last is None else last) - first
-        return count, piece.heads[1] - piece.heads[0], piece.keys[1] - piece.keys[0]
+    def _shape(self, table: Table) -> tuple[int, int]:
+        """Batch entries and heads of a table."""
+        return len(range(self.batch)[slice(*table.entries)]), table.heads[1] - table.heads[0]
 
-    def _elements(self, piece: Piece) -> int:
-        entries, heads, tokens = self._shape(piece)
-        return entries * heads * tokens * sum(self.widths)
-
-    def _flow(
-        self,
-        sent: Tensor,
-        send_sizes: Sequence[int],
-        receive_sizes: Sequence[int],
-    ) -> Pending:
-        received = sent.new_empty(sum(receive_sizes))
+    def _flow(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        """Start an exchange of messages, whose sizes are counted in keys."""
+        width = sum(self.widths)
+        sizes = [width * size for size in send], [width * size for size in receive]
+        received = sent.new_empty(sum(sizes[1]))
         if not self.plan.exchanges:
             return Pending(sent, received, None)
-        return start_all_to_all(sent, received, send_sizes, receive_sizes, self.group)
+        return start_all_to_all(sent, received, *sizes, self.group)
 
 
 def start_all_to_all(
@@ -195,9 +175,10 @@ def start_all_to_all(
 ) -> Pending:
     """Start an exchange of flat buffers with a part per rank, counted in elements.
 
-    Elements travel as bytes: not every backend knows every dtype. NCCL copies with kernels, which
-    other kernels keep waiting: they run on a stream of high priority, whose programs come first
-    wherever another ends.
+    Elements travel as bytes: not every backend knows every dtype. NCCL copies with kernels, whose
+    programs need whole multiprocessors: beside running kernels they would wait, on every rank, and
+    keep multiprocessors idle that have room for other programs. So they come first. They are on a
+    stream of high priority, and what follows on the current stream waits until they are next there.
     """
     size = sent.element_size()
 
@@ -213,11 +194,13 @@ def start_all_to_all(
 
     if not (sent.is_cuda and "nccl" in dist.get_backend(group)):
         return Pending(sent, received, start(True).wait)
-    stream = _exchange_stream(sent.device)
-    stream.wait_stream(torch.cuda.current_stream(sent.device))
+    current, stream = torch.cuda.current_stream(sent.device), _exchange_stream(sent.device)
+    stream.wait_stream(current)
+    is_next = stream.record_event()
     with torch.cuda.stream(stream):
         start(False)
         over = stream.record_event()
+    current.wait_event(is_next)
     return Pending(sent, received, lambda: over.wait(torch.cuda.current_stream(sent.device)))
 
 
@@ -226,19 +209,23 @@ def _exchange_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _in_table(table: Table, pair: Pair, part: Placed) -> Pair:
-    """View of a part of a table in tensors of the whole table."""
-    heads = slice(*(h - table.heads[0] for h in part.piece.heads))
-    length = part.piece.keys[1] - part.piece.keys[0]
-    return Pair(*(each[:, heads].narrow(2, part.offset, length) for each in pair))
+def _joined(runs: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The elements of tensors `[tokens, D]` one after another, in one flat tensor."""
+    if all(run.is_contiguous() for run in runs):
+        return torch.cat([run.view(-1) for run in runs]) if runs else like.new_empty(0)
+    flat = like.new_empty(sum(run.numel() for run in runs))
+    for place, run in zip(flat.split([run.numel() for run in runs]), runs):
+        place.view(run.shape).copy_(run)
+    return flat
 
 
-def _holds(piece: Piece, other: Piece) -> bool:
-    """True if all keys of `other` are in `piece`."""
-    ranges = (piece.heads, other.heads), (piece.keys, other.keys)
-    inside = all(a[0] <= b[0] and b[1] <= a[1] for a, b in ranges)
-    return piece.entries == other.entries and inside
+def _add(totals: Pair, places: Sequence[Run], parts: Pair, runs: Sequence[Run]) -> None:
+    """Add keys and values of `parts` to places of `totals`."""
+    for total, part in zip(totals, parts):
+        for place, run in zip(places, runs):
+            place.of(total).add_(run.of(part))
 
 
-def _flat(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(list(parts)) if parts else like.new_empty(0)
+def _longest_gap(tables: Sequence[Sequence[Link]]) -> int:
+    gaps = [link.here.length for links in tables for link in links if link.source is None]
+    return max(gaps, default=0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from .shards import Range
 
@@ -91,7 +92,8 @@ class Call:
         prefix: number of first keys that every query sees, as in a pattern.
         table: index of the table; None for own keys.
         starts: first positions of the documents among the keys; None for one document.
-        is_whole: whether these are all the keys of the queries.
+        is_whole: whether these are several documents with all their keys, as in a packed row.
+            Other calls run in short programs, beside which an exchange can start.
         first: whether no call before it has these queries and heads.
         first_keys: whether no call before it has these own keys and heads.
     """
@@ -125,6 +127,7 @@ class RankPlan:
         fetched_once: whether each fetched key is in one table only.
         covers: whether calls on own keys that nothing precedes have every query, in the forward
             pass and in the backward pass, where they must also have every key.
+        layouts: what `runs.layout` made of it, per number of batch entries.
     """
 
     rank: int
@@ -137,6 +140,7 @@ class RankPlan:
     key_sums: int
     fetched_once: bool
     covers: tuple[bool, bool]
+    layouts: dict[int, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 def most_at_once(pieces: list[Piece]) -> int:

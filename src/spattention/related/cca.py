@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, overload
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention import band_attention
@@ -38,7 +39,7 @@ from ..bands import BandPattern, in_bands
 from ..baselines.adapter import check_integers, check_size
 from ..baselines.state import State
 from ..merging import merge
-from .method import Related, check_bands
+from .method import Related, check_bands, check_whole
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ class CCA(Related):
         return max(1, core_count(self.span - 1, self.group, self.window))
 
     def layer(self, index: int, num_layers: int) -> CoreAttention:
-        """See `Baseline.layer`."""
         return CoreAttention(self)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
@@ -115,34 +115,15 @@ class CoreAttention:
         folded = tuple(each for each in self.far.intervals for _ in range(group))
         self.far_folded = replace(self.far, intervals=folded, constructor=None)
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `LayerAttention.attend`; whole sequences only."""
-        if query.shape[2] != key.shape[2]:
-            raise ValueError(
-                f"`query` must have as many tokens as `key` for cca, {key.shape[2]}, got "
-                f"{query.shape[2]}: core tokens need the queries of their groups"
-            )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        check_whole("cca", query, key, "core tokens need the queries of their groups")
         return self._attend(State(), query, key, value, scale)[0]
 
     def attend_after(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Attention of tokens that follow a state, which then holds them too.
-
-        Args:
-            state: core tokens `core_key`, `core_value` `[B, H, n, D]`, and `key`, `value` of the
-                tokens that the next query sees.
-            query: `[B, H, Q, D]`.
-            key: `[B, Hkv, Q, D]`; value alike.
-            value: see key.
-            scale: factor of the scores.
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See `StatefulAttention`. A state holds `core_key`, `core_value` `[B, H, n, D]`, and the
+        `key` and `value` of the tokens that the next query sees.
         """
         out, first, held = self._attend(state, query, key, value, scale)
         end = state.length + query.shape[2]
@@ -152,13 +133,8 @@ class CoreAttention:
         return out
 
     def _attend(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, int, dict[str, Tensor]]:
         """The output, the position of the first key that is there, and all keys and core tokens."""
         start, first = state.length, 0
         if state.tensors:
@@ -184,39 +160,22 @@ class CoreAttention:
         return merge([(near[0], near[1]), (out, lse)])[0], first, held
 
     def _pool(
-        self,
-        start: int,
-        first: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> list[torch.Tensor]:
-        """Core keys and values `[B, H, n, D]` of the n groups whose last query is given.
-
-        Args:
-            start: position of the first query.
-            first: position of the first key.
-            query: `[B, H, Q, D]`.
-            key: `[B, Hkv, K, D]`, the members of those groups among them.
-            value: see key.
-            scale: factor of the scores.
+        self, start: int, first: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> list[Tensor]:
+        """Core keys and values `[B, H, n, D]` of the n groups whose last query is given. Queries
+        start at position `start`; keys, their members among them, at `first`.
         """
         keys, values = (self._members(start, first, query, t) for t in (key, value))
         weights = self._shares(start, query, keys, scale)[..., None, :]
         return [(weights.to(t.dtype) @ t)[..., 0, :].flatten(1, 2) for t in (keys, values)]
 
-    def _members(
-        self, start: int, first: int, query: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
+    def _members(self, start: int, first: int, query: Tensor, tokens: Tensor) -> Tensor:
         """Keys or values of the groups whose last query is given, `[B, Hkv, 1, n, g, D]`."""
         begin, stop = start // self.group, (start + query.shape[2]) // self.group
         found = tokens[:, :, begin * self.group - first : stop * self.group - first]
         return found.unflatten(2, (stop - begin, self.group))[:, :, None]
 
-    def _shares(
-        self, start: int, query: torch.Tensor, members: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def _shares(self, start: int, query: Tensor, members: Tensor, scale: float) -> Tensor:
         """Weights of the keys of groups, `[B, Hkv, H / Hkv, n, g]`, in float32 or more."""
         skip = (start // self.group + 1) * self.group - 1 - start
         last = query[:, :, skip :: self.group][:, :, : members.shape[3]]
@@ -225,15 +184,10 @@ class CoreAttention:
         return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
     def _attend_cores(
-        self, start: int, query: torch.Tensor, cores: list[torch.Tensor], scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of queries that see core tokens, and its log-sum-exp.
-
-        Args:
-            start: position of the first query.
-            query: `[B, H, Q, D]`.
-            cores: core keys and values, `[B, H, n, D]`.
-            scale: factor of the scores.
+        self, start: int, query: Tensor, cores: list[Tensor], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of queries that see core tokens, from position `start` on, and its log-sum-exp.
+        `cores` are keys and values `[B, H, n, D]`.
         """
         group, count = self.group, query.shape[2]
         visible = core_count(start, group, self.window)
@@ -254,9 +208,7 @@ class CoreAttention:
             lse = lse.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
         return out[:, :, before : before + count], lse[:, :, before : before + count]
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """See `LayerAttention.weights`; a core token's weight is shared among its members as it was
         pooled. Heads whose bands leave out core tokens see less, and still add up to 1.
         """
@@ -279,9 +231,7 @@ class CoreAttention:
         spread = on_cores[..., None] * shares.flatten(1, 2)[:, :, None]  # [B, H, rows, n, g]
         return on_tokens + pad(spread.flatten(3), (0, length - spread[0, 0, 0].numel()))
 
-    def grouped(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def grouped(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """The pairs of `weights` that are seen through a core token, bool of the same shape."""
         position = torch.arange(start, stop, device=key.device)[:, None]
         cores = core_count(position, self.group, self.window)
@@ -293,11 +243,11 @@ class CoreAttention:
 @overload
 def core_count(position: int, group: int, window: int) -> int: ...
 @overload
-def core_count(position: torch.Tensor, group: int, window: int) -> torch.Tensor: ...
+def core_count(position: Tensor, group: int, window: int) -> Tensor: ...
 def core_count(position: Any, group: int, window: int) -> Any:
     """Core tokens that the query at a position sees, `max(0, (i + 1 - s) // g)`."""
     count = (position + 1 - window) // group
-    return count.clamp(min=0) if isinstance(count, torch.Tensor) else max(0, count)
+    return count.clamp(min=0) if isinstance(count, Tensor) else max(0, count)
 
 
 def _pairs(bands: BandPattern, length: int) -> int:

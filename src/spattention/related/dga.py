@@ -33,11 +33,12 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..baselines.adapter import check_integers, check_size
 from ..baselines.state import State
-from .method import Related, check_number
+from .method import Related, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ class DGA(Related):
         check_number(self.kind, share=(self.share, 0.0, 1.0))
 
     def layer(self, index: int, num_layers: int) -> GroupAttention:
-        """See `Baseline.layer`."""
         return GroupAttention(self)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
@@ -104,9 +104,9 @@ class Split(NamedTuple):
         since: `[B, H, G]`, the first query that sees a group in place of its members.
     """
 
-    single: torch.Tensor
-    members: torch.Tensor
-    since: torch.Tensor
+    single: Tensor
+    members: Tensor
+    since: Tensor
 
 
 class GroupAttention:
@@ -119,36 +119,18 @@ class GroupAttention:
     def __init__(self, method: DGA) -> None:
         self.method = method
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `LayerAttention.attend`; whole sequences only."""
-        if query.shape[2] != key.shape[2]:
-            raise ValueError(
-                f"`query` must have as many tokens as `key` for dga, {key.shape[2]}, got "
-                f"{query.shape[2]}: groups need the queries of their last tokens"
-            )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        check_whole("dga", query, key, "groups need the queries of their last tokens")
         key, value = _for_heads(query, key), _for_heads(query, value)
         split = self.split(query, key, scale)
         return self._attend(query, key, value, scale, split)[0]
 
     def attend_after(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Attention of tokens that follow a state, which then holds them too.
-
-        Args:
-            state: `key`, `value` `[B, H, n, D]`, of single tokens and groups; in the causal variant
-                also `open_query`, `open_key`, `open_value` of the block that is not whole yet.
-            query: `[B, H, Q, D]`.
-            key: `[B, Hkv, Q, D]`; value alike.
-            value: see key.
-            scale: factor of the scores.
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See `StatefulAttention`. A state holds `key`, `value` `[B, H, n, D]` of single tokens and
+        groups; in the causal variant also `open_query`, `open_key`, `open_value` of the block that
+        is not whole yet.
         """
         key, value = _for_heads(query, key), _for_heads(query, value)
         if self.method.block:
@@ -167,7 +149,7 @@ class GroupAttention:
         return out
 
     @torch.no_grad()
-    def split(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> Split:
+    def split(self, query: Tensor, key: Tensor, scale: float) -> Split:
         """Choose focal tokens and groups; query and key `[B, H, N, D]`."""
         block, length = self.method.block, query.shape[2]
         if not block:
@@ -188,7 +170,7 @@ class GroupAttention:
             since.flatten(2),
         )
 
-    def importance(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    def importance(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Attention that each token gets from sampled queries, `[B, H, N]`, in float32 or more."""
         length = query.shape[2]
         count = min(self.method.samples, length)
@@ -200,9 +182,7 @@ class GroupAttention:
         past = torch.arange(length, device=query.device) <= rows[:, None]
         return scores.masked_fill(~past, -torch.inf).softmax(dim=-1).sum(dim=2)
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """See `LayerAttention.weights`; a group's weight is shared among its members."""
         query, key = query.float(), _for_heads(query, key).float()
         split = self.split(query, key, scale)
@@ -213,11 +193,10 @@ class GroupAttention:
         weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
         found, on_groups = weights[..., : key.shape[2]], weights[..., key.shape[2] :]
         spread = (on_groups[..., None] * pooling[:, :, None]).flatten(3)
-        return found.scatter_add(3, _per_row(split.members, spread), spread)
+        members = split.members.flatten(2)[:, :, None].expand_as(spread)
+        return found.scatter_add(3, members, spread)
 
-    def grouped(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def grouped(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """The pairs of `weights` that are seen through a group, bool of the same shape."""
         query, key = query.float(), _for_heads(query, key).float()
         split = self.split(query, key, scale)
@@ -225,7 +204,7 @@ class GroupAttention:
         until = _until(split, key.shape[2])
         return until[:, :, None] <= rows[:, None]
 
-    def _split(self, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of single tokens, and of the members of groups, in the last axis."""
         focal, groups, loose = self.method.counts(importance.shape[-1])
         order = importance.argsort(dim=-1, descending=True, stable=True)
@@ -237,13 +216,8 @@ class GroupAttention:
         return single, members.unflatten(-1, (groups, self.method.group))
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        split: Split,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, split: Split
+    ) -> tuple[Tensor, list[Tensor]]:
         """The output, and keys and values of the groups `[B, H, G, D]`."""
         pooling = _pooling(query, key, split.members, scale)
         groups = [_pool(pooling, t, split.members) for t in (key, value)]
@@ -253,13 +227,8 @@ class GroupAttention:
         return out, groups
 
     def _attend_by_blocks(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """The causal variant, block after block."""
         names, given = ("query", "key", "value"), (query, key, value)
         held = [state.tensors.get(n, t[:, :, :0]) for n, t in zip(names[1:], given[1:])]
@@ -285,18 +254,18 @@ class GroupAttention:
         return torch.cat(outs, dim=2)
 
 
-def _for_heads(query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _for_heads(query: Tensor, tokens: Tensor) -> Tensor:
     """Keys or values with a head for each query head, as the choice differs by query head."""
     return tokens.repeat_interleave(query.shape[1] // tokens.shape[1], dim=1)
 
 
-def _take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens `[B, H, N, D]` at `index [B, H, ...]`, as `[B, H, ..., D]`."""
     flat = index.flatten(2)[..., None].expand(-1, -1, -1, tokens.shape[-1])
     return tokens.gather(2, flat).unflatten(2, index.shape[2:])
 
 
-def _mean_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def _mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Mean causal attention that tokens get from the queries that see them, `[..., n]`."""
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(wide) @ key.to(wide).mT * scale
@@ -305,28 +274,26 @@ def _mean_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> tor
     return weights.sum(dim=-2) / past.sum(dim=-2)
 
 
-def _pooling(
-    query: torch.Tensor, key: torch.Tensor, members: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _pooling(query: Tensor, key: Tensor, members: Tensor, scale: float) -> Tensor:
     """Weights of the members of groups `[B, H, G, m]`, in float32 or more."""
     last = _take(query, members[..., -1])
     scores = (_take(key, members) @ last[..., None])[..., 0] * scale
     return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-def _pool(pooling: torch.Tensor, tokens: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+def _pool(pooling: Tensor, tokens: Tensor, members: Tensor) -> Tensor:
     """Weighted sums of the members of groups, `[B, H, G, D]`."""
     return (pooling.to(tokens.dtype)[..., None, :] @ _take(tokens, members))[..., 0, :]
 
 
-def _until(split: Split, length: int) -> torch.Tensor:
+def _until(split: Split, length: int) -> Tensor:
     """The first query that sees a token's group in its place, `[B, H, length]`."""
     never = split.single.new_full((*split.single.shape[:2], length), length)
     since = split.since[..., None].expand_as(split.members)
     return never.scatter(2, split.members.flatten(2), since.flatten(2))
 
 
-def _mask(split: Split, rows: torch.Tensor, length: int) -> torch.Tensor:
+def _mask(split: Split, rows: Tensor, length: int) -> Tensor:
     """Tokens, then groups, that some queries see: bool `[B, H, rows, length + G]`."""
     rows = rows[:, None]
     token = torch.arange(length, device=rows.device)
@@ -334,13 +301,7 @@ def _mask(split: Split, rows: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([tokens, split.since[:, :, None] <= rows], dim=-1)
 
 
-def _per_row(members: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return members.flatten(2)[:, :, None].expand_as(like)
-
-
-def _attend_last(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _attend_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention of the last Q of K keys to all those before and themselves."""
     queries, keys = query.shape[2], key.shape[2]
     position = torch.arange(keys, device=query.device)

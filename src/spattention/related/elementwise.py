@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..bands import BandPattern, in_bands
@@ -79,7 +80,6 @@ class Elementwise(Related):
             )
 
     def layer(self, index: int, num_layers: int) -> ChannelAttention:
-        """See `Baseline.layer`."""
         return ChannelAttention(self)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
@@ -101,29 +101,15 @@ class ChannelAttention:
         self.method = method
         self.bands = method.bands
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `LayerAttention.attend`; `scale` is not used."""
         return self._attend(query, key, value, None)[0]
 
     def attend_after(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Attention of tokens that follow a state, which then holds them too.
-
-        Args:
-            state: without bands `moments [B, 2 (order + 1), H, 1, D]`; with bands `key` and `value`
-                of the tokens that the bands reach.
-            query: `[B, H, Q, D]`.
-            key: `[B, Hkv, Q, D]`; value alike.
-            value: see key.
-            scale: is not used.
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See `StatefulAttention`. A state holds `moments [B, 2 (order + 1), H, 1, D]`, or the
+        `key` and `value` of the tokens that bands reach. `scale` is not used.
         """
         if self.bands is None:
             out, last = self._attend(query, key, value, state.tensors.get("moments"))
@@ -138,12 +124,8 @@ class ChannelAttention:
         return out
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, query: Tensor, key: Tensor, value: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The output of the last Q positions, and the moments of all keys (without bands)."""
         if value.shape[-1] != key.shape[-1]:
             raise ValueError(
@@ -153,19 +135,15 @@ class ChannelAttention:
         given = query, key, value, past
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             # Recomputed in the backward pass: the moments of all orders would fill the memory.
-            found: tuple[torch.Tensor, torch.Tensor] = checkpoint(
+            found: tuple[Tensor, Tensor] = checkpoint(
                 self._moments, *given, use_reentrant=False, preserve_rng_state=False
             )
             return found
         return self._moments(*given)
 
     def _moments(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, query: Tensor, key: Tensor, value: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         dtype, queries = value.dtype, query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
         exact = wide if self.bands is None else torch.float64
@@ -173,7 +151,7 @@ class ChannelAttention:
         query, key = self._bounded(query.to(wide)), self._bounded(key.to(wide))
         key, value = (t.repeat_interleave(group, dim=1) for t in (key, value.to(wide)))
         above = below = torch.zeros((), dtype=exact, device=query.device)
-        sums: list[torch.Tensor] = []
+        sums: list[Tensor] = []
         for number, (of_query, of_key) in enumerate(self._terms(query, key)):
             pair = []
             for which, terms in enumerate((of_key * value, of_key)):
@@ -188,13 +166,11 @@ class ChannelAttention:
             above, below = above.masked_fill(below == 0, 0.0), below.masked_fill(below == 0, 1.0)
         return (above / below).to(dtype), torch.stack(sums, dim=1)
 
-    def _bounded(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _bounded(self, tensor: Tensor) -> Tensor:
         bound = self.method.bound
         return bound * torch.tanh(tensor / bound)
 
-    def _terms(
-        self, query: torch.Tensor, key: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _terms(self, query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Factors `a_n` of the queries and `k^n w` of the keys, for n = 0 .. t."""
         scale = self.method.scale
         of_query, of_key = torch.ones_like(query), torch.exp(-scale * key.square())
@@ -203,7 +179,7 @@ class ChannelAttention:
                 of_query, of_key = of_query * query * (2 * scale / n), of_key * key
             yield of_query, of_key
 
-    def _in_bands(self, total: torch.Tensor, queries: int) -> torch.Tensor:
+    def _in_bands(self, total: Tensor, queries: int) -> Tensor:
         """Sums over the bands of the last positions, from prefix sums `[B, H, K, D]`."""
         assert self.bands is not None
         keys = total.shape[2]
@@ -218,17 +194,14 @@ class ChannelAttention:
             heads.append(found)
         return torch.stack(heads, dim=1)
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """See `LayerAttention.weights`: the mean over channels, each of which adds up to 1; rows
         without keys are zero.
         """
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         query, key = self._bounded(query[:, :, start:stop].double()), self._bounded(key.double())
-        distance = torch.arange(start, stop, device=key.device)[:, None] - torch.arange(
-            key.shape[2], device=key.device
-        )
+        position = torch.arange(key.shape[2], device=key.device)
+        distance = position[start:stop, None] - position
         bands = self.bands or BandPattern.dense(query.shape[1], key.shape[2])
         mask = in_bands(distance, bands.intervals)
         total = query.new_zeros(*query.shape[:3], key.shape[2])

@@ -34,20 +34,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 from ..baselines.adapter import apply, check_integers, remove
 from ..hf.apply import apply as apply_bands
-from ..hf.decoder import attention_modules
+from ..hf.decoder import attention_modules, head_dim, key_heads
 from ..hf.sinks import new_parameter
-from .method import (
-    Related,
-    causal_attention,
-    causal_pairs,
-    causal_weights,
-    check_bands,
-    norm_heads,
-)
+from .method import Related, causal_attention, causal_pairs, causal_weights, check_bands, norm_heads
 
 PROJECTIONS = ("k_proj", "v_proj")
 
@@ -66,6 +60,7 @@ class MEA(Related):
     """
 
     kind: ClassVar[str] = "mea"
+    has_weights: ClassVar[bool] = True
 
     bands: BandPattern | None = None
     mix: int = 1
@@ -86,7 +81,6 @@ class MEA(Related):
             raise ValueError("`mix` and `norm` of `mea` must not both be 0: nothing would be left")
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
-        """See `Baseline.pairs`."""
         return causal_pairs(self.num_heads, seq_len, self.bands)
 
     def layer(self, index: int, num_layers: int) -> HeadMixingAttention:
@@ -98,10 +92,9 @@ class MEA(Related):
         return HeadMixingAttention(getattr(module, "head_mixing", None), self.bands)
 
     def check(self, module: Any) -> None:
-        """See `Baseline.check`."""
         if not self.mix:
             return
-        heads, name = _key_heads(module), type(module).__name__
+        heads, name = key_heads(module.config), type(module).__name__
         for each in PROJECTIONS:
             if not isinstance(getattr(module, each, None), torch.nn.Linear):
                 raise ValueError(
@@ -126,18 +119,10 @@ class MEA(Related):
         """Give an attention module its matrices and norm."""
         if self.mix and not self.components:
             for name in PROJECTIONS:
-                mixed = MixedProjection(module, getattr(module, name), _key_heads(module))
+                mixed = MixedProjection(module, getattr(module, name), key_heads(module.config))
                 setattr(module, name, mixed)
         if self.norm or self.components:
             module.head_mixing = HeadMixing(module, self)
-
-    @classmethod
-    def restore(cls, model: Any, section: Any) -> None:
-        """Refuse: an adapter does not hold the weights of the base model."""
-        raise ValueError(
-            "the base model must come with its `mea` weights, which an adapter does not hold, got "
-            "a model without"
-        )
 
 
 class MixedProjection(torch.nn.Module):
@@ -157,7 +142,7 @@ class MixedProjection(torch.nn.Module):
         self.projection = projection
         self.mixing = new_parameter(module, torch.eye(heads))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Mixed heads side by side, `[..., heads * d]`."""
         found = self.projection(hidden)
         components = found.unflatten(-1, (self.mixing.shape[0], -1))
@@ -177,13 +162,13 @@ class HeadMixing(torch.nn.Module):
         super().__init__()
         self.key_mixing = self.value_mixing = self.gain = None
         if method.components:
-            heads = _key_heads(module)
+            heads = key_heads(module.config)
             module.k_proj, key_mixing = split_heads(module.k_proj, heads, method.components)
             module.v_proj, value_mixing = split_heads(module.v_proj, heads, method.components)
             self.key_mixing = new_parameter(module, key_mixing)
             self.value_mixing = new_parameter(module, value_mixing)
         if method.norm:
-            self.gain = new_parameter(module, torch.ones(_head_dim(module)))
+            self.gain = new_parameter(module, torch.ones(head_dim(module.config)))
 
 
 class HeadMixingAttention:
@@ -198,10 +183,7 @@ class HeadMixingAttention:
         self.mixing = weights
         self.bands = bands
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `LayerAttention.attend`."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         weights = self.mixing
         if weights is not None and weights.key_mixing is not None:
             assert weights.value_mixing is not None
@@ -210,16 +192,14 @@ class HeadMixingAttention:
         out = causal_attention(query, key, value, scale, self.bands)
         return out if weights is None or weights.gain is None else norm_heads(out, weights.gain)
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """See `LayerAttention.weights`; rows without keys are zero."""
         if self.mixing is not None and self.mixing.key_mixing is not None:
             key = mix_heads(key, self.mixing.key_mixing, dim=1)
         return causal_weights(query, key, scale, start, stop, self.bands)
 
 
-def mix_heads(components: torch.Tensor, mixing: torch.Tensor, dim: int) -> torch.Tensor:
+def mix_heads(components: Tensor, mixing: Tensor, dim: int) -> Tensor:
     """Eq. 10, `mixed_a = sum_c mixing[c, a] component_c`, along the axis `dim` of heads."""
     mixed = components.movedim(dim, -1) @ mixing.to(components.dtype)
     return mixed.movedim(-1, dim)
@@ -227,7 +207,7 @@ def mix_heads(components: torch.Tensor, mixing: torch.Tensor, dim: int) -> torch
 
 def split_heads(
     projection: torch.nn.Linear, heads: int, components: int
-) -> tuple[torch.nn.Linear, torch.Tensor]:
+) -> tuple[torch.nn.Linear, Tensor]:
     """Eqs. 36 to 38: the best approximation of a projection's heads by fewer components.
 
     Args:
@@ -241,13 +221,7 @@ def split_heads(
     """
     weight, bias = projection.weight, projection.bias
     size = projection.out_features // heads
-    smaller = torch.nn.Linear(
-        projection.in_features,
-        components * size,
-        bias=bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    smaller = _linear_like(projection, components * size)
     if weight.device.type == "meta":
         return smaller, torch.empty(components, heads, device="meta")
     with torch.no_grad():
@@ -305,18 +279,12 @@ def fold(model: Any) -> Any:
     return model
 
 
-def _folded(projection: torch.nn.Linear, mixing: torch.Tensor) -> torch.nn.Linear:
+def _folded(projection: torch.nn.Linear, mixing: Tensor) -> torch.nn.Linear:
     """`W'[a] = sum_c mixing[c, a] W[c]`, and the bias alike."""
     weight, bias = projection.weight, projection.bias
     components, heads = mixing.shape
     size = projection.out_features // components
-    found = torch.nn.Linear(
-        projection.in_features,
-        heads * size,
-        bias=bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    found = _linear_like(projection, heads * size)
     with torch.no_grad():
         for to, given in ((found.weight, weight), (found.bias, bias)):
             if given is not None:
@@ -325,12 +293,13 @@ def _folded(projection: torch.nn.Linear, mixing: torch.Tensor) -> torch.nn.Linea
     return found
 
 
-def _key_heads(module: Any) -> int:
-    config = module.config
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_dim(module: Any) -> int:
-    config = module.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(size)
+def _linear_like(projection: torch.nn.Linear, features: int) -> torch.nn.Linear:
+    """A projection to other features, with a bias, device and dtype as the one given."""
+    weight = projection.weight
+    return torch.nn.Linear(
+        projection.in_features,
+        features,
+        bias=projection.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )

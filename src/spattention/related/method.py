@@ -6,11 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import band_attention
 from ..bands import BandPattern
 from ..baselines.adapter import VERSION, Baseline, check_size
+from ..hf.head_weights import masked_weights
 
 EPS = 1e-5  # of the norm of a head
 
@@ -73,13 +75,18 @@ def check_number(kind: str, **values: tuple[Any, float, float]) -> None:
             )
 
 
+def check_whole(kind: str, query: Tensor, key: Tensor, reason: str) -> None:
+    """Queries are those of a whole sequence; `reason` says why they must be."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"`query` must have as many tokens as `key` for {kind}, {key.shape[2]}, got "
+            f"{query.shape[2]}: {reason}"
+        )
+
+
 def causal_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    bands: BandPattern | None = None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bands: BandPattern | None = None
+) -> Tensor:
     """Softmax attention of the last Q positions, dense or within bands.
 
     Args:
@@ -91,7 +98,7 @@ def causal_attention(
     """
     if bands is not None:
         out = band_attention(query, key, value, bands, scale=scale)
-        assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
+        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
         return out
     queries, keys = query.shape[2], key.shape[2]
     mask = None
@@ -104,21 +111,19 @@ def causal_attention(
 
 
 def causal_weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     scale: float,
     start: int,
     stop: int,
     bands: BandPattern | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """The weights of `causal_attention`, as `LayerAttention.weights` returns them; empty rows are
     zero.
     """
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
-    scores = (query[:, :, start:stop].float() @ key.mT) * scale
     bands = BandPattern.dense(query.shape[1], key.shape[2]) if bands is None else bands
     mask = bands.mask(stop - start, key.shape[2], query_start=start, device=query.device)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+    return masked_weights(query[:, :, start:stop], key, mask, scale)
 
 
 def tokens_kept(bands: BandPattern | None) -> int | None:
@@ -135,7 +140,7 @@ def causal_pairs(num_heads: int, seq_len: int, bands: BandPattern | None = None)
     return num_heads * seq_len * (seq_len + 1) // 2
 
 
-def norm_heads(out: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+def norm_heads(out: Tensor, gain: Tensor) -> Tensor:
     """RMSNorm over the channels of each head `[..., d]`, in float32 or more; a row of zeros stays
     one.
     """

@@ -28,11 +28,13 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 from ..baselines.adapter import check_integers
 from ..baselines.state import State
 from ..fitting.profile import Profile
+from ..hf.decoder import head_dim, key_heads
 from ..hf.sinks import new_parameter
 from .method import (
     Related,
@@ -40,6 +42,7 @@ from .method import (
     causal_pairs,
     causal_weights,
     check_bands,
+    check_whole,
     norm_heads,
     tokens_kept,
 )
@@ -66,6 +69,7 @@ class RecurrentNear(Related):
 
     kind: ClassVar[str] = "recurrent_near"
     keeps_state: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True
 
     bands: BandPattern | None = None
     recurrent: int = None  # type: ignore[assignment]  # resolved below
@@ -103,7 +107,6 @@ class RecurrentNear(Related):
         return tuple(range(self.recurrent)) if self.heads is None else self.heads[index]
 
     def section(self) -> dict[str, Any]:
-        """See `Baseline.section`."""
         layers = None if self.heads is None else [list(each) for each in self.heads]
         return {**super().section(), "heads": layers}
 
@@ -117,16 +120,14 @@ class RecurrentNear(Related):
         return super().from_section(section)
 
     def check(self, module: Any) -> None:
-        """See `Baseline.check`."""
         config = module.config
-        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         layers = config.num_hidden_layers
         if self.heads is not None and len(self.heads) != layers:
             raise ValueError(
                 f"`heads` of `recurrent_near` must have an entry for each of {layers} layers, got "
                 f"{len(self.heads)}"
             )
-        group = self.num_heads // key_heads
+        group = self.num_heads // key_heads(config)
         here = set(self.heads_of(module.layer_idx))
         for head in here:
             first = head // group * group
@@ -162,14 +163,6 @@ class RecurrentNear(Related):
                 total += causal_pairs(len(far), seq_len, _part(self.bands, far))
         return round(total / num_layers)
 
-    @classmethod
-    def restore(cls, model: Any, section: Any) -> None:
-        """Refuse: an adapter does not hold the weights of the base model."""
-        raise ValueError(
-            "the base model must come with its `recurrent_near` weights, which an adapter does not "
-            "hold, got a model without"
-        )
-
 
 class RecurrentHeads(torch.nn.Module):
     """Weights of the recurrent heads of an attention module.
@@ -181,10 +174,8 @@ class RecurrentHeads(torch.nn.Module):
 
     def __init__(self, module: Any, count: int) -> None:
         super().__init__()
-        config = module.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.decay = new_parameter(module, first_decay(count))
-        self.gain = new_parameter(module, torch.ones(int(size)))
+        self.gain = new_parameter(module, torch.ones(head_dim(module.config)))
 
 
 class NearAndFar:
@@ -206,34 +197,16 @@ class NearAndFar:
         self.kept = tokens_kept(self.bands)
         self.weights_near = weights
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `LayerAttention.attend`; whole sequences only."""
-        if query.shape[2] != key.shape[2]:
-            raise ValueError(
-                f"`query` must have as many tokens as `key` for recurrent_near, {key.shape[2]}, "
-                f"got {query.shape[2]}: the state of earlier tokens is not in their keys"
-            )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        reason = "the state of earlier tokens is not in their keys"
+        check_whole("recurrent_near", query, key, reason)
         return self._attend(State(), query, key, value, scale)
 
     def attend_after(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Attention of tokens that follow a state, which then holds them too.
-
-        Args:
-            state: `memory [B, near heads, D, D]`, and `key`, `value` of the other heads, as far as
-                their bands reach.
-            query: `[B, H, Q, D]`.
-            key: `[B, Hkv, Q, D]`; value alike.
-            value: see key.
-            scale: factor of the scores, and of the recurrence.
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See `StatefulAttention`. A state holds `memory [B, near heads, D, D]`, and `key`, `value`
+        of the other heads as far as their bands reach. `scale` is also that of the recurrence.
         """
         out = self._attend(state, query, key, value, scale)
         if self.bands is not None:  # not views of what the bands do not reach any more
@@ -241,13 +214,8 @@ class NearAndFar:
         return out
 
     def _attend(
-        self,
-        state: State,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         group = self.num_heads // key.shape[1]
         parts = []
         if self.near:
@@ -272,27 +240,22 @@ class NearAndFar:
         order = torch.tensor(self.near + self.far, device=query.device).argsort()
         return torch.cat(parts, dim=1).index_select(1, order)
 
-    def grouped(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def grouped(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """The pairs of `weights` that are seen through a state, bool of the same shape."""
-        past = torch.arange(key.shape[2], device=key.device) <= torch.arange(
-            start, stop, device=key.device
-        ).unsqueeze(1)
+        position = torch.arange(key.shape[2], device=key.device)
+        past = position <= position[start:stop, None]
         found = past.expand(*query.shape[:2], -1, -1).clone()
         found[:, self.far] = False
         return found
 
-    def decays(self, query: torch.Tensor) -> torch.Tensor:
+    def decays(self, query: Tensor) -> Tensor:
         """`log(gamma)` of the recurrent heads, float32 or more."""
         weights = self.weights_near
         logits = first_decay(len(self.near)) if weights is None else weights.decay
         wide = torch.promote_types(query.dtype, torch.float32)
         return torch.nn.functional.logsigmoid(logits.to(query.device, wide))
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """See `LayerAttention.weights`; of recurrent heads the shares of `|q_i k_j| gamma^(i - j)`,
         whose signs are lost. Rows without keys are zero.
         """
@@ -300,9 +263,8 @@ class NearAndFar:
         found = query.new_zeros(*query.shape[:2], stop - start, key.shape[2])
         group = self.num_heads // key.shape[1]
         if self.near:
-            distance = torch.arange(start, stop, device=key.device)[:, None] - torch.arange(
-                key.shape[2], device=key.device
-            )
+            position = torch.arange(key.shape[2], device=key.device)
+            distance = position[start:stop, None] - position
             fade = torch.exp(self.decays(query)[:, None, None] * distance.clamp(min=0))
             fade = torch.where(distance >= 0, fade, 0.0)
             products = query[:, self.near, start:stop] @ _heads(key, self.near, group).mT
@@ -316,20 +278,20 @@ class NearAndFar:
         return found
 
 
-def first_decay(count: int) -> torch.Tensor:
+def first_decay(count: int) -> Tensor:
     """Logits at which decays start: memories of 8, 16, ... 256 tokens, and again."""
     tokens = 2.0 ** (3 + torch.arange(count) % 6)
     return torch.log(tokens - 1)
 
 
 def retain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    decay: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
     scale: float,
-    memory: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    memory: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence `S_t = gamma S_{t-1} + k_t^T v_t`, `o_t = scale q_t S_t`.
 
     Args:
@@ -365,13 +327,8 @@ def retain(
 
 
 def _retain_by_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    decay: torch.Tensor,
-    scale: float,
-    memory: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, scale: float, memory: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`retain` by flash-linear-attention, which has tokens before heads."""
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -388,7 +345,7 @@ def _retain_by_kernel(
     return out.transpose(1, 2), last
 
 
-def recency_ratio(profile: Profile, within: int) -> torch.Tensor:
+def recency_ratio(profile: Profile, within: int) -> Tensor:
     """Share of attention at distances up to `within` tokens, float64 `[layers, heads]`: the formula
     of RecurFormer. `within + 1` must be an edge of the profile's bins.
     """
@@ -422,6 +379,6 @@ def _part(bands: BandPattern | None, heads: Sequence[int]) -> BandPattern | None
     return BandPattern(chosen, bands.span, prefix=bands.prefix)
 
 
-def _heads(tokens: torch.Tensor, heads: Sequence[int], group: int) -> torch.Tensor:
+def _heads(tokens: Tensor, heads: Sequence[int], group: int) -> Tensor:
     """The keys or values that some query heads read."""
     return tokens[:, [head // group for head in heads]]

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -40,6 +41,7 @@ from ..bands import BandPattern, in_bands
 from ..baselines.adapter import check_integers
 from ..baselines.masks import BLOCK as FLEX_BLOCK
 from ..baselines.masks import compiled_flex, listed
+from ..hf.head_weights import masked_weights
 from .method import (
     Related,
     causal_attention,
@@ -92,7 +94,6 @@ class RRAttention(Related):
         check_number(self.kind, tau=(self.tau, 0.0, 1.0))
 
     def layer(self, index: int, num_layers: int) -> RoundRobinAttention:
-        """See `Baseline.layer`."""
         return RoundRobinAttention(self)
 
     def pairs(self, seq_len: int, num_layers: int) -> int:
@@ -109,12 +110,9 @@ class RoundRobinAttention:
 
     def __init__(self, method: RRAttention) -> None:
         self.method = method
-        self._strides: dict[tuple[int, torch.device], tuple[torch.Tensor, list[int]]] = {}
+        self._strides: dict[tuple[int, torch.device], tuple[Tensor, list[int]]] = {}
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `LayerAttention.attend`."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         method = self.method
         if query.shape[2] != key.shape[2] or method.tau == 1:
             return causal_attention(query, key, value, scale, method.bands)
@@ -136,22 +134,20 @@ class RoundRobinAttention:
 
     def attend_blocks(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         scale: float,
-        kept: torch.Tensor,
+        kept: Tensor,
         flex: Any = flex_attention,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """FlexAttention, made of `flex`, over the blocks that `select` kept."""
         length, size = query.shape[2], self.method.block
         bands = self._bands(length)
         whole = kept & self._blocks(length, query.device)[1]
         edges = torch.tensor(bands.flat, device=query.device).unflatten(0, (-1, 4))
 
-        def rule(
-            batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor
-        ) -> torch.Tensor:
+        def rule(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
             distance, block = row - column, kept[batch, head, row // size, column // size]
             first = (distance >= edges[head, 0]) & (distance < edges[head, 1])
             second = (distance >= edges[head, 2]) & (distance < edges[head, 3])
@@ -164,13 +160,11 @@ class RoundRobinAttention:
             mask_mod=rule,
             seq_lengths=(length, length),
         )
-        found: torch.Tensor = flex(
-            query, key, value, block_mask=blocks, scale=scale, enable_gqa=True
-        )
+        found: Tensor = flex(query, key, value, block_mask=blocks, scale=scale, enable_gqa=True)
         return found
 
     @torch.no_grad()
-    def select(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    def select(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """The blocks that each block of queries keeps.
 
         Args:
@@ -197,7 +191,7 @@ class RoundRobinAttention:
         return (kept | forced) & there
 
     @torch.no_grad()
-    def estimate(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    def estimate(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """The mass A of blocks, `[B, H, blocks, blocks]`, in float32 or more; arguments as in
         `select`.
         """
@@ -236,21 +230,15 @@ class RoundRobinAttention:
             found.append(shares.sum(dim=(3, 5)))
         return torch.cat(found, dim=2)
 
-    def weights(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """See `LayerAttention.weights`; rows without keys are zero."""
         if self.method.tau == 1:
             return causal_weights(query, key, scale, start, stop, self.method.bands)
         rows = torch.arange(start, stop, device=query.device)
         mask = self._visible(self.select(query, key, scale), rows, key.shape[2])
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
-        scores = (query[:, :, start:stop].float() @ key.mT) * scale
-        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+        return masked_weights(query[:, :, start:stop], key, mask, scale)
 
-    def captured(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int
-    ) -> torch.Tensor:
+    def captured(self, query: Tensor, key: Tensor, scale: float, start: int, stop: int) -> Tensor:
         """Share of attention that the kept blocks hold, `[B, H, stop - start]`, of the rows that
         have keys; arguments as in `LayerAttention.weights`.
         """
@@ -262,7 +250,7 @@ class RoundRobinAttention:
     def _bands(self, length: int) -> BandPattern:
         return self.method.bands or BandPattern.dense(self.method.num_heads, length)
 
-    def _blocks(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _blocks(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Blocks with a visible pair, and blocks of visible pairs alone: bool `[H, n, n]`."""
         size = self.method.block
         count = -(-length // size)
@@ -275,7 +263,7 @@ class RoundRobinAttention:
         past, apart = apart >= 0, apart.clamp(min=0)
         return windows.any(dim=2)[:, apart] & past, windows.all(dim=2)[:, apart] & past
 
-    def _visible(self, kept: torch.Tensor, rows: torch.Tensor, key_len: int) -> torch.Tensor:
+    def _visible(self, kept: Tensor, rows: Tensor, key_len: int) -> Tensor:
         """The pairs of some queries that are attended, bool `[B, H, rows, K]`."""
         size = self.method.block
         column = torch.arange(key_len, device=kept.device)
@@ -283,7 +271,7 @@ class RoundRobinAttention:
         mask = in_bands(distance, self._bands(key_len).intervals)
         return kept[:, :, rows // size][..., column // size] & mask
 
-    def _visible_tokens(self, length: int, device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    def _visible_tokens(self, length: int, device: torch.device) -> tuple[Tensor, list[int]]:
         """The tokens of a stride that the sampled query of each head sees, by the distance in
         strides: bool `[H, strides, S]`; and the distances at which some head sees a part of one.
         """

@@ -160,6 +160,11 @@ def attend(
         _prefill(query, cache, step.prefills, pattern, out, scale, sinks)
 
 
+def gather(cache: torch.Tensor, prefills: Prefills) -> torch.Tensor:
+    """Keys and values of packed documents, `[T_k, Hkv, 2 * D]`."""
+    return cache.transpose(1, 2)[prefills.blocks, prefills.places]
+
+
 def _prefill(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -170,9 +175,7 @@ def _prefill(
     sinks: torch.Tensor | None,
 ) -> None:
     """Write the rows of `out` that belong to packed documents."""
-    # [blocks, Hkv, block_size, 2 * D] to [T_k, Hkv, 2 * D]
-    read = cache.transpose(1, 2)[prefills.blocks, prefills.places]
-    key, value = read.split(query.shape[2], dim=-1)
+    key, value = gather(cache, prefills).split(query.shape[2], dim=-1)
     rows = slice(prefills.first, prefills.last)
     result = band_attention_varlen(
         query[rows],

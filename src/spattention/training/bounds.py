@@ -39,6 +39,7 @@ BOUNDS = {
     "end_of_text": Bounds(0, 2**16 - 1),
     "context": Bounds(2, 2**24),
     "steps": COUNT,
+    "first_steps": COUNT,
     "batch": Bounds(1, 2**16),
     "micro_batch": Bounds(1, 2**16),
     "learning_rate": Bounds(0, 10, open_low=True),

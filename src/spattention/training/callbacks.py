@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from transformers import (
     IntervalStrategy,
+    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from ..choice import AttentionChoice
 from .checkpoints import commit, rotate
 from .metrics import METRICS, append_metrics, read_metrics, sync_metrics, write_metrics
 from .router import router_losses
@@ -220,6 +222,25 @@ class CheckpointCallback(TrainerCallback):
             commit(self.staging / f"checkpoint-{state.global_step}", self.run)
             rotate(self.run, self.keep)
         _wait_for_all()
+
+
+class SwitchCallback(TrainerCallback):
+    """Gives a model another attention before the step that follows the first `steps`.
+
+    Args:
+        model: the model.
+        attention: what it gets.
+        steps: steps with the attention that it has.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: AttentionChoice, steps: int) -> None:
+        self.model, self.attention, self.steps = model, attention, steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step == self.steps:
+            self.attention.apply(self.model)
 
 
 class TimeLimitCallback(TrainerCallback):

@@ -47,7 +47,13 @@ def is_stock(named: str | Sequence[str]) -> bool:
 
 
 def recipe_attention(
-    named: str | Sequence[str], num_layers: int, num_heads: int, span: int, *, sinks: bool = False
+    named: str | Sequence[str],
+    num_layers: int,
+    num_heads: int,
+    span: int,
+    *,
+    sinks: bool = False,
+    all_bands: bool = False,
 ) -> AttentionChoice:
     """The attention that a recipe names.
 
@@ -57,12 +63,14 @@ def recipe_attention(
         num_heads: its query heads.
         span: context length in tokens.
         sinks: whether layers with a pattern have attention sinks.
+        all_bands: whether dense layers run as a band of all distances, not as stock attention, so
+            that another pattern can replace it.
 
     Raises:
         ValueError: if a name is not known, their number is not that of the layers, or there is no
             pattern for the sinks.
     """
-    if isinstance(named, str) and not sinks:
+    if isinstance(named, str) and not sinks and not all_bands:
         return attention_choice(named, num_heads, span)
     names = (named,) * num_layers if isinstance(named, str) else tuple(named)
     if len(names) != num_layers:
@@ -76,7 +84,9 @@ def recipe_attention(
                 f"`attention` must be dense or a pattern for single layers or sinks, and {name} is "
                 "another attention, for a whole model without them"
             )
-    patterns = tuple(None if n == STOCK else named_pattern(n, num_heads, span) for n in names)
+    patterns = tuple(
+        None if n == STOCK and not all_bands else named_pattern(n, num_heads, span) for n in names
+    )
     if sinks and not any(patterns):
         raise ValueError("`sinks` must be false where every layer is dense, got true")
     label = named if isinstance(named, str) else "+".join(dict.fromkeys(names))

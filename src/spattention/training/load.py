@@ -99,13 +99,7 @@ def load_model(
             f"`sinks` must be true: {recipe.model} was trained with sinks, which its other weights "
             'count on (`attention = "dense"` leaves them out); got false'
         )
-    attention = recipe_attention(
-        recipe.attention,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        recipe.context,
-        sinks=recipe.sinks,
-    )
+    attention = _attention(recipe, recipe.attention, config)
     if not recipe.across_documents and isinstance(attention, Other):
         raise ValueError(
             f"`across_documents` must be true with {attention.name}, which knows no documents, "
@@ -117,6 +111,24 @@ def load_model(
         if model.generation_config is not None:
             model.generation_config.eos_token_id = data.end_of_text
     return model, attention
+
+
+def first_attention(recipe: Recipe, model: PreTrainedModel) -> AttentionChoice | None:
+    """The attention of a recipe's first steps; None where it never changes."""
+    if recipe.first_attention is None:
+        return None
+    return _attention(recipe, recipe.first_attention, model.config.get_text_config())
+
+
+def _attention(recipe: Recipe, named: str | tuple[str, ...], config: Any) -> AttentionChoice:
+    return recipe_attention(
+        named,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        recipe.context,
+        sinks=recipe.sinks,
+        all_bands=recipe.first_attention is not None,
+    )
 
 
 def _pretrained(recipe: Recipe) -> PreTrainedModel:

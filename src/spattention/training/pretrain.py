@@ -35,6 +35,7 @@ from .callbacks import (
     Event,
     IntervalCallback,
     MetricsCallback,
+    SwitchCallback,
     ThroughputCallback,
     TimeLimitCallback,
 )
@@ -42,7 +43,13 @@ from .checkpoints import STAGING, clean, step_of
 from .experts import simplify_experts
 from .graphs import asks_for_graphs, refusal
 from .layers import Layered
-from .load import check_memory, load_model, load_saved_tokenizer, load_weights
+from .load import (
+    check_memory,
+    first_attention,
+    load_model,
+    load_saved_tokenizer,
+    load_weights,
+)
 from .lock import held
 from .loss import check_loss, defer_loss
 from .precision import to_bfloat16
@@ -154,13 +161,19 @@ def _train(
     arguments.eval_on_start = validates and resume is None and recipe.model not in SHAPES
     if not validates:
         arguments.eval_strategy = IntervalStrategy.NO
+    start = step_of(resume) if resume else 0
+    callbacks = list(more)
+    first_choice = first_attention(recipe, model)
+    if first_choice is not None and recipe.first_steps is not None and start < recipe.first_steps:
+        first_choice.apply(model)
+        callbacks.append(SwitchCallback(model, attention, recipe.first_steps))
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)
 
     facts = {
         "kind": "begin",
         "steps": recipe.steps,
-        "step": step_of(resume) if resume else 0,
+        "step": start,
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
         "pairs_per_token": attention.pairs(recipe.context) / recipe.context,
@@ -176,7 +189,7 @@ def _train(
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
         return Outcome(folder, recipe.steps, recipe.steps)
-    callbacks = [*more, *_callbacks(recipe, folder, model, attention, facts, command, send)]
+    callbacks += _callbacks(recipe, folder, model, attention, facts, command, send)
     if minutes is not None:
         callbacks.append(TimeLimitCallback(minutes))
     optimizer = prepare_model(recipe, model, passes, arguments.device, arguments.world_size)

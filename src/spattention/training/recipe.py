@@ -38,11 +38,14 @@ class Recipe:
         attention: dense, a pattern, a baseline or a related system, as `spattention compare` names
             them; one, or a list of dense and patterns with one per layer.
         sinks: whether layers with a pattern have attention sinks.
-        data: folders that `spattention prepare` wrote, and packed streams (.u16.xz).
+        first_attention: attention of the first steps, named as `attention`; it then changes to
+            that. Both are then dense or patterns, and dense layers run as a band of all distances.
+        first_steps: number of these steps.
+        data: folders that `spattention prepare` wrote, and token files (.u16.xz).
         validation: the same, for the validation loss; empty for what the folders of `data` hold
             out, or else a share of its streams.
         held_out: that share, by documents; 0 for none.
-        end_of_text: the token between documents of packed streams whose JSON does not name it.
+        end_of_text: the token between documents of token files whose JSON does not name it.
         across_documents: whether tokens attend earlier documents in their window.
         context: tokens per window, and the span of the patterns.
         steps: optimizer steps.
@@ -91,6 +94,8 @@ class Recipe:
     vocabulary: int | None = None
     attention: str | tuple[str, ...] = "shared_local"
     sinks: bool = False
+    first_attention: str | tuple[str, ...] | None = None
+    first_steps: int | None = None
     data: tuple[str, ...]
     validation: tuple[str, ...] = ()
     held_out: float = 0.005
@@ -135,6 +140,20 @@ class Recipe:
         if self.batch % self.micro_batch:
             raise ValueError(
                 f"`micro_batch` must divide the batch of {self.batch}, got {self.micro_batch}"
+            )
+        if (self.first_attention is None) != (self.first_steps is None):
+            raise ValueError(
+                "`first_attention` and `first_steps` must be given together, got "
+                f"{self.first_attention!r} and {self.first_steps}"
+            )
+        if self.first_steps is not None and self.first_steps >= self.steps:
+            raise ValueError(
+                f"`first_steps` must be less than `steps` = {self.steps}, got {self.first_steps}"
+            )
+        if self.first_attention is not None and self.parallel == "fsdp2":
+            raise ValueError(
+                '`first_attention` must be left out under `parallel` = "fsdp2", which shards the '
+                f"model before attention could change; got {self.first_attention!r}"
             )
 
     def passes(self, devices: int) -> int:

@@ -26,7 +26,8 @@ class Options:
             published_bigbird, published_reformer, or a related system: mea, cca, rrattention,
             dga, elementwise, recurrent_near. Options follow a colon, as in
             shared_local:widths=geometric,prefix=4, sliding_window:window=128 or
-            mea:norm=0,bands=exclusive. By default a sliding window is one token wider than a
+            mea:norm=0,bands=exclusive; intervals writes out those of every head, as in
+            intervals:heads=0-64+256-512. By default a sliding window is one token wider than a
             uniform band.
         steps: Optimizer steps of each run.
         seeds: Seeds of weights and data order. With two or more, differences within the spread
@@ -37,15 +38,15 @@ class Options:
         model: Preset of spattention.models.
         layers: Decoder layers; None for the preset's own number.
         data: Text (.txt, documents separated by form feeds), JSON lines (.jsonl, with a "text"
-            entry), either compressed (.gz, .zst), a folder of these, or packed tokens (.u16.xz
+            entry), either compressed (.gz, .zst), a folder of these, or a token file (.u16.xz
             with its .json beside it). Without it, the sample that comes with the package.
         held_out: Share of the documents that is kept from training, for the validation loss.
         validation_windows: Upper bound on the number of windows of held-out text.
-        vocabulary: Entries of the tokenizer that is trained on the text; not for packed tokens.
+        vocabulary: Entries of the tokenizer that is trained on the text; not for a token file.
         tokenizer: A tokenizer.json, a folder with one, or the name of a model on the hub, to use
-            instead. For packed tokens it is the one that made them; without it no text can be
+            instead. For a token file it is the one that made it; without it no text can be
             shown.
-        end_of_text: The token between the documents of packed tokens, where their .json does not
+        end_of_text: The token between the documents of a token file, where its .json does not
             name it.
         threads: Threads of each run; 0 for one per core. The default model is so small that a
             second thread gains little, and costs much on a busy machine.

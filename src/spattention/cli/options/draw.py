@@ -17,10 +17,11 @@ class Options:
     of the past is grey, and the future is white. Pairs attended as part of a group are paler.
 
     Args:
-        pattern: dense, shared_local, exclusive, sliding_window, gapped or local_only; options
-            follow a colon, as in shared_local:widths=geometric,local=64,prefix=4. Baselines and
-            related systems are drawn pair by pair, as in cca:group=16; where they depend on the
-            data, on random queries and keys.
+        pattern: dense, shared_local, exclusive, sliding_window, gapped, local_only, or intervals
+            with those of every head, as in intervals:heads=0-64+256-512; options follow a colon,
+            as in shared_local:widths=geometric,local=64,prefix=4. Baselines and related systems
+            are drawn pair by pair, as in cca:group=16; where they depend on the data, on random
+            queries and keys.
         heads: Number of heads, at most 128.
         span: Context length that the pattern is made for, in tokens.
         length: Tokens that the masks show; default the span.

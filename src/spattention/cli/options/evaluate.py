@@ -26,7 +26,7 @@ class Options:
     Args:
         checkpoint: Folder of a saved model, of `spattention train` (its newest checkpoint that is
             whole), or of `spattention compare` (its first model with bands).
-        data: Held-out text: .txt or .jsonl (also .gz, .zst, or a folder of these), packed tokens
+        data: Held-out text: .txt or .jsonl (also .gz, .zst, or a folder of these), a token file
             (.u16.xz), or a folder that `spattention prepare` wrote, of which the validation tokens
             are taken. Without it, those of the model's own run.
         parts: The parts to evaluate; default all that need no --tasks, and tasks if they are given.

@@ -28,7 +28,7 @@ class Options:
         model: Folder of a saved dense model, or its name on the Hugging Face hub.
         output: Folder for the result; it must not exist.
         pairs: Budget: share of dense attention's pairs at the context.
-        data: Text (.txt, .jsonl, or a folder of them), packed tokens (.u16.xz), or a folder that
+        data: Text (.txt, .jsonl, or a folder of them), a token file (.u16.xz), or a folder that
             `spattention prepare` wrote with the model's tokenizer. Without it, the books that the
             package ships.
         context: Tokens per row; default 2048, or the model's longest input if that is shorter.

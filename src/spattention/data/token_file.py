@@ -1,4 +1,4 @@
-"""Files of packed tokens: uint16, compressed with xz, and described by a JSON beside them."""
+"""Token files: uint16, compressed with xz, and described by a JSON beside them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY = 2**30  # bytes that the decompressor may take; xz -9 needs 2**26
 ALWAYS, RATIO = 2**26, 50  # tokens that any file may hold, and tokens per byte of a larger one
 
 
-def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
+def read_token_file(path: Path, end_of_text: int | None = None) -> TokenStream:
     """The stream in `NAME.u16.xz`, checked against `NAME.json`.
 
     Args:
@@ -50,12 +50,12 @@ def read_packed(path: Path, end_of_text: int | None = None) -> TokenStream:
 
 
 def described_end_of_text(path: Path) -> int | None:
-    """The token between documents that the JSON beside a packed stream names, if it names one."""
+    """The token between documents that the JSON beside a token file names, if it names one."""
     return _description(_beside(path)).get("end_of_text")
 
 
-def write_packed(path: Path, stream: TokenStream, end_of_text: int) -> None:
-    """Write a stream whose documents end with `end_of_text`, for `read_packed`."""
+def write_token_file(path: Path, stream: TokenStream, end_of_text: int) -> None:
+    """Write a stream whose documents end with `end_of_text`, for `read_token_file`."""
     if not path.name.endswith(SUFFIX):
         raise ValueError(f"`path` must end with {SUFFIX}, got {path.name}")
     if len(stream) and int(stream.tokens.max()) > np.iinfo(np.uint16).max:
@@ -79,7 +79,7 @@ def _beside(path: Path) -> Path:
 
 def _description(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ValueError(f"packed tokens need their description beside them, {path} is missing")
+        raise ValueError(f"a token file needs its description beside it, {path} is missing")
     facts = {name: value for name, value in read_json(path).items() if value is not None}
     if not all(type(facts.get(name)) is int for name in ("docs", "tokens")):
         raise ValueError(f"{path} must give the integers `docs` and `tokens`")
