@@ -169,13 +169,14 @@ def test_what_has_no_graph_says_why(changes, device, devices, reason):
 
 
 def test_compiled_runs_ask_for_graphs():
-    """By default a compiled run asks, and every other does not."""
+    """With "auto" a compiled run asks, and every other does not; by default none does."""
     asked = [
         asks_for_graphs(recipe(Path("a"), compile=compiled, cuda_graphs=wanted))
         for compiled in (False, True)
         for wanted in ("auto", False, True)
     ]
     assert asked == [False, False, True, True, False, True]
+    assert not asks_for_graphs(recipe(Path("a"), compile=True))
     assert refusal(recipe(Path("a"), compile=True), CUDA, 1) is None
 
 
