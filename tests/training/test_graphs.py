@@ -168,6 +168,17 @@ def test_what_has_no_graph_says_why(changes, device, devices, reason):
         refusal(recipe(Path("a"), cuda_graphs=True, **changes), device, devices)
 
 
+def test_other_attention_has_a_graph_on_demand():
+    """Of a baseline nobody knows whether it can be recorded: it is tried where a recipe insists."""
+    found = [
+        refusal(recipe(Path("a"), attention=attention, cuda_graphs=wanted), CUDA, 1)
+        for attention in ("longformer:wide=4", ["dense", "exclusive"])
+        for wanted in ("auto", True)
+    ]
+    assert found[1:] == [None] * 3
+    assert found[0] == "recorded passes were tested with dense attention and bands alone"
+
+
 def test_compiled_runs_ask_for_graphs():
     """With "auto" a compiled run asks, and every other does not; by default none does."""
     asked = [

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from ..choice import is_other
 from ..compat.huggingface import packing_known
 from ..compat.pytorch import zero_each
 from .recipe import Recipe
@@ -49,9 +50,15 @@ def refusal(recipe: Recipe, device: torch.device, devices: int) -> str | None:
         reason = 'the loss "liger" waits for the GPU in each pass; "chunked" does not'
     elif recipe.checkpointing:
         reason = "`checkpointing` reads the state of random numbers in each pass"
+    elif recipe.cuda_graphs == "auto" and any(map(is_other, _names(recipe))):
+        reason = "recorded passes were tested with dense attention and bands alone"
     if reason and recipe.cuda_graphs is True:
         raise ValueError(f'`cuda_graphs` must be false or "auto" here, got true: {reason}')
     return reason
+
+
+def _names(recipe: Recipe) -> Sequence[str]:
+    return (recipe.attention,) if isinstance(recipe.attention, str) else recipe.attention
 
 
 class Recorder:
