@@ -119,7 +119,7 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     loss: Literal["plain", "chunked", "liger"] = "chunked"
     compile: bool = False
-    cuda_graphs: Literal[True, False, "auto"] = "auto"
+    cuda_graphs: Literal[True, False, "auto"] = False
     checkpointing: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     shard_size: int = 0
