@@ -47,6 +47,9 @@ class Competitor(Protocol):
 
     name: str
 
+    def take(self, inputs: Tensors) -> None:
+        """Attend over other inputs of the same shape; what is compiled stays."""
+
     def on(
         self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None
     ) -> Attend:

@@ -27,11 +27,11 @@ from ..benchmarking.competitors import (
     package_versions,
 )
 from ..benchmarking.flex import Flex, FlexFlash
+from ..benchmarking.limits import Work, work_of
 from ..explanation import explain
 from ..files import shown
 from ..testing import Case, check_case
 from .bounds import (
-    LARGEST,
     LARGEST_GRID,
     LARGEST_HEAD_DIM,
     LARGEST_LENGTH,
@@ -46,7 +46,6 @@ from .options.bench_attention import Options
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
 REST = 0.25  # seconds before each measurement: a power limit looks back over a tenth or two
-SLOWEST = 1e-3  # TFLOP/s and TB/s of a ceiling; a floor is a quotient by it
 Shape = tuple[int, int, int]  # batch, heads, length
 T = TypeVar("T")
 COMPETITOR_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
@@ -54,7 +53,11 @@ COMPETITOR_ERROR = 0.05  # in outputs of order one, of two kernels in half preci
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results. Times in milliseconds, useful work in TFLOP/s, memory in MiB."""
+    """One line of the results. Times in milliseconds, useful work in TFLOP/s, memory in MiB.
+
+    `matrix` is the rate of matrix products that take as long as the call, in TFLOP/s, and `floor`
+    the time that the call takes at least.
+    """
 
     batch: int
     heads: int
@@ -68,9 +71,12 @@ class Row:
     busy_total: float
     useful_forward: float
     useful_total: float
-    floor: float
-    share_of_floor: float
+    useful_flops: int
+    compulsory_bytes: int
+    matrix: float
     peak_memory: float
+    floor: float | None = None
+    share_of_floor: float | None = None
     over_dense: float | None = None
     over_flex: float | None = None
     busy_over_dense: float | None = None
@@ -86,9 +92,11 @@ def main(options: Options) -> None:
     record["environment"] |= package_versions()
     missing: list[str] = []
     record["calls"] = _measure_calls(options)
+    record["copy"] = timing.copy_speed()
     rows: list[Row] = []
     for batch, heads, length in dict.fromkeys([*shapes, *plotted]):
-        rows += _measure_case(options, batch, heads, length, missing)
+        for row in _measure_case(options, batch, heads, length, missing):
+            rows.append(_floored(row, record["copy"]))
         record |= {"missing": missing, "rows": [asdict(row) for row in rows]}
         print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
         if options.output is not None:
@@ -106,8 +114,6 @@ def check(options: Options) -> tuple[list[Shape], list[Shape]]:
     check_range(
         options,
         head_dim=(1, LARGEST_HEAD_DIM),
-        peak_tflops=(SLOWEST, LARGEST),
-        peak_tbs=(SLOWEST, LARGEST),
         seed=(0, LARGEST_SEED),
     )
     if not options.cases and not options.lengths:
@@ -245,6 +251,12 @@ def _competitor_row(
     return _row(options, inputs, pattern, mask, competitor.name, attend)
 
 
+def _floored(row: Row, copy: float) -> Row:
+    """The row with its floor, from the rate of a copy in TB/s."""
+    floor = Work(row.useful_flops, row.compulsory_bytes).limit(row.matrix, copy)
+    return replace(row, floor=floor, share_of_floor=floor / row.total)
+
+
 def _compared(row: Row, dense_row: Row, flex_row: Row | None) -> Row:
     row = replace(
         row,
@@ -287,7 +299,7 @@ def _row(
     options: Options, inputs: Tensors, pattern: BandPattern, mask: str, by: str, attend: Attend
 ) -> Row:
     query = inputs[0]
-    batch, heads, length, head_dim = query.shape
+    batch, heads, length, _ = query.shape
 
     def forward() -> None:
         with torch.no_grad():
@@ -296,12 +308,7 @@ def _row(
     def total() -> None:
         attend.backward(attend())
 
-    pairs = sum(pattern.pairs(length)) * batch
-    work = 14 * head_dim * pairs
-    # Forward: three inputs, one output. Backward: the four and the output's gradient, three
-    # gradients.
-    moved = (4 + 8) * query.numel() * query.element_size()
-    floor = max(work / options.peak_tflops / 1e12, moved / options.peak_tbs / 1e12) * 1e3
+    one_pass, both = work_of(pattern, [length] * batch, query, inputs[1])
     forward_time, total_time = (
         timing.graph_milliseconds(call, rest=REST) for call in (forward, total)
     )
@@ -316,10 +323,11 @@ def _row(
         eager_forward=timing.eager_milliseconds(forward),
         eager_total=timing.eager_milliseconds(total),
         busy_total=timing.busy_milliseconds(total),
-        useful_forward=4 * head_dim * pairs / forward_time / 1e9,
-        useful_total=work / total_time / 1e9,
-        floor=floor,
-        share_of_floor=floor / total_time,
+        useful_forward=one_pass.flops / forward_time / 1e9,
+        useful_total=both.flops / total_time / 1e9,
+        useful_flops=both.flops,
+        compulsory_bytes=both.moved,
+        matrix=timing.matrix_speed(total_time, rest=REST),
         peak_memory=timing.peak_bytes(total) / 2**20,
     )
 
@@ -367,8 +375,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "eager total": lambda row: f"{row.eager_total:.3f}",
     "TFLOP/s fwd": lambda row: f"{row.useful_forward:.0f}",
     "TFLOP/s": lambda row: f"{row.useful_total:.0f}",
-    "floor": lambda row: f"{row.floor:.3f}",
-    "share": lambda row: f"{row.share_of_floor:.0%}",
+    "matrix": lambda row: f"{row.matrix:.0f}",
+    "floor": lambda row: "" if row.floor is None else f"{row.floor:.3f}",
+    "share": lambda row: "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}",
     "peak MiB": lambda row: f"{row.peak_memory:.0f}",
     "x dense": lambda row: _ratio(row.over_dense, row.busy_over_dense),
     "x flex": lambda row: _ratio(row.over_flex, row.busy_over_flex),
@@ -388,12 +397,13 @@ def _write(
         record,
         (
             *(f"- {name}: {value}" for name, value in record["calls"].items()),
+            f"- a copy moves {record['copy']:.2f} TB/s",
             *(f"- {line}" for line in kernels_that_ran(rows)),
             *(f"- {line}" for line in not_measured(record["missing"])),
             "",
             "Milliseconds, medians of graph replays on a rested GPU (`eager total`: plain calls); "
             "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "
-            "attended pairs alone.",
+            "attended pairs alone; `matrix`: what matrix products reach that take as long.",
         ),
         COLUMNS,
         rows,

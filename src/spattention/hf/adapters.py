@@ -60,6 +60,23 @@ class AdapterSinks(ModulesToSaveWrapper):
             return {}
         return super().adapter_state_dict_load_map(adapter_name)
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> Any:
+        """The sinks that stay when PEFT takes its layers out: those of the adapter that is merged,
+        or the base model's. PEFT's own `modules_to_save` always leave the active adapter's.
+        """
+        if not merge:
+            return self.original_module
+        if adapter_names is None:
+            return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if len(adapter_names) != 1:
+            raise ValueError(
+                "`adapter_names` must name one adapter to merge into a model with sinks, of which "
+                f"each adapter has its own, got {adapter_names}"
+            )
+        return self.modules_to_save[adapter_names[0]]
+
     def _mixed_batch_forward(self, *args: Any, adapter_names: list[str], **keywords: Any) -> Any:
         raise ValueError(
             "`adapter_names` must be None for a model with sinks, which differ by adapter and not "

@@ -51,6 +51,11 @@ def before_forward(
         _check_positions(module, position_ids, decode(mask), packed, cache is not None)
     if cache is None:
         return None
+    if not hasattr(cache, "layers"):
+        raise ValueError(
+            "`past_key_values` must be a cache of a decoder, a list of `layers`, for spattention, "
+            f"got {type(cache).__name__}"
+        )
     hidden = args[0] if args else keywords["hidden_states"]
     _check_room(cache, module.layer_idx, rows=hidden.shape[0], tokens=hidden.shape[1])
     if plan.pattern is not None:

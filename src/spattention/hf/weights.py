@@ -204,9 +204,9 @@ def refuse_other_mark(model: Any, name: str, found: torch.Tensor) -> None:
     if (is_live and note is None) or (kind == own_kind and (is_live or digest in ("", own_digest))):
         return
     raise ValueError(
-        "`state_dict` must be loaded into a model with the attention that its weights were saved "
-        f'from, "{text[:200]}" in {name}, got "{wanted}"; remove the keys that end in {MARK} if '
-        "that is meant"
+        "weights must be loaded into a model with the attention that they were saved from, "
+        f'"{text[:200]}" in {name}, got "{wanted}"; to change it, apply another to the loaded '
+        f"model; to take weights as they are, remove the keys that end in {MARK}"
     )
 
 
