@@ -24,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         entry.update(predict(sides[0], side, medians))
     found = {
         "what": "training throughput",
+        "date": datetime.now(UTC).date().isoformat(),
         "environment": environment() if device.type == "cuda" else {"cpu": processor()},
         "settings": {
             name: value for name, value in vars(options).items() if name not in ("merge", "output")
