@@ -220,6 +220,8 @@ def row(options: argparse.Namespace, model: Any, side: Side, tokens: int) -> dic
     seconds = statistics.median(side.seconds)
     work = work_per_token(model, side.attention, options.length)
     return {
+        "model": options.model,
+        "graphs": options.graphs,
         "length": options.length,
         "attention": side.name,
         "seconds": seconds,
@@ -258,12 +260,12 @@ def peak_before(device: torch.device) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| length | attention | tokens/s | spread | MFU | over dense | of the predicted gain | "
-        "of the predicted speed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | graphs | length | attention | tokens/s | spread | MFU | over dense | "
+        "of the predicted gain | of the predicted speed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['length']:,} | {r['attention']} | {r['tokens_per_second']:,.0f} | "
+        f"| {r['model']} | {'yes' if r['graphs'] else 'no'} | {r['length']:,} | {r['attention']} | {r['tokens_per_second']:,.0f} | "
         f"{100 * r['spread']:.1f} % | {100 * r['mfu']:.1f} % | {r['over_dense']:.3f} | "
         f"{share(r, 'gain')} | {share(r, 'speed')} |"
         for r in rows
