@@ -265,7 +265,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['model']} | {'yes' if r['graphs'] else 'no'} | {r['length']:,} | {r['attention']} | {r['tokens_per_second']:,.0f} | "
+        f"| {r['model']} | {'yes' if r['graphs'] else 'no'} | {r['length']:,} | "
+        f"{r['attention']} | {r['tokens_per_second']:,.0f} | "
         f"{100 * r['spread']:.1f} % | {100 * r['mfu']:.1f} % | {r['over_dense']:.3f} | "
         f"{share(r, 'gain')} | {share(r, 'speed')} |"
         for r in rows
