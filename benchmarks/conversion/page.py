@@ -3,8 +3,9 @@
     python -m benchmarks.conversion.page benchmarks/results/conversion_*.json
 
 Every `<!-- conversion: NAME -->` of the page is followed by the table NAME, up to the next
-`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets. Losses of
-different texts are not compared: files that hold losses must name the same text, or none.
+`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets; losses
+beyond dense's are taken seed by seed, which is the order of the text. Losses of different texts are
+not compared: files that hold losses must name the same text, or none.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def before_training(runs: Runs) -> str:
 
 
 def after_training(runs: Runs) -> str:
-    """Losses beyond dense trained on the same tokens, by number of tokens."""
+    """Losses beyond dense trained on the same tokens, by number of tokens; dense's themselves."""
     runs = holding(runs, "loss")
     amounts = sorted({tokens for _, tokens in runs if tokens})
     if not amounts:
@@ -113,7 +114,11 @@ def after_training(runs: Runs) -> str:
         cells = []
         for tokens in amounts:
             rows, dense = runs.get((name, tokens), []), runs.get(("dense", tokens), [])
-            figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
+            if name == "dense":
+                losses = [[row["loss"][source]["mean"] for row in rows] for source in SOURCES]
+                figures = [_figure(each).removeprefix("+") for each in losses]
+            else:
+                figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
             cells.append(" / ".join(figures))
         rows = runs[name, last]
         lines.append(
@@ -166,11 +171,8 @@ def positions(runs: Runs) -> str:
     lines = [f"| attention | text | {' | '.join(ranges)} |", "|---" * (len(ranges) + 2) + "|"]
     for name in names:
         for source, title in zip(SOURCES, ("Wikipedia", "books")):
-            cells = []
-            for k in range(len(ranges)):
-                base = mean(row["loss"][source]["parts"][k] for row in dense)
-                found = [row["loss"][source]["parts"][k] - base for row in runs[name, last]]
-                cells.append(_figure(found))
+            parts = range(len(ranges))
+            cells = [_figure(_differences(runs[name, last], dense, source, k)) for k in parts]
             lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -208,13 +210,24 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 
 
 def _differences(
-    rows: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]], source: str
+    rows: Sequence[dict[str, Any]],
+    dense: Sequence[dict[str, Any]],
+    source: str,
+    part: int | None = None,
 ) -> list[float]:
-    """Losses beyond dense's mean over its seeds."""
+    """Losses beyond dense's with the same seed, which reads the same text in the same order; beyond
+    dense's mean over its seeds where that seed was not run. Of one part of the window, or of all.
+    """
     if not dense or any(source not in row.get("loss", {}) for row in (*rows, *dense)):
         return []
-    base = mean(row["loss"][source]["mean"] for row in dense)
-    return [row["loss"][source]["mean"] - base for row in rows]
+
+    def loss(row: dict[str, Any]) -> float:
+        found = row["loss"][source]
+        return float(found["mean"] if part is None else found["parts"][part])
+
+    same = {row["seed"]: loss(row) for row in dense}
+    base = mean(same.values())
+    return [loss(row) - same.get(row["seed"], base) for row in rows]
 
 
 def _figure(values: Sequence[float]) -> str:
