@@ -74,6 +74,7 @@ def main() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            print(f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB in use", flush=True)
         with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
             parts.append(measure(argparse.Namespace(**vars(options) | {"length": length})))
         print(table(parts[-1]["rows"]), flush=True)

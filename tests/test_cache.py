@@ -162,6 +162,16 @@ def test_rollback_leaves_less_room_for_queries():
     torch.testing.assert_close(out, whole[:, :, 34:])
 
 
+def test_new_tokens_are_checked_once(monkeypatch):
+    """A step of decoding costs the host time: the store is handed tokens that are checked."""
+    checked = []
+    monkeypatch.setattr("spattention.cache.check_new_tokens", lambda *given: checked.append(given))
+    pattern = P.exclusive(2, 8)
+    key = torch.randn(1, 2, 1, 4)
+    spa.band_attention_cached(key, spa.BandStore(pattern, 1, 2, 4), pattern, key, key)
+    assert len(checked) == 1
+
+
 def test_no_tokens_change_nothing():
     pattern = PATTERNS["shared_local"]
     tensors = text(40)

@@ -129,6 +129,9 @@ DAMAGED: list[tuple[Damage, str]] = [
     (config(model_type="gpt2"), "config.json must describe the model in "),
     (config(max_position_embeddings=None), "'max_position_embeddings' expected int, got NoneType"),
     (config(max_position_embeddings=-1), "`max_position_embeddings` must be a positive integer"),
+    (config(attention_chunk_size="8"), "`attention_chunk_size` must be an integer from 1 to 2,147"),
+    (config(attention_chunk_size=2**63), "`attention_chunk_size` must be an integer from 1 to 2,"),
+    (config(attention_chunk_size=0), "`attention_chunk_size` must be an integer from 1 to 2,147,4"),
     (config(eos_token_id="x"), "'eos_token_id' with value 'x'"),
     (config(num_attention_heads=0), "config.json must be a config of Transformers: ZeroDivision"),
     (config(num_attention_heads=5), "is not a multiple of the number of attention heads (5)"),
@@ -295,7 +298,7 @@ def test_the_digest_tells_models_apart(copy: Path) -> None:
 
 
 def test_results_are_objects_whatever_the_config_says(copy: Path) -> None:
-    edit(copy / "config.json", return_dict=False)
+    edit(copy / "config.json", return_dict=False, output_hidden_states="all")
     assert opened(copy)(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 270)
 
 

@@ -56,11 +56,7 @@ def last_document(stored: StoredTokens) -> Tensor:
 
 
 def hold(
-    stored: StoredTokens,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_start: Tensor | None,
+    stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | None, key_start: Tensor | None
 ) -> None:
     """Take up the next tokens, before the rings do: the held document's among its first, and where
     their documents start. Arguments are those of `BandStore.append`.

@@ -25,13 +25,7 @@ from .cache_layout import SameReach
 from .cache_prefix import check_held_documents, prefix_slots
 from .checks import check_attention, check_no_tangents, check_tensors, readable
 from .impl.attention_call import AttentionCall
-from .impl.layout import (
-    empty_like_query,
-    lse_dtype,
-    score_scale,
-    under_autocast,
-    without_autocast,
-)
+from .impl.layout import empty_like_query, lse_dtype, score_scale, under_autocast, without_autocast
 from .merging import merge
 from .padding import padding_first, reorder, restore
 
@@ -132,11 +126,10 @@ class _CachedCall:
     given: tuple[Any, ...]
 
     def append(self) -> None:
-        """Put the new tokens into the store, if there are any."""
+        """Put the new tokens, which are checked, into the store, if there are any."""
         if self.tokens:
             key, value, mask, key_start = self.given
-            key_start = _store_start(self.store, key_start)
-            self.store.append(key, value, mask=mask, key_start=key_start)
+            self.store.take_up(key, value, mask, _store_start(self.store, key_start))
 
 
 def _attend(
@@ -261,7 +254,8 @@ def _decode_one(call: _CachedCall) -> tuple[Tensor, Tensor]:
         weights = torch.exp(scores - base[..., None])
         out.index_copy_(1, same.heads, weights @ values.to(dtype))
         lse.index_copy_(1, same.heads, total)
-    out, lse = merge([(out, lse)], sinks=call.sinks)
+    if call.sinks is not None:
+        out, lse = merge([(out, lse)], sinks=call.sinks)
     return empty_like_query(query, out.shape[-1]).copy_(out), lse
 
 
@@ -336,16 +330,9 @@ def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, 
 def _with_prefix(
     call: _CachedCall, same: SameReach, slots: Tensor, oldest: Tensor, beyond: Tensor
 ) -> Tensor:
-    """The ring's slots with those of the prefix of the first query's document before them, without
-    the prefix's tokens that the ring holds too.
-
-    Args:
-        call: the call.
-        same: the C heads.
-        slots: int64 `[B, C, n]`, of the ring.
-        oldest: int64 `[B]`, the position of the first slot.
-        beyond: int64 `[B]`, how many of the first slots no band reaches.
-    """
+    """The ring's slots `[B, C, n]` with those of the prefix of the first query's document before
+    them, without the prefix's tokens that the ring holds too. The first slot has position `oldest
+    [B]`; no band reaches the first `beyond [B]` slots."""
     store, first, prefix = call.store, _first_key(call), same.pattern.prefix
     start = first[:, 0]
     if call.padding is not None and first.shape[1] > 1:

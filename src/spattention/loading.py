@@ -49,19 +49,15 @@ TOKENIZER = (
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COUNTS = ("n_layer", "n_layers", "n_head", "n_heads", "n_routed_experts")  # beside `num_*`
 MOST = 2**16  # layers, heads, experts or labels
+LONGEST_CHUNK = 2**31 - 1  # tokens
 LARGEST_JSON = 2**28  # bytes; the largest tokenizers have some 30 MB
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a saved model, without their values and without marks.
-
-    Attributes:
-        files: what holds them.
-        tensors: the number of tensors.
-        elements: the number of values of all tensors.
-    """
+    """The weights of a saved model, without their values and without marks: the files that hold
+    them, and the numbers of tensors and of values."""
 
     files: tuple[Path, ...]
     tensors: int
@@ -134,7 +130,8 @@ def open_config(folder: Path) -> Any:
     if (folder / GENERATION).exists():
         with named_errors(folder / GENERATION, "must be a generation config of Transformers"):
             GenerationConfig.from_pretrained(folder, **LOCAL)
-    config.return_dict = True  # as the commands read results, whatever the folder says
+    for each in (config, text):  # as the commands read results, whatever the folder says
+        each.return_dict, each.output_hidden_states = True, False
     return config
 
 
@@ -307,6 +304,12 @@ def _check_sizes(file: Path, text: Any) -> None:
         value = getattr(text, name, 1)  # models without attention have no heads
         if type(value) is not int or value < 1:
             raise ValueError(f"{file}: `{name}` must be a positive integer, got {value!r}")
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk is not None and (type(chunk) is not int or not 1 <= chunk <= LONGEST_CHUNK):
+        raise ValueError(
+            f"{file}: `attention_chunk_size` must be an integer from 1 to {LONGEST_CHUNK:,}, got "
+            f"{chunk!r}"
+        )
     longest = getattr(text, "max_position_embeddings", None)
     if longest is None:  # some models have no longest text
         return

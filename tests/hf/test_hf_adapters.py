@@ -74,6 +74,40 @@ def test_a_merged_adapter_is_saved_whole(kind, base, tmp_path):
     torch.testing.assert_close(logits(dense(tmp_path), IDS), wanted, **EXACT)
 
 
+def test_an_unloaded_adapter_leaves_the_base(base):
+    """PEFT keeps what was trained beside its layers; half of an adapter is nobody's model."""
+    wanted = logits(banded(base), IDS)
+    model = peft.get_peft_model(banded(base), CONFIGS["lora"]())
+    train(model)
+    assert torch.equal(logits(model.unload(), IDS), wanted)
+
+
+def test_the_sinks_of_a_merged_adapter_are_merged(base):
+    """Those of the adapter that is named, not of the active one."""
+    model = peft.get_peft_model(banded(base), CONFIGS["lora"]())
+    train(model)
+    model.add_adapter("other", CONFIGS["lora"]())
+    model.set_adapter("other")
+    wanted = train(model)
+    model.set_adapter("default")
+    both = copy.deepcopy(model)
+    merged = model.merge_and_unload(adapter_names=["other"])
+    torch.testing.assert_close(logits(merged, IDS), wanted, **EXACT)
+    with pytest.raises(ValueError, match=r"must name one adapter .* got \['default', 'other'\]"):
+        both.merge_and_unload(adapter_names=["default", "other"])
+
+
+def test_adapters_of_transformers_are_enabled_again(base):
+    """Transformers enables only a part of what it disables."""
+    model, plain = banded(base), logits(banded(base), IDS)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=TARGETS))
+    wanted = train(model)
+    model.disable_adapters()
+    assert torch.equal(logits(model, IDS), plain)
+    model.enable_adapters()
+    assert torch.equal(logits(model, IDS), wanted)
+
+
 def test_an_adapter_of_a_saved_model(base, tmp_path):
     """Its base is the folder with bands, whose sinks are not zero."""
     first = banded(base)

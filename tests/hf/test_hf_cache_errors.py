@@ -115,3 +115,15 @@ def test_a_cache_in_the_wrong_hands_names_the_cause():
     with pytest.raises(ValueError, match=r"`key` must have .* got torch\.float32"):
         logits(copy.deepcopy(model).float(), ids, past_key_values=cache)
     check_unchanged(cache, before)
+
+
+def test_a_cache_without_layers_is_named():
+    """Such as that of an encoder-decoder, or another library's."""
+    model = banded("llama")
+    cache = transformers.EncoderDecoderCache(
+        transformers.DynamicCache(), transformers.DynamicCache()
+    )
+    with pytest.raises(
+        ValueError, match=r"must be a cache of a decoder, .* got EncoderDecoderCache"
+    ):
+        logits(model, tokens(2, 5), past_key_values=cache)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from spattention.hf.weights import MARK
 
 accelerate = pytest.importorskip("accelerate")
 
-OTHERS = "`state_dict` must be loaded into a model with the attention that its weights were saved"
+OTHERS = "weights must be loaded into a model with the attention that they were saved from"
 ON_CPU = {"": "cpu"}
 OFFLOADED = {
     **dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm"], "cpu"),
@@ -221,3 +222,37 @@ def test_dealt_weights_are_those_of_their_bands(tmp_path):
         for model in (banded("llama", seed=1), spa.hf.deal(banded("llama", seed=1), 2)):
             model.load_state_dict(weights)
             torch.testing.assert_close(logits(model, ids), logits(banded("llama"), ids), **EXACT)
+
+
+@pytest.mark.parametrize("way", ["edited", "config"])
+def test_a_config_of_other_bands_is_refused(way, tmp_path):
+    """The weights were trained under others: `apply` changes bands, after loading."""
+    banded("llama").save_pretrained(tmp_path / "saved")
+    banded("llama", (SECOND, FIRST)).save_pretrained(tmp_path / "other")
+    keywords = {}
+    if way == "edited":
+        shutil.copy(tmp_path / "other" / "config.json", tmp_path / "saved" / "config.json")
+    if way == "config":
+        keywords["config"] = transformers.AutoConfig.from_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=OTHERS):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_marks_survive_half_precision(dtype, tmp_path):
+    """Every code of a text is a number of these dtypes."""
+    model = banded("llama").to(dtype)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+def test_layers_of_other_names_are_refused(tmp_path):
+    """Transformers warns of missing weights, and starts them from random numbers."""
+    model = banded("llama")
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"must name its layers as the model does, got .*_orig_mod"
+    ):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -142,7 +142,9 @@ def test_registered_processes_refuse_them_too(saved):
     found = opened("register", saved, *(way for way in WAYS if way != "hot_swap"))
     assert found.pop("adapter_trainer") == "done: None"
     for name, result in found.items():
-        assert "`state_dict` must be loaded into a model with the attention that its" in result
+        assert (
+            "weights must be loaded into a model with the attention that they were saved" in result
+        )
         assert f"{CALL} model is loaded" in result, name
         assert result.startswith("ValueError"), name
 

@@ -42,14 +42,8 @@ HEADER = 128  # bytes before the tokens of a .npy file
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of text.
-
-    Args:
-        name: path or name to show in messages.
-        documents: the texts.
-        total: number of documents, if it is known.
-        separator: what ends a document, to be said where there are too few.
-    """
+    """Documents of text, with a name for messages; their number, if it is known; and what ends a
+    document, to be said where there are too few."""
 
     name: str
     documents: Iterable[str]

@@ -38,13 +38,8 @@ READ = "_spattention_read"  # of a PEFT config from a file: the section there, N
 
 @dataclass(frozen=True)
 class AdapterSection:
-    """A section as an adapter's folder holds it.
-
-    Attributes:
-        kind: name of the kind, a key of `KINDS`.
-        data: the section.
-        file: that it was read from; None for the section of a live model.
-    """
+    """A section, of a kind in `KINDS`, as an adapter's folder holds it: the file that it was read
+    from, or None for the section of a live model."""
 
     kind: str
     data: Mapping[str, Any]
@@ -52,12 +47,9 @@ class AdapterSection:
 
 
 class AdapterSinks(ModulesToSaveWrapper):
-    """The sinks of one attention module: the base model's, and those of each adapter.
-
-    Attributes:
-        absent: adapters whose folder holds no sinks, because they were trained without bands or
-            saved before adapters carried sinks; theirs start as the base model's.
-    """
+    """The sinks of one attention module: the base model's, and those of each adapter. Those of
+    `absent` adapters start as the base model's: their folders hold none, because they were trained
+    without bands or saved before adapters carried sinks."""
 
     def __init__(self, module_to_save: Sinks, adapter_name: str) -> None:
         super().__init__(module_to_save, adapter_name)
@@ -67,6 +59,23 @@ class AdapterSinks(ModulesToSaveWrapper):
         if adapter_name in self.absent:
             return {}
         return super().adapter_state_dict_load_map(adapter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> Any:
+        """The sinks that stay when PEFT takes its layers out: those of the adapter that is merged,
+        or the base model's. PEFT's own `modules_to_save` always leave the active adapter's.
+        """
+        if not merge:
+            return self.original_module
+        if adapter_names is None:
+            return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if len(adapter_names) != 1:
+            raise ValueError(
+                "`adapter_names` must name one adapter to merge into a model with sinks, of which "
+                f"each adapter has its own, got {adapter_names}"
+            )
+        return self.modules_to_save[adapter_names[0]]
 
     def _mixed_batch_forward(self, *args: Any, adapter_names: list[str], **keywords: Any) -> Any:
         raise ValueError(

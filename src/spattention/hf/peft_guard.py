@@ -191,6 +191,20 @@ def _disabling_sinks(disable_adapter: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
+def _enabling_sinks(enable_adapters: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `PreTrainedModel.enable_adapters`, which leaves disabled what is trained beside layers
+    of PEFT, though `disable_adapters` disables it.
+    """
+
+    @wraps(enable_adapters)
+    def enable(self: Any) -> None:
+        enable_adapters(self)
+        for sinks in adapter_sinks(self):
+            sinks.enable_adapters(True)
+
+    return enable
+
+
 def _checking_swap(check: Callable[..., None]) -> Callable[..., None]:
     """Wrap PEFT's check of two configs whose weights are to be exchanged in a live model."""
 
@@ -301,6 +315,7 @@ def _install() -> None:
                 _around(tuner, name, make)
     _around(peft.PeftModel, "disable_adapter", _disabling_sinks)
     _around(peft.PeftModel, "load_adapter", _checking_folder)
+    PreTrainedModel.enable_adapters = _enabling_sinks(PreTrainedModel.enable_adapters)
     PreTrainedModel.load_adapter = _requiring_sinks(PreTrainedModel.load_adapter)
     converting = _keeping_all(conversion.convert_to_lora)
     replace_everywhere("convert_to_lora", conversion, converting)

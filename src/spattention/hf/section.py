@@ -47,6 +47,7 @@ from .weights import (
     checking_notes,
     is_mark,
     refill_marks,
+    refuse_other_mark,
     refusing_lost_sections,
     refusing_other_marks,
 )
@@ -217,7 +218,12 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
         # Folders of earlier versions hold no marks, or shorter ones.
         marks = {name for name, _ in self.named_buffers() if is_mark(name)}
         reshaped = {found for found in loading_info.mismatched_keys if found[0] in marks}
-        refill_marks(self, marks & ({*loading_info.missing_keys} | {key for key, *_ in reshaped}))
+        unmarked = marks & ({*loading_info.missing_keys} | {key for key, *_ in reshaped})
+        for name in marks - unmarked:
+            refuse_other_mark(self, name, self.get_buffer(name))
+        if unmarked:
+            _refuse_renamed_marks(loading_info.unexpected_keys)
+            refill_marks(self, unmarked)
         loading_info.missing_keys -= marks
         loading_info.mismatched_keys -= reshaped
         # A saved config whose section was taken off keeps its requirement: dense is meant.
@@ -230,6 +236,17 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
         adjust(self, loading_info)
 
     return strict
+
+
+def _refuse_renamed_marks(unexpected: Iterable[str]) -> None:
+    """Check that layers have the model's names in a checkpoint, where a model has layers that the
+    checkpoint does not mark.
+    """
+    for key in sorted(filter(is_mark, unexpected)):
+        raise ValueError(
+            f"the checkpoint must name its layers as the model does, got {key}; a layer that was "
+            "replaced by `torch.compile(layer)` has another name, and `layer.compile()` keeps it"
+        )
 
 
 def _refuse_other_marks(model: Any, unexpected: Iterable[str]) -> None:
