@@ -130,15 +130,18 @@ def after_training(runs: Runs) -> str:
 def needles(runs: Runs) -> str:
     """Share of passkeys found by length and depth, before training and after most tokens."""
     runs = holding(runs, "passkeys")
-    lines = ["| attention | M tokens | length | by depth |", "|---|---|---|---|"]
     last = max((tokens for _, tokens in runs), default=0)
-    for (name, tokens), rows in sorted(runs.items()):
-        if tokens not in (0, last):
-            continue
-        for length, depths in rows[0]["passkeys"].items():
+    shown = {key: rows for key, rows in sorted(runs.items()) if key[1] in (0, last)}
+    lengths = sorted({int(n) for rows in shown.values() for n in rows[0]["passkeys"]})
+    head = ["attention", "M tokens", *(f"{length:,}" for length in lengths)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (name, tokens), rows in shown.items():
+        cells = [name, f"{tokens:g}"]
+        for length in map(str, lengths):
+            depths = rows[0]["passkeys"].get(length, {})
             shares = [mean(row["passkeys"][length][depth] for row in rows) for depth in depths]
-            found = " ".join(f"{share:.2f}" for share in shares)
-            lines.append(f"| {name} | {tokens:g} | {int(length):,} | {found} |")
+            cells.append(" ".join(f"{share:.2f}" for share in shares) or MISSING)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -364,6 +364,17 @@ def test_losses_by_position_are_beyond_dense():
     assert "| fitted | Wikipedia | +0.100 | +0.300 |" in found
 
 
+def test_passkeys_stand_by_length_and_depth():
+    keys = {"1024": {"0.1": 1.0, "0.9": 0.5}, "2048": {"0.1": 0.0, "0.9": 1.0}}
+    other = {"1024": {"0.1": 0.0, "0.9": 0.5}, "2048": {"0.1": 0.0, "0.9": 1.0}}
+    rows = [{"seed": seed, "passkeys": found} for seed, found in enumerate((keys, other))]
+    found = page.needles({("fitted", 10.0): rows, ("fitted", 3.0): rows, ("window", 0): rows[:1]})
+    assert "| attention | M tokens | 1,024 | 2,048 |" in found
+    assert "| fitted | 10 | 0.50 0.50 | 0.00 1.00 |" in found
+    assert "| window | 0 | 1.00 0.50 | 0.00 1.00 |" in found
+    assert "| 3 |" not in found
+
+
 def test_speeds_stand_beside_pairs_and_cache():
     prefill = {"tokens_per_second": 123_456.0, "pairs": 0.35}
     step = {"tokens_per_second": 9_876.0, "rows": 32, "cache_bytes": 65.6e6}
