@@ -312,6 +312,8 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
         *(result("window", 10, seed, 2.9 + seed / 20) for seed in (0, 1)),
         result("fitted", 10, 0, 2.81),
         result("other", 10, 7, 2.85),
+        result("fitted-lora", 10, 0, 2.6),
+        result("dense-lora", 10, 0, 2.7),
     ]
     for name, part in (("a", rows[:3]), ("b", rows[3:])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": part}))
@@ -323,6 +325,8 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
     assert page.MARK.sub(lambda found: page.fill(found, runs), before) == before
     after = page.after_training(runs)
     assert "| window | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
+    assert "| fitted-lora | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
+    assert "| dense-lora | 2.700 / 3.700 | 1 | - | - |" in after
     assert "| dense | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
     assert "| fitted | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
     assert "| other | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
