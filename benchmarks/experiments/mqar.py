@@ -77,7 +77,7 @@ class Setting:
     tokens: int = 32_768
     steps: int = 1_500
     patience: float = 0.5
-    start_steps: int = 2_500
+    start_steps: int = 4_000
     variants: tuple[str, ...] = ()
     width: int = 512
     layers: int = 2
