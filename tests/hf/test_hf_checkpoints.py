@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, load_model, save_file
 from tiny import EXACT, FIRST, SECOND, banded, build, logits, tokens
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import spattention as spa
 from spattention.hf.weights import MARK
@@ -175,6 +176,37 @@ def test_distributed_checkpoints_need_their_bands(nested, tmp_path):
         dcp_loaded(build("llama"), tmp_path, nested)
     with pytest.raises(ValueError, match=OTHERS):
         dcp_loaded(banded("llama", (SECOND, FIRST)), tmp_path, nested)
+
+
+OPEN_DISTRIBUTED = """
+import sys, torch, transformers
+import torch.distributed.checkpoint as dcp
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+dcp.load({"model": model.state_dict()}, checkpoint_id=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("way", ["state_dict", "get_model_state_dict"])
+def test_distributed_checkpoints_need_the_library(way, saved, tmp_path):
+    """Their metadata is pickled, with the names of a state dict."""
+    model = banded("llama").float()
+    weights = model.state_dict() if way == "state_dict" else get_model_state_dict(model)
+    dcp.save({"model": weights}, checkpoint_id=tmp_path)
+    command = [sys.executable, "-c", OPEN_DISTRIBUTED, str(saved / "dense"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert result.returncode != 0
+    asked = "spattention: spattention.hf.register() must be called before these weights are loaded"
+    assert asked in result.stderr
+
+
+def test_copies_of_weights_need_the_library(tmp_path):
+    """The names of marks ask for it where nothing else of a state dict is left."""
+    weights = {name: weight.clone() for name, weight in banded("llama").state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "weights.ckpt")
+    assert torch.load(tmp_path / "weights.ckpt")["state_dict"].keys() == weights.keys()
+    command = [sys.executable, "-c", OPEN_WRAPPED, str(tmp_path / "weights.ckpt")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert "GLOBAL spattention.hf.weights.call_register_before_loading" in result.stderr
 
 
 def test_distributed_checkpoints_of_dense_models(tmp_path):
