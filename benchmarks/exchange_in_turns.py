@@ -12,8 +12,10 @@ come the kernels of one pass of each form on every rank, with the time at which 
     now                          this one
     now, exchange as before      its copies alone: messages do not come first
     now, 16 turns                16 programs a multiprocessor in the persistent forward pass
-    now, 16 turns, 8 blocks      a group of ranks of its own, with at most 8 blocks of NCCL
+    now, 8 blocks                a group of ranks of its own, with at most 8 blocks of NCCL
+    now, 16 turns, 8 blocks      both
     before, 8 blocks             the same group
+    all-gather, Ulysses          the other ways, which have no exchange to hide
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from spattention import BandPattern, band_attention
 from spattention import parallel as now
 from spattention.benchmarking.results import write_rows
 
-from .parallel import draw, gradients, times
+from .parallel import draw, gradients, layout, times
 from .rank import Machine, Row
 
+LAYOUTS = ("balanced", "contiguous")
 NAMES = ("out", "d_query", "d_key", "d_value")
 
 
@@ -53,12 +56,16 @@ class Form:
         group: the ranks.
         turns: programs per multiprocessor of the persistent forward pass; None: as it is.
         start: replaces `start_all_to_all`.
+        attend: name of the operator.
+        layout: of the shards.
     """
 
     package: ModuleType
     group: Any = None
     turns: int | None = None
     start: Callable[..., Any] | None = None
+    attend: str = "sharded_attention"
+    layout: str = "balanced"
 
 
 def load(folder: Path) -> ModuleType:
@@ -135,8 +142,11 @@ def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:
         "now": Form(now),
         "now, exchange as before": Form(now, start=exchange_of(before).start_all_to_all),
         "now, 16 turns": Form(now, turns=16),
+        "now, 8 blocks": Form(now, group=few),
         "now, 16 turns, 8 blocks": Form(now, group=few, turns=16),
         "before, 8 blocks": Form(before, group=few),
+        "all-gather, balanced": Form(now, attend="gathered_attention"),
+        "Ulysses, contiguous": Form(now, attend="ulysses_attention", layout="contiguous"),
     }
     if not machine.cuda:
         found = {name: form for name, form in found.items() if "turns" not in name}
@@ -205,20 +215,24 @@ def main() -> None:
 def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], None]) -> None:
     """Compare and time all forms; `add` takes each row."""
     pattern = BandPattern.shared_local(options.heads, options.length, widths="geometric")
-    shards = now.Shards.balanced(options.length, machine.ranks)
     tensors = draw(options, options.length, machine.device)
-    mine = [shards.split(each, machine.rank, dim=2) for each in tensors]
 
     def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return band_attention(q, k, v, pattern)
 
-    one = [shards.split(each, machine.rank, dim=2) for each in gradients(whole, tensors)]
-    turns, known = Turns(), forms(options, machine)
+    one = gradients(whole, tensors)
+    known, turns = forms(options, machine), Turns()
+    layouts = {name: layout(name, options.length, machine.ranks) for name in LAYOUTS}
+    mine = {
+        name: [shards.split(each, machine.rank, dim=2) for each in tensors]
+        for name, shards in layouts.items()
+    }
 
     def attend(form: Form) -> Callable[..., Any]:
-        layout = form.package.Shards(shards.ranges)
-        plan = form.package.plan_exchange(pattern, layout, options.key_heads)
-        return lambda q, k, v: form.package.sharded_attention(q, k, v, plan, group=form.group)
+        shards = form.package.Shards(layouts[form.layout].ranges)
+        plan = form.package.plan_exchange(pattern, shards, options.key_heads)
+        way = getattr(form.package, form.attend)
+        return lambda q, k, v: way(q, k, v, plan, group=form.group)
 
     runs = {name: attend(form) for name, form in known.items()}
 
@@ -230,14 +244,15 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
 
     for name, form in known.items():
         with as_form(form):
-            found = gradients(runs[name], mine)
-        apart = [(a.float() - b.float()).abs().max() for a, b in zip(found, one)]
+            found = gradients(runs[name], mine[form.layout])
+        parts = [layouts[form.layout].split(each, machine.rank, dim=2) for each in one]
+        apart = [(a.float() - b.float()).abs().max() for a, b in zip(found, parts)]
         largest = torch.stack([*apart, *(each.float().abs().max() for each in one)])
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         shown = dict(zip(NAMES, largest[:4].tolist()))
         add({"part": "difference from one GPU", "way": name, **shown})
     add({"part": "largest value", "way": "one GPU", **dict(zip(NAMES, largest[4:].tolist()))})
-    del one, found
+    del one, found, parts
     taken: dict[str, list[Row]] = {}
     silence = {form.package: silent(form.package) for form in known.values()}
     for turn in range(options.rounds):
@@ -245,10 +260,11 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
         for name, form in order if turn % 2 == 0 else reversed(order):
             row: Row = {"part": "round", "round": turn, "way": name}
             with as_form(form):
-                row |= times(options, machine, runs[name], mine)
-            with as_form(form, silence[form.package]):
-                without = times(options, machine, runs[name], mine)
-            row |= {f"{key[:-3]}_without_exchange_ms": value for key, value in without.items()}
+                row |= times(options, machine, runs[name], mine[form.layout])
+            if form.attend == "sharded_attention":
+                with as_form(form, silence[form.package]):
+                    without = times(options, machine, runs[name], mine[form.layout])
+                row |= {f"{key[:-3]}_without_exchange_ms": ms for key, ms in without.items()}
             taken.setdefault(name, []).append(row)
             add(row)
         single = machine.alone(lambda: times(options, machine, whole, tensors, False))
@@ -265,7 +281,7 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
     if machine.cuda:
         for name in ("before", "now", "now, 16 turns, 8 blocks"):
             with as_form(known[name]):
-                kernels = timeline(lambda name=name: gradients(runs[name], mine))
+                kernels = timeline(lambda name=name: gradients(runs[name], mine["balanced"]))
             everyone: list[Any] = [None] * machine.ranks
             dist.all_gather_object(everyone, kernels)
             add({"part": "kernels", "way": name, "kernels": everyone})

@@ -233,16 +233,25 @@ def seen_keys(pattern: P, kv_heads: int) -> int:
     return int(mask.unflatten(0, (kv_heads, -1)).any(dim=1).sum())
 
 
-def layouts(pattern: P, kv_heads: int) -> dict[str, Callable[[slice], torch.Tensor]]:
-    """One query of some of 16 requests of the longest length, over contiguous keys, and over the
-    same memory as `[2, blocks, 16, Hkv, D]` in random order.
+def texts(pattern: P, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query `[16, H, 1, D]` of 16 requests of the longest length, and their keys and values
+    `[2, 16, tokens, Hkv, D]`.
     """
     generator = torch.Generator("cuda").manual_seed(0)
     cache = torch.empty(2, 16, LONGEST, kv_heads, HEAD_DIM, device="cuda", dtype=DTYPE)
     for tensor in (*cache[0], *cache[1]):
         tensor.normal_(generator=generator)
     query = torch.randn(16, pattern.num_heads, 1, HEAD_DIM, device="cuda", generator=generator)
-    query = query.to(DTYPE)
+    return query.to(DTYPE), cache
+
+
+def layouts(
+    pattern: P, query: torch.Tensor, cache: torch.Tensor
+) -> dict[str, Callable[[slice], torch.Tensor]]:
+    """Decoding of some of the requests of `texts`, over contiguous keys, and over the same memory
+    as `[2, blocks, 16, Hkv, D]` in random order.
+    """
+    kv_heads = cache.shape[3]
     key, value = cache.transpose(2, 3)  # [16, Hkv, tokens, D]
     pages = cache.view(2, LONGEST, 16, kv_heads, HEAD_DIM)
     order = torch.randperm(LONGEST, generator=torch.Generator().manual_seed(0))
@@ -276,7 +285,7 @@ def layouts(pattern: P, kv_heads: int) -> dict[str, Callable[[slice], torch.Tens
 def limits(copy: float) -> Iterator[dict[str, Any]]:
     """Rows of contiguous and paged decoding of one request and of 16, beside a copy's time."""
     for name, (pattern, kv_heads) in SHAPES.items():
-        attends = layouts(pattern, kv_heads)
+        attends = layouts(pattern, *texts(pattern, kv_heads))
         for requests in (1, 16):
             parts = [slice(i, i + requests) for i in range(0, 16, requests)][:8]
             moved = requests * seen_keys(pattern, kv_heads) * TOKEN

@@ -162,6 +162,16 @@ def test_rollback_leaves_less_room_for_queries():
     torch.testing.assert_close(out, whole[:, :, 34:])
 
 
+def test_new_tokens_are_checked_once(monkeypatch):
+    """A step of decoding costs the host time: the store is handed tokens that are checked."""
+    checked = []
+    monkeypatch.setattr("spattention.cache.check_new_tokens", lambda *given: checked.append(given))
+    pattern = P.exclusive(2, 8)
+    key = torch.randn(1, 2, 1, 4)
+    spa.band_attention_cached(key, spa.BandStore(pattern, 1, 2, 4), pattern, key, key)
+    assert len(checked) == 1
+
+
 def test_no_tokens_change_nothing():
     pattern = PATTERNS["shared_local"]
     tensors = text(40)
@@ -320,7 +330,8 @@ def test_to_moves_everything():
     store = store_for(PATTERNS["shared_local"], key, value).to("meta")
     assert store.device.type == "meta"
     layout = store.layout
-    tables = (layout, layout.live, *layout.by_length, *layout.by_reach, *layout.by_width)
+    same = (*layout.by_reach, *layout.by_width)
+    tables = (layout, layout.live, *layout.by_length, *same, *(each.rings for each in same))
     tensors = [t for table in tables for t in table if isinstance(t, torch.Tensor)]
     tensors += [t for t in vars(store).values() if isinstance(t, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -3,8 +3,9 @@
     python -m benchmarks.conversion.page benchmarks/results/conversion_*.json
 
 Every `<!-- conversion: NAME -->` of the page is followed by the table NAME, up to the next
-`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets. Losses of
-different texts are not compared: files that hold losses must name the same text, or none.
+`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets; losses
+beyond dense's are taken seed by seed, which is the order of the text. Losses of different texts are
+not compared: files that hold losses must name the same text, or none.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def before_training(runs: Runs) -> str:
 
 
 def after_training(runs: Runs) -> str:
-    """Losses beyond dense trained on the same tokens, by number of tokens."""
+    """Losses beyond dense trained on the same tokens, by number of tokens; dense's themselves."""
     runs = holding(runs, "loss")
     amounts = sorted({tokens for _, tokens in runs if tokens})
     if not amounts:
@@ -112,8 +113,12 @@ def after_training(runs: Runs) -> str:
     for name in names:
         cells = []
         for tokens in amounts:
-            rows, dense = runs.get((name, tokens), []), runs.get(("dense", tokens), [])
-            figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
+            rows, dense = runs.get((name, tokens), []), runs.get((_base(name), tokens), [])
+            if name == _base(name):
+                losses = [[row["loss"][source]["mean"] for row in rows] for source in SOURCES]
+                figures = [_figure(each).removeprefix("+") for each in losses]
+            else:
+                figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
             cells.append(" / ".join(figures))
         rows = runs[name, last]
         lines.append(
@@ -125,15 +130,18 @@ def after_training(runs: Runs) -> str:
 def needles(runs: Runs) -> str:
     """Share of passkeys found by length and depth, before training and after most tokens."""
     runs = holding(runs, "passkeys")
-    lines = ["| attention | M tokens | length | by depth |", "|---|---|---|---|"]
     last = max((tokens for _, tokens in runs), default=0)
-    for (name, tokens), rows in sorted(runs.items()):
-        if tokens not in (0, last):
-            continue
-        for length, depths in rows[0]["passkeys"].items():
+    shown = {key: rows for key, rows in sorted(runs.items()) if key[1] in (0, last)}
+    lengths = sorted({int(n) for rows in shown.values() for n in rows[0]["passkeys"]})
+    head = ["attention", "M tokens", *(f"{length:,}" for length in lengths)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (name, tokens), rows in shown.items():
+        cells = [name, f"{tokens:g}"]
+        for length in map(str, lengths):
+            depths = rows[0]["passkeys"].get(length, {})
             shares = [mean(row["passkeys"][length][depth] for row in rows) for depth in depths]
-            found = " ".join(f"{share:.2f}" for share in shares)
-            lines.append(f"| {name} | {tokens:g} | {int(length):,} | {found} |")
+            cells.append(" ".join(f"{share:.2f}" for share in shares) or MISSING)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -160,17 +168,22 @@ def positions(runs: Runs) -> str:
     runs = holding(runs, "loss")
     last = max((tokens for _, tokens in runs), default=0)
     dense = runs["dense", last]
-    names = sorted((n for n, tokens in runs if tokens == last), key=lambda n: _total(runs[n, last]))
+    names = sorted(
+        (
+            name
+            for name, tokens in runs
+            if tokens == last and name != _base(name) and (_base(name), last) in runs
+        ),
+        key=lambda n: _total(runs[n, last]),
+    )
     edges = dense[0]["loss"][SOURCES[0]]["edges"]
     ranges = [f"{near:,} to {far - 1:,}" for near, far in zip(edges, edges[1:])]
     lines = [f"| attention | text | {' | '.join(ranges)} |", "|---" * (len(ranges) + 2) + "|"]
     for name in names:
         for source, title in zip(SOURCES, ("Wikipedia", "books")):
-            cells = []
-            for k in range(len(ranges)):
-                base = mean(row["loss"][source]["parts"][k] for row in dense)
-                found = [row["loss"][source]["parts"][k] - base for row in runs[name, last]]
-                cells.append(_figure(found))
+            parts = range(len(ranges))
+            base = runs[_base(name), last]
+            cells = [_figure(_differences(runs[name, last], base, source, k)) for k in parts]
             lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -207,14 +220,30 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 }
 
 
+def _base(name: str) -> str:
+    """The dense row that a row is compared with: adapters with adapters."""
+    return "dense-lora" if name.endswith("-lora") else "dense"
+
+
 def _differences(
-    rows: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]], source: str
+    rows: Sequence[dict[str, Any]],
+    dense: Sequence[dict[str, Any]],
+    source: str,
+    part: int | None = None,
 ) -> list[float]:
-    """Losses beyond dense's mean over its seeds."""
+    """Losses beyond dense's with the same seed, which reads the same text in the same order; beyond
+    dense's mean over its seeds where that seed was not run. Of one part of the window, or of all.
+    """
     if not dense or any(source not in row.get("loss", {}) for row in (*rows, *dense)):
         return []
-    base = mean(row["loss"][source]["mean"] for row in dense)
-    return [row["loss"][source]["mean"] - base for row in rows]
+
+    def loss(row: dict[str, Any]) -> float:
+        found = row["loss"][source]
+        return float(found["mean"] if part is None else found["parts"][part])
+
+    same = {row["seed"]: loss(row) for row in dense}
+    base = mean(same.values())
+    return [loss(row) - same.get(row["seed"], base) for row in rows]
 
 
 def _figure(values: Sequence[float]) -> str:

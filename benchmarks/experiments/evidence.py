@@ -17,6 +17,8 @@ from spattention.choice import STOCK
 from spattention.comparison.plan import Plan, read_plan
 from spattention.files import write_atomically
 
+from . import related_page
+from .budget_page import section as budget_section
 from .figures import (
     TITLES,
     Entry,
@@ -29,7 +31,9 @@ from .figures import (
     time_figure,
     tokens_figure,
 )
-from .ledger import HERE, finished, read_ledger
+from .gaps import table as gap_table
+from .ledger import HERE, finished, read_ledger, same_runs
+from .mqar_page import sections as mqar_sections
 from .recall_page import section as recall_section
 from .speeds import read_speeds
 from .tasks_page import section as tasks_section
@@ -44,13 +48,17 @@ ORDER = [
     "context-8192",
     "context-16384",
     "olmoe-1024",
+    "budget-2048",
+    "budget-25m-2048",
+    "budget-25m-8192",
 ]
 BASELINES = ("sliding_window", "longformer", "bigbird", "reformer")
 ON_A_PAR = 0.005  # of dense's loss: what the project set out to confirm or refute
 DRAWN = {"tokens": tokens_figure, "time": time_figure, "position": position_figure}
 
+TITLE = "# Evidence: does it keep the quality?\n"
 INTRO = """\
-# Evidence: does it keep the quality?
+## How to read this page
 
 This page is written by `python -m benchmarks.experiments.evidence` from the runs in
 `benchmarks/experiments/ledger`, one JSON each with its configuration, seed, data, commit and GPU.
@@ -77,6 +85,12 @@ own); speeds, and losses against time, are those of the one that the table names
 the spread is unknown, and small differences say nothing.** What the baselines are, and where they
 differ from their papers: [baselines](baselines.md).
 
+*The line of a gap* is the gap to dense attention as a line in the logarithm of tokens, fitted to
+the last three quarters of the tokens, seed by seed, where there are several; ± is the standard
+deviation over seeds. *Ends at* is where the mean line is 0, in brackets the earliest and the latest
+of the seeds'. Tokens are those within runs of one length, whose learning rate falls to their end;
+a line says little beyond a few times their tokens.
+
 ## In short, so far
 
 Small models, 26 to 98 million tokens a run, and one of 1.75 billion parameters on 101 million:
@@ -101,18 +115,20 @@ early days of training, which favour short bands.
   code calls Longformer is behind `shared_local`, with more pairs than it.)
 - **Finalists, context 2,048, 98 million tokens**: three seeds. All five end below dense attention
   in every seed, but about half of the lead of 33 million tokens or more is gone, and it was
-  shrinking to the end. Geometric widths with a local window of 32 end lowest, 0.031 below dense
-  attention with 0.15 of the pairs, and *below sliding windows* of 0.24 in every seed, by 0.009 on
-  average: a pattern that beats both the paper's and sliding windows at less work. It is no more
-  than 0.002 ahead of a window of 64 (0.18 of the pairs), and what smaller windows win early they
-  lose again: after 33 million tokens a window of 32 was 0.014 ahead of 64. Windows of 64 and the
-  default one, 0.0015 behind that, are ahead of sliding windows in two of three seeds. Uniform
-  widths, the paper's form, are behind sliding windows in every seed, with more pairs. A sliding
-  window of 128 tokens, better than the default early, is 0.004 behind it in the one seed that was
-  run. Hence the geometric widths of the presets and of README's first example; a smaller window is
-  an argument away, and not worth a constructor of its own. Entropy over heads and positions: 4.52
-  nats with dense attention, 2.83 to 3.73 with bands. Tasks are at chance or just above it, with
-  bands (one seed) as with dense attention (two).
+  shrinking to the end. A line through each gap reaches dense attention at 190 to 320 million
+  tokens, twice or three times those of the runs, and the smaller the window, the faster. Geometric
+  widths with a local window of 32 end lowest, 0.031 below dense attention with 0.15 of the pairs,
+  and *below sliding windows* of 0.24 in every seed, by 0.009 on average: a pattern that beats both
+  the paper's and sliding windows at less work. It is no more than 0.002 ahead of a window of 64
+  (0.18 of the pairs), and what smaller windows win early they lose again: after 33 million tokens a
+  window of 32 was 0.014 ahead of 64. Windows of 64 and the default one, 0.0015 behind that, are
+  ahead of sliding windows in two of three seeds. Uniform widths, the paper's form, are behind
+  sliding windows in every seed, with more pairs. A sliding window of 128 tokens, better than the
+  default early, is 0.004 behind it in the one seed that was run. Hence the geometric widths of the
+  presets and of README's first example; a smaller window is an argument away, and not worth a
+  constructor of its own. Entropy over heads and positions: 4.52 nats with dense attention, 2.83 to
+  3.73 with bands. Tasks are at chance or just above it, with bands (one seed) as with dense
+  attention (two).
 - **Equal time**, the fastest kernels of both sides. At 16,384 tokens geometric widths come to dense
   attention's last loss in 0.51 of its time, sliding windows in 0.57 and uniform widths in 0.63; at
   8,192 in 0.64, 0.68 and 0.75. At 2,048 speeds differ by less than they scatter, and what is won is
@@ -146,7 +162,9 @@ early days of training, which favour short bands.
 OUTRO = """\
 ## What is not answered yet
 
-- Whether the lead of bands lasts: it shrinks with tokens in all plans that are long enough to say.
+- Whether the lead of bands lasts: it shrinks with tokens in all plans that are long enough to say,
+  and the lines at 2,048 tokens end before the budget that `plans/budget-*.toml` ask for. At 8,192
+  and 16,384 no end is in sight after 26 million tokens.
 - Tasks (HellaSwag, WinoGrande, COPA, MMLU, PIQA, ARC, LAMBADA) at a size where they tell models
   apart; MMLU with five shots was run for dense attention alone.
 - Equal time at the size of real models: *tokens/s* and the time to dense's loss in the tables are
@@ -154,7 +172,9 @@ OUTRO = """\
 """
 
 
-def write(plans: Path, ledger: Path, page: Path, order: Sequence[str]) -> Path:
+def write(
+    plans: Path, ledger: Path, page: Path, order: Sequence[str], related: Path | None = None
+) -> Path:
     """Write the page and its plots; returns its path.
 
     Args:
@@ -162,15 +182,19 @@ def write(plans: Path, ledger: Path, page: Path, order: Sequence[str]) -> Path:
         ledger: folder of entries.
         page: the Markdown file; plots go to `images` beside it.
         order: names of plans that come first; the others follow by name.
+        related: page that gets the tables of the related systems; None leaves it alone.
     """
     found = {path.stem: read_plan(path) for path in sorted(plans.glob("*.toml"))}
     names = [*(n for n in order if n in found), *(n for n in found if n not in order)]
-    parts = [INTRO]
+    parts = [TITLE, budget_section(found, ledger), INTRO]
     for name in names:
         parts.append(section(found[name], ledger, page.parent / "images"))
     parts.append(recall_section(ledger, page.parent / "images"))
+    parts += mqar_sections(ledger, page.parent / "images")
     parts.append(OUTRO)
     write_atomically(page, "\n".join(part for part in parts if part))
+    if related is not None:
+        related_page.write(related, found, ledger)
     return page
 
 
@@ -178,6 +202,11 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     """A plan's tables, plots, and what is missing."""
     entries = read_ledger(ledger, plan.name)
     lines = [f"## {plan.title[0].upper()}{plan.title[1:]}", "", _configuration(plan), ""]
+    known = {(e["label"], e["seed"]) for e in entries if finished(e)}
+    missing = [run for run in plan.runs if (run.label, run.seed) not in known]
+    others = same_runs(ledger, missing, entries)
+    entries = [e for e in entries if finished(e) or e["label"] not in {o["label"] for o in others}]
+    entries += others
     done = {(e["label"], e["seed"]): e for e in entries if finished(e)}
     speeds = read_speeds(ledger, plan)
     if speeds is not None:
@@ -193,9 +222,13 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     ]
     for label in rows:
         lines.append(_row(label, done))
+    if others:
+        names = dict.fromkeys(f"{e['label']} ({e['plan']})" for e in others)
+        lines += ["", f"Of other plans, with the same recipe, data and seed: {', '.join(names)}."]
     timed = _versions(done) if speeds is None else [speeds.line()]
     timed += [""] if timed else []  # what follows is no item of the list
     lines += ["", *_verdicts(plan, done), *timed, *_missing(plan, entries, done), ""]
+    lines += gap_table(rows, done)
     for what, draw in DRAWN.items():
         figure = draw(rows, done)
         if figure is not None:
@@ -418,13 +451,16 @@ class Options:
         plans: Folder of the plans.
         ledger: Folder of the entries.
         page: The Markdown file to write; its plots go to `images` beside it.
+        related: The Markdown file with the tables of the related systems.
     """
 
     plans: Path = PLANS
     ledger: Path = HERE
     page: Path = PAGE
+    related: Path | None = ROOT / "docs" / "related.md"
 
 
 if __name__ == "__main__":
     options = tyro.cli(Options)
-    print(f"wrote {write(options.plans, options.ledger, options.page, ORDER)}")
+    made = write(options.plans, options.ledger, options.page, ORDER, options.related)
+    print(f"wrote {made}")

@@ -7,11 +7,14 @@ from statistics import mean, median
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from spattention.choice import STOCK
 
-Entry = dict[str, Any]
+from .gaps import FIRST, Entry, Fit, fit, gaps
+
+AHEAD = 4.0  # times the tokens of the runs, as far as fits are drawn
 COMMON = ("dense", "shared_local", "shared_local:widths=geometric", "sliding_window")
 TITLES = {
     "tokens": "loss minus dense's against tokens",
@@ -85,8 +88,8 @@ def _styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:
-    """A bias that helps early can fade: the gap to dense against tokens, the mean over seeds with
-    each of them behind it.
+    """The gap to dense against tokens, the mean over seeds with each of them behind it, and for
+    seeds that differ the line of `gaps.fit` with their standard deviation, `AHEAD` times as far.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -95,31 +98,32 @@ def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Fi
         shared = [s for s in seeds_of(label, done) if (STOCK, s) in done]
         if label == STOCK or not shared:
             continue
-        gaps = [_gaps(done[label, s], done[STOCK, s]) for s in shared]
+        each = [gaps(done[label, s], done[STOCK, s]) for s in shared]
         style = styles[label]
-        if len(gaps) > 1:
-            for gap in gaps:
+        if len(each) > 1:
+            for gap in each:
                 axis.plot(*zip(*gap.items()), linewidth=0.8, alpha=0.45, **style)
-        tokens = [at for at in gaps[0] if all(at in gap for gap in gaps)]
-        means = [mean(gap[at] for gap in gaps) for at in tokens]
+            _draw_fit(axis, fit(label, done), style["color"])
+        tokens = [at for at in each[0] if all(at in gap for gap in each)]
+        means = [mean(gap[at] for gap in each) for at in tokens]
         axis.plot(tokens, means, marker="o", markersize=3, label=label, **style)
     if not axis.lines:
         return None
     axis.axhline(0.0, color="#333333", linewidth=1)
+    axis.set_xscale("log")
     axis.set(xlabel="million tokens", ylabel="validation loss minus dense's (nats)")
     _finish(axis, TITLES["tokens"])
     return figure
 
 
-def _gaps(run: Entry, dense: Entry) -> dict[float, float]:
-    """Loss minus dense's, by millions of tokens."""
-    base = {line["step"]: line["eval_loss"] for line in dense["validation"]}
-    per_step = run["tokens"] / run["step"]
-    return {
-        line["step"] * per_step / 1e6: line["eval_loss"] - base[line["step"]]
-        for line in run["validation"]
-        if line["step"] in base
-    }
+def _draw_fit(axis: Any, found: Fit | None, color: Any) -> None:
+    if found is None:
+        return
+    tokens = np.geomspace(FIRST * found.last, AHEAD * found.last, 50)
+    lines = found.at(tokens)
+    middle, error = lines.mean(axis=0), lines.std(axis=0, ddof=1)
+    axis.plot(tokens, middle, color=color, linewidth=1, linestyle=":")
+    axis.fill_between(tokens, middle - error, middle + error, color=color, alpha=0.12, linewidth=0)
 
 
 def position_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:

@@ -6,10 +6,13 @@ ledger/<plan>/<run>.json
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spattention.comparison.plan import Run
 from spattention.files import write_atomically
+from spattention.training.recipe import FREE
 
 FORMAT = "spattention-experiment"
 HERE = Path(__file__).parent / "ledger"
@@ -44,11 +47,13 @@ def finished(entry: dict[str, Any] | None) -> bool:
 
 
 def check_same(path: Path, entry: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """An entry of this name must be of this configuration; raises `ValueError`."""
+    """An entry of this name must be of this configuration; raises `ValueError`. Fields that do not
+    change what is computed may differ, such as those that recipes did not have at the time.
+    """
     different = [
         f"{name} was {entry['recipe'].get(name)!r}, now {recipe[name]!r}"
         for name in recipe
-        if name not in PLACES and recipe[name] != entry["recipe"].get(name)
+        if name not in FREE and recipe[name] != entry["recipe"].get(name)
     ]
     if different:
         raise ValueError(
@@ -65,3 +70,35 @@ def read_ledger(ledger: Path, plan: str) -> list[dict[str, Any]]:
     if len(digests) > 1:
         raise ValueError(f"runs of {plan} must have had the same data, got {sorted(digests)}")
     return found
+
+
+def same_runs(ledger: Path, runs: Sequence[Run], entries: Sequence[dict[str, Any]]) -> list[Any]:
+    """Finished entries of other plans that are of these runs: of the same recipe, data and seed.
+
+    Args:
+        ledger: folder of the entries.
+        runs: what is looked for.
+        entries: of the plan itself, which name the data; none is found without any.
+
+    Returns:
+        The entries, with the labels of the runs.
+    """
+    digests = {entry["data"] for entry in entries}
+    plans = {entry["plan"] for entry in entries}
+    wanted = {json.dumps(_computed(run.recipe.to_dict()), sort_keys=True): run for run in runs}
+    found: dict[str, Any] = {}
+    for path in sorted(ledger.glob("*/*.json")):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        if entry.get("format") != FORMAT or not finished(entry) or entry["plan"] in plans:
+            continue
+        if entry["data"] not in digests:
+            continue
+        key = json.dumps(_computed(entry["recipe"]), sort_keys=True)
+        if key in wanted:
+            found.setdefault(key, entry | {"label": wanted[key].label})
+    return list(found.values())
+
+
+def _computed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What decides the losses of a recipe; fields that it does not have are None."""
+    return {k: v for k, v in recipe.items() if k not in FREE and v is not None}

@@ -28,7 +28,7 @@ from .cache_layout import (
     tokens_in_reach,
 )
 from .cache_prefix import StoredTokens
-from .checks import check_key_start, check_new_tokens, check_rows, readable
+from .checks import check_key_start, check_new_tokens, check_rows, in_graph, readable
 from .padding import padding_first, reorder
 from .scalars import as_int
 
@@ -196,10 +196,16 @@ class BandStore:
             ValueError: if an argument breaks a rule above. The store is then as it was.
         """
         self.check_tokens(key, value, mask, key_start)
+        self.reserve(key.shape[2])
+        self.take_up(key, value, mask, key_start)
+
+    def take_up(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, key_start: Tensor | None
+    ) -> None:
+        """`append` tokens that are checked, and for which there is room."""
         new = key.shape[2]
         if new == 0:
             return
-        self.reserve(new)
         if self.capacity is not None:
             self._columns += new
         with torch.no_grad():
@@ -246,11 +252,8 @@ class BandStore:
         self._padding.masked_fill_(padding, -1)
 
     def reorder(self, rows: Tensor) -> None:
-        """Sequence b becomes what sequence `rows[b]` was (beam search), in place.
-
-        Args:
-            rows: int32 or int64 `[B]`.
-        """
+        """Sequence b becomes what sequence `rows[b]` was (beam search), in place; the rows are
+        int32 or int64 `[B]`."""
         rows = self._rows(rows, allow_bool=False)
         if rows.shape[0] != self.batch_size:
             raise ValueError(
@@ -311,9 +314,7 @@ class BandStore:
         """Make room for `tokens` more tokens, where the capacity is less."""
         if self.capacity is None:
             return
-        if torch.compiler.is_compiling() or (
-            self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        if in_graph(self.keys):
             raise ValueError(
                 "`capacity` must reach as far as the bands in a compiled or captured graph, "
                 f"{tokens_in_reach(self.pattern)} tokens, got {self.capacity}"
@@ -416,12 +417,10 @@ class BandStore:
             cache_prefix.hold(self.stored, key, value, mask, key_start)
             return
         # A graph may run again for a text that is still shorter than the prefix.
-        in_graph = torch.compiler.is_compiling() or (
-            self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if in_graph or self._tokens < self.layout.pattern.prefix:
+        again = in_graph(self.keys)
+        if again or self._tokens < self.layout.pattern.prefix:
             cache_prefix.hold_first(self.stored, key, value, mask)
-        if not in_graph and mask is None:
+        if not again and mask is None:
             self._tokens += key.shape[2]
 
     def _write(self, key: Tensor, value: Tensor) -> None:

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .bands import BandPattern
@@ -23,18 +24,18 @@ LARGEST_SCALE = sys.float_info.max
 
 
 def check_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     pattern: BandPattern,
     *,
     scale: float | None,
-    sinks: torch.Tensor | None,
-    query_start: int | torch.Tensor | None,
-    key_start: torch.Tensor | None,
+    sinks: Tensor | None,
+    query_start: int | Tensor | None,
+    key_start: Tensor | None,
 ) -> None:
     """Arguments of `band_attention`, after `check_tensors`; raises `ValueError`."""
-    _check_forms(query, key, value, pattern, form="[B, H, length, D]", dims=4)
+    _check_layout(query, key, value, pattern, layout="[B, H, length, D]", dims=4)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     batch, _, queries, _ = query.shape
     key_batch, _, keys, _ = key.shape
@@ -51,7 +52,7 @@ def check_attention(
         check_key_start(key_start, query)
 
 
-def check_key_start(key_start: torch.Tensor, query: torch.Tensor) -> None:
+def check_key_start(key_start: Tensor, query: Tensor) -> None:
     """Starts for the tokens of `query [B, H, Q, D]`; raises `ValueError`."""
     batch, queries = query.shape[0], query.shape[2]
     _check_index_tensor("key_start", key_start, query.device)
@@ -65,11 +66,7 @@ def check_key_start(key_start: torch.Tensor, query: torch.Tensor) -> None:
 
 
 def check_new_tokens(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    buffers: tuple[torch.Tensor, torch.Tensor],
-    key_heads: int,
+    key: Tensor, value: Tensor, mask: Tensor | None, buffers: tuple[Tensor, Tensor], key_heads: int
 ) -> None:
     """Tokens for a store that has these keys and values `[B, slots, D]`; raises `ValueError`."""
     check_tensors(key=key, value=value)
@@ -100,7 +97,7 @@ def check_new_tokens(
         )
 
 
-def check_rows(rows: torch.Tensor, batch_size: int, *, allow_bool: bool) -> None:
+def check_rows(rows: Tensor, batch_size: int, *, allow_bool: bool) -> None:
     """Indices of batch entries, or a mask of them; raises `ValueError`."""
     check_tensors(rows=rows)
     kinds = (torch.int32, torch.int64, *((torch.bool,) if allow_bool else ()))
@@ -109,8 +106,8 @@ def check_rows(rows: torch.Tensor, batch_size: int, *, allow_bool: bool) -> None
         raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
     is_mask = rows.dtype == torch.bool
     if rows.dim() != 1 or (is_mask and rows.shape[0] != batch_size):
-        form = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
-        raise ValueError(f"`rows` must be {form}, got {list(rows.shape)}")
+        shape = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
+        raise ValueError(f"`rows` must be {shape}, got {list(rows.shape)}")
     if rows.shape[0] == 0 or (is_mask and readable(rows) and not rows.any()):
         raise ValueError("`rows` must name at least one sequence, got none")
     if not is_mask and readable(rows):
@@ -123,20 +120,20 @@ def check_rows(rows: torch.Tensor, batch_size: int, *, allow_bool: bool) -> None
 
 
 def check_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     pattern: BandPattern,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
     scale: float | None,
-    sinks: torch.Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     """Arguments of `band_attention_varlen`, after `check_tensors`; raises `ValueError`."""
-    _check_forms(query, key, value, pattern, form="[T, H, D]", dims=3)
+    _check_layout(query, key, value, pattern, layout="[T, H, D]", dims=3)
     _check_scale_and_sinks(query, pattern, scale, sinks)
     if value.shape[0] != key.shape[0]:
         raise ValueError(
@@ -149,8 +146,8 @@ def check_varlen(
 def check_documents(
     query_tokens: int,
     key_tokens: int,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
     device: torch.device,
@@ -181,17 +178,17 @@ def check_documents(
 
 
 def validate(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     pattern: BandPattern,
     *,
     scale: float | None = None,
-    sinks: torch.Tensor | None = None,
-    query_start: int | torch.Tensor | None = None,
-    key_start: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    key_start: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> None:
@@ -217,7 +214,7 @@ def validate(
         check_attention(query, key, value, pattern, scale=scale, sinks=sinks, **rows)
         if key_start is not None:
             _check_key_start_values(key_start)
-        if isinstance(query_start, torch.Tensor):
+        if isinstance(query_start, Tensor):
             _check_query_start_values(query_start)
         return
     missing = [name for name, value in packed.items() if value is None]
@@ -230,7 +227,7 @@ def validate(
     _check_cu_seqlens_values(query.shape[0], key.shape[0], *packed.values())
 
 
-def check_no_tangents(**tensors: torch.Tensor | None) -> None:
+def check_no_tangents(**tensors: Tensor | None) -> None:
     """Raise NotImplementedError in forward-mode differentiation (`torch.func.jvp`): PyTorch would
     run the operator without it, and take the derivative for zero.
     """
@@ -244,31 +241,25 @@ def check_no_tangents(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def check_tensors(**tensors: torch.Tensor) -> None:
+def check_tensors(**tensors: Tensor) -> None:
     """Check that each named argument is a tensor with strides; raises `ValueError`."""
     strided = torch.strided
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != strided:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 
-def _check_forms(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    *,
-    form: str,
-    dims: int,
+def _check_layout(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BandPattern, *, layout: str, dims: int
 ) -> None:
     if not isinstance(pattern, BandPattern):
         raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
     dtype, device = query.dtype, query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != dims:
-            raise ValueError(f"`{name}` must be {form}, got shape {list(tensor.shape)}")
+            raise ValueError(f"`{name}` must be {layout}, got shape {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             if not tensor.is_floating_point():
                 raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
@@ -301,10 +292,7 @@ def _check_forms(
 
 
 def _check_scale_and_sinks(
-    query: torch.Tensor,
-    pattern: BandPattern,
-    scale: float | None,
-    sinks: torch.Tensor | None,
+    query: Tensor, pattern: BandPattern, scale: float | None, sinks: Tensor | None
 ) -> None:
     _check_scale(scale)
     if sinks is None:
@@ -324,7 +312,7 @@ def _check_scale(scale: float | None) -> None:
     scale = python_number(scale)
     if scale is None:
         return
-    if isinstance(scale, torch.Tensor):
+    if isinstance(scale, Tensor):
         raise ValueError("`scale` must be a float, got a tensor")
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise ValueError(f"`scale` must be a float, got {type(scale).__name__}")
@@ -334,7 +322,7 @@ def _check_scale(scale: float | None) -> None:
 
 
 def _check_query_start(
-    query: torch.Tensor, queries: int, keys: int, query_start: int | torch.Tensor | None
+    query: Tensor, queries: int, keys: int, query_start: int | Tensor | None
 ) -> None:
     query_start = python_number(query_start)
     if query_start is None:
@@ -343,7 +331,7 @@ def _check_query_start(
                 f"`query` must not have more tokens than `key` when `query_start` is not given, "
                 f"got {queries} and {keys}"
             )
-    elif isinstance(query_start, torch.Tensor):
+    elif isinstance(query_start, Tensor):
         _check_index_tensor("query_start", query_start, query.device)
         if not (query_start.dim() == 0 or _has_shape(query_start, query.shape[0])):
             raise ValueError(
@@ -367,8 +355,8 @@ def _shown(number: float | torch.SymInt | torch.SymFloat) -> str:
     return str(number)
 
 
-def _check_index_tensor(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
+def _check_index_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"`{name}` must be an int32 tensor, got {type(tensor).__name__}")
     if tensor.dtype != torch.int32:
         raise ValueError(f"`{name}` must be int32, got {tensor.dtype}")
@@ -376,12 +364,12 @@ def _check_index_tensor(name: str, tensor: torch.Tensor, device: torch.device) -
         raise ValueError(f"`{name}` must be on query's device {device}, got {tensor.device}")
 
 
-def _has_shape(tensor: torch.Tensor, *sizes: int) -> bool:
+def _has_shape(tensor: Tensor, *sizes: int) -> bool:
     # Size by size: comparing tuples goes wrong under torch.compile with dynamic shapes.
     return tensor.dim() == len(sizes) and all(a == b for a, b in zip(tensor.shape, sizes))
 
 
-def readable(tensor: torch.Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """True if reading values waits for no device, breaks no compiled graph and needs no single
     value where `torch.vmap` has many."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
@@ -389,12 +377,19 @@ def readable(tensor: torch.Tensor) -> bool:
     return not is_batched(tensor)
 
 
-def _check_query_start_values(query_start: torch.Tensor) -> None:
+def in_graph(tensor: Tensor) -> bool:
+    """True in torch.compile and in the capture of a CUDA graph, where the tensor is of a GPU."""
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_query_start_values(query_start: Tensor) -> None:
     if query_start.numel() and int(query_start.min()) < 0:
         raise ValueError(f"`query_start` must not be negative, got {int(query_start.min())}")
 
 
-def _check_key_start_values(key_start: torch.Tensor) -> None:
+def _check_key_start_values(key_start: Tensor) -> None:
     if key_start.dim() == 2 and key_start.shape[1] > 1:
         falls = key_start.diff(dim=1) < 0
         if bool(falls.any()):
@@ -409,8 +404,8 @@ def _check_key_start_values(key_start: torch.Tensor) -> None:
 def _check_cu_seqlens_values(
     query_tokens: int,
     key_tokens: int,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from . import attention
 from .attention import choose, refusal
@@ -35,16 +35,16 @@ class Explanation:
 
 
 def explain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     pattern: BandPattern,
     *,
-    sinks: torch.Tensor | None = None,
-    query_start: int | torch.Tensor | None = None,
-    key_start: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    key_start: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     impl: str | None = None,

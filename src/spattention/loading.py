@@ -56,13 +56,8 @@ LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a saved model, without their values and without marks.
-
-    Attributes:
-        files: what holds them.
-        tensors: the number of tensors.
-        elements: the number of values of all tensors.
-    """
+    """The weights of a saved model, without their values and without marks: the files that hold
+    them, and the numbers of tensors and of values."""
 
     files: tuple[Path, ...]
     tensors: int

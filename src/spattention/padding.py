@@ -32,22 +32,15 @@ def padding_first(mask: Tensor) -> Tensor:
 
 def reorder(tensor: Tensor, order: Tensor) -> Tensor:
     """`tensor [B, H, n, D]` with column `order[b, i]` of batch entry b in place i; differentiable.
-
-    Args:
-        tensor: `[B, H, n, D]`, any strides.
-        order: integers `[B, n]`, a permutation of the columns of each batch entry.
-    """
+    Each row of `order [B, n]` is a permutation of the columns."""
     return _Reorder.apply(tensor, order.to(torch.int64))
 
 
 def restore(tensor: Tensor, order: Tensor) -> Tensor:
     """Undo `reorder(tensor, order)`."""
-    return reorder(tensor, _inverse(order.to(torch.int64)))
-
-
-def _inverse(order: Tensor) -> Tensor:
+    order = order.to(torch.int64)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+    return reorder(tensor, torch.empty_like(order).scatter_(1, order, places))
 
 
 class _Reorder(torch.autograd.Function):

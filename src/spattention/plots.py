@@ -65,13 +65,8 @@ def mask_image(pattern: BandPattern, head: int, length: int, cells: int = 1024) 
 
 
 def pattern_figure(pattern: BandPattern, length: int | None = None, title: str = "") -> Figure:
-    """The mask of every head, and below them the distances that each head covers.
-
-    Args:
-        pattern: the bands.
-        length: number of queries and keys that the masks show; default the pattern's span.
-        title: text above; the share of dense attention's pairs follows it.
-    """
+    """The mask of every head over `length` queries and keys, by default the span, and below them
+    the distances that each head covers. The share of dense attention's pairs follows the title."""
     length = pattern.span if length is None else length
     if length < 1:
         raise ValueError(f"`length` must be at least 1, got {length}")
@@ -99,13 +94,9 @@ def pattern_figure(pattern: BandPattern, length: int | None = None, title: str =
 
 
 def seen_figure(seen: np.ndarray, title: str) -> Figure:
-    """Pairs that each head attends: in its colour, and paler where a group of tokens is attended as
-    one.
-
-    Args:
-        seen: uint8 `[H, N, N]`, as `spattention.baselines.seen` returns it.
-        title: text above; the share of dense attention's pairs follows it.
-    """
+    """Pairs that each head attends, uint8 `[H, N, N]` as `spattention.baselines.seen` returns them:
+    in its colour, and paler where a group of tokens is attended as one. The share of dense
+    attention's pairs follows the title."""
     heads, length = seen.shape[:2]
     _, width, height = _grid(heads)
     figure = Figure(figsize=(width, height + 1.0), layout="constrained")

@@ -57,11 +57,7 @@ def _geometric_edges(num_heads: int, span: int, first: int) -> tuple[int, ...]:
 
 
 def local_windows(
-    num_heads: int,
-    span: int,
-    widths: Widths,
-    local: int | Sequence[int] | None,
-    per: str = "head",
+    num_heads: int, span: int, widths: Widths, local: int | Sequence[int] | None, per: str = "head"
 ) -> tuple[int, ...]:
     if local is None:
         if isinstance(widths, str) and widths == "geometric":

@@ -15,19 +15,30 @@ from spattention import BandPattern
 from spattention.choice import attention_choice
 from spattention.models import build, preset
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from cpu_recorder import Recorder
+
 PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 
 
-@pytest.mark.parametrize("patterns", [PATTERNS, ()], ids=["all", "dense alone"])
+@pytest.mark.parametrize(
+    ("patterns", "more"),
+    [(PATTERNS, ()), ((), ()), (PATTERNS[:1], ("--graphs",))],
+    ids=["all", "dense alone", "graphs"],
+)
 def test_all_sides_are_measured_in_one_model(
-    patterns: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patterns: tuple[str, ...],
+    more: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(training, "Recorder", Recorder)
     output = tmp_path / "found.json"
     command = (
         "training.py --model olmoe-tiny --layers 1 --vocabulary 64 --length 32 --tokens 64 "
         "--passes 1 --repeats 2 --no-compile --dense math --loss chunked --patterns"
     )
-    monkeypatch.setattr(sys, "argv", [*command.split(), *patterns, "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", [*command.split(), *patterns, *more, "--output", str(output)])
     training.main()
     rows = json.loads(output.read_text())["rows"]
     assert [row["attention"] for row in rows] == ["dense, PyTorch's own products", *patterns]

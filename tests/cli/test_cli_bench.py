@@ -20,6 +20,7 @@ from spattention.benchmarking.competitors import (
     import_below,
     window_sizes,
 )
+from spattention.benchmarking.limits import Work, work_of
 from spattention.cli import bench, bench_attention, bench_decode, main, tune
 
 
@@ -92,6 +93,38 @@ def test_short_calls_are_timed_together(
     assert between[-1] == pytest.approx(calls, abs=1)
     assert len(between) >= 11  # two to see how long it takes, and nine
     assert clock.now < max(20.0, 11 * cost * calls) + 3 * cost * calls
+
+
+@pytest.mark.parametrize(("duration", "size", "products"), [(0.05, 4096, 1), (10.0, 8192, 5)])
+def test_products_last_as_long_as_the_call(
+    duration: float, size: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate is that of as many products as take the time of the call, rested like it."""
+    made: list[int] = []
+
+    def milliseconds(call: Callable[[], None], **options: float) -> float:
+        before = len(made)
+        call()
+        assert options.get("rest", 0.3) == 0.3
+        return 2.0 * (len(made) - before)
+
+    monkeypatch.setattr(timing, "graph_milliseconds", milliseconds)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(torch, "mm", lambda left, right, out: made.append(left.shape[0]))
+    found = timing.matrix_speed(duration, rest=0.3)
+    assert made == [size] * (products + 1)
+    assert found == pytest.approx(2 * size**3 / 2.0 / 1e9)
+
+
+def test_the_limit_is_of_products_or_of_bytes() -> None:
+    query, key = torch.zeros(2, 4, 64, 16), torch.zeros(2, 2, 64, 16)
+    forward, both = work_of(BandPattern.exclusive(4, 64), [64, 64], query, key)
+    pairs = 2 * 64 * 65 // 2  # all heads together have every causal pair once
+    assert (forward.flops, both.flops) == (4 * 16 * pairs, 14 * 16 * pairs)
+    assert forward.moved == 4 * (2 * 2 * 4 * 64 * 16 + 2 * 2 * 2 * 64 * 16)
+    assert both.moved == 3 * forward.moved
+    assert Work(600, 4).limit(matrix=2.0, copy=2.0) == 300 / 1e9
+    assert Work(600, 4000).limit(matrix=2.0, copy=2.0) == 2000 / 1e9
 
 
 def test_a_busy_gpu_is_measured_when_it_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +202,9 @@ def test_each_case_is_written_before_the_next(
             raise KeyboardInterrupt
         names = ("forward", "total", "eager_forward", "eager_total", "busy_total")
         times = dict.fromkeys(names, 1.0)
-        work = dict.fromkeys(("useful_forward", "useful_total", "floor", "share_of_floor"), 1.0)
-        row = bench_attention.Row(
-            batch, heads, length, "exclusive", "spattention", **times, **work, peak_memory=1.0
-        )
+        work = dict.fromkeys(("useful_forward", "useful_total", "peak_memory"), 1.0)
+        work |= {"useful_flops": 3 * 10**11, "compulsory_bytes": 2 * 10**9, "matrix": 600.0}
+        row = bench_attention.Row(batch, heads, length, "exclusive", "spattention", **times, **work)
         row = bench_attention.replace(row, kernels="portable kernels")
         dense = bench_attention.replace(row, mask="dense", by="dense cuDNN", total=2.0, kernels="")
         return [bench_attention._compared(each, dense, None) for each in (dense, row)]
@@ -194,6 +226,9 @@ def test_each_case_is_written_before_the_next(
     assert f"- portable kernels ({cases})" in found.with_suffix(".md").read_text()
     assert "| 1.000 (1.000) |" in found.with_suffix(".md").read_text()
     assert "| 2.00 (1.00) |" in found.with_suffix(".md").read_text()
+    row = json.loads(found.read_text())["rows"][1]
+    assert row["floor"] == row["share_of_floor"] == 0.5  # products at 600 TFLOP/s, or bytes at 4
+    assert "| 600 | 0.500 | 50% |" in found.with_suffix(".md").read_text()
     assert found.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

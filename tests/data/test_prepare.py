@@ -11,6 +11,7 @@ from spattention.data.text import read_documents, sample_path
 from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import entries_of, load_tokenizer, tokenize, train_tokenizer
 from spattention.data.tokens import TokenStream
+from spattention.data.training import open_training
 
 CUT_OFF = gzip.compress(b"some text", mtime=0)[:-6]
 WORDS = "the quick brown fox jumps over the lazy dog and the dog sleeps on, naïve as ever\n"
@@ -177,3 +178,19 @@ def test_a_tokenizer_whose_ids_have_gaps(text, tmp_path):
     )
     assert facts.vocabulary >= 70_001
     assert open_stream(tmp_path / "out", "train").tokens.dtype == np.uint32
+
+
+def test_a_tokenizer_is_read_once(text, tmp_path, monkeypatch):
+    """Large ones take seconds; training and validation tokens are compared with the same one."""
+    prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1)
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return load_tokenizer(path)
+
+    for module in ("prepare", "training"):
+        monkeypatch.setattr(f"spattention.data.{module}.load_tokenizer", counted)
+    opened = open_training([str(tmp_path / "out")], [], context=16)
+    assert opened.validation is not None
+    assert read == [tmp_path / "out" / "tokenizer.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,24 @@ def test_the_benchmark_of_several_gpus_runs(tmp_path):
     """Every part, in tiny sizes."""
     sizes = "--length 256 --check-length 256 --heads 4 --key-heads 4 --head-dim 16 --repetitions 1"
     sizes += " --context 64 --global-batch 4 --micro-batch 1 --steps 2 --hidden 256 --layers 2"
-    sizes += " --prompt 64 --new-tokens 4"
+    sizes += " --prompt 64 --new-tokens 4 --curve-steps 3"
     output = tmp_path / "results.json"
     options = ["--device", "cpu", *sizes.split(), "--output", output]
     shown = launch(2, "-m", "benchmarks.parallel", *options)
-    for part in ("correctness", "attention", "data-parallel", "tensor-parallel"):
+    for part in ("correctness", "attention", "data-parallel", "tensor-parallel", "losses"):
         assert f"\n{part} " in "\n" + shown, shown[-2000:]
+
+
+@pytest.mark.slow
+def test_forms_of_the_exchange_take_turns(tmp_path):
+    """The package as it is beside itself: every form agrees with one process, and is timed."""
+    output = tmp_path / "turns.json"
+    sizes = "--length 256 --heads 4 --key-heads 4 --head-dim 16 --repetitions 1 --rounds 1"
+    package = HERE.parents[1] / "src" / "spattention" / "parallel"
+    options = ["--device", "cpu", *sizes.split(), "--before", package, "--output", output]
+    launch(2, "-m", "benchmarks.exchange_in_turns", *options)
+    rows = json.loads(output.read_text())["rows"]
+    ways = {row["way"] for row in rows if row["part"] == "median"}
+    assert {"one GPU", "before", "now", "Ulysses, contiguous", "all-gather, balanced"} <= ways
+    apart = [row["out"] for row in rows if row["part"] == "difference from one GPU"]
+    assert max(apart) < 0.05

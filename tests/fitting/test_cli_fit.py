@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -75,6 +76,8 @@ def test_a_dense_model_becomes_a_folder_that_opens(home, tmp_path, capsys):
     for share in facts["captured"].values():
         assert 0 < share <= 1
         assert f"{share:.4f}" in printed
+    assert "Fitted at 160 tokens: in longer texts, up to 256, only heads" in printed
+    assert "`[0, 64)` is the token itself" in (output / "fit.md").read_text()
     assert facts["checked_tokens"] == 2 * CONTEXT
     profile = Profile.load(output / "profile.json")
     assert (profile.tokens, profile.needles) == (3 * CONTEXT, 2)
@@ -176,7 +179,7 @@ def test_data_of_another_tokenizer_is_refused(home, tmp_path, capsys):
         (["--needles", "-1"], "`--needles` must be from 0 to"),
         (["--local", "161"], "`local` must be at least 1 and at most 160"),
         (["--dense-layers", "2"], "must be distinct indices from 0 to 1, got [2]"),
-        (["--dense-layers", "0", "1"], "`pairs` must be at least 1.0 for 2 of 2 layers dense"),
+        (["--dense-layers", "0", "1"], "at least 1.0 at length 160 for 2 of 2 layers dense"),
         (["--span", "100"], "`span` must be at least 160"),
         (["--prefix", "17"], "`--prefix` must be at most 16"),
         (["--profile", "nowhere.json"], "nowhere.json must be a profile, there is no such file"),
@@ -190,6 +193,13 @@ def test_one_line_names_what_is_wrong(home, tmp_path, more, error, capsys):
     assert error in said[-1]
     assert said[-1].startswith("error: ")
     assert list(tmp_path.iterdir()) == [], "nothing half converted is left behind"
+
+
+@pytest.mark.parametrize("more", [["--pairs", "0.001"], ["--span", "100"], ["--dense-layers", "0"]])
+def test_nothing_is_measured_for_a_wrong_budget(home, tmp_path, more, monkeypatch):
+    command = import_module("spattention.cli.fit")
+    monkeypatch.setattr(command.hf, "profile", lambda *_, **__: pytest.fail("it was measured"))
+    assert fit(home, tmp_path / "out", *more) == 2
 
 
 def test_models_that_are_no_dense_models_are_named(home, tmp_path, capsys):
@@ -246,3 +256,19 @@ def test_an_interrupted_fit_leaves_nothing(home, tmp_path, monkeypatch, error):
     monkeypatch.setattr(command, "_save", stop)
     assert fit(home, tmp_path / "deep" / "out") in (130, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_that_is_killed_leaves_nothing(home, tmp_path, monkeypatch):
+    """SIGTERM, which schedulers send, in the middle of the work."""
+    command = import_module("spattention.cli.fit")
+
+    def stop(folder, *rest):
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command, "_save", stop)
+    with pytest.raises(SystemExit) as error:
+        fit(home, tmp_path / "deep" / "out")
+    assert error.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -223,11 +223,16 @@ def test_pairs_are_counted_at_a_shorter_length():
         ({"pairs": "0.3"}, r"`pairs` must be a number .*got '0\.3'"),
         (
             {"pairs": 0.01},
-            r"`pairs` must be at least 0\.0393 for 0 of 3 layers dense, the nearest 1 tokens and a "
-            r"prefix of 0 in every head at length 50, got 0\.01",
+            r"`pairs` must be at least 0\.0393 at length 50 for the nearest token in every head, "
+            r"got 0\.01",
         ),
-        ({"dense_layers": [0, 1]}, r"at least 0\.6798 for 2 of 3 layers dense"),
-        ({"local": 30}, r"at least 0\.8353 for .*the nearest 30 tokens"),
+        (
+            {"dense_layers": [0, 1]},
+            r"at least 0\.6798 at length 50 for 2 of 3 layers dense, the nearest token in every "
+            "other head, got 0.3",
+        ),
+        ({"local": 30, "prefix": 4}, "for the first 4 tokens and the nearest 30 tokens in every"),
+        ({"local": 30}, r"at least 0\.8353 at length 50 for the nearest 30 tokens in every head"),
         ({"local": 0}, r"`local` must be at least 1 and at most 50 \(`length`\), got 0"),
         ({"local": 51}, "`local` must be .*got 51"),
         ({"length": 51}, r"`length` must be .*at most 50 \(the profile's longest row\), got 51"),
@@ -249,6 +254,29 @@ def test_pairs_are_counted_at_a_shorter_length():
 def test_wrong_budgets_and_sizes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         spa.fit(made(50), **{"pairs": 0.3} | options)
+
+
+def test_a_budget_is_checked_without_a_profile():
+    """What `fit` refuses is refused before anything is measured, with the same words."""
+    profile = made(50)
+    model, sizes = profile.model, (50, profile.prefix_max)
+    for options in (
+        {"pairs": 0.01},
+        {"pairs": 0.3, "dense_layers": [0, 1]},
+        {"pairs": 0.3, "span": 49},
+        {"pairs": 0.3, "prefix": 5},
+        {"pairs": 0.3, "kv_heads": 4},
+    ):
+        said = []
+        for call in (
+            lambda options=options: spa.fit(profile, **options),
+            lambda options=options: fitting.check_budget(model, *sizes, **options),
+        ):
+            with pytest.raises(ValueError, match="`") as error:
+                call()
+            said.append(str(error.value))
+        assert said[0] == said[1]
+    fitting.check_budget(model, *sizes, pairs=0.3, prefix=4, kv_heads=2)
 
 
 def test_what_is_no_profile_or_pattern_is_named():
@@ -305,10 +333,17 @@ def test_the_table_counts_what_a_cache_keeps():
 
 
 def test_the_picture_of_a_fit_shows_every_layer():
+    """Layers have whole numbers, distances are tokens, and no title runs out of the picture."""
     profile = made(50)
     figure = import_module("spattention.fitting.picture").fit_figure(
-        profile, spa.fit(profile, pairs=0.3)
+        profile, spa.fit(profile, pairs=0.3, prefix=4)
     )
+    figure.canvas.draw()
+    reach = figure.axes[2]
+    assert [label.get_text() for label in reach.get_yticklabels()] == ["0", "1", "2"]
+    assert {"1", "4", "16"} <= {label.get_text() for label in reach.get_xticklabels()}
+    right = max(axis.title.get_window_extent().x1 for axis in figure.axes)
+    assert right <= figure.bbox.x1
     titles = " ".join(axis.get_title() for axis in figure.axes)
     for words in ("share of dense attention's pairs", "captured", "distances that each head"):
         assert words in titles

@@ -37,12 +37,20 @@ tensorboard = false
 """
 
 
-def train(output: Path, recipe: Path, *changes: str, sharded: bool = False) -> dict[str, list]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    changes = (*changes, 'parallel="fsdp2"') if sharded else changes
-    command = ["-m", "spattention", "train", str(recipe), "--output", str(output)]
+def train(output: Path, recipe: Path, *changes: str, processes: int = 0) -> dict[str, list]:
+    """Metrics of a run under FSDP2 on a number of GPUs, or of one process without it for 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    changes = (*changes, 'parallel="fsdp2"') if processes else changes
+    command = ["-m", "spattention", "train", str(recipe), "--output", str(output), "--set"]
     done = subprocess.run(
-        [sys.executable, *(torchrun if sharded else []), *command, "--set", *changes, "workers=0"],
+        [
+            sys.executable,
+            *(torchrun if processes else []),
+            *command,
+            "--set",
+            *changes,
+            "workers=0",
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -56,14 +64,18 @@ def train(output: Path, recipe: Path, *changes: str, sharded: bool = False) -> d
     }
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
+def write_recipe(folder: Path) -> Path:
+    """A recipe and its data in a folder."""
     random = np.random.default_rng(0)
     documents = [np.append(random.integers(8, 320, 199), 7).astype(np.uint16) for _ in range(60)]
     write_token_file(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
     (folder / "recipe.toml").write_text(RECIPE.format(data=folder / "a.u16.xz"))
     return folder / "recipe.toml"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
@@ -73,7 +85,7 @@ def test_fsdp2_gives_the_losses_of_one_process(
     change = f"checkpointing={checkpointing}"
     exact = train(tmp_path / "exact", recipe, 'precision="float32"')
     alone = train(tmp_path / "alone", recipe, change)
-    shards = train(tmp_path / "shards", recipe, change, sharded=True)
+    shards = train(tmp_path / "shards", recipe, change, processes=1)
     for name in exact:
         # Both round to bfloat16, each in its own places.
         error = max(abs(a - b) for a, b in zip(alone[name], exact[name], strict=True))
@@ -84,7 +96,7 @@ def test_fsdp2_gives_the_losses_of_one_process(
 
 def test_a_sharded_run_resumes_and_opens(recipe: Path, tmp_path: Path) -> None:
     """A sharded run goes on and its checkpoint opens."""
-    whole = train(tmp_path / "whole", recipe, sharded=True)
+    whole = train(tmp_path / "whole", recipe, processes=1)
     spa.hf.register()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-8")
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
@@ -92,6 +104,6 @@ def test_a_sharded_run_resumes_and_opens(recipe: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "whole" / "checkpoint-8").iterdir():
         path.unlink()
     (tmp_path / "whole" / "checkpoint-8").rmdir()
-    again = train(tmp_path / "whole", recipe, sharded=True)
+    again = train(tmp_path / "whole", recipe, processes=1)
     for name in ("loss", "eval_loss"):
         assert again[name] == pytest.approx(whole[name], rel=1e-3), name

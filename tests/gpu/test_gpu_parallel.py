@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from spattention import BandPattern
+from spattention.impl.triton import hopper
 from spattention.parallel import Shards, plan_exchange, work
 from spattention.parallel.work import rank_plan
 from spattention.testing import Case, check_error, exact, noise, plain
@@ -51,12 +54,26 @@ def test_shards_are_as_exact_as_the_whole(
         check_error(label, mine, rough[label], truth[label], deviations[label])
 
 
-def test_documents_of_shards_are_as_exact_as_alone() -> None:
+@pytest.mark.parametrize("key_heads", [8, 2])
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_documents_of_shards_are_as_exact_as_alone(
+    head_dim: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Documents that start inside a range and before it; those inside run as a packed row does."""
+    looked_for = []
+    if torch.cuda.get_device_capability()[0] == 9:
+        kernels = hopper.kernels()
+        stock = kernels.find_documents
+
+        def find(call: Any) -> Any:
+            looked_for.append(call.queries)
+            return stock(call)
+
+        monkeypatch.setattr(kernels, "find_documents", find)
     generator = torch.Generator("cuda").manual_seed(0)
     drawn = [
-        torch.randn(1, heads, 2048, 128, generator=generator, device="cuda").to(torch.bfloat16)
-        for heads in (HEADS, 2, 2, HEADS)
+        torch.randn(1, heads, 2048, head_dim, generator=generator, device="cuda").to(torch.bfloat16)
+        for heads in (HEADS, key_heads, key_heads, HEADS)
     ]
     pattern = BandPattern.shared_local(HEADS, 2048, widths="geometric", first=20, local=90)
     starts = (0, 300, 611, 1000, 1400, 1750)
@@ -67,7 +84,15 @@ def test_documents_of_shards_are_as_exact_as_alone() -> None:
     grads = drawn[3], torch.zeros(1, HEADS, 2048, device="cuda")
     truth, rough, deviations = exact(case, grads), plain(case, grads), noise(case, grads)
     for shards in (Shards.balanced(2048, 2), Shards.contiguous(2048, 2)):
-        plan = plan_exchange(pattern, shards, 2, documents=[starts])
+        looked_for.clear()
+        plan = plan_exchange(pattern, shards, key_heads, documents=[starts])
         found = in_turns.results(plan, drawn, impl="triton")
         for label, mine in zip(("out", "d_query", "d_key", "d_value"), found):
             check_error(label, mine, rough[label], truth[label], deviations[label])
+        if torch.cuda.get_device_capability()[0] == 9:
+            # Forward and backward of the calls on whole documents, in each pass of all ranks.
+            whole = [call for rank in (0, 1) for call in rank_plan(plan, rank).local]
+            lengths = [call.queries[1] - call.queries[0] for call in whole if call.is_whole]
+            multiples = [length for length in lengths if length % 64 == 0]
+            assert multiples
+            assert sorted(looked_for) == sorted(2 * in_turns.PASSES * multiples)

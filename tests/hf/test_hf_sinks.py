@@ -134,3 +134,9 @@ def test_sinks_start_from_the_values_given():
     partly = spa.hf.apply(build("llama"), (None, SECOND), sinks=[None, values[1]])
     assert partly.model.layers[1].self_attn.sinks.tolist() == pytest.approx(values[1].tolist())
     assert not hasattr(partly.model.layers[0].self_attn, "sinks")
+
+
+def test_layers_may_be_an_iterator():
+    """Its indices are read once, for the pattern and for the values of the sinks."""
+    model = spa.hf.apply(build("llama"), FIRST, layers=iter([1]), sinks=0.5)
+    assert model.model.layers[1].self_attn.sinks.tolist() == [0.5] * HEADS

@@ -15,32 +15,10 @@ from spattention.training import graphs, pretrain
 from spattention.training.graphs import WARM_UP, PassGraph, asks_for_graphs, refusal
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cpu_recorder import Recorder
 from small_run import losses, recipe
 
 CUDA = torch.device("cuda")
-
-
-class Recorder:
-    """A recorder of the CPU: what it records runs at each replay, and never before."""
-
-    def __init__(self, waits: str | None = None) -> None:
-        self.waits = waits
-        self.replays = 0
-
-    def run(self, function):
-        return function()
-
-    def run_watched(self, function):
-        return function(), self.waits
-
-    def record(self, function):
-        loss = torch.full((), torch.nan)
-
-        def replay() -> None:
-            self.replays += 1
-            loss.copy_(function())
-
-        return replay, loss
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +67,16 @@ def test_a_run_goes_on_with_its_losses(data, recorder, tmp_path):
     assert not pretrain.pretrain(whole, tmp_path / "parts", minutes=0).finished
     assert pretrain.pretrain(whole, tmp_path / "parts").finished
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_changed_attention_is_recorded_again(data, recorder, tmp_path):
+    """A graph of the first steps would go on with their attention."""
+    switch = {"first_attention": "exclusive", "first_steps": 3, "batch": 4}
+    pretrain.pretrain(recipe(data, cuda_graphs=False, **switch), tmp_path / "without")
+    pretrain.pretrain(recipe(data, cuda_graphs=True, **switch), tmp_path / "with")
+    assert recorder.records == 2
+    assert recorder.replays == 8 * 4 - 2 * WARM_UP
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
 class Small:
@@ -180,14 +168,26 @@ def test_what_has_no_graph_says_why(changes, device, devices, reason):
         refusal(recipe(Path("a"), cuda_graphs=True, **changes), device, devices)
 
 
+def test_other_attention_has_a_graph_on_demand():
+    """Of a baseline nobody knows whether it can be recorded: it is tried where a recipe insists."""
+    found = [
+        refusal(recipe(Path("a"), attention=attention, cuda_graphs=wanted), CUDA, 1)
+        for attention in ("longformer:wide=4", ["dense", "exclusive"])
+        for wanted in ("auto", True)
+    ]
+    assert found[1:] == [None] * 3
+    assert found[0] == "recorded passes were tested with dense attention and bands alone"
+
+
 def test_compiled_runs_ask_for_graphs():
-    """By default a compiled run asks, and every other does not."""
+    """With "auto" a compiled run asks, and every other does not; by default none does."""
     asked = [
         asks_for_graphs(recipe(Path("a"), compile=compiled, cuda_graphs=wanted))
         for compiled in (False, True)
         for wanted in ("auto", False, True)
     ]
     assert asked == [False, False, True, True, False, True]
+    assert not asks_for_graphs(recipe(Path("a"), compile=True))
     assert refusal(recipe(Path("a"), compile=True), CUDA, 1) is None
 
 

@@ -120,13 +120,8 @@ class MaskAttention:
 
 
 def count_distances(distances: np.ndarray, first: int, seq_len: int) -> int:
-    """Causal pairs of one head that sees some distances, and the first `first` tokens.
-
-    Args:
-        distances: those seen, increasing, 0 among them.
-        first: tokens at the start that every later one sees.
-        seq_len: tokens.
-    """
+    """Causal pairs of one head that sees some increasing distances, 0 among them, and the first
+    `first` tokens."""
     near = distances[distances < seq_len]
     shared = np.arange(min(first, seq_len))
     # Of the n - k queries from key k on, those at a distance seen are counted already.

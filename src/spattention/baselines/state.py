@@ -11,21 +11,15 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..compat.huggingface import attention_name
 from ..compat.pytorch import has_pre_hook, remove_pre_hook
-
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+from ..hf.cache import EndlessLayer, passed_cache
 
 
 class State:
-    """The past of one layer.
-
-    Attributes:
-        length: tokens so far.
-        tensors: by name; the first axis of each is the batch.
-    """
+    """The past of one layer: the number of tokens, and tensors whose first axis is the batch."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -37,12 +31,8 @@ class State:
 
 
 class Handle:
-    """Stand-in for the keys and the values of a layer with a state.
-
-    Attributes:
-        state: of the layer, to which these tokens are new.
-        key: `[B, Hkv, n, D]`; value alike.
-    """
+    """Stand-in for the keys and values `[B, Hkv, n, D]` of a layer with a state, to which these
+    tokens are new."""
 
     def __init__(self, state: State, key: Tensor, value: Tensor) -> None:
         self.state = state
@@ -58,14 +48,8 @@ class Handle:
         )
 
 
-class StateLayer(CacheLayerMixin):
-    """One layer of a cache that holds a `State`.
-
-    Args:
-        section: the config section of the attention that fills it.
-    """
-
-    is_sliding = False
+class StateLayer(EndlessLayer):
+    """One layer of a cache that holds a `State`, filled by the attention of a config section."""
 
     def __init__(self, section: Any) -> None:
         super().__init__()
@@ -92,18 +76,6 @@ class StateLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Number of tokens so far."""
         return self.state.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that a mask would have, and 0: all tokens count, kept or not."""
-        return self.state.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """-1, under the name that earlier versions of Transformers call."""
-        return -1
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -148,7 +120,7 @@ def stop_keeping_state(module: Any) -> None:
 
 
 def _before_forward(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
+    cache = passed_cache(keywords)
     kind = attention_name(module.config)
     section = getattr(module.config, kind, None)
     if cache is None or section is None:  # with another attention for now, such as "sdpa"

@@ -47,17 +47,15 @@ class Competitor(Protocol):
 
     name: str
 
+    def take(self, inputs: Tensors) -> None:
+        """Attend over other inputs of the same shape; what is compiled stays."""
+
     def on(
         self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None
     ) -> Attend:
-        """The call on the mask of a pattern; whatever it raises is the reason not to time it.
-
-        Args:
-            pattern: the bands, and a prefix for inputs without documents.
-            sinks: `[H]`, in the inputs' dtype.
-            offsets: int32 `[documents + 1]`, the first token of every document of a batch of one
-                row, and the row's length.
-        """
+        """The call on the mask of a pattern; whatever it raises is the reason not to time it. Sinks
+        `[H]` have the inputs' dtype. Offsets `[documents + 1]` are the first tokens of the
+        documents of a batch of one row, and the row's length; a pattern with a prefix has none."""
 
 
 def tokens_first(inputs: Tensors) -> Tensors:

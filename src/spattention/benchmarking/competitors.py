@@ -37,14 +37,19 @@ def bands(
     pattern: BandPattern,
     sinks: Tensor | None = None,
     offsets: Tensor | None = None,
+    *,
+    deterministic: bool = True,
 ) -> Attend:
-    """This library's kernels. Arguments as in `Competitor.on`."""
+    """This library's kernels. Arguments as in `Competitor.on`, and `deterministic` as in
+    `band_attention`.
+    """
+    options: dict[str, Any] = {"sinks": sinks, "deterministic": deterministic, "impl": "triton"}
     if offsets is not None:
-        return _packed_bands(tokens_first(inputs), pattern, sinks, offsets)
+        return _packed_bands(tokens_first(inputs), pattern, offsets, options)
     query, key, value, _ = inputs
 
     def attend() -> Tensor:
-        out = band_attention(query, key, value, pattern, sinks=sinks, impl="triton")
+        out = band_attention(query, key, value, pattern, **options)
         assert isinstance(out, Tensor)
         return out
 
@@ -52,7 +57,7 @@ def bands(
 
 
 def _packed_bands(
-    inputs: Tensors, pattern: BandPattern, sinks: Tensor | None, offsets: Tensor
+    inputs: Tensors, pattern: BandPattern, offsets: Tensor, options: dict[str, Any]
 ) -> Attend:
     query, key, value, _ = inputs
     longest = longest_document(offsets)
@@ -67,13 +72,12 @@ def _packed_bands(
             offsets,
             longest,
             longest,
-            sinks=sinks,
-            impl="triton",
+            **options,
         )
         assert isinstance(out, Tensor)
         return out[None]
 
-    return Attend(attend, inputs, sinks, tokens_first=True)
+    return Attend(attend, inputs, options["sinks"], tokens_first=True)
 
 
 def dense(inputs: Tensors) -> dict[str, Attend]:
@@ -124,6 +128,10 @@ class Flash4:
 
     def __init__(self, inputs: Tensors) -> None:
         importlib.import_module("flash_attn.cute")
+        self.take(inputs)
+
+    def take(self, inputs: Tensors) -> None:
+        """Attend over other inputs, see `Competitor.take`."""
         self.inputs = tokens_first(inputs)
 
     @property
@@ -184,6 +192,10 @@ class FlashSparse:
 
     def __init__(self, inputs: Tensors) -> None:
         self.module = import_below("flash_sparse_attn", "ops.cute")
+        self.take(inputs)
+
+    def take(self, inputs: Tensors) -> None:
+        """Attend over other inputs, see `Competitor.take`."""
         self.inputs = tokens_first(inputs)
 
     def on(

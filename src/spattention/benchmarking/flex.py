@@ -14,15 +14,39 @@ from .attend import Attend, Tensors
 
 
 def block_mask(
-    pattern: BandPattern, length: int, device: torch.device, offsets: Tensor | None = None
+    pattern: BandPattern,
+    length: int,
+    device: torch.device,
+    offsets: Tensor | None = None,
+    queries: int | None = None,
 ) -> Any:
-    """FlexAttention's, over blocks of 128."""
+    """FlexAttention's, over blocks of 128.
+
+    Args:
+        pattern: the bands, and a prefix for tokens without documents.
+        length: number of keys.
+        device: of the mask.
+        offsets: as in `Competitor.on`.
+        queries: number of queries, the last positions; default all.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     seen = mask_function(pattern, length, device, offsets)
+    if queries is not None:
+        seen = _of_last(seen, length - queries)
     compiled = device.type == "cuda"
     heads = pattern.num_heads
-    return create_block_mask(seen, None, heads, length, length, str(device), _compile=compiled)
+    rows = length if queries is None else queries
+    return create_block_mask(seen, None, heads, rows, length, str(device), _compile=compiled)
+
+
+def _of_last(seen: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+    """The mask of queries whose first has this position."""
+
+    def shifted(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return seen(batch, head, row + first, column)
+
+    return shifted
 
 
 def mask_function(
@@ -88,9 +112,13 @@ class Flex:
         from torch.nn.attention.flex_attention import flex_attention
 
         torch.compiler.reset()
-        self.inputs = inputs
+        self.take(inputs)
         self.attend = torch.compile(flex_attention, dynamic=False)
         self.attend_with_sinks = torch.compile(_flex_with_sinks, dynamic=False)
+
+    def take(self, inputs: Tensors) -> None:
+        """Attend over other inputs, see `Competitor.take`."""
+        self.inputs = inputs
 
     def on(
         self, pattern: BandPattern, sinks: Tensor | None = None, offsets: Tensor | None = None

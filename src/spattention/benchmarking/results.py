@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +21,7 @@ from rich.table import Table
 from ..files import write_atomically
 from ..provenance import source_commit, source_version
 
+Columns = Mapping[str, Callable[[Any], str]]  # heading -> the cell of a row
 TEXT = ("B, H, N", "B, N", "mask", "by", "layout")  # columns that are not numbers
 
 
@@ -37,13 +38,13 @@ def run_header(options: Any) -> dict[str, Any]:
     }
 
 
-def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def show(title: str, columns: Columns, rows: Iterable[Any]) -> None:
     """Print a table."""
     table = Table(title=title)
-    for heading in headings:
+    for heading in columns:
         table.add_column(heading, justify="left" if heading in TEXT else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell(row) for cell in columns.values()))
     Console(width=150).print(table)
 
 
@@ -52,8 +53,8 @@ def write_page(
     name: str,
     record: dict[str, Any],
     notes: Iterable[str],
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    columns: Columns,
+    rows: Iterable[Any],
 ) -> Path:
     """Write `<name>_<gpu>_<date>.json` and `.md`, each at once; returns the path without suffix.
     The record has what `run_header` gave, and the results; notes are the lines before the table."""
@@ -68,9 +69,9 @@ def write_page(
         f"- options: {json.dumps(record['options'])}",
         *notes,
         "",
-        "| " + " | ".join(headings) + " |",
-        "|" + " --- |" * len(headings),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
+LONG_PRODUCT = 2.0  # milliseconds from which larger matrices measure the rate of products
 
 BUDGET = 20.0  # milliseconds of a measurement
 SETTLE = 400.0  # milliseconds until a busy GPU's clock is steady
@@ -97,12 +98,14 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
-def eager_milliseconds(call: Call) -> float:
+def eager_milliseconds(call: Call, rest: float = 0.0) -> float:
     """Median time of plain calls between events; where the host is slower than the GPU, the host's
-    time.
+    time. Waits `rest` seconds before.
     """
     for _ in range(2):
         call()
+    torch.cuda.synchronize()
+    time.sleep(rest)
     return _median_milliseconds(call, BUDGET)
 
 
@@ -184,6 +187,28 @@ def copy_speed() -> float:
     engine = graph_milliseconds(lambda: target.copy_(source))
     kernel = graph_milliseconds(lambda: torch.add(source, 1.0, out=target))
     return 2 * COPIED / min(engine, kernel) / 1e9
+
+
+def matrix_speed(milliseconds: float, rest: float = 0.0) -> float:
+    """TFLOP/s of bfloat16 matrix products that keep the GPU busy for as long as a call takes, after
+    the same rest: what its power limit leaves. Inputs are random, as zeros take less power.
+
+    Args:
+        milliseconds: duration of the call; one product of 4096 x 4096 is the shortest measured.
+        rest: seconds to wait before, as in `graph_milliseconds`.
+    """
+    size = 8192 if milliseconds > LONG_PRODUCT else 4096
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            torch.mm(left, right, out=out)
+
+    once = graph_milliseconds(lambda: products(1), budget=1.0)
+    count = max(1, round(milliseconds / once))
+    together = graph_milliseconds(lambda: products(count), rest=rest)
+    return 2 * size**3 * count / together / 1e9
 
 
 def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..bands import BandPattern
 from ..benchmarking import results, timing
@@ -26,11 +27,11 @@ from ..benchmarking.competitors import (
     package_versions,
 )
 from ..benchmarking.flex import Flex, FlexFlash
+from ..benchmarking.limits import Work, work_of
 from ..explanation import explain
 from ..files import shown
 from ..testing import Case, check_case
 from .bounds import (
-    LARGEST,
     LARGEST_GRID,
     LARGEST_HEAD_DIM,
     LARGEST_LENGTH,
@@ -45,7 +46,6 @@ from .options.bench_attention import Options
 
 CHECKED_LENGTH = 1000  # of the check against float64, whose mask is dense
 REST = 0.25  # seconds before each measurement: a power limit looks back over a tenth or two
-SLOWEST = 1e-3  # TFLOP/s and TB/s of a ceiling; a floor is a quotient by it
 Shape = tuple[int, int, int]  # batch, heads, length
 T = TypeVar("T")
 COMPETITOR_ERROR = 0.05  # in outputs of order one, of two kernels in half precision
@@ -53,7 +53,11 @@ COMPETITOR_ERROR = 0.05  # in outputs of order one, of two kernels in half preci
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results. Times in milliseconds, useful work in TFLOP/s, memory in MiB."""
+    """One line of the results. Times in milliseconds, useful work in TFLOP/s, memory in MiB.
+
+    `matrix` is the rate of matrix products that take as long as the call, in TFLOP/s, and `floor`
+    the time that the call takes at least.
+    """
 
     batch: int
     heads: int
@@ -67,9 +71,12 @@ class Row:
     busy_total: float
     useful_forward: float
     useful_total: float
-    floor: float
-    share_of_floor: float
+    useful_flops: int
+    compulsory_bytes: int
+    matrix: float
     peak_memory: float
+    floor: float | None = None
+    share_of_floor: float | None = None
     over_dense: float | None = None
     over_flex: float | None = None
     busy_over_dense: float | None = None
@@ -85,15 +92,17 @@ def main(options: Options) -> None:
     record["environment"] |= package_versions()
     missing: list[str] = []
     record["calls"] = _measure_calls(options)
+    record["copy"] = timing.copy_speed()
     rows: list[Row] = []
     for batch, heads, length in dict.fromkeys([*shapes, *plotted]):
-        rows += _measure_case(options, batch, heads, length, missing)
+        for row in _measure_case(options, batch, heads, length, missing):
+            rows.append(_floored(row, record["copy"]))
         record |= {"missing": missing, "rows": [asdict(row) for row in rows]}
         print(f"measured batch {batch}, {heads} heads, length {length}", flush=True)
         if options.output is not None:
             stem = _write(options.output, record, rows, plotted)
     title = "milliseconds by graph replay (busy GPU); useful TFLOP/s; ratios of forward + backward"
-    results.show(title, HEADINGS, map(_cells, rows))
+    results.show(title, COLUMNS, rows)
     print(" ".join(f"{name}: {value}." for name, value in record["calls"].items()))
     print("\n".join(kernels_that_ran(rows) + not_measured(missing)))
     if options.output is not None:
@@ -105,8 +114,6 @@ def check(options: Options) -> tuple[list[Shape], list[Shape]]:
     check_range(
         options,
         head_dim=(1, LARGEST_HEAD_DIM),
-        peak_tflops=(SLOWEST, LARGEST),
-        peak_tbs=(SLOWEST, LARGEST),
         seed=(0, LARGEST_SEED),
     )
     if not options.cases and not options.lengths:
@@ -244,6 +251,12 @@ def _competitor_row(
     return _row(options, inputs, pattern, mask, competitor.name, attend)
 
 
+def _floored(row: Row, copy: float) -> Row:
+    """The row with its floor, from the rate of a copy in TB/s."""
+    floor = Work(row.useful_flops, row.compulsory_bytes).limit(row.matrix, copy)
+    return replace(row, floor=floor, share_of_floor=floor / row.total)
+
+
 def _compared(row: Row, dense_row: Row, flex_row: Row | None) -> Row:
     row = replace(
         row,
@@ -283,15 +296,10 @@ def _check(
 
 
 def _row(
-    options: Options,
-    inputs: Tensors,
-    pattern: BandPattern,
-    mask: str,
-    by: str,
-    attend: Attend,
+    options: Options, inputs: Tensors, pattern: BandPattern, mask: str, by: str, attend: Attend
 ) -> Row:
     query = inputs[0]
-    batch, heads, length, head_dim = query.shape
+    batch, heads, length, _ = query.shape
 
     def forward() -> None:
         with torch.no_grad():
@@ -300,12 +308,7 @@ def _row(
     def total() -> None:
         attend.backward(attend())
 
-    pairs = sum(pattern.pairs(length)) * batch
-    work = 14 * head_dim * pairs
-    # Forward: three inputs, one output. Backward: the four and the output's gradient, three
-    # gradients.
-    moved = (4 + 8) * query.numel() * query.element_size()
-    floor = max(work / options.peak_tflops / 1e12, moved / options.peak_tbs / 1e12) * 1e3
+    one_pass, both = work_of(pattern, [length] * batch, query, inputs[1])
     forward_time, total_time = (
         timing.graph_milliseconds(call, rest=REST) for call in (forward, total)
     )
@@ -320,10 +323,11 @@ def _row(
         eager_forward=timing.eager_milliseconds(forward),
         eager_total=timing.eager_milliseconds(total),
         busy_total=timing.busy_milliseconds(total),
-        useful_forward=4 * head_dim * pairs / forward_time / 1e9,
-        useful_total=work / total_time / 1e9,
-        floor=floor,
-        share_of_floor=floor / total_time,
+        useful_forward=one_pass.flops / forward_time / 1e9,
+        useful_total=both.flops / total_time / 1e9,
+        useful_flops=both.flops,
+        compulsory_bytes=both.moved,
+        matrix=timing.matrix_speed(total_time, rest=REST),
         peak_memory=timing.peak_bytes(total) / 2**20,
     )
 
@@ -335,7 +339,7 @@ def _measure_calls(options: Options) -> dict[str, str]:
     inputs = _inputs(options, 1, 8, 256)
     query, key, value, d_out = inputs
 
-    def attend_dense() -> torch.Tensor:
+    def attend_dense() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     calls = {
@@ -346,7 +350,7 @@ def _measure_calls(options: Options) -> dict[str, str]:
     for name, attend in calls.items():
         out = attend()
 
-        def backward(out: torch.Tensor = out) -> None:
+        def backward(out: Tensor = out) -> None:
             torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True)
 
         with torch.no_grad():
@@ -361,41 +365,23 @@ def _measure_calls(options: Options) -> dict[str, str]:
     return found
 
 
-HEADINGS = (
-    "B, H, N",
-    "mask",
-    "by",
-    "forward",
-    "backward",
-    "total",
-    "eager total",
-    "TFLOP/s fwd",
-    "TFLOP/s",
-    "floor",
-    "share",
-    "peak MiB",
-    "x dense",
-    "x flex",
-)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{row.batch}, {row.heads}, {row.length}",
-        row.mask,
-        row.by,
-        f"{row.forward:.3f}",
-        f"{row.total - row.forward:.3f}",
-        f"{row.total:.3f} ({row.busy_total:.3f})",
-        f"{row.eager_total:.3f}",
-        f"{row.useful_forward:.0f}",
-        f"{row.useful_total:.0f}",
-        f"{row.floor:.3f}",
-        f"{row.share_of_floor:.0%}",
-        f"{row.peak_memory:.0f}",
-        _ratio(row.over_dense, row.busy_over_dense),
-        _ratio(row.over_flex, row.busy_over_flex),
-    )
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "B, H, N": lambda row: f"{row.batch}, {row.heads}, {row.length}",
+    "mask": lambda row: row.mask,
+    "by": lambda row: row.by,
+    "forward": lambda row: f"{row.forward:.3f}",
+    "backward": lambda row: f"{row.total - row.forward:.3f}",
+    "total": lambda row: f"{row.total:.3f} ({row.busy_total:.3f})",
+    "eager total": lambda row: f"{row.eager_total:.3f}",
+    "TFLOP/s fwd": lambda row: f"{row.useful_forward:.0f}",
+    "TFLOP/s": lambda row: f"{row.useful_total:.0f}",
+    "matrix": lambda row: f"{row.matrix:.0f}",
+    "floor": lambda row: "" if row.floor is None else f"{row.floor:.3f}",
+    "share": lambda row: "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}",
+    "peak MiB": lambda row: f"{row.peak_memory:.0f}",
+    "x dense": lambda row: _ratio(row.over_dense, row.busy_over_dense),
+    "x flex": lambda row: _ratio(row.over_flex, row.busy_over_flex),
+}
 
 
 def _ratio(rested: float | None, busy: float | None) -> str:
@@ -411,15 +397,16 @@ def _write(
         record,
         (
             *(f"- {name}: {value}" for name, value in record["calls"].items()),
+            f"- a copy moves {record['copy']:.2f} TB/s",
             *(f"- {line}" for line in kernels_that_ran(rows)),
             *(f"- {line}" for line in not_measured(record["missing"])),
             "",
             "Milliseconds, medians of graph replays on a rested GPU (`eager total`: plain calls); "
             "in brackets: on one that has been busy with the call for 0.4 s. TFLOP/s count "
-            "attended pairs alone.",
+            "attended pairs alone; `matrix`: what matrix products reach that take as long.",
         ),
-        HEADINGS,
-        map(_cells, rows),
+        COLUMNS,
+        rows,
     )
     shown = [row for row in rows if (row.batch, row.heads, row.length) in plotted]
     if shown:

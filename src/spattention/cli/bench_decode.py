@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import band_attention
@@ -62,9 +63,9 @@ class Row:
 class Cache(NamedTuple):
     """Queries `[B, H, Q, D]`, keys and values `[B, Hkv, N, D]`."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
     @property
     def token_bytes(self) -> int:
@@ -86,16 +87,15 @@ def main(options: Options) -> None:
             print(f"measured batch {batch}, length {length}", flush=True)
     record = results.run_header(options)
     record |= {"copy": copy, "missing": missing, "rows": [asdict(row) for row in rows]}
-    cells = [_cells(row) for row in rows]
     notes = [
         f"A copy moves {copy:.2f} TB/s. Milliseconds, medians of graph replays (`eager`: of plain "
         "calls). TB/s count compulsory bytes; `x dense` is against the fastest dense decoding.",
         *(f"- not measured: {reason}" for reason in missing),
     ]
-    results.show(notes[0], HEADINGS, cells)
+    results.show(notes[0], COLUMNS, rows)
     print("\n".join(notes[1:]))
     if options.output is not None:
-        stem = results.write_page(options.output, "decode", record, ["", *notes], HEADINGS, cells)
+        stem = results.write_page(options.output, "decode", record, ["", *notes], COLUMNS, rows)
         plot(stem.with_suffix(".png"), rows, record["environment"]["gpu"])
         print(f"wrote {stem}.json, .md and .png")
 
@@ -178,7 +178,7 @@ def _cache(options: Options, batch: int, length: int) -> Cache:
     generator = torch.Generator(DEVICE).manual_seed(options.seed)
     key_heads = options.key_heads or options.heads
 
-    def draw(heads: int, tokens: int) -> torch.Tensor:
+    def draw(heads: int, tokens: int) -> Tensor:
         shape = (batch, heads, tokens, options.head_dim)
         made = torch.empty(shape, device=DEVICE, dtype=DTYPES[options.dtype])
         for row in made:  # a row at a time: some of these tensors are large
@@ -208,7 +208,7 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
     grouped = query.shape[1] != key.shape[1]
 
     def through(backend: SDPBackend) -> Attend:
-        def attend() -> torch.Tensor:
+        def attend() -> Tensor:
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(
                     query, key, value, enable_gqa=grouped
@@ -225,7 +225,7 @@ def _dense(options: Options, cache: Cache) -> dict[str, Attend]:
         # Its kernel for few queries does not compile for tensors of 2^31 elements and more.
         rows = max(1, (2**31 - 1) // key[0].numel())
 
-        def flex() -> torch.Tensor:
+        def flex() -> Tensor:
             parts = zip(*(tensor.split(rows) for tensor in (query, key, value)))
             return torch.cat([compiled(q, k, v, enable_gqa=grouped) for q, k, v in parts])
 
@@ -239,7 +239,7 @@ def compulsory(pattern: BandPattern, key_heads: int, queries: int, length: int) 
     return int(seen.unflatten(0, (key_heads, -1)).any(dim=1).sum())
 
 
-def check(cache: Cache, pattern: BandPattern, out: torch.Tensor) -> None:
+def check(cache: Cache, pattern: BandPattern, out: Tensor) -> None:
     """The correctness gate: first and last rows and heads against float64, within the budget of
     `testing.py`.
     """
@@ -250,42 +250,24 @@ def check(cache: Cache, pattern: BandPattern, out: torch.Tensor) -> None:
             one = slice(row, row + 1), slice(head, head + 1)
             keys = slice(row, row + 1), slice(head // group, head // group + 1)
             case = Case(
-                cache.query[one],
-                cache.key[keys],
-                cache.value[keys],
-                pattern.heads(head, head + 1),
+                cache.query[one], cache.key[keys], cache.value[keys], pattern.heads(head, head + 1)
             )
             name = f"row {row}, head {head}"
             check_error(name, out[one], plain(case)["out"], exact(case)["out"])
 
 
-HEADINGS = (
-    "B, N",
-    "mask",
-    "by",
-    "layout",
-    "ms",
-    "eager ms",
-    "TB/s",
-    "of a copy",
-    "cache MiB",
-    "x dense",
-)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{row.batch}, {row.length}",
-        row.mask,
-        row.by,
-        row.layout,
-        f"{row.time:.4f}",
-        f"{row.eager:.4f}",
-        f"{row.speed:.2f}",
-        f"{row.share_of_copy:.0%}",
-        f"{row.cache:.0f}",
-        "" if row.over_dense is None else f"{row.over_dense:.2f}",
-    )
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "B, N": lambda row: f"{row.batch}, {row.length}",
+    "mask": lambda row: row.mask,
+    "by": lambda row: row.by,
+    "layout": lambda row: row.layout,
+    "ms": lambda row: f"{row.time:.4f}",
+    "eager ms": lambda row: f"{row.eager:.4f}",
+    "TB/s": lambda row: f"{row.speed:.2f}",
+    "of a copy": lambda row: f"{row.share_of_copy:.0%}",
+    "cache MiB": lambda row: f"{row.cache:.0f}",
+    "x dense": lambda row: "" if row.over_dense is None else f"{row.over_dense:.2f}",
+}
 
 
 def plot(path: Path, rows: list[Row], gpu: str) -> None:

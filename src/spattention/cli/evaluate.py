@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import shlex
@@ -139,14 +140,13 @@ def evaluate(
         assert texts is not None
         rows = torch.stack([texts[k % len(texts)]["input_ids"] for k in range(options.items)])
         asked = list(questions(config.vocab_size, texts.context, rows, options.items, options.seed))
-        done: list[Score] = []
-
-        def count(score: Score) -> None:
-            done.append(score)
-            say("recall", len(done) / len(asked))
-
-        most = options.batch * texts.context
-        scores = recall(model, asked, tokens=most, on_score=count)
+        done = itertools.count(1)
+        scores = recall(
+            model,
+            asked,
+            tokens=options.batch * texts.context,
+            on_score=lambda score: say("recall", next(done) / len(asked)),
+        )
     if "heads" in parts:
         assert texts is not None
         some = [texts[k]["input_ids"] for k in range(min(HEAD_ROWS, len(texts)))]

@@ -7,8 +7,10 @@ import json
 import math
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +32,7 @@ from ..evaluation.perplexity import token_losses
 from ..files import make_folder, remove_empty, sync_tree
 from ..fitting import Profile, captured, explain
 from ..fitting import fit as fit_patterns
+from ..fitting.fit import check_budget
 from ..fitting.picture import fit_figure, profile_figure
 from ..fitting.sinks import starting_sinks
 from ..hf.profile import identity
@@ -39,6 +42,14 @@ ENOUGH = 8  # times the tokens that are used: rows are spread over so much text 
 FORMAT = "spattention-fit"
 SECTIONS = (hf.NAME, *(kind.kind for kind in (*baselines.KINDS, *related.KINDS)))
 PREFIX_MAX = 16  # first tokens that a profile counts one by one
+
+LEGEND = """\
+`[0, 64)` is the token itself and the 63 before it. *Pairs* is a head's work and *captured* what it
+still attends, both as shares of the dense head's. A head *fetches* if it goes back to a passkey
+that the answer repeats. *Half within* is the distance up to which half of its attention lies,
+beside the first tokens. *Minded* says how much the loss depends on where the head looks; the mean
+head has 1.
+"""
 
 
 def main(options: Options) -> None:
@@ -67,6 +78,16 @@ def main(options: Options) -> None:
                 measured = replace(measured, sensitivity=None, sensitivity_rows=0)
             elif measured.sensitivity is None:
                 console.print("the profile has no gradients: most attention captured decides")
+        length = context if measured is None else measured.length
+        wanted: dict[str, Any] = {
+            "pairs": options.pairs,
+            "span": options.span or max(longest or 0, length),
+            "prefix": options.prefix,
+            "local": options.local,
+            "kv_heads": identity(model).kv_heads if options.share else None,
+            "dense_layers": options.dense_layers,
+        }
+        check_budget(identity(model), length, min(most, length), **wanted)
         rows = _rows(options, tokenizer, context)
         held_out, kept = rows[: options.check], rows[options.check :]
         if measured is None:
@@ -78,15 +99,7 @@ def main(options: Options) -> None:
                 prefix_max=PREFIX_MAX,
                 sensitivity=min(options.sensitivity, len(kept)),
             )
-        patterns = fit_patterns(
-            measured,
-            pairs=options.pairs,
-            span=options.span or max(longest or 0, measured.length),
-            prefix=options.prefix,
-            local=options.local,
-            kv_heads=measured.model.kv_heads if options.share else None,
-            dense_layers=options.dense_layers,
-        )
+        patterns = fit_patterns(measured, **wanted)
         facts = _convert(model, measured, patterns, held_out, options)
         _save(folder, model, tokenizer, measured, patterns, facts)
     _say(console, options, facts)
@@ -115,7 +128,8 @@ def _appearing(output: Path) -> Iterator[Path]:
     made = make_folder(output.parent)
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
-        yield folder
+        with _ending_on_request():
+            yield folder
         folder.chmod(0o755)  # mkdtemp's own mode would hide it from other users
         sync_tree(folder)
         if output.exists():
@@ -125,6 +139,26 @@ def _appearing(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         remove_empty(made)
         raise
+
+
+@contextmanager
+def _ending_on_request() -> Iterator[None]:
+    """Turn a request to end (SIGTERM: `kill`, a scheduler) into SystemExit, so that what was begun
+    is cleared up. Python's default ends the process at once.
+    """
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open(options: Options) -> tuple[Any, Any]:
@@ -202,6 +236,7 @@ def _convert(
         "model": options.model,
         "pairs": table.pairs,
         "length": table.length,
+        "span": patterns[0].span,
         "cache": table.cache,
         "captured": {
             "profiled": table.captured,
@@ -240,7 +275,7 @@ def _save(
     finite = {k: v for k, v in facts["loss"].items() if math.isfinite(v)}
     (folder / "fit.json").write_text(json.dumps(facts | {"loss": finite}, indent=1) + "\n")
     text = f"# Bands fitted to {facts['model']}\n\n`{facts['command']}`\n\n{_summary(facts)}\n\n"
-    text += f"{explain(profile, patterns)}\n![where the heads look](profile.png)\n\n"
+    text += f"{explain(profile, patterns)}\n{LEGEND}\n![where the heads look](profile.png)\n\n"
     (folder / "fit.md").write_text(text + "![what each head attends](fit.png)\n")
 
 
@@ -256,6 +291,13 @@ def _summary(facts: dict[str, Any]) -> str:
 
 def _say(console: Console, options: Options, facts: dict[str, Any]) -> None:
     console.print(_summary(facts), highlight=False)
+    if facts["span"] > facts["length"]:
+        console.print(
+            f"Fitted at {facts['length']:,} tokens: in longer texts, up to {facts['span']:,}, only "
+            "heads that attend up to the end here look farther. Fit at the length that you will "
+            "use (--context).",
+            highlight=False,
+        )
     console.print(
         f"written to {options.output}: the model with bands, what each layer got and why (fit.md, "
         "fit.png), and the profile",

@@ -70,11 +70,8 @@ class ResultsFolder:
             shutil.rmtree(self.staging, ignore_errors=True)
 
     def claim(self, settings: dict[str, Any], *, restart: bool = False) -> None:
-        """Hold runs with these settings from now on, on the data in `staging` if there is any.
-
-        Args:
-            settings: what the runs share.
-            restart: forget the runs, the models and the settings that are there.
+        """Hold runs with these settings from now on, on the data in `staging` if there is any. With
+        `restart`, forget the runs, the models and the settings that are there.
 
         Raises:
             ValueError: if there are runs with other settings, which could not be compared; nothing

@@ -73,14 +73,9 @@ class DirectLaunch:
 
 
 def direct_launch(kernel: Any, arguments: Sequence[Any]) -> Callable[..., None]:
-    """A function `launch(programs, *arguments)` of a compiled kernel.
-
-    It is a `DirectLaunch` where the internals are known: on NVIDIA GPUs, with one of `RELEASES`.
-
-    Args:
-        kernel: what `function[grid](...)` returned.
-        arguments: of a call.
-    """
+    """A function `launch(programs, *arguments)` of a compiled kernel, which `function[grid](...)`
+    returned for some arguments. It is a `DirectLaunch` where the internals are known: on NVIDIA
+    GPUs, with one of `RELEASES`."""
 
     def documented(programs: int, *arguments: Any) -> None:
         kernel[(programs, 1, 1)](*arguments)

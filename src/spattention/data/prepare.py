@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ..files import read_json, shown, sync_tree, write_atomically
 from .arrays import open_array, save_array
 from .text import read_documents, sample_path
 from .token_file import SUFFIX, described_end_of_text, read_token_file
 from .tokenizer import (
+    TOKENIZER,
     end_of_text_id,
     entries_of,
     load_tokenizer,
@@ -23,6 +27,7 @@ from .tokenizer import (
 )
 from .tokens import TokenStream
 
+TRAINED = "byte-level BPE"  # tokenizer that was trained on the data
 UNKNOWN = "unknown"  # tokenizer of a token file that came without one
 
 
@@ -97,27 +102,45 @@ def prepare(
         save_array(folder / f"{name}.starts.npy", stream.starts)
     if used:
         save_tokenizer(used, folder / "tokenizer.json")
-    facts = CorpusFacts(
+    return write_facts(
+        folder,
         source="the sample of the package" if data is None else str(data),
-        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else UNKNOWN),
+        tokenizer=str(tokenizer) if tokenizer else (TRAINED if used else UNKNOWN),
+        entries=entries,
+        end_of_text=end_of_text,
+        streams=[(s.num_documents, len(s), s.digest()) for s in (train, validation)],
+    )
+
+
+def write_facts(
+    folder: Path,
+    *,
+    source: str,
+    tokenizer: str,
+    entries: int,
+    end_of_text: int | None,
+    streams: Sequence[tuple[int, int, str]],
+) -> CorpusFacts:
+    """Write what `open_facts` reads of a folder that is complete otherwise, and flush it to disk.
+    Training and validation stream are given by documents, tokens and digest.
+    """
+    (train_documents, train_tokens, train), (documents, tokens, validation) = streams
+    facts = CorpusFacts(
+        source=source,
+        tokenizer=tokenizer,
         # A multiple of 64 keeps the output layer's rows aligned.
         vocabulary=-(-entries // 64) * 64,
-        train_documents=train.num_documents,
-        train_tokens=len(train),
-        validation_documents=validation.num_documents,
-        validation_tokens=len(validation),
-        unigram_entropy=validation.unigram_entropy(),
-        digest=f"{train.digest()[:16]}-{validation.digest()[:16]}",
+        train_documents=train_documents,
+        train_tokens=train_tokens,
+        validation_documents=documents,
+        validation_tokens=tokens,
+        unigram_entropy=stored_stream(folder, "validation").unigram_entropy() if tokens else 0.0,
+        digest=f"{train[:16]}-{validation[:16]}",
         end_of_text=end_of_text,
     )
-    write_facts(folder, facts)
+    write_atomically(folder / "facts.json", json.dumps(asdict(facts), indent=2) + "\n")
     sync_tree(folder)
     return facts
-
-
-def write_facts(folder: Path, facts: CorpusFacts) -> None:
-    """Write what `open_facts` reads."""
-    write_atomically(folder / "facts.json", json.dumps(asdict(facts), indent=2) + "\n")
 
 
 def open_facts(folder: Path) -> CorpusFacts:
@@ -147,49 +170,66 @@ def open_facts(folder: Path) -> CorpusFacts:
 
 
 def open_stream(folder: Path, name: str, *, check: bool = True) -> TokenStream:
-    """The stream "train" or "validation" that `prepare` wrote, mapped into memory.
+    """The stream "train" or "validation" of a prepared folder; see `PreparedFolder.stream`."""
+    return PreparedFolder(folder).stream(name, check=check)
 
-    Args:
-        folder: what `prepare` wrote.
-        name: of the stream.
-        check: compare the stream with its digest and with the tokenizer, which reads it once:
-            about 1 s per GB.
 
-    Raises:
-        ValueError: if a file is missing, truncated, foreign, or not as it was written.
-    """
-    facts = open_facts(folder)
-    expected: tuple[int, int]
-    if name == "train":
-        expected, place = (facts.train_tokens, facts.train_documents), 0
-    else:
-        expected, place = (facts.validation_tokens, facts.validation_documents), -1
-    if not expected[0]:
-        raise ValueError(
-            f"{folder} must hold {name} tokens, but none were held out when it was prepared"
-        )
-    stream = stored_stream(folder, name)
-    if (len(stream), stream.num_documents) != expected:
-        raise ValueError(
-            f"{folder} must hold {expected[0]} {name} tokens in {expected[1]} documents, got "
-            f"{len(stream)} in {stream.num_documents}"
-        )
-    if check:
-        digest, largest = stream.scan()
-        wanted = facts.digest.split("-")[place]
-        if not wanted or not digest.startswith(wanted):
+@dataclass(frozen=True)
+class PreparedFolder:
+    """A folder that `prepare` wrote; each of its files is read once, when it is asked for."""
+
+    path: Path
+
+    @cached_property
+    def facts(self) -> CorpusFacts:
+        """See `open_facts`."""
+        return open_facts(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the tokens, if the folder has one."""
+        file = self.path / TOKENIZER
+        return load_tokenizer(file) if file.exists() else None
+
+    def stream(self, name: str, *, check: bool = True) -> TokenStream:
+        """The stream "train" or "validation", mapped into memory.
+
+        With `check`, it is compared with its digest and with the tokenizer, which reads it once:
+        about 1 s per GB.
+
+        Raises:
+            ValueError: if a file is missing, truncated, foreign, or not as it was written.
+        """
+        folder, facts = self.path, self.facts
+        if name == "train":
+            expected, place = (facts.train_tokens, facts.train_documents), 0
+        else:
+            expected, place = (facts.validation_tokens, facts.validation_documents), -1
+        if not expected[0]:
             raise ValueError(
-                f"{folder / name}.tokens.npy and its starts must have the digest {wanted}, got "
-                f"{digest[:16]}: they are not as they were written"
+                f"{folder} must hold {name} tokens, but none were held out when it was prepared"
             )
-        tokenizer = folder / "tokenizer.json"
-        entries = entries_of(load_tokenizer(tokenizer)) if tokenizer.exists() else facts.vocabulary
-        if largest >= entries:
+        stream = stored_stream(folder, name)
+        if (len(stream), stream.num_documents) != expected:
             raise ValueError(
-                f"{folder / name}.tokens.npy must hold tokens below {entries}, the entries of its "
-                f"tokenizer, got {largest}"
+                f"{folder} must hold {expected[0]} {name} tokens in {expected[1]} documents, got "
+                f"{len(stream)} in {stream.num_documents}"
             )
-    return stream
+        if check:
+            digest, largest = stream.scan()
+            wanted = facts.digest.split("-")[place]
+            if not wanted or not digest.startswith(wanted):
+                raise ValueError(
+                    f"{folder / name}.tokens.npy and its starts must have the digest {wanted}, got "
+                    f"{digest[:16]}: they are not as they were written"
+                )
+            entries = facts.vocabulary if self.tokenizer is None else entries_of(self.tokenizer)
+            if largest >= entries:
+                raise ValueError(
+                    f"{folder / name}.tokens.npy must hold tokens below {entries}, the entries of "
+                    f"its tokenizer, got {largest}"
+                )
+        return stream
 
 
 def stored_stream(folder: Path, name: str) -> TokenStream:

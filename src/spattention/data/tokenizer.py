@@ -124,16 +124,11 @@ def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
 
 
 class DocumentEncoder:
-    """Turns documents into tokens; what they spell stays text.
-
-    A tokenizer turns `<|endoftext|>` and its other added tokens, wherever a text spells them, into
+    """Turns documents into tokens, each with the token that ends it; what they spell stays text. A
+    tokenizer turns `<|endoftext|>` and its other added tokens, wherever a text spells them, into
     single tokens. In a document they are text like any other: it was written by somebody else, and
     would end in the middle. Added tokens of whitespace alone are kept, because they are how
     GPT-NeoX and OLMo write indentation. Dropout of BPE merges is off: a corpus is the same twice.
-
-    Args:
-        tokenizer: what turns text into tokens; it stays as it is.
-        end_of_text: the token that ends each document.
     """
 
     def __init__(self, tokenizer: Tokenizer, end_of_text: int) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch.utils.data import ConcatDataset, Dataset
 
-from .prepare import UNKNOWN, open_facts, open_stream
+from .prepare import UNKNOWN, PreparedFolder
 from .token_file import SUFFIX, described_end_of_text, read_token_file
+from .tokenizer import TOKENIZER, entries_of, load_tokenizer
 from .tokens import TokenStream, Windows
 
 LARGE = 4 * 10**9  # bytes of tokens
@@ -82,23 +84,17 @@ def open_training(
         say(f"comparing {size / 1e9:.1f} GB of tokens with their digests")
     opened = [_open(Path(path), end_of_text, check=check) for path in data]
     trained, validated, sources = [], [], list(validation)
-    for path, stream in zip(map(Path, data), opened):
-        if validation:
-            trained.append(stream)
-        elif path.is_dir():
-            trained.append(stream)
-            if open_facts(path).validation_tokens:
-                validated.append(open_stream(path, "validation", check=check))
-                sources.append(f"{path}: prepare it again with a larger `--held-out`")
-        elif held_out:
-            kept, held = stream.hold_out(held_out)
-            trained.append(kept)
+    for path, (folder, stream) in zip(map(Path, data), opened):
+        if not validation and folder is None and held_out:
+            stream, held = stream.hold_out(held_out)
             validated.append(held)
             sources.append(f"{path}: a larger `held_out` keeps more")
-        else:
-            trained.append(stream)
+        elif not validation and folder is not None and folder.facts.validation_tokens:
+            validated.append(folder.stream("validation", check=check))
+            sources.append(f"{path}: prepare it again with a larger `--held-out`")
+        trained.append(stream)
     others = [_open(Path(path), end_of_text, "validation", check=check) for path in validation]
-    validated += others
+    validated += [stream for _, stream in others]
     for source, stream in zip(sources, validated):
         if len(stream) < context:
             raise ValueError(
@@ -115,10 +111,16 @@ def open_training(
         # Not the tokens themselves: a corpus may be larger than memory.
         found.update(repr((len(stream), stream.num_documents)).encode())
         found.update(stream.tokens[:4096].tobytes() + stream.tokens[-4096:].tobytes())
-    folders = [Path(path) for path in data if Path(path).is_dir()]
-    _check_tokenizers([*folders, *(Path(path) for path in validation if Path(path).is_dir())])
-    known = [_end_of_text(Path(path), end_of_text) for path in data]
-    ends = {end for end in known if end is not None}
+    # Folders that were made of token files may have no tokenizer.
+    known = [f for f, _ in (*opened, *others) if f is not None and f.facts.tokenizer != UNKNOWN]
+    tokenizers = [f.tokenizer or load_tokenizer(f.path / TOKENIZER) for f in known]
+    _check_tokenizers([f.path for f in known], tokenizers)
+    largest = [entries_of(each) - 1 for each in tokenizers]  # vocabularies in facts are rounded up
+    largest += [int(stream.tokens.max()) for f, stream in (*opened, *others) if f not in known]
+    named = [
+        _end_of_text(Path(path), folder, end_of_text) for path, (folder, _) in zip(data, opened)
+    ]
+    ends = {end for end in named if end is not None}
     if len(ends) > 1:
         raise ValueError(f"`data` must agree on the token that ends a document, got {sorted(ends)}")
     return TrainingData(
@@ -127,12 +129,9 @@ def open_training(
         tokens=sum(map(len, trained)),
         digest=found.hexdigest()[:16],
         contents=_contents(train, tests),
-        largest=max(
-            _largest(Path(path), stream)
-            for path, stream in zip((*data, *validation), (*opened, *others))
-        ),
+        largest=max(largest),
         end_of_text=next(iter(ends), None),
-        tokenizer=next(filter(None, map(_tokenizer, folders)), None),
+        tokenizer=next((f.path / TOKENIZER for f, _ in opened if f in known), None),
     )
 
 
@@ -159,49 +158,33 @@ def _contents(train: Sequence[Windows], tests: Sequence[Windows]) -> str:
     return found.hexdigest()[:16]
 
 
-def _check_tokenizers(folders: Sequence[Path]) -> None:
-    """Raise ValueError if the folders have different tokenizers."""
-    from .tokenizer import load_tokenizer
+def _end_of_text(path: Path, folder: PreparedFolder | None, given: int | None) -> int | None:
+    if folder is not None:
+        return folder.facts.end_of_text
+    return described_end_of_text(path) if given is None else given
 
-    known = [path for path in map(_tokenizer, folders) if path is not None]
-    vocabularies = [load_tokenizer(path).get_vocab() for path in known]
-    for path, tokens in zip(known, vocabularies):
+
+def _check_tokenizers(folders: Sequence[Path], tokenizers: Sequence[Tokenizer]) -> None:
+    """Raise ValueError if the folders have different tokenizers."""
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    for folder, tokens in zip(folders, vocabularies):
         if tokens != vocabularies[0]:
             raise ValueError(
                 "`data` and `validation` must be made with one tokenizer, those of "
-                f"{known[0].parent} and {path.parent} are not the same"
+                f"{folders[0]} and {folder} are not the same"
             )
 
 
-def _tokenizer(folder: Path) -> Path | None:
-    """The tokenizer of a prepared folder; None for one of a token file without any."""
-    return None if open_facts(folder).tokenizer == UNKNOWN else folder / "tokenizer.json"
-
-
-def _open(path: Path, end_of_text: int | None, name: str = "train", *, check: bool) -> TokenStream:
+def _open(
+    path: Path, end_of_text: int | None, name: str = "train", *, check: bool
+) -> tuple[PreparedFolder | None, TokenStream]:
+    """The stream in a token file, or that of a prepared folder with the folder."""
     if path.name.endswith(SUFFIX):
-        return read_token_file(path, end_of_text)
+        return None, read_token_file(path, end_of_text)
     if not path.is_dir():
         raise ValueError(
             f"`{'data' if name == 'train' else name}` must be folders that `spattention prepare` "
             f"wrote or token files ({SUFFIX}), got {path}"
         )
-    return open_stream(path, name, check=check)
-
-
-def _end_of_text(path: Path, of_streams: int | None) -> int | None:
-    if path.is_dir():
-        return open_facts(path).end_of_text
-    return described_end_of_text(path) if of_streams is None else of_streams
-
-
-def _largest(path: Path, stream: TokenStream) -> int:
-    """The largest token; of a prepared folder the largest that its tokenizer has (the vocabulary
-    in its facts is rounded up).
-    """
-    tokenizer = _tokenizer(path) if path.is_dir() else None
-    if tokenizer is None:
-        return int(stream.tokens.max())
-    from .tokenizer import entries_of, load_tokenizer
-
-    return entries_of(load_tokenizer(tokenizer)) - 1
+    folder = PreparedFolder(path)
+    return folder, folder.stream(name, check=check)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat.huggingface import attention_name
@@ -40,7 +41,7 @@ class LayerHeads:
     divergence: float
 
 
-def head_statistics(model: Any, ids: torch.Tensor) -> list[LayerHeads]:
+def head_statistics(model: Any, ids: Tensor) -> list[LayerHeads]:
     """Run a causal language model of Transformers once, over whole rows `[B, N]` without padding,
     and measure each layer's heads.
 
@@ -77,9 +78,7 @@ def _intercept_attention(name: str, found: list[LayerHeads]) -> Iterator[None]:
     """Replace the attention function by one that also adds statistics to `found`."""
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
-    def intercepted(
-        module: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **more: Any
-    ) -> Any:
+    def intercepted(module: Any, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
         window, plan = more.get("sliding_window"), plan_of(module)
         if window is not None and (plan is None or plan.pattern is None):
             raise ValueError(f"layers must not have windows of their own, got {window}")
@@ -94,11 +93,7 @@ def _intercept_attention(name: str, found: list[LayerHeads]) -> Iterator[None]:
 
 
 def _measure(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float | None,
-    own_sinks: torch.Tensor | None,
+    module: Any, query: Tensor, key: Tensor, scale: float | None, own_sinks: Tensor | None
 ) -> LayerHeads:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     recompute = _head_weights(module)
@@ -112,9 +107,8 @@ def _measure(
         )
         there = weights.sum(dim=-1) > 0.5  # rows without keys and sinks are zero
         entropy = _entropy(weights)
-        distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
-            length, device=query.device
-        )
+        position = torch.arange(length, device=query.device)
+        distance = position[start:stop, None] - position
         attended = weights[..., :length]
         share = attended.sum(dim=-1).clamp_min(torch.finfo(attended.dtype).tiny)
         far = (attended * distance).sum(dim=-1) / share
@@ -133,5 +127,5 @@ def _measure(
     )
 
 
-def _entropy(weights: torch.Tensor) -> torch.Tensor:
+def _entropy(weights: Tensor) -> Tensor:
     return -torch.special.xlogy(weights, weights).sum(dim=-1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.tokens import IGNORED
@@ -24,7 +25,7 @@ class Mean:
     items: int
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> Mean:
+    def of(cls, values: Tensor) -> Mean:
         """The mean of `values [items]`."""
         count = len(values)
         error = math.inf if count < 2 else float(values.double().std()) / math.sqrt(count)
@@ -127,19 +128,10 @@ def validation_loss(
 
 
 @torch.no_grad()
-def token_losses(
-    model: Any, ids: torch.Tensor, positions: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Negative log-likelihood of every token but the first, in nats.
-
-    Args:
-        model: a causal language model of Transformers.
-        ids: int64 `[B, N]`, on any device.
-        positions: int64 `[B, N]`, counted from 0 in each document; None for one document per row.
-
-    Returns:
-        float32 `[B, N - 1]`, on the model's device.
-    """
+def token_losses(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of every token but the first, in nats, float32 `[B, N - 1]` on the
+    model's device. Positions `[B, N]` count from 0 in each document; None stands for one document
+    per row."""
     model.eval()
     ids = ids.to(model.device)
     more = {} if positions is None else {"position_ids": positions.to(model.device)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .perplexity import ROWS, Mean
@@ -39,8 +40,8 @@ class Question:
 
     task: str
     setting: float
-    ids: torch.Tensor
-    asked: torch.Tensor
+    ids: Tensor
+    asked: Tensor
     chance: float
 
 
@@ -98,7 +99,7 @@ def pairs(vocabulary: int, count: int, items: int, seed: int = 0) -> Question:
     return Question("pairs", count, torch.stack(rows), asked, 1 / count)
 
 
-def needle(text: torch.Tensor, vocabulary: int, depth: float, seed: int = 0) -> Question:
+def needle(text: Tensor, vocabulary: int, depth: float, seed: int = 0) -> Question:
     """A question of text `[items, N]` with a needle in it, at a depth from 0 to 1, and its key
     again at the end; the value is asked. `4 NEEDLE` tokens of the text are replaced."""
     items, length = text.shape
@@ -116,7 +117,7 @@ def needle(text: torch.Tensor, vocabulary: int, depth: float, seed: int = 0) -> 
 
 
 def questions(
-    vocabulary: int, context: int, text: torch.Tensor, items: int = 16, seed: int = 0
+    vocabulary: int, context: int, text: Tensor, items: int = 16, seed: int = 0
 ) -> Iterator[Question]:
     """All questions that fit into a context, smallest first; text `[items, context]` are the
     haystacks."""

@@ -266,11 +266,7 @@ def _mmlu_groups() -> dict[str, str]:
 
 def _dataset(files: Mapping[str, Path]) -> dict[str, Any]:
     data = {split: str(path.resolve()) for split, path in files.items()}
-    return {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": data},
-    }
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": data}}
 
 
 def _harness() -> str:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..bands import BandPattern
 from ..scalars import as_int, as_number
 from .allocate import allocate
-from .bins import causal_pairs, head_pairs, prefix_pairs
+from .bins import causal_pairs, distance_edges, head_pairs, prefix_pairs
 from .capture import coverage
-from .profile import Profile
+from .profile import ModelIdentity, Profile
 
 FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
 LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
@@ -73,6 +73,42 @@ def fit(
         if not len(fetching):
             return task.patterns(window)
         fetching = fetching[: len(fetching) * 4 // 5]
+
+
+def check_budget(
+    model: ModelIdentity,
+    length: int,
+    prefix_max: int,
+    *,
+    pairs: float,
+    span: int | None = None,
+    prefix: int = 0,
+    local: int | None = None,
+    kv_heads: int | None = None,
+    dense_layers: Iterable[int] = (),
+) -> None:
+    """Check arguments of `fit` before a model is profiled, which takes long.
+
+    Args:
+        model: to be profiled.
+        length: tokens of the longest row.
+        prefix_max: first tokens that will be measured.
+        pairs: as in `fit`, and so are those that follow.
+        span: of the patterns.
+        prefix: first tokens that every head attends.
+        local: nearest tokens that every head attends.
+        kv_heads: the model's key/value heads, or None.
+        dense_layers: layers that attend everything.
+
+    Raises:
+        ValueError: as `fit` would.
+    """
+    bins = len(distance_edges(length)) - 1
+    first = torch.zeros(model.layers, model.heads, prefix_max, dtype=torch.float64)
+    distance = torch.zeros(model.layers, model.heads, bins, dtype=torch.float64)
+    by_both = first[..., None].expand(*first.shape, bins)
+    nothing = Profile(model, length, 1, length, "", first, distance, by_both, first)
+    _task(nothing, pairs, length, span, prefix, local, kv_heads, dense_layers)
 
 
 def sliding_window(
@@ -292,11 +328,21 @@ def _task(
     )
     if least > task.budget:
         raise ValueError(
-            f"`pairs` must be at least {math.ceil(10_000 * least / dense) / 10_000} for "
-            f"{len(layers)} of {model.layers} layers dense, the nearest {local} tokens and a "
-            f"prefix of {prefix} in every head at length {length}, got {pairs}"
+            f"`pairs` must be at least {math.ceil(10_000 * least / dense) / 10_000} at length "
+            f"{length} for {_kept(len(layers), model.layers, local, prefix)}, got {pairs}"
         )
     return task
+
+
+def _kept(dense: int, layers: int, local: int, prefix: int) -> str:
+    """Words for all that a budget must suffice for."""
+    nearest = "the nearest token" if local == 1 else f"the nearest {local} tokens"
+    first = {0: "", 1: "the first token and "}.get(prefix, f"the first {prefix} tokens and ")
+    if dense == layers:
+        return f"{dense} of {layers} layers dense"
+    if dense:
+        return f"{dense} of {layers} layers dense, {first}{nearest} in every other head"
+    return f"{first}{nearest} in every head"
 
 
 def _layers(layers: Iterable[int], count: int) -> tuple[int, ...]:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ..bands import BandPattern
 from .capture import captured
 from .explain import explain
+from .fit import FETCHES
 from .profile import Profile
 
-INK = "#333333"
+INK, BLUE, RED, LINE = "#333333", "#3b6fb6", "#c8553d", "#dddddd"
+LABELS = 16  # layers that are numbered at most
 
 
 def profile_figure(profile: Profile) -> Figure:
@@ -26,7 +29,7 @@ def profile_figure(profile: Profile) -> Figure:
     name = profile.model.name or "a dense model"
     figure.suptitle(
         f"what the heads of {name} attend: {profile.tokens:,} tokens, rows of up to "
-        f"{profile.length:,}",
+        f"{profile.length:,}\nin each map a row is a layer, and a square is one of its heads",
         color=INK,
     )
     axes = figure.subplots(2, 2)
@@ -38,6 +41,7 @@ def profile_figure(profile: Profile) -> Figure:
         "tokens",
         "tokens",
         LogNorm(1, max(2, profile.length)),
+        _powers(profile.length),
     )
     _heads(
         axes[0][1],
@@ -53,10 +57,10 @@ def profile_figure(profile: Profile) -> Figure:
         _heads(
             axes[1][0],
             profile.needle,
-            f"who fetches: share of attention on needles\n({profile.needles_found} of "
-            f"{profile.needles} found)",
+            f"who fetches: share of attention on needles, from {FETCHES} on a head fetches\n"
+            f"(the model repeats {profile.needles_found} of {profile.needles} needles)",
             "share",
-            Normalize(0, max(0.01, float(profile.needle.max()))),
+            Normalize(0, max(FETCHES, float(profile.needle.max()))),
         )
     _windows(axes[1][1], profile)
     return figure
@@ -68,8 +72,8 @@ def fit_figure(profile: Profile, patterns: Sequence[BandPattern]) -> Figure:
     layers, heads = profile.model.layers, profile.model.heads
     figure = Figure(figsize=(13, max(5.0, 0.28 * layers + 2.5)), layout="constrained")
     figure.suptitle(
-        f"fitted to {profile.model.name or 'a dense model'}: {table.pairs:.3f} of the pairs at "
-        f"{table.length:,}, {table.captured:.3f} of the attention",
+        f"fitted to {profile.model.name or 'a dense model'}: {table.pairs:.3f} of the pairs of "
+        f"dense attention at {table.length:,} tokens, {table.captured:.3f} of it captured",
         color=INK,
     )
     axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.6])
@@ -78,6 +82,9 @@ def fit_figure(profile: Profile, patterns: Sequence[BandPattern]) -> Figure:
     shares = captured(profile, patterns)
     _heads(axes[1], shares, "share of the attention captured", "share", Normalize(0, 1))
     _reach(axes[2], patterns, table.length)
+    kinds = ((BLUE, "nearest tokens and a band"), (RED, "everything"))
+    lines = [Line2D([], [], color=color, label=label) for color, label in kinds]
+    figure.legend(handles=lines, fontsize=8, frameon=False, ncols=2, loc="outside lower right")
     return figure
 
 
@@ -88,9 +95,30 @@ def _median_distance(profile: Profile) -> torch.Tensor:
     return upper[beyond.clamp(max=len(upper) - 1)]
 
 
-def _heads(axis: Any, values: torch.Tensor, title: str, label: str, norm: Normalize) -> None:
+def _powers(length: int) -> list[int]:
+    """1, 4, 16 and so on up to a length."""
+    return [4**k for k in range(length.bit_length()) if 4**k <= length]
+
+
+def _tokens(axis: Any, length: int) -> None:
+    """Number a logarithmic axis, or that of a bar of colours, by tokens."""
+    axis.set_major_locator(FixedLocator(_powers(length)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _heads(
+    axis: Any,
+    values: torch.Tensor,
+    title: str,
+    label: str,
+    norm: Normalize,
+    ticks: Sequence[int] = (),
+) -> None:
     image = axis.imshow(values.numpy(), aspect="auto", cmap="viridis", norm=norm)
-    axis.figure.colorbar(image, ax=axis, label=label)
+    bar = axis.figure.colorbar(image, ax=axis, label=label)
+    if ticks:
+        _tokens(bar.ax.yaxis, ticks[-1])
     axis.set_title(title, fontsize=10, color=INK)
     axis.set(xlabel="head", ylabel="layer")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -103,13 +131,14 @@ def _windows(axis: Any, profile: Profile) -> None:
     curves = profile.by_distance(profile.prefix_max).cumsum(dim=-1).flatten(0, 1)
     first = profile.first.sum(dim=-1).flatten()[:, None]
     for shares, color, label in (
-        (curves, "#3b6fb6", "window alone, first tokens apart"),
-        (curves + first, "#c8553d", f"window and the first {profile.prefix_max} tokens"),
+        (curves, BLUE, "window alone, first tokens apart"),
+        (curves + first, RED, f"window and the first {profile.prefix_max} tokens"),
     ):
         low, high = torch.quantile(shares, torch.tensor([0.1, 0.9], dtype=shares.dtype), dim=0)
         axis.fill_between(edges, low, high, color=color, alpha=0.15)
         axis.plot(edges, shares.mean(dim=0), color=color, label=label)
     axis.set_xscale("log", base=2)
+    _tokens(axis.xaxis, profile.length)
     axis.set(xlabel="window (tokens)", ylabel="share of attention", ylim=(0, 1.02))
     axis.set_title("what windows capture: mean, and 8 of 10 heads", fontsize=10, color=INK)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
@@ -126,15 +155,18 @@ def _reach(axis: Any, patterns: Sequence[BandPattern], length: int) -> None:
                 axis.plot(
                     [max(near, 0.7), min(far, length)],
                     [y, y],
-                    color="#c8553d" if dense else "#3b6fb6",
+                    color=RED if dense else BLUE,
                     linewidth=1.2,
                     solid_capstyle="butt",
                 )
     axis.set_xscale("log", base=2)
+    _tokens(axis.xaxis, length)
     axis.set(ylim=(len(patterns), 0), xlim=(0.7, length))
     axis.set(xlabel="distance from query to key (tokens)", ylabel="layer, a line per head")
+    axis.hlines(range(1, len(patterns)), 0.7, length, color=LINE, linewidth=0.6, zorder=0)
+    numbered = range(0, len(patterns), -(-len(patterns) // LABELS))
+    axis.set_yticks([layer + 0.5 for layer in numbered], [str(layer) for layer in numbered])
     prefix = max(pattern.prefix for pattern in patterns)
-    beside = f", beside the first {prefix} tokens" if prefix else ""
-    title = f"distances that each head attends{beside} (red: everything)"
-    axis.set_title(title, fontsize=10, color=INK)
+    beside = f",\nbeside the first {prefix} tokens" if prefix else ""
+    axis.set_title(f"distances that each head attends{beside}", fontsize=10, color=INK)
     axis.spines[["top", "right"]].set_visible(False)

@@ -11,14 +11,13 @@ from importlib.util import find_spec
 if find_spec("transformers") is None:
     raise ImportError("`spattention.hf` needs Transformers: install `spattention[hf]`")
 
-from .apply import apply
+from .apply import apply, register
 from .cache import BandCache
 from .cache_guard import trust_cache
 from .config import NAME
 from .context_parallel import context_parallel
 from .loader import add_loader
 from .profile import profile
-from .registration import register
 from .tensor_parallel import deal
 
 __all__ = [

@@ -38,13 +38,8 @@ READ = "_spattention_read"  # of a PEFT config from a file: the section there, N
 
 @dataclass(frozen=True)
 class AdapterSection:
-    """A section as an adapter's folder holds it.
-
-    Attributes:
-        kind: name of the kind, a key of `KINDS`.
-        data: the section.
-        file: that it was read from; None for the section of a live model.
-    """
+    """A section, of a kind in `KINDS`, as an adapter's folder holds it: the file that it was read
+    from, or None for the section of a live model."""
 
     kind: str
     data: Mapping[str, Any]
@@ -52,12 +47,9 @@ class AdapterSection:
 
 
 class AdapterSinks(ModulesToSaveWrapper):
-    """The sinks of one attention module: the base model's, and those of each adapter.
-
-    Attributes:
-        absent: adapters whose folder holds no sinks, because they were trained without bands or
-            saved before adapters carried sinks; theirs start as the base model's.
-    """
+    """The sinks of one attention module: the base model's, and those of each adapter. Those of
+    `absent` adapters start as the base model's: their folders hold none, because they were trained
+    without bands or saved before adapters carried sinks."""
 
     def __init__(self, module_to_save: Sinks, adapter_name: str) -> None:
         super().__init__(module_to_save, adapter_name)
@@ -132,7 +124,7 @@ def meet(model: Any, config: Any, adapter_name: str) -> None:
         ValueError: if the model has another section, or is dense and cannot get it, or if its heads
             are dealt: an adapter is saved in the order that it was trained in.
     """
-    refuse_dealt(model, "model", "to be given an adapter")
+    refuse_dealt(model, "to be given an adapter")
     bring_back(model, config, adapter_name)
     setattr(config, WRITTEN, adapter_section(model))
     _wrap_sinks(model, adapter_name, config)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import band_attention, band_attention_varlen
@@ -44,14 +45,14 @@ HONOURED = frozenset({"is_causal", "output_attentions", "s_aux", "softcap", SHAR
 
 def attention_forward(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **keywords: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function of `attn_implementation="spattention"`.
 
     Args:
@@ -93,59 +94,39 @@ def attention_forward(
         if sinks is not None and sinks.shape[0] != heads:
             sinks = shard.sinks(sinks, heads)
     packed = any(keywords.get(name) is not None for name in PACKING)
+    options: dict[str, Any] = {"scale": scaling, "sinks": sinks}
     if is_context_parallel(module):
-        shards = keywords.get(SHARDS)
-        out = attend_shards(query, key, value, pattern, shards, scale=scaling, sinks=sinks)
+        out = attend_shards(query, key, value, pattern, keywords.get(SHARDS), **options)
     elif isinstance(key, BandHandle):
         if packed:
             raise ValueError(
                 f"`past_key_values` must not be a BandCache with `{PACKING[0]}`: flattened rows "
                 "cannot be continued"
             )
-        out = key.attend(query, pattern, rows, scale=scaling, sinks=sinks)
+        out = key.attend(query, pattern, rows, **options)
     elif packed:
-        out = _packed(query, key, value, pattern, rows, scaling, sinks, keywords)
+        out = _packed(query, key, value, pattern, rows, keywords, **options)
     else:
-        out = _by_rows(query, key, value, pattern, rows, scaling, sinks)
+        out = _by_rows(query, key, value, pattern, rows, **options)
     return out.transpose(1, 2), None
 
 
 def _by_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    rows: Rows,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, pattern: BandPattern, rows: Rows, **options: Any
+) -> Tensor:
     """Attention `[B, H, Q, Dv]` to the given keys: one text per row, or packed documents, separated
-    by the first key of each query."""
+    by the first key of each query. Options are scale and sinks."""
     if rows.source is not None:
-        return _between_padding(query, key, value, pattern, rows, scaling, sinks)
-    out = band_attention(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scaling,
-        sinks=sinks,
-        query_start=rows.query_start,
-        key_start=rows.key_start,
-    )
-    assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
+        return _between_padding(query, key, value, pattern, rows, **options)
+    options |= {"query_start": rows.query_start, "key_start": rows.key_start}
+    out = band_attention(query, key, value, pattern, **options)
+    assert isinstance(out, Tensor)  # no log-sum-exp was asked for
     return out
 
 
 def _between_padding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: BandPattern,
-    rows: Rows,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, pattern: BandPattern, rows: Rows, **options: Any
+) -> Tensor:
     """Attention `[B, H, Q, Dv]` with padding between tokens. Padding moves to the left end of its
     row, so that distances count tokens alone. Its own rows of the result are 0."""
     source, valid = rows.source, rows.valid_queries(query.shape[2])
@@ -162,20 +143,19 @@ def _between_padding(
     query = reorder(query.masked_fill(padding, 0.0), order)
     key, value = reorder(key, source), reorder(value, source)
     moved = replace(rows, valid=None, source=None)
-    out = _by_rows(query, key, value, pattern, moved, scaling, sinks)
+    out = _by_rows(query, key, value, pattern, moved, **options)
     return restore(out, order).masked_fill(padding, 0.0)
 
 
 def _packed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     pattern: BandPattern,
     rows: Rows,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
     keywords: dict[str, Any],
-) -> torch.Tensor:
+    **options: Any,
+) -> Tensor:
     """Documents flattened into one row, with FlashAttention's offsets."""
     check_packing(keywords, rows.padded)
     if query.shape[0] != 1 or key.shape[2] != query.shape[2] or rows.query_start is not None:
@@ -183,33 +163,25 @@ def _packed(
             "`cu_seq_lens_q` must describe one row [1, T] without a filled cache, "
             f"got {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
         )
-    out = band_attention_varlen(
-        query.squeeze(0).transpose(0, 1),
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0).transpose(0, 1),
-        pattern,
-        keywords["cu_seq_lens_q"].to(torch.int32),
-        keywords["cu_seq_lens_k"].to(torch.int32),
-        int(keywords["max_length_q"]),
-        int(keywords["max_length_k"]),
-        scale=scaling,
-        sinks=sinks,
-    )
-    assert isinstance(out, torch.Tensor)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    offsets = [keywords[name].to(torch.int32) for name in PACKING[:2]]
+    longest = [int(keywords[name]) for name in PACKING[2:]]
+    out = band_attention_varlen(query, key, value, pattern, *offsets, *longest, **options)
+    assert isinstance(out, Tensor)
     return out.transpose(0, 1)[None]
 
 
 def _own_attention(
     implementation: str,
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     rows: Rows,
     scaling: float | None,
     dropout: float,
     keywords: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """A layer without a pattern: the model's implementation, with the mask that it would have."""
     offsets = keywords.get("cu_seq_lens_k")
     if offsets is not None and rows.key_start is None:
@@ -219,7 +191,7 @@ def _own_attention(
     window = keywords.get("sliding_window")
     lengths = query.shape[2], key.shape[2]
     plain = rows.plain and lengths[0] in (1, lengths[1]) and (window or lengths[1]) >= lengths[1]
-    mask: torch.Tensor | None
+    mask: Tensor | None
     # SDPA knows no sinks and no caps, and models that have them say so by keyword.
     if implementation == "eager" or keywords.get("s_aux") is not None or keywords.get("softcap"):
         forward = sys.modules[type(module).__module__].eager_attention_forward
@@ -264,7 +236,7 @@ def _check_keywords(module: torch.nn.Module, dropout: float, keywords: dict[str,
             )
 
 
-def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> torch.Tensor | None:
+def _sinks(module: torch.nn.Module, keywords: dict[str, Any]) -> Tensor | None:
     """The layer's own sinks (`s_aux`, as in gpt-oss) or those from `apply`."""
     sinks = keywords.get("s_aux")
     if sinks is None and has_sinks(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ from ..scalars import as_int
 from .config import read_section
 from .mask import Rows
 from .tensor_parallel import HeadShard
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
 class BandCache(Cache):
@@ -91,23 +94,36 @@ class BandCache(Cache):
         return self
 
 
-class BandLayer(CacheLayerMixin):
-    """One layer's store.
+def passed_cache(keywords: Mapping[str, Any]) -> Any:
+    """The cache that a model hands an attention module, or None."""
+    return next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
 
-    Args:
-        pattern: the layer's bands.
-        max_rollback: as in `BandCache`.
-        capacity: as in `BandStore`.
-    """
 
-    is_croppable = True
+class EndlessLayer(CacheLayerMixin):
+    """A layer whose texts have no longest, and whose mask counts all tokens, kept or not."""
+
     is_sliding = False
 
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
+        """Number of keys that a mask would have, and 0."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """-1, under the name that earlier versions of Transformers call."""
+        return -1
+
+
+class BandLayer(EndlessLayer):
+    """One layer's store, for its bands; arguments as in `BandCache` and `BandStore`."""
+
+    is_croppable = True
+
     def __init__(
-        self,
-        pattern: BandPattern,
-        max_rollback: int = MAX_ROLLBACK,
-        capacity: int | None = None,
+        self, pattern: BandPattern, max_rollback: int = MAX_ROLLBACK, capacity: int | None = None
     ) -> None:
         super().__init__()
         self.pattern = pattern
@@ -178,18 +194,6 @@ class BandLayer(CacheLayerMixin):
     def get_seq_length(self) -> Any:
         """Number of tokens so far, padding included: 0 before the first, then a tensor `[]`."""
         return 0 if self.store is None else self.store.columns[0]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
-        """Number of keys that a mask would have, and 0: all tokens count, kept or not."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """-1, under the name that earlier versions of Transformers call."""
-        return -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back `-tokens_to_remove` tokens, at most `max_rollback`."""

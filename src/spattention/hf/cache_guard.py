@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from ..bands import BandPattern
 from ..checks import readable
 from ..compat.huggingface import attention_name
-from .cache import BandCache, BandLayer
+from .cache import BandCache, BandLayer, passed_cache
 from .config import NAME, Section, read_section
 from .context_parallel import is_context_parallel
 from .decoder import plan_of
@@ -20,7 +20,6 @@ from .tensor_parallel import head_shard, natural_pattern
 from .windows import check_traded
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
 def before_forward(
@@ -40,7 +39,7 @@ def before_forward(
         check_traded(module.config, module.layer_idx, plan.pattern)  # a config can be changed
     if is_context_parallel(module):
         return None  # without a cache, and positions were read before rows were split
-    cache = next((keywords[k] for k in CACHE_ARGUMENTS if keywords.get(k) is not None), None)
+    cache = passed_cache(keywords)
     position_ids, mask = keywords.get("position_ids"), keywords.get("attention_mask")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] == 1):
         position_ids = None  # nothing to compare

@@ -26,21 +26,11 @@ PASSED_ON = frozenset(
     }
 )
 # Arguments with a number or a vector per token, and their dimensions.
-BY_TOKEN = {
-    "input_ids": 2,
-    "inputs_embeds": 3,
-    "position_ids": 2,
-    "labels": 2,
-    "shift_labels": 2,
-}
+BY_TOKEN = {"input_ids": 2, "inputs_embeds": 3, "position_ids": 2, "labels": 2, "shift_labels": 2}
 
 
 def check_inputs(model: Any, given: Mapping[str, Any]) -> torch.Tensor:
-    """The tokens of whole rows, or their vectors.
-
-    Args:
-        model: under `context_parallel`.
-        given: its arguments that are not None, by name.
+    """The tokens of whole rows, or their vectors, among the arguments of a model that are not None.
 
     Raises:
         ValueError: if an argument cannot be split, or is of a wrong type or shape.
@@ -132,9 +122,9 @@ def _check_shape(
     wrong = len(shape) != BY_TOKEN[name]
     wrong = wrong or (batch is not None and (shape[0] not in rows or shape[1] != length))
     if wrong:
-        form = f"[{'B' if batch is None else batch}, {'tokens' if length is None else length}"
-        form += ", D]" if BY_TOKEN[name] == 3 else "]"
+        wanted = f"[{'B' if batch is None else batch}, {'tokens' if length is None else length}"
+        wanted += ", D]" if BY_TOKEN[name] == 3 else "]"
         raise ValueError(
-            f"`{name}` must be {form} under `context_parallel`, got shape {list(shape)}"
+            f"`{name}` must be {wanted} under `context_parallel`, got shape {list(shape)}"
         )
     return shape[0], shape[1]

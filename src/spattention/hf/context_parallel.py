@@ -25,7 +25,7 @@ from ..parallel import Plan, Shards, plan_exchange, sharded_attention
 from ..parallel.agreement import Group, check_agreement
 from .config import NAME
 from .context_inputs import BY_TOKEN, check_inputs, document_starts
-from .decoder import attention_modules, plan_of
+from .decoder import attention_modules, plan_of, text_config_of
 from .packing import PACKING
 
 SHARDS = "spattention_shards"  # keyword of the attention function
@@ -36,13 +36,8 @@ IGNORED = -100  # label of a token without a loss
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """The rows of one forward pass.
-
-    Attributes:
-        group: the ranks.
-        shards: positions per rank.
-        documents: starts of packed documents per row; None: one document per row.
-    """
+    """The rows of one forward pass: ranks, positions per rank, and the starts of packed documents
+    per row, None for one document per row."""
 
     group: Group
     shards: Shards
@@ -60,13 +55,7 @@ class ShardedRows:
 
 @dataclass
 class ContextParallel:
-    """A model's mode: ranks, layout, and hooks.
-
-    Attributes:
-        group: the ranks.
-        layout: of shards, one of `LAYOUTS`.
-        handles: of the model's hooks.
-    """
+    """A model's mode: ranks, layout of shards (one of `LAYOUTS`), and the model's hooks."""
 
     group: Group
     layout: str
@@ -112,7 +101,7 @@ def context_parallel(model: Any, mesh: Any, *, layout: str = "balanced") -> Any:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}")
-    modules = _attention_modules(model)
+    modules = attention_modules(model, text_config_of(model))
     if mesh is not None:
         _check_layers(modules)
     mode = None if mesh is None else ContextParallel(_group(mesh), layout)
@@ -160,20 +149,9 @@ def attend_shards(
     return out
 
 
-def _attention_modules(model: Any) -> dict[int, Any]:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
-    return attention_modules(model, config.get_text_config())
-
-
 def _check_layers(modules: Mapping[int, Any], is_marked: bool = False) -> None:
-    """Check that every attention layer runs bands; any other would attend a rank's own tokens.
-
-    Args:
-        modules: the attention modules by layer.
-        is_marked: whether they must be under `context_parallel` already.
-    """
+    """Check that every attention layer runs bands; any other would attend a rank's own tokens. With
+    `is_marked` they must be under `context_parallel` already."""
     if not modules:
         raise ValueError("`model` must have attention layers with bands, got none")
     for index, module in modules.items():
@@ -244,7 +222,8 @@ def _agreed_rows(
     """Tokens and starts of documents, which all ranks have alike; a fault of one is told by all."""
     fault, facts, rows = None, {}, None
     try:
-        _check_layers(_attention_modules(model), is_marked=True)
+        modules = attention_modules(model, text_config_of(model))
+        _check_layers(modules, is_marked=True)
         tokens = check_inputs(model, given)
         documents = document_starts(model, given, *tokens.shape[:2])
         if "labels" in given or "shift_labels" in given:

@@ -23,18 +23,13 @@ def is_dealt(module: Any) -> bool:
     return tuple(order) != tuple(range(len(order)))
 
 
-def refuse_dealt(model: Any, argument: str, purpose: str) -> None:
-    """Check that no attention module has dealt heads; raises `ValueError`.
-
-    Args:
-        model: any module.
-        argument: the name of the model among the caller's arguments.
-        purpose: what needs the natural order.
-    """
+def refuse_dealt(model: Any, purpose: str) -> None:
+    """Check that no attention module of a model has dealt heads; raises `ValueError` that names the
+    purpose which needs the natural order."""
     for module in model.modules():
         if is_dealt(module):
             raise ValueError(
-                f"`{argument}` must have its heads in their natural order {purpose}, got heads "
+                f"`model` must have its heads in their natural order {purpose}, got heads "
                 "dealt by `spattention.hf.deal`: call `spattention.hf.deal(model, 1)` first"
             )
 
@@ -56,15 +51,8 @@ def by_heads(module: Any) -> Iterator[tuple[str, int]]:
 
 
 def check_dealable(module: Any, key_heads: int) -> None:
-    """Check that an order of the key/value heads changes no result of an attention module.
-
-    Args:
-        module: the attention module.
-        key_heads: its key/value heads on all ranks.
-
-    Raises:
-        ValueError: naming what is not known to be the same under any order.
-    """
+    """Check that an order of the key/value heads, those on all ranks, changes no result of an
+    attention module; raises `ValueError` that names what is not known to allow it."""
     where = f"in layer {module.layer_idx} to deal its heads"
     missing = [name for name in PROJECTIONS if not hasattr(module, name)]
     if missing:

@@ -33,6 +33,16 @@ class LayerPlan:
     own: str = "sdpa"
 
 
+def text_config_of(model: Any) -> Any:
+    """The text config of a Transformers model; raises `ValueError` unless it is a decoder alone."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
+    return config.get_text_config()
+
+
 def key_heads(config: Any) -> int:
     """Key/value heads of a text config."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -173,14 +183,8 @@ def patterns_by_layer(
 
 
 def check_heads(module: Any, config: Any, pattern: BandPattern, ranks: int = 1) -> None:
-    """A pattern has the layer's heads, all of them or those of this tensor-parallel rank.
-
-    Args:
-        module: the attention module.
-        config: the text config.
-        pattern: for the module.
-        ranks: over which Transformers split the module's heads.
-    """
+    """Check that a pattern has the heads of an attention module, all of them or those of this rank,
+    where Transformers split them over `ranks`."""
     heads = config.num_attention_heads
     here = _heads_here(module, heads, ranks)
     if pattern.num_heads not in (heads, here):

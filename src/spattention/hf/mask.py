@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function
 
-from ..checks import readable
+from ..checks import in_graph, readable
 from ..padding import padding_first
 from .config import read_section
 
@@ -208,15 +208,7 @@ def dense_mask(
     rows: Rows, query_len: int, key_len: int, window: int | None, device: torch.device
 ) -> torch.Tensor:
     """The causal mask of a layer that keeps its own attention, bool `[B or 1, 1, Q, K]`. As in
-    Transformers, its window counts padding between tokens too.
-
-    Args:
-        rows: of this forward pass.
-        query_len: Q.
-        key_len: K.
-        window: the layer's own sliding window in tokens, itself included.
-        device: of the mask.
-    """
+    Transformers, its window in tokens, itself included, counts padding between tokens too."""
     start = key_len - query_len if rows.query_start is None else rows.query_start
     positions = (start + torch.arange(query_len, device=device))[:, None]
     keys = torch.arange(key_len, device=device)
@@ -287,9 +279,7 @@ def _all_have_bands(config: Any) -> bool:
 def decidable(tensor: torch.Tensor) -> bool:
     """True if values can be read. That waits for a GPU; Transformers reads the same masks in the
     same places for its own attention."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return tensor.device.type != "meta" and not in_graph(tensor)
 
 
 def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: int) -> Rows:

@@ -65,17 +65,8 @@ def as_needle(given: Any, number: int) -> Needle:
 
 
 def plant(rows: Sequence[Tensor], count: int, tokenizer: Any, seed: int = 0) -> list[Needle]:
-    """Plant passkeys in rows of text, at depths spread evenly from start to end.
-
-    Args:
-        rows: int64 `[N]` each; used in turn. A needle takes the place of some of its tokens.
-        count: number of needles.
-        tokenizer: of Transformers, that of the rows.
-        seed: of the keys.
-
-    Raises:
-        ValueError: if a row is too short.
-    """
+    """Plant passkeys in rows of text `[N]`, used in turn, at depths spread evenly from start to
+    end. A needle takes the place of some tokens. Raises `ValueError` if a row is too short."""
     draw = random.Random(seed)
     needles = []
     for number in range(count):

@@ -16,12 +16,8 @@ WARNED = f"{NAME}_warned"  # mark of a module whose user was warned already
 
 
 def check_packing(keywords: Mapping[str, Any], padded: bool) -> None:
-    """Check that offsets come together, and without an `attention_mask`; raises `ValueError`.
-
-    Args:
-        keywords: of the attention function or the model, of which some are in `PACKING`.
-        padded: whether an `attention_mask` was given.
-    """
+    """Check that the offsets among some keywords come together, and without an `attention_mask`;
+    raises `ValueError`."""
     missing = [name for name in PACKING if keywords.get(name) is None]
     if missing:
         raise ValueError(f"`{PACKING[0]}` must come with all of {PACKING[1:]}, got no {missing}")

@@ -24,7 +24,7 @@ from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
 from ..scalars import as_int, int_at_least
 from .attention import HONOURED, WITHOUT_EFFECT
 from .config import NAME
-from .decoder import attention_modules, check_model, key_heads, text_configs
+from .decoder import attention_modules, check_model, key_heads, text_config_of, text_configs
 from .mask import rows_mask
 from .needles import Needle, as_needle, plant
 from .packing import PACKING
@@ -93,7 +93,8 @@ def profile(
                 lengths.append(len(row))
                 if len(kept) < max(planted, sensitivity):
                     kept.append(row)
-            for same in _stacked(rows):
+            together = len({len(row) for row in rows}) == 1
+            for same in [torch.stack(rows)] if together else [row[None] for row in rows]:
                 subject.run(same)
         if not lengths:
             raise ValueError("`batches` must hold at least one row of tokens, got none")
@@ -111,10 +112,14 @@ def profile(
             triples = plant(kept[:planted], planted, tokenizer)
         fetched = _Fetched()
         sums.fetched = fetched
-        for needle in report(_checked(triples, subject), "needles", len(triples)):
+        for number, needle in enumerate(triples):
+            where = f"needle {number} of `needles`"
+            check_row(needle.tokens, subject.config.vocab_size, subject.longest, where)
+        for needle in report(triples, "needles", len(triples)):
             fetched.start(needle)
             logits = subject.run(needle.tokens[None], needle.queries)
-            fetched.found += int(_predicts(logits, needle))
+            likeliest = logits[0].argmax(dim=-1).cpu()
+            fetched.found += int(torch.equal(likeliest, needle.answer_tokens))
     return sums.profile(subject, lengths, digest.hexdigest()[:16], minded, sensitivity)
 
 
@@ -122,13 +127,8 @@ class _Subject:
     """The model: checked, with what is needed to run it and to restore it."""
 
     def __init__(self, model: Any) -> None:
-        config = getattr(model, "config", None)
-        if config is None or not hasattr(config, "get_text_config"):
-            raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError("`model` must be a decoder alone, got an encoder-decoder")
         self.model = model
-        self.config = config.get_text_config()
+        self.config = text_config_of(model)
         own = attention_name(self.config)
         if own == NAME or getattr(self.config, str(own), None) is not None:
             raise ValueError(f'`model` must be dense, with its own attention, got one with "{own}"')
@@ -457,14 +457,6 @@ def check_row(row: Tensor, vocabulary: int, longest: int | None, where: str) -> 
         )
 
 
-def _stacked(rows: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Rows of one length together, `[B, N]`; others one by one."""
-    if len({len(row) for row in rows}) == 1:
-        yield torch.stack(list(rows))
-    else:
-        yield from (row[None] for row in rows)
-
-
 def _needles(needles: Any, tokenizer: Any) -> tuple[int, list[Needle]]:
     """The number of needles to plant, or the needles given."""
     if needles is None:
@@ -482,15 +474,3 @@ def _needles(needles: Any, tokenizer: Any) -> tuple[int, list[Needle]]:
             f"{needles!r}"
         )
     return 0, [as_needle(given, number) for number, given in enumerate(needles)]
-
-
-def _checked(needles: Sequence[Needle], subject: _Subject) -> list[Needle]:
-    for number, needle in enumerate(needles):
-        where = f"needle {number} of `needles`"
-        check_row(needle.tokens, subject.config.vocab_size, subject.longest, where)
-    return list(needles)
-
-
-def _predicts(logits: Tensor, needle: Needle) -> bool:
-    """True if the likeliest tokens are the answer."""
-    return bool(torch.equal(logits[0].argmax(dim=-1).cpu(), needle.answer_tokens))

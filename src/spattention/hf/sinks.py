@@ -16,11 +16,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Sinks(torch.nn.Module):
-    """Sinks as a module, the only thing that PEFT can train and save beside its own layers.
-
-    Attributes:
-        weight: `[H]`, the parameter that `module.sinks` was.
-    """
+    """Sinks `[H]` as a module, all that PEFT can train and save beside its own layers."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
@@ -38,22 +34,11 @@ def current_sinks(module: Any) -> torch.Tensor:
     return sinks if isinstance(sinks, torch.Tensor) else sinks()
 
 
-def new_sinks(module: Any, num_heads: int) -> torch.nn.Parameter:
-    """Zeros `[num_heads]`, as `new_parameter` places them."""
-    return new_parameter(module, torch.zeros(num_heads))
-
-
 def new_parameter(module: Any, values: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter in the dtype that an attention module computes in, where it runs.
-
+    """A parameter of these values in the dtype that an attention module computes in, where it runs.
     The weights of an offloaded module are on the meta device while it waits, and quantised weights
     have a dtype of storage. Parameters of a model that is not loaded yet are on PyTorch's default
-    device: the meta device while Transformers builds it.
-
-    Args:
-        module: the attention module.
-        values: of the parameter, on PyTorch's default device or the module's.
-    """
+    device: the meta device while Transformers builds it."""
     device = execution_device(module)
     placed = values.to(dtype=_compute_dtype(module), device=device)
     parameter = torch.nn.Parameter(placed)
@@ -62,9 +47,7 @@ def new_parameter(module: Any, values: torch.Tensor) -> torch.nn.Parameter:
 
 
 def sink_values(
-    sinks: bool | float | Sequence[torch.Tensor | None],
-    layers: Sequence[int],
-    heads: Sequence[int],
+    sinks: bool | float | Sequence[torch.Tensor | None], layers: Sequence[int], heads: Sequence[int]
 ) -> list[torch.Tensor | None]:
     """Values that sinks start from: per layer in question `[H]`, or None to keep what is there.
 
@@ -110,13 +93,6 @@ def sink_values(
             )
         found.append(values.detach())
     return found
-
-
-def start_sinks(module: Any, values: torch.Tensor) -> None:
-    """Set the sinks of an attention module that has its weights."""
-    sinks = current_sinks(module)
-    with torch.no_grad():
-        sinks.copy_(values.to(sinks))
 
 
 def _compute_dtype(module: Any) -> torch.dtype:

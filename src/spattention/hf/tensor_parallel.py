@@ -18,19 +18,13 @@ from ..bands import BandPattern
 from ..parallel import deal as deal_groups
 from ..parallel import deal_heads, deal_pattern, undeal_heads
 from .dealable import ORDER, by_heads, check_dealable, refuse_changed
-from .decoder import attention_modules, key_heads, plan_of
+from .decoder import attention_modules, key_heads, plan_of, text_config_of
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """This rank's place among the ranks that share a layer's heads.
-
-    Attributes:
-        rank: this rank.
-        ranks: number of ranks.
-        key_heads: key/value heads of the layer on all ranks.
-        group: the ranks.
-    """
+    """This rank's place among the ranks that share a layer's heads, and the layer's key/value heads
+    on all of them."""
 
     rank: int
     ranks: int
@@ -113,16 +107,13 @@ def deal(model: Any, ranks: int) -> Any:
             plain linear projections `q_proj`, `k_proj`, `v_proj` and `o_proj`, it has another
             parameter whose heads are not known (as DiffLlama's), or the model has adapters.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(f"`model` must be a Transformers model, got {type(model).__name__}")
+    text_config = text_config_of(model)
     if getattr(model, "peft_config", None):
         raise ValueError(
             "`model` must have no adapters to deal its heads, which their weights and files know "
             f"nothing of, got {type(model).__name__} with {sorted(model.peft_config)}: merge them "
             "first"
         )
-    text_config = config.get_text_config()
     groups = key_heads(text_config)
     found = []
     for module in attention_modules(model, text_config).values():

@@ -37,13 +37,8 @@ REGISTERED: set[str] = set()  # kinds whose weights this process may open
 
 @dataclass(frozen=True)
 class Note:
-    """The attention that a module's weights belong to.
-
-    Attributes:
-        kind: name of the attention kind.
-        call: what makes it known to Transformers.
-        text: its part of the section, as text.
-        is_from_file: whether the weights were pickled since.
+    """The attention that a module's weights belong to: its kind, the call that makes it known to
+    Transformers, and its part of the section as text; and whether the weights were pickled since.
     """
 
     kind: str
@@ -105,12 +100,7 @@ def allow_weights(kind: str) -> None:
 
 def note_weights(module: Any, make_note: Callable[[Any], Note | None]) -> None:
     """Have an attention module note and mark in state dicts what it does, and look for it in those
-    that it loads.
-
-    Args:
-        module: the attention module; a second call replaces the first.
-        make_note: the note of a module, None for stock attention.
-    """
+    that it loads. A second call replaces the first. `make_note` gives None for stock attention."""
     if not hasattr(module, "_spattention_note"):
         module.register_state_dict_post_hook(_write)
         module.register_load_state_dict_pre_hook(_read_mark)

@@ -58,14 +58,8 @@ class AttentionCall(NamedTuple):
 
 
 class WholeResults(NamedTuple):
-    """Results over all keys, sinks included, and their gradients.
-
-    Attributes:
-        out: `[B, H, Q, Dv]`.
-        lse: `[B, H, Q]`.
-        d_out: the gradient of `out`.
-        d_lse: the gradient of `lse`; None for zeros.
-    """
+    """Results over all keys, sinks included, and their gradients: `out` and `d_out [B, H, Q, Dv]`,
+    `lse` and `d_lse [B, H, Q]`, None for zeros."""
 
     out: Tensor
     lse: Tensor

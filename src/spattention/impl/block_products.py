@@ -179,14 +179,9 @@ def exact_gradients(
 
 
 def may_overflow(dtype: torch.dtype, scale: float, *factors: tuple[Tensor, Tensor]) -> bool:
-    """True where a product of rows of two tensors may be infinite or NaN: as a masked pair it would
-    reach its whole block. Reads the values, so it waits for a device.
-
-    Args:
-        dtype: in which the products are computed.
-        scale: factor of the products.
-        factors: pairs of tensors whose last axes are multiplied and summed.
-    """
+    """True where a product of rows of some pairs of tensors, times a scale in a dtype, may be
+    infinite or NaN: as a masked pair it would reach its whole block. Reads the values, so it waits
+    for a device."""
     largest = torch.finfo(dtype).max / 4
     for left, right in factors:
         bound = _magnitude(left) * _magnitude(right) * left.shape[-1] * max(1.0, abs(scale))

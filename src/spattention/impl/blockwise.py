@@ -80,27 +80,17 @@ def _rest(call: AttentionCall) -> tuple[Any, ...]:
 
 
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    query_start: int,
-    query_start_tensor: Tensor | None,
-    key_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    intervals: Sequence[int],
-    prefix: int,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """`out [B, H, Q, Dv]` and the log-sum-exp `[B, H, Q]`; packed calls have B = 1."""
+    """`out [B, H, Q, Dv]` and the log-sum-exp `[B, H, Q]`; packed calls have B = 1. Arguments are
+    those of `_COMMON`.
+    """
+    *positions, intervals, prefix, scale = rest
     dtype = lse_dtype(query)
     out = empty_like_query(query, value.shape[-1])
     total = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    parts = segments(
-        query, key, query_start, query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k
-    )
+    parts = segments(query, key, *positions)
     query, key, value = (_last_dense(tensor) for tensor in (query, key, value))
     query, scale, _ = _scaled(query, scale, dtype)
     if not query.is_cpu:
@@ -153,21 +143,13 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     sinks: Tensor | None,
-    query_start: int,
-    query_start_tensor: Tensor | None,
-    key_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    intervals: Sequence[int],
-    prefix: int,
-    scale: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (zeros without sinks)."""
+    *positions, intervals, prefix, scale = rest
     dtype, given = lse.dtype, query.dtype
     d_query, d_key, d_value = (torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
-    parts = segments(
-        query, key, query_start, query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k
-    )
+    parts = segments(query, key, *positions)
     query, key, value, d_out, out = (_last_dense(t) for t in (query, key, value, d_out, out))
     d_sinks = lse.new_zeros(query.shape[1])
     if sinks is not None:
@@ -227,22 +209,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     *saved, sinks, starts, key_start, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    query_start, intervals, prefix, scale = ctx.constants
+    query_start, *bands = ctx.constants
+    positions = query_start, starts, key_start, cu_seqlens_q, cu_seqlens_k
     with without_autocast(d_out):
-        d_query, d_key, d_value, d_sinks = backward(
-            d_out,
-            d_lse,
-            *saved,
-            sinks,
-            query_start,
-            starts,
-            key_start,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            intervals,
-            prefix,
-            scale,
-        )
+        gradients = backward(d_out, d_lse, *saved, sinks, *positions, *bands)
+    d_query, d_key, d_value, d_sinks = gradients
     return d_query, d_key, d_value, None if sinks is None else d_sinks.to(sinks.dtype), *(None,) * 8
 
 

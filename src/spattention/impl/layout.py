@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
+def empty_like_query(query: Tensor, head_dim: int) -> Tensor:
     """Uninitialised `[..., head_dim]` with query's leading shape and dtype, dense in memory: its
     leading axes in query's order of strides, those that query expands outermost, and rows of
     head_dim contiguous, as kernels write them.
@@ -27,14 +27,14 @@ def empty_like_query(query: torch.Tensor, head_dim: int) -> torch.Tensor:
     return packed.permute([order.index(d) for d in range(query.dim())])
 
 
-def laid_out_like_query(result: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+def laid_out_like_query(result: Tensor, query: Tensor) -> Tensor:
     """`result` with query's dtype, in the memory order of `empty_like_query`."""
     order = _order(query)
     packed = result.to(query.dtype).permute(order).contiguous()
     return packed.permute([order.index(d) for d in range(query.dim())])
 
 
-def _order(query: torch.Tensor) -> list[int]:
+def _order(query: Tensor) -> list[int]:
     """Query's axes from the outermost in memory to the innermost, head_dim last."""
     # Not `sorted`: torch.compile cannot sort by a key when strides are symbolic.
     strides = query.stride()
@@ -50,12 +50,12 @@ def _order(query: torch.Tensor) -> list[int]:
     return order
 
 
-def lse_dtype(query: torch.Tensor) -> torch.dtype:
+def lse_dtype(query: Tensor) -> torch.dtype:
     """float64 for float64 input, float32 for every other."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """The public operator has cast its arguments: products inside keep the dtypes that they are
     given."""
     device = tensor.device.type

@@ -19,13 +19,8 @@ from .library import differentiable, register
 
 
 def sum_of_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """The sum over each query's seen keys of weight times value, `[..., Q, D]`; no derivatives.
-
-    Args:
-        weights: `[..., Q, K]`; those of masked pairs are never used.
-        values: `[..., K, D]`.
-        seen: bool `[..., Q, K]`.
-    """
+    """The sum over each query's seen keys of weight `[..., Q, K]` times value `[..., K, D]`; no
+    derivatives. Weights of masked pairs are never used."""
     weights = weights.masked_fill(~seen, 0.0)
     finite = values.isfinite()
     total = weights @ values.masked_fill(~finite, 0.0)

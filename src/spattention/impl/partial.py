@@ -40,14 +40,8 @@ def store(results: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], merge: b
 
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Join a partial result to `out` and `lse` in place; they see disjoint keys.
-
-    Args:
-        out: `[B, H, Q, D]`.
-        lse: `[B, H, Q]`.
-        part: `[B, H, Q, D]`, any dtype.
-        part_lse: `[B, H, Q]`, in the dtype of `lse`.
-    """
+    """Join a partial result, `part [B, H, Q, D]` of any dtype and `part_lse [B, H, Q]`, to `out`
+    and `lse` in place; they see disjoint keys."""
     total = torch.logaddexp(lse, part_lse)
     weight = torch.exp(part_lse - total).masked_fill_(part_lse == -torch.inf, 0.0)
     out.copy_(torch.lerp(out.to(lse.dtype), part.to(lse.dtype), weight[..., None]))

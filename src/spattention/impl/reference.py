@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..bands import BandPattern, attended
@@ -19,17 +20,17 @@ from .layout import laid_out_like_query, lse_dtype
 from .partial import Part, store
 
 
-def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output `[B, H, Q, Dv]` and log-sum-exp `[B, H, Q]`."""
     inputs = call.query, call.key, call.value
     return _masked_attention(*inputs, visible(call), call.scale, call.sinks)
 
 
 def attend_part(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    results: tuple[torch.Tensor, torch.Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    results: tuple[Tensor, Tensor],
     part: Part,
     *,
     merge: bool,
@@ -40,11 +41,11 @@ def attend_part(
 
 
 def differentiate_part(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     whole: WholeResults,
-    gradients: Sequence[torch.Tensor],
+    gradients: Sequence[Tensor],
     part: Part,
 ) -> None:
     """Gradients of query, key and value that these keys give to attention over more keys, into
@@ -68,7 +69,7 @@ def differentiate_part(
         gradient.copy_(found)
 
 
-def visible(call: AttentionCall) -> torch.Tensor:
+def visible(call: AttentionCall) -> Tensor:
     """Which keys each query sees: bool `[B or 1, H, Q, K]`."""
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         query, key = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key))
@@ -78,12 +79,12 @@ def visible(call: AttentionCall) -> torch.Tensor:
 
 
 def row_mask(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     pattern: BandPattern,
-    query_start: int | torch.Tensor,
-    key_start: torch.Tensor | None,
-) -> torch.Tensor:
+    query_start: int | Tensor,
+    key_start: Tensor | None,
+) -> Tensor:
     """Which keys each query of `band_attention` sees: bool `[B or 1, H, Q, K]`."""
     keys = torch.arange(key.shape[2], device=query.device)
     start = torch.as_tensor(query_start, device=query.device).reshape(-1, 1)
@@ -96,7 +97,7 @@ def row_mask(
     return attended(pattern.intervals, pattern.prefix, distance, place) & (place >= 0)[:, None]
 
 
-def _part_mask(query: torch.Tensor, key: torch.Tensor, part: Part) -> torch.Tensor:
+def _part_mask(query: Tensor, key: Tensor, part: Part) -> Tensor:
     """Which keys each query of a call on a part sees: bool `[B or 1, H, Q, K]`."""
     edges = part.intervals
     bands = [(near, far) for near, far in zip(edges[::2], edges[1::2])]
@@ -111,12 +112,8 @@ def _part_mask(query: torch.Tensor, key: torch.Tensor, part: Part) -> torch.Tens
 
 
 def packed_mask(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    pattern: BandPattern,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, pattern: BandPattern, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
     """Which keys each query of `band_attention_varlen` sees: bool `[1, H, T, T_k]`."""
     cu_seqlens_q, cu_seqlens_k = (
         offsets.clamp(0, tensor.shape[0]).cummax(0).values
@@ -135,7 +132,7 @@ def packed_mask(
     return (mask & (query_document[:, None] == key_document) & inside[:, None])[None]
 
 
-def _place(total: int, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _place(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The document of each token and the token's position in it, both `[T]`."""
     tokens = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
@@ -143,13 +140,8 @@ def _place(total: int, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def _masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = lse_dtype(query)
     group = query.shape[1] // key.shape[1]
     q = query.to(dtype)

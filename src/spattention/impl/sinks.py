@@ -9,15 +9,8 @@ from torch import Tensor
 def sink_gradient(
     sinks: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
-    """`[H]` in the dtype of `lse`, computed head by head to spare memory.
-
-    Args:
-        sinks: `[H]`.
-        d_out: `[B, H, Q, Dv]`, the gradient of `out`.
-        d_lse: `[B, H, Q]`, the gradient of `lse`; None for zeros.
-        out: `[B, H, Q, Dv]`, the output with sinks.
-        lse: `[B, H, Q]`, the log-sum-exp with sinks.
-    """
+    """`[H]` in the dtype of `lse`, computed head by head to spare memory, from results with sinks,
+    `out [B, H, Q, Dv]` and `lse [B, H, Q]`, and their gradients; None stands for zeros."""
     found = []
     for head, sink in enumerate(sinks.to(lse.dtype)):
         log_sum = lse[:, head]

@@ -165,16 +165,8 @@ class RoundRobinAttention:
 
     @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """The blocks that each block of queries keeps.
-
-        Args:
-            query: `[B, H, N, D]`.
-            key: `[B, Hkv, N, D]`.
-            scale: factor of the scores.
-
-        Returns:
-            bool `[B, H, blocks, blocks]`, True for no block without a visible pair.
-        """
+        """The blocks that each block of queries keeps, bool `[B, H, blocks, blocks]`, True for no
+        block without a visible pair; query `[B, H, N, D]`, key `[B, Hkv, N, D]`."""
         method, length = self.method, query.shape[2]
         there, whole = self._blocks(length, query.device)
         forced = there & ~whole

@@ -9,6 +9,10 @@
 | `vllm_backend` | vLLM's attention back end |
 | `vllm_models` | the model classes that vLLM builds for band models |
 | `vllm_plugin` | their registration; `spattention.vllm.register` |
+| `slots` | attention over a pool with one slot per token |
+| `sglang_backend` | SGLang's attention back end |
+| `sglang_models` | the model classes that SGLang builds for band models |
+| `sglang_plugin` | their registration; `spattention.sglang.register` |
 """
 
 from .paged_decode import paged_attention

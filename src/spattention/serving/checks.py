@@ -20,15 +20,21 @@ FAMILIES = (
     "OlmoeForCausalLM",
     "Qwen3ForCausalLM",
 )
+# SGLang 0.5.23 reads another base of OLMo 3's rotary embedding than Transformers 5 writes.
+SGLANG_FAMILIES = tuple(family for family in FAMILIES if family != "Olmo3ForCausalLM")
+BACKEND = "spattention"  # SGLang's name for this library's attention
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
-def check_architectures(text_config: Any, architectures: Sequence[str]) -> None:
+def check_architectures(
+    text_config: Any, architectures: Sequence[str], families: Sequence[str] = FAMILIES
+) -> None:
     """A folder with bands names a band model that can be served, and no other folder does.
 
     Args:
         text_config: the Transformers config of the folder's text decoder.
         architectures: the names that the engine would build.
+        families: those that the engine serves.
 
     Raises:
         ValueError: if an engine would run the model without its bands, or without knowing them.
@@ -41,8 +47,8 @@ def check_architectures(text_config: Any, architectures: Sequence[str]) -> None:
                 "folder has lost its bands"
             )
         return
-    served = [ARCHITECTURE_PREFIX + family for family in FAMILIES]
-    if not named and architectures and architectures[0] in FAMILIES:
+    served = [ARCHITECTURE_PREFIX + family for family in families]
+    if not named and architectures and architectures[0] in families:
         raise ValueError(
             f"`architectures` of a model with bands must be "
             f"['{ARCHITECTURE_PREFIX}{architectures[0]}'], got {list(architectures)}, which would "

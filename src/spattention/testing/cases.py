@@ -7,20 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..attention import band_attention, band_attention_varlen
 from ..bands import BandPattern
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
     """Inputs of one call. With `cu_seqlens_q` among the options the call is packed, `[T, H, D]`."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
     pattern: BandPattern
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -31,7 +32,7 @@ class Case:
     def cpu(self) -> Case:
         """The same case on the CPU."""
         options = {
-            name: value.cpu() if isinstance(value, torch.Tensor) else value
+            name: value.cpu() if isinstance(value, Tensor) else value
             for name, value in self.options.items()
         }
         return Case(self.query.cpu(), self.key.cpu(), self.value.cpu(), self.pattern, options)
@@ -44,9 +45,7 @@ class Case:
         return Case(query, key, value, self.pattern, options)
 
 
-def run(
-    case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None, **options: Any
-) -> Tensors:
+def run(case: Case, grads: tuple[Tensor, Tensor] | None = None, **options: Any) -> Tensors:
     """`out`, `lse` and, given gradients `(d out, d lse)`, those of query, key, value and sinks."""
     names = ["query", "key", "value"]
     inputs = [
@@ -71,16 +70,10 @@ def run(
 
 
 def finite_backward(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    inputs: list[torch.Tensor],
-    grads: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, ...]:
+    out: Tensor, lse: Tensor, inputs: list[Tensor], grads: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Gradients of inputs; an input that nothing reaches has a gradient of zero."""
     found = torch.autograd.grad(
-        [out, lse],
-        inputs,
-        [grads[0].to(out.dtype), grads[1].to(lse.dtype)],
-        allow_unused=True,
+        [out, lse], inputs, [grads[0].to(out.dtype), grads[1].to(lse.dtype)], allow_unused=True
     )
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found))

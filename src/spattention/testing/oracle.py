@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..impl import reference
 from .cases import Case, Tensors, run
@@ -13,18 +14,18 @@ from .cases import Case, Tensors, run
 class Operands(NamedTuple):
     """The operands of a call, packed or not, with a key head for every query head."""
 
-    query: torch.Tensor  # [B, H, Q, D]
-    key: torch.Tensor  # [B, H, K, D]
-    value: torch.Tensor
-    mask: torch.Tensor  # bool [B or 1, H, Q, K]
+    query: Tensor  # [B, H, Q, D]
+    key: Tensor  # [B, H, K, D]
+    value: Tensor
+    mask: Tensor  # bool [B or 1, H, Q, K]
     scale: float
-    sinks: torch.Tensor | None
+    sinks: Tensor | None
     group: int  # query heads of a key head of the call
-    d_out: torch.Tensor | None  # in query's dtype
-    d_lse: torch.Tensor | None  # [B, H, Q]
+    d_out: Tensor | None  # in query's dtype
+    d_lse: Tensor | None  # [B, H, Q]
 
 
-def operands(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None) -> Operands:
+def operands(case: Case, grads: tuple[Tensor, Tensor] | None) -> Operands:
     """The operands of a case, and gradients of its output and log-sum-exp."""
     q, k, v, options = case.query, case.key, case.value, case.options
     d_out, d_lse = (None, None) if grads is None else grads
@@ -47,12 +48,12 @@ def operands(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None) -> Ope
     return Operands(q, k, v, mask, scale, options.get("sinks"), group, d_out, d_lse)
 
 
-def exact(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None) -> Tensors:
+def exact(case: Case, grads: tuple[Tensor, Tensor] | None = None) -> Tensors:
     """The reference in float64."""
     return run(case.to(torch.float64), grads, impl="reference")
 
 
-def plain(case: Case, grads: tuple[torch.Tensor, torch.Tensor] | None = None) -> Tensors:
+def plain(case: Case, grads: tuple[Tensor, Tensor] | None = None) -> Tensors:
     """The dense masked computation in the case's own dtype with a float32 softmax: the yardstick of
     rounding error.
 

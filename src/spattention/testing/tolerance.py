@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .cases import Case, run
 from .oracle import exact, plain
@@ -28,11 +29,7 @@ DEVIATIONS = 4
 
 
 def check_error(
-    name: str,
-    actual: torch.Tensor,
-    rough: torch.Tensor,
-    truth: torch.Tensor,
-    deviation: float = 0.0,
+    name: str, actual: Tensor, rough: Tensor, truth: Tensor, deviation: float = 0.0
 ) -> None:
     """Assert that the error is allowed, infinities in the same places. Float64 has no better oracle
     than float64: 32 eps are added for it.

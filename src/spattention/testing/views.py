@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..attention import band_attention
 from ..bands import BandPattern
 
 # Memory orders that a caller may come with, as views of a dense tensor `[B, H, N, D]`.
-VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels first": lambda tensor: tensor.mT.contiguous().mT,
     "one row for all": lambda tensor: tensor[:1].expand_as(tensor),
     "one head for all": lambda tensor: tensor[:, :1].expand_as(tensor),
@@ -43,7 +44,7 @@ def check_view(
         device: of the inputs.
     """
     pattern = BandPattern.shared_local(4, 16)
-    results: list[list[torch.Tensor]] = []
+    results: list[list[Tensor]] = []
     for copied in (False, True):
         generator = torch.Generator().manual_seed(0)
         leaves = [
@@ -58,7 +59,7 @@ def check_view(
         if copied:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out = band_attention(query, key, value, pattern, impl=impl)
-        assert isinstance(out, torch.Tensor)
+        assert isinstance(out, Tensor)
         grads = torch.autograd.grad(out.square().sum(), leaves) if backward else ()
         results.append([out.detach(), *grads])
     for viewed, dense in zip(*results):

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from ..choice import is_other
 from ..compat.huggingface import packing_known
 from ..compat.pytorch import zero_each
 from .recipe import Recipe
@@ -49,9 +50,17 @@ def refusal(recipe: Recipe, device: torch.device, devices: int) -> str | None:
         reason = 'the loss "liger" waits for the GPU in each pass; "chunked" does not'
     elif recipe.checkpointing:
         reason = "`checkpointing` reads the state of random numbers in each pass"
+    elif recipe.first_attention is not None:
+        reason = "`first_attention` changes the pass, of which a graph would keep the first form"
+    elif recipe.cuda_graphs == "auto" and any(map(is_other, _names(recipe))):
+        reason = "recorded passes were tested with dense attention and bands alone"
     if reason and recipe.cuda_graphs is True:
         raise ValueError(f'`cuda_graphs` must be false or "auto" here, got true: {reason}')
     return reason
+
+
+def _names(recipe: Recipe) -> Sequence[str]:
+    return (recipe.attention,) if isinstance(recipe.attention, str) else recipe.attention
 
 
 class Recorder:
@@ -90,8 +99,6 @@ class Recorder:
         self, function: Callable[[], torch.Tensor]
     ) -> tuple[Callable[[], None], torch.Tensor]:
         """Record a function without running it: what replays it, and where its result will lie."""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that pins batches, may call CUDA meanwhile.
         with torch.cuda.graph(
@@ -154,6 +161,12 @@ class PassGraph:
         assert self.replay is not None
         self.replay()
         return self.loss.clone()
+
+    def forget(self) -> None:
+        """Record again, after as many passes: from now on they compute something else."""
+        self.recorder = Recorder()
+        self.form, self.passes, self.replay = None, 0, None
+        self.gradients = []
 
     def _pass(self, inputs: Inputs) -> torch.Tensor:
         # Transformers reads positions to tell whether rows hold documents. Here they do wherever

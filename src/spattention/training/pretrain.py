@@ -40,6 +40,7 @@ from .callbacks import (
     TimeLimitCallback,
 )
 from .checkpoints import STAGING, clean, step_of
+from .experts import simplify_experts
 from .graphs import asks_for_graphs, refusal
 from .layers import Layered
 from .load import (
@@ -56,7 +57,7 @@ from .recipe import Recipe
 from .record import RecordCallback, recorded_step
 from .router import balance_routers
 from .run_folder import check_folder, claim
-from .trainer import make_trainer
+from .trainer import forget_graph, make_trainer
 from .trainer_arguments import recipe_arguments
 from .work import active_parameters, work_per_token
 
@@ -94,7 +95,8 @@ def pretrain(
         command: command line to record, if there was one.
         send: called on the first rank with what happens: `{"kind": "begin" | "note" | "step" |
             "log", ...}`.
-        callbacks: called before those that write, so that they may add to what is logged.
+        callbacks: called before those that write, so that they may add to what is logged. They must
+            not change what the model computes where passes are a CUDA graph.
 
     Raises:
         ValueError: before training starts, if recipe, data and folder do not go together, or a file
@@ -165,7 +167,9 @@ def _train(
     first_choice = first_attention(recipe, model)
     if first_choice is not None and recipe.first_steps is not None and start < recipe.first_steps:
         first_choice.apply(model)
-        callbacks.append(SwitchCallback(model, attention, recipe.first_steps))
+        callbacks.append(
+            SwitchCallback(model, attention, recipe.first_steps, lambda: forget_graph(trainer))
+        )
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)
 
@@ -271,6 +275,7 @@ def prepare_model(
     # Under FSDP2 the weight is a distributed tensor between the passes.
     defer_loss(model, recipe.loss, compiled=recipe.compile and recipe.parallel == "ddp")
     balance_routers(model, recipe.balance_loss, recipe.z_loss, passes)
+    simplify_experts(model)
     optimizer = None
     if masters:
         optimizer = to_bfloat16(

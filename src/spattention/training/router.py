@@ -64,7 +64,8 @@ def balance_loss(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     experts = logits.shape[-1]
     # `histc` takes floats on the CPU, and is exact for integers on CUDA.
     choices = chosen.flatten().float() if chosen.device.type == "cpu" else chosen.flatten().int()
-    shares = torch.histc(choices, experts, 0, experts - 1).float() / chosen.numel()
+    # Equal bounds would be read from the GPU.
+    shares = torch.histc(choices, experts, 0, max(1, experts - 1)).float() / chosen.numel()
     return experts * (shares * logits.float().softmax(dim=-1).mean(dim=0)).sum()
 
 

@@ -69,6 +69,12 @@ def make_trainer(
     return trainer
 
 
+def forget_graph(trainer: Trainer) -> None:
+    """Have a result of `make_trainer` record its passes again, if it does, for a changed model."""
+    if isinstance(trainer, _PerToken) and trainer.graph is not None:
+        trainer.graph.forget()
+
+
 class _PerToken(Trainer):
     """A Trainer whose validation loss is the mean over all predicted tokens, and whose passes may
     be a CUDA graph.
@@ -83,8 +89,7 @@ class _PerToken(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         if self.graph is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        inputs = to_device(self, inputs)
-        return self.graph({**inputs, ITEMS: num_items_in_batch})
+        return self.graph(to_device(self, {**inputs, ITEMS: num_items_in_batch}))
 
     def run_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
         """A forward and backward pass as the Trainer makes it; the detached loss."""

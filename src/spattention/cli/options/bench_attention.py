@@ -15,8 +15,9 @@ class Options:
     of graph replays (the GPU's own time), rested before, and of eager calls; in brackets, those of
     a GPU that has been busy with the same call for 0.4 s: its power limit may slow its clock.
     "Useful" work counts attended pairs alone: 4 D floating-point operations a pair forward and 10 D
-    backward. The floor of a case is the larger of useful work over --peak-tflops and the bytes that
-    must move over --peak-tbs.
+    backward. The floor of a case is the larger of useful work over the rate of matrix products that
+    take as long as the call, and the bytes that must move over the rate of a copy; both rates are
+    measured in the same run.
 
     Args:
         cases: batch x heads x length, such as 4x16x4096.
@@ -27,8 +28,6 @@ class Options:
         flex_flash: also time FlexAttention on its FLASH back end.
         flash4: also time FlashAttention-4, dense and with block sparsity on the same masks.
         flash_sparse: also time flash-sparse-attn on the same masks.
-        peak_tflops: Ceiling of the floor: matrix products, in TFLOP/s.
-        peak_tbs: Ceiling of the floor: memory, in TB/s.
         seed: Of the random inputs.
         commit: The commit to record, where git cannot tell.
         output: Folder for the results: JSON, a table and a plot, written again after each case.
@@ -43,8 +42,6 @@ class Options:
     flex_flash: bool = True
     flash4: bool = True
     flash_sparse: bool = True
-    peak_tflops: float = 700.0
-    peak_tbs: float = 4.2
     seed: int = 0
     commit: str | None = None
     output: Path | None = None
