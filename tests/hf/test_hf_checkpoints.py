@@ -16,10 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, load_model, save_file
-from tiny import EXACT, FIRST, SECOND, banded, build, logits, tokens
+from tiny import EXACT, FIRST, HEADS, SECOND, SPAN, banded, build, logits, tokens
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import spattention as spa
+from spattention import baselines
 from spattention.hf.weights import MARK
 
 accelerate = pytest.importorskip("accelerate")
@@ -239,6 +240,20 @@ def test_bands_that_are_taken_off_leave_nothing(taken_before, is_loaded, tmp_pat
     torch.testing.assert_close(logits(again, ids), logits(build("llama"), ids), **EXACT)
     spa.hf.apply(model, (FIRST, SECOND), sinks=True)  # what the model has comes back with bands
     assert float(model.state_dict()["model.layers.0.self_attn.sinks"][0]) == 1.0
+
+
+def test_a_baseline_that_is_taken_off_leaves_no_mark(tmp_path):
+    """Marks stayed, so that the dense folder was refused as one with a config of its own."""
+    model = baselines.apply(build("olmoe"), baselines.Longformer(HEADS, SPAN))
+    del model.config.longformer
+    with pytest.raises(
+        ValueError, match=r"`config\.longformer` must be there to save a model that"
+    ):
+        model.save_pretrained(tmp_path)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    again, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens(1, 9)
+    assert torch.equal(logits(again, ids), logits(build("olmoe"), ids))
 
 
 def test_dealt_weights_are_those_of_their_bands(tmp_path):

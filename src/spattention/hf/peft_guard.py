@@ -39,7 +39,7 @@ from .adapters import (
     unwrap_sinks,
 )
 from .late import replace_everywhere
-from .weights import is_mark, live_marks, refuse_other_mark
+from .weights import is_mark, live_marks, refuse_lost_section, refuse_other_mark
 
 SINKS = ".sinks."  # in the names of an adapter's weights
 INSIDE = "base_model.model."  # begins the names of what is inside a `PeftModel`
@@ -229,6 +229,7 @@ def _writing_marks(get_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(get_state)
     def get(model: Any, *args: Any, **keywords: Any) -> Any:
+        refuse_lost_section(model, "an adapter")
         return {**get_state(model, *args, **keywords), **live_marks(model)}
 
     return get

@@ -112,6 +112,11 @@ def note_weights(module: Any, make_note: Callable[[Any], Note | None]) -> None:
         delattr(module, MARK)
 
 
+def no_note(module: Any) -> Note | None:
+    """The note of a module that has stock attention again."""
+    return None
+
+
 def is_mark(name: str) -> bool:
     """True for the name of a mark in a state dict."""
     return name.rpartition(".")[2] == MARK
@@ -169,6 +174,19 @@ def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, 
 def _is_taken_off(module: Any, note: Note) -> bool:
     """True if the section of a module's attention was deleted, for it to be saved as dense."""
     return getattr(module.config, note.kind, None) is None
+
+
+def refuse_lost_section(model: Any, saved: str) -> None:
+    """Check that no section was deleted in a model; `saved` is what needs it. Raises
+    `ValueError`."""
+    for name, module in model.named_modules():
+        make_note = getattr(module, "_spattention_note", None)
+        note = None if make_note is None else make_note(module)
+        if note is not None and _is_taken_off(module, note):
+            raise ValueError(
+                f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
+                f"none for {name}"
+            )
 
 
 def _bands_alone(state_dict: Any, prefix: str) -> list[str]:
