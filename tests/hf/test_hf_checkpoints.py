@@ -244,7 +244,7 @@ def test_bands_that_are_taken_off_leave_nothing(taken_before, is_loaded, tmp_pat
 
 def test_a_baseline_that_is_taken_off_leaves_no_mark(tmp_path):
     """Marks stayed, so that the dense folder was refused as one with a config of its own."""
-    model = baselines.apply(build("olmoe"), baselines.Longformer(HEADS, SPAN))
+    model = baselines.apply(build("gpt_neox"), baselines.Longformer(HEADS, SPAN))
     del model.config.longformer
     with pytest.raises(
         ValueError, match=r"`config\.longformer` must be there to save a model that"
@@ -253,7 +253,7 @@ def test_a_baseline_that_is_taken_off_leaves_no_mark(tmp_path):
     model.set_attn_implementation("sdpa")
     model.save_pretrained(tmp_path)
     again, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens(1, 9)
-    assert torch.equal(logits(again, ids), logits(build("olmoe"), ids))
+    assert torch.equal(logits(again, ids), logits(build("gpt_neox"), ids))
 
 
 def test_dealt_weights_are_those_of_their_bands(tmp_path):
