@@ -129,6 +129,24 @@ def _unwrapping_sinks(unload: Callable[..., Any]) -> Callable[..., Any]:
     return unwrapped
 
 
+def _merging_active(merge_adapter: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `BaseTuner.merge_adapter`, after which the active adapter's sinks stay active."""
+    parameters = signature(merge_adapter)
+
+    @wraps(merge_adapter)
+    def merge(self: Any, *args: Any, **keywords: Any) -> None:
+        names = parameters.bind(self, *args, **keywords).arguments.get("adapter_names")
+        for sinks in adapter_sinks(self)[:1]:
+            if names is not None and list(names) != list(sinks.active_adapters):
+                raise ValueError(
+                    "`adapter_names` must be the active adapter for a model with sinks, of which "
+                    f"each adapter has its own, {list(sinks.active_adapters)}, got {list(names)}"
+                )
+        merge_adapter(self, *args, **keywords)
+
+    return merge
+
+
 def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `PeftModel.load_adapter`, which reads only the weights of an adapter that it has."""
 
@@ -307,6 +325,7 @@ def _install() -> None:
     _around(peft.PeftModel, "__init__", _meeting_model)
     _around(peft.PeftModel, "add_adapter", _meeting_model)
     _around(BaseTuner, "__init__", _meeting_model)
+    _around(BaseTuner, "merge_adapter", _merging_active)
     for tuner in set(_tuners(BaseTuner)):
         for name, make in (
             ("inject_adapter", _meeting_model),
