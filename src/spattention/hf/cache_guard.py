@@ -89,7 +89,7 @@ def _refuse_keys_of_bands(module: Any, keywords: dict[str, Any]) -> None:
     """Check that a model that was made dense does not continue from keys of its bands."""
     cache = passed_cache(keywords)
     filled_by = getattr(cache, NAME, None) or {}
-    if module.layer_idx in filled_by and _length(cache, module.layer_idx) > 0:
+    if module.layer_idx in filled_by and _length(cache, module.layer_idx, unreadable=0) > 0:
         raise ValueError(
             "`past_key_values` must have been filled by the attention that continues from it, "
             f'"{attention_name(module.config)}", got keys of bands in layer {module.layer_idx}'
