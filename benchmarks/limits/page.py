@@ -65,7 +65,7 @@ def render(text: str, results: Results, name: str) -> str:
 
 def run(results: Results, name: str) -> str:
     """The machine, and how often this library is the fastest."""
-    facts = results.record["environment"]
+    facts = results.environment
     packages = [f"{each} {facts[each]}" for each in ("torch", "triton") if each in facts]
     packages += [f"{each} {facts[each]}" for each in ("flash-attn-4", "flash-sparse-attn")
                  if each in facts]  # fmt: skip

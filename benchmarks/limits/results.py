@@ -76,6 +76,12 @@ class Results:
         return cls(json.loads(file.read_text(encoding="utf-8")))
 
     @property
+    def environment(self) -> dict[str, str]:
+        """GPU, versions, date and commit of the last run."""
+        found: dict[str, str] = self.record["environments"][-1]
+        return found
+
+    @property
     def rows(self) -> dict[Case, dict[str, Any]]:
         """Rows by case."""
         fields = Case.__dataclass_fields__
