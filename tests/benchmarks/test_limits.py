@@ -385,13 +385,16 @@ def test_the_page_shows_limits_and_losses(finished: Path) -> None:
     # 0.7 TFLOP at 500 TFLOP/s is 1.4 ms, and 3 GB at 2.5 TB/s 1.2 ms; dense attention is cuDNN's.
     assert "| 4, 16, 4,096 exclusive | 1.4 p | 3 (47%) | 6 (23%) | 6 (23%) |" in text
     assert "**2 (70%)**" in text
-    assert "| 4, 16, 4,096 exclusive | forward + backward | FSA | 1.50 |" in text
+    assert "| 4, 16, 4,096 exclusive | forward + backward | FSA | 1.50 | 3.00 |" in text
     assert "| 4, 16, 4,096 shared_local | forward + backward |" not in text
     assert "spattention is the fastest in 36 of 42 cases" in text
     assert "geometric, 32 / 8 heads, 16 x | 400 p | **1000 (40%)**" in text
-    assert (
-        "- FlashAttention-4, 30 cases (24 plain, 6 sinks): `ImportError: no such package`" in text
-    )
+    assert "- FlashAttention-4: 1 x 65,536, D 128 (3); 1 x 16,384, D 128 (3); 4 x 4,096, D" in text
+    assert "1 x 65,536, D 64 sinks (2): `ImportError: no such package`" in text
+    assert "The run ended" not in text
+    record = json.loads(finished.read_text())
+    text = page.missing(Results(record | {"rows": record["rows"][:-3]}), "x")
+    assert "- The run ended before these, by number of calls: 1 x 65,536, D 64 prefix (3)" in text
     with pytest.raises(SystemExit, match="a part must be one of"):
         page.render("<!-- limits: unknown -->\n<!-- end -->", Results.read(finished), "x")
 
