@@ -255,13 +255,13 @@ def test_graphs_follow_the_engine(backend_module: Any, page_size: int, monkeypat
 def test_only_reachable_keys_are_gathered(backend_module: Any) -> None:
     """A chunk reads the bands' reach and the prefix, not the whole request."""
     slots = import_module("spattention.serving.slots")
-    table = torch.arange(2 * 1000, dtype=torch.int32).view(2, 1000)
-    tokens = slots.NewTokens(table, torch.tensor([1, 0, 1]), [900, 0, 3], [10, 5, 0])
+    table = torch.arange(3 * 1000, dtype=torch.int32).view(3, 1000)
+    tokens = slots.NewTokens(table, [900, 0, 3], [10, 5, 0])
     keys = tokens.keys(PREFIXED)
-    first = [*range(1000, 1006), *range(1000 + 900 - SPAN + 1, 1910)]
-    assert keys.slots.tolist() == [*first, 0, 1, 2, 3, 4]
-    assert keys.cu_seqlens_k.tolist() == [0, 55, 60, 60]
-    assert tokens.cu_seqlens_q.tolist() == [0, 10, 15, 15]
+    first = [*range(6), *range(900 - SPAN + 1, 910)]
+    assert keys.blocks.tolist() == [*first, *range(1000, 1005)]
+    assert keys.cu_seqlens_k.tolist() == [0, 55, 60]
+    assert keys.cu_seqlens_q.tolist() == [0, 10, 15]
     assert tokens.keys(replace(PREFIXED, intervals=((), ((0, SPAN),), (), ()))) is keys
 
 

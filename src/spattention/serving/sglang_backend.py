@@ -2,7 +2,7 @@
 
 Decoding reads the pool through the table of pages, by kernels on CUDA, inside CUDA graphs too.
 Extending gathers the keys that bands and prefixes reach, for all requests of a step, and makes one
-call of `band_attention_varlen`; nothing waits for the device.
+call of `band_attention_varlen`; nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..attention import kernels_for
 from ..bands import BandPattern
-from .slots import NewTokens, Pages, attend_new_tokens, attend_newest_token, fill_pages
+from .paged import Decodes
+from .slots import NewTokens, attend_new_tokens, attend_newest_token, fill_pages
 
 
 @dataclass(frozen=True)
@@ -47,41 +48,42 @@ class BandAttentionBackend(AttentionBackend):
         self.req_to_token: Tensor = model_runner.req_to_token_pool.req_to_token
         self.pool = model_runner.token_to_kv_pool
         self.page_size: int = model_runner.page_size
-        self.forward_metadata: Pages | NewTokens | None = None
-        self.graph_pages: Pages | None = None
+        self.forward_metadata: Decodes | NewTokens | None = None
+        self.graph_decodes: Decodes | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Make what all layers of a step share, outside of CUDA graphs."""
         mode = forward_batch.forward_mode
         if mode.is_decode():
             length = int(forward_batch.seq_lens_cpu.max())
-            pages = self._pages(forward_batch.batch_size, length)
-            rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-            fill_pages(pages, self.req_to_token, rows, seq_lens)
-            self.forward_metadata = pages
+            self.forward_metadata = self._decodes(forward_batch.batch_size, length)
+            self._fill(forward_batch)
         elif mode.is_idle():
             self.forward_metadata = None
         elif mode.is_target_verify() or not mode.is_extend():
             raise NotImplementedError(f"`forward_mode` {mode.name} is not served by spattention")
         else:
-            self.forward_metadata = NewTokens(
-                self.req_to_token,
-                forward_batch.req_pool_indices,
-                forward_batch.extend_prefix_lens_cpu,
-                forward_batch.extend_seq_lens_cpu,
-            )
+            computed, new = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+            longest = max(map(sum, zip(computed, new)))
+            slots = self.req_to_token[forward_batch.req_pool_indices.long(), :longest]
+            self.forward_metadata = NewTokens(slots, computed, new)
 
-    def _pages(self, requests: int, length: int) -> Pages:
+    def _decodes(self, requests: int, length: int) -> Decodes:
         device = self.req_to_token.device
-        table = torch.zeros(
-            requests, -(-length // self.page_size), dtype=torch.int32, device=device
-        )
-        return Pages(table, torch.zeros_like(table[:, 0]), self.page_size)
+        columns = -(-length // self.page_size)
+        table = torch.zeros(requests, columns, dtype=torch.int32, device=device)
+        return Decodes(table, torch.zeros_like(table[:, 0]))
+
+    def _fill(self, forward_batch: Any) -> None:
+        """Read the tables and lengths of the engine."""
+        assert isinstance(self.forward_metadata, Decodes)
+        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        fill_pages(self.forward_metadata, self.page_size, self.req_to_token, rows, seq_lens)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what the graphs of decoding read at each replay."""
         check_kernels(self.pool)
-        self.graph_pages = self._pages(max_bs, self.req_to_token.shape[1])
+        self.graph_decodes = self._decodes(max_bs, self.req_to_token.shape[1])
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         mode = forward_batch.forward_mode
@@ -89,16 +91,14 @@ class BandAttentionBackend(AttentionBackend):
             raise NotImplementedError(
                 f"`forward_mode` {mode.name} in a CUDA graph is not served by spattention"
             )
-        assert self.graph_pages is not None
-        table, seq_lens = self.graph_pages.block_table, self.graph_pages.seq_lens
+        assert self.graph_decodes is not None
+        table, seq_lens = self.graph_decodes.block_table, self.graph_decodes.seq_lens
         requests = forward_batch.batch_size
-        self.forward_metadata = Pages(table[:requests], seq_lens[:requests], self.page_size)
+        self.forward_metadata = Decodes(table[:requests], seq_lens[:requests])
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Captured: each replay reads the table of slots and the lengths again."""
-        assert isinstance(self.forward_metadata, Pages)
-        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-        fill_pages(self.forward_metadata, self.req_to_token, rows, seq_lens)
+        """Captured: each replay reads the tables and lengths again."""
+        self._fill(forward_batch)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1  # of requests that only pad: their one token is in the slot that SGLang keeps free
@@ -136,7 +136,7 @@ class BandAttentionBackend(AttentionBackend):
         save_kv_cache: bool = True,
     ) -> Tensor:
         """`[B, H * D]` of the newest token of each request."""
-        assert isinstance(self.forward_metadata, Pages)
+        assert isinstance(self.forward_metadata, Decodes)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         bands = self._bands(layer)
         return attend_newest_token(
@@ -144,6 +144,7 @@ class BandAttentionBackend(AttentionBackend):
             self.pool.get_key_buffer(layer.layer_id),
             self.pool.get_value_buffer(layer.layer_id),
             self.forward_metadata,
+            self.page_size,
             bands.pattern,
             scale=layer.scaling,
             sinks=bands.sinks,
