@@ -95,6 +95,11 @@ def run(results: Results, name: str) -> str:
         ahead = [line for line in lines if line.times[OURS] <= min(line.competitors.values())]
         text += f" {passes.capitalize()}, spattention is the fastest in {len(ahead)} of "
         text += f"{len(lines)} cases that a competitor ran."
+    last = len(results.record["environments"]) - 1
+    before = [case for case, row in results.rows.items() if row["run"] < last]
+    if before:
+        lengths = sorted({f"{case.batch} x {case.heads} x {case.length:,}" for case in before})
+        text += f" All of {', '.join(lengths)} was measured in a run before, on a GPU of this name."
     return text + "\n"
 
 

@@ -392,7 +392,10 @@ def test_the_page_shows_limits_and_losses(finished: Path) -> None:
     assert "- FlashAttention-4: 1 x 65,536, D 128 (3); 1 x 16,384, D 128 (3); 4 x 4,096, D" in text
     assert "1 x 65,536, D 64 sinks (2): `ImportError: no such package`" in text
     assert "The run ended" not in text
+    assert "in a run before" not in text
     record = json.loads(finished.read_text())
+    text = page.run(Results(record | {"environments": [FACTS, FACTS]}), "x")
+    assert "1 x 16 x 65,536, 1 x 32 x 16,384" in text
     text = page.missing(Results(record | {"rows": record["rows"][:-3]}), "x")
     assert "- The run ended before these, by number of calls: 1 x 65,536, D 64 prefix (3)" in text
     with pytest.raises(SystemExit, match="a part must be one of"):
