@@ -38,11 +38,10 @@ def block_mask(
     if queries is not None:
         seen = _of_last(seen, length - queries)
     if offsets is None and length % BLOCK == 0:
+        numbers, indices, whole, whole_indices = band_blocks(pattern, length, rows, device)
+        lengths = rows, length
         return BlockMask.from_kv_blocks(
-            *band_blocks(pattern, length, rows, device),
-            BLOCK_SIZE=BLOCK,
-            mask_mod=seen,
-            seq_lengths=(rows, length),
+            numbers, indices, whole, whole_indices, BLOCK, seen, seq_lengths=lengths
         )
     compiled = device.type == "cuda"
     heads = pattern.num_heads
