@@ -24,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         entry.update(predict(sides[0], side, medians))
     found = {
         "what": "training throughput",
+        "date": datetime.now(UTC).date().isoformat(),
         "environment": environment() if device.type == "cuda" else {"cpu": processor()},
         "settings": {
             name: value for name, value in vars(options).items() if name not in ("merge", "output")
@@ -218,6 +220,8 @@ def row(options: argparse.Namespace, model: Any, side: Side, tokens: int) -> dic
     seconds = statistics.median(side.seconds)
     work = work_per_token(model, side.attention, options.length)
     return {
+        "model": options.model,
+        "graphs": options.graphs,
         "length": options.length,
         "attention": side.name,
         "seconds": seconds,
@@ -256,12 +260,13 @@ def peak_before(device: torch.device) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| length | attention | tokens/s | spread | MFU | over dense | of the predicted gain | "
-        "of the predicted speed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | graphs | length | attention | tokens/s | spread | MFU | over dense | "
+        "of the predicted gain | of the predicted speed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['length']:,} | {r['attention']} | {r['tokens_per_second']:,.0f} | "
+        f"| {r['model']} | {'yes' if r['graphs'] else 'no'} | {r['length']:,} | "
+        f"{r['attention']} | {r['tokens_per_second']:,.0f} | "
         f"{100 * r['spread']:.1f} % | {100 * r['mfu']:.1f} % | {r['over_dense']:.3f} | "
         f"{share(r, 'gain')} | {share(r, 'speed')} |"
         for r in rows

@@ -330,7 +330,8 @@ def test_to_moves_everything():
     store = store_for(PATTERNS["shared_local"], key, value).to("meta")
     assert store.device.type == "meta"
     layout = store.layout
-    tables = (layout, layout.live, *layout.by_length, *layout.by_reach, *layout.by_width)
+    same = (*layout.by_reach, *layout.by_width)
+    tables = (layout, layout.live, *layout.by_length, *same, *(each.rings for each in same))
     tensors = [t for table in tables for t in table if isinstance(t, torch.Tensor)]
     tensors += [t for t in vars(store).values() if isinstance(t, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -113,8 +113,8 @@ def after_training(runs: Runs) -> str:
     for name in names:
         cells = []
         for tokens in amounts:
-            rows, dense = runs.get((name, tokens), []), runs.get(("dense", tokens), [])
-            if name == "dense":
+            rows, dense = runs.get((name, tokens), []), runs.get((_base(name), tokens), [])
+            if name == _base(name):
                 losses = [[row["loss"][source]["mean"] for row in rows] for source in SOURCES]
                 figures = [_figure(each).removeprefix("+") for each in losses]
             else:
@@ -130,15 +130,18 @@ def after_training(runs: Runs) -> str:
 def needles(runs: Runs) -> str:
     """Share of passkeys found by length and depth, before training and after most tokens."""
     runs = holding(runs, "passkeys")
-    lines = ["| attention | M tokens | length | by depth |", "|---|---|---|---|"]
     last = max((tokens for _, tokens in runs), default=0)
-    for (name, tokens), rows in sorted(runs.items()):
-        if tokens not in (0, last):
-            continue
-        for length, depths in rows[0]["passkeys"].items():
+    shown = {key: rows for key, rows in sorted(runs.items()) if key[1] in (0, last)}
+    lengths = sorted({int(n) for rows in shown.values() for n in rows[0]["passkeys"]})
+    head = ["attention", "M tokens", *(f"{length:,}" for length in lengths)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (name, tokens), rows in shown.items():
+        cells = [name, f"{tokens:g}"]
+        for length in map(str, lengths):
+            depths = rows[0]["passkeys"].get(length, {})
             shares = [mean(row["passkeys"][length][depth] for row in rows) for depth in depths]
-            found = " ".join(f"{share:.2f}" for share in shares)
-            lines.append(f"| {name} | {tokens:g} | {int(length):,} | {found} |")
+            cells.append(" ".join(f"{share:.2f}" for share in shares) or MISSING)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,14 +168,22 @@ def positions(runs: Runs) -> str:
     runs = holding(runs, "loss")
     last = max((tokens for _, tokens in runs), default=0)
     dense = runs["dense", last]
-    names = sorted((n for n, tokens in runs if tokens == last), key=lambda n: _total(runs[n, last]))
+    names = sorted(
+        (
+            name
+            for name, tokens in runs
+            if tokens == last and name != _base(name) and (_base(name), last) in runs
+        ),
+        key=lambda n: _total(runs[n, last]),
+    )
     edges = dense[0]["loss"][SOURCES[0]]["edges"]
     ranges = [f"{near:,} to {far - 1:,}" for near, far in zip(edges, edges[1:])]
     lines = [f"| attention | text | {' | '.join(ranges)} |", "|---" * (len(ranges) + 2) + "|"]
     for name in names:
         for source, title in zip(SOURCES, ("Wikipedia", "books")):
             parts = range(len(ranges))
-            cells = [_figure(_differences(runs[name, last], dense, source, k)) for k in parts]
+            base = runs[_base(name), last]
+            cells = [_figure(_differences(runs[name, last], base, source, k)) for k in parts]
             lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -207,6 +218,11 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "positions": positions,
     "speed": speeds,
 }
+
+
+def _base(name: str) -> str:
+    """The dense row that a row is compared with: adapters with adapters."""
+    return "dense-lora" if name.endswith("-lora") else "dense"
 
 
 def _differences(

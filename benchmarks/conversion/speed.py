@@ -37,7 +37,7 @@ BACKENDS = [
 ]
 TOKENS = 32_768  # of a first pass, all texts together
 STEPS = 512  # room for the steps that are timed, within the longest text
-CHECKED = 1024  # tokens that are checked
+TEXTS, CHECKED = 4, 1024  # texts that are checked, and their tokens
 FAR = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of logits that is too much
 
 
@@ -68,7 +68,7 @@ def speed(model: Any, long: Tensor, lengths: tuple[int, ...], rows: int) -> dict
 def check(model: Any, long: Tensor) -> dict[str, float]:
     """Relative distances of the bands and of a step of decoding; raises where they are too far."""
     length = min(CHECKED, long.shape[1])
-    ids = long[:1, :length].to(model.device)
+    ids = long[:TEXTS, :length].to(model.device)
     whole = _centred(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits)
     cache = _cache(model, length)
     model(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1)

@@ -15,7 +15,7 @@ from spattention.comparison.plan import Plan, Run
 
 from .gaps import NOT_SEEN, Entry, ends, fit
 from .ledger import finished, read_ledger
-from .mqar import SETTINGS
+from .mqar import BANDS, SETTINGS, THEN
 from .mqar_page import read as read_recall
 from .trained_recall import SINKS
 
@@ -29,6 +29,11 @@ NAMES = {
 ROWS = "budget-2048"  # the plan whose runs are the rows; others have them by their attention
 KINDS = ("passkeys", "needles", "variables")
 RECALL = "mqar-2048"
+# The mixes of layers, which have one layer of each in the models of two layers.
+MIXES = {
+    "5:1 window 128 with sinks": f"sliding_window:window=128{THEN}dense sinks=True",
+    "5:1 geometric bands": f"{BANDS}{THEN}dense",
+}
 ABSENT = "not run"
 Done = dict[tuple[str, int], Entry]
 
@@ -113,7 +118,9 @@ def section(plans: dict[str, Plan], ledger: Path) -> str:
     runs = plans[ROWS].runs
     labels = list(dict.fromkeys(run.label for run in runs))
     recalled = _recalled(ledger)
-    recall = {run.label: recalled.get(_attention(run), ABSENT) for run in runs}
+    recall = {
+        run.label: recalled.get(MIXES.get(run.label, _attention(run)), ABSENT) for run in runs
+    }
     last = budgets[-1]
     heads = [", ".join(NAMES[budget.name]) for budget in budgets]
     heads += [*KINDS, f"recall, {SETTINGS[RECALL].length:,}"]
@@ -125,8 +132,8 @@ def section(plans: dict[str, Plan], ledger: Path) -> str:
         "The columns of losses are by parameters, context and tokens of training: validation loss "
         "minus that of dense attention, whose row has its own. Passkeys, RULER's needles and its "
         f"variables are of {last.where}, at the whole context, in per cent. The last column has "
-        "the values that models find which are trained for associative recall, in per cent. ± is "
-        "the standard deviation over seeds.",
+        "the values that models of two layers find which are trained for associative recall, in "
+        "per cent; mixes have one layer of each there. ± is the standard deviation over seeds.",
         "",
         f"| attention | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
@@ -142,7 +149,7 @@ def _recalled(ledger: Path) -> dict[str, str]:
     """Accuracy of models that are trained for recall, by their attention."""
     found = {}
     for attention, entries in read_recall(ledger, RECALL).items():
-        right = [100 * e["accuracy"]["mean"] for e in entries if e["step"] == e["steps"]]
+        right = [100 * e["accuracy"]["mean"] for e in entries if e["finished"]]
         if right:
             name, sinks, _ = attention.partition(SINKS)
             found[f"{name} sinks=True" if sinks else name] = f"{mean(right):.0f}"

@@ -1,13 +1,18 @@
 """Associative recall at full context: two layers of width 512 learn multi-query associative recall
 (Arora et al., 2023, arXiv:2312.04927) over 2,048 or 8,192 tokens, on a GPU.
 
-    python -m benchmarks.experiments.mqar mqar-2048 --jobs 3
+    python -m benchmarks.experiments.mqar mqar-2048 --jobs 4
 
-The task is that of `trained_recall.py`. Training starts with short sequences, which are learned
-first, and doubles them whenever the model has learned its length (`LEARNED`), at the latest after
-`PATIENCE` of the steps: a model that learns a length sooner has more steps for the longest one.
+The task is that of `trained_recall.py`. Training starts with sequences of 8 keys, 32 tokens, and
+doubles them whenever the model has learned its length (`LEARNED`), at the latest after the
+setting's `patience`. The first of these lengths takes longest, since the vocabulary is learned
+there. It lies within a window of 32 tokens, so that bands with such a window are dense attention
+there. Hence the variants of a setting with `start_steps` all start from the same weights, those of
+dense attention that has learned this length.
+
 Most variants differ from geometric bands in one thing, so that each says what that thing is worth.
-An entry is written with every evaluation; what is finished is not made again.
+An entry is written with every evaluation; what is finished is not made again. A run that finds
+`SOLVED` of the values ends there.
 """
 
 from __future__ import annotations
@@ -24,8 +29,14 @@ from typing import Any
 import torch
 import tyro
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
+from spattention.choice import STOCK
 from spattention.evaluation.perplexity import Mean
 from spattention.files import write_atomically
 from spattention.provenance import machine, source_commit, versions
@@ -39,7 +50,9 @@ LIBRARIES = ("torch", "transformers", "triton")
 FIRST = 8  # keys of the first sequences
 LEARNED = 0.5  # nats per value, mean of the last `WINDOW` steps
 WINDOW = 10
-PATIENCE = 0.6  # share of the steps after which sequences have their full length
+STARTED = 0.1  # nats per value, at which the shared start ends
+SOLVED = 0.999
+THEN = " then "  # between the attention of layers
 BANDS = "shared_local:widths=geometric,local=32"
 
 
@@ -53,20 +66,26 @@ class Setting:
         duplicated: every head's intervals of the row whose heads all have one band, with the pairs
             of `BANDS`.
         window: of the sliding window with as many pairs.
+        patience: share of the steps after which sequences have their full length.
+        start_steps: most steps of the start that all variants share; 0 for none.
+        variants: those that are run; without it all of `attention`.
     """
 
     count: int
     duplicated: str
     window: int
     tokens: int = 32_768
-    steps: int = 2_500
+    steps: int = 1_500
+    patience: float = 0.5
+    start_steps: int = 4_000
+    variants: tuple[str, ...] = ()
     width: int = 512
     layers: int = 2
     heads: int = 8
     learning_rate: float = 1e-3
-    warmup: int = 200
+    warmup: int = 100
     weight_decay: float = 0.1
-    evaluate_every: int = 250
+    evaluate_every: int = 150
     items: int = 64
 
     @property
@@ -76,11 +95,13 @@ class Setting:
 
     def attention(self) -> tuple[str, ...]:
         """The variants, in the order in which they are worth running."""
-        return (
+        return self.variants or (
             "dense",
             BANDS,
             f"intervals:heads={self.duplicated}",  # coverage: every head the same band
             "shared_local:local=32",  # uniform widths
+            f"sliding_window:window=128{THEN}dense{SINKS}",  # practice's mix, one layer of each
+            f"{BANDS}{THEN}dense",
             f"{BANDS},prefix=4",
             f"{BANDS}{SINKS}",
             f"{BANDS},kv_heads=4",  # each band in two heads
@@ -93,6 +114,18 @@ class Setting:
 SETTINGS = {
     "mqar-2048": Setting(512, "0-32+256-404", 162),
     "mqar-8192": Setting(2048, "0-32+1024-1630", 559),
+    # Each variant from fresh weights: most of the steps go to the vocabulary.
+    "mqar-2048-fresh": Setting(
+        512,
+        "0-32+256-404",
+        162,
+        steps=2_500,
+        patience=0.6,
+        start_steps=0,
+        variants=("dense", BANDS),
+        warmup=200,
+        evaluate_every=250,
+    ),
 }
 
 
@@ -106,6 +139,7 @@ class Options:
         seeds: Of weights and questions.
         jobs: Runs at a time, which share the GPU.
         steps: Steps, instead of the setting's.
+        work: Folder of the weights that variants start from.
         ledger: Folder of the entries' folder.
         commit: The commit to record, where git cannot tell.
     """
@@ -115,6 +149,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
     steps: int | None = None
+    work: Path = Path("runs/mqar")
     ledger: Path = HERE
     commit: str | None = None
 
@@ -133,9 +168,18 @@ def main(options: Options) -> None:
         if not is_finished(entry_path(options.ledger, name, seed, options.setting))
     ]
     commit = options.commit or source_commit()
+    starts = {
+        seed: options.work / f"{options.setting}-seed{seed}.pt" if setting.start_steps else None
+        for seed in {seed for _, seed in todo}
+    }
+    for seed, path in starts.items():
+        if path is not None and not path.exists():
+            start(setting, seed, path)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         runs = {
-            pool.submit(run, setting, name, seed, write_to(options, name, seed), commit): name
+            pool.submit(
+                run, setting, name, seed, write_to(options, name, seed), commit, starts[seed]
+            ): name
             for name, seed in todo
         }
         for done in as_completed(runs):
@@ -167,8 +211,7 @@ def is_finished(path: Path) -> bool:
     """True if an entry is there and its run came to its end."""
     if not path.exists():
         return False
-    entry = json.loads(path.read_text(encoding="utf-8"))
-    return entry["step"] == entry["steps"]
+    return bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
 def build(setting: Setting, name: str, seed: int, device: torch.device) -> tuple[Any, Any]:
@@ -184,8 +227,9 @@ def build(setting: Setting, name: str, seed: int, device: torch.device) -> tuple
         max_position_embeddings=setting.length,
     )
     model = LlamaForCausalLM(config)
+    layers = name.removesuffix(SINKS).split(THEN)
     attention = recipe_attention(
-        name.removesuffix(SINKS),
+        layers if len(layers) > 1 else layers[0],
         setting.layers,
         setting.heads,
         setting.length,
@@ -195,29 +239,160 @@ def build(setting: Setting, name: str, seed: int, device: torch.device) -> tuple
     return model.to(device), attention
 
 
-def run(
-    setting: Setting, name: str, seed: int, write: Callable[[Row], None], commit: str | None
-) -> Row:
-    """Train a model and ask it; its entry, which `write` gets at every evaluation too."""
+class Training:
+    """A model in training: its optimizer, its questions, and the length that it has come to.
+
+    Args:
+        setting: of the experiment.
+        name: of the attention.
+        seed: of weights and questions.
+        count: keys of the first sequences.
+    """
+
+    def __init__(self, setting: Setting, name: str, seed: int, count: int) -> None:
+        self.setting, self.count = setting, min(count, setting.count)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        self.model, self.attention = build(setting, name, seed, self.device)
+        decayed = [p for p in self.model.parameters() if p.dim() >= 2]
+        plain = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": setting.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=setting.learning_rate,
+            betas=(0.9, 0.95),
+            fused=self.device.type == "cuda",
+        )
+        # Variants draw other questions than the start that they share.
+        self.generator = torch.Generator(self.device).manual_seed(seed * HELD_OUT + self.count)
+
+    @torch.no_grad()
+    def take(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give the model these weights; sinks, which dense attention lacks, stay at zero."""
+        own = dict(self.model.named_parameters())
+        for name, weight in weights.items():
+            own.pop(name).copy_(weight)
+        if others := [name for name in own if not name.endswith("sinks")]:
+            raise RuntimeError(f"the start must have all weights but sinks, it lacks {others}")
+
+    def step(self) -> torch.Tensor:
+        """Make a step; its loss, on the device."""
+        count = self.count
+        ids = questions(self.setting, count, self.setting.tokens // (4 * count), self.generator)
+        self.model.train()
+        loss = F.cross_entropy(
+            _logits(self.model, ids, count).float().flatten(0, 1),
+            ids[:, 2 * count + 1 :: 2].flatten(),
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def start(setting: Setting, seed: int, path: Path) -> None:
+    """Train dense attention on the shortest sequences until it has learned them; keep its weights.
+
+    Raises:
+        RuntimeError: if it has not learned them in `start_steps`.
+    """
     began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    model, attention = build(setting, name, seed, device)
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": setting.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=setting.learning_rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, setting.warmup, setting.steps)
+    training = Training(setting, STOCK, seed, FIRST)
+    schedule = get_constant_schedule_with_warmup(training.optimizer, 2 * setting.warmup)
+    recent: list[torch.Tensor] = []
+    for step in range(setting.start_steps):
+        recent.append(training.step())
+        schedule.step()
+        if (step + 1) % WINDOW == 0:
+            loss = torch.stack(recent[-WINDOW:]).mean().item()
+            if (step + 1) % 100 == 0 or loss < STARTED:
+                print(f"start, step {step + 1}: loss {loss:.3f}", flush=True)
+            if loss < STARTED:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = {
+                    "weights": {k: v.cpu() for k, v in training.model.named_parameters()},
+                    "facts": {
+                        "steps": step + 1,
+                        "loss": loss,
+                        "seconds": time.monotonic() - began,
+                    },
+                }
+                torch.save(content, path)
+                return
+    raise RuntimeError(f"the start has not learned {FIRST} keys in {setting.start_steps} steps")
+
+
+def run(
+    setting: Setting,
+    name: str,
+    seed: int,
+    write: Callable[[Row], None],
+    commit: str | None,
+    begin: Path | None = None,
+) -> Row:
+    """Train a model and ask it.
+
+    Args:
+        setting: of the experiment.
+        name: of the attention.
+        seed: of weights and questions.
+        write: called with the entry at every evaluation.
+        commit: to record.
+        begin: file of `start`, from whose weights the model is trained; None for fresh ones.
+
+    Returns:
+        The entry.
+    """
+    began = time.monotonic()
+    training = Training(setting, name, seed, FIRST if begin is None else 2 * FIRST)
+    shared = None
+    if begin is not None:
+        content = torch.load(begin, weights_only=True)
+        shared = content["facts"]
+        training.take(content["weights"])
+    schedule = get_cosine_schedule_with_warmup(training.optimizer, setting.warmup, setting.steps)
+    entry = _entry(setting, name, seed, training) | {"commit": commit, "start": shared}
+    losses: list[torch.Tensor] = []
+    recent: list[torch.Tensor] = []
+    for step in range(setting.steps):
+        if training.count < setting.count and has_grown(recent, step, setting):
+            longer = (
+                setting.count if step >= setting.patience * setting.steps else 2 * training.count
+            )
+            training.count, recent = min(longer, setting.count), []
+            entry["grown"].append({"step": step, "count": training.count})
+        losses.append(training.step())
+        recent.append(losses[-1])
+        schedule.step()
+        last = step + 1 == setting.steps
+        if last or (step + 1) % setting.evaluate_every == 0:
+            right, distances = ask(training.model, setting, training.device)
+            accuracy = Mean.of(right.double().mean(1))
+            entry["loss"].append({"step": step + 1, "loss": torch.stack(losses).mean().item()})
+            entry["accuracies"].append({"step": step + 1, "accuracy": accuracy.mean})
+            losses.clear()
+            solved = accuracy.mean >= SOLVED
+            entry |= {
+                "step": step + 1,
+                "finished": last or solved,
+                "seconds": time.monotonic() - began,
+                "accuracy": asdict(accuracy),
+                "by_distance": by_octave(right, distances),
+            }
+            write(entry)
+            if solved:
+                break
+    return entry
+
+
+def _entry(setting: Setting, name: str, seed: int, training: Training) -> Row:
+    """What is known of a run when it begins."""
     everything = setting.heads * setting.length * (setting.length + 1) // 2
-    entry: Row = {
+    return {
         "format": FORMAT,
         "version": 1,
         "attention": name,
@@ -225,7 +400,7 @@ def run(
         "count": setting.count,
         "steps": setting.steps,
         "chance": 1 / setting.count,
-        "pairs": attention.pairs(setting.length) / everything,
+        "pairs": training.attention.pairs(setting.length) / everything,
         "loss": [],
         "accuracies": [],
         "grown": [],
@@ -239,55 +414,17 @@ def run(
             "batch": setting.tokens // setting.length,
             "learning_rate": setting.learning_rate,
             "warmup": setting.warmup,
-            "curriculum": [FIRST, LEARNED, WINDOW, PATIENCE],
+            "curriculum": [FIRST, LEARNED, WINDOW, setting.patience],
         },
-        "commit": commit,
         "machine": machine(),
         "versions": versions(LIBRARIES),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if training.device.type == "cuda" else None,
     }
-    losses: list[torch.Tensor] = []
-    generator = torch.Generator(device).manual_seed(seed)
-    count, recent = min(FIRST, setting.count), []
-    for step in range(setting.steps):
-        if count < setting.count and has_grown(recent, step, setting):
-            count, recent = min(2 * count, setting.count), []
-            if step >= PATIENCE * setting.steps:
-                count = setting.count
-            entry["grown"].append({"step": step, "count": count})
-        ids = questions(setting, count, setting.tokens // (4 * count), generator)
-        model.train()
-        loss = F.cross_entropy(
-            _logits(model, ids, count).float().flatten(0, 1), ids[:, 2 * count + 1 :: 2].flatten()
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-        recent.append(losses[-1])
-        last = step + 1 == setting.steps
-        if last or (step + 1) % setting.evaluate_every == 0:
-            mean = torch.stack(losses).mean().item()
-            losses.clear()
-            right, distances = ask(model, setting, device)
-            accuracy = Mean.of(right.double().mean(1))
-            entry["loss"].append({"step": step + 1, "loss": mean})
-            entry["accuracies"].append({"step": step + 1, "accuracy": accuracy.mean})
-            entry |= {
-                "step": step + 1,
-                "seconds": time.monotonic() - began,
-                "accuracy": asdict(accuracy),
-                "by_distance": by_octave(right, distances),
-            }
-            write(entry)
-    return entry
 
 
 def has_grown(recent: Sequence[torch.Tensor], step: int, setting: Setting) -> bool:
     """True if the next step takes longer sequences."""
-    if step >= PATIENCE * setting.steps:
+    if step >= setting.patience * setting.steps:
         return True
     # A look at the loss waits for the device.
     if len(recent) < WINDOW or len(recent) % WINDOW:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
 
-from .mqar import LEARNED, SETTINGS
+from .mqar import FIRST, LEARNED, SETTINGS, SOLVED, Setting
 from .trained_recall import FORMAT
 
 Entry = dict[str, Any]
@@ -48,11 +48,12 @@ def section(ledger: Path, name: str, images: Path) -> str:
         f"## Associative recall over {setting.length:,} tokens",
         "",
         f"`mqar.py {name}`: {setting.layers} layers, width {setting.width}, {setting.heads} heads; "
-        f"{setting.count} keys with a value each, and then the keys again; {setting.steps:,} steps "
-        f"of {setting.tokens:,} tokens, learning rate {setting.learning_rate:g}. Sequences start "
-        f"short and double once their loss is below {LEARNED} nats: *whole length from* is the "
-        f"first step that has all {setting.length:,} tokens. Guessing one of the values shown is "
-        f"right in {1 / setting.count:.4f}.",
+        f"{setting.count} keys with a value each, and then the keys again; up to {setting.steps:,} "
+        f"steps of {setting.tokens:,} tokens, learning rate {setting.learning_rate:g}. "
+        f"{_start(setting)} Sequences double once their loss is below {LEARNED} nats, at the "
+        f"latest after {setting.patience:.0%} of the steps: *whole length from* is the first step "
+        f"that has all {setting.length:,} tokens. *Steps* are those to {SOLVED:.1%} of the values, "
+        f"or all. Guessing one of the values shown is right in {1 / setting.count:.4f}.",
         "",
     ]
     done = {attention: entries for attention, entries in runs.items() if entries}
@@ -63,8 +64,8 @@ def section(ledger: Path, name: str, images: Path) -> str:
             "Accuracy, also by the distance of the value in tokens.",
             "",
             f"| attention | pairs, dense = 1 | accuracy | {' | '.join(spans)} "
-            "| whole length from | seeds |",
-            f"|---|{'---:|' * (len(spans) + 4)}",
+            "| whole length from | steps | seeds |",
+            f"|---|{'---:|' * (len(spans) + 5)}",
             *(row(attention, entries, edges) for attention, entries in done.items()),
             "",
         ]
@@ -76,12 +77,21 @@ def section(ledger: Path, name: str, images: Path) -> str:
         f"{entry['attention']}, seed {entry['seed']} (stopped at step {entry['step']:,})"
         for entries in done.values()
         for entry in entries
-        if entry["step"] < entry["steps"]
+        if not entry["finished"]
     ]
     missing = [attention for attention, entries in runs.items() if not entries]
     absent = "; ".join([*stopped, *missing])
     lines += [f"Not run yet: {absent}." if absent else "Everything planned was run.", ""]
     return "\n".join(lines)
+
+
+def _start(setting: Setting) -> str:
+    if setting.start_steps:
+        return (
+            "All start from the same weights, with which dense attention has learned "
+            f"{FIRST} keys, {4 * FIRST} tokens."
+        )
+    return f"All start from fresh weights and {FIRST} keys, {4 * FIRST} tokens."
 
 
 def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:
@@ -105,6 +115,7 @@ def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:
         f"{mean(right):.3f}" + (f" ± {stdev(right):.3f}" if len(right) > 1 else ""),
         *spans,
         ", ".join(first),
+        ", ".join(f"{entry['step']:,}" for entry in entries),
         str(len(entries)),
     ]
     return f"| {' | '.join(cells)} |"

@@ -31,9 +31,9 @@ UNSET: Any = object()  # for arguments for which None is an error
 
 
 class HeadGroup(NamedTuple):
-    """Key/value heads that are read or written together."""
+    """Rings of key/value heads that are read or written together."""
 
-    heads: Tensor  # [C]
+    heads: Tensor  # [C], key/value heads
     offset: Tensor  # [C], first slot of each ring
     length: Tensor  # [C], slots of each ring
     prefix: Tensor  # [C], first slot of each prefix
@@ -54,11 +54,8 @@ class SameReach(NamedTuple):
     """Key/value heads of equal reach, with the query heads of their groups."""
 
     reach: int  # tokens, 0 for heads that no query attends
-    key_heads: Tensor  # [C]
+    rings: HeadGroup
     query_heads: Tensor  # [C * group]
-    offset: Tensor  # [C]
-    length: Tensor  # [C]
-    prefix: Tensor  # [C]
     pattern: BandPattern  # of these query heads
 
     @classmethod
@@ -67,11 +64,8 @@ class SameReach(NamedTuple):
         bands = tuple(pattern.intervals[h] for h in queries)
         return cls(
             max(0, rings.lengths[heads[0]] - rings.max_rollback),
-            rings.index(heads),
+            HeadGroup.of(heads, rings),
             rings.index(queries),
-            rings.index(rings.offsets[h] for h in heads),
-            rings.index(rings.lengths[h] for h in heads),
-            rings.index(rings.prefixes[h] for h in heads),
             BandPattern(bands, pattern.span, prefix=pattern.prefix),
         )
 
@@ -85,10 +79,8 @@ class SameWidth(NamedTuple):
     """
 
     width: int
-    heads: Tensor  # [C]
-    offset: Tensor  # [C], of the ring that the head reads
-    length: Tensor  # [C]
-    prefix: Tensor  # [C], first slot of the prefix that the head reads
+    rings: HeadGroup  # the ring that each head reads
+    query_heads: Tensor  # [C]
     near: Tensor  # [C]
     split: Tensor  # [C]
     jump: Tensor  # [C]
@@ -98,10 +90,8 @@ class SameWidth(NamedTuple):
         bands = [pattern.intervals[h] for h in heads]
         return cls(
             width,
+            HeadGroup.of([h // rings.group for h in heads], rings),
             rings.index(heads),
-            rings.index(rings.offsets[h // rings.group] for h in heads),
-            rings.index(rings.lengths[h // rings.group] for h in heads),
-            rings.index(rings.prefixes[h // rings.group] for h in heads),
             rings.index(head[0][0] for head in bands),
             rings.index(head[0][1] - head[0][0] for head in bands),
             rings.index(head[-1][0] - head[0][1] if len(head) > 1 else 0 for head in bands),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_layout import HeadGroup, RingLayout, SameReach, SameWidth
+from .cache_layout import HeadGroup, RingLayout
 from .checks import readable
 from .padding import padding_first, reorder
 
@@ -36,16 +36,14 @@ def new_documents(batch_size: int, max_rollback: int, device: torch.device) -> T
     return torch.zeros(batch_size, max_rollback + 2, dtype=torch.int64, device=device)
 
 
-def prefix_slots(
-    stored: StoredTokens, first: Tensor, heads: HeadGroup | SameReach | SameWidth
-) -> Tensor:
-    """Slots of the first tokens of documents in C heads, int64 `[B, ..., C, prefix]`, valid for
+def prefix_slots(stored: StoredTokens, first: Tensor, rings: HeadGroup) -> Tensor:
+    """Slots of the first tokens of documents in C rings, int64 `[B, ..., C, prefix]`, valid for
     tokens that are in the store. The documents start at positions `first [B, ...]`."""
     place = torch.arange(stored.layout.pattern.prefix, device=first.device)
     at = first[..., None, None] + place
-    in_ring = heads.offset[:, None] + at % heads.length.clamp(min=1)[:, None]
+    in_ring = rings.offset[:, None] + at % rings.length.clamp(min=1)[:, None]
     held = stored.documents[:, -1].view(-1, *(1,) * (first.dim() - 1))
-    return torch.where((first == held)[..., None, None], heads.prefix[:, None] + place, in_ring)
+    return torch.where((first == held)[..., None, None], rings.prefix[:, None] + place, in_ring)
 
 
 def last_document(stored: StoredTokens) -> Tensor:

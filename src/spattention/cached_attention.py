@@ -237,23 +237,24 @@ def _decode_one(call: _CachedCall) -> tuple[Tensor, Tensor]:
     prefix = store.layout.pattern.prefix
     place = first + torch.arange(prefix, device=store.device)  # [B, 1, prefix]
     for same in store.layout.by_width:
+        rings = same.rings
         step = torch.arange(same.width, device=store.device)
         beyond = step >= same.split[:, None]
         at = position - (same.near[:, None] + step + same.jump[:, None] * beyond)  # [B, C, W]
         seen = at >= first + prefix
-        slots = same.offset[:, None] + at % same.length[:, None]
+        slots = rings.offset[:, None] + at % rings.length[:, None]
         if prefix:
-            in_prefix = (place <= position).expand(-1, len(same.heads), -1)
+            in_prefix = (place <= position).expand(-1, len(same.query_heads), -1)
             seen = torch.cat([seen, in_prefix], dim=-1)
-            slots = torch.cat([slots, prefix_slots(store.stored, start, same)], dim=-1)
+            slots = torch.cat([slots, prefix_slots(store.stored, start, rings)], dim=-1)
         keys, values = store.gather(torch.where(seen, slots, store.layout.slots))  # [B, C, W, D]
-        q = query.index_select(1, same.heads).to(dtype) * call.scale
+        q = query.index_select(1, same.query_heads).to(dtype) * call.scale
         scores = (q @ keys.to(dtype).mT).masked_fill(~seen[:, :, None], -torch.inf)
         total = torch.logsumexp(scores, dim=-1)
         base = total.masked_fill(total == -torch.inf, 0.0)
         weights = torch.exp(scores - base[..., None])
-        out.index_copy_(1, same.heads, weights @ values.to(dtype))
-        lse.index_copy_(1, same.heads, total)
+        out.index_copy_(1, same.query_heads, weights @ values.to(dtype))
+        lse.index_copy_(1, same.query_heads, total)
     if call.sinks is not None:
         out, lse = merge([(out, lse)], sinks=call.sinks)
     return empty_like_query(query, out.shape[-1]).copy_(out), lse
@@ -296,7 +297,7 @@ def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, 
     the end; and the position of the first, int64 `[B]`. With a prefix that many places come first.
     """
     store, new = call.store, call.query.shape[2]
-    prefix = same.pattern.prefix if same.reach else 0
+    prefix, rings = same.pattern.prefix if same.reach else 0, same.rings
     held = max(0, same.reach - 1) + (0 if call.tokens else new)
     end, gathered = store.position, held
     if call.padding is not None:
@@ -307,7 +308,7 @@ def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, 
     total = held + (new if call.tokens else 0)
     oldest = end - total
     at = oldest[:, None] + torch.arange(gathered, device=store.device)
-    slots = same.offset[:, None] + at[:, None] % same.length.clamp(min=1)[:, None]
+    slots = rings.offset[:, None] + at[:, None] % rings.length.clamp(min=1)[:, None]
     if prefix:
         padding = torch.zeros_like(oldest) if call.padding is None else call.padding
         slots = _with_prefix(call, same, slots, oldest, padding)
@@ -315,7 +316,7 @@ def _keys_in_order(call: _CachedCall, same: SameReach) -> tuple[Tensor, Tensor, 
     ring = store.gather(slots)
     if not call.tokens:
         return (*ring, oldest)
-    own = [token[:, same.key_heads] for token in call.tokens]
+    own = [token[:, rings.heads] for token in call.tokens]
     if call.padding is None:
         keys, values = (torch.cat(pair, dim=2) for pair in zip(ring, own))
         return keys, values, oldest
@@ -341,7 +342,7 @@ def _with_prefix(
     slots = pad(slots, (prefix, 0), value=store.layout.slots)
     place = torch.arange(slots.shape[2], device=store.device) - (prefix + beyond - older)[:, None]
     place = place[:, None].expand_as(slots)
-    in_prefix = prefix_slots(store.stored, start, same).gather(2, place.clamp(0, prefix - 1))
+    in_prefix = prefix_slots(store.stored, start, same.rings).gather(2, place.clamp(0, prefix - 1))
     return torch.where((place >= 0) & (place < older[:, None, None]), in_prefix, slots)
 
 

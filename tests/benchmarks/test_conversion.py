@@ -312,6 +312,8 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
         *(result("window", 10, seed, 2.9 + seed / 20) for seed in (0, 1)),
         result("fitted", 10, 0, 2.81),
         result("other", 10, 7, 2.85),
+        result("fitted-lora", 10, 0, 2.6),
+        result("dense-lora", 10, 0, 2.7),
     ]
     for name, part in (("a", rows[:3]), ("b", rows[3:])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": part}))
@@ -323,6 +325,8 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
     assert page.MARK.sub(lambda found: page.fill(found, runs), before) == before
     after = page.after_training(runs)
     assert "| window | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
+    assert "| fitted-lora | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
+    assert "| dense-lora | 2.700 / 3.700 | 1 | - | - |" in after
     assert "| dense | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
     assert "| fitted | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
     assert "| other | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
@@ -362,6 +366,17 @@ def test_losses_by_position_are_beyond_dense():
     found = page.positions(runs)
     assert "| attention | text | 1 to 127 | 128 to 2,047 |" in found
     assert "| fitted | Wikipedia | +0.100 | +0.300 |" in found
+
+
+def test_passkeys_stand_by_length_and_depth():
+    keys = {"1024": {"0.1": 1.0, "0.9": 0.5}, "2048": {"0.1": 0.0, "0.9": 1.0}}
+    other = {"1024": {"0.1": 0.0, "0.9": 0.5}, "2048": {"0.1": 0.0, "0.9": 1.0}}
+    rows = [{"seed": seed, "passkeys": found} for seed, found in enumerate((keys, other))]
+    found = page.needles({("fitted", 10.0): rows, ("fitted", 3.0): rows, ("window", 0): rows[:1]})
+    assert "| attention | M tokens | 1,024 | 2,048 |" in found
+    assert "| fitted | 10 | 0.50 0.50 | 0.00 1.00 |" in found
+    assert "| window | 0 | 1.00 0.50 | 0.00 1.00 |" in found
+    assert "| 3 |" not in found
 
 
 def test_speeds_stand_beside_pairs_and_cache():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -130,7 +131,7 @@ def test_models_of_finished_runs_stay(made):
 
 
 def test_pieces_give_what_one_go_gives(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "SMALLEST_PIECE", -1.0)
+    monkeypatch.setattr(runner, "SMALLEST_PIECE", -math.inf)
     options = replace(made, work=tmp_path / "work", ledger=tmp_path / "ledger", minutes=0.0)
     options = replace(options, only=("dense", "reformer:chunk=4"))
     pieces = 1

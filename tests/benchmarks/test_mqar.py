@@ -13,8 +13,9 @@ from benchmarks.experiments import mqar, mqar_page
 from benchmarks.experiments.trained_recall import answers, entry_path
 
 TINY = mqar.Setting(
-    16, "0-8+16-32", 10, tokens=256, steps=6, width=64, evaluate_every=3, items=4, warmup=1
-)
+    16, "0-8+16-32", 10, tokens=256, steps=6, width=64, evaluate_every=3, items=4, warmup=1,
+    start_steps=20,
+)  # fmt: skip
 
 
 def draw(seed: int, setting: mqar.Setting = TINY, count: int = 4, items: int = 5) -> torch.Tensor:
@@ -45,11 +46,12 @@ def test_distances_are_those_of_the_values() -> None:
 
 def test_sequences_grow_when_they_are_learned() -> None:
     """A length is left when its loss is low, and at the latest after the patience."""
+    large = mqar.SETTINGS["mqar-2048"]
     low, high = [torch.tensor(0.1)] * mqar.WINDOW, [torch.tensor(3.0)] * mqar.WINDOW
-    assert mqar.has_grown(low, 10, TINY := mqar.SETTINGS["mqar-2048"])
-    assert not mqar.has_grown(high, 10, TINY)
-    assert not mqar.has_grown(low[1:], 10, TINY)
-    assert mqar.has_grown(high, round(mqar.PATIENCE * TINY.steps), TINY)
+    assert mqar.has_grown(low, 10, large)
+    assert not mqar.has_grown(high, 10, large)
+    assert not mqar.has_grown(low[1:], 10, large)
+    assert mqar.has_grown(high, round(large.patience * large.steps), large)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +74,46 @@ def test_entries_are_written_on_the_way(made: tuple[Path, dict]) -> None:
     folder, entry = made
     assert entry["written"] == [3, 6, 3, 6]
     assert [line["step"] for line in entry["loss"]] == [3, 6]
-    assert entry["grown"] == [{"step": 4, "count": 16}]
+    assert entry["grown"] == [{"step": 3, "count": 16}]
     assert sum(part["asked"] for part in entry["by_distance"]) == 4 * 16
     path = entry_path(folder, "dense", 0, "mqar-2048")
     assert mqar.is_finished(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3, "finished": False}))
     assert not mqar.is_finished(path)
     assert not mqar.is_finished(path.with_name("none.json"))
+
+
+def test_variants_start_from_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that has learned its length gives every variant its weights, sinks apart."""
+    monkeypatch.setattr(mqar, "STARTED", 100.0)
+    path = tmp_path / "work" / "start.pt"
+    mqar.start(TINY, 0, path)
+    found = torch.load(path, weights_only=True)
+    assert found["facts"]["steps"] == mqar.WINDOW
+    for name in ("dense", "exclusive then dense with sinks"):
+        training = mqar.Training(TINY, name, 1, 8)
+        training.take(found["weights"])
+        for key, weight in training.model.named_parameters():
+            wanted = torch.zeros(8) if key.endswith("sinks") else found["weights"][key]
+            assert torch.equal(weight, wanted)
+    entry = mqar.run(TINY, "exclusive", 0, lambda entry: None, "abc", path)
+    assert entry["start"] == found["facts"]
+    assert entry["grown"] == []  # 16 keys are the whole length here
+    del found["weights"]["lm_head.weight"]
+    with pytest.raises(RuntimeError, match="must have all weights but sinks, it lacks"):
+        training.take(found["weights"])
+    monkeypatch.setattr(mqar, "STARTED", 0.0)
+    with pytest.raises(RuntimeError, match="has not learned 8 keys in 20 steps"):
+        mqar.start(TINY, 0, path)
+
+
+def test_a_solved_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps after everything is found are not made."""
+    monkeypatch.setattr(mqar, "SOLVED", 0.0)
+    entry = mqar.run(TINY, "dense", 0, lambda entry: None, None)
+    assert (entry["step"], entry["finished"]) == (3, True)
 
 
 def test_the_section_shows_runs_and_their_absence(
@@ -103,6 +138,8 @@ def test_settings_compare_equal_pairs() -> None:
     from spattention.choice import attention_choice
 
     for setting in mqar.SETTINGS.values():
+        if setting.variants:
+            continue
         names = (mqar.BANDS, f"intervals:heads={setting.duplicated}", "shared_local:local=32")
         names += (f"sliding_window:window={setting.window}",)
         assert set(names) < set(setting.attention())

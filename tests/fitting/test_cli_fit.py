@@ -76,6 +76,8 @@ def test_a_dense_model_becomes_a_folder_that_opens(home, tmp_path, capsys):
     for share in facts["captured"].values():
         assert 0 < share <= 1
         assert f"{share:.4f}" in printed
+    assert "Fitted at 160 tokens: in longer texts, up to 256, only heads" in printed
+    assert "`[0, 64)` is the token itself" in (output / "fit.md").read_text()
     assert facts["checked_tokens"] == 2 * CONTEXT
     profile = Profile.load(output / "profile.json")
     assert (profile.tokens, profile.needles) == (3 * CONTEXT, 2)

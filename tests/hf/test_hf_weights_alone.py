@@ -278,6 +278,15 @@ def test_the_trainer_resumes_the_same_bands(lora, saved, tmp_path):
         train(model((SECOND, FIRST)), tmp_path, steps=2, resume=str(checkpoint))
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 99_999, b'{"epoch": 1'])
+def test_a_damaged_state_is_named(content, tmp_path):
+    """The parser's own message does not tell which file it read."""
+    train(small(banded("llama")), tmp_path)
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"trainer_state\.json must hold "):
+        train(small(banded("llama")), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+
+
 def test_states_of_dense_training_are_as_before(tmp_path):
     train(small(build("llama")), tmp_path)
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())

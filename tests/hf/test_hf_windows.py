@@ -14,10 +14,8 @@ from tiny import (
     EXACT,
     FIRST,
     GROUPED,
-    HEADS,
     SECOND,
     STOCK,
-    VOCABULARY,
     Masked,
     build,
     logits,
@@ -119,12 +117,8 @@ def test_a_shared_window_is_replaced_in_all_or_none():
 def test_a_window_with_own_positions_stays():
     """A window with positions of its own is not replaced."""
     config = transformers.Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
+        **COMMON,
+        **GROUPED,
         head_dim=8,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
@@ -142,12 +136,7 @@ def test_a_window_with_own_positions_stays():
 
 def test_gpt_oss_keeps_its_sinks():
     config = transformers.GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
+        **{**COMMON, **GROUPED, "intermediate_size": 16},
         head_dim=8,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
@@ -179,12 +168,8 @@ def test_gpt_oss_keeps_its_sinks():
 def test_only_the_text_decoder_changes(tmp_path):
     """Only the text decoder of a vision language model changes."""
     text = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
+        **COMMON,
+        **GROUPED,
     )
     vision = transformers.CLIPVisionConfig(
         hidden_size=16,

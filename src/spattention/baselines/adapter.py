@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -342,7 +342,8 @@ def attention_forward(
         if state is None:
             out = plan.attend(query, key, value, scale)
         else:
-            out = plan.attend_after(state, query, key, value, scale)  # type: ignore[attr-defined]
+            stateful = cast(StatefulAttention, plan)  # `keeps_state` says so
+            out = stateful.attend_after(state, query, key, value, scale)
             state.length = length
     return out.transpose(1, 2).contiguous(), None
 

@@ -236,6 +236,7 @@ def _convert(
         "model": options.model,
         "pairs": table.pairs,
         "length": table.length,
+        "span": patterns[0].span,
         "cache": table.cache,
         "captured": {
             "profiled": table.captured,
@@ -290,6 +291,13 @@ def _summary(facts: dict[str, Any]) -> str:
 
 def _say(console: Console, options: Options, facts: dict[str, Any]) -> None:
     console.print(_summary(facts), highlight=False)
+    if facts["span"] > facts["length"]:
+        console.print(
+            f"Fitted at {facts['length']:,} tokens: in longer texts, up to {facts['span']:,}, only "
+            "heads that attend up to the end here look farther. Fit at the length that you will "
+            "use (--context).",
+            highlight=False,
+        )
     console.print(
         f"written to {options.output}: the model with bands, what each layer got and why (fit.md, "
         "fit.png), and the profile",

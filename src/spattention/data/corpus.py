@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files import make_folder, naming, reason, remove_empty, sync, sync_tree
+from ..files import make_folder, naming, reason, remove_empty, sync
 from .arrays import save_array
-from .prepare import CorpusFacts, split_documents, stored_stream, write_facts
+from .prepare import TRAINED, CorpusFacts, split_documents, write_facts
 from .text import check_text, iterate_documents, text_kind
 from .tokenizer import (
     END_OF_TEXT,
@@ -189,23 +189,14 @@ def prepare_corpus(
             staging, itertools.chain(first, documents), encoder, held_out, on_progress
         )
         save_tokenizer(used, staging / "tokenizer.json")
-        entropy = 0.0
-        if validation.num_tokens:
-            entropy = stored_stream(staging, "validation").unigram_entropy()
-        facts = CorpusFacts(
+        facts = write_facts(
+            staging,
             source=source.name,
-            tokenizer=str(tokenizer) if tokenizer else "byte-level BPE",
-            vocabulary=-(-entries_of(used) // 64) * 64,
-            train_documents=train.num_documents,
-            train_tokens=train.num_tokens,
-            validation_documents=validation.num_documents,
-            validation_tokens=validation.num_tokens,
-            unigram_entropy=entropy,
-            digest=f"{train.digest[:16]}-{validation.digest[:16]}",
+            tokenizer=str(tokenizer) if tokenizer else TRAINED,
+            entries=entries_of(used),
             end_of_text=encoder.end_of_text,
+            streams=[(w.num_documents, w.num_tokens, w.digest) for w in (train, validation)],
         )
-        write_facts(staging, facts)
-        sync_tree(staging)
         staging.rename(folder)
         sync(folder.parent)
     finally:

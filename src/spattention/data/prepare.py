@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from .tokenizer import (
 )
 from .tokens import TokenStream
 
+TRAINED = "byte-level BPE"  # tokenizer that was trained on the data
 UNKNOWN = "unknown"  # tokenizer of a token file that came without one
 
 
@@ -100,27 +102,45 @@ def prepare(
         save_array(folder / f"{name}.starts.npy", stream.starts)
     if used:
         save_tokenizer(used, folder / "tokenizer.json")
-    facts = CorpusFacts(
+    return write_facts(
+        folder,
         source="the sample of the package" if data is None else str(data),
-        tokenizer=str(tokenizer) if tokenizer else ("byte-level BPE" if used else UNKNOWN),
+        tokenizer=str(tokenizer) if tokenizer else (TRAINED if used else UNKNOWN),
+        entries=entries,
+        end_of_text=end_of_text,
+        streams=[(s.num_documents, len(s), s.digest()) for s in (train, validation)],
+    )
+
+
+def write_facts(
+    folder: Path,
+    *,
+    source: str,
+    tokenizer: str,
+    entries: int,
+    end_of_text: int | None,
+    streams: Sequence[tuple[int, int, str]],
+) -> CorpusFacts:
+    """Write what `open_facts` reads of a folder that is complete otherwise, and flush it to disk.
+    Training and validation stream are given by documents, tokens and digest.
+    """
+    (train_documents, train_tokens, train), (documents, tokens, validation) = streams
+    facts = CorpusFacts(
+        source=source,
+        tokenizer=tokenizer,
         # A multiple of 64 keeps the output layer's rows aligned.
         vocabulary=-(-entries // 64) * 64,
-        train_documents=train.num_documents,
-        train_tokens=len(train),
-        validation_documents=validation.num_documents,
-        validation_tokens=len(validation),
-        unigram_entropy=validation.unigram_entropy(),
-        digest=f"{train.digest()[:16]}-{validation.digest()[:16]}",
+        train_documents=train_documents,
+        train_tokens=train_tokens,
+        validation_documents=documents,
+        validation_tokens=tokens,
+        unigram_entropy=stored_stream(folder, "validation").unigram_entropy() if tokens else 0.0,
+        digest=f"{train[:16]}-{validation[:16]}",
         end_of_text=end_of_text,
     )
-    write_facts(folder, facts)
+    write_atomically(folder / "facts.json", json.dumps(asdict(facts), indent=2) + "\n")
     sync_tree(folder)
     return facts
-
-
-def write_facts(folder: Path, facts: CorpusFacts) -> None:
-    """Write what `open_facts` reads."""
-    write_atomically(folder / "facts.json", json.dumps(asdict(facts), indent=2) + "\n")
 
 
 def open_facts(folder: Path) -> CorpusFacts:

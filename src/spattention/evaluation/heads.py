@@ -107,9 +107,8 @@ def _measure(
         )
         there = weights.sum(dim=-1) > 0.5  # rows without keys and sinks are zero
         entropy = _entropy(weights)
-        distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
-            length, device=query.device
-        )
+        position = torch.arange(length, device=query.device)
+        distance = position[start:stop, None] - position
         attended = weights[..., :length]
         share = attended.sum(dim=-1).clamp_min(torch.finfo(attended.dtype).tiny)
         far = (attended * distance).sum(dim=-1) / share

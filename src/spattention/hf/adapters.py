@@ -124,7 +124,7 @@ def meet(model: Any, config: Any, adapter_name: str) -> None:
         ValueError: if the model has another section, or is dense and cannot get it, or if its heads
             are dealt: an adapter is saved in the order that it was trained in.
     """
-    refuse_dealt(model, "model", "to be given an adapter")
+    refuse_dealt(model, "to be given an adapter")
     bring_back(model, config, adapter_name)
     setattr(config, WRITTEN, adapter_section(model))
     _wrap_sinks(model, adapter_name, config)

@@ -96,7 +96,7 @@ def apply(
     for kind in kinds_of(text_config):  # another's section, which would be saved too
         if kind.name != NAME:
             raise ValueError(f'`model` must have stock attention or bands, got "{kind.name}"')
-    refuse_dealt(model, "model", "to be given bands")
+    refuse_dealt(model, "to be given bands")
     modules = attention_modules(model, text_config)
     check_model(model, text_config, modules)
     layers = list(layers) if isinstance(layers, Iterable) else layers
@@ -117,7 +117,7 @@ def apply(
                 check_sinks(modules[index])
     own = own_implementation(text_config, modules, chosen)
     configs = text_configs(model, text_config, modules)
-    check_windows(text_config, modules, chosen)
+    check_windows(text_config, chosen)
     section = section_of(chosen, with_sinks)
 
     # Nothing was changed so far, and nothing fails from here on.

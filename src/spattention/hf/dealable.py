@@ -23,13 +23,13 @@ def is_dealt(module: Any) -> bool:
     return tuple(order) != tuple(range(len(order)))
 
 
-def refuse_dealt(model: Any, argument: str, purpose: str) -> None:
-    """Check that no attention module of a model, the caller's `argument`, has dealt heads; raises
-    `ValueError` that names the purpose which needs the natural order."""
+def refuse_dealt(model: Any, purpose: str) -> None:
+    """Check that no attention module of a model has dealt heads; raises `ValueError` that names the
+    purpose which needs the natural order."""
     for module in model.modules():
         if is_dealt(module):
             raise ValueError(
-                f"`{argument}` must have its heads in their natural order {purpose}, got heads "
+                f"`model` must have its heads in their natural order {purpose}, got heads "
                 "dealt by `spattention.hf.deal`: call `spattention.hf.deal(model, 1)` first"
             )
 

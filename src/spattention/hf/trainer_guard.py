@@ -47,9 +47,16 @@ def _saving_section(save_to_json: Callable[..., None]) -> Callable[..., None]:
 def _reading_section(load_from_json: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load_from_json)
     def read(cls: type, json_path: Any) -> Any:
-        data = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        try:
+            data = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{json_path} must hold JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"{json_path} must hold the state of a training, got {type(data).__name__}"
+            )
         for kind in KINDS.values():
-            if isinstance(data, dict) and _requirement(kind) in data:
+            if _requirement(kind) in data:
                 section = data.pop(_requirement(kind))
                 state = cls(**data)
                 setattr(state, READ, (kind.name, section, str(json_path)))

@@ -88,9 +88,7 @@ def _replaced(config: Any, chosen: Sequence[BandPattern | None]) -> list[int]:
     return [i for i, entry in enumerate(chosen) if entry and _window(config, i) is not None]
 
 
-def check_windows(
-    config: Any, modules: dict[int, Any], chosen: Sequence[BandPattern | None]
-) -> None:
+def check_windows(config: Any, chosen: Sequence[BandPattern | None]) -> None:
     """Check that `replace_windows` can do it; raise `ValueError` otherwise."""
     replaced = _replaced(config, chosen)
     if not replaced:

@@ -26,7 +26,6 @@ def register(
     fake: Callable[..., Any],
     *,
     keys: Sequence[str] = ("CPU", "CUDA"),
-    tags: Sequence[torch.Tag] = (),
 ) -> private.Operator:
     """Register `spattention::name` without the per-call overhead of `torch.library.custom_op`.
 
@@ -36,9 +35,8 @@ def register(
         compute: the operator on tensors of these dispatch keys.
         fake: the same for tensors without values: shapes, dtypes and strides of the results.
         keys: dispatch keys of `compute`; by default the devices of Triton and its interpreter.
-        tags: what compilers should know of the operator.
     """
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     # A frame that torch.compile gave up runs eagerly, and what it calls would be compiled again.
     compute = private.without_dynamo(compute)
     for key in keys:
