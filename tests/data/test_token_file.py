@@ -134,3 +134,11 @@ def test_writing_refuses(tmp_path):
         write_token_file(tmp_path / "a.u16.xz", stream, END)
     with pytest.raises(ValueError, match=r"must end with \.u16\.xz, got a\.xz"):
         write_token_file(tmp_path / "a.xz", stream, END)
+
+
+def test_the_former_module_names_the_same():
+    """Scripts that import `spattention.data.packed` keep working."""
+    from spattention.data import packed, token_file
+
+    assert packed.read_packed is token_file.read_token_file
+    assert packed.write_packed is token_file.write_token_file
