@@ -152,7 +152,8 @@ def _recalled(ledger: Path) -> dict[str, str]:
         right = [100 * e["accuracy"]["mean"] for e in entries if e["finished"]]
         if right:
             name, sinks, _ = attention.partition(SINKS)
-            found[f"{name} sinks=True" if sinks else name] = f"{mean(right):.0f}"
+            error = f" ± {stdev(right):.0f}" if len(right) > 1 else ""
+            found[f"{name} sinks=True" if sinks else name] = f"{mean(right):.0f}{error}"
     return found
 
 
@@ -165,8 +166,9 @@ def sentences(budgets: Sequence[Budget], recall: Mapping[str, str]) -> list[str]
     known = [f"{label} {found} %" for label, found in recall.items() if found != ABSENT]
     if known:
         measured.append(
-            f"Trained for recall over {SETTINGS[RECALL].length:,} tokens, one seed, models of two "
-            f"layers find: {', '.join(known)}."
+            f"Trained for recall over {SETTINGS[RECALL].length:,} tokens, models of two layers, "
+            f"mixes with one layer of each, find: {', '.join(known)} (± over seeds, where there are "
+            "several)."
         )
     return [
         "1. **Loss.** " + (" ".join(map(_best, with_runs)) or "No pattern was run."),
