@@ -167,8 +167,8 @@ def sentences(budgets: Sequence[Budget], recall: Mapping[str, str]) -> list[str]
     if known:
         measured.append(
             f"Trained for recall over {SETTINGS[RECALL].length:,} tokens, models of two layers, "
-            f"mixes with one layer of each, find: {', '.join(known)} (± over seeds, where there are "
-            "several)."
+            f"mixes with one layer of each, find: {', '.join(known)} "
+            "(± over seeds, where there are several)."
         )
     return [
         "1. **Loss.** " + (" ".join(map(_best, with_runs)) or "No pattern was run."),
