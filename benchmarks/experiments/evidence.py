@@ -167,8 +167,9 @@ early days of training, which favour short bands.
   them at all distances. Sequences grow by doubling, and every band that fails lies wholly beyond
   the lengths before the last: it has to learn at the full length what heads that reach nearer too
   had learned on shorter ones. Four bands have no such band: their farthest starts at 406. This fits
-  all rows and is not proven; a band with two heads differs in two things at once. Runs with a
-  prefix, with sinks, with four bands and with a sliding window were cut.
+  all rows but that of duplicated bands, and is not proven; a band with two heads differs in two
+  things at once. Runs with a prefix, with sinks, with four bands and with a sliding window were
+  cut.
 """
 OUTRO = """\
 ## What is not answered yet
