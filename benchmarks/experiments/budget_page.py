@@ -4,7 +4,7 @@ sentences that follow from it. What has no run stands there as such.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -127,7 +127,7 @@ def section(plans: dict[str, Plan], ledger: Path) -> str:
     lines = [
         "## In three sentences and one table",
         "",
-        *sentences(budgets),
+        *sentences(budgets, recall),
         "",
         "The columns of losses are by parameters, context and tokens of training: validation loss "
         "minus that of dense attention, whose row has its own. Passkeys, RULER's needles and its "
@@ -152,18 +152,27 @@ def _recalled(ledger: Path) -> dict[str, str]:
         right = [100 * e["accuracy"]["mean"] for e in entries if e["finished"]]
         if right:
             name, sinks, _ = attention.partition(SINKS)
-            found[f"{name} sinks=True" if sinks else name] = f"{mean(right):.0f}"
+            error = f" ± {stdev(right):.0f}" if len(right) > 1 else ""
+            found[f"{name} sinks=True" if sinks else name] = f"{mean(right):.0f}{error}"
     return found
 
 
-def sentences(budgets: Sequence[Budget]) -> list[str]:
-    """Three sentences: which pattern, what it retrieves, and what is not known."""
+def sentences(budgets: Sequence[Budget], recall: Mapping[str, str]) -> list[str]:
+    """Three sentences: which pattern, what it retrieves, and what is not known. `recall` has the
+    values that models find which are trained for it, by label.
+    """
     with_runs = [budget for budget in budgets if len(budget.done) > 1]
-    measured = [budget for budget in budgets if _retrieval(budget)]
+    measured = [found for budget in budgets if (found := _retrieval(budget))]
+    known = [f"{label} {found} %" for label, found in recall.items() if found != ABSENT]
+    if known:
+        measured.append(
+            f"Trained for recall over {SETTINGS[RECALL].length:,} tokens, models of two layers, "
+            f"mixes with one layer of each, find: {', '.join(known)} "
+            "(± over seeds, where there are several)."
+        )
     return [
         "1. **Loss.** " + (" ".join(map(_best, with_runs)) or "No pattern was run."),
-        "2. **Retrieval.** "
-        + (" ".join(map(_retrieval, measured)) or "Not measured yet beside dense attention."),
+        "2. **Retrieval.** " + (" ".join(measured) or "Not measured yet beside dense attention."),
         f"3. **Not known.** {_absent(budgets)}",
     ]
 
