@@ -162,12 +162,6 @@ class PassGraph:
         self.replay()
         return self.loss.clone()
 
-    def forget(self) -> None:
-        """Record again, after as many passes: from now on they compute something else."""
-        self.recorder = Recorder()
-        self.form, self.passes, self.replay = None, 0, None
-        self.gradients = []
-
     def _pass(self, inputs: Inputs) -> torch.Tensor:
         # Transformers reads positions to tell whether rows hold documents. Here they do wherever
         # positions are given.
