@@ -47,12 +47,13 @@ def data(tmp_path: Path) -> Path:
     [
         ({}, True),
         ({"loss": "plain", "model": "small-512"}, True),
+        ({"first_attention": "exclusive", "first_steps": 3}, True),
         ({"attention": "dense"}, False),
         ({"compile": True}, False),
         ({"compile": True, "attention": "dense"}, False),
         ({"compile": True, "model": "small-512", "across_documents": False}, True),
     ],
-    ids=["experts", "plain loss", "dense", "compiled", "compiled dense", "documents"],
+    ids=["experts", "plain loss", "switch", "dense", "compiled", "compiled dense", "documents"],
 )
 def test_replayed_passes_train_alike(
     data: Path, tmp_path: Path, changes: dict[str, Any], exact: bool

@@ -15,6 +15,7 @@ class Recorder:
     def __init__(self, waits: str | None = None) -> None:
         self.waits = waits
         self.replays = 0
+        self.records = 0
 
     def run(self, function: Pass) -> torch.Tensor:
         return function()
@@ -23,6 +24,7 @@ class Recorder:
         return function(), self.waits
 
     def record(self, function: Pass) -> tuple[Callable[[], None], torch.Tensor]:
+        self.records += 1
         loss = torch.full((), torch.nan)
 
         def replay() -> None:

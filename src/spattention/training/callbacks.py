@@ -231,16 +231,24 @@ class SwitchCallback(TrainerCallback):
         model: the model.
         attention: what it gets.
         steps: steps with the attention that it has.
+        then: called after the change.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: AttentionChoice, steps: int) -> None:
-        self.model, self.attention, self.steps = model, attention, steps
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: AttentionChoice,
+        steps: int,
+        then: Callable[[], None],
+    ) -> None:
+        self.model, self.attention, self.steps, self.then = model, attention, steps, then
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.global_step == self.steps:
             self.attention.apply(self.model)
+            self.then()
 
 
 class TimeLimitCallback(TrainerCallback):

@@ -57,7 +57,7 @@ from .recipe import Recipe
 from .record import RecordCallback, recorded_step
 from .router import balance_routers
 from .run_folder import check_folder, claim
-from .trainer import make_trainer
+from .trainer import forget_graph, make_trainer
 from .trainer_arguments import recipe_arguments
 from .work import active_parameters, work_per_token
 
@@ -167,7 +167,9 @@ def _train(
     first_choice = first_attention(recipe, model)
     if first_choice is not None and recipe.first_steps is not None and start < recipe.first_steps:
         first_choice.apply(model)
-        callbacks.append(SwitchCallback(model, attention, recipe.first_steps))
+        callbacks.append(
+            SwitchCallback(model, attention, recipe.first_steps, lambda: forget_graph(trainer))
+        )
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)
 

@@ -69,6 +69,12 @@ def make_trainer(
     return trainer
 
 
+def forget_graph(trainer: Trainer) -> None:
+    """Have a result of `make_trainer` record its passes again, if it does, for a changed model."""
+    if isinstance(trainer, _PerToken) and trainer.graph is not None:
+        trainer.graph.forget()
+
+
 class _PerToken(Trainer):
     """A Trainer whose validation loss is the mean over all predicted tokens, and whose passes may
     be a CUDA graph.
