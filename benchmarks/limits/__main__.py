@@ -52,12 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
 def measure_all(options: argparse.Namespace) -> None:
     """Prepare and measure all cases that the output does not have."""
     rows: list[dict[str, Any]] = []
-    facts: dict[str, str] = {}
+    environments: list[dict[str, str]] = []
     if options.output.exists():
         record = json.loads(options.output.read_text())
-        rows, facts = record["rows"], record["environment"]
+        rows, environments = record["rows"], record["environments"]
         rows = [row for row in rows if "failed" not in row]
     done = {case_of(row) for row in rows}
+    run = len(environments)
     wanted = [
         case
         for case in cases()
@@ -73,11 +74,13 @@ def measure_all(options: argparse.Namespace) -> None:
     try:
         for case in wanted:
             found = measure(workers[worker_name(case)], case)
-            facts = found.pop("environment", facts)
-            rows.append({**asdict(case), **found})
+            facts = found.pop("environment", None)
+            if facts is not None and len(environments) == run:
+                environments.append(facts | ({"commit": options.commit} if options.commit else {}))
+            rows.append({**asdict(case), **found, "run": run})
             passed = time.monotonic() - began
             print(f"[{passed:5.0f} s] {case}: {json.dumps(found)}", flush=True)
-            save(options.output, rows, facts, options.commit)
+            save(options.output, rows, environments)
             if case == groups[worker_name(case)][-1]:
                 workers[worker_name(case)].stop()  # others need its memory
     finally:
@@ -90,15 +93,13 @@ def case_of(row: dict[str, Any]) -> Case:
     return Case(**{name: row[name] for name in Case.__dataclass_fields__})
 
 
-def save(
-    output: Path, rows: list[dict[str, Any]], facts: dict[str, str], commit: str | None
-) -> None:
-    """Write the rows, with the facts of the machine."""
+def save(output: Path, rows: list[dict[str, Any]], environments: list[dict[str, str]]) -> None:
+    """Write the rows, and the environment of each run that measured some of them."""
     arguments = [output.name if each == str(output) else each for each in sys.argv[1:]]
     record = {
         "what": "milliseconds of attention, and the hardware's limit",
         "command": "python -m benchmarks.limits " + shlex.join(arguments),
-        "environment": facts if commit is None else facts | {"commit": commit},
+        "environments": environments,
         "rows": rows,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

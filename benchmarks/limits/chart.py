@@ -56,7 +56,7 @@ def draw(results: Results, path: Path, source: str) -> None:
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (title, (lines, labels)) in zip(axes, panels.items()):
         panel(axis, title, lines, labels)
-    facts = results.record["environment"]
+    facts = results.environment
     figure.suptitle(
         f"Share of the hardware's limit on {facts['gpu']} (100 % is the limit; higher is better)\n"
         f"bfloat16, torch {facts['torch']}, Triton {facts['triton']}, {facts['date']}; "

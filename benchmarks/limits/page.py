@@ -13,8 +13,19 @@ from pathlib import Path
 from spattention.files import write_atomically
 
 from . import chart
-from .cases import ANY_ORDER, DECODE, DENSE, FLASH_4, FLASH_SPARSE, FLEX, FLEX_FLASH, OURS, PAGED
-from .results import Line, Results, newest
+from .cases import (
+    ANY_ORDER,
+    DECODE,
+    DENSE,
+    FLASH_4,
+    FLASH_SPARSE,
+    FLEX,
+    FLEX_FLASH,
+    OURS,
+    PAGED,
+    Case,
+)
+from .results import NOT_REACHED, Line, Results, newest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -65,7 +76,7 @@ def render(text: str, results: Results, name: str) -> str:
 
 def run(results: Results, name: str) -> str:
     """The machine, and how often this library is the fastest."""
-    facts = results.record["environment"]
+    facts = results.environment
     packages = [f"{each} {facts[each]}" for each in ("torch", "triton") if each in facts]
     packages += [f"{each} {facts[each]}" for each in ("flash-attn-4", "flash-sparse-attn")
                  if each in facts]  # fmt: skip
@@ -84,22 +95,32 @@ def run(results: Results, name: str) -> str:
         ahead = [line for line in lines if line.times[OURS] <= min(line.competitors.values())]
         text += f" {passes.capitalize()}, spattention is the fastest in {len(ahead)} of "
         text += f"{len(lines)} cases that a competitor ran."
+    last = len(results.record["environments"]) - 1
+    before = [case for case, row in results.rows.items() if row["run"] < last]
+    if before:
+        lengths = sorted({f"{case.batch} x {case.heads} x {case.length:,}" for case in before})
+        text += f" All of {', '.join(lengths)} was measured in a run before, on a GPU of this name."
     return text + "\n"
 
 
 def losses(results: Results, name: str) -> str:
-    """Every case in which a competitor is faster than the deterministic default."""
+    """Every case in which a competitor is faster than the deterministic default, and how the sums
+    in any order compare where they have kernels of their own.
+    """
     rows = []
     for which, passes in (("total", "forward + backward"), ("forward", "forward")):
         for line in results.lines(which):
             ours = line.times[OURS]
             by, time = min(line.competitors.items(), key=lambda item: item[1], default=(OURS, ours))
             if time < ours:
-                cells = (place(line), passes, HEADINGS[by], f"{ours / time:.2f}")
+                cells = [place(line), passes, HEADINGS[by], f"{ours / time:.2f}"]
+                other = line.times.get(ANY_ORDER, ours) if which == "total" else ours
+                cells.append("-" if other == ours else f"{other / time:.2f}")
                 rows.append(f"| {' | '.join(cells)} |\n")
     if not rows:
         return "No competitor that ran is faster in any of these cases.\n"
-    return "| case | pass | faster is | by a factor of |\n|---|---|---|---|\n" + "".join(rows)
+    headings = "| case | pass | faster is | our time over its | in any order |\n"
+    return headings + "|---|---|---|---|---|\n" + "".join(rows)
 
 
 def multi_head(which: str) -> Callable[[Results, str], str]:
@@ -134,13 +155,25 @@ def decoding(results: Results, name: str) -> str:
 
 def missing(results: Results, name: str) -> str:
     """What did not run, with its reason."""
-    rows = [
-        f"- {by}, {len(cases)} {'case' if len(cases) == 1 else 'cases'} "
-        f"({', '.join(f'{n} {v}' for v, n in Counter(c.variant for c in cases).items())}): "
-        f"`{reason}`\n"
-        for (by, reason), cases in results.missing().items()
-    ]
+    rows, late = [], []
+    for (by, reason), cases in results.missing().items():
+        if reason == NOT_REACHED:
+            late += cases
+            continue
+        rows.append(f"- {by}: {shapes(cases)}: {'`' + reason + '`' if ':' in reason else reason}\n")
+    if late:
+        rows.append(f"- The run ended before these, by number of calls: {shapes(late)}\n")
     return "".join(rows) or "Every case ran.\n"
+
+
+def shapes(cases: list[Case]) -> str:
+    """Shapes and variants of some cases, each with the number of cases."""
+    found = Counter(
+        f"{case.batch} x {case.length:,}, D {case.head_dim}"
+        + (f" {case.variant}" if case.heads != case.key_heads or case.variant == DECODE else "")
+        for case in cases
+    )
+    return "; ".join(f"{name} ({count})" for name, count in found.items())
 
 
 def table(lines: list[Line], columns: tuple[str, ...], scale: float = 1.0) -> str:

@@ -21,9 +21,11 @@ from .cases import (
     OURS,
     PAGED,
     Case,
+    cases,
 )
 
 FOLDER = Path(__file__).parents[1] / "results"
+NOT_REACHED = "the run ended before it"
 PASSES = ("forward", "total")  # of the times, and of the lists of work and rates
 ON_MASK = (FLEX, FLEX_FLASH, FLASH_4, FLASH_SPARSE)
 COMPARED = (OURS, ANY_ORDER, PAGED, *ON_MASK, *DENSE)
@@ -76,6 +78,12 @@ class Results:
         return cls(json.loads(file.read_text(encoding="utf-8")))
 
     @property
+    def environment(self) -> dict[str, str]:
+        """GPU, versions, date and commit of the last run."""
+        found: dict[str, str] = self.record["environments"][-1]
+        return found
+
+    @property
     def rows(self) -> dict[Case, dict[str, Any]]:
         """Rows by case."""
         fields = Case.__dataclass_fields__
@@ -112,9 +120,11 @@ class Results:
     def missing(self) -> dict[tuple[str, str], list[Case]]:
         """Cases that were not timed, by implementation and reason."""
         found: dict[tuple[str, str], list[Case]] = {}
-        for case, row in self.rows.items():
-            if "failed" in row:
-                found.setdefault((case.by, row["failed"]), []).append(case)
+        rows = self.rows
+        for case in dict.fromkeys([*rows, *cases()]):
+            reason = rows[case].get("failed") if case in rows else NOT_REACHED
+            if reason is not None:
+                found.setdefault((case.by, reason), []).append(case)
         return found
 
 

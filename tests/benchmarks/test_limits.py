@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from PIL import Image
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.limits import __main__ as limits
 from benchmarks.limits import chart, page, processes, results, worker
@@ -36,11 +36,11 @@ from benchmarks.limits.cases import (
     worker_name,
 )
 from benchmarks.limits.check import Task, check, exact_by_head, sampled_rows
-from benchmarks.limits.decoding import Decoding
+from benchmarks.limits.decoding import Decoding, in_pages
 from benchmarks.limits.processes import Worker
 from benchmarks.limits.results import Results, newest
 from spattention import BandPattern, band_attention
-from spattention.benchmarking import competitors
+from spattention.benchmarking import competitors, flex
 from spattention.benchmarking.attend import Attend
 from spattention.benchmarking.flex import Flex
 from spattention.testing import Case as Checked
@@ -128,9 +128,9 @@ def test_flex_computes_the_same_masks(variant: str, monkeypatch: pytest.MonkeyPa
     expected = exact(given, rows)["out"]
     inputs = tuple(tensor.detach() for tensor in given.inputs)  # no backward pass on the CPU
     sinks = None if given.sinks is None else given.sinks.detach()
-    flex = Flex(tuple(torch.zeros_like(tensor) for tensor in inputs))
-    flex.take(inputs)
-    out = flex.on(given.pattern, sinks, given.offsets)()
+    competitor = Flex(tuple(torch.zeros_like(tensor) for tensor in inputs))
+    competitor.take(inputs)
+    out = competitor.on(given.pattern, sinks, given.offsets)()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -146,6 +146,49 @@ def test_rows_without_keys_are_not_compared() -> None:
         return torch.where(seen[..., None], out, torch.nan)
 
     assert set(check(Attend(attend, given.inputs), given)) == {"out", "d_query", "d_key", "d_value"}
+
+
+@pytest.mark.parametrize("queries", [640, 200, 1])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        PATTERN,
+        BandPattern.exclusive(4, 640),
+        BandPattern.dense(4, 640),
+        BandPattern.shared_local(4, 640, prefix=4),
+    ],
+)
+def test_blocks_are_those_of_the_mask(pattern: BandPattern, queries: int) -> None:
+    """Partial and whole blocks, as FlexAttention finds them in the mask."""
+    seen = flex.mask_function(pattern, 640, CPU)
+    shifted = flex._of_last(seen, 640 - queries)
+    expected = create_block_mask(shifted, None, 4, queries, 640, "cpu")
+    found = flex.block_mask(pattern, 640, CPU, queries=queries)
+    assert found.seq_lengths == expected.seq_lengths
+    if pattern.prefix:  # a block that bands and prefix make whole counts as seen in part
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        return
+    for numbers, indices in (
+        ("kv_num_blocks", "kv_indices"),
+        ("full_kv_num_blocks", "full_kv_indices"),
+        ("q_num_blocks", "q_indices"),
+        ("full_q_num_blocks", "full_q_indices"),
+    ):
+        assert torch.equal(getattr(found, numbers), getattr(expected, numbers))
+        same = getattr(found, indices) == getattr(expected, indices)
+        used = torch.arange(same.shape[-1]) < getattr(expected, numbers)[..., None]
+        assert bool(same[used].all())
+
+
+def test_paged_keys_are_checked_in_their_order() -> None:
+    """The blocks of 16 tokens that the paged calls of `layouts` read, request by request."""
+    cache = torch.arange(2 * 16 * 32 * 2).view(2, 16, 32, 2, 1)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).view(16, -1)
+    text = in_pages(cache, [3, 15])
+    assert text.shape == (2, 2, 32, 2, 1)
+    blocks = cache.reshape(2, 32, 16, 2, 1)
+    assert torch.equal(text[:, 1, 16:], blocks[:, order[15, 1]])
+    assert torch.equal(text[:, 0, :16], blocks[:, order[3, 0]])
 
 
 def test_a_wrong_mask_is_not_timed() -> None:
@@ -320,14 +363,17 @@ def test_a_run_continues_what_its_output_has(finished: Path) -> None:
     first = len(FakeWorker.measured)
     written = json.loads(finished.read_text())
     assert written["command"].endswith("run --output limits_x1_2026-11-28.json --commit abc")
-    assert written["environment"] == FACTS | {"commit": "abc"}
+    assert written["environments"] == [FACTS | {"commit": "abc"}]
     rows = written["rows"]
     failed = [row["by"] for row in rows if "failed" in row]
     assert set(failed) == {FLASH_4}
     assert first == len(rows) - len(failed)
     assert all(row["prepared"] == 1.5 for row in rows if "failed" not in row)
+    assert {row["run"] for row in rows} == {0}
     limits.main()
     assert len(FakeWorker.measured) == first  # only what failed is tried again
+    again = [row for row in json.loads(finished.read_text())["rows"] if row["run"] == 1]
+    assert [row["by"] for row in again] == failed
 
 
 def test_the_page_shows_limits_and_losses(finished: Path) -> None:
@@ -339,13 +385,19 @@ def test_the_page_shows_limits_and_losses(finished: Path) -> None:
     # 0.7 TFLOP at 500 TFLOP/s is 1.4 ms, and 3 GB at 2.5 TB/s 1.2 ms; dense attention is cuDNN's.
     assert "| 4, 16, 4,096 exclusive | 1.4 p | 3 (47%) | 6 (23%) | 6 (23%) |" in text
     assert "**2 (70%)**" in text
-    assert "| 4, 16, 4,096 exclusive | forward + backward | FSA | 1.50 |" in text
+    assert "| 4, 16, 4,096 exclusive | forward + backward | FSA | 1.50 | 3.00 |" in text
     assert "| 4, 16, 4,096 shared_local | forward + backward |" not in text
     assert "spattention is the fastest in 36 of 42 cases" in text
     assert "geometric, 32 / 8 heads, 16 x | 400 p | **1000 (40%)**" in text
-    assert (
-        "- FlashAttention-4, 30 cases (24 plain, 6 sinks): `ImportError: no such package`" in text
-    )
+    assert "- FlashAttention-4: 1 x 65,536, D 128 (3); 1 x 16,384, D 128 (3); 4 x 4,096, D" in text
+    assert "1 x 65,536, D 64 sinks (2): `ImportError: no such package`" in text
+    assert "The run ended" not in text
+    assert "in a run before" not in text
+    record = json.loads(finished.read_text())
+    text = page.run(Results(record | {"environments": [FACTS, FACTS]}), "x")
+    assert "1 x 16 x 65,536, 1 x 32 x 16,384" in text
+    text = page.missing(Results(record | {"rows": record["rows"][:-3]}), "x")
+    assert "- The run ended before these, by number of calls: 1 x 65,536, D 64 prefix (3)" in text
     with pytest.raises(SystemExit, match="a part must be one of"):
         page.render("<!-- limits: unknown -->\n<!-- end -->", Results.read(finished), "x")
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..bands import BandPattern
 from .attend import Attend, Tensors
 
+BLOCK = 128  # queries and keys of a block of the mask
+
 
 def block_mask(
     pattern: BandPattern,
@@ -29,15 +31,50 @@ def block_mask(
         offsets: as in `Competitor.on`.
         queries: number of queries, the last positions; default all.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     seen = mask_function(pattern, length, device, offsets)
+    rows = length if queries is None else queries
     if queries is not None:
         seen = _of_last(seen, length - queries)
+    if offsets is None and length % BLOCK == 0:
+        numbers, indices, whole, whole_indices = band_blocks(pattern, length, rows, device)
+        lengths = rows, length
+        return BlockMask.from_kv_blocks(
+            numbers, indices, whole, whole_indices, BLOCK, seen, seq_lengths=lengths
+        )
     compiled = device.type == "cuda"
     heads = pattern.num_heads
-    rows = length if queries is None else queries
     return create_block_mask(seen, None, heads, rows, length, str(device), _compile=compiled)
+
+
+def band_blocks(pattern: BandPattern, length: int, queries: int, device: torch.device) -> Tensors:
+    """Numbers and indices of the blocks of keys that each block of queries sees in part, then of
+    those that all of its queries see: int32 `[1, H, blocks]` and `[1, H, blocks, blocks]`. To find
+    them in the mask itself takes minutes to compile for some lengths. A block of the prefix counts
+    as seen in part.
+
+    Args:
+        pattern: the bands and a prefix.
+        length: number of keys, a multiple of `BLOCK`.
+        queries: number of queries, the last positions.
+        device: of the result.
+    """
+    key = BLOCK * torch.arange(length // BLOCK, device=device)
+    first = length - queries + BLOCK * torch.arange(-(-queries // BLOCK), device=device)[:, None]
+    last = (first + BLOCK - 1).clamp(max=length - 1)
+    low, high = first - key - (BLOCK - 1), last - key  # distances of the block
+    near_0, far_0, near_1, far_1 = edges_of(pattern, device)[:, :, None, None].unbind(1)
+    in_part = ((key < pattern.prefix) & (high >= 0)).repeat(pattern.num_heads, 1, 1)
+    whole = torch.zeros_like(in_part)
+    for near, far in ((near_0, far_0), (near_1, far_1)):
+        in_part |= (near < far) & (near <= high) & (far > low.clamp(min=0))
+        whole |= (near <= low) & (far > high) & (last - first == BLOCK - 1)
+    found = []
+    for blocks in (in_part & ~whole, whole):
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        found += [blocks.sum(-1).int()[None], order.int()[None].contiguous()]
+    return tuple(found)
 
 
 def _of_last(seen: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
