@@ -126,8 +126,10 @@ def main(options: Options) -> None:
     for name, known in (("rows", tuple(ROWS)), ("untrained", tuple(ROWS)), ("parts", PARTS)):
         if unknown := sorted({*getattr(options, name)} - {*known}):
             raise SystemExit(f"`--{name}` must be of {list(known)}, got {unknown}")
-    if "speed" in options.parts and options.attention != "bands":
-        raise SystemExit(f"`--attention` must be bands for speed, got {options.attention}")
+    if {"speed", "memory"} & {*options.parts} and options.attention != "bands":
+        raise SystemExit(
+            f"`--attention` must be bands for speed and memory, got {options.attention}"
+        )
     settings = {k: v for k, v in asdict(options).items() if k not in FREE}
     settings = json.loads(json.dumps(settings, default=str)) | {"text": digests(options.text)}
     results = _earlier(options.output, settings)

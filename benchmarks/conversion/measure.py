@@ -13,12 +13,12 @@ from spattention.evaluation.perplexity import validation_loss
 from spattention.hf.needles import Needle, plant
 
 from . import choices
-from .speed import speed
+from .speed import memory, speed
 from .text import Text
 
 TOKENS = 32_768  # of a batch
 DEPTHS = 5  # .1, .3, .5, .7, .9
-PARTS = ("loss", "passkeys", "ruler", "tasks", "speed")
+PARTS = ("loss", "passkeys", "ruler", "tasks", "speed", "memory")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
         }
     if "speed" in sizes.parts:
         found["speed"] = speed(model, text.long, sizes.speed_lengths, sizes.speed_rows)
+    if "memory" in sizes.parts:
+        found["memory"] = memory(model, text.long, max(sizes.speed_lengths))
     return found
 
 

@@ -210,7 +210,24 @@ def speeds(runs: Runs) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memories(runs: Runs) -> str:
+    """Pairs and bytes of the cache of one long text, in numbers of two bytes."""
+    rows = [found[0] for (_, tokens), found in holding(runs, "memory").items() if not tokens]
+    if not rows:
+        return ""
+    tokens = rows[0]["memory"]["tokens"]
+    head = ["attention", "pairs at 2,048", f"pairs at {tokens:,}", f"cache of {tokens:,}, MB", "x"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    sizes = [2 * row["memory"]["bytes"] / row["memory"]["bytes_per_number"] for row in rows]
+    for row, size in zip(rows, sizes):
+        cells = [row["row"], f"{row['pairs']:.2f}", f"{row['memory']['pairs']:.2f}"]
+        cells += [f"{size / 1e6:.1f}", f"{sizes[0] / size:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[Runs], str]] = {
+    "memory": memories,
     "before": before_training,
     "after": after_training,
     "needles": needles,

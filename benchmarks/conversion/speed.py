@@ -66,6 +66,19 @@ def speed(model: Any, long: Tensor, lengths: tuple[int, ...], rows: int) -> dict
     return found
 
 
+@torch.no_grad()
+def memory(model: Any, long: Tensor, length: int) -> dict[str, float]:
+    """Bytes of the cache of one text that has room for `length` tokens, and the share of pairs."""
+    cache = _cache(model, length)
+    model(input_ids=long[:1, :1].to(model.device), past_key_values=cache)
+    return {
+        "tokens": length,
+        "bytes": cache_bytes(cache),
+        "bytes_per_number": model.dtype.itemsize,
+        "pairs": _pairs(model, length),
+    }
+
+
 def check(model: Any, long: Tensor) -> dict[str, float]:
     """Relative distances of the bands and of a step of decoding; raises where they are too far."""
     length = min(CHECKED, long.shape[1])

@@ -232,6 +232,22 @@ def spa_bytes(model):
     return cache.nbytes
 
 
+def test_memory_is_that_of_the_cache():
+    model = tiny()
+    dense = speed.memory(model, LONG, 128)
+    assert dense["bytes"] == pytest.approx(LAYERS * 2 * 128 * 2 * 8 * 4, rel=0.01)
+    spa.hf.apply(model, PATTERNS)
+    bands = speed.memory(model, LONG, 128)
+    assert bands["bytes"] == pytest.approx(spa_bytes(model), rel=0.01)
+    rows = {
+        (name, 0.0): [{"row": name, "seed": 0, "pairs": pairs, "memory": found}]
+        for name, pairs, found in (("dense", 1.0, dense), ("bands", 0.4, bands))
+    }
+    table = page.memories(rows)
+    assert "| attention | pairs at 2,048 | pairs at 128 | cache of 128, MB | x |" in table
+    assert f"| {dense['bytes'] / bands['bytes']:.1f} |" in table
+
+
 def test_what_is_wrong_is_not_timed(monkeypatch):
     """Bands that are others than the pattern's, and a cache that lost its keys."""
     model = tiny()
