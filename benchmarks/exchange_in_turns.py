@@ -10,7 +10,6 @@ come the kernels of one pass of each form on every rank, with the time at which 
 
     before                       the package of `--before`
     now                          this one
-    now, exchange as before      its copies alone: messages do not come first
     now, 16 turns                16 programs a multiprocessor in the persistent forward pass
     now, 8 blocks                a group of ranks of its own, with at most 8 blocks of NCCL
     now, 16 turns, 8 blocks      both
@@ -140,7 +139,6 @@ def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:
     found = {
         "before": Form(before),
         "now": Form(now),
-        "now, exchange as before": Form(now, start=exchange_of(before).start_all_to_all),
         "now, 16 turns": Form(now, turns=16),
         "now, 8 blocks": Form(now, group=few),
         "now, 16 turns, 8 blocks": Form(now, group=few, turns=16),
@@ -148,6 +146,8 @@ def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:
         "all-gather, balanced": Form(now, attend="gathered_attention"),
         "Ulysses, contiguous": Form(now, attend="ulysses_attention", layout="contiguous"),
     }
+    if options.only:
+        found = {name: found[name] for name in options.only}
     if not machine.cuda:
         found = {name: form for name, form in found.items() if "turns" not in name}
     return found
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of forms; default all")
     parser.add_argument("--commit", help="recorded where git cannot tell")
     options = parser.parse_args()
     machine = Machine(options.device)
@@ -279,7 +280,7 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
         medians["times_faster"] = alone / medians["total_ms"]
         add({"part": "median", "way": name, **medians})
     if machine.cuda:
-        for name in ("before", "now", "now, 16 turns, 8 blocks"):
+        for name in [name for name, form in known.items() if form.attend == "sharded_attention"]:
             with as_form(known[name]):
                 kernels = timeline(lambda name=name: gradients(runs[name], mine["balanced"]))
             everyone: list[Any] = [None] * machine.ranks

@@ -35,20 +35,27 @@ def tensor_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[R
         single = machine.alone(lambda: decode(options, machine, path, None))
         yield {**common, "ranks": 1, **single}
         gc.collect()
-        mine = decode(options, machine, path, "auto")
-        found: list[Row] = [{}] * machine.ranks
-        dist.all_gather_object(found, mine)
-    every: Row = {name: max(each[name] for each in found) for name in mine}
-    every["times_faster"] = single["token_ms"] / every["token_ms"]
-    for name in ("token_ms", "cache_gib", "weights_gib"):
-        every[f"{name}_by_rank"] = [each[name] for each in found]
-    yield {**common, "ranks": machine.ranks, **every}
+        for way in ("consecutive heads", "dealt heads"):
+            mine = decode(options, machine, path, "auto", deal=way == "dealt heads")
+            found: list[Row] = [{}] * machine.ranks
+            dist.all_gather_object(found, mine)
+            every: Row = {name: max(each[name] for each in found) for name in mine}
+            every["times_faster"] = single["token_ms"] / every["token_ms"]
+            for name in ("token_ms", "cache_gib", "weights_gib"):
+                every[f"{name}_by_rank"] = [each[name] for each in found]
+            yield {**common, "way": way, "ranks": machine.ranks, **every}
+            gc.collect()
 
 
 def decode(
-    options: argparse.Namespace, machine: Machine, path: Path, tp_plan: str | None
+    options: argparse.Namespace,
+    machine: Machine,
+    path: Path,
+    tp_plan: str | None,
+    *,
+    deal: bool = False,
 ) -> dict[str, Any]:
-    """Times and sizes of this rank."""
+    """Times and sizes of this rank, whose heads are consecutive, or dealt for equal work."""
     from transformers import AutoModelForCausalLM
 
     from spattention import hf
@@ -56,6 +63,8 @@ def decode(
     hf.register()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, tp_plan=tp_plan)
     model = model.eval() if tp_plan else model.eval().to(machine.device)
+    if deal:
+        hf.deal(model, machine.ranks)
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(32768, (1, options.prompt), generator=random).to(machine.device)
     cache = hf.BandCache(model.config)

@@ -117,7 +117,7 @@ def step_of(
 
     def step() -> list[torch.Tensor]:
         for one, query, out in zip(caches, queries, outs):
-            decodes = Step(Decodes(one.table, seq_lens), [])
+            decodes = Step(Decodes(one.table, seq_lens), None)
             attend(query, one.cache, decodes, one.pattern, out, scale=HEAD_DIM**-0.5)
         return outs
 

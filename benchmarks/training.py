@@ -299,17 +299,22 @@ def merge(files: list[Path], output: Path) -> None:
     parts = [part for found in read for part in found.get("parts", [found])]
     parts.sort(key=lambda part: (part["settings"]["model"], part["settings"]["length"]))
     write(output, together(parts))
-    rows = [entry for part in parts for entry in part["rows"]]
+    rows = [
+        {"model": part["settings"]["model"], "graphs": part["settings"].get("graphs"), **entry}
+        for part in parts
+        for entry in part["rows"]
+    ]
     facts = parts[0]["environment"]
     text = "\n".join(
         [
             f"# Training throughput on {facts.get('gpu', facts.get('cpu'))}",
             "",
             f"- {json.dumps(facts)}",
-            *(f"- {p['settings']['length']:,}: {json.dumps(p['settings'])}" for p in parts),
+            *(f"- {p.get('date', '')} {json.dumps(p['settings'])}" for p in parts),
             "",
             "Medians of interleaved steps; spread is the range over the median; MFU as in",
-            "`spattention.training.work`, recomputation not counted.",
+            "`spattention.training.work`, recomputation not counted. The predicted step is dense",
+            "attention's, less its kernels' time and with the bands' kernels' time, each alone.",
             "",
             table(rows),
             "",

@@ -45,7 +45,8 @@ def section(ledger: Path, name: str, images: Path) -> str:
     """Table, picture, and what was not run."""
     setting, runs = SETTINGS[name], read(ledger, name)
     lines = [
-        f"## Associative recall over {setting.length:,} tokens",
+        f"## Associative recall over {setting.length:,} tokens"
+        + ("" if setting.start_steps else ", from fresh weights"),
         "",
         f"`mqar.py {name}`: {setting.layers} layers, width {setting.width}, {setting.heads} heads; "
         f"{setting.count} keys with a value each, and then the keys again; up to {setting.steps:,} "

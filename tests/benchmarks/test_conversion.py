@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -210,6 +211,18 @@ def test_speed_is_measured_beside_the_cache(bands, monkeypatch):
     shares = [sum(each.pairs(128)) / (HEADS * 128 * 129 / 2) for each in PATTERNS]
     assert found["prefill"]["128"]["pairs"] == pytest.approx(sum(shares) / LAYERS)
     assert step["cache_bytes"] == pytest.approx(spa_bytes(model), rel=0.01)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_timers_of_a_gpu_take_the_call(replayed, monkeypatch):
+    """Calls on a GPU are timed by functions that no test without one runs."""
+    names = ("eager_milliseconds", "graph_milliseconds")
+    timers = {name: create_autospec(getattr(speed, name), return_value=1.5) for name in names}
+    for name, timer in timers.items():
+        monkeypatch.setattr(speed, name, timer)
+    found = speed.milliseconds(lambda: None, torch.device("cuda"), replayed=replayed)
+    assert found == 1.5
+    assert [timers[name].called for name in names] == [not replayed, replayed]
 
 
 def spa_bytes(model):

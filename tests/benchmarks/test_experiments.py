@@ -156,6 +156,29 @@ def test_what_is_finished_is_not_made_again(made, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in made.ledger.rglob("*.json")} == before
 
 
+def test_a_run_that_is_killed_leaves_its_losses(made, tmp_path, monkeypatch):
+    """An entry is written after every validation loss but the last, whose model is evaluated."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(recipe, folder, options):
+        raise Killed
+
+    monkeypatch.setattr(runner, "_final", dies)
+    options = replace(made, work=tmp_path / "work", ledger=tmp_path / "ledger", only=("dense",))
+    with pytest.raises(Killed):
+        runner.main(options)
+    (entry,) = ledger.read_ledger(options.ledger, "tiny")
+    assert (entry["step"], entry["final"]) == (2, None)
+    assert [line["step"] for line in entry["validation"]] == [2]
+    monkeypatch.undo()
+    assert runner.main(options)  # the same command goes on, and ends it
+    (entry,) = ledger.read_ledger(options.ledger, "tiny")
+    (wanted,) = [e for e in ledger.read_ledger(made.ledger, "tiny") if e["label"] == "dense"]
+    assert what_was_computed(entry) == what_was_computed(wanted)
+
+
 def test_a_failed_run_stops_no_other(made, tmp_path, monkeypatch):
     """A run that fails keeps none of the others from being made."""
 

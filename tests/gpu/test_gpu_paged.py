@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[torch.dtype, int, int, P, int, int]] = {
     "many rows": (BRAIN, 128, 2, BY_HAND, 16, 16),
     "single precision": (SINGLE, 128, 8, BY_HAND, 16, 1),
     "an odd head_dim": (BRAIN, 80, 8, BY_HAND, 48, 1),
+    "a slot per token": (BRAIN, 128, 4, replace(GEOMETRIC, prefix=4), 1, 1),
 }
 
 

@@ -92,7 +92,7 @@ def test_documents_of_shards_are_as_exact_as_alone(
         if torch.cuda.get_device_capability()[0] == 9:
             # Forward and backward of the calls on whole documents, in each pass of all ranks.
             whole = [call for rank in (0, 1) for call in rank_plan(plan, rank).local]
-            lengths = [call.queries[1] - call.queries[0] for call in whole if call.is_whole]
+            lengths = [call.queries[1] - call.queries[0] for call in whole if call.starts]
             multiples = [length for length in lengths if length % 64 == 0]
             assert multiples
             assert sorted(looked_for) == sorted(2 * in_turns.PASSES * multiples)

@@ -29,6 +29,7 @@ from spattention.testing import Case, check_error, exact, noise, plain
 
 LENGTH, HEADS = 2048, 8  # equal shards
 TIMEOUT = 10  # seconds
+REPORT = 90  # seconds that NCCL's watchdog may take for its report before it ends a process
 PATTERNS = {
     "geometric": BandPattern.shared_local(HEADS, LENGTH, widths="geometric", first=20, local=90),
     "dense": BandPattern.dense(HEADS, LENGTH),
@@ -134,7 +135,7 @@ def dying() -> None:
             process.start()
         processes[1].join(60)
         start = time.monotonic()
-        processes[0].join(TIMEOUT + 40)
+        processes[0].join(TIMEOUT + REPORT)
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()

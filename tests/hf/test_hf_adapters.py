@@ -91,6 +91,8 @@ def test_the_sinks_of_a_merged_adapter_are_merged(base):
     wanted = train(model)
     model.set_adapter("default")
     both = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"must be the active adapter .* got \['other'\]"):
+        both.merge_adapter(adapter_names=["other"])
     merged = model.merge_and_unload(adapter_names=["other"])
     torch.testing.assert_close(logits(merged, IDS), wanted, **EXACT)
     with pytest.raises(ValueError, match=r"must name one adapter .* got \['default', 'other'\]"):

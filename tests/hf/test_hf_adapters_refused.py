@@ -112,3 +112,14 @@ def test_a_damaged_adapter_file_is_refused(name, content, message, saved, base, 
     ):
         with pytest.raises((ValueError, OSError, safetensors.SafetensorError), match=message):
             way()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_an_adapter_without_its_section_is_refused(sinks, base, tmp_path):
+    """What was trained on bands is not saved as if it were for a dense model."""
+    model = peft.get_peft_model(banded(base, sinks), CONFIGS["lora"]())
+    inside = model.get_base_model()
+    inside.set_attn_implementation("sdpa")
+    del inside.config.spattention
+    with pytest.raises(ValueError, match=r"`config\.spattention` must be there to save an adapter"):
+        model.save_pretrained(tmp_path)

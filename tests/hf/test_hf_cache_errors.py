@@ -127,3 +127,18 @@ def test_a_cache_without_layers_is_named():
         ValueError, match=r"must be a cache of a decoder, .* got EncoderDecoderCache"
     ):
         logits(model, tokens(2, 5), past_key_values=cache)
+
+
+def test_dense_attention_continues_no_keys_of_bands():
+    """A model can be made dense between two calls; deeper keys are those of its bands."""
+    model, ids = banded("llama"), tokens(2, 5)
+    cache = transformers.DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r'"sdpa", got keys of bands in layer 0'):
+        logits(model, ids, past_key_values=cache)
+    cache = transformers.DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    found = logits(model, ids, past_key_values=cache)
+    wanted = logits(build("llama"), torch.cat([ids, ids], dim=1))[:, 5:]
+    torch.testing.assert_close(found, wanted, **EXACT)

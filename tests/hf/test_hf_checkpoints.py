@@ -16,9 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, load_model, save_file
-from tiny import EXACT, FIRST, SECOND, banded, build, logits, tokens
+from tiny import EXACT, FIRST, HEADS, SECOND, SPAN, banded, build, logits, tokens
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import spattention as spa
+from spattention import baselines
 from spattention.hf.weights import MARK
 
 accelerate = pytest.importorskip("accelerate")
@@ -177,6 +179,37 @@ def test_distributed_checkpoints_need_their_bands(nested, tmp_path):
         dcp_loaded(banded("llama", (SECOND, FIRST)), tmp_path, nested)
 
 
+OPEN_DISTRIBUTED = """
+import sys, torch, transformers
+import torch.distributed.checkpoint as dcp
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+dcp.load({"model": model.state_dict()}, checkpoint_id=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("way", ["state_dict", "get_model_state_dict"])
+def test_distributed_checkpoints_need_the_library(way, saved, tmp_path):
+    """Their metadata is pickled, with the names of a state dict."""
+    model = banded("llama").float()
+    weights = model.state_dict() if way == "state_dict" else get_model_state_dict(model)
+    dcp.save({"model": weights}, checkpoint_id=tmp_path)
+    command = [sys.executable, "-c", OPEN_DISTRIBUTED, str(saved / "dense"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert result.returncode != 0
+    asked = "spattention: spattention.hf.register() must be called before these weights are loaded"
+    assert asked in result.stderr
+
+
+def test_copies_of_weights_need_the_library(tmp_path):
+    """The names of marks ask for it where nothing else of a state dict is left."""
+    weights = {name: weight.clone() for name, weight in banded("llama").state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "weights.ckpt")
+    assert torch.load(tmp_path / "weights.ckpt")["state_dict"].keys() == weights.keys()
+    command = [sys.executable, "-c", OPEN_WRAPPED, str(tmp_path / "weights.ckpt")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert "GLOBAL spattention.hf.weights.call_register_before_loading" in result.stderr
+
+
 def test_distributed_checkpoints_of_dense_models(tmp_path):
     """They hold no marks, as those of earlier versions, and load into bands."""
     dcp.save({"model": build("llama").state_dict()}, checkpoint_id=tmp_path)
@@ -207,6 +240,20 @@ def test_bands_that_are_taken_off_leave_nothing(taken_before, is_loaded, tmp_pat
     torch.testing.assert_close(logits(again, ids), logits(build("llama"), ids), **EXACT)
     spa.hf.apply(model, (FIRST, SECOND), sinks=True)  # what the model has comes back with bands
     assert float(model.state_dict()["model.layers.0.self_attn.sinks"][0]) == 1.0
+
+
+def test_a_baseline_that_is_taken_off_leaves_no_mark(tmp_path):
+    """Marks stayed, so that the dense folder was refused as one with a config of its own."""
+    model = baselines.apply(build("gpt_neox"), baselines.Longformer(HEADS, SPAN))
+    del model.config.longformer
+    with pytest.raises(
+        ValueError, match=r"`config\.longformer` must be there to save a model that"
+    ):
+        model.save_pretrained(tmp_path)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    again, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens(1, 9)
+    assert torch.equal(logits(again, ids), logits(build("gpt_neox"), ids))
 
 
 def test_dealt_weights_are_those_of_their_bands(tmp_path):

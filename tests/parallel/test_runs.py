@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-from unittest.mock import MagicMock
-
 import in_turns
 import pytest
 import torch
@@ -87,61 +83,3 @@ def test_a_message_and_a_table_are_one_copy_each(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", None)
     received(plan, 0, key, value)
     assert len(joined) == 3, "each rank packs once, and one of them fills its tables"
-
-
-class Stream:
-    """Records what is asked of a stream, in order, in a list of all streams."""
-
-    def __init__(self, name: str, asked: list[str]) -> None:
-        self.name, self.asked, self.events = name, asked, 0
-
-    def wait_stream(self, other: Stream) -> None:
-        self.asked.append(f"{self.name} waits for {other.name}")
-
-    def record_event(self) -> SimpleNamespace:
-        self.events += 1
-        name = f"event {self.events} of {self.name}"
-        self.asked.append(name)
-        return SimpleNamespace(
-            name=name, wait=lambda other: self.asked.append(f"{other.name} waits for {name}")
-        )
-
-    def wait_event(self, event: SimpleNamespace) -> None:
-        event.wait(self)
-
-
-def test_attention_follows_an_exchange_that_is_next(monkeypatch):
-    """On GPUs: what comes later on the current stream starts after NCCL's programs, or they would
-    wait for its own on every rank."""
-    asked: list[str] = []
-    current, other = Stream("attention", asked), Stream("exchange", asked)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(exchange, "_exchange_stream", lambda device: other)
-    monkeypatch.setattr(exchange.dist, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(
-        exchange.dist, "all_to_all_single", lambda *a, **k: asked.append("messages")
-    )
-    sent = MagicMock(is_cuda=True, element_size=lambda: 2)
-    pending = exchange.start_all_to_all(sent, MagicMock(), [0, 4], [0, 4], None)
-    asked.append("attention")
-    pending.wait()
-    assert asked == [
-        "exchange waits for attention",
-        "event 1 of exchange",
-        "messages",
-        "event 2 of exchange",
-        "attention waits for event 1 of exchange",
-        "attention",
-        "attention waits for event 2 of exchange",
-    ]
-
-
-def test_only_documents_are_whole_calls():
-    """Other calls on own keys run in short programs, which an exchange can start beside."""
-    shards = Shards.balanced(LENGTH, 2)
-    for documents, whole in ((None, 0), ([(0, 10, 90)], 1)):
-        plan = plan_exchange(GEOMETRIC, shards, HEADS, documents=documents)
-        calls = rank_plan(plan, 0).local
-        assert sum(call.is_whole for call in calls) == whole
-        assert all(call.starts for call in calls if call.is_whole)

@@ -36,7 +36,11 @@ def generate_in_sglang(
     folder: Path, runs: list[list[list[int]]], tokens: int, **settings: Any
 ) -> list[dict[str, Any]]:
     """Greedy continuations of each run's prompts, which are served at once, run after run."""
-    done = call(folder, runs, tokens, settings)
+    # SGLang asks where each rank runs.
+    ranks = settings.get("tp_size", 1)
+    places = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks))
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": places} if ranks > 1 else {}
+    done = call(folder, runs, tokens, settings, variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (answer,) = (line for line in done.stdout.splitlines() if line.startswith(ANSWER))
     found: list[dict[str, Any]] = json.loads(answer.removeprefix(ANSWER))

@@ -45,6 +45,15 @@ def test_pages_and_mixed_steps_give_the_same(tmp_path: Path) -> None:
     assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
 
 
+def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
+    """Tensor parallelism: each rank has its heads' bands and sinks; schedules overlap."""
+    folder = folders.save(tmp_path, sinks=True)
+    (run,) = generate_in_sglang(
+        folder, [PROMPTS], NEW_TOKENS, tp_size=2, disable_overlap_schedule=False
+    )
+    assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
 def test_sglang_refuses_by_name(tmp_path: Path) -> None:
     """Each message says what is wrong; without the plugin SGLang does not know the model."""
     folder = folders.save(tmp_path / "banded")

@@ -70,6 +70,20 @@ def test_the_back_end_is_chosen_for_bands_alone(registry: fake_sglang.Registry) 
         choose_backend(settings(attention_backend=BACKEND), stock)
 
 
+def test_models_of_several_parts_are_left_alone(registry: fake_sglang.Registry) -> None:
+    """Transformers cannot say which part of some of them is the text model."""
+    stock = config()
+    stock.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
+    stock.get_text_config = pytest.fail
+    stock.thinker_config, stock.talker_config = config(), config()
+    assert choose_backend(settings(), stock) == {}
+    given = SimpleNamespace(hf_config=stock)
+    assert find_model(lambda model_config: model_config, given) is given
+    stock.thinker_config = banded()
+    with pytest.raises(ValueError, match="the families that spattention serves, got"):
+        choose_backend(settings(), stock)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

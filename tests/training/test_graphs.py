@@ -1,16 +1,20 @@
 """Training whose passes are one CUDA graph, with a recorder that needs no GPU."""
 
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import masking_utils
 
+from spattention.choice import attention_choice
 from spattention.compat.huggingface import packing_known
 from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
+from spattention.models import build, preset
 from spattention.training import graphs, pretrain
 from spattention.training.graphs import WARM_UP, PassGraph, asks_for_graphs, refusal
 
@@ -77,6 +81,37 @@ def test_changed_attention_is_recorded_again(data, recorder, tmp_path):
     assert recorder.records == 2
     assert recorder.replays == 8 * 4 - 2 * WARM_UP
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one text", "documents"])
+@pytest.mark.parametrize("name", ["dense", "exclusive"])
+def test_a_recording_compiles_nothing(monkeypatch, name, documents):
+    """While a graph is recorded, layers get the masks of the passes before it. Transformers would
+    make others, for which they would be compiled again.
+    """
+    torch._dynamo.reset()
+    counted = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+    model = build(preset("small-512", context=32, num_layers=1, vocab_size=64), pattern=None)
+    attention_choice(name, 8, 32).apply(model)
+    pretrain.compile_layers(model)
+
+    def run(inputs):
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    graph = PassGraph(run, model.parameters(), lambda reason: None, Recorder())
+    tokens = torch.arange(64).reshape(2, 32)
+    inputs = {"input_ids": tokens, "labels": tokens}
+    if documents:
+        inputs["position_ids"] = torch.arange(32).remainder(20).expand(2, -1)
+    graph(inputs)
+    compiled = counted.frame_count
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    graph(inputs)
+    torch._dynamo.reset()
+    assert counted.frame_count == compiled > 0
 
 
 class Small:

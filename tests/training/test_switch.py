@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from spattention import BandPattern, hf
 from spattention.data.prepare import prepare
 from spattention.hf.config import read_section
 from spattention.training import callbacks
-from spattention.training.graphs import refusal
 from spattention.training.pretrain import pretrain
 from spattention.training.recipe import recipe_from
 
@@ -91,14 +88,6 @@ def test_a_switch_takes_patterns_alone(data, tmp_path):
     """Another attention than bands cannot be switched to or from."""
     with pytest.raises(ValueError, match="longformer is another attention"):
         pretrain(recipe(data, **SWITCH | {"first_attention": "longformer"}), tmp_path / "run")
-
-
-def test_a_switched_run_has_no_cuda_graph(tmp_path):
-    """A graph would replay the first attention for ever."""
-    asked = recipe(tmp_path, **SWITCH)
-    assert "`first_attention` changes the pass" in refusal(asked, torch.device("cuda"), 1)
-    with pytest.raises(ValueError, match="`cuda_graphs` must be false"):
-        refusal(replace(asked, cuda_graphs=True), torch.device("cuda"), 1)
 
 
 def test_recipes_without_a_switch_read_as_before(data):

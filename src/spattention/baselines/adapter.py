@@ -26,7 +26,7 @@ from ..hf.config import MAX_SPAN
 from ..hf.decoder import attention_modules, check_model
 from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
-from ..hf.weights import Note, note_weights
+from ..hf.weights import Note, no_note, note_weights
 from ..impl.layout import without_autocast
 from ..scalars import as_number
 from .state import Handle, State, keep_state, stop_keeping_state
@@ -262,7 +262,7 @@ def remove(model: Any) -> Any:
     for module in attention_modules(model, config).values():
         if hasattr(module, PLAN):
             delattr(module, PLAN)
-            note_weights(module, _note)
+            note_weights(module, no_note)
         stop_keeping_state(module)
     model.set_attn_implementation("sdpa")
     section_changed(model)
@@ -399,14 +399,14 @@ def _equip(baseline: Baseline, module: Any, num_layers: int) -> None:
     if baseline.keeps_state:
         keep_state(module)
     guard_parallel(module)
-    note_weights(module, _note)
+    note_weights(module, partial(_note, baseline))
 
 
-def _note(module: Any) -> Note | None:
-    for kind in kinds_of(module.config):
-        section = getattr(module.config, kind.name)
-        return Note(kind.name, kind.call, json.dumps(section, sort_keys=True))
-    return None
+def _note(baseline: Baseline, module: Any) -> Note | None:
+    """The note of a module that was equipped, also once the section of its config is gone."""
+    if not hasattr(module, PLAN):
+        return None
+    return Note(baseline.kind, baseline.call, json.dumps(baseline.section(), sort_keys=True))
 
 
 def _equip_from_config(kind: type[Baseline], module: Any) -> None:

@@ -95,7 +95,8 @@ def packing_known(packed: bool) -> Iterator[None]:
     """Have Transformers take rows without a cache for packed documents, or for one text each.
 
     It reads `position_ids` to tell, which waits for the GPU. In the capture of a CUDA graph it
-    takes all rows for packed ones, which then get a mask.
+    reads nothing, takes all rows for packed ones, and (5.17) makes masks that attention does not
+    need. Here a capture makes the masks of any other pass.
     """
 
     def indices(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -104,9 +105,10 @@ def packing_known(packed: bool) -> Iterator[None]:
         jumps = position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1
         return jumps.cumsum(-1)
 
-    before = masking_utils.find_packed_sequence_indices
+    before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
     masking_utils.find_packed_sequence_indices = indices
+    masking_utils.is_tracing = lambda tensor=None: False
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = before
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before

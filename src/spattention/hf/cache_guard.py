@@ -34,6 +34,7 @@ def before_forward(
     """
     plan, section = plan_of(module), read_section(module.config)
     if plan is None or attention_name(module.config) != NAME or section is None:
+        _refuse_keys_of_bands(module, keywords)
         return None
     if plan.pattern is not None and not torch.compiler.is_compiling():
         check_traded(module.config, module.layer_idx, plan.pattern)  # a config can be changed
@@ -82,6 +83,17 @@ def before_forward(
     if readable(position_ids) and is_packed(mask, split):
         setattr(cache, PACKED, True)
     return args, {**keywords, "attention_mask": split}
+
+
+def _refuse_keys_of_bands(module: Any, keywords: dict[str, Any]) -> None:
+    """Check that a model that was made dense does not continue from keys of its bands."""
+    cache = passed_cache(keywords)
+    filled_by = getattr(cache, NAME, None) or {}
+    if module.layer_idx in filled_by and _length(cache, module.layer_idx, unreadable=0) > 0:
+        raise ValueError(
+            "`past_key_values` must have been filled by the attention that continues from it, "
+            f'"{attention_name(module.config)}", got keys of bands in layer {module.layer_idx}'
+        )
 
 
 def trust_cache(cache: Any, model: Any) -> None:

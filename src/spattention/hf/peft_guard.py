@@ -39,7 +39,7 @@ from .adapters import (
     unwrap_sinks,
 )
 from .late import replace_everywhere
-from .weights import is_mark, live_marks, refuse_other_mark
+from .weights import is_mark, live_marks, refuse_lost_section, refuse_other_mark
 
 SINKS = ".sinks."  # in the names of an adapter's weights
 INSIDE = "base_model.model."  # begins the names of what is inside a `PeftModel`
@@ -127,6 +127,24 @@ def _unwrapping_sinks(unload: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return unwrapped
+
+
+def _merging_active(merge_adapter: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `BaseTuner.merge_adapter`, after which the active adapter's sinks stay active."""
+    parameters = signature(merge_adapter)
+
+    @wraps(merge_adapter)
+    def merge(self: Any, *args: Any, **keywords: Any) -> None:
+        names = parameters.bind(self, *args, **keywords).arguments.get("adapter_names")
+        for sinks in adapter_sinks(self)[:1]:
+            if names is not None and list(names) != list(sinks.active_adapters):
+                raise ValueError(
+                    "`adapter_names` must be the active adapter for a model with sinks, of which "
+                    f"each adapter has its own, {list(sinks.active_adapters)}, got {list(names)}"
+                )
+        merge_adapter(self, *args, **keywords)
+
+    return merge
 
 
 def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,6 +247,7 @@ def _writing_marks(get_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(get_state)
     def get(model: Any, *args: Any, **keywords: Any) -> Any:
+        refuse_lost_section(model, "an adapter")
         return {**get_state(model, *args, **keywords), **live_marks(model)}
 
     return get
@@ -306,6 +325,7 @@ def _install() -> None:
     _around(peft.PeftModel, "__init__", _meeting_model)
     _around(peft.PeftModel, "add_adapter", _meeting_model)
     _around(BaseTuner, "__init__", _meeting_model)
+    _around(BaseTuner, "merge_adapter", _merging_active)
     for tuner in set(_tuners(BaseTuner)):
         for name, make in (
             ("inject_adapter", _meeting_model),

@@ -53,11 +53,43 @@ class Note:
         return self
 
 
-def call_register_before_loading(kind: str, call: str, text: str) -> Note:
-    """Make the note again. PyTorch names this function where it does not know it."""
+class MarkName(str):
+    """The name of a mark, as a key of a state dict. Pickled it asks for the kind, as a note does:
+    copies of a state dict keep it, and so do distributed checkpoints, in their metadata.
+
+    Attributes:
+        kind: name of the attention kind.
+        call: what makes it known to Transformers.
+    """
+
+    kind: str
+    call: str
+
+    def __new__(cls, name: str, kind: str, call: str) -> MarkName:
+        made = super().__new__(cls, name)
+        made.kind, made.call = kind, call
+        return made
+
+    def __str__(self) -> str:
+        return self  # distributed checkpoints make texts of all names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = str.__str__(self)
+        return call_register_before_loading, (self.kind, self.call, plain, True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MarkName:
+        return self
+
+
+def call_register_before_loading(
+    kind: str, call: str, text: str, is_name: bool = False
+) -> Note | MarkName:
+    """Make a note again, or the name of a mark. PyTorch names this function where it does not know
+    it.
+    """
     if kind not in REGISTERED:
         raise ValueError(f"{kind}: {call} must be called before these weights are loaded")
-    return Note(kind, call, text, is_from_file=True)
+    return MarkName(text, kind, call) if is_name else Note(kind, call, text, is_from_file=True)
 
 
 def allow_weights(kind: str) -> None:
@@ -78,6 +110,11 @@ def note_weights(module: Any, make_note: Callable[[Any], Note | None]) -> None:
         module.register_buffer(MARK, _mark(note, execution_device(module)))
     elif hasattr(module, MARK):
         delattr(module, MARK)
+
+
+def no_note(module: Any) -> Note | None:
+    """The note of a module that has stock attention again."""
+    return None
 
 
 def is_mark(name: str) -> bool:
@@ -127,15 +164,29 @@ def _write(module: Any, state_dict: Any, prefix: str, local_metadata: dict[str, 
             del state_dict[name]
         return
     local_metadata[NOTE] = note
-    found = state_dict.get(prefix + MARK)
+    found = state_dict.pop(prefix + MARK, None)
     if found is not None:
         # Made again, since the buffer may have been averaged, or never been loaded.
-        state_dict[prefix + MARK] = _live_mark(note, found.device)
+        name = MarkName(prefix + MARK, note.kind, note.call)
+        state_dict[name] = _live_mark(note, found.device)
 
 
 def _is_taken_off(module: Any, note: Note) -> bool:
     """True if the section of a module's attention was deleted, for it to be saved as dense."""
     return getattr(module.config, note.kind, None) is None
+
+
+def refuse_lost_section(model: Any, saved: str) -> None:
+    """Check that no section was deleted in a model; `saved` is what needs it. Raises
+    `ValueError`."""
+    for name, module in model.named_modules():
+        make_note = getattr(module, "_spattention_note", None)
+        note = None if make_note is None else make_note(module)
+        if note is not None and _is_taken_off(module, note):
+            raise ValueError(
+                f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
+                f"none for {name}"
+            )
 
 
 def _bands_alone(state_dict: Any, prefix: str) -> list[str]:
@@ -265,7 +316,9 @@ def live_marks(model: Any) -> dict[str, torch.Tensor]:
     marked = ((name, module) for name, module in model.named_modules() if hasattr(module, MARK))
     notes = ((name, module, module._spattention_note(module)) for name, module in marked)
     return {
-        f"{name}.{MARK}": _live_mark(note, getattr(module, MARK).device)
+        MarkName(f"{name}.{MARK}", note.kind, note.call): _live_mark(
+            note, getattr(module, MARK).device
+        )
         for name, module, note in notes
         if note is not None
     }

@@ -175,10 +175,9 @@ def start_all_to_all(
 ) -> Pending:
     """Start an exchange of flat buffers with a part per rank, counted in elements.
 
-    Elements travel as bytes: not every backend knows every dtype. NCCL copies with kernels, whose
-    programs need whole multiprocessors: beside running kernels they would wait, on every rank, and
-    keep multiprocessors idle that have room for other programs. So they come first. They are on a
-    stream of high priority, and what follows on the current stream waits until they are next there.
+    Elements travel as bytes: not every backend knows every dtype. NCCL copies with kernels, which
+    other kernels keep waiting: they run on a stream of high priority, whose programs come first
+    wherever another ends.
     """
     size = sent.element_size()
 
@@ -194,13 +193,11 @@ def start_all_to_all(
 
     if not (sent.is_cuda and "nccl" in dist.get_backend(group)):
         return Pending(sent, received, start(True).wait)
-    current, stream = torch.cuda.current_stream(sent.device), _exchange_stream(sent.device)
-    stream.wait_stream(current)
-    is_next = stream.record_event()
+    stream = _exchange_stream(sent.device)
+    stream.wait_stream(torch.cuda.current_stream(sent.device))
     with torch.cuda.stream(stream):
         start(False)
         over = stream.record_event()
-    current.wait_event(is_next)
     return Pending(sent, received, lambda: over.wait(torch.cuda.current_stream(sent.device)))
 
 

@@ -92,8 +92,7 @@ class Call:
         prefix: number of first keys that every query sees, as in a pattern.
         table: index of the table; None for own keys.
         starts: first positions of the documents among the keys; None for one document.
-        is_whole: whether these are several documents with all their keys, as in a packed row.
-            Other calls run in short programs, beside which an exchange can start.
+        is_whole: whether these are all the keys of the queries.
         first: whether no call before it has these queries and heads.
         first_keys: whether no call before it has these own keys and heads.
     """

@@ -131,7 +131,7 @@ def _own_calls(plan: Plan, rows: Rows, end: int, starts: Sequence[int]) -> Itera
             plan.pattern.flat,
             prefix=plan.pattern.prefix,
             starts=(rows.stop, *inside) if inside else None,
-            is_whole=bool(inside),
+            is_whole=True,
         )
 
 

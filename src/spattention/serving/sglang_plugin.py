@@ -12,8 +12,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from ..hf.config import NAME
 from .checks import (
-    ARCHITECTURE_PREFIX,
     BACKEND,
     SGLANG_FAMILIES,
     check_architectures,
@@ -88,7 +88,8 @@ def choose_backend(server_args: Any, hf_config: Any) -> dict[str, Any]:
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     # The user's, since SGLang has filled in those of some devices by now.
     chosen = {name: getattr(server_args, name) for name in names}
-    if not check_model(hf_config):
+    text_config = check_model(hf_config)
+    if text_config is None:
         for name, given in chosen.items():
             if given == BACKEND:
                 raise ValueError(
@@ -99,15 +100,21 @@ def choose_backend(server_args: Any, hf_config: Any) -> dict[str, Any]:
     for name, given in chosen.items():
         if given not in (None, BACKEND):
             raise ValueError(f"`{name}` must be {BACKEND!r} for a model with bands, got {given!r}")
-    check_settings(settings, hf_config.get_text_config())
+    check_settings(settings, text_config)
     return {"attention_backend": BACKEND}
 
 
-def check_model(hf_config: Any) -> bool:
-    """True for a folder with bands that can be served; `ValueError` for one that cannot."""
+def check_model(hf_config: Any) -> Any:
+    """The text config of a folder with bands, None for other models; raises `ValueError` for a
+    folder that cannot be served.
+    """
+    # Not `get_text_config`, which refuses some of the models that SGLang serves without this.
+    parts = [hf_config, *vars(hf_config).values()]
+    banded = next((part for part in parts if getattr(part, NAME, None) is not None), None)
     architectures = list(hf_config.architectures or [])
-    check_architectures(hf_config.get_text_config(), architectures, SGLANG_FAMILIES)
-    return bool(architectures) and architectures[0].startswith(ARCHITECTURE_PREFIX)
+    holder = hf_config if banded is None else banded
+    check_architectures(holder, architectures, SGLANG_FAMILIES)
+    return banded
 
 
 def check_settings(settings: Any, text_config: Any) -> None:
@@ -143,7 +150,7 @@ def find_model(original: Callable[[Any], Any], model_config: Any) -> Any:
     """Hook around SGLang's choice of a model class: the classes of band models are registered where
     one is built, and nothing else may build it.
     """
-    if not check_model(model_config.hf_config):
+    if check_model(model_config.hf_config) is None:
         return original(model_config)
     from sglang.srt.models.registry import ModelRegistry
 

@@ -50,8 +50,6 @@ def refusal(recipe: Recipe, device: torch.device, devices: int) -> str | None:
         reason = 'the loss "liger" waits for the GPU in each pass; "chunked" does not'
     elif recipe.checkpointing:
         reason = "`checkpointing` reads the state of random numbers in each pass"
-    elif recipe.first_attention is not None:
-        reason = "`first_attention` changes the pass, of which a graph would keep the first form"
     elif recipe.cuda_graphs == "auto" and any(map(is_other, _names(recipe))):
         reason = "recorded passes were tested with dense attention and bands alone"
     if reason and recipe.cuda_graphs is True:

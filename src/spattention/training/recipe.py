@@ -69,8 +69,8 @@ class Recipe:
             likewise with Liger's kernels (GPU; package liger-kernel).
         compile: compile each layer, and under "ddp" the chunks of the loss.
         cuda_graphs: replay forward and backward pass as one CUDA graph, which needs one GPU, a loss
-            other than "liger", no checkpointing and no `first_attention`. "auto" does with
-            `compile` where that is possible, and says why not; true raises where it is not.
+            other than "liger" and no checkpointing. "auto" does with `compile` where that is
+            possible, and says why not; true raises where it is not.
         checkpointing: keep each layer's input alone and recompute the rest.
         parallel: "ddp" copies the model to each device, "fsdp2" shards it.
         shard_size: devices that share one copy under "fsdp2", such as those of a node; whole copies

@@ -56,6 +56,14 @@ def test_feature(name: str) -> None:
     check_case(CASES[name](), impl="triton")
 
 
+def test_last_queries_are_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper, where they run packed: prefix, grouped heads, sinks, all gradients."""
+    monkeypatch.setattr(op, "compute_capability", lambda device: (9, 0))
+    given = case(TWO_BANDS, 19, 31, key_heads=2, sinks=True, batch=1)
+    check_case(replace(given, pattern=replace(TWO_BANDS, prefix=3)), impl="triton")
+    assert (19, 31) in op._offsets.entries[given.query.device]
+
+
 def test_packed_documents() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths, more = [17, 0, 3], [17, 2, 20]

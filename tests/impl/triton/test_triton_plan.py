@@ -57,28 +57,29 @@ def test_a_part_leaves_multiprocessors_to_an_exchange() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "prefix", "options", "covered"),
+    ("batch", "tokens", "options", "covered"),
     [
-        (40, 0, {}, True),
-        (40, 0, {"query_start": 88}, True),
-        (40, 0, {"query_start": 80}, False),
-        (40, 0, {"query_start": torch.tensor(88, dtype=torch.int32)}, False),
-        (40, 0, {"key_start": torch.tensor([3], dtype=torch.int32)}, False),
-        (40, 2, {}, False),
-        (128, 2, {}, True),
+        (1, 40, {}, True),
+        (1, 40, {"query_start": 88}, True),
+        (1, 40, {"query_start": 80}, False),
+        (1, 40, {"query_start": torch.tensor(88, dtype=torch.int32)}, False),
+        (1, 40, {"key_start": torch.tensor([3], dtype=torch.int32)}, False),
+        (2, 40, {}, False),
+        (2, 128, {}, True),
     ],
 )
 def test_the_last_queries_of_a_row_are_covered(
     monkeypatch: pytest.MonkeyPatch,
+    batch: int,
     tokens: int,
-    prefix: int,
     options: dict[str, Any],
     covered: bool,
 ) -> None:
-    """A chunk of a prompt runs like a whole prompt: its positions count from its first query."""
+    """A chunk of a prompt runs as a packed document."""
     monkeypatch.setattr(op, "INTERPRETED", True)
-    query, key = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16) for n in (tokens, 128))
-    pattern = replace(BandPattern.exclusive(2, 128), prefix=prefix)
+    monkeypatch.setattr(op, "compute_capability", lambda device: (9, 0))
+    query, key = (torch.zeros(batch, 2, n, 64, dtype=torch.bfloat16) for n in (tokens, 128))
+    pattern = replace(BandPattern.exclusive(2, 128), prefix=2)
     found = explain(query, key, key, pattern, impl="triton", **options)
     assert found.kernels.startswith("Hopper") == covered
     assert covered or "position 0" in found.reasons[0]

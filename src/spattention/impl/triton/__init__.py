@@ -166,17 +166,17 @@ def describe(call: AttentionCall) -> tuple[str, str | None]:
     """
     if _is_decoding(call):
         return launch.DECODING, None
+    call = op.as_document(call)
     query, key, value = (ensure_inner_contiguous(t) for t in (call.query, call.key, call.value))
     positions = Positions(
         call.query_start_tensor, call.key_start, call.cu_seqlens_q, call.cu_seqlens_k
     )
-    bands, start = op.bands_and_start(call)
     facts = Call(
         query,
         key,
-        bands,
+        call.pattern.flat,
         call.scale,
-        start,
+        call.query_start,
         positions,
         call.pattern.prefix,
         deterministic=call.deterministic,

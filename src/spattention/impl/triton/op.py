@@ -8,7 +8,6 @@ schemas take no Python objects. Packed calls (`cu_seqlens_q` given) come as `[1,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,11 +19,20 @@ from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from . import launch
 from .arguments import Positions
-from .call import BackwardTensors, ForwardTensors, call_of, dense, ensure_inner_contiguous
+from .call import (
+    BackwardTensors,
+    ForwardTensors,
+    call_of,
+    compute_capability,
+    dense,
+    ensure_inner_contiguous,
+)
+from .constants import ConstantCache, int32_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 INTERPRETED = triton.knobs.runtime.interpret
+_offsets = ConstantCache[torch.Tensor](max_entries=1024)
 
 
 def refusal(query: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -218,42 +226,42 @@ class _Recorded(torch.autograd.Function):
         return (*found[:3], found[10], None)
 
 
-def bands_and_start(call: AttentionCall) -> tuple[tuple[int, ...], int]:
-    """The bands, and the position of the first query, with which the kernels compute a call.
+def as_document(call: AttentionCall) -> AttentionCall:
+    """The call as one packed document, if the Hopper kernels run it in that form alone.
 
-    Where the last query is at the last key, positions count from the first query, as in
-    `parts.py`: the Hopper kernels run such calls. A prefix does not move with the bands.
+    Those are the last queries of a single row, such as a chunk of a prompt: a document's queries
+    are its last positions, too.
     """
-    flat, start = call.pattern.flat, call.query_start
+    batch, _, queries, _ = call.query.shape
+    keys, device = call.key.shape[2], call.query.device
     if (
-        start == 0
-        or start + call.query.shape[2] != call.key.shape[2]
+        call.form is None  # a compiler or a transform keeps what it was given
+        or batch != 1
+        or call.query_start == 0
+        or call.query_start + queries != keys
         or call.query_start_tensor is not None
         or call.key_start is not None
-        or call.pattern.prefix
-        or torch.compiler.is_compiling()  # another start would be another graph
+        or call.cu_seqlens_q is not None
+        or (compute_capability(device) or (0, 0))[0] != 9
     ):
-        return flat, start
-    return _moved(flat, start), 0
-
-
-@lru_cache(maxsize=1024)
-def _moved(bands: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    return tuple([edge - tokens for edge in bands])
+        return call
+    key = queries, keys
+    offsets = _offsets.get(key, device, lambda: int32_table([[0, n] for n in key], device))
+    return call._replace(query_start=0, cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1])
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` and the log-sum-exp, recorded for autograd."""
+    call = as_document(call)
     query, key, value, sinks = call.query, call.key, call.value, dense(call.sinks)
-    bands, start = bands_and_start(call)
     inputs = (
         query,
         key,
         value,
-        bands,
+        call.pattern.flat,
         call.pattern.prefix,
         call.scale,
-        start,
+        call.query_start,
         call.deterministic,
         call.query_start_tensor,
         call.key_start,
