@@ -1,5 +1,10 @@
 """Two processes (gloo, CPU) train as one does at the same global batch."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +73,35 @@ def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
     assert losses(tmp_path / "two", "loss") == pytest.approx(
         losses(tmp_path / "one", "loss"), rel=1e-5
     )
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_resumed(recipe, tmp_path):
+    """A rank is killed after a checkpoint; the run ends, and two ranks go on from there."""
+    more = ("--set", "steps=24", "save_every=8", "evaluate_every=24")
+    train = ("-m", "spattention", "train", recipe, "--output")
+    launch(0, *train, tmp_path / "one", *more)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    command = map(str, (*torchrun, *train, tmp_path / "two", *more))
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        end = time.monotonic() + 120
+        while not (tmp_path / "two" / "checkpoint-8" / "trainer_state.json").exists():
+            assert process.poll() is None, "the run ended before its first checkpoint"
+            assert time.monotonic() < end, "no checkpoint was written"
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(60) != 0
+    assert len(losses(tmp_path / "two", "loss")) < 24, "the run was over before"
+    launch(2, *train, tmp_path / "two", *more)
+    for name in ("loss", "eval_loss"):
+        expected = losses(tmp_path / "one", name)
+        assert losses(tmp_path / "two", name) == pytest.approx(expected, rel=1e-4), name
 
 
 def test_a_prepared_model_trains_under_fsdp2():
