@@ -122,9 +122,15 @@ def panel(axis: Axes, title: str, lines: list[Line], labels: list[str]) -> None:
             share = line.share(by)
             axis.bar(place, share, width * 0.94, color=BARS[by][0])
             axis.text(
-                place, share + 0.01, f"{100 * share:.0f}", ha="center", va="bottom", fontsize=7.5
+                place,
+                share + 0.01,
+                f"{100 * share:.0f}",
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )
-    axis.axhline(1.0, color="#333333", linewidth=1)
+    axis.axhline(1.0, color="#333333", linewidth=1, zorder=0)
     axis.set_xlim(-0.5, len(lines) - 0.5)
     axis.set_ylim(0, 1.12)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "limit"])

@@ -135,7 +135,7 @@ def multi_head(which: str) -> Callable[[Results, str], str]:
 
 def grouped(which: str) -> Callable[[Results, str], str]:
     """Table of the pass with grouped queries."""
-    columns = (OURS, FLEX, FLASH_4, FLASH_SPARSE, CUDNN, FLASH_2, DENSE_4)
+    columns = (OURS, FLEX, FLEX_FLASH, FLASH_4, FLASH_SPARSE, CUDNN, FLASH_2, DENSE_4)
     return lambda results, name: table(
         [
             line
