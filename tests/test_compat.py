@@ -66,6 +66,7 @@ HUGGINGFACE = {
     "_adjust_missing_and_unexpected_keys": lambda: (
         transformers.PreTrainedModel._adjust_missing_and_unexpected_keys
     ),
+    "_load_from_state_dict": lambda: transformers.PreTrainedModel._load_from_state_dict,
     "transformers.fusion_mapping._FUSION_REGISTRY": lambda: huggingface._FUSION_REGISTRY,
     "_disable_adapters": lambda: _wrapper()._disable_adapters is False,
     "_split_kwargs": lambda: peft.PeftModel._split_kwargs,

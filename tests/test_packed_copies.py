@@ -50,7 +50,7 @@ def test_flattened_rows_of_models_are_views() -> None:
     inputs = [torch.randn(1, HEADS, TOKENS, HEAD_DIM, requires_grad=True) for _ in range(3)]
     offsets = {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS}
     lengths = {"max_length_q": 20, "max_length_k": 20}
-    out = attention._packed(*inputs, PATTERN, mask.Rows(), None, None, offsets | lengths)
+    out = attention._packed(*inputs, PATTERN, mask.Rows(), offsets | lengths)
     with Operators() as operators:
         torch.autograd.grad(out, inputs, torch.ones_like(out))
     assert "select_backward" not in operators.names
