@@ -22,7 +22,7 @@ import spattention as spa
 from spattention.benchmarking.results import environment, write_rows
 from spattention.benchmarking.timing import needs_gpu
 
-from .token_file import HEAD_DIM, HEADS, document_lengths, patterns, tensors
+from .packed import HEAD_DIM, HEADS, document_lengths, patterns, tensors
 
 REPEATS = 4
 CASES = ("packed", "rows", "unpacked", "prefix")

@@ -185,10 +185,10 @@ def _best(budget: Budget) -> str:
     if not gaps:
         return f"{where}: no pattern was run beside dense attention."
     label = min(gaps, key=lambda each: mean(gaps[each]))
-    found = fit(label, budget.done)
+    fitted = fit(label, budget.done)
     end = ""
-    if found is not None and found.level < 0:
-        there = ends(found)
+    if fitted is not None and fitted.level < 0:
+        there = ends(fitted)
         far = there if there == NOT_SEEN else f"at {there} million tokens"
         end = f"; by the fit its lead ends {far}"
     word = "below" if mean(gaps[label]) < 0 else "above"

@@ -69,8 +69,12 @@ def _checking_model(load_checkpoint: Callable[..., None]) -> Callable[..., None]
         empty = {name for name, tensor in tensors if tensor.device.type == "meta"}
         # Files of earlier versions hold none, and buffers of offloaded modules must not wait.
         refill_marks(model, filter(is_mark, empty))
-        missing = empty - loading.found
-        info = SimpleNamespace(missing_keys=missing, unexpected_keys=(), mismatched_keys=())
+        names = {name for name, _ in tensors}
+        info = SimpleNamespace(
+            missing_keys=names - loading.found,
+            unexpected_keys=loading.found - names,
+            mismatched_keys=(),
+        )
         for kind in KINDS.values():
             if kind.check_weights is not None:
                 kind.check_weights(model, info)

@@ -24,17 +24,19 @@ def when_imported(package: str, follower: str) -> None:
 
 
 def replace_everywhere(name: str, owner: Any, function: Any) -> None:
-    """Replace a function in the module that has it, and where its package imported it from there.
+    """Replace a function in the module that has it, and in all that imported it from there.
 
     Args:
         name: of the function.
         owner: the module.
         function: takes its place.
     """
-    replaced, package = getattr(owner, name), owner.__name__.partition(".")[0]
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == package and vars(module).get(name) is replaced:
-            setattr(module, name, function)
+    replaced = getattr(owner, name)
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType):
+            for alias, value in list(vars(module).items()):
+                if value is replaced:
+                    setattr(module, alias, function)
 
 
 class _Finder(MetaPathFinder):

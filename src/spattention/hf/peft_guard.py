@@ -38,8 +38,9 @@ from .adapters import (
     unmarked,
     unwrap_sinks,
 )
+from .decoder import has_sinks, plan_of
 from .late import replace_everywhere
-from .weights import is_mark, live_marks, refuse_lost_section, refuse_other_mark
+from .weights import MARK, is_mark, live_marks, refuse_lost_section, refuse_other_mark
 
 SINKS = ".sinks."  # in the names of an adapter's weights
 INSIDE = "base_model.model."  # begins the names of what is inside a `PeftModel`
@@ -262,9 +263,25 @@ def _reading_marks(set_state: Callable[..., Any]) -> Callable[..., Any]:
         marks = [name for name in weights if is_mark(name)]
         for name in marks:
             refuse_other_mark(model, _own_name(model, name), weights[name])
+        for name in weights:
+            _refuse_lost_sinks(model, name)
         return set_state(model, copy_state_dict(weights, without=marks), *args, **keywords)
 
     return load
+
+
+def _refuse_lost_sinks(model: Any, name: str) -> None:
+    """Check that sinks among an adapter's weights have a place: PEFT passes over others."""
+    module_name, is_sinks, _ = name.partition(".sinks.")
+    if not is_sinks:
+        return
+    own = _own_name(model, f"{module_name}.{MARK}").rpartition(".")[0]
+    module = dict(model.named_modules()).get(own)
+    if module is not None and plan_of(module) is not None and not has_sinks(module):
+        raise ValueError(
+            f"the model must have the sinks that the adapter's weights hold, got {name} for a "
+            "layer without sinks: apply its bands with `sinks=True` first"
+        )
 
 
 def _own_name(model: Any, name: str) -> str:

@@ -189,6 +189,16 @@ def refuse_lost_section(model: Any, saved: str) -> None:
             )
 
 
+def refuse_changed_mark(name: str, before: str, now: str) -> None:
+    """Check that a tensor with this mark's text was overwritten by one of the same attention."""
+    (kind, _, digest), (own_kind, _, own_digest) = now.partition(DIGEST), before.partition(DIGEST)
+    if own_digest and (kind != own_kind or digest not in ("", own_digest)):
+        raise ValueError(
+            "`state_dict` must be that of a model with the attention that the checkpoint was saved "
+            f'from, "{now[:200]}" in {name}, got "{before}"'
+        )
+
+
 def _bands_alone(state_dict: Any, prefix: str) -> list[str]:
     """Names in a state dict that a module has for its bands: the mark, and sinks of any form."""
     ours = (prefix + MARK, f"{prefix}sinks")
@@ -196,9 +206,19 @@ def _bands_alone(state_dict: Any, prefix: str) -> list[str]:
 
 
 def _read_mark(module: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
-    """A hook of `load_state_dict`: weights without a mark are welcome, and the buffer stays."""
+    """A hook of `load_state_dict`: weights without a mark are welcome, and the buffer stays.
+    Weights of a part of a model, such as a layer, meet no other check.
+    """
     note = module._spattention_note(module)
+    found = state_dict.get(prefix + MARK)
+    if found is not None:
+        _refuse_other(note, prefix + MARK, found)
     if note is not None:
+        if _is_taken_off(module, note):  # its state dict has no sinks, as `_write` says
+            own = module.named_parameters(recurse=True)
+            ours = {prefix + name: tensor.detach() for name, tensor in own}
+            for name in _bands_alone(ours, prefix):
+                state_dict.setdefault(name, ours[name])
         device = getattr(module, MARK).device
         state_dict[prefix + MARK] = _mark(note, "cpu" if device.type == "meta" else device)
 
@@ -244,9 +264,12 @@ def refuse_other_mark(model: Any, name: str, found: torch.Tensor) -> None:
     Raises:
         ValueError: for a mark of other attention.
     """
+    _refuse_other(_note_of(model, name.rpartition(".")[0]), name, found)
+
+
+def _refuse_other(note: Note | None, name: str, found: torch.Tensor) -> None:
     if found.device.type == "meta":
         return
-    note = _note_of(model, name.rpartition(".")[0])
     wanted, text = "none" if note is None else _text(note), mark_text(found)
     (kind, _, digest), (own_kind, _, own_digest) = text.partition(DIGEST), wanted.partition(DIGEST)
     live = getattr(found, LIVE, None)
