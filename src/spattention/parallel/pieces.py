@@ -70,12 +70,6 @@ class Table:
     length: int
     parts: tuple[Placed, ...]
 
-    @property
-    def is_full(self) -> bool:
-        """True if no index is left without a key."""
-        held = sum(_tokens(part.piece) for part in self.parts)
-        return held == (self.heads[1] - self.heads[0]) * self.length
-
 
 @dataclass(frozen=True)
 class Call:
@@ -156,7 +150,3 @@ def most_at_once(pieces: list[Piece]) -> int:
             held += step
             most = max(most, held)
     return most
-
-
-def _tokens(piece: Piece) -> int:
-    return (piece.heads[1] - piece.heads[0]) * (piece.keys[1] - piece.keys[0])
