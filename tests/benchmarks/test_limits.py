@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -491,3 +492,27 @@ def test_the_page_is_that_of_the_newest_results() -> None:
     assert set(page.PARTS) == {found[2] for found in page.MARK.finditer(text)}
     assert page.render(text, Results.read(file), file.name) == text
     assert Image.open(page.PICTURE).text["Source"] == chart.source_of(file)  # type: ignore[attr-defined]
+
+
+def test_the_readme_states_the_newest_results():
+    """Its rows: over the fastest dense kernel, and over the fastest competitor on the same mask."""
+    file = results.newest()
+    assert file is not None
+    totals: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+    for row in json.loads(file.read_text())["rows"]:
+        if row["variant"] == "plain" and row.get("total"):
+            shape = tuple(row[k] for k in ("batch", "heads", "key_heads", "length", "head_dim"))
+            totals.setdefault(shape, {}).setdefault(row["mask"], {})[row["by"]] = row["total"]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    stated = [
+        line for line in readme.splitlines() if re.match(r"\| \d+, \d+/\d+, \d+, \d+ \|", line)
+    ]
+    assert len(stated) == 5
+    for line in stated:
+        numbers = [float(number) for number in re.findall(r"\d*\.?\d+", line)]
+        shape, said = tuple(int(n) for n in numbers[:5]), numbers[5:]
+        dense, same = min(totals[shape]["dense"].values()), totals[shape]["geometric"]
+        fastest = min(time for by, time in same.items() if by not in (OURS, ANY_ORDER))
+        ours = [same[OURS], same[ANY_ORDER]] if len(said) == 4 else [same[OURS]]
+        wanted = [base / time for base in (dense, fastest) for time in ours]
+        assert said == pytest.approx(wanted, rel=0.03), line
