@@ -321,6 +321,19 @@ def warm(form: int) -> None:
         spa.band_attention(query, key, value, pattern)
 
 
+def save(
+    output: Path | None,
+    what: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    commit: str | None,
+) -> None:
+    """Write the rows so far, with the GPU and Triton that gave them, if a file was named."""
+    if output is not None:
+        environment = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+        write_rows(output, what, settings, rows, commit=commit, environment=environment)
+
+
 def main() -> int:
     """Check, time and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -352,18 +365,8 @@ def main() -> int:
             rows.append({"part": part, **row})
             print(rows[-1], flush=True)
             torch.cuda.empty_cache()
-            if options.output is not None:
-                write_rows(
-                    options.output,
-                    "microseconds of the attention of one decoding step in one layer",
-                    settings,
-                    rows,
-                    commit=options.commit,
-                    environment={
-                        "gpu": torch.cuda.get_device_name(),
-                        "triton": triton.__version__,
-                    },
-                )
+            what = "microseconds of the attention of one decoding step in one layer"
+            save(options.output, what, settings, rows, options.commit)
     return 0
 
 

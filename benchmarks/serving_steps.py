@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 import spattention as spa
-from spattention.benchmarking.results import write_rows
 from spattention.serving.head_classes import select_heads
 from spattention.serving.paged import (
     Decodes,
@@ -39,7 +37,7 @@ from spattention.testing import Case, check_error, exact, plain
 
 from .serving_memory import class_blocks
 from .serving_patterns import HEAD_DIM, KV_HEADS, PATTERNS
-from .serving_replay import DTYPE, dense_by_pytorch, per_call, step_of
+from .serving_replay import DTYPE, dense_by_pytorch, per_call, save, step_of
 
 SCALE = HEAD_DIM**-0.5
 LAYERS = 32  # of the model whose time to the first token is stated
@@ -260,18 +258,8 @@ def main() -> int:
         rows.append(replay(name, schedule, most_tokens))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-        if options.output is not None:
-            write_rows(
-                options.output,
-                "attention of a recorded schedule of vLLM in one layer",
-                settings,
-                rows,
-                commit=options.commit,
-                environment={
-                    "gpu": torch.cuda.get_device_name(),
-                    "triton": triton.__version__,
-                },
-            )
+        what = "attention of a recorded schedule of vLLM in one layer"
+        save(options.output, what, settings, rows, options.commit)
     return 0
 
 
