@@ -16,10 +16,10 @@ from torch.autograd import forward_ad
 
 from .bands import BandPattern
 from .compat.pytorch import forward_mode_active, is_batched
-from .scalars import python_number
+from .scalars import LARGEST_SIZE, python_number, shown_number
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_POSITION = 2**31 - 1  # positions are int32
+MAX_POSITION = LARGEST_SIZE
 LARGEST_SCALE = sys.float_info.max
 
 
@@ -170,7 +170,11 @@ def check_documents(
         if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
             raise ValueError(f"`{name}` must be an int, got {type(longest).__name__}")
         if longest < 0:
-            raise ValueError(f"`{name}` must not be negative, got {longest}")
+            raise ValueError(f"`{name}` must not be negative, got {shown_number(longest)}")
+        if longest > MAX_POSITION:
+            raise ValueError(
+                f"`{name}` must be at most {MAX_POSITION}, got {shown_number(longest)}"
+            )
     if readable(cu_seqlens_q) and readable(cu_seqlens_k):
         _check_cu_seqlens_values(
             query_tokens, key_tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -251,6 +255,16 @@ def check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Check a dtype against those that the operators compute in; raises `ValueError`."""
+    if dtype in DTYPES:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`{name}` must be floating point, got {dtype!r}")
+    names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    raise ValueError(f"`{name}` must be one of {names}, got {dtype}")
+
+
 def _check_layout(
     query: Tensor, key: Tensor, value: Tensor, pattern: BandPattern, *, layout: str, dims: int
 ) -> None:
@@ -260,11 +274,7 @@ def _check_layout(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != dims:
             raise ValueError(f"`{name}` must be {layout}, got shape {list(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            if not tensor.is_floating_point():
-                raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
-            names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
-            raise ValueError(f"`{name}` must be one of {names}, got {tensor.dtype}")
+        check_dtype(name, tensor.dtype)
         if tensor.dtype != dtype:
             raise ValueError(f"`{name}` must have query's dtype {dtype}, got {tensor.dtype}")
         if tensor.device != device:
@@ -318,7 +328,7 @@ def _check_scale(scale: float | None) -> None:
         raise ValueError(f"`scale` must be a float, got {type(scale).__name__}")
     # Not `math.isfinite`, which is no comparison that torch.compile keeps symbolic.
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
-        raise ValueError(f"`scale` must be finite, got {_shown(scale)}")
+        raise ValueError(f"`scale` must be finite, got {shown_number(scale)}")
 
 
 def _check_query_start(
@@ -343,16 +353,11 @@ def _check_query_start(
     elif isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):
         raise ValueError(f"`query_start` must be an int or an int32 tensor, got {query_start!r}")
     elif query_start < 0:
-        raise ValueError(f"`query_start` must not be negative, got {_shown(query_start)}")
+        raise ValueError(f"`query_start` must not be negative, got {shown_number(query_start)}")
     elif query_start > MAX_POSITION:
-        raise ValueError(f"`query_start` must be at most {MAX_POSITION}, got {_shown(query_start)}")
-
-
-def _shown(number: float | torch.SymInt | torch.SymFloat) -> str:
-    """The number, unless it has thousands of digits."""
-    if isinstance(number, int) and number.bit_length() > 63:
-        return f"an integer of {number.bit_length() + 1} bits"
-    return str(number)
+        raise ValueError(
+            f"`query_start` must be at most {MAX_POSITION}, got {shown_number(query_start)}"
+        )
 
 
 def _check_index_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
