@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .bands import BandPattern
-from .compat.pytorch import forward_mode_active, is_batched
+from .compat.pytorch import forward_mode_active, has_tangent, is_batched
 from .scalars import LARGEST_SIZE, python_number, shown_number
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -238,7 +237,7 @@ def check_no_tangents(**tensors: Tensor | None) -> None:
     if not forward_mode_active():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is not None and has_tangent(tensor):
             raise NotImplementedError(
                 f"`{name}` has a tangent, but `band_attention` has no forward-mode derivative "
                 '(jvp, jacfwd, hessian) except with `impl="reference"`'
