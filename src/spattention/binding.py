@@ -111,8 +111,8 @@ def _form_of(
 def _facts(argument: Any) -> Hashable:
     """Shape, strides, dtype and device of a tensor, or type and value of a number."""
     if isinstance(argument, Tensor):
-        if argument.layout != torch.strided:
-            return argument.layout
+        if argument.layout != torch.strided or argument.is_nested:
+            return argument.layout, argument.is_nested
         return argument.shape, argument.stride(), argument.dtype, argument.device
     return type(argument), argument if isinstance(argument, int) else None
 

@@ -103,6 +103,8 @@ def check_rows(rows: Tensor, batch_size: int, *, allow_bool: bool) -> None:
     if rows.dtype not in kinds:
         names = "int32, int64 or bool" if allow_bool else "int32 or int64"
         raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
+    if rows.device.type == "meta":
+        raise ValueError("`rows` must have values, got a tensor on the meta device")
     is_mask = rows.dtype == torch.bool
     if rows.dim() != 1 or (is_mask and rows.shape[0] != batch_size):
         shape = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
@@ -252,6 +254,8 @@ def check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != strided:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
+        if tensor.is_nested:
+            raise ValueError(f"`{name}` must be a dense tensor, got a nested one")
 
 
 def check_dtype(name: str, dtype: Any) -> None:
@@ -362,6 +366,7 @@ def _check_query_start(
 def _check_index_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"`{name}` must be an int32 tensor, got {type(tensor).__name__}")
+    check_tensors(**{name: tensor})
     if tensor.dtype != torch.int32:
         raise ValueError(f"`{name}` must be int32, got {tensor.dtype}")
     if tensor.device != device:

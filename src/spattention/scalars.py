@@ -17,6 +17,8 @@ def as_int(value: Any) -> int | None:
         return value
     if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         return None
+    if isinstance(value, torch.Tensor) and not has_values(value):
+        return None
     try:
         return operator.index(value)
     except TypeError:  # among them tensors of floating point, and of several values
@@ -55,5 +57,12 @@ def as_number(value: Any) -> int | float | None:
     if whole is not None:
         return whole
     if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 and value.is_floating_point() else None
+        single = has_values(value) and value.numel() == 1 and value.is_floating_point()
+        return value.item() if single else None
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """False for a tensor on the meta device, and for a sparse, nested or quantized one."""
+    dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return dense and tensor.device.type != "meta"
