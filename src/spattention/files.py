@@ -61,6 +61,21 @@ def make_folder(path: Path) -> list[Path]:
     return made
 
 
+def check_place(option: str, path: Path) -> None:
+    """Check that a file or folder can be made at a path, before there is anything to write.
+
+    Raises:
+        ValueError: if a file is among its parents, or nothing can be written to the nearest one
+            that exists.
+    """
+    places = (path, *path.parents) if path.is_dir() else path.parents
+    place = next((each for each in places if each.exists()), Path())
+    if not place.is_dir():
+        raise ValueError(f"`{option}` must be in a folder, got {path}, where {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"`{option}` must be where files can be made, got {path} in {place}")
+
+
 def remove_empty(folders: list[Path]) -> None:
     """Remove folders from the innermost outwards, up to the first that holds something."""
     for folder in folders:

@@ -314,3 +314,32 @@ def test_a_checkpoint_that_is_passed_over_is_told(tmp_path: Path, capfd: Texts) 
     assert f"; {run / 'checkpoint-5'} is taken instead\n" in told
     edit(run / "checkpoint-5" / "config.json", vocab_size=300)
     check(["generate", str(run), PROMPT], "must hold a whole checkpoint: ", capfd)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prepare", "texts"],
+        ["draw"],
+        ["fit", "model", "--pairs", "0.5"],
+        ["evaluate", "model"],
+        ["compare"],
+        ["train", "recipe.toml"],
+        ["bench", "attention"],
+        ["bench", "decode"],
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+def test_an_output_below_a_file_is_refused(
+    command: list[str], tmp_path: Path, capsys: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is looked for or computed."""
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for output in (file / "out.png", file / "deeper" / "out.png"):
+        told = refusal([*command, "--output", str(output)], capsys)
+        assert f"`--output` must be in a folder, got {output}, where {file} is a file" in told
+    monkeypatch.setattr("spattention.files.os.access", lambda path, mode: False)
+    told = refusal([*command, "--output", str(tmp_path / "new" / "out.png")], capsys)
+    assert f"`--output` must be where files can be made, got {tmp_path}" in told
+    assert list(tmp_path.iterdir()) == [file]

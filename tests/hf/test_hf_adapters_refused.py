@@ -7,9 +7,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from adapted import CONFIGS, IDS, PATTERNS, banded, base, dense, folder_of, peft, saved
 from tiny import FIRST, HEADS, SECOND, P, logits
 
+FOREIGN = safetensors.torch.save({"a": torch.zeros(2)})
 __all__ = ["base", "saved"]  # fixtures
 
 
@@ -95,23 +97,108 @@ def test_a_damaged_adapter_config_is_refused(change, message, saved, base, tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("adapter_config.json", b"", r"adapter_config\.json must hold JSON"),
-        ("adapter_config.json", b"{", r"adapter_config\.json must hold JSON"),
-        ("adapter_config.json", b"\xff\xfe\x00", r"adapter_config\.json must hold JSON"),
-        ("adapter_config.json", b"[1, 2]", r"must hold the config of an adapter, got list"),
-        ("adapter_model.safetensors", b"\x08", "(?i)header"),
+        ("adapter_config.json", b"", r"adapter_config\.json must hold a JSON object"),
+        ("adapter_config.json", b"{", r"adapter_config\.json must hold a JSON object"),
+        ("adapter_config.json", b"\xff\xfe\x00", r"adapter_config\.json must hold a JSON object"),
+        ("adapter_config.json", b"[" * 99_999, r"adapter_config\.json must hold a JSON object"),
+        ("adapter_config.json", b"[]", r"adapter_config\.json must hold a JSON object, got list"),
+        ("adapter_config.json", b"null", r"adapter_config\.json must hold a JSON .* got NoneType"),
+        ("adapter_config.json", b"{}", r"adapter_config\.json must hold .* `peft_type`, got None"),
+        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors must hold weights"),
+        ("adapter_model.safetensors", b"\x08", r"adapter_model\.safetensors must hold weights"),
+        (
+            "adapter_model.safetensors",
+            b"\xff" * 99,
+            r"adapter_model\.safetensors must hold weights",
+        ),
+        ("adapter_model.safetensors", FOREIGN, "must hold the (sinks|weights) that .* got no "),
     ],
 )
 def test_a_damaged_adapter_file_is_refused(name, content, message, saved, base, tmp_path):
     for file in folder_of(saved, "lora").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).write_bytes(content)
+    model = peft.PeftModel.from_pretrained(dense(base), folder_of(saved, "lora"))
     for way in (
-        lambda: peft.PeftModel.from_pretrained(dense(base), str(tmp_path)),
+        lambda: peft.PeftModel.from_pretrained(dense(base), tmp_path),
         lambda: peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path)),
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path)),
+        lambda: dense(base).load_adapter(str(tmp_path)),
+        lambda: model.load_adapter(str(tmp_path), "default"),
     ):
-        with pytest.raises((ValueError, OSError, safetensors.SafetensorError), match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             way()
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_cut_adapter_file_is_named(saved, base, tmp_path):
+    """Cut, of another kind, a folder, or not there at all."""
+    for file in folder_of(saved, "lora").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    load = peft.PeftModel.from_pretrained
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors must hold weights"):
+        load(dense(base), tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"must hold adapter_model\.safetensors or"):
+        load(dense(base), tmp_path)
+    weights.mkdir()
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors cannot be read"):
+        load(dense(base), tmp_path)
+    weights.rmdir()
+    other = tmp_path / "adapter_model.bin"
+    for content, match in ((b"text", "bin must hold weights"), (None, "bin must hold tensors by")):
+        if content is None:
+            torch.save([1, 2], other)
+        else:
+            other.write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            load(dense(base), tmp_path)
+
+
+def test_a_foreign_adapter_file_without_sinks_is_named(saved, base, tmp_path):
+    for file in folder_of(saved, "lora", sinks=False).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter_model.safetensors").write_bytes(FOREIGN)
+    match = r"must hold the weights that its config names, got no .*lora_A"
+    with pytest.raises(ValueError, match=match):
+        peft.PeftModel.from_pretrained(dense(base), tmp_path)
+    with pytest.raises(ValueError, match=match):
+        dense(base).load_adapter(str(tmp_path))
+
+
+def test_every_loader_compares_marks(saved, base, tmp_path):
+    """Weights that were trained on bands, whose config lost its section."""
+    for file in folder_of(saved, "lora", sinks=False).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "adapter_config.json"
+    plain = {"peft_type": "LORA", "modules_to_save": None, "spattention": None}
+    config = {**json.loads(path.read_text()), **plain}
+    del config["spattention"]
+    path.write_text(json.dumps(config))
+    weights = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+
+    def ways(model):
+        yield lambda: model().load_adapter(str(tmp_path))
+        yield lambda: peft.PeftModel.from_pretrained(model(), tmp_path)
+        yield lambda: model().load_adapter(
+            adapter_state_dict=dict(weights), peft_config=CONFIGS["lora"]()
+        )
+
+    match = "must be loaded into a model with the attention that"
+    for model in (lambda: dense(base), lambda: banded(base, False, [SECOND, FIRST])):
+        for way in ways(model):
+            with pytest.raises(ValueError, match=match):
+                way()
+    with pytest.raises(ValueError, match=match):
+        transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    for way in ways(lambda: banded(base, False)):
+        way()
+    model = banded(base, False)
+    model.load_adapter(str(tmp_path))
+    expected = peft.PeftModel.from_pretrained(banded(base, False), tmp_path)
+    torch.testing.assert_close(logits(model.eval(), IDS), logits(expected.eval(), IDS))
 
 
 @pytest.mark.parametrize("sinks", [False, True])

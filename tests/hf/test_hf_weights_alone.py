@@ -345,3 +345,20 @@ def test_a_config_of_ones_own_is_refused(saved):
     plain = build("llama").config
     with pytest.raises(ValueError, match=rf"must name the attention of all .*{MARK}"):
         transformers.AutoModelForCausalLM.from_pretrained(saved / "bands", config=plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_marks_cast_to_eight_bits_are_compared(dtype):
+    """A state dict that was cast by hand, and one that was cast back since."""
+    state = {name: tensor.to(dtype) for name, tensor in banded("llama").state_dict().items()}
+    for weights in (state, {name: tensor.float() for name, tensor in state.items()}):
+        model = banded("llama")
+        model.load_state_dict(weights)
+        found = model.lm_head.weight
+        torch.testing.assert_close(found, state["lm_head.weight"].to(found.dtype))
+        other = spa.hf.apply(build("llama"), [SECOND, FIRST])
+        match = f"a mark that cannot be read in .*, of {next(iter(weights.values())).dtype}, got"
+        with pytest.raises(ValueError, match=match):
+            other.load_state_dict(weights)
+        with pytest.raises(ValueError, match=r'a mark that cannot be read in .*, got "none"'):
+            build("llama").load_state_dict(weights)

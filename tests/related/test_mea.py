@@ -274,3 +274,16 @@ def test_an_adapter_alone_does_not_bring_mea_back(tmp_path):
     peft.get_peft_model(base, settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must come with its `mea` weights"):
         peft.PeftModel.from_pretrained(build("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"components": 2}, {"mix": 0}], ids=str)
+def test_a_deleted_section_keeps_no_weights(options, tmp_path):
+    """What the section's attention added would be saved, and mean nothing to a dense model."""
+    model = related.apply(build("llama"), MEA(HEADS, SPAN, **options))
+    del model.config.mea
+    with pytest.raises(ValueError, match=r"`config\.mea` must be there to save a model"):
+        model.save_pretrained(tmp_path)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"with the weights that it added, got none for model\."):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -60,6 +60,16 @@ def insert(path, line):
     path.write_text("\n".join([*lines[:3], line, *lines[3:]]) + "\n")
 
 
+def repeat(path):
+    """The first line again, as if two files had been joined."""
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines]))
+
+
+def turn(path):
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+
+
 def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -84,6 +94,14 @@ def snapshot(folder):
         (lambda d: insert(d / METRICS, '{"loss": 1.5}'), "line 4, must be a JSON object with an"),
         (lambda d: insert(d / METRICS, "[" * 99_999), "metrics.jsonl, line 4, must be a JSON"),
         (lambda d: insert(d / METRICS, "\0" * 2**21), "metrics.jsonl, line 4, must be a JSON"),
+        (lambda d: repeat(d / METRICS), "metrics.jsonl, line 2, must not hold `loss` of step 1 "),
+        (lambda d: turn(d / METRICS), "must not have a step before 8, the one above it, got "),
+        (
+            lambda d: insert(d / METRICS, '{"step": 3, "a": 1}'),
+            "line 4, must hold one of [",
+        ),
+        (lambda d: insert(d / METRICS, '{"step": 3, "loss": "1"}'), "line 4, must hold one of ["),
+        (lambda d: insert(d / METRICS, '{"step": 9, "loss": 1.0}'), "line 5, must not have a step"),
     ],
 )
 def test_damaged_files_stop_a_run_and_stay(folder, data, damage, error):

@@ -26,7 +26,7 @@ from ..hf.config import MAX_SPAN
 from ..hf.decoder import attention_modules, check_model
 from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
-from ..hf.weights import Note, no_note, note_weights
+from ..hf.weights import Note, no_note, note_added, note_weights
 from ..impl.layout import without_autocast
 from ..scalars import as_number, shown_number
 from .state import Handle, State, keep_state, stop_keeping_state
@@ -395,7 +395,9 @@ def _check_heads(baseline: Baseline, config: Any) -> None:
 
 
 def _equip(baseline: Baseline, module: Any, num_layers: int) -> None:
+    before = {name for name, _ in module.named_parameters()}
     baseline.equip(module)
+    note_added(module, {name for name, _ in module.named_parameters()} - before)
     setattr(module, PLAN, baseline.layer_in(module, num_layers))
     if baseline.keeps_state:
         keep_state(module)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..files import did_you_mean
+from ..files import check_place, did_you_mean
 
 COMMANDS = {
     "bench": "time the kernels beside dense attention and FlexAttention",
@@ -100,6 +100,9 @@ def _run(arguments: list[str]) -> int:
             description=described.description() if hasattr(described, "description") else None,
             args=rest,
         )
+        output = getattr(options, "output", None)
+        if output is not None:
+            check_place("--output", output)
         if hasattr(described, "check"):
             described.check(options)
         import_module(f"spattention.cli.{name}").main(options)

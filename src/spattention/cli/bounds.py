@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import make_folder, remove_empty, shown
+from ..files import check_place, make_folder, remove_empty, shown
 
 LARGEST = 2**31 - 1  # counts that libraries keep in 32 bits
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -72,6 +72,7 @@ def check_output(folder: Path | None) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--output` must be a folder, {folder} is a file")
+    check_place("--output", folder)
     made = make_folder(folder)
     try:
         with tempfile.TemporaryFile(dir=folder):

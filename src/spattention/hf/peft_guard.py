@@ -5,11 +5,10 @@ Imported as soon as both PEFT and a registered kind are there, never without PEF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
-from json import JSONDecodeError
 from typing import Any
 
 import peft
@@ -19,9 +18,11 @@ from peft.tuners.lora import conversion
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, save_and_load
 from transformers import PreTrainedModel
+from transformers.utils import peft_utils
 
 from ..compat.huggingface import UNLOAD, adapters_disabled, download_keywords, set_adapters_disabled
 from ..compat.pytorch import copy_state_dict
+from .adapter_files import check_config_file, checking_configs, checking_weights, naming_weights
 from .adapters import (
     READ,
     WRITTEN,
@@ -40,7 +41,14 @@ from .adapters import (
 )
 from .decoder import has_sinks, plan_of
 from .late import replace_everywhere
-from .weights import MARK, is_mark, live_marks, refuse_lost_section, refuse_other_mark
+from .weights import (
+    MARK,
+    is_mark,
+    live_marks,
+    refill_marks,
+    refuse_lost_section,
+    refuse_other_mark,
+)
 
 SINKS = ".sinks."  # in the names of an adapter's weights
 INSIDE = "base_model.model."  # begins the names of what is inside a `PeftModel`
@@ -75,14 +83,8 @@ def _reading_section(
 ) -> Callable[..., dict[str, Any]]:
     @wraps(from_json_file)
     def read(cls: type, path_json_file: Any, **keywords: Any) -> dict[str, Any]:
-        try:
-            data = from_json_file(cls, path_json_file, **keywords)
-        except (JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path_json_file} must hold JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(
-                f"{path_json_file} must hold the config of an adapter, got {type(data).__name__}"
-            )
+        check_config_file(path_json_file)
+        data = from_json_file(cls, path_json_file, **keywords)
         data, section = unmarked(data, str(path_json_file))
         return {**data, READ: section}
 
@@ -162,7 +164,7 @@ def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
                 change = sinks.absent.discard if vars(config)[READ] else sinks.absent.add
                 change(adapter_name)
         try:
-            return load_adapter(self, model_id, adapter_name, *args, **keywords)
+            result = load_adapter(self, model_id, adapter_name, *args, **keywords)
         except KeyError as error:
             if SINKS not in str(error):
                 raise
@@ -170,21 +172,49 @@ def _checking_folder(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
                 f"the adapter of {model_id} must hold the sinks that its config names, got no "
                 f"{error.args[0]}"
             ) from error
+        _refuse_missing(self, adapter_name, model_id, result.missing_keys)
+        return result
 
     return load
 
 
-def _requiring_sinks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `PreTrainedModel.load_adapter`, which only warns about weights that are missing."""
+def _refuse_missing(model: Any, name: str, adapter: Any, missing: Iterable[str]) -> None:
+    """Check that an adapter that was trained on bands has all of its weights."""
+    if vars(model.peft_config[name]).get(READ) is None:
+        return
+    for key in sorted(missing):
+        what = "sinks" if SINKS in key else "weights"
+        raise ValueError(
+            f"the adapter of {adapter} must hold the {what} that its config names, got no {key}"
+        )
+
+
+def _requiring_weights(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `PreTrainedModel.load_adapter`, which only warns about weights that are missing, and
+    takes those of any attention."""
+
+    parameters = signature(load_adapter)
 
     @wraps(load_adapter)
     def load(self: Any, *args: Any, **keywords: Any) -> Any:
-        loading_info = load_adapter(self, *args, **keywords)
-        missing = sorted(key for key in loading_info.missing_keys if SINKS in key)
-        if missing:
+        given = parameters.bind(self, *args, **keywords)
+        adapter = given.arguments.get("peft_model_id")
+        weights = given.arguments.get("adapter_state_dict")
+        if weights is not None:
+            given.arguments["adapter_state_dict"] = _without_marks(self, weights)
+        with naming_weights(adapter):
+            loading_info = load_adapter(*given.args, **given.kwargs)
+        name = given.arguments.get("adapter_name") or "default"
+        marks = [each for each, _ in self.named_buffers() if is_mark(each)]
+        for mark in marks:
+            refuse_other_mark(self, mark, self.get_buffer(mark))
+        refill_marks(self, marks)
+        for key in filter(is_mark, sorted(loading_info.unexpected_keys)):
             raise ValueError(
-                f"the adapter must hold the sinks that its config names, got no {missing[0]}"
+                "an adapter must be loaded into a model with the attention that its weights were "
+                f"trained with, got {key} of {adapter} for a model without"
             )
+        _refuse_missing(self, name, adapter, loading_info.missing_keys)
         return loading_info
 
     return load
@@ -259,15 +289,20 @@ def _reading_marks(set_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(set_state)
     def load(model: Any, peft_model_state_dict: Any, *args: Any, **keywords: Any) -> Any:
-        weights = peft_model_state_dict
-        marks = [name for name in weights if is_mark(name)]
-        for name in marks:
-            refuse_other_mark(model, _own_name(model, name), weights[name])
-        for name in weights:
-            _refuse_lost_sinks(model, name)
-        return set_state(model, copy_state_dict(weights, without=marks), *args, **keywords)
+        weights = _without_marks(model, peft_model_state_dict)
+        return set_state(model, weights, *args, **keywords)
 
     return load
+
+
+def _without_marks(model: Any, weights: Any) -> Any:
+    """An adapter's weights without marks, which are those of the model; raises `ValueError`."""
+    marks = [name for name in weights if is_mark(name)]
+    for name in marks:
+        refuse_other_mark(model, _own_name(model, name), weights[name])
+    for name in weights:
+        _refuse_lost_sinks(model, name)
+    return copy_state_dict(weights, without=marks)
 
 
 def _refuse_lost_sinks(model: Any, name: str) -> None:
@@ -353,7 +388,11 @@ def _install() -> None:
     _around(peft.PeftModel, "disable_adapter", _disabling_sinks)
     _around(peft.PeftModel, "load_adapter", _checking_folder)
     PreTrainedModel.enable_adapters = _enabling_sinks(PreTrainedModel.enable_adapters)
-    PreTrainedModel.load_adapter = _requiring_sinks(PreTrainedModel.load_adapter)
+    PreTrainedModel.load_adapter = _requiring_weights(PreTrainedModel.load_adapter)
+    finding = checking_configs(peft_utils.find_adapter_config_file)
+    replace_everywhere("find_adapter_config_file", peft_utils, finding)
+    reading = checking_weights(save_and_load.load_peft_weights)
+    replace_everywhere("load_peft_weights", save_and_load, reading)
     converting = _keeping_all(conversion.convert_to_lora)
     replace_everywhere("convert_to_lora", conversion, converting)
     getting = _writing_marks(save_and_load.get_peft_model_state_dict)

@@ -14,7 +14,7 @@ unexpected, in any process. State dicts that stay in memory go anywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -32,6 +32,7 @@ LIVE = "spattention_live"  # attribute of a mark in a state dict: its note, pick
 REQUIREMENT = " must be called before this model is loaded"
 DIGEST = "; attention "  # comes before the digest in a mark
 DIGEST_CHARACTERS = 16  # all marks of a kind have the same length, whatever the attention
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 REGISTERED: set[str] = set()  # kinds whose weights this process may open
 
 
@@ -110,6 +111,12 @@ def note_weights(module: Any, make_note: Callable[[Any], Note | None]) -> None:
         module.register_buffer(MARK, _mark(note, execution_device(module)))
     elif hasattr(module, MARK):
         delattr(module, MARK)
+
+
+def note_added(module: Any, names: Collection[str]) -> None:
+    """Remember the parameters that an attention module got with its attention; without that, they
+    would be saved and mean nothing."""
+    module._spattention_added = frozenset(names)
 
 
 def no_note(module: Any) -> Note | None:
@@ -277,11 +284,21 @@ def _refuse_other(note: Note | None, name: str, found: torch.Tensor) -> None:
     is_live = live is not None and not live.is_from_file and _text(live) == text
     if (is_live and note is None) or (kind == own_kind and (is_live or digest in ("", own_digest))):
         return
+    if note is not None and _is_rounded(found, _mark(note, "cpu")):
+        return
+    named = f'"{text[:200]}"' if REQUIREMENT in text else "a mark that cannot be read"
     raise ValueError(
         "weights must be loaded into a model with the attention that they were saved from, "
-        f'"{text[:200]}" in {name}, got "{wanted}"; to change it, apply another to the loaded '
-        f"model; to take weights as they are, remove the keys that end in {MARK}"
+        f'{named} in {name}, of {found.dtype}, got "{wanted}"; to change it, apply another to the '
+        f"loaded model; to take weights as they are, remove the keys that end in {MARK}"
     )
+
+
+def _is_rounded(found: torch.Tensor, own: torch.Tensor) -> bool:
+    """True for a mark that was cast to eight bits with its model's weights, and is this one so far
+    as they tell."""
+    given = found.detach().to("cpu", torch.float32)
+    return any(torch.equal(given, own.to(dtype).float()) for dtype in FLOAT8)
 
 
 def _note_of(model: Any, name: str) -> Note | None:
@@ -312,6 +329,13 @@ def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[...,
                     f"`config.{note.kind}` must be there to save a model that runs with it, got "
                     f'none for {name}: apply it again, or call `set_attn_implementation("sdpa")` '
                     "to save a dense model"
+                )
+            added: frozenset[str] = getattr(module, "_spattention_added", frozenset())
+            left = sorted(added & {name for name, _ in module.named_parameters()})
+            if left:
+                raise ValueError(
+                    f"`config.{note.kind}` must be there to save a model with the weights that it "
+                    f"added, got none for {name}.{left[0]}: put the section back"
                 )
             if weights is not None:
                 # It may have been taken before the section was taken off.
