@@ -9,7 +9,7 @@ import torch
 
 from . import impl as implementations
 from .bands import BandPattern
-from .binding import bind, bind_varlen
+from .binding import bind, bind_varlen, plain_form
 from .checks import check_no_tangents
 from .impl import blockwise, reference
 from .impl.attention_call import AttentionCall
@@ -88,6 +88,13 @@ def band_attention(
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
     `"reference"`.
     """
+    form = None
+    if sinks is None and query_start is None and key_start is None:
+        form = plain_form(query, key, value, pattern, scale)
+        if form is not None and not return_lse and (impl is None or impl == "triton"):
+            replay = form.replays.get(deterministic)
+            if replay is not None:
+                return replay.attend(query, key, value)
     call = bind(
         query,
         key,
@@ -97,6 +104,7 @@ def band_attention(
         sinks=sinks,
         query_start=query_start,
         key_start=key_start,
+        form=form,
     )
     if not deterministic:
         call = call._replace(deterministic=False)

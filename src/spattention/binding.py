@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .bands import BandPattern
 from .checks import check_attention, check_tensors, check_varlen
-from .compat.pytorch import needs_dispatcher
+from .compat.pytorch import is_watched, needs_dispatcher, torch_function_modes
 from .impl.attention_call import AttentionCall, CallForm
 from .impl.layout import score_scale, under_autocast
 from .scalars import python_number
@@ -31,13 +31,18 @@ def bind(
     sinks: Tensor | None,
     query_start: int | Tensor | None,
     key_start: Tensor | None,
+    form: CallForm | None = None,
 ) -> AttentionCall:
-    """The call of `band_attention` with these arguments; raises as that does."""
-    check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
-    query, key, value = under_autocast(query, key, value)
-    query_start = python_number(query_start)
+    """The call of `band_attention` with these arguments, and its form if that is known; raises as
+    that does.
+    """
     optional = (sinks, query_start, key_start)
-    form = _form_of((query, key, value), pattern, scale, optional)
+    if form is None:
+        check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
+        query, key, value = under_autocast(query, key, value)
+        query_start = python_number(query_start)
+        optional = (sinks, query_start, key_start)
+        form = _form_of((query, key, value), pattern, scale, optional)
     if form is None or not form.checked:
         rows: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
         check_attention(query, key, value, pattern, scale=scale, sinks=sinks, **rows)
@@ -80,6 +85,49 @@ def bind_varlen(
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     positions = 0, None, None, cu_seqlens_q, cu_seqlens_k
     return AttentionCall(query, key, value, pattern, scale, sinks, *positions, form)
+
+
+def plain_form(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BandPattern, scale: float | None
+) -> CallForm | None:
+    """The form of a call of `band_attention` without optional tensors, as `_form_of` gives it, or
+    None also where autocast changes a dtype or an argument has another type.
+    """
+    if torch.compiler.is_compiling() or is_watched() or torch_function_modes():
+        return None
+    if type(pattern) is not BandPattern or (scale is not None and type(scale) is not float):
+        return None
+    strided = torch.strided
+    for each in (query, key, value):
+        kind = type(each)
+        if (kind is not Tensor and kind is not torch.nn.Parameter) or each.layout is not strided:
+            return None
+        if each.is_neg():
+            return None
+    device, dtype = query.device, query.dtype
+    kind_of_device = device.type
+    if kind_of_device == "meta":
+        return None
+    if torch.is_autocast_enabled(kind_of_device) and not (
+        dtype == key.dtype == value.dtype == torch.get_autocast_dtype(kind_of_device)
+    ):
+        return None
+    return _form(
+        pattern,
+        scale,
+        query.shape,
+        query.stride(),
+        dtype,
+        device,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        value.shape,
+        value.stride(),
+        value.dtype,
+        value.device,
+    )
 
 
 def _form_of(

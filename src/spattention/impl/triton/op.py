@@ -14,13 +14,17 @@ import torch
 import triton
 
 from ...compat.pytorch import needs_dispatcher
+from ...compat.triton import RecordedLaunch, recorded_launches
 from ..attention_call import AttentionCall, CallForm
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
+from ..replay import Replay, bind_pass
 from . import launch
 from .arguments import Positions
 from .call import (
+    NOWHERE,
     BackwardTensors,
+    Call,
     ForwardTensors,
     call_of,
     compute_capability,
@@ -28,6 +32,7 @@ from .call import (
     ensure_inner_contiguous,
 )
 from .constants import ConstantCache, int32_table
+from .decode.op import MAX_QUERIES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -90,8 +95,50 @@ def _forward(
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
     facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
-    launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
+    tensors = ForwardTensors(query, key, value, out, lse, sinks)
+    if form is None or not _can_replay(query, positions, sinks, scale):
+        launch.forward(call, tensors)
+        return out, lse
+    with recorded_launches() as recorded:
+        launch.forward(call, tensors)
+    rest = (intervals, prefix, scale, query_start, deterministic, *[None] * 5)
+    form.replays.update(_replays(recorded, tensors, rest, call, form))
     return out, lse
+
+
+def _can_replay(
+    query: torch.Tensor, positions: Positions, sinks: torch.Tensor | None, scale: float
+) -> bool:
+    """True if calls of the form give launches query, key and value alone, and nothing else
+    decides about them. Few queries may be decoded instead.
+    """
+    return sinks is None and positions == NOWHERE and query.shape[2] > MAX_QUERIES and scale != 0.0
+
+
+def _replays(
+    recorded: Sequence[RecordedLaunch | None],
+    tensors: ForwardTensors,
+    rest: tuple[Any, ...],
+    call: Call,
+    form: CallForm,
+) -> dict[bool, Replay]:
+    query, key, value, out, lse, _ = tensors
+    if out.stride() != torch.empty_like(query).stride():
+        return {}
+    found = bind_pass(recorded, (query, key, value, out, lse), call.bands)
+    if found is None:
+        return {}
+
+    def compute(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _forward(query, key, value, *rest, form=form)
+
+    def differentiate(d_out: torch.Tensor, *saved: torch.Tensor) -> Sequence[torch.Tensor]:
+        return _gradients_anywhere(form, (d_out, None, *saved, *rest))[:3]
+
+    deterministic: bool = rest[4]
+    return {deterministic: Replay(found, tuple(lse.shape), compute, differentiate, call.bands)}
 
 
 def _fake_forward(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,14 +241,19 @@ def _gradients(
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     inputs = (d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional)
-    # With gradients on, someone wants a second derivative, which the operator refuses. What was
-    # saved needed no dispatcher in the forward pass.
-    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher((d_out, d_lse)):
-        d_query, d_key, d_value, d_sinks = backward(*inputs)
-    else:
-        d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
+    d_query, d_key, d_value, d_sinks = _gradients_anywhere(ctx.form, inputs)
     d_sinks = None if optional[2] is None else d_sinks
     return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
+
+
+def _gradients_anywhere(form: CallForm | None, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`_gradients_of`, through the dispatcher where something has to see the operator."""
+    # With gradients on, someone wants a second derivative, which the operator refuses. What was
+    # saved needed no dispatcher in the forward pass.
+    if form is None or torch.is_grad_enabled() or needs_dispatcher(inputs[:2]):
+        found: tuple[Any, ...] = backward(*inputs)
+        return found
+    return _gradients_of(*inputs, form=form)
 
 
 class _Recorded(torch.autograd.Function):
