@@ -34,7 +34,7 @@ class Pass:
 
     Args:
         launches: those recorded, in order.
-        device: number of the device.
+        device: number of the device that the tensors are on.
         scratch: bytes that the launches need besides the tensors of a call.
         offsets: where the tensors that were recorded there start.
     """
@@ -84,6 +84,9 @@ def bind_pass(
         return None  # equal addresses do not tell which tensor a launch had
     if any(address % ALIGNMENT for address in addresses) or _is_capturing(tensors[0]):
         return None
+    device = tensors[0].get_device()
+    if device_and_stream()[0] != device:
+        return None  # the implementation enters it
     places = {id(tensor): index for index, tensor in enumerate(tensors)}
     used = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     constant = constants.untyped_storage().data_ptr()
@@ -111,7 +114,7 @@ def bind_pass(
     launches = bind_launches(recorded, place)
     if launches is None or not known:
         return None
-    return Pass(launches, device_and_stream()[0], size, offsets)
+    return Pass(launches, device, size, offsets)
 
 
 class Replay:

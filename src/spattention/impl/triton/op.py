@@ -129,10 +129,9 @@ def _replays(
     if found is None:
         return {}
 
-    def compute(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _forward(query, key, value, *rest, form=form)
+    def compute(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        everything: tuple[Any, ...] = (*inputs, *rest, form)
+        return _forward(*everything)
 
     def differentiate(d_out: torch.Tensor, *saved: torch.Tensor) -> Sequence[torch.Tensor]:
         return _gradients_anywhere(form, (d_out, None, *saved, *rest))[:3]
