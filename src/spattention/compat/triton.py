@@ -201,7 +201,7 @@ def _driver_call(
     )
     assert found[3] is stream
     nested = found[-1] is not argument
-    assert not nested or found[-1] == (argument,)
+    assert not nested or [*found[-1]] == [argument]
     return function, found[4:-1], nested
 
 
