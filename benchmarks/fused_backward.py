@@ -48,7 +48,7 @@ def backward_of(fused: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(hopper, "plan", plan),
-        mock.patch.object(attention, "plain_form", return_value=None),
+        mock.patch.object(attention, "form_of", return_value=None),
     ):
         yield
 

@@ -20,6 +20,8 @@ from .impl.attention_call import AttentionCall, CallForm
 from .impl.layout import score_scale, under_autocast
 from .scalars import python_number
 
+NO_FORM = "no form"
+
 
 def bind(
     query: Tensor,
@@ -36,17 +38,15 @@ def bind(
     """The call of `band_attention` with these arguments, and its form if that is known; raises as
     that does.
     """
-    optional = (sinks, query_start, key_start)
     if form is None:
         check_tensors(query=query, key=key, value=value)  # autocast asks them for their device
         query, key, value = under_autocast(query, key, value)
         query_start = python_number(query_start)
-        optional = (sinks, query_start, key_start)
-        form = _form_of((query, key, value), pattern, scale, optional)
+        form = form_of(query, key, value, pattern, scale, (sinks, query_start, key_start))
     if form is None or not form.checked:
         rows: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
         check_attention(query, key, value, pattern, scale=scale, sinks=sinks, **rows)
-        _remember(form, query, optional)
+        _remember(form, query, (sinks, query_start, key_start))
     scale = score_scale(query, scale)
     start_tensor = query_start if isinstance(query_start, Tensor) else None
     start = 0 if isinstance(query_start, Tensor) else query_start
@@ -77,7 +77,7 @@ def bind_varlen(
     query, key, value = under_autocast(query, key, value)
     max_seqlen_q, max_seqlen_k = python_number(max_seqlen_q), python_number(max_seqlen_k)
     optional: tuple[Any, ...] = (sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    form = _form_of((query, key, value), pattern, scale, optional)
+    form = form_of(query, key, value, pattern, scale, optional)
     if form is None or not form.checked:
         check_varlen(query, key, value, pattern, *optional[1:], scale=scale, sinks=sinks)
         _remember(form, query, optional)
@@ -87,11 +87,18 @@ def bind_varlen(
     return AttentionCall(query, key, value, pattern, scale, sinks, *positions, form)
 
 
-def plain_form(
-    query: Tensor, key: Tensor, value: Tensor, pattern: BandPattern, scale: float | None
+def form_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BandPattern,
+    scale: float | None,
+    optional: tuple[Any, ...],
 ) -> CallForm | None:
-    """The form of a call of `band_attention` without optional tensors, as `_form_of` gives it, or
-    None also where autocast changes a dtype or an argument has another type.
+    """The form of a call, from its arguments as a user gives them. None where autocast changes a
+    dtype, for numbers of other types than Python's, and under torch.compile, a torch.func
+    transform, a mode or a tensor subclass: `bind` looks again once it has cast what it can, and
+    calls without a form are checked every time.
     """
     if torch.compiler.is_compiling() or is_watched() or torch_function_modes():
         return None
@@ -108,9 +115,12 @@ def plain_form(
     kind_of_device = device.type
     if kind_of_device == "meta":
         return None
-    if torch.is_autocast_enabled(kind_of_device) and not (
-        dtype == key.dtype == value.dtype == torch.get_autocast_dtype(kind_of_device)
-    ):
+    if torch.is_autocast_enabled(kind_of_device):
+        kept = torch.get_autocast_dtype(kind_of_device), torch.float64
+        if dtype not in kept or key.dtype not in kept or value.dtype not in kept:
+            return None
+    facts = [None if each is None else _facts(each) for each in optional]
+    if NO_FORM in facts:
         return None
     return _form(
         pattern,
@@ -127,42 +137,21 @@ def plain_form(
         value.stride(),
         value.dtype,
         value.device,
-    )
-
-
-def _form_of(
-    tensors: tuple[Tensor, Tensor, Tensor],
-    pattern: BandPattern,
-    scale: float | None,
-    optional: tuple[Any, ...],
-) -> CallForm | None:
-    """The form of a call. None under torch.compile, a torch.func transform, a dispatch mode or a
-    tensor subclass: such calls are checked every time.
-    """
-    if torch.compiler.is_compiling() or type(pattern) is not BandPattern:
-        return None
-    if scale is not None and type(scale) is not float:
-        return None
-    if needs_dispatcher((*tensors, *optional)):
-        return None
-    query, key, value = tensors
-    return _form(
-        pattern,
-        scale,
-        (query.shape, query.stride(), query.dtype, query.device),
-        (key.shape, key.stride(), key.dtype, key.device),
-        (value.shape, value.stride(), value.dtype, value.device),
-        *[None if each is None else _facts(each) for each in optional],
+        *facts,
     )
 
 
 def _facts(argument: Any) -> Hashable:
-    """Shape, strides, dtype and device of a tensor, or type and value of a number."""
-    if isinstance(argument, Tensor):
-        if argument.layout != torch.strided:
-            return argument.layout
-        return argument.shape, argument.stride(), argument.dtype, argument.device
-    return type(argument), argument if isinstance(argument, int) else None
+    """Shape, strides, dtype and device of a tensor, or type and value of a number; `NO_FORM` for
+    whatever else, or a tensor that the dispatcher has to see.
+    """
+    if isinstance(argument, int):
+        return type(argument), argument
+    if not isinstance(argument, Tensor) or needs_dispatcher((argument,)):
+        return NO_FORM
+    if argument.layout != torch.strided:
+        return argument.layout
+    return argument.shape, argument.stride(), argument.dtype, argument.device
 
 
 @lru_cache(maxsize=4096)

@@ -23,6 +23,6 @@ def changed_plans(**fields: Any) -> Iterator[None]:
 
     with (
         mock.patch.object(hopper, "plan", plan),
-        mock.patch.object(attention, "plain_form", return_value=None),
+        mock.patch.object(attention, "form_of", return_value=None),
     ):
         yield

@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(CompiledKernelCache, "__call__", checked)
     # Else later calls of a form are launched without asking for a kernel.
-    monkeypatch.setattr(attention, "plain_form", lambda *call: None)
+    monkeypatch.setattr(attention, "form_of", lambda *call: None)
     return found
 
 

@@ -19,12 +19,12 @@ class CallForm:
 
     Attributes:
         checked: whether a call of this form passed the checks.
-        replays: how later calls of this form run, by `deterministic`, once an implementation knows.
+        replays: by `deterministic`, how later calls of this form run, or None until that is known.
     """
 
     def __init__(self) -> None:
         self.checked = False
-        self.replays: dict[bool, Replay] = {}
+        self.replays: dict[bool, Replay | None] = {}
 
 
 class AttentionCall(NamedTuple):

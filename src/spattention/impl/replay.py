@@ -118,14 +118,16 @@ def bind_pass(
 
 
 class Replay:
-    """Eager calls of one form without optional tensors, forward and backward.
+    """Eager calls of one form without sinks, forward and backward.
+
+    A call's *inputs* are query, key, value and the tensors of positions that it has, in order.
 
     Args:
-        forward: the pass that fills `out` and `lse` from query, key and value.
+        forward: the pass that fills `out` and `lse`, the last of its tensors, from the inputs.
         lse_shape: `[B, H, Q]`.
-        compute: `out` and `lse` of a call, by the implementation.
-        differentiate: gradients of query, key and value from `d_out`, query, key, value, `out` and
-            `lse`, by the implementation.
+        compute: `out` and `lse` from the inputs, by the implementation.
+        differentiate: gradients of query, key and value from `d_out`, `out`, `lse` and the inputs,
+            by the implementation.
         constants: a tensor that belongs to the form, whose views the launches have.
     """
 
@@ -143,56 +145,57 @@ class Replay:
         self.lse_strides = torch.empty(lse_shape, device="meta").stride()
         self.backward: dict[Any, Pass] = {}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_start: int | Tensor | None,
+        key_start: Tensor | None,
+    ) -> Tensor:
         """Output of a call, recorded for autograd."""
+        positions: tuple[Tensor, ...] = ()
+        if query_start is not None or key_start is not None:
+            positions = tuple(t for t in (query_start, key_start) if isinstance(t, Tensor))
         if torch.is_grad_enabled() and (
             query.requires_grad or key.requires_grad or value.requires_grad
         ):
-            found: Tensor = _record(query, key, value, self)
+            found: Tensor = _record(query, key, value, positions, self)
             return found
-        return self.results(query, key, value)[0]
+        return self.results(query, key, value, *positions)[0]
 
-    def results(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def results(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """`out` and `lse` of a call."""
+        query = inputs[0]
         out = torch.empty_like(query)
         lse = torch.empty_strided(
             self.lse_shape, self.lse_strides, dtype=torch.float32, device=query.device
         )
-        if self.forward.run((query, key, value, out, lse)):
+        if self.forward.run((*inputs, out, lse)):
             return out, lse
-        return self.compute(query, key, value)
+        return self.compute(*inputs)
 
-    def gradients(
-        self, d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
-    ) -> Sequence[Tensor]:
-        """Gradients of query, key and value."""
+    def gradients(self, d_out: Tensor, saved: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """Gradients of query, key and value; saved were `out`, `lse` and the inputs."""
         # With gradients on, someone wants a second derivative, which an operator refuses.
         if torch.is_grad_enabled() or needs_dispatcher((d_out,)):
-            return self.differentiate(d_out, query, key, value, out, lse)
+            return self.differentiate(d_out, *saved)
         # Hooks on saved tensors may give back others.
-        form = (
-            d_out.shape,
-            d_out.dtype,
-            d_out.stride(),
-            query.stride(),
-            key.stride(),
-            value.stride(),
-            out.stride(),
-        )
+        form = d_out.shape, d_out.dtype, d_out.stride(), *[each.stride() for each in saved]
         known = self.backward.get(form)
         if known is None:
-            return self._first_gradients(form, (query, key, value, out, lse, d_out))
+            return self._first_gradients(form, (d_out, *saved))
+        _, _, query, key, value, *_ = saved
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        if known.run((query, key, value, out, lse, d_out, *gradients)):
+        if known.run((d_out, *saved, *gradients)):
             return gradients
-        return self.differentiate(d_out, query, key, value, out, lse)
+        return self.differentiate(d_out, *saved)
 
     def _first_gradients(self, form: Any, tensors: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        *saved, d_out = tensors
         with recorded_launches() as recorded:
-            gradients = self.differentiate(d_out, *saved)
+            gradients = self.differentiate(*tensors)
         # `empty_like` must give what the implementation gave.
-        layouts = (torch.empty_like(each).stride() for each in saved[:3])
+        layouts = (torch.empty_like(each).stride() for each in tensors[3:6])
         if all(each.stride() == layout for each, layout in zip(gradients, layouts)):
             found = bind_pass(recorded, (*tensors, *gradients), self.constants)
             if found is not None and len(self.backward) < MAX_BACKWARD:
@@ -204,15 +207,22 @@ class _Replayed(torch.autograd.Function):
     """A call of a `Replay` as autograd records it."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, replay: Replay) -> Tensor:
-        out, lse = replay.results(query, key, value)
-        ctx.save_for_backward(query, key, value, out, lse)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: tuple[Tensor, ...],
+        replay: Replay,
+    ) -> Tensor:
+        out, lse = replay.results(query, key, value, *positions)
+        ctx.save_for_backward(out, lse, query, key, value, *positions)
         ctx.replay = replay
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.replay.gradients(d_out, *ctx.saved_tensors), None
+        return *ctx.replay.gradients(d_out, ctx.saved_tensors), None, None
 
 
 _record = apply_without_transforms(_Replayed)

@@ -57,7 +57,9 @@ class Machine:
         *around, last = given
         self.launched.append([*around, *last] if self.nested else [*given])
 
-    def launch(self, cache: Any, programs: int, key: Any, *arguments: Any, **constants: Any) -> None:
+    def launch(
+        self, cache: Any, programs: int, key: Any, *arguments: Any, **constants: Any
+    ) -> None:
         """What `CompiledKernelCache` does with a kernel that is compiled."""
         key = (cache, key, *constants.values())
         if key not in self.kernels:
@@ -130,6 +132,7 @@ def step(
     *leaves, d_out = tensors
     out = spa.band_attention(*leaves, pattern, impl="triton", **options)
     names = dict(zip(("query", "key", "value", "d_out", "out"), (*tensors, out)))
+    names |= {name: each for name, each in options.items() if isinstance(each, torch.Tensor)}
     forward = named(machine.launched, names)
     machine.launched.clear()
     gradients = torch.autograd.grad(out, leaves, d_out)
@@ -137,10 +140,12 @@ def step(
     return forward, named(machine.launched, names)
 
 
-def replays(pattern: spa.BandPattern, tensors: Any) -> dict[bool, replay.Replay]:
-    form = binding.plain_form(*tensors[:3], pattern, None)
+def replays(pattern: spa.BandPattern, tensors: Any, *starts: Any) -> dict[bool, replay.Replay]:
+    """What is known of calls with these tensors, and with this `query_start` and `key_start`."""
+    starts = starts or (None, None)
+    form = binding.form_of(*tensors[:3], pattern, None, (None, *starts))
     assert form is not None
-    return form.replays
+    return {key: found for key, found in form.replays.items() if found is not None}
 
 
 CASES = {
@@ -152,6 +157,11 @@ CASES = {
     "portable": ({"head_dim": 32}, {}, {}),
     "portable prefix": ({"head_dim": 32}, {"prefix": 4}, {}),
     "five products": ({"head_dim": 128}, {}, {"deterministic": False}),
+    "padding": ({}, {}, {"key_start": (2,)}),
+    "documents": ({}, {}, {"key_start": (2, 192)}),
+    "portable documents": ({"head_dim": 32}, {"prefix": 4}, {"key_start": (2, 192)}),
+    "start": ({"tokens": 100}, {}, {"query_start": ()}),
+    "starts": ({}, {}, {"query_start": (2,), "key_start": (2,)}),
 }
 
 
@@ -160,24 +170,33 @@ def test_replays_launch_what_was_recorded(
     machine: Machine, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "use_fused", lambda call: not call.deterministic)
-    sizes, prefix, options = CASES[case]
+    monkeypatch.setattr(planning, "MIN_ROW_QUERIES", 0)
+    sizes, prefix, given = CASES[case]
     first, second = inputs(**sizes), inputs(**sizes)
     pattern = spa.BandPattern.shared_local(4, first[0].shape[2], **prefix)
-    recorded = step(machine, first, pattern, **options)
-    deterministic = options.get("deterministic", True)
-    found = replays(pattern, first)[deterministic]
+
+    def options() -> dict[str, Any]:
+        return {
+            name: torch.zeros(each, dtype=torch.int32) if isinstance(each, tuple) else each
+            for name, each in given.items()
+        }
+
+    recorded = step(machine, first, pattern, **options())
+    assert step(machine, first, pattern, **options()) == recorded
+    starts = [options().get(name) for name in ("query_start", "key_start")]
+    found = replays(pattern, first, *starts)[given.get("deterministic", True)]
     assert [*recorded[0], *recorded[1]]
     assert not found.backward  # its forward pass came before there was a record
-    assert step(machine, first, pattern, **options) == recorded
+    assert step(machine, first, pattern, **options()) == recorded
     assert len(found.backward) == 1
     with mock.patch.multiple(found, compute=None, differentiate=None):
-        assert step(machine, second, pattern, **options) == recorded
+        assert step(machine, second, pattern, **options()) == recorded
 
 
 def test_streams_are_those_of_the_call(machine: Machine) -> None:
     tensors = inputs()
     pattern = spa.BandPattern.exclusive(4, 192)
-    for machine.stream in (5, 5, 6):
+    for machine.stream in (5, 5, 5, 5, 6):
         forward, backward = step(machine, tensors, pattern)
     assert {each[3] for each in (*forward, *backward)} == {6}
 
@@ -189,7 +208,7 @@ def test_other_calls_go_the_long_way(
     """A launch that may need another kernel, or has to be seen, is not one of the record."""
     tensors = inputs()
     pattern = spa.BandPattern.exclusive(4, 192)
-    for _ in range(3):
+    for _ in range(4):
         step(machine, tensors, pattern)
     (found,) = replays(pattern, tensors).values()
     taken = found.forward.run
@@ -212,7 +231,7 @@ def test_other_strides_are_another_record(machine: Machine) -> None:
     """Hooks on saved tensors, and whoever gives a gradient, choose their strides."""
     tensors = inputs()
     pattern = spa.BandPattern.exclusive(4, 192)
-    for _ in range(3):
+    for _ in range(4):
         step(machine, tensors, pattern)
     (found,) = replays(pattern, tensors).values()
     _, expected = step(machine, tensors, pattern)
@@ -230,16 +249,27 @@ def test_a_tensor_given_twice_is_not_recorded(machine: Machine) -> None:
     """Its address would not tell which argument a launch had."""
     query, *_ = inputs()
     pattern = spa.BandPattern.exclusive(4, 192)
-    for _ in range(3):
+    for _ in range(4):
         spa.band_attention(query, query, query, pattern, impl="triton")
     assert not replays(pattern, [query] * 3)
+
+
+def test_a_form_that_comes_once_is_not_recorded(machine: Machine) -> None:
+    """Lengths that vary would pay for a record in every call."""
+    tensors = inputs()
+    pattern = spa.BandPattern.exclusive(4, 192)
+    for deterministic in (True, False):
+        step(machine, tensors, pattern, deterministic=deterministic)
+        assert not replays(pattern, tensors)
+    step(machine, tensors, pattern)
+    assert [*replays(pattern, tensors)] == [True]
 
 
 def test_few_queries_are_not_recorded(machine: Machine) -> None:
     """Without gradients they are decoded, by other kernels."""
     tensors = inputs(tokens=16)
     pattern = spa.BandPattern.exclusive(4, 16)
-    for _ in range(3):
+    for _ in range(4):
         step(machine, tensors, pattern)
     assert not replays(pattern, tensors)
 
@@ -247,7 +277,7 @@ def test_few_queries_are_not_recorded(machine: Machine) -> None:
 def test_second_derivatives_are_refused(machine: Machine) -> None:
     tensors = inputs()
     pattern = spa.BandPattern.exclusive(4, 192)
-    for _ in range(3):
+    for _ in range(4):
         step(machine, tensors, pattern)
     *leaves, d_out = tensors
     out = spa.band_attention(*leaves, pattern, impl="triton")
@@ -260,7 +290,7 @@ def test_modes_see_the_operator_of_a_known_form(machine: Machine) -> None:
     """Among them those that count floating point operations."""
     tensors = inputs()
     pattern = spa.BandPattern.exclusive(4, 192)
-    for _ in range(3):
+    for _ in range(4):
         step(machine, tensors, pattern)
     seen = []
 
@@ -278,8 +308,8 @@ def test_modes_see_the_operator_of_a_known_form(machine: Machine) -> None:
 def test_autocast_of_other_dtypes_is_another_form(machine: Machine) -> None:
     tensors = [each.detach().half() for each in inputs()[:3]]
     pattern = spa.BandPattern.exclusive(4, 192)
-    for _ in range(3):
+    for _ in range(4):
         assert spa.band_attention(*tensors, pattern, impl="triton").dtype == torch.float16
         with torch.autocast("cpu", torch.bfloat16):
-            assert binding.plain_form(*tensors, pattern, None) is None
+            assert binding.form_of(*tensors, pattern, None, (None, None, None)) is None
             assert spa.band_attention(*tensors, pattern, impl="triton").dtype == torch.bfloat16

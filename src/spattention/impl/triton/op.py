@@ -22,7 +22,6 @@ from ..replay import Replay, bind_pass
 from . import launch
 from .arguments import Positions
 from .call import (
-    NOWHERE,
     BackwardTensors,
     Call,
     ForwardTensors,
@@ -96,48 +95,69 @@ def _forward(
     facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
     tensors = ForwardTensors(query, key, value, out, lse, sinks)
-    if form is None or not _can_replay(query, positions, sinks, scale):
+    described = sinks is None and cu_seqlens_q is None
+    if form is None or not described or not _needs_record(form, deterministic):
         launch.forward(call, tensors)
         return out, lse
     with recorded_launches() as recorded:
         launch.forward(call, tensors)
-    rest = (intervals, prefix, scale, query_start, deterministic, *[None] * 5)
-    form.replays.update(_replays(recorded, tensors, rest, call, form))
+    options = intervals, prefix, scale, query_start, deterministic
+    form.replays[deterministic] = _replay(recorded, tensors, options, positions, call, form)
     return out, lse
 
 
-def _can_replay(
-    query: torch.Tensor, positions: Positions, sinks: torch.Tensor | None, scale: float
-) -> bool:
-    """True if calls of the form give launches query, key and value alone, and nothing else
-    decides about them. Few queries may be decoded instead.
-    """
-    return sinks is None and positions == NOWHERE and query.shape[2] > MAX_QUERIES and scale != 0.0
+def _needs_record(form: CallForm, deterministic: bool) -> bool:
+    """True from a form's second call on until it has a record: many come once, as lengths vary."""
+    if deterministic not in form.replays:
+        form.replays[deterministic] = None
+        return False
+    return form.replays[deterministic] is None
 
 
-def _replays(
+def _replay(
     recorded: Sequence[RecordedLaunch | None],
     tensors: ForwardTensors,
-    rest: tuple[Any, ...],
+    options: tuple[Any, ...],
+    positions: Positions,
     call: Call,
     form: CallForm,
-) -> dict[bool, Replay]:
+) -> Replay | None:
+    """How later calls of a form run, if launches are all that they need. Few queries may be decoded
+    instead.
+    """
     query, key, value, out, lse, _ = tensors
-    if out.stride() != torch.empty_like(query).stride():
-        return {}
-    found = bind_pass(recorded, (query, key, value, out, lse), call.bands)
+    starts = positions[:2]
+    given = [each for each in starts if each is not None]
+    if (
+        call.queries <= MAX_QUERIES
+        or options[2] == 0.0  # the scale: gradients are filled with zeros
+        or out.stride() != torch.empty_like(query).stride()
+        or not all(each.is_contiguous() for each in given)
+    ):
+        return None
+    found = bind_pass(recorded, (query, key, value, *given, out, lse), call.bands)
     if found is None:
-        return {}
+        return None
+    has_start, has_key_start = (each is not None for each in starts)
+
+    def rest(given: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """The operator's arguments after query, key and value, or after `lse`."""
+        start = given[0] if has_start else None
+        key_start = given[-1] if has_key_start else None
+        return *options, start, key_start, None, None, None
 
     def compute(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        everything: tuple[Any, ...] = (*inputs, *rest, form)
+        everything: tuple[Any, ...] = (*inputs[:3], *rest(inputs[3:]), form)
         return _forward(*everything)
 
-    def differentiate(d_out: torch.Tensor, *saved: torch.Tensor) -> Sequence[torch.Tensor]:
-        return _gradients_anywhere(form, (d_out, None, *saved, *rest))[:3]
+    def differentiate(
+        d_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *inputs: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        return _gradients_anywhere(form, (d_out, None, *inputs[:3], out, lse, *rest(inputs[3:])))[
+            :3
+        ]
 
-    deterministic: bool = rest[4]
-    return {deterministic: Replay(found, tuple(lse.shape), compute, differentiate, call.bands)}
+    return Replay(found, tuple(lse.shape), compute, differentiate, call.bands)
 
 
 def _fake_forward(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
