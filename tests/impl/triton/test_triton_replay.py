@@ -254,6 +254,27 @@ def test_a_tensor_given_twice_is_not_recorded(machine: Machine) -> None:
     assert not replays(pattern, [query] * 3)
 
 
+@pytest.mark.parametrize("case", ["zero scale", "strided starts", "sinks", "log-sum-exp"])
+def test_calls_that_need_more_are_not_recorded(machine: Machine, case: str) -> None:
+    """PyTorch fills or copies a tensor besides the launches, or has one more result."""
+    tensors = inputs()
+    pattern = spa.BandPattern.exclusive(4, 192)
+    starts = torch.zeros(2, 384, dtype=torch.int32)[:, ::2]
+    options: dict[str, Any] = {
+        "zero scale": {"scale": 0.0},
+        "strided starts": {"key_start": starts},
+        "sinks": {"sinks": torch.zeros(4, dtype=torch.bfloat16)},
+        "log-sum-exp": {"return_lse": True},
+    }[case]
+    for _ in range(4):
+        result = spa.band_attention(*tensors[:3], pattern, impl="triton", **options)
+        assert isinstance(result, tuple) == (case == "log-sum-exp")
+    optional = options.get("sinks"), None, options.get("key_start")
+    form = binding.form_of(*tensors[:3], pattern, options.get("scale"), optional)
+    assert form is not None
+    assert (form.replays.get(True) is None) == (case != "log-sum-exp")
+
+
 def test_a_form_that_comes_once_is_not_recorded(machine: Machine) -> None:
     """Lengths that vary would pay for a record in every call."""
     tensors = inputs()
@@ -301,8 +322,15 @@ def test_modes_see_the_operator_of_a_known_form(machine: Machine) -> None:
 
     with Mode():
         step(machine, tensors, pattern)
-    assert "spattention.triton_forward.default" in seen
-    assert "spattention.triton_backward.default" in seen
+    forward, backward = (f"spattention.triton_{name}.default" for name in ("forward", "backward"))
+    assert {forward, backward} <= {*seen}
+    seen.clear()
+    *leaves, d_out = tensors
+    out = spa.band_attention(*leaves, pattern, impl="triton")
+    assert not seen
+    with Mode():
+        torch.autograd.grad(out, leaves, d_out)
+    assert backward in seen
 
 
 def test_autocast_of_other_dtypes_is_another_form(machine: Machine) -> None:
