@@ -46,7 +46,7 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
-from spattention.parallel.work import rank_plan
+from spattention.parallel.rank_calls import rank_plan
 
 from .parallel_decoding import tensor_parallel
 from .parallel_losses import losses
