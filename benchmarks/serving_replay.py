@@ -264,7 +264,7 @@ def layouts(
         return out
 
     def paged(rows: slice, table: torch.Tensor = tables[0]) -> torch.Tensor:
-        out = paged_attention(query[rows], *pages, table[rows], seq_lens[rows], pattern)
+        out = paged_attention(query[rows], pages[0], pages[1], table[rows], seq_lens[rows], pattern)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -315,7 +315,7 @@ def warm(form: int) -> None:
     if form < len(PATTERNS) + 2:
         table = torch.zeros(8, 64, dtype=torch.int32, device="cuda")
         seq_lens = torch.full((8,), 1000, dtype=torch.int32, device="cuda")
-        paged_attention(query, *cache, table, seq_lens, pattern)
+        paged_attention(query, cache[0], cache[1], table, seq_lens, pattern)
     else:
         key, value = cache.view(2, 8, -1, kv_heads, HEAD_DIM).transpose(2, 3)
         spa.band_attention(query, key, value, pattern)
