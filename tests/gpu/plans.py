@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from spattention import attention
 from spattention.impl.triton import hopper
 from spattention.impl.triton.hopper import TileOrder
 
@@ -31,12 +32,15 @@ def larger_plans(variant: Variant) -> list[dict[str, Any]]:
 
 @contextmanager
 def changed_plans(**fields: Any) -> Iterator[None]:
-    """Every plan with these fields of `HopperPlan`."""
+    """Every plan with these fields of `HopperPlan`; no call runs as an earlier one did."""
     rule = hopper.plan
 
     def plan(*inputs: Any) -> hopper.HopperPlan | None:
         found = rule(*inputs)
         return None if found is None else replace(found, **fields)
 
-    with mock.patch.object(hopper, "plan", plan):
+    with (
+        mock.patch.object(hopper, "plan", plan),
+        mock.patch.object(attention, "form_of", return_value=None),
+    ):
         yield
