@@ -4,6 +4,7 @@
 |---|---|
 | `paged_decode` | `paged_attention`: the newest tokens of each request |
 | `head_classes` | key/value heads whose cache blocks are freed together |
+| `class_streams` | streams on which classes of heads decode side by side |
 | `paged` | one step of an engine over a paged cache, and writing into it |
 | `checks` | checks of a model folder and an engine's settings |
 | `vllm_backend` | vLLM's attention back end |
