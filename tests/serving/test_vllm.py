@@ -99,36 +99,40 @@ def test_prefix_tokens_are_served(tmp_path: Path) -> None:
 
 
 def test_decoding_requests_go_to_the_kernels() -> None:
-    """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; a
-    step of decoding alone never waits for the device."""
+    """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; the
+    other requests of a step are packed behind them. No step waits for the device, and none with
+    requests that only pad it to a captured size."""
     from spattention.serving.vllm_backend import BandMetadataBuilder
 
     builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
     builder.block_size, builder.window, builder.prefix = 16, 40, 3
     builder.has_kernels = True
-    mixed = SimpleNamespace(
-        num_reqs=3,
-        query_start_loc_cpu=torch.tensor([0, 1, 2, 9]),
-        seq_lens=torch.tensor([50, 7, 30], dtype=torch.int32),
-        block_table_tensor=torch.arange(12, dtype=torch.int32).view(3, 4),
-    )
-    step = builder.build(0, mixed).step
-    assert step.decodes is not None
-    assert step.decodes.seq_lens.tolist() == [50, 7]
+
+    def build(offsets: list[int], lengths: list[int]) -> Any:
+        common = SimpleNamespace(
+            num_reqs=len(lengths),
+            query_start_loc_cpu=torch.tensor(offsets),
+            seq_lens=torch.empty(len(lengths), dtype=torch.int32, device="meta"),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+            block_table_tensor=torch.arange(4 * len(lengths), dtype=torch.int32).view(-1, 4),
+        )
+        return builder.build(0, common).step, common
+
+    step, mixed = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes.seq_lens.data_ptr() == mixed.seq_lens.data_ptr()
+    assert step.decodes.seq_lens.shape == (2,)
     assert step.decodes.block_table.data_ptr() == mixed.block_table_tensor.data_ptr()
-    assert [batch.tokens.tolist() for batch in step.batches] == [list(range(2, 9))]
-    unreadable = SimpleNamespace(
-        num_reqs=2,
-        query_start_loc_cpu=torch.tensor([0, 1, 2]),
-        seq_lens=torch.empty(2, dtype=torch.int32, device="meta"),
-        block_table_tensor=torch.empty(2, 4, dtype=torch.int32, device="meta"),
-    )
-    assert builder.build(0, unreadable).step.batches == []
+    assert (step.prefills.first, step.prefills.last) == (2, 9)
+    assert step.prefills.cu_seqlens_q.tolist() == [0, 7]
+    assert step.prefills.cu_seqlens_k.tolist() == [0, 30]
+    step, _ = build([0, 1, 2, 2, 2], [50, 7, 0, 0])
+    assert step.decodes.seq_lens.shape == (2,)
+    assert step.prefills is None
     builder.has_kernels = False
-    step = builder.build(0, mixed).step
+    step, _ = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes is None
-    assert sum(len(batch.tokens) for batch in step.batches) == 9
+    assert step.prefills.cu_seqlens_q.tolist() == [0, 1, 2, 9]
+    assert step.prefills.cu_seqlens_k.tolist() == [0, 43, 50, 80]
 
 
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
