@@ -24,6 +24,7 @@ NEW_TOKENS = 40
 # One token alone, prompts within the span of 96 and prompts beyond it, whose first blocks are freed
 # while they are read.
 PROMPTS = folders.prompts([1, 70, 200, 300])
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,14 @@ def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
             {},
             {"kv_cache_dtype": "fp8"},
             "`kv_cache_dtype` must be one of ('auto', 'float16', 'bfloat16', 'float32') for",
+        ),
+        ({}, {"kv_cache_dtype": "bfloat16"}, "must be 'auto' or the model's 'float32' for"),
+        ({}, {"model_impl": "transformers"}, "`model_impl` must be 'auto' or 'vllm' for"),
+        ({}, {"kv_offloading_size": 1.0}, "`kv_offloading_size` must be None for"),
+        (
+            {},
+            {"speculative_config": NGRAM},
+            "`speculative_config` must be None for spattention, got SpeculativeConfig",
         ),
         (
             {},
