@@ -248,6 +248,23 @@ def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
             assert message in error
 
 
+def test_weights_of_other_bands_are_refused(tmp_path: Path) -> None:
+    """A config that was edited names other bands than the weights were trained with."""
+    good = folders.save(tmp_path / "good")
+    section = json.loads((good / "config.json").read_text())["spattention"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"layers": [1, 0]}, "with the attention that they were saved from"),
+        ({"layers": [0, None]}, 'model.layers.1.self_attn.spattention_mark, got "none"'),
+        ({"sinks": True}, "model.layers.0.self_attn.sinks"),
+    ]
+    for index, (entries, message) in enumerate(cases):
+        folder = shutil.copytree(good, tmp_path / str(index))
+        folders.edit(folder, spattention=section | entries)
+        with pytest.raises(AssertionError) as raised:
+            engine.generate_in_vllm(folder, [PROMPTS], 1)
+        assert message in str(raised.value)
+
+
 def test_vllm_without_the_plugin_refuses_bands(tmp_path: Path) -> None:
     """vLLM's own registry does not know the name that a band model's folder gives."""
     folder = folders.save(tmp_path)
