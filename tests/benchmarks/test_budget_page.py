@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.experiments import (
     budget_page,
@@ -17,6 +18,7 @@ from benchmarks.experiments import (
     ledger,
 )
 from spattention.comparison.plan import Plan, Run, read_plan
+from spattention.training.graphs import asks_for_graphs, refusal
 
 PLANS = {path.stem: read_plan(path) for path in evidence.PLANS.glob("budget-*.toml")}
 
@@ -177,6 +179,15 @@ def test_a_budget_fits_one_stay():
         assert tokens >= 650e6
         assert tokens / speed < 22 * 60
         assert len({json.dumps(run.fields["data"]) for run in PLANS[name].runs}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(PLANS))
+def test_steps_of_a_budget_do_not_wait(name):
+    """Every run's passes are recorded as a CUDA graph on one GPU, and it is evaluated seldom."""
+    for run in PLANS[name].runs:
+        assert asks_for_graphs(run.recipe)
+        assert refusal(run.recipe, torch.device("cuda"), 1) is None
+        assert run.recipe.steps / run.recipe.evaluate_every < 30
 
 
 def test_the_page_starts_with_its_sentences():
