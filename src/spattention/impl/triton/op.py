@@ -151,12 +151,8 @@ def _replay(
         everything: tuple[Any, ...] = (*inputs[:3], *rest(inputs[3:]), form)
         return _forward(*everything)
 
-    def differentiate(
-        d_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *inputs: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        return _gradients_anywhere(form, (d_out, None, *inputs[:3], out, lse, *rest(inputs[3:])))[
-            :3
-        ]
+    def differentiate(d_out: torch.Tensor, *saved: torch.Tensor) -> Sequence[torch.Tensor]:
+        return _gradients_anywhere(form, (d_out, None, *saved[:5], *rest(saved[5:])))[:3]
 
     return Replay(found, tuple(lse.shape), compute, differentiate, call.bands)
 
