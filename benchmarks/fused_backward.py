@@ -55,20 +55,20 @@ def backward_of(fused: bool) -> Iterator[None]:
 
 def measure(shape: Shape, name: str) -> dict[str, Any]:
     """The row of a case: milliseconds of the forward pass, and of both passes by each side."""
-    *leaves, d_out = inputs(shape, shape.tokens)
+    query, key, value, d_out = inputs(shape, shape.tokens)
     pattern = patterns(shape, shape.tokens, 0)[name]
     row: dict[str, Any] = {"shape": str(shape), "pattern": name}
     expected = None
 
     def forward() -> None:
         with torch.no_grad():
-            spa.band_attention(*leaves, pattern, impl="triton")
+            spa.band_attention(query, key, value, pattern, impl="triton")
 
     row["forward"] = graph_milliseconds(forward, rest=REST)
 
     def total() -> tuple[torch.Tensor, ...]:
-        out = spa.band_attention(*leaves, pattern, impl="triton", deterministic=False)
-        return torch.autograd.grad(out, leaves, d_out)
+        out = spa.band_attention(query, key, value, pattern, impl="triton", deterministic=False)
+        return torch.autograd.grad(out, (query, key, value), d_out)
 
     for side, fused in SIDES.items():
         with backward_of(fused):

@@ -10,6 +10,24 @@ from unittest import mock
 
 from spattention import attention
 from spattention.impl.triton import hopper
+from spattention.impl.triton.hopper import TileOrder
+
+from .cases import Variant
+
+ORDERS = (
+    (TileOrder.HEAD_MAJOR, True, True),
+    (TileOrder.HEAD_MAJOR, False, False),
+    (TileOrder.PAIRED, False, True),
+)
+
+
+def larger_plans(variant: Variant) -> list[dict[str, Any]]:
+    """Fields of the plans that the rules choose for more heads, more tokens and longer bands."""
+    if variant.mode != "self":  # those know one forward kernel and no pairs
+        orders = [(TileOrder.HEAD_MAJOR, False, split) for split in (True, False)]
+    else:
+        orders = list(ORDERS)
+    return [dict(zip(("order", "persistent", "split_backward"), each)) for each in orders]
 
 
 @contextmanager

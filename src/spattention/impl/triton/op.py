@@ -19,6 +19,7 @@ from ..attention_call import AttentionCall, CallForm
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
 from ..replay import Replay, bind_pass
+from ..sinks import sink_weight
 from . import launch
 from .arguments import Positions
 from .call import (
@@ -208,12 +209,7 @@ def _gradients_of(
         d_query.zero_()
         d_key.zero_()
     if sinks is not None and d_sinks is not None:
-        # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a
-        # row without keys.
-        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(
-            sinks[:, None] == -torch.inf, 0.0
-        )
-        d_sinks.copy_(-(weight * delta).sum((0, 2)))
+        d_sinks.copy_(-(sink_weight(sinks.float()[:, None], lse) * delta).sum((0, 2)))
     return d_query, d_key, d_value, d_sinks
 
 
