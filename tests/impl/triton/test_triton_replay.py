@@ -358,3 +358,18 @@ def test_autocast_of_other_dtypes_is_another_form(machine: Machine) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert binding.form_of(*tensors, pattern, None, (None, None, None)) is None
             assert spa.band_attention(*tensors, pattern, impl="triton").dtype == torch.bfloat16
+
+
+def test_a_tensor_that_is_copied_first_is_not_recorded(machine: Machine) -> None:
+    """A launch reads the copy, which PyTorch fills in each call."""
+    *leaves, d_out = inputs()
+    pattern = spa.BandPattern.exclusive(4, 192)
+    expanded = d_out.new_ones(()).expand(d_out.shape)  # the gradient of a sum
+    for _ in range(4):
+        step(machine, [*leaves, expanded], pattern)
+    (found,) = replays(pattern, leaves).values()
+    assert not found.backward
+    rows = [each.detach().transpose(2, 3).contiguous().transpose(2, 3) for each in leaves]
+    for _ in range(4):
+        spa.band_attention(*rows, pattern, impl="triton")
+    assert not replays(pattern, rows)
