@@ -18,7 +18,7 @@ from .text import Text
 
 TOKENS = 32_768  # of a batch
 EDGES = (128, 512, 1024, 2048, 4096)  # positions that divide a window's losses
-ANSWERED = 16 * TOKENS  # tokens of prompts that are answered together: a step costs the host's time
+ANSWERED = 8 * TOKENS  # tokens of prompts that are answered together: a step costs the host's time
 DEPTHS = 5  # .1, .3, .5, .7, .9
 PARTS = ("loss", "passkeys", "ruler", "tasks", "speed", "memory")
 

@@ -366,6 +366,32 @@ def test_sensitivity_is_the_squared_gradient_by_bin(length, monkeypatch):
     assert length == 3 or float(wanted.max()) > 1e-6
 
 
+@pytest.mark.parametrize("length", [20, 150])
+def test_answers_mind_needles_by_squared_gradient(length, monkeypatch):
+    """Against autograd through whole matrices of scores, of the loss of the answer alone."""
+    torch.manual_seed(2)
+    model = cosine_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.normal_()
+            layer.self_attn.o_proj.weight.normal_()
+    rows = tokens(2, length)
+    places = [((2, 5), (length - 3, length)), ((7, 9), (12, 14))]
+    triples = [(row, *place) for row, place in zip(rows, places, strict=True)]
+    found = profile(model, rows, needles=triples, sensitivity=1).needle_sensitivity
+    explicit = Explicit(monkeypatch)
+    wanted = torch.zeros_like(found)
+    for row, (start, stop), (first, last) in triples:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, first - 1 : last - 1]
+        torch.nn.functional.cross_entropy(logits, row[first:last], reduction="sum").backward()
+        grads = torch.stack([explicit.scores[k].grad[0] for k in sorted(explicit.scores)])
+        each = grads[:, :, stop:, start:stop].double().sum(-1).square().sum(-1)
+        wanted += each / each.sum() / len(triples)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-8)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-4)
+    assert profile(model, rows, needles=triples).needle_sensitivity is None
+
+
 def test_gradients_need_rows_and_leave_the_model_alone():
     model = cosine_model()
     model.lm_head.weight.requires_grad_(False)
