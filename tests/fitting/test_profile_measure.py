@@ -156,12 +156,20 @@ def test_planted_passkeys_lie_where_heads_are_watched():
         assert text.endswith(f"The pass key is {key}")
         assert torch.equal(needle.tokens[needle.needle.start : needle.needle.stop],
                            needle.answer_tokens)  # fmt: skip
+        sentence = needle.tokens[needle.sentence.start : needle.sentence.stop]
+        assert tokenizer.decode(sentence) == f"\nThe pass key is {key}. Remember it.\n"
         assert len(needle.tokens) == len(row)
     assert planted[0].needle.start < planted[1].needle.start < planted[2].needle.start
     found = profile(model, [row], needles=3, tokenizer=tokenizer)
     assert found.needles == 3
     assert found.tokens == 250  # the needles' rows do not count
     assert bool(((found.needle > 0) & (found.needle < 1)).all())
+    given = profile(model, [row], needles=planted, sensitivity=1)
+    assert torch.equal(given.needle, found.needle)
+    bare = [(each.tokens, (each.needle.start, each.needle.stop),
+             (each.answer.start, each.answer.stop)) for each in planted]  # fmt: skip
+    other = profile(model, [row], needles=bare, sensitivity=1)
+    assert not torch.equal(given.needle_sensitivity, other.needle_sensitivity), "of the sentence"
 
 
 def test_a_model_that_copies_finds_its_needles():

@@ -82,8 +82,8 @@ class Profile:
         sensitivity_rows: rows that it was measured on.
         needle_sensitivity: float64 `[L, H]`, the share of each head in how much the answers mind
             their needles, a mean over needles. What an answer minds is the squared derivative of
-            its log-probability with respect to a term added to a head's scores with the needle,
-            summed over the queries after the needle. None if it was not asked for.
+            its log-probability with respect to a term added to a head's scores with the needle's
+            sentence, summed over the queries after it. None if it was not asked for.
 
     Raises:
         ValueError: if a value has the wrong type, shape or range, or shares exceed 1.

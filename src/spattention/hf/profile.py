@@ -58,7 +58,8 @@ def profile(
             shape and, optionally, an `attention_mask`, whose masked tokens are left out.
         needles: measure which heads fetch: a number of passkeys to plant in the first rows, which
             needs `tokenizer`; or triples `(tokens, (start, stop) of the needle, (start, stop) of
-            the answer)`. The queries that count are those that predict the answer's tokens.
+            the answer)`, or needles of `spattention.hf.needles`, in rows of any length. The queries
+            that count are those that predict the answer's tokens.
         tokenizer: the model's.
         sensitivity: measure how much the loss minds that heads no longer attend some distances, on
             this number of first rows, and how much the answers mind their needles, if there are

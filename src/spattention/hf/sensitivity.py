@@ -64,8 +64,9 @@ class SensitivitySums:
 class NeedleSums:
     """Shares of the heads in how much the answers mind their needles: means over needles, float64.
 
-    The queries that count come after the needle: those that predict the answer, and those before
-    them that pass on where it is. Each needle counts the same, however sure the model is of it.
+    The keys are those of the needle's sentence, as a question finds it by its words. The queries
+    come after it: those that predict the answer, and those before them that pass on what they
+    found. Each needle counts the same, however sure the model is of it.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class NeedleSums:
     def add(self, layer: int, gradient: Tensor, start: int) -> None:
         """Add dS `[H, R, K]` of a block of queries, the first of which is at `start`."""
         assert self.needle is not None
-        held = self.needle.needle
+        held = self.needle.sentence or self.needle.needle
         late = gradient[:, max(0, held.stop - start) :, held.start : held.stop]
         total = late.double().sum(dim=-1).square().sum(dim=-1).cpu()
         self._layers[layer] = self._layers.get(layer, torch.zeros_like(total)) + total
