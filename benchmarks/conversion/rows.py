@@ -118,6 +118,8 @@ ROWS: dict[str, Row] = {
     "fitted-sinks": Row(_fitted(), sinks=True),
     "fitted-bare": Row(_fitted()),
     "fitted-shares": Row(_fitted(prefix=PREFIX, fetch=1.0)),
+    "fitted-shares-sinks": Row(_fitted(prefix=PREFIX, fetch=1.0), sinks=True),
+    "fitted-groups-shares": Row(_fitted(prefix=PREFIX, groups=True, fetch=1.0)),
     "fitted-captured": Row(_fitted(prefix=PREFIX, sensitivity=False)),
     "fitted-no-fetch": Row(_fitted(prefix=PREFIX, fetch=0.0)),
     "fitted-more-fetch": Row(_fitted(prefix=PREFIX, fetch=3.0)),
@@ -128,5 +130,6 @@ ROWS: dict[str, Row] = {
     "fitted-prefix-16": Row(_fitted(prefix=16)),
     "dense-lora": Row(None, lora=True),
     "window-prefix-lora": Row(_window(PREFIX), lora=True),
+    "fitted-shares-lora": Row(_fitted(prefix=PREFIX, fetch=1.0), lora=True),
     "fitted-lora": Row(_fitted(prefix=PREFIX), lora=True),
 }
