@@ -222,7 +222,7 @@ def _read_mark(module: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
     note = module._spattention_note(module)
     found = state_dict.get(prefix + MARK)
     if found is not None:
-        _refuse_other(note, prefix + MARK, found)
+        refuse_mark_of_other(note, prefix + MARK, found)
     if note is not None:
         if _is_taken_off(module, note):  # its state dict has no sinks, as `_write` says
             own = module.named_parameters(recurse=True)
@@ -274,10 +274,11 @@ def refuse_other_mark(model: Any, name: str, found: torch.Tensor) -> None:
     Raises:
         ValueError: for a mark of other attention.
     """
-    _refuse_other(_note_of(model, name.rpartition(".")[0]), name, found)
+    refuse_mark_of_other(_note_of(model, name.rpartition(".")[0]), name, found)
 
 
-def _refuse_other(note: Note | None, name: str, found: torch.Tensor) -> None:
+def refuse_mark_of_other(note: Note | None, name: str, found: torch.Tensor) -> None:
+    """Check that a mark belongs to weights with this note; raises `ValueError`."""
     if found.device.type == "meta":
         return
     wanted, text = "none" if note is None else _text(note), mark_text(found)
