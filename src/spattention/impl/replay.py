@@ -76,8 +76,7 @@ def bind_pass(
 
     Args:
         recorded: its launches.
-        tensors: of the call, which some launch must have: it may have had a copy instead. All
-            others that the launches had are scratch.
+        tensors: of the call, each of which a launch had; all others that they had are scratch.
         constants: a tensor that belongs to the form, whose views the launches had.
     """
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -89,7 +88,7 @@ def bind_pass(
     if device_and_stream()[0] != device:
         return None  # the implementation enters it
     places = {id(tensor): index for index, tensor in enumerate(tensors)}
-    missing = {*places}
+    unseen = {*places}
     used = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     constant = constants.untyped_storage().data_ptr()
     starts: dict[int, int] = {}
@@ -98,7 +97,7 @@ def bind_pass(
 
     def place(tensor: Tensor) -> int | None:
         nonlocal size, known
-        missing.discard(id(tensor))
+        unseen.discard(id(tensor))
         if id(tensor) in places:
             return places[id(tensor)]
         storage = tensor.untyped_storage()
@@ -115,8 +114,8 @@ def bind_pass(
         return places[id(tensor)]
 
     launches = bind_launches(recorded, place)
-    if launches is None or missing or not known:
-        return None
+    if launches is None or not known or unseen:
+        return None  # PyTorch copied a tensor that no launch had, and would have to again
     return Pass(launches, device, size, offsets)
 
 

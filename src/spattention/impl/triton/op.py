@@ -91,8 +91,8 @@ def _forward(
     out, lse = _forward_results(query)
     if out.numel() == 0:
         return out, lse
-    inputs = query, key, value
-    query, key, value = (ensure_inner_contiguous(each) for each in inputs)
+    given = query, key, value
+    query, key, value = (ensure_inner_contiguous(each) for each in given)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
     facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
@@ -104,7 +104,7 @@ def _forward(
     with recorded_launches() as recorded:
         launch.forward(call, tensors)
     options = intervals, prefix, scale, query_start, deterministic
-    tensors = ForwardTensors(*inputs, out, lse, None)
+    tensors = ForwardTensors(*given, out, lse, sinks)
     form.replays[deterministic] = _replay(recorded, tensors, options, positions, call, form)
     return out, lse
 
