@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 
 from ..bands import BandPattern, Intervals
-from ..scalars import as_int
+from ..scalars import as_int, shown_number
 from .pieces import Buffer, Call, Piece, Slice
 from .shards import Range, Shards, intersect, subtract, union
 
@@ -204,7 +204,7 @@ def plan_exchange(
     if groups is None or groups < 1 or pattern.num_heads % groups:
         raise ValueError(
             f"`num_key_value_heads` must divide the pattern's {pattern.num_heads} heads, got "
-            f"{num_key_value_heads!r}"
+            f"{shown_number(num_key_value_heads)}"
         )
     return _plan(pattern, shards, groups, _documents(documents, shards.length))
 
