@@ -141,7 +141,7 @@ def step_of(pattern: P, lengths: Sequence[int], classes: Sequence[ClassBlocks]) 
         for one in caches
     ]
     outs = [torch.empty_like(query) for query in queries]
-    calls = [
+    calls: list[Call] = [
         partial(
             attend,
             query,
