@@ -139,8 +139,9 @@ def main(options: Options) -> None:
         longest = max(longest, *options.speed_lengths)
     text = read_text(options.text, options.context, longest, options.windows)
     profile = _profile(options, text, tokenizer)
-    wanted = "tasks" in options.parts and options.items is not None
-    tasks = choices.prepare(options.items, options.task_items, tokenizer) if wanted else {}
+    tasks = {}
+    if "tasks" in options.parts and options.items is not None:
+        tasks = choices.prepare(options.items, options.task_items, tokenizer)
     sizes = Sizes(
         options.parts, options.passkey_lengths, options.trials, options.ruler_lengths,
         options.ruler_items, tasks, options.speed_lengths, options.speed_rows,

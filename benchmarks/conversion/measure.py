@@ -117,7 +117,7 @@ def ruler_scores(
     model: Any, tokenizer: Any, long: Tensor, length: int, count: int
 ) -> dict[str, Any]:
     haystacks = [_haystack(long, k, length) for k in range(count)]
-    scores = {}
+    scores: dict[str, Any] = {}
     for task in ruler.TASKS:
         items = ruler.make_items(task, haystacks, length, tokenizer)
         scores[task] = asdict(

@@ -1,4 +1,4 @@
-"""Have PEFT go through `adapters`: wrappers of its methods, as they are from PEFT 0.21 on.
+"""Have PEFT go through `peft_adapters`: wrappers of its methods, as they are from PEFT 0.21 on.
 
 Imported as soon as both PEFT and a registered kind are there, never without PEFT.
 """
@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 
 from ..compat.huggingface import UNLOAD, adapters_disabled, download_keywords, set_adapters_disabled
 from ..compat.pytorch import copy_state_dict
-from .adapters import (
+from .decoder import has_sinks, plan_of
+from .import_hooks import replace_everywhere
+from .peft_adapters import (
     READ,
     WRITTEN,
     AdapterSection,
@@ -38,8 +40,6 @@ from .adapters import (
     unmarked,
     unwrap_sinks,
 )
-from .decoder import has_sinks, plan_of
-from .late import replace_everywhere
 from .weights import MARK, is_mark, live_marks, refuse_lost_section, refuse_other_mark
 
 SINKS = ".sinks."  # in the names of an adapter's weights

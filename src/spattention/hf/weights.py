@@ -189,10 +189,15 @@ def refuse_lost_section(model: Any, saved: str) -> None:
             )
 
 
+def _same_attention(text: str, other: str) -> bool:
+    """True if two marks name the same attention. Those of earlier versions name its kind alone."""
+    (kind, _, digest), (other_kind, _, second) = text.partition(DIGEST), other.partition(DIGEST)
+    return kind == other_kind and (digest == second or not (digest and second))
+
+
 def refuse_changed_mark(name: str, before: str, now: str) -> None:
     """Check that a tensor with this mark's text was overwritten by one of the same attention."""
-    (kind, _, digest), (own_kind, _, own_digest) = now.partition(DIGEST), before.partition(DIGEST)
-    if own_digest and (kind != own_kind or digest not in ("", own_digest)):
+    if DIGEST in before and not _same_attention(now, before):  # others hold no text yet
         raise ValueError(
             "`state_dict` must be that of a model with the attention that the checkpoint was saved "
             f'from, "{now[:200]}" in {name}, got "{before}"'
@@ -212,7 +217,7 @@ def _read_mark(module: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
     note = module._spattention_note(module)
     found = state_dict.get(prefix + MARK)
     if found is not None:
-        _refuse_other(note, prefix + MARK, found)
+        refuse_mark_of_other(note, prefix + MARK, found)
     if note is not None:
         if _is_taken_off(module, note):  # its state dict has no sinks, as `_write` says
             own = module.named_parameters(recurse=True)
@@ -264,24 +269,25 @@ def refuse_other_mark(model: Any, name: str, found: torch.Tensor) -> None:
     Raises:
         ValueError: for a mark of other attention.
     """
-    _refuse_other(_note_of(model, name.rpartition(".")[0]), name, found)
+    refuse_mark_of_other(_note_of(model, name.rpartition(".")[0]), name, found)
 
 
-def _refuse_other(note: Note | None, name: str, found: torch.Tensor) -> None:
+def refuse_mark_of_other(note: Note | None, name: str, found: torch.Tensor) -> None:
+    """Check that a mark belongs to weights with this note; raises `ValueError`."""
     if found.device.type == "meta":
         return
     wanted, text = "none" if note is None else _text(note), mark_text(found)
-    (kind, _, digest), (own_kind, _, own_digest) = text.partition(DIGEST), wanted.partition(DIGEST)
     live = getattr(found, LIVE, None)
-    # Weights of a file may have been read into the mark.
-    is_live = live is not None and not live.is_from_file and _text(live) == text
-    if (is_live and note is None) or (kind == own_kind and (is_live or digest in ("", own_digest))):
-        return
-    raise ValueError(
-        "weights must be loaded into a model with the attention that they were saved from, "
-        f'"{text[:200]}" in {name}, got "{wanted}"; to change it, apply another to the loaded '
-        f"model; to take weights as they are, remove the keys that end in {MARK}"
-    )
+    if live is None or live.is_from_file or _text(live) != text:  # a file may be read into a mark
+        fits = _same_attention(text, wanted)
+    else:
+        fits = note is None or note.kind == live.kind
+    if not fits:
+        raise ValueError(
+            "weights must be loaded into a model with the attention that they were saved from, "
+            f'"{text[:200]}" in {name}, got "{wanted}"; to change it, apply another to the loaded '
+            f"model; to take weights as they are, remove the keys that end in {MARK}"
+        )
 
 
 def _note_of(model: Any, name: str) -> Note | None:

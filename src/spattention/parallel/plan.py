@@ -1,7 +1,7 @@
 """The plan of context-parallel attention: which keys each rank lacks, and who holds them.
 
 Everything follows from the pattern, the layout of the shards and the starts of packed documents.
-Ranks therefore make the plan without asking one another. `work.py` has the calls that follow.
+Ranks therefore make the plan without asking one another. `rank_calls.py` has the calls that follow.
 """
 
 from __future__ import annotations

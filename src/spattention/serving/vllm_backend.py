@@ -2,8 +2,8 @@
 
 On the CPU it is tested against Transformers. On CUDA requests with one new token are decoded by
 kernels that read the block table (`paged.py`), inside CUDA graphs where a step has no others. For
-the rest each step gathers the readable keys, with one synchronisation per class of heads. The
-kernels are tested on GPUs; this module has not been run there.
+the rest each step gathers the readable keys. No step waits for the device. The kernels are tested
+on GPUs; this module has not been run there.
 """
 
 from __future__ import annotations
@@ -91,17 +91,18 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         requests = common_attn_metadata.num_reqs
         offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
         table, seq_lens = common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens
+        # Exact on the host, since speculative decoding is refused.
+        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+        assert lengths is not None
         decodes = leading_decodes(offsets) if self.has_kernels else 0
-        prefills = None
-        if decodes < requests:  # only these wait for the device
-            prefills = prefills_of(
-                offsets[decodes:],
-                seq_lens[decodes:requests].tolist(),
-                table[decodes:requests],
-                self.block_size,
-                self.window,
-                self.prefix,
-            )
+        prefills = prefills_of(
+            offsets[decodes:],
+            lengths[decodes:requests].tolist(),
+            table[decodes:requests],
+            self.block_size,
+            self.window,
+            self.prefix,
+        )
         # Slices of vLLM's own buffers, which a captured graph reads again.
         by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
         return BandMetadata(Step(by_kernels, prefills))

@@ -19,9 +19,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from ..bands import BandPattern
 from ..hf.config import NAME
-from ..hf.weights import is_mark
 from .checks import banded, section_for
 from .head_classes import HeadClass, head_classes, rank_pattern, select_heads
+from .marks import without_marks
 from .vllm_backend import BandAttentionBackend, ClassBands
 from .vllm_cache import PrefixWindowSpec
 
@@ -203,11 +203,11 @@ class Banded:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         give_bands(self, vllm_config)  # type: ignore[arg-type]
+        self._section = section_for(vllm_config.model_config.hf_text_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        """Load weights without the marks that name this library to others."""
-        unmarked = ((name, weight) for name, weight in weights if not is_mark(name))
-        return super().load_weights(unmarked)  # type: ignore[misc]
+        """Load weights; their marks must be those of the config's bands."""
+        return super().load_weights(without_marks(weights, self._section))  # type: ignore[misc]
 
 
 class SpattentionLlamaForCausalLM(Banded, LlamaForCausalLM):
