@@ -109,7 +109,7 @@ class LayerStep:
         streams: those on which the classes run side by side.
     """
 
-    calls: list[Call]
+    calls: Sequence[Call]
     caches: list[ClassCache]
     queries: list[torch.Tensor]
     outs: list[torch.Tensor]
