@@ -136,6 +136,31 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     assert step.prefills.cu_seqlens_k.tolist() == [0, 43, 50, 80]
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
+    """Each class on its own stream, and in order; elsewhere on the stream that vLLM launches on."""
+    from spattention.serving.class_streams import ClassStreams
+    from spattention.serving.vllm_backend import BandAttentionImpl, ClassBands
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    streams, asked = ClassStreams(2, torch.device("cpu")), []
+
+    class Asked:
+        sides = "streams"
+
+        def run(self, index: int, query: torch.Tensor) -> Any:
+            asked.append(index)
+            return streams.run(index, query)
+
+    for index in range(2):
+        bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], index, Asked())  # type: ignore
+        attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
+        metadata = SimpleNamespace(step=SimpleNamespace(decodes=None, prefills=None))
+        query = torch.zeros(3, 2, 16)
+        attention.forward(None, query, query, query, query, metadata, query)  # type: ignore
+    assert asked == ([0, 1] if captured else [])
+
+
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
     """The models of these tests give other tokens where bands are lost or exchanged."""
     folder = folders.save(tmp_path / "banded")
