@@ -54,6 +54,19 @@ def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
     assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
 
 
+def test_an_adapter_gives_the_tokens_of_its_merged_model(tmp_path: Path) -> None:
+    """LoRA of the attention's weights, on bands."""
+    folder, merged = folders.save(tmp_path / "model"), tmp_path / "merged"
+    folders.save_adapter(folder, merged, tmp_path / "adapter")
+    settings = {"enable_lora": True, "max_lora_rank": 8}
+    (run,) = engine.generate_in_vllm(
+        folder, [PROMPTS], NEW_TOKENS, tmp_path / "adapter", **settings
+    )
+    expected = folders.greedy(merged, PROMPTS, NEW_TOKENS)
+    assert run["tokens"] == expected
+    assert expected != folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
 def test_compiled_models_give_the_same_tokens(tmp_path: Path) -> None:
     """Without `enforce_eager`, as users run it, and with chunks that cut blocks."""
     folder = folders.save(tmp_path)
