@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -66,7 +67,7 @@ def cases(length: int) -> list[Timed]:
     tensors = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     d_out = torch.randn(shape)
 
-    def step(attention: Callable[..., torch.Tensor], **options: object) -> None:
+    def step(attention: Callable[..., Any], **options: object) -> None:
         for tensor in tensors:
             tensor.grad = None
         attention(*tensors, **options).backward(d_out)
@@ -87,8 +88,8 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def check(pattern: BandPattern) -> None:
-    tensors = [torch.randn(1, HEADS, 512, HEAD_DIM) for _ in range(3)]
-    check_case(Case(*tensors, pattern), impl="blockwise")
+    query, key, value = (torch.randn(1, HEADS, 512, HEAD_DIM) for _ in range(3))
+    check_case(Case(query, key, value, pattern), impl="blockwise")
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def main() -> None:
             case.turn()
 
     dense_seconds = {case.length: case.median for case in timed if case.name == DENSE}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "attention": case.name,
             "length": case.length,

@@ -10,7 +10,9 @@ over all keys. The first two must agree before they are timed. Give it the machi
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in LENGTHS:
         key, value = (torch.randn(1, HEADS, length + 1, HEAD_DIM) for _ in range(2))
         query = torch.randn(1, HEADS, 1, HEAD_DIM)
@@ -55,12 +57,8 @@ def main() -> None:
                 store.append(key[:, :, part], value[:, :, part])
             last = key[:, :, length:], value[:, :, length:]
 
-            def step(store=store, pattern=pattern, last=last, query=query):  # type: ignore[no-untyped-def]
-                return band_attention_cached(query, store, pattern, *last)
-
-            def whole(pattern=pattern, query=query, key=key, value=value):  # type: ignore[no-untyped-def]
-                return band_attention(query, key, value, pattern)
-
+            step = partial(band_attention_cached, query, store, pattern, *last)
+            whole = partial(band_attention, query, key, value, pattern)
             torch.testing.assert_close(step(), whole(), rtol=1e-4, atol=1e-5)
             for kind, call in (("store", step), ("all keys", whole)):
                 rows.append(

@@ -26,10 +26,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -39,7 +41,7 @@ from spattention import BandPattern, band_attention
 from spattention import parallel as now
 from spattention.benchmarking.results import write_rows
 
-from .parallel import draw, gradients, layout, times
+from .parallel import draw, gradients, layout, silent, times
 from .rank import Machine, Row
 
 LAYOUTS = ("balanced", "contiguous")
@@ -54,7 +56,6 @@ class Form:
         package: `spattention.parallel`, or the one before.
         group: the ranks.
         turns: programs per multiprocessor of the persistent forward pass; None: as it is.
-        start: replaces `start_all_to_all`.
         attend: name of the operator.
         layout: of the shards.
     """
@@ -62,7 +63,6 @@ class Form:
     package: ModuleType
     group: Any = None
     turns: int | None = None
-    start: Callable[..., Any] | None = None
     attend: str = "sharded_attention"
     layout: str = "balanced"
 
@@ -104,29 +104,6 @@ class Turns:
             yield
         finally:
             call._calls, planning.TURNS_OF_A_PART = stock
-
-
-@contextmanager
-def patched(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    stock = getattr(module, name)
-    setattr(module, name, stock if value is None else value)
-    try:
-        yield
-    finally:
-        setattr(module, name, stock)
-
-
-def silent(package: ModuleType) -> Callable[..., Any]:
-    """An exchange in which random numbers arrive at once."""
-    drawn: dict[Any, torch.Tensor] = {}
-
-    def start(sent: torch.Tensor, received: torch.Tensor, *others: Any) -> Any:
-        key = received.numel(), received.dtype
-        if key not in drawn:
-            drawn[key] = torch.randn_like(received)
-        return exchange_of(package).Pending(sent, drawn[key], None)
-
-    return start
 
 
 def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:
@@ -239,8 +216,9 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
 
     @contextmanager
     def as_form(form: Form, start: Callable[..., Any] | None = None) -> Iterator[None]:
-        start = start or form.start
-        with turns(form.turns), patched(exchange_of(form.package), "start_all_to_all", start):
+        exchange = exchange_of(form.package)
+        start = start or exchange.start_all_to_all
+        with turns(form.turns), mock.patch.object(exchange, "start_all_to_all", start):
             yield
 
     for name, form in known.items():
@@ -255,7 +233,7 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
     add({"part": "largest value", "way": "one GPU", **dict(zip(NAMES, largest[4:].tolist()))})
     del one, found, parts
     taken: dict[str, list[Row]] = {}
-    silence = {form.package: silent(form.package) for form in known.values()}
+    silence = {form.package: silent(exchange_of(form.package)) for form in known.values()}
     for turn in range(options.rounds):
         order = list(known.items())
         for name, form in order if turn % 2 == 0 else reversed(order):
@@ -272,9 +250,9 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
         row = {"part": "round", "round": turn, "way": "one GPU", **single}
         taken.setdefault("one GPU", []).append(row)
         add(row)
-    for name, found in taken.items():
+    for name, rounds in taken.items():
         medians: Row = {
-            key: statistics.median(row[key] for row in found) for key in found[0] if "_ms" in key
+            key: statistics.median(row[key] for row in rounds) for key in rounds[0] if "_ms" in key
         }
         alone = statistics.median(row["total_ms"] for row in taken["one GPU"])
         medians["times_faster"] = alone / medians["total_ms"]
@@ -282,7 +260,7 @@ def measure(options: argparse.Namespace, machine: Machine, add: Callable[[Row], 
     if machine.cuda:
         for name in [name for name, form in known.items() if form.attend == "sharded_attention"]:
             with as_form(known[name]):
-                kernels = timeline(lambda name=name: gradients(runs[name], mine["balanced"]))
+                kernels = timeline(partial(gradients, runs[name], mine["balanced"]))
             everyone: list[Any] = [None] * machine.ranks
             dist.all_gather_object(everyone, kernels)
             add({"part": "kernels", "way": name, "kernels": everyone})

@@ -21,6 +21,7 @@ import torch
 import triton
 
 import spattention as spa
+from spattention import attention
 from spattention.benchmarking.results import write_rows
 from spattention.benchmarking.timing import graph_milliseconds
 from spattention.impl.triton import hopper
@@ -38,33 +39,36 @@ TOLERANCE = 0.02  # of the largest gradient
 
 @contextmanager
 def backward_of(fused: bool) -> Iterator[None]:
-    """Every plan with five products, or every plan with seven."""
+    """Every plan with five products, or every plan with seven; no call runs as an earlier one."""
     rule = hopper.plan
 
     def plan(*given: Any) -> hopper.HopperPlan | None:
         found = rule(*given)
         return None if found is None else replace(found, fused_backward=fused)
 
-    with mock.patch.object(hopper, "plan", plan):
+    with (
+        mock.patch.object(hopper, "plan", plan),
+        mock.patch.object(attention, "form_of", return_value=None),
+    ):
         yield
 
 
 def measure(shape: Shape, name: str) -> dict[str, Any]:
     """The row of a case: milliseconds of the forward pass, and of both passes by each side."""
-    *leaves, d_out = inputs(shape, shape.tokens)
+    query, key, value, d_out = inputs(shape, shape.tokens)
     pattern = patterns(shape, shape.tokens, 0)[name]
     row: dict[str, Any] = {"shape": str(shape), "pattern": name}
     expected = None
 
     def forward() -> None:
         with torch.no_grad():
-            spa.band_attention(*leaves, pattern, impl="triton")
+            spa.band_attention(query, key, value, pattern, impl="triton")
 
     row["forward"] = graph_milliseconds(forward, rest=REST)
 
     def total() -> tuple[torch.Tensor, ...]:
-        out = spa.band_attention(*leaves, pattern, impl="triton", deterministic=False)
-        return torch.autograd.grad(out, leaves, d_out)
+        out = spa.band_attention(query, key, value, pattern, impl="triton", deterministic=False)
+        return torch.autograd.grad(out, (query, key, value), d_out)
 
     for side, fused in SIDES.items():
         with backward_of(fused):

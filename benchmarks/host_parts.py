@@ -23,7 +23,7 @@ import torch
 
 import spattention as spa
 from spattention.benchmarking.results import write_rows
-from spattention.compat.triton import DirectLaunch
+from spattention.compat.triton import BoundLaunch, DirectLaunch
 
 from .host_time import CALLS_IN_FLIGHT, HEAD_DIM, SHAPES, WARM_UP, machine, one_call
 
@@ -34,22 +34,30 @@ Launches = list[tuple[Callable[..., None], tuple[Any, ...]]]
 def launches() -> Iterator[Launches]:
     """The driver's launches of the calls inside, each a function and its arguments."""
     found: Launches = []
-    run = DirectLaunch.__call__
 
-    def spy(self: DirectLaunch, programs: int, *arguments: Any) -> None:
-        launcher = self.launcher
+    def spying(run: Callable[..., None], name: str) -> Callable[..., None]:
+        """`run` of an object that launches by its attribute `name`."""
 
-        def launch(*given: Any) -> None:
-            found.append((launcher, given))
-            launcher(*given)
+        def spy(self: Any, *arguments: Any) -> None:
+            function = getattr(self, name)
 
-        self.launcher = launch
-        try:
-            run(self, programs, *arguments)
-        finally:
-            self.launcher = launcher
+            def launch(*given: Any) -> None:
+                found.append((function, given))
+                function(*given)
 
-    with mock.patch.object(DirectLaunch, "__call__", spy):
+            setattr(self, name, launch)
+            try:
+                run(self, *arguments)
+            finally:
+                setattr(self, name, function)
+
+        return spy
+
+    first, later = DirectLaunch.__call__, BoundLaunch.__call__
+    with (
+        mock.patch.object(DirectLaunch, "__call__", spying(first, "launcher")),
+        mock.patch.object(BoundLaunch, "__call__", spying(later, "launch")),
+    ):
         yield found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import spattention as spa
+from spattention.benchmarking.attend import Inputs
 from spattention.benchmarking.results import environment, write_rows
 from spattention.benchmarking.timing import needs_gpu
 
-from .packed import HEAD_DIM, HEADS, document_lengths, patterns, tensors
+from .packed import (
+    HEAD_DIM,
+    HEADS,
+    attend_packed,
+    attend_rows,
+    document_lengths,
+    patterns,
+    tensors,
+)
 
 REPEATS = 4
 CASES = ("packed", "rows", "unpacked", "prefix")
@@ -31,7 +41,7 @@ PREFIX_SHAPES = ((4, 4096), (1, 16384), (1, 65536))  # batch entries, tokens
 Row = dict[str, Any]
 
 
-def kernel_times(attend: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> list[Row]:
+def kernel_times(attend: Callable[[], torch.Tensor], inputs: Inputs) -> list[Row]:
     """Name and median microseconds of every kernel of a forward and a backward pass, in order."""
 
     def call() -> None:
@@ -74,20 +84,9 @@ def over_documents(which: str, names: list[str] | None) -> Iterator[tuple[Row, l
                 continue
             inputs = tensors(total, HEADS) if which == "packed" else tensors(total, HEADS, 1)
             starts = torch.repeat_interleave(offsets[:-1], offsets.diff())[None].contiguous()
-
-            def attend(
-                x: list[torch.Tensor] = inputs,
-                pattern: spa.BandPattern = pattern,
-                offsets: torch.Tensor = offsets,
-                starts: torch.Tensor = starts,
-                longest: int = longest,
-            ) -> torch.Tensor:
-                if which == "rows":
-                    return spa.band_attention(*x[:3], pattern, key_start=starts, impl="triton")
-                return spa.band_attention_varlen(
-                    *x[:3], pattern, offsets, offsets, longest, longest, impl="triton"
-                )
-
+            attend = partial(attend_packed, inputs, pattern, offsets, longest)
+            if which == "rows":
+                attend = partial(attend_rows, inputs, pattern, starts)
             yield facts, kernel_times(attend, inputs)
 
 
@@ -100,9 +99,7 @@ def unpacked(pattern: spa.BandPattern, lengths: list[int]) -> list[Row]:
     for members in classes.values():
         inputs = tensors(round(sum(members) / len(members)), HEADS, len(members))
         seen: dict[str, int] = {}
-        for row in kernel_times(
-            lambda x=inputs: spa.band_attention(*x[:3], pattern, impl="triton"), inputs
-        ):
+        for row in kernel_times(partial(attend_rows, inputs, pattern), inputs):
             place = seen[row["kernel"]] = seen.get(row["kernel"], 0) + 1
             key = row["kernel"], place
             sums[key] = sums.get(key, 0.0) + row["microseconds"]
@@ -119,13 +116,8 @@ def with_prefix(names: list[str] | None) -> Iterator[tuple[Row, list[Row]]]:
             for prefix in (0, 4):
                 found = spa.BandPattern(pattern.intervals, pattern.span, prefix=prefix)
                 facts = {"case": "prefix", "batch": batch, "tokens": tokens, "pattern": name}
-                yield (
-                    facts | {"prefix": prefix},
-                    kernel_times(
-                        lambda x=inputs, p=found: spa.band_attention(*x[:3], p, impl="triton"),
-                        inputs,
-                    ),
-                )
+                attend = partial(attend_rows, inputs, found)
+                yield facts | {"prefix": prefix}, kernel_times(attend, inputs)
 
 
 def main() -> None:

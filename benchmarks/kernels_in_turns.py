@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,12 @@ def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
     def inputs(batch: int, heads: int, length: int) -> list[torch.Tensor]:
         generator = torch.Generator("cuda").manual_seed(0)
         shape = (batch, heads, length, HEAD_DIM)
-        like = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
-        return [torch.randn(shape, **like).requires_grad_(i < 3) for i in range(4)]
+        return [
+            torch.randn(
+                shape, device="cuda", dtype=torch.bfloat16, generator=generator
+            ).requires_grad_(i < 3)
+            for i in range(4)
+        ]
 
     times: dict[str, float] = {}
     for shape in shapes:
@@ -68,7 +72,7 @@ def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
     }
 
 
-def calls(torch: Any, spa: Any, tensors: list[Any], pattern: Any) -> list[Callable[[], None]]:
+def calls(torch: Any, spa: Any, tensors: Sequence[Any], pattern: Any) -> list[Callable[[], None]]:
     """The forward pass of a case, and both passes."""
     query, key, value, d_out = tensors
 
@@ -158,9 +162,8 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        shapes = tuple(
-            tuple(int(part) for part in each.split("x")) for each in options.shapes.split(",")
-        )
+        sizes = ([int(size) for size in each.split("x")] for each in options.shapes.split(","))
+        shapes = tuple((batch, heads, length) for batch, heads, length in sizes)
         print(json.dumps(worker(shapes)))
         return 0
     paths = {}

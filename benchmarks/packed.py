@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import spattention as spa
+from spattention.benchmarking.attend import Inputs
 from spattention.benchmarking.competitors import PATTERNS
 from spattention.benchmarking.results import environment, write_rows
 from spattention.benchmarking.timing import graph_milliseconds, needs_gpu
@@ -61,7 +63,7 @@ def patterns(span: int) -> dict[str, spa.BandPattern]:
     return {name: make(HEADS, span) for name, make in PATTERNS.items()}
 
 
-def tensors(tokens: int, key_heads: int, batch: int = 0) -> list[torch.Tensor]:
+def tensors(tokens: int, key_heads: int, batch: int = 0) -> Inputs:
     """query, key, value, d_out: `[T, H, D]`, or `[B, H, T, D]` with a batch."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -69,11 +71,11 @@ def tensors(tokens: int, key_heads: int, batch: int = 0) -> list[torch.Tensor]:
         shape = (batch, heads, tokens, HEAD_DIM) if batch else (tokens, heads, HEAD_DIM)
         return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    inputs = [tensor(heads).requires_grad_() for heads in (HEADS, key_heads, key_heads)]
-    return [*inputs, tensor(HEADS)]
+    query, key, value = (tensor(heads).requires_grad_() for heads in (HEADS, key_heads, key_heads))
+    return query, key, value, tensor(HEADS)
 
 
-def times(attend: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> tuple[float, float]:
+def times(attend: Callable[[], torch.Tensor], inputs: Inputs) -> tuple[float, float]:
     """Milliseconds of the forward pass, and of forward + backward."""
 
     def forward() -> None:
@@ -84,6 +86,26 @@ def times(attend: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> tup
         torch.autograd.grad(attend(), inputs[:3], inputs[3])
 
     return graph_milliseconds(forward, rest=REST), graph_milliseconds(total, rest=REST)
+
+
+def attend_rows(
+    inputs: Inputs, pattern: spa.BandPattern, key_start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The output of rows of one length."""
+    out = spa.band_attention(*inputs[:3], pattern, key_start=key_start, impl="triton")
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def attend_packed(
+    inputs: Inputs, pattern: spa.BandPattern, offsets: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """The output of documents one after another."""
+    out = spa.band_attention_varlen(
+        *inputs[:3], pattern, offsets, offsets, longest, longest, impl="triton"
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def unpacked(
@@ -97,13 +119,15 @@ def unpacked(
     for members in classes.values():
         length = round(sum(members) / len(members))
         inputs = tensors(length, key_heads, len(members))
-        found = times(lambda x=inputs: spa.band_attention(*x[:3], pattern, impl="triton"), inputs)
+        found = times(partial(attend_rows, inputs, pattern), inputs)
         forward, total = forward + found[0], total + found[1]
         work += 14 * HEAD_DIM * sum(pattern.pairs(length)) * len(members)
     return forward, total, work
 
 
-def flex(pattern: spa.BandPattern, offsets: torch.Tensor, inputs: list[torch.Tensor]) -> Any:
+def flex(
+    pattern: spa.BandPattern, offsets: torch.Tensor, inputs: Inputs
+) -> Callable[[], torch.Tensor]:
     """FlexAttention on the same mask, `[T, H, D]`."""
     tokens = inputs[0].shape[0]
     document = torch.searchsorted(offsets[1:], torch.arange(tokens, device="cuda"), right=True)
@@ -121,7 +145,7 @@ def flex(pattern: spa.BandPattern, offsets: torch.Tensor, inputs: list[torch.Ten
     def attend() -> torch.Tensor:
         query, key, value = (each.transpose(0, 1)[None] for each in inputs[:3])
         grouped = key.shape[1] != query.shape[1]
-        out = compiled(query, key, value, block_mask=blocks, enable_gqa=grouped)
+        out: torch.Tensor = compiled(query, key, value, block_mask=blocks, enable_gqa=grouped)
         return out[0].transpose(0, 1)
 
     return attend
@@ -142,18 +166,11 @@ def measured(mean: int, count: int, span: int, key_heads: int, with_flex: bool) 
     inputs = tensors(tokens, key_heads)
     longest = max(lengths)
     for name, pattern in patterns(span).items():
+        attend = partial(attend_packed, inputs, pattern, offsets, longest)
 
-        def attend(x: list[torch.Tensor], pattern: spa.BandPattern = pattern) -> torch.Tensor:
-            return spa.band_attention_varlen(
-                *x[:3], pattern, offsets, offsets, longest, longest, impl="triton"
-            )
-
-        def packed() -> torch.Tensor:
-            return attend(inputs)
-
-        def results() -> list[torch.Tensor]:
+        def results(pattern: spa.BandPattern = pattern) -> list[torch.Tensor]:
             x = tensors(tokens, key_heads)  # others than those that a graph captures
-            out = attend(x)
+            out = attend_packed(x, pattern, offsets, longest)
             return [out.detach(), *torch.autograd.grad(out, x[:3], x[3])]
 
         work = 14 * HEAD_DIM * sum(sum(pattern.pairs(length)) for length in lengths)
@@ -175,8 +192,8 @@ def measured(mean: int, count: int, span: int, key_heads: int, with_flex: bool) 
         with mock.patch.object(launch.hopper, "plan", return_value=None):
             expected = results()
             check(found, expected, f"{name}, packed")
-            yield row("portable", *times(packed, inputs))
-        yield row("packed", *times(packed, inputs), kernels)
+            yield row("portable", *times(attend, inputs))
+        yield row("packed", *times(attend, inputs), kernels)
         forward, total, flop = unpacked(pattern, lengths, key_heads)
         yield Row(*facts, "unpacked", forward, total, flop / total / 1e9)
         if with_flex:

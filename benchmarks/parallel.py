@@ -26,10 +26,12 @@ import argparse
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,14 +46,14 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
-from spattention.parallel.work import rank_plan
+from spattention.parallel.rank_calls import rank_plan
 
 from .parallel_decoding import tensor_parallel
 from .parallel_losses import losses
 from .parallel_training import data_parallel
 from .rank import Machine, Row
 
-WAYS = {
+WAYS: dict[str, tuple[Callable[..., Any], str]] = {
     "ours, balanced": (sharded_attention, "balanced"),
     "ours, contiguous": (sharded_attention, "contiguous"),
     "all-gather, balanced": (gathered_attention, "balanced"),
@@ -98,7 +100,7 @@ def correctness(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
         shards = layout(kind, length, machine.ranks)
         plan = plan_exchange(pattern, shards, options.key_heads)
         mine = [shards.split(each, machine.rank, dim=2) for each in tensors]
-        found = gradients(lambda q, k, v, a=attend, p=plan: a(q, k, v, p), mine)
+        found = gradients(partial(attend, plan=plan), mine)
         row: Row = {"part": "correctness", "way": name, "length": length}
         for label, got, single, wanted in zip(names, found, one, exact):
             parts = [shards.split(each, machine.rank, dim=2).double() for each in (single, wanted)]
@@ -114,24 +116,19 @@ def correctness(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
             raise AssertionError(f"an error is above its budget: {row}")
 
 
-@contextmanager
-def without_exchange() -> Any:
-    """Nothing travels while this lasts: the time of everything else. Random numbers arrive, since
-    a GPU multiplies zeros with less power, and so faster."""
-    stock = exchange.start_all_to_all
+def silent(module: ModuleType) -> Callable[..., Any]:
+    """A `start_all_to_all` of this `exchange` module by which nothing travels. Random numbers
+    arrive at once: a GPU multiplies zeros with less power, and so faster.
+    """
     drawn: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
-    def nothing(sent: torch.Tensor, received: torch.Tensor, *others: Any) -> exchange.Pending:
+    def start(sent: torch.Tensor, received: torch.Tensor, *others: Any) -> Any:
         key = received.numel(), received.dtype
         if key not in drawn:
             drawn[key] = torch.randn_like(received)
-        return exchange.Pending(sent, drawn[key], None)
+        return module.Pending(sent, drawn[key], None)
 
-    exchange.start_all_to_all = nothing
-    try:
-        yield
-    finally:
-        exchange.start_all_to_all = stock
+    return start
 
 
 def times(
@@ -174,10 +171,7 @@ def attention(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
         shards = layout(kind, length, ranks)
         plan = plan_exchange(pattern, shards, options.key_heads)
         mine = [shards.split(each, machine.rank, dim=2) for each in tensors]
-
-        def run(q, k, v, a=attend, p=plan):
-            return a(q, k, v, p)
-
+        run = partial(attend, plan=plan)
         base = machine.forget_peak()
         row: Row = {**common, "way": name, "ranks": ranks, **times(options, machine, run, mine)}
         row["peak_gib"] = machine.peak(base)
@@ -197,8 +191,8 @@ def exposed(
     run: Callable[..., Any],
 ) -> Row:
     """The share of communication that attention waits for."""
-    with without_exchange():
-        silent = times(options, machine, run, mine)
+    with mock.patch.object(exchange, "start_all_to_all", silent(exchange)):
+        without = times(options, machine, run, mine)
     _, key, value, _ = mine
     trip = exchange.Exchange(plan, rank_plan(plan, machine.rank), key, value, None)
 
@@ -210,10 +204,10 @@ def exposed(
     fetched = [plan.fetched_keys(rank) for rank in range(plan.shards.ranks)]
     size = 2 * options.head_dim * key.element_size()
     return {
-        "forward_without_exchange_ms": silent["forward_ms"],
-        "without_exchange_ms": silent["total_ms"],
+        "forward_without_exchange_ms": without["forward_ms"],
+        "without_exchange_ms": without["total_ms"],
         "exchange_alone_ms": travel,
-        "share_not_hidden": (row["total_ms"] - silent["total_ms"]) / travel,
+        "share_not_hidden": (row["total_ms"] - without["total_ms"]) / travel,
         "megabytes_fetched": [count * size / 1e6 for count in fetched],
         "keys_fetched_over_all": [
             count / options.key_heads / plan.shards.length for count in fetched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def losses(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
     common = {"part": "losses", "steps": options.curve_steps, "context": options.context}
     curves = []
     for micro_batch in MICRO_BATCHES:
-        curve = machine.alone(lambda size=micro_batch: train(options, machine, size, None))
+        curve = machine.alone(partial(train, options, machine, micro_batch, None))
         curves.append(curve)
         way = f"one GPU, micro-batches of {micro_batch}"
         yield {**common, "way": way, "ranks": 1, **distances(curve, curves[0]), "losses": curve}

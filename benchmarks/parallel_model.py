@@ -28,7 +28,7 @@ from spattention import BandPattern
 from spattention.benchmarking.results import write_rows
 from spattention.parallel import Shards, deal, plan_exchange
 from spattention.parallel.deal import group_work
-from spattention.parallel.work import rank_plan
+from spattention.parallel.rank_calls import rank_plan
 
 HALF = 2  # bytes
 FLOP_PER_PAIR = 14  # times head_dim: 4 forward, 10 backward

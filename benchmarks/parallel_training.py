@@ -7,6 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def data_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[Row
     every = list(range(machine.ranks))
     for way in WAYS:
         common = {"part": "data-parallel", "way": way}
-        single = machine.alone(lambda way=way: train(options, machine, way, [0], group))
+        single = machine.alone(partial(train, options, machine, way, [0], group))
         yield {**common, "ranks": 1, **single}
         row = {**common, "ranks": machine.ranks, **train(options, machine, way, every, None)}
         row["scaling_efficiency"] = row["tokens_per_s"] / single["tokens_per_s"] / machine.ranks
@@ -88,7 +89,8 @@ def sharded(model: Any, machine: Machine, group: Any) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = DeviceMesh.from_group(group or dist.group.WORLD, machine.device.type)
+    group = group or dist.group.WORLD
+    mesh = DeviceMesh.from_group(group, machine.device.type)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -16,6 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def prepared(name: str, heads: int, length: int) -> tuple[Callable[..., Any], An
     """The attention of a name, `(query, key, value, scale) -> out`, and its layer or bands."""
     if not is_other(name):
         bands = None if name == "dense" else named_pattern(name, heads, length)
-        return (lambda *given: causal_attention(*given, bands)), bands
+        return partial(causal_attention, bands=bands), bands
     choice: Any = attention_choice(name, heads, length)
     layer = choice.baseline.layer(0, 1)
     return layer.attend, layer

@@ -20,6 +20,7 @@ import torch
 import triton
 
 import spattention as spa
+from spattention.benchmarking.attend import Inputs
 from spattention.benchmarking.results import write_rows
 from spattention.testing import Case, check_case
 
@@ -65,27 +66,25 @@ def patterns(shape: Shape, span: int, prefix: int) -> dict[str, spa.BandPattern]
     }
 
 
-def inputs(shape: Shape, tokens: int) -> list[torch.Tensor]:
+def inputs(shape: Shape, tokens: int) -> Inputs:
     """Query, key, value and the gradient of the output."""
     generator = torch.Generator("cuda").manual_seed(0)
-    heads = (shape.heads, shape.key_heads, shape.key_heads, shape.heads)
-    return [
-        torch.randn(
-            (shape.batch, each, tokens, shape.head_dim),
-            device="cuda",
-            dtype=torch.bfloat16,
-            generator=generator,
-        ).requires_grad_(index < 3)
-        for index, each in enumerate(heads)
-    ]
+
+    def drawn(heads: int) -> torch.Tensor:
+        size = (shape.batch, heads, tokens, shape.head_dim)
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    query = drawn(shape.heads).requires_grad_()
+    key, value = (drawn(shape.key_heads).requires_grad_() for _ in range(2))
+    return query, key, value, drawn(shape.heads)
 
 
 def check(shape: Shape) -> None:
     """Compare every pattern of a shape with float64, at `CHECKED` tokens and one batch entry."""
-    tensors = [each[:1].detach() for each in inputs(shape, CHECKED)[:3]]
+    query, key, value, _ = (each[:1].detach() for each in inputs(shape, CHECKED))
     for prefix in PREFIXES:
         for pattern in patterns(shape, CHECKED, prefix).values():
-            check_case(Case(*tensors, pattern), impl="triton")
+            check_case(Case(query, key, value, pattern), impl="triton")
 
 
 def blocks(pattern: spa.BandPattern, tokens: int) -> int:

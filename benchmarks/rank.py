@@ -23,9 +23,10 @@ class Machine:
     def __init__(self, device: str) -> None:
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.cuda = device == "cuda"
+        self.device = torch.device(device)
         if self.cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        self.device = torch.device(device, torch.cuda.current_device() if self.cuda else None)
+            self.device = torch.device(device, int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if self.cuda else "gloo", timeout=timedelta(seconds=120))
 
     def wait(self) -> None:

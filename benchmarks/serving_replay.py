@@ -32,8 +32,9 @@ import spattention as spa
 from spattention.benchmarking.results import write_rows
 from spattention.benchmarking.timing import copy_speed
 from spattention.serving import paged_attention
+from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
-from spattention.serving.paged import Decodes, Step, attend
+from spattention.serving.paged import Decodes, Step, attend, prefills_of
 from spattention.testing import Case, check_error, exact, plain
 
 from .serving_memory import (
@@ -98,12 +99,38 @@ def class_cache(
     return ClassCache(select_heads(pattern, heads), len(heads), cache, table.cuda())
 
 
-def step_of(
-    pattern: P, lengths: Sequence[int], classes: Sequence[ClassBlocks]
-) -> tuple[Call, list[ClassCache], list[torch.Tensor]]:
-    """One decoding step of one layer as the vLLM back end runs it: a call for each class of heads.
-    Also its caches and queries.
+@dataclass
+class LayerStep:
+    """One decoding step of one layer: a call for each class of heads.
+
+    Attributes:
+        calls: the calls, by class; each takes its queries.
+        caches, queries, outs: what they read and write, by class.
+        streams: those on which the classes run side by side.
     """
+
+    calls: Sequence[Callable[[torch.Tensor], None]]
+    caches: list[ClassCache]
+    queries: list[torch.Tensor]
+    outs: list[torch.Tensor]
+    streams: ClassStreams
+
+    def in_turns(self) -> list[torch.Tensor]:
+        """One class after the other."""
+        for call, query in zip(self.calls, self.queries):
+            call(query)
+        return self.outs
+
+    def side_by_side(self) -> list[torch.Tensor]:
+        """Each class on a stream of its own."""
+        for index, (call, query) in enumerate(zip(self.calls, self.queries)):
+            with self.streams.run(index, query) as read:
+                call(read)
+        return self.outs
+
+
+def step_of(pattern: P, lengths: Sequence[int], classes: Sequence[ClassBlocks]) -> LayerStep:
+    """One decoding step over random keys in random blocks."""
     generator = torch.Generator("cuda").manual_seed(0)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     caches = [class_cache(pattern, one, lengths, generator) for one in classes]
@@ -114,21 +141,25 @@ def step_of(
         for one in caches
     ]
     outs = [torch.empty_like(query) for query in queries]
+    calls = [
+        partial(
+            attend,
+            cache=one.cache,
+            step=Step(Decodes(one.table, seq_lens), None),
+            pattern=one.pattern,
+            out=out,
+            scale=HEAD_DIM**-0.5,
+        )
+        for one, out in zip(caches, outs)
+    ]
+    return LayerStep(calls, caches, queries, outs, ClassStreams(len(calls), seq_lens.device))
 
-    def step() -> list[torch.Tensor]:
-        for one, query, out in zip(caches, queries, outs):
-            decodes = Step(Decodes(one.table, seq_lens), None)
-            attend(query, one.cache, decodes, one.pattern, out, scale=HEAD_DIM**-0.5)
-        return outs
 
-    return step, caches, queries
-
-
-def check_step(
-    step: Call, caches: Sequence[ClassCache], queries: Sequence[torch.Tensor], length: int
-) -> None:
+def check_step(step: LayerStep, run: Call, length: int) -> None:
     """Compare the first request, which has this length, with float64, each class's first head."""
-    for out, one, query in zip(step(), caches, queries):
+    for out in step.outs:
+        out.fill_(float("nan"))
+    for out, one, query in zip(run(), step.caches, step.queries):
         blocks = one.cache[one.table[0].long()]  # [columns, heads, tokens, 2 * D]
         text = blocks.transpose(0, 1).flatten(1, 2)[:1, :length]
         key, value = text[None].split(HEAD_DIM, dim=-1)
@@ -160,6 +191,12 @@ def per_call(calls: Sequence[Call], rounds: int) -> float:
     return statistics.median(times[4:])
 
 
+def cold(call: Call) -> float:
+    """Microseconds of a call that finds none of its keys in the cache of the GPU."""
+    other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    return 2 * per_call([call, other.zero_], 3) - per_call([other.zero_], 3)
+
+
 def dense_by_pytorch(requests: int) -> Iterator[dict[str, Any]]:
     """Rows of `scaled_dot_product_attention` over all keys of requests of the longest length."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -181,27 +218,45 @@ def dense_by_pytorch(requests: int) -> Iterator[dict[str, Any]]:
             yield row | {"not_run": str(error).strip().splitlines()[0]}
 
 
-def equal_lengths(memory: int) -> Iterator[dict[str, Any]]:
-    """Rows of requests of the longest length: as many as dense attention has room for, and as many
-    as each pattern has.
+def timed_steps(name: str, step: LayerStep, length: int) -> Iterator[dict[str, Any]]:
+    """Rows of a step with its classes in turns and, where there are several, side by side; the
+    first request has this length.
+    """
+    ways = {"in turns": step.in_turns, "side by side": step.side_by_side}
+    for way, run in ways.items():
+        if way == "in turns" or len(step.calls) > 1:
+            check_step(step, run, length)
+            yield {
+                "attention": f"{name}, paged",
+                "classes": len(step.calls),
+                "order": way,
+                "microseconds": per_call([run], 3),
+            }
+
+
+def equal_lengths(memory: int, copy: float) -> Iterator[dict[str, Any]]:
+    """Rows of requests of the longest length: one, as many as dense attention has room for, and as
+    many as each pattern has. Also each class by itself, and a copy of what it reads.
     """
     classes = {name: class_blocks(pattern, KV_HEADS) for name, pattern in PATTERNS.items()}
     room = {name: memory // request_bytes(found, LONGEST, HEAD_DIM, ITEMSIZE)
             for name, found in classes.items()}  # fmt: skip
-    yield from dense_by_pytorch(room["dense"])
+    for requests in (1, room["dense"]):
+        yield from dense_by_pytorch(requests)
     for name, pattern in PATTERNS.items():
-        for requests in sorted({room["dense"], room[name]}):
+        for requests in sorted({1, room["dense"], room[name]}):
             lengths = [LONGEST] * requests
-            step, caches, queries = step_of(pattern, lengths, classes[name])
-            check_step(step, caches, queries, LONGEST)
-            yield {
-                "attention": f"{name}, paged",
-                "requests": requests,
-                "length": LONGEST,
-                "most_requests": room[name],
-                "classes": len(caches),
-                "microseconds": per_call([step], 3),
+            row = {"requests": requests, "length": LONGEST, "most_requests": room[name]}
+            step = step_of(pattern, lengths, classes[name])
+            keys = [seen_keys(one.pattern, one.cache.shape[1]) for one in step.caches]
+            each = {
+                "class_copy_microseconds": [requests * n * TOKEN / copy / 1e6 for n in keys],
+                "class_microseconds": [
+                    cold(partial(call, query)) for call, query in zip(step.calls, step.queries)
+                ],
             }
+            for timed in timed_steps(name, step, LONGEST):
+                yield timed | row | each
 
 
 def mixed_lengths(memory: int) -> Iterator[dict[str, Any]]:
@@ -216,15 +271,10 @@ def mixed_lengths(memory: int) -> Iterator[dict[str, Any]]:
         )
         most = admitted(lengths, classes, memory, HEAD_DIM, ITEMSIZE)
         for requests in sorted({dense, most}):
-            step, caches, queries = step_of(pattern, lengths[:requests], classes)
-            check_step(step, caches, queries, lengths[0])
-            yield {
-                "attention": f"{name}, paged",
-                "requests": requests,
-                "tokens": sum(lengths[:requests]),
-                "most_requests": most,
-                "microseconds": per_call([step], 3),
-            }
+            step = step_of(pattern, lengths[:requests], classes)
+            row = {"requests": requests, "tokens": sum(lengths[:requests]), "most_requests": most}
+            for timed in timed_steps(name, step, lengths[0]):
+                yield timed | row
 
 
 def seen_keys(pattern: P, kv_heads: int) -> int:
@@ -264,7 +314,7 @@ def layouts(
         return out
 
     def paged(rows: slice, table: torch.Tensor = tables[0]) -> torch.Tensor:
-        out = paged_attention(query[rows], *pages, table[rows], seq_lens[rows], pattern)
+        out = paged_attention(query[rows], pages[0], pages[1], table[rows], seq_lens[rows], pattern)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -302,20 +352,36 @@ def limits(copy: float) -> Iterator[dict[str, Any]]:
         del attends
 
 
+def warm_prefill(pattern: P) -> None:
+    """Compile the kernels of `serving_steps.py` for new tokens of one request and of two."""
+    lengths, offsets = [4000] * 2, [0, 1000, 2000]
+    classes = class_blocks(pattern, KV_HEADS)
+    for one, cache in zip(classes, step_of(pattern, lengths, classes).caches):
+        query = torch.zeros(2000, cache.query_heads, HEAD_DIM, device="cuda", dtype=DTYPE)
+        for n in (1, 2):
+            prefills = prefills_of(
+                offsets[: n + 1], lengths[:n], cache.table[:n], one.tokens, one.part.window
+            )
+            out, scale = torch.empty_like(query), HEAD_DIM**-0.5
+            attend(query, cache.cache, Step(None, prefills), cache.pattern, out, scale=scale)
+
+
 def warm(form: int) -> None:
     """Compile some of the kernels into Triton's cache on disk: one step each, of short requests."""
     lengths = [4000] * 8
     if form < len(PATTERNS):
         pattern = list(PATTERNS.values())[form]
-        step_of(pattern, lengths, class_blocks(pattern, KV_HEADS))[0]()
+        step_of(pattern, lengths, class_blocks(pattern, KV_HEADS)).in_turns()
         return
+    if form >= FORMS - len(PATTERNS):
+        warm_prefill(list(PATTERNS.values())[form - FORMS])
     pattern, kv_heads = list(SHAPES.values())[form % 2]
     query = torch.zeros(8, pattern.num_heads, 1, HEAD_DIM, device="cuda", dtype=DTYPE)
     cache = torch.zeros(2, 64, 16, kv_heads, HEAD_DIM, device="cuda", dtype=DTYPE)
     if form < len(PATTERNS) + 2:
         table = torch.zeros(8, 64, dtype=torch.int32, device="cuda")
         seq_lens = torch.full((8,), 1000, dtype=torch.int32, device="cuda")
-        paged_attention(query, *cache, table, seq_lens, pattern)
+        paged_attention(query, cache[0], cache[1], table, seq_lens, pattern)
     else:
         key, value = cache.view(2, 8, -1, kv_heads, HEAD_DIM).transpose(2, 3)
         spa.band_attention(query, key, value, pattern)
@@ -355,7 +421,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     parts = {
         "limits": limits(copy),
-        "equal lengths": equal_lengths(options.memory),
+        "equal lengths": equal_lengths(options.memory, copy),
         "mixed lengths": mixed_lengths(options.memory),
     }
     settings = {"memory": options.memory, "copy_terabytes_per_second": copy}

@@ -2,9 +2,10 @@
 
 `serving_schedule.py` records the schedule on a machine without a GPU. Every step runs as the vLLM
 back end runs it: paged decoding for requests with one new token, a packed call for the others, a
-call of each for every class of heads. Each pattern has its own schedule, because more requests fit
-where bands free blocks. Dense attention's gathering of keys is not counted: kernels of others read
-the blocks in place. Outputs are compared with float64 before anything is timed.
+call of each for every class of heads. The classes decode in turns or side by side, and each way is
+a row. Each pattern has its own schedule, because more requests fit where bands free blocks. Dense
+attention's gathering of keys is not counted: kernels of others read the blocks in place. Outputs
+are compared with float64 before anything is timed.
 
     python -m benchmarks.serving_steps --schedule build/schedule.json.xz --output RESULTS.json
 """
@@ -16,14 +17,18 @@ import hashlib
 import json
 import lzma
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import spattention as spa
+from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
 from spattention.serving.paged import (
     Decodes,
@@ -42,7 +47,7 @@ from .serving_replay import DTYPE, dense_by_pytorch, per_call, save, step_of
 SCALE = HEAD_DIM**-0.5
 LAYERS = 32  # of the model whose time to the first token is stated
 CHECKED = 64  # queries of a request that are compared with float64
-HIDDEN_CYCLES = 5_000_000  # of the GPU, in which the host launches a step
+HIDDEN_CYCLES = 8_000_000  # of the GPU, in which the host launches a step
 EQUAL_REQUESTS = 8  # of the longest length, for dense attention by cuDNN
 
 
@@ -60,12 +65,12 @@ class Heads:
 
 @dataclass
 class Request:
-    """A scheduled request: tokens before and in this step, and its blocks by class of heads."""
+    """A scheduled request: tokens before and in this step, and int32 blocks by class of heads."""
 
     index: int
     computed: int
     new: int
-    blocks: list[list[int]]
+    blocks: list[np.ndarray]
 
     @property
     def length(self) -> int:
@@ -99,6 +104,7 @@ class Layer:
             cache = pool.view(-1, kv_heads, tokens, 2 * HEAD_DIM)
             bands = select_heads(pattern, heads)
             self.heads.append(Heads(bands, window, tokens, cache, query, torch.empty_like(query)))
+        self.streams = ClassStreams(len(self.heads), pool.device)
 
     def steps(self, requests: list[Request]) -> list[Step]:
         """What the back end knows of a step, for each class; decoding requests come first."""
@@ -110,19 +116,29 @@ class Layer:
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         steps = []
         for index, heads in enumerate(self.heads):
-            rows = [request.blocks[index] for request in requests]
-            columns = max(len(row) for row in rows)
-            table = torch.tensor([row + [0] * (columns - len(row)) for row in rows])
-            table = table.to("cuda", torch.int32)
+            columns = max(len(request.blocks[index]) for request in requests)
+            rows = np.zeros((len(requests), columns), dtype=np.int32)
+            for row, request in zip(rows, requests):
+                row[: len(request.blocks[index])] = request.blocks[index]
+            table = torch.from_numpy(rows).to("cuda")
             decodes = Decodes(table[:count], seq_lens[:count]) if count else None
             rest = offsets[count:], lengths[count:], table[count:]
             steps.append(Step(decodes, prefills_of(*rest, heads.tokens, heads.window)))
         return steps
 
     def decode(self, steps: list[Step]) -> None:
+        """Requests with one new token, one class after the other."""
         for heads, step in zip(self.heads, steps):
             if step.decodes is not None:
                 self._attend(heads, Step(step.decodes, None))
+
+    def decode_side_by_side(self, steps: list[Step]) -> None:
+        """The same, each class on a stream of its own."""
+        for index, (heads, step) in enumerate(zip(self.heads, steps)):
+            if step.decodes is not None:
+                query = heads.query[: len(step.decodes.seq_lens)]
+                with self.streams.run(index, query) as read:
+                    self._attend(heads, Step(step.decodes, None), read)
 
     def prefill(self, steps: list[Step]) -> None:
         for heads, step in zip(self.heads, steps):
@@ -135,19 +151,26 @@ class Layer:
             if step.prefills is not None:
                 gather(heads.cache, step.prefills)
 
-    def _attend(self, heads: Heads, step: Step) -> None:
-        attend(heads.query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
+    def _attend(self, heads: Heads, step: Step, query: torch.Tensor | None = None) -> None:
+        query = heads.query if query is None else query
+        attend(query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
 
     def check(self, requests: list[Request], steps: list[Step]) -> None:
         """Compare the last queries of the first and the last request with float64, in the first
         head of each class."""
-        self.decode(steps)
-        self.prefill(steps)
+        for decode in (self.decode, self.decode_side_by_side):
+            for heads in self.heads:
+                heads.out.fill_(float("nan"))
+            decode(steps)
+            self.prefill(steps)
+            self._check_outputs(requests)
+
+    def _check_outputs(self, requests: list[Request]) -> None:
         ends = torch.tensor([request.new for request in requests]).cumsum(0).tolist()
         for index, heads in enumerate(self.heads):
             for request, end in ((requests[0], ends[0]), (requests[-1], ends[-1])):
                 rows = slice(end - min(request.new, CHECKED), end)
-                blocks = heads.cache[torch.tensor(request.blocks[index], device="cuda")]
+                blocks = heads.cache[torch.from_numpy(request.blocks[index]).to("cuda").long()]
                 text = blocks.transpose(0, 1).flatten(1, 2)[:1, : request.length]
                 key, value = text[None].split(HEAD_DIM, dim=-1)
                 query, out = (
@@ -159,69 +182,97 @@ class Layer:
 
 def scheduled(run: dict[str, Any]) -> Iterator[list[Request]]:
     """The requests of each step, decoding ones first, with all their blocks."""
-    held: dict[int, list[list[int]]] = {}
+    held: dict[int, list[np.ndarray]] = {}
     for step in run["steps"]:
         requests = []
-        for index, computed, new, replaces, blocks in step:
-            old = [[] for _ in blocks] if replaces else held[index]
-            held[index] = [before + added for before, added in zip(old, blocks)]
+        for index, computed, new, replaces, given in step:
+            blocks = [np.array(each, dtype=np.int32) for each in given]
+            if not replaces:
+                blocks = [
+                    np.concatenate((old, added)) if len(added) else old
+                    for old, added in zip(held[index], blocks)
+                ]
+            held[index] = blocks
             requests.append(Request(index, computed, new, held[index]))
         yield sorted(requests, key=lambda request: request.new != 1)
 
 
-def milliseconds(call: Any, *arguments: Any) -> float:
-    """Time of a call on the GPU, the second of two, without the host's time."""
-    call(*arguments)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def milliseconds(calls: list[Callable[[], None]]) -> list[float]:
+    """Time of each call on the GPU, the second of two, without the host's time."""
+    for call in calls:
+        call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     torch.cuda._sleep(HIDDEN_CYCLES)
-    begin.record()
-    call(*arguments)
-    end.record()
+    events[0].record()
+    for call, event in zip(calls, events[1:]):
+        call()
+        event.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
 
-def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> dict[str, Any]:
-    """The sums over all steps of a pattern's schedule, in milliseconds of one layer."""
+@dataclass
+class StepTimes:
+    """Milliseconds of one step of one layer."""
+
+    decode: float = 0.0
+    decode_side_by_side: float = 0.0
+    prefill: float = 0.0
+    gather: float = 0.0
+
+
+def time_step(layer: Layer, steps: list[Step]) -> StepTimes:
+    """Time the parts that a step has. Dense attention does not gather."""
+    names = []
+    if any(step.decodes is not None for step in steps):
+        names += ["decode", "decode_side_by_side"] if len(steps) > 1 else ["decode"]
+    if any(step.prefills is not None for step in steps):
+        names += ["prefill", "gather"]
+    found = milliseconds([partial(getattr(layer, name), steps) for name in names])
+    times = StepTimes(**dict(zip(names, found)))
+    if layer.is_dense:
+        times.prefill -= times.gather
+    return times
+
+
+def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
+    """A row for each way to decode the classes of a pattern, over all steps of its schedule."""
     run, prompts = schedule["runs"][name], schedule["prompts"]
     layer = Layer(name, run, most_tokens)
     checks = {0, len(run["steps"]) // 10, len(run["steps"]) // 2}
-    now = decoding = prefilling = gathering = 0.0
-    first_tokens: dict[int, float] = {}
+    times: list[StepTimes] = []
+    starts: dict[int, int] = {}  # the step of each request's first new token
     running: list[int] = []
     for number, requests in enumerate(scheduled(run)):
         steps = layer.steps(requests)
         if number in checks:
             layer.check(requests, steps)
-        if any(step.decodes is not None for step in steps):
-            decoding += (time := milliseconds(layer.decode, steps))
-            now += time
-        if any(step.prefills is not None for step in steps):
-            time = milliseconds(layer.prefill, steps)
-            copied = milliseconds(layer.gather, steps)
-            gathering += copied
-            time -= copied if layer.is_dense else 0.0
-            prefilling += time
-            now += time
+        times.append(time_step(layer, steps))
         for request in requests:
-            if request.length == prompts[request.index] and request.index not in first_tokens:
-                first_tokens[request.index] = now
+            if request.length == prompts[request.index]:
+                starts.setdefault(request.index, number)
         running.append(len(requests))
-    waits = sorted(wait * LAYERS / 1e3 for wait in first_tokens.values())
-    tokens = schedule["new_tokens"] * len(prompts)
-    return {
-        "attention": name,
-        "steps": len(running),
-        "most_requests": max(running),
-        "mean_requests": statistics.mean(running),
-        "decode_milliseconds": decoding,
-        "prefill_milliseconds": prefilling,
-        "gather_milliseconds": gathering,
-        "new_tokens": tokens,
-        "new_tokens_per_second": tokens / (now * LAYERS / 1e3),
-        "median_seconds_to_first_token": statistics.median(waits),
-        "p90_seconds_to_first_token": waits[int(0.9 * len(waits))],
-    }
+    ways = {"in turns": "decode", "side by side": "decode_side_by_side"}
+    for way, part in ways.items():
+        if way == "in turns" or len(layer.heads) > 1:
+            decoding = [getattr(each, part) for each in times]
+            sums = np.cumsum([a + each.prefill for a, each in zip(decoding, times)]) * LAYERS / 1e3
+            waits = sorted(float(sums[number]) for number in starts.values())
+            tokens = schedule["new_tokens"] * len(prompts)
+            yield {
+                "attention": name,
+                "order": way,
+                "steps": len(running),
+                "most_requests": max(running),
+                "mean_requests": statistics.mean(running),
+                "decode_milliseconds": sum(decoding),
+                "prefill_milliseconds": sum(each.prefill for each in times),
+                "gather_milliseconds": sum(each.gather for each in times),
+                "new_tokens": tokens,
+                "new_tokens_per_second": tokens / float(sums[-1]),
+                "median_seconds_to_first_token": statistics.median(waits),
+                "p90_seconds_to_first_token": waits[int(0.9 * len(waits))],
+            }
 
 
 def cudnn_share() -> float:
@@ -230,8 +281,8 @@ def cudnn_share() -> float:
     (cudnn,) = (row["microseconds"] for row in rows if "cuDNN" in row["attention"])
     lengths = [PATTERNS["dense"].span] * EQUAL_REQUESTS
     classes = class_blocks(PATTERNS["dense"], KV_HEADS)
-    step, _, _ = step_of(PATTERNS["dense"], lengths, classes)
-    return float(cudnn) / per_call([step], 3)
+    step = step_of(PATTERNS["dense"], lengths, classes)
+    return float(cudnn) / per_call([step.in_turns], 3)
 
 
 def main() -> int:
@@ -255,8 +306,9 @@ def main() -> int:
     }
     rows = []
     for name in PATTERNS:
-        rows.append(replay(name, schedule, most_tokens))
-        print(rows[-1], flush=True)
+        for row in replay(name, schedule, most_tokens):
+            rows.append(row)
+            print(row, flush=True)
         torch.cuda.empty_cache()
         what = "attention of a recorded schedule of vLLM in one layer"
         save(options.output, what, settings, rows, options.commit)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import tempfile
 
 import small
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import spattention as spa
 
 
-def train(model, examples, steps: int, folder: str) -> None:
+def train(
+    model: PreTrainedModel, examples: list[dict[str, list[int]]], steps: int, folder: str
+) -> None:
     arguments = TrainingArguments(
         folder,
         max_steps=steps,

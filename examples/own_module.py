@@ -29,6 +29,7 @@ class BandedAttention(nn.Module):
     def forward(self, x: torch.Tensor, key_start: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = self.split(x)
         out = spa.band_attention(query, key, value, self.pattern, key_start=key_start)
+        assert isinstance(out, torch.Tensor)  # `return_lse=True` gives a pair
         return self.out(out.transpose(1, 2).flatten(2))
 
     def step(self, x: torch.Tensor, store: spa.BandStore) -> torch.Tensor:
@@ -36,6 +37,7 @@ class BandedAttention(nn.Module):
         query, key, value = self.split(x)
         store.append(key, value)
         out = spa.band_attention_cached(query, store, self.pattern)
+        assert isinstance(out, torch.Tensor)  # `return_lse=True` gives a pair
         return self.out(out.transpose(1, 2).flatten(2))
 
 

@@ -37,6 +37,7 @@ PYTORCH = {
     "_are_functorch_transforms_active": lambda: pytorch.in_transform,
     "_is_tracing": lambda: pytorch._tracing,
     "_len_torch_dispatch_stack": lambda: torch._C._len_torch_dispatch_stack(),
+    "_len_torch_function_stack": lambda: pytorch.torch_function_modes,
     "torch._functorch.utils.enable_single_level_autograd_function": lambda: pytorch.single_level,
     "_SingleLevelFunction": lambda: pytorch.SingleLevelFunction,
     "_set_fwd_grad_enabled": lambda: pytorch.forward_grad_enabled,

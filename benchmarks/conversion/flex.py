@@ -32,11 +32,11 @@ class Plan:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
         flat = pattern.flat
-        edges = [column(flat[k::4]) for k in range(4)]
+        near, far, near2, far2 = (column(flat[k::4]) for k in range(4))
         attends = torch.tensor([bool(head) for head in pattern.intervals], device=device)
         prefix = column([pattern.prefix] * pattern.num_heads) * attends
         self.heads, self.device = pattern.num_heads, device
-        self.mask = _mask_mod(*edges, prefix)
+        self.mask = _mask_mod(near, far, near2, far2, prefix)
         self._blocks: dict[int, Any] = {}
 
     def blocks(self, length: int) -> Any:

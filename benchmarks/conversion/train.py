@@ -65,13 +65,12 @@ def train(
     context = windows.shape[1]
     steps = max(1, round(tokens / (schedule.batch * context)))
     rate = schedule.lora_rate if lora else schedule.rate
-    options = {"lr": rate, "betas": BETAS}
     optimizer: torch.optim.Optimizer
     if model.device.type == "cuda":
-        optimizer = to_bfloat16(model, DECAY, **options)
+        optimizer = to_bfloat16(model, DECAY, lr=rate, betas=BETAS)
     else:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(groups(named, DECAY), **options)
+        optimizer = torch.optim.AdamW(groups(named, DECAY), lr=rate, betas=BETAS)
     trained = [p for p in model.parameters() if p.requires_grad]
     chosen = order(len(windows), steps * schedule.batch, seed).view(steps, schedule.batch)
     model.train()

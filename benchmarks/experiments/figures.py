@@ -47,7 +47,7 @@ def reference_gpu(done: dict[tuple[str, int], Entry]) -> str | None:
     """The GPU whose speeds are shown: that of dense's first seed, or else of the first run."""
     first = next((entry for (label, _), entry in done.items() if label == STOCK), None)
     first = first or next(iter(done.values()), None)
-    return first and first["gpu"]
+    return None if first is None else str(first["gpu"])
 
 
 def curve(entry: Entry) -> list[tuple[float, float]]:

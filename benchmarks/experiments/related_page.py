@@ -1,34 +1,42 @@
-"""What the runs of the related systems say, as the tables of docs/related.md."""
+"""What the runs of the related systems say, as the tables and sentences of docs/related.md."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from spattention.choice import STOCK, is_other
 from spattention.comparison.plan import Plan
 from spattention.files import write_atomically
 
+from .costs import read_costs
+from .figures import seeds_of
 from .gaps import Entry
 from .ledger import finished, read_ledger, same_runs
 
 BEGIN, END = "<!-- measured: written by benchmarks.experiments.evidence -->", "<!-- /measured -->"
 NORM = "mea:mix=0"  # the head norm alone, which MEA is measured against
 PLANS = ("related-2048", "related")
+TOLD_APART = 0.01  # nats; one seed says nothing about less
 Done = dict[tuple[str, int], Entry]
 
 
-def base(label: str) -> str | None:
-    """What a row is measured against beside dense attention: MEA against its norm alone, any other
-    system against its bands; None where that is dense attention itself, or the row is no system.
-    """
+def bands_of(label: str) -> str | None:
+    """The bands that a system was combined with, as a row of their own; None for none."""
     if not is_other(label):
         return None
-    name, _, options = label.partition(":")
-    _, found, bands = options.partition("bands=")
-    if name == "mea" and not label.startswith(NORM):
-        return f"{NORM},bands={bands}" if found else NORM
+    _, found, bands = label.partition("bands=")
     return bands if found else None
+
+
+def norm_of(label: str) -> str | None:
+    """The head norm alone, in the same bands, for a row of MEA that mixes heads; else None."""
+    if label.partition(":")[0] != "mea" or label.startswith(NORM):
+        return None
+    bands = bands_of(label)
+    return NORM if bands is None else f"{NORM},bands={bands}"
 
 
 def write(page: Path, plans: dict[str, Plan], ledger: Path) -> None:
@@ -42,12 +50,12 @@ def write(page: Path, plans: dict[str, Plan], ledger: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} must have the marks {BEGIN} and {END}")
-    parts = [table(plans[name], ledger) for name in PLANS if name in plans]
+    parts = [section(plans[name], ledger) for name in PLANS if name in plans]
     write_atomically(page, "\n".join([before + BEGIN, "", *parts, END + after]))
 
 
-def table(plan: Plan, ledger: Path) -> str:
-    """All rows of a plan of which there are runs, those that were not run too."""
+def section(plan: Plan, ledger: Path) -> str:
+    """All rows of a plan of which there are runs, those that were not run too, and what follows."""
     entries = read_ledger(ledger, plan.name)
     title = f"{plan.title[0].upper()}{plan.title[1:]}"
     known = {(e["label"], e["seed"]) for e in entries if finished(e)}
@@ -56,37 +64,129 @@ def table(plan: Plan, ledger: Path) -> str:
     missing = [run for run in plan.runs if (run.label, run.seed) not in known]
     lent = same_runs(ledger, missing, entries)
     done = {(e["label"], e["seed"]): e for e in [*entries, *lent] if finished(e)}
+    costs = read_costs(ledger, plan.name)
+    labels = list(dict.fromkeys(run.label for run in plan.runs))
     lines = [
         f"{title}:",
         "",
-        "| attention | loss minus dense's | minus its bands', or its norm's alone "
-        "| pairs, dense = 1 | seeds |",
-        "|---|---:|---:|---:|---:|",
+        "| attention | loss | minus dense's | minus its bands' | minus the norm's alone "
+        "| a step's time, dense = 1 | cache, dense = 1 | pairs, dense = 1 | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    pairs = [e["facts"]["pairs_per_token"] for (name, _), e in done.items() if name == STOCK]
-    for label in dict.fromkeys(run.label for run in plan.runs):
-        mine = [entry for (name, _), entry in done.items() if name == label]
-        if not mine:
-            lines.append(f"| {label} | not run | | | 0 |")
-            continue
-        other = base(label)
-        cells = [
-            label,
-            _spread(_differences(done, label, STOCK)) if label != STOCK else "",
-            _spread(_differences(done, label, other)) if other else "",
-            f"{mine[0]['facts']['pairs_per_token'] / pairs[0]:.2f}" if pairs else "",
-            str(len(mine)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    for label in labels:
+        if seeds_of(label, done):
+            lines.append(_row(label, done, costs))
+        else:
+            lines.append(f"| {label} | not run | | | | {_time(label, costs)} | | | 0 |")
+    return "\n".join([*lines, "", *_sentences(labels, done), *_timed(costs)])
 
 
-def _differences(done: Done, label: str, other: str) -> list[float]:
+def _row(label: str, done: Done, costs: dict[str, Any]) -> str:
+    runs = [done[label, seed] for seed in seeds_of(label, done)]
+    bands, norm = bands_of(label), norm_of(label)
+    losses = [_loss(run) for run in runs]
+    cells = [
+        label,
+        f"{mean(losses):.4f}",
+        _spread(differences(done, label, STOCK)) if label != STOCK else "",
+        _spread(differences(done, label, bands)) if bands else "",
+        _spread(differences(done, label, norm)) if norm else "",
+        _time(label, costs),
+        _share(label, done, _cache),
+        _share(label, done, lambda run: run["facts"]["pairs_per_token"]),
+        str(len(runs)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _sentences(labels: Iterable[str], done: Done) -> list[str]:
+    """Which systems add to bands, which do not, and which are not told apart from them."""
+    there = [label for label in labels if seeds_of(label, done)]
+    patterns = [label for label in there if not is_other(label) and label != STOCK]
+    compared = [(label, bands_of(label)) for label in there]
+    combined = [(label, bands) for label, bands in compared if bands in patterns]
+    lines = _sorted_out(done, combined, "its bands", lambda bands: f" (`{bands}`)")
+    if patterns:
+        best = min(patterns, key=lambda label: mean(_losses(done, label)))
+        alone = [(label, best) for label, bands in compared if bands is None and is_other(label)]
+        lines += _sorted_out(done, alone, f"`{best}`, the best bands", lambda _: "")
+    norms = [(label, norm) for label in there if (norm := norm_of(label)) in there]
+    lines += _sorted_out(done, norms, "the head norm alone", lambda _: "")
+    return [*lines, ""] if lines else []
+
+
+def _sorted_out(
+    done: Done, pairs: Iterable[tuple[str, str | None]], than: str, note: Callable[[str], str]
+) -> list[str]:
+    """Lines that say which of the first are better, worse, or neither, than the second."""
+    found: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not told apart from": []}
+    for label, other in pairs:
+        assert other is not None
+        gaps = differences(done, label, other)
+        if gaps:
+            found[verdict(gaps)].append(f"`{label}`{note(other)} {_spread(gaps)}")
+    return [f"- {how} {than}: {'; '.join(rows)}." for how, rows in found.items() if rows]
+
+
+def verdict(gaps: list[float]) -> str:
+    """Better, worse or neither: all seeds agree, and by more than their spread, or, with one seed,
+    by `TOLD_APART`.
+    """
+    least = stdev(gaps) if len(gaps) > 1 else TOLD_APART
+    agree = all(gap < 0 for gap in gaps) or all(gap > 0 for gap in gaps)
+    if not agree or abs(mean(gaps)) <= least:
+        return "Not told apart from"
+    return "Better than" if gaps[0] < 0 else "Worse than"
+
+
+def _timed(costs: dict[str, Any]) -> list[str]:
+    """Where times come from."""
+    if STOCK not in costs:
+        return []
+    dense = costs[STOCK]
+    commits = ", ".join(dict.fromkeys(each["commit"][:7] for each in costs.values()))
+    return [
+        f"Times are of full training steps, one row after another on one {dense['gpu']} that did "
+        f"nothing else ({commits}): a step of dense attention takes "
+        f"{1e3 * dense['seconds']:.1f} ms for {dense['tokens']:,} tokens. Caches are those of "
+        "generation after a text as long as the context.",
+        "",
+    ]
+
+
+def _time(label: str, costs: dict[str, Any]) -> str:
+    if label not in costs or STOCK not in costs:
+        return "?"
+    return f"{costs[label]['seconds'] / costs[STOCK]['seconds']:.2f}"
+
+
+def _share(label: str, done: Done, size: Callable[[Entry], float | None]) -> str:
+    """A size over dense attention's; `?` where either is not known."""
+    mine, dense = ([size(run) for (n, _), run in done.items() if n == k] for k in (label, STOCK))
+    known, whole = ([each for each in found if each] for found in (mine, dense))
+    return f"{known[0] / whole[0]:.2f}" if known and whole else "?"
+
+
+def _cache(run: Entry) -> float | None:
+    found: float | None = run["final"].get("cache_bytes")
+    return found
+
+
+def _loss(run: Entry) -> float:
+    found: float = run["final"]["loss"]["mean"]
+    return found
+
+
+def _losses(done: Done, label: str) -> list[float]:
+    return [_loss(done[label, seed]) for seed in seeds_of(label, done)]
+
+
+def differences(done: Done, label: str, other: str) -> list[float]:
     """Last loss minus the other's, of the seeds that both have."""
     return [
-        entry["final"]["loss"]["mean"] - done[other, seed]["final"]["loss"]["mean"]
-        for (name, seed), entry in sorted(done.items())
-        if name == label and (other, seed) in done
+        _loss(done[label, seed]) - _loss(done[other, seed])
+        for seed in seeds_of(label, done)
+        if (other, seed) in done
     ]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -42,6 +43,7 @@ from spattention.training.pretrain import pretrain
 from spattention.training.recipe import Recipe, recipe_from
 from spattention.training.record import LOSSES
 
+from .costs import cache_after
 from .ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
 from .retrieval import retrieval
 from .side_by_side import side_by_side
@@ -203,6 +205,7 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
             "tokens": step * recipe.batch * recipe.context,
             "diverged": diverged,
             "commit": commit,
+            "command": _command(plan, run, options),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "data": json.loads((folder / "run.json").read_text())["data"],
             "beside": max(options.beside, (known or {}).get("beside", 0)),
@@ -229,6 +232,16 @@ def make(plan: Plan, run: Run, options: Options, commit: str, seconds: float | N
         _say(f"{plan.name}/{run.name}")(f"loss {final['loss']['mean']:.4f}")
         _keep_model(folder)
     return done or diverged is not None
+
+
+def _command(plan: Plan, run: Run, options: Options) -> str:
+    """What makes this run anywhere, with folders of one's own."""
+    changes = " ".join(shlex.quote(change) for change in options.set)
+    return (
+        f"python -m benchmarks.experiments.run benchmarks/experiments/plans/{plan.name}.toml "
+        f"--only {run.name} --windows {options.windows} --items {options.items} "
+        f"--prompts {options.prompts}" + (f" --set {changes}" if changes else "")
+    )
 
 
 def _placed(run: Run, options: Options) -> Recipe:
@@ -262,6 +275,7 @@ def _final(recipe: Recipe, folder: Path, options: Options) -> dict[str, Any]:
         "edges": list(found.edges),
         "by_position": [round(part.mean, 5) for part in found.parts],
         "by_position_error": [round(part.error, 5) for part in found.parts],
+        "cache_bytes": cache_after(model, data.validation[0]["input_ids"][None]),
         **(_looks(model, data.validation, options.items) if options.items else {}),
         **_retrieval(model, data.validation, options),
     }

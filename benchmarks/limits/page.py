@@ -125,7 +125,9 @@ def losses(results: Results, name: str) -> str:
 
 def multi_head(which: str) -> Callable[[Results, str], str]:
     """Table of the pass over heads of 128, as many key/value heads as query heads."""
-    columns = (OURS, ANY_ORDER, FLEX, FLEX_FLASH, FLASH_4, FLASH_SPARSE, CUDNN, DENSE_4)
+    columns: tuple[str, ...] = (
+        OURS, ANY_ORDER, FLEX, FLEX_FLASH, FLASH_4, FLASH_SPARSE, CUDNN, DENSE_4,
+    )  # fmt: skip
     if which == "forward":
         columns = tuple(by for by in columns if by != ANY_ORDER)
     return lambda results, name: table(

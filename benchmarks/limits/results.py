@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spattention.benchmarking.limits import Work
+from spattention.benchmarking.roofline import Work
 
 from .cases import (
     ANY_ORDER,

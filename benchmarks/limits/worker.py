@@ -32,8 +32,8 @@ from spattention.benchmarking.competitors import (
     package_versions,
 )
 from spattention.benchmarking.flex import Flex, FlexFlash
-from spattention.benchmarking.limits import work_of
 from spattention.benchmarking.results import environment
+from spattention.benchmarking.roofline import work_of
 from spattention.benchmarking.timing import (
     copy_speed,
     eager_milliseconds,

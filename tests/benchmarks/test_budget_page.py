@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.experiments import (
     budget_page,
@@ -15,9 +16,9 @@ from benchmarks.experiments import (
     figures,
     gaps,
     ledger,
-    related_page,
 )
 from spattention.comparison.plan import Plan, Run, read_plan
+from spattention.training.graphs import asks_for_graphs, refusal
 
 PLANS = {path.stem: read_plan(path) for path in evidence.PLANS.glob("budget-*.toml")}
 
@@ -180,37 +181,17 @@ def test_a_budget_fits_one_stay():
         assert len({json.dumps(run.fields["data"]) for run in PLANS[name].runs}) == 1
 
 
+@pytest.mark.parametrize("name", sorted(PLANS))
+def test_steps_of_a_budget_do_not_wait(name):
+    """Every run's passes are recorded as a CUDA graph on one GPU, and it is evaluated seldom."""
+    for run in PLANS[name].runs:
+        assert asks_for_graphs(run.recipe)
+        assert refusal(run.recipe, torch.device("cuda"), 1) is None
+        assert run.recipe.steps / run.recipe.evaluate_every < 30
+
+
 def test_the_page_starts_with_its_sentences():
     """The committed page is written by the generator, first table first."""
     text = (Path(evidence.PAGE)).read_text()
     found = {path.stem: read_plan(path) for path in evidence.PLANS.glob("*.toml")}
     assert text.startswith(f"{evidence.TITLE}\n{budget_page.section(found, evidence.HERE)}")
-
-
-def test_related_systems_have_their_own_baselines(tmp_path):
-    """Each row has its own baseline, rows without runs say so, and marks hold the tables."""
-    assert related_page.base("mea") == "mea:mix=0"
-    assert related_page.base("mea:bands=exclusive:first=2") == "mea:mix=0,bands=exclusive:first=2"
-    assert related_page.base("mea:mix=0,bands=exclusive") == "exclusive"
-    assert related_page.base("cca:group=4,bands=exclusive") == "exclusive"
-    assert [related_page.base(n) for n in ("mea:mix=0", "cca", "exclusive", "dense")] == [None] * 4
-    plan = read_plan(evidence.PLANS / "related-2048.toml")
-    for label, loss in (("dense", 3.0), ("mea:mix=0", 2.9), ("mea", 2.95)):
-        run = run_of(plan, label)
-        made = entry(plan.name, run, loss) | {"facts": {"pairs_per_token": 8.0}}
-        ledger.write_entry(ledger.entry_path(tmp_path, plan.name, run.name), made)
-    page = tmp_path / "related.md"
-    page.write_text(f"before\n{related_page.BEGIN}\nold\n{related_page.END}\nafter\n")
-    related_page.write(page, {"related-2048": plan}, tmp_path)
-    text = page.read_text()
-    assert "| mea | -0.0500 | +0.0500 | 1.00 | 1 |" in text
-    assert "| mea:mix=0 | -0.1000 |  | 1.00 | 1 |" in text
-    assert "| recurrent_near | not run |" in text
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    related_page.write(page, {"related-2048": plan}, tmp_path)
-    assert page.read_text() == text
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="must have the marks"):
-        related_page.write(page, {}, tmp_path)

@@ -20,7 +20,7 @@ from spattention.benchmarking.competitors import (
     import_below,
     window_sizes,
 )
-from spattention.benchmarking.limits import Work, work_of
+from spattention.benchmarking.roofline import Work, work_of
 from spattention.cli import bench, bench_attention, bench_decode, main, tune
 
 

@@ -8,17 +8,39 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from spattention import attention
 from spattention.impl.triton import hopper
+from spattention.impl.triton.hopper import TileOrder
+
+from .cases import Variant
+
+ORDERS = (
+    (TileOrder.HEAD_MAJOR, True, True),
+    (TileOrder.HEAD_MAJOR, False, False),
+    (TileOrder.PAIRED, False, True),
+)
+
+
+def larger_plans(variant: Variant) -> list[dict[str, Any]]:
+    """Fields of the plans that the rules choose for more heads, more tokens and longer bands."""
+    if variant.mode != "self":  # those know one forward kernel and no pairs
+        orders = [(TileOrder.HEAD_MAJOR, False, split) for split in (True, False)]
+    else:
+        orders = list(ORDERS)
+    return [dict(zip(("order", "persistent", "split_backward"), each)) for each in orders]
 
 
 @contextmanager
 def changed_plans(**fields: Any) -> Iterator[None]:
-    """Every plan with these fields of `HopperPlan`."""
+    """Every plan with these fields of `HopperPlan`; no call runs as an earlier one did."""
     rule = hopper.plan
 
     def plan(*inputs: Any) -> hopper.HopperPlan | None:
         found = rule(*inputs)
         return None if found is None else replace(found, **fields)
 
-    with mock.patch.object(hopper, "plan", plan):
+    with (
+        mock.patch.object(hopper, "plan", plan),
+        mock.patch.object(attention, "form_of", return_value=None),
+    ):
         yield

@@ -18,17 +18,11 @@ from typing import Any
 import torch
 
 from spattention import BandPattern
-from spattention.impl.triton.hopper import TileOrder
 from spattention.testing import Case, check_error, exact, noise, plain, run
 
 from . import cases, decode_cases
-from .plans import changed_plans
+from .plans import changed_plans, larger_plans
 
-PLANS: tuple[dict[str, Any], ...] = (
-    {},
-    {"order": TileOrder.HEAD_MAJOR, "persistent": True, "split_backward": True},
-    {"order": TileOrder.PAIRED, "persistent": False, "split_backward": True},
-)
 LONGEST = 200  # tokens
 
 
@@ -36,7 +30,7 @@ def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Name and check of every case."""
     for variant in cases.VARIANTS:
         case = cases.draw(variant, 0, "cpu", LONGEST)
-        for plan in PLANS if variant.hopper else PLANS[:1]:
+        for plan in ({}, *(larger_plans(variant) if variant.hopper else ())):
             yield f"{variant} {plan}", lambda c=case, p=plan: check(c, p)
         if variant.hopper:
             yield f"{variant} any order", lambda c=case: check(c, {}, deterministic=False)

@@ -42,16 +42,17 @@ def train(output: Path, recipe: Path, *changes: str, processes: int = 0) -> dict
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     changes = (*changes, 'parallel="fsdp2"') if processes else changes
     command = ["-m", "spattention", "train", str(recipe), "--output", str(output), "--set"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    visible = {} if processes else {"CUDA_VISIBLE_DEVICES": first}  # one process takes one GPU
     done = subprocess.run(
         [
             sys.executable,
             *(torchrun if processes else []),
             *command,
-            "--set",
             *changes,
             "workers=0",
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | visible,
         capture_output=True,
         text=True,
         timeout=200,

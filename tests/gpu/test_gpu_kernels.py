@@ -13,7 +13,7 @@ from spattention.impl.triton.hopper import TileOrder
 from spattention.testing import VIEWS, check_error, check_view, exact, plain, run
 
 from .cases import VARIANTS, Variant, draw, poison_unseen
-from .plans import changed_plans
+from .plans import changed_plans, larger_plans
 
 CASES_OF_A_VARIANT = 106
 CASES_OF_A_PLAN = 40
@@ -34,22 +34,14 @@ def test_random_cases(variant: Variant) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("variant", [each for each in VARIANTS if each.hopper], ids=str)
 @pytest.mark.parametrize(
-    ("order", "persistent", "split_backward"),
-    [
-        (TileOrder.HEAD_MAJOR, True, True),
-        (TileOrder.HEAD_MAJOR, False, False),
-        (TileOrder.PAIRED, False, True),
-    ],
+    ("variant", "plan"),
+    [(each, plan) for each in VARIANTS if each.hopper for plan in larger_plans(each)],
+    ids=str,
 )
-def test_random_cases_of_larger_plans(
-    variant: Variant, order: TileOrder, persistent: bool, split_backward: bool
-) -> None:
+def test_random_cases_of_larger_plans(variant: Variant, plan: dict[str, Any]) -> None:
     """What the rules choose for more heads, more tokens and longer bands, on small cases."""
-    if variant.mode != "self":  # those know one forward kernel and no pairs
-        order, persistent = TileOrder.HEAD_MAJOR, False
-    with changed_plans(order=order, persistent=persistent, split_backward=split_backward):
+    with changed_plans(**plan):
         check_cases(variant, CASES_OF_A_PLAN)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from spattention import BandPattern
 from spattention.impl.triton import hopper
-from spattention.parallel import Shards, plan_exchange, work
-from spattention.parallel.work import rank_plan
+from spattention.parallel import Shards, plan_exchange, rank_calls
+from spattention.parallel.rank_calls import rank_plan
 from spattention.testing import Case, check_error, exact, noise, plain
 from tests.parallel import in_turns
 
@@ -37,7 +37,7 @@ def test_shards_are_as_exact_as_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within the budget of one call over all keys, whatever the calls that add up to it."""
-    monkeypatch.setattr(work, "CALL_TOKENS", cost)
+    monkeypatch.setattr(rank_calls, "CALL_TOKENS", cost)
     rank_plan.cache_clear()
     generator = torch.Generator("cuda").manual_seed(0)
     drawn = [

@@ -10,7 +10,7 @@ import torch
 
 from spattention.attention import choose
 from spattention.parallel import Plan, exchange, sharded
-from spattention.parallel.work import rank_plan
+from spattention.parallel.rank_calls import rank_plan
 
 PASSES = 3  # what a pass sends arrives in the next: keys, then the gradients that need them
 

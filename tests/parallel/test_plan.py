@@ -13,7 +13,7 @@ from spattention.parallel import (
     sharded_attention,
     ulysses_attention,
 )
-from spattention.parallel.work import rank_plan
+from spattention.parallel.rank_calls import rank_plan
 
 LENGTH, HEADS = 61, 4
 PATTERNS = {

@@ -8,7 +8,7 @@ import torch
 
 from spattention import BandPattern
 from spattention.parallel import Shards, exchange, plan_exchange
-from spattention.parallel.work import rank_plan
+from spattention.parallel.rank_calls import rank_plan
 
 LENGTH, HEADS = 96, 4
 GEOMETRIC = BandPattern.shared_local(HEADS, LENGTH, widths="geometric", first=3, local=9)

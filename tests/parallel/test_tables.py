@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spattention import BandPattern, band_attention
-from spattention.parallel import Shards, plan_exchange, work
-from spattention.parallel.work import rank_plan
+from spattention.parallel import Shards, plan_exchange, rank_calls
+from spattention.parallel.rank_calls import rank_plan
 
 LENGTH, HEADS = 203, 8
 PATTERNS = {
@@ -35,7 +35,7 @@ def expected(pattern, tensors) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_tables_give_the_whole_sequence(name, ranks, key_heads, cost, monkeypatch):
     """A call for each head that fetches, for a few heads, and for all of them."""
-    monkeypatch.setattr(work, "CALL_TOKENS", cost)
+    monkeypatch.setattr(rank_calls, "CALL_TOKENS", cost)
     rank_plan.cache_clear()
     random = torch.Generator().manual_seed(0)
     shapes = [(1, heads, LENGTH, 4) for heads in (HEADS, key_heads, key_heads, HEADS)]

@@ -50,6 +50,15 @@ def test_compare_and_evaluate_know_them(text, tmp_path, capsys):
         assert len(evaluated["heads"][0]["distance"]) == 8
 
 
+def test_what_the_model_cannot_take_fails_at_once(text, tmp_path, capsys):
+    """A system that the model cannot have is refused before any run is made."""
+    output = tmp_path / "out"
+    arguments = ["compare", *SMALL, "--data", str(text), "--output", str(output)]
+    assert main([*arguments, "--patterns", "dense", "mea:components=2"]) == 2
+    assert "`components` of `mea` must be 0 for a model with a norm" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_the_bytes_of_a_state_are_counted():
     """`generate` prints them."""
     model = related.apply(build("llama"), CHOSEN["cca"])

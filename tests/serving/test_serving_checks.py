@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import spattention as spa
@@ -81,6 +82,14 @@ def test_other_folders_are_refused_by_name(
 def test_a_quantized_cache_is_refused_by_name(dtype: str) -> None:
     with pytest.raises(ValueError, match=rf"`kv_cache_dtype` must be one of .*, got '{dtype}'"):
         check_cache_dtype(dtype)
+
+
+def test_a_cache_has_the_dtype_of_its_model() -> None:
+    check_cache_dtype("auto", torch.bfloat16)
+    check_cache_dtype("bfloat16", torch.bfloat16)
+    message = "`kv_cache_dtype` must be 'auto' or the model's 'float32' for spattention, got 'bf"
+    with pytest.raises(ValueError, match=message):
+        check_cache_dtype("bfloat16", torch.float32)
 
 
 def test_tensor_parallel_sizes_must_deal_whole_heads() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,7 @@ class Runner:
         seed: int = 0,
     ) -> None:
         self.layers, self.shared, self.page_size = layers, shared, page_size
+        self.model_config = SimpleNamespace(dtype=dtype)
         self.shuffle = random.Random(seed)
         self.answers: dict[tuple[int, int], Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
@@ -324,6 +326,7 @@ def test_other_pools_are_refused_by_name(backend_module: Any) -> None:
     for name, given, message in (
         ("dtype", torch.float8_e4m3fn, "unquantized, got torch.float8_e4m3fn"),
         ("is_quantized_kv_cache", True, "unquantized, got torch.float32"),
+        ("dtype", torch.bfloat16, "the model's torch.float32 for spattention, got torch.bfloat16"),
         ("kv_cache_layout", "hnd", "must be 'nhd' for spattention, got 'hnd'"),
     ):
         runner.token_to_kv_pool = MHATokenToKVPool(8, 1, torch.float32, KV_HEADS, DIM, 1)

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from spattention.hf.weights import MARK
+import spattention as spa
+from spattention.hf.apply import band_note
+from spattention.hf.weights import MARK, _mark
 from spattention.serving.checks import BACKEND, SGLANG_FAMILIES
 from spattention.serving.sglang_plugin import (
     REFUSED,
@@ -177,7 +179,7 @@ def test_ranks_get_their_heads_and_sinks(registry: fake_sglang.Registry, ranks: 
         names = made.load_weights(
             [
                 ("layers.0.sinks", sinks),
-                (f"layers.0.{MARK}", torch.zeros(3)),
+                (f"layers.0.{MARK}", _mark(band_note(PATTERN), None)),
                 ("layers.0.weight", sinks),
             ]
         )
@@ -187,6 +189,13 @@ def test_ranks_get_their_heads_and_sinks(registry: fake_sglang.Registry, ranks: 
         assert first.bands.pattern == PATTERN.heads(heads.start, heads.stop)
         assert first.bands.sinks.equal(sinks[heads])
         assert not hasattr(second, "bands")
+
+
+def test_weights_of_other_bands_end_the_start(registry: fake_sglang.Registry) -> None:
+    """A config that was edited names other bands than the weights were trained with."""
+    other = spa.BandPattern.dense(PATTERN.num_heads, PATTERN.span)
+    with pytest.raises(ValueError, match="with the attention that they were saved from"):
+        model(banded()).load_weights([(f"layers.0.{MARK}", _mark(band_note(other), None))])
 
 
 @pytest.mark.parametrize("in_use", [("fa3", BACKEND), (BACKEND, "triton")])

@@ -24,6 +24,7 @@ NEW_TOKENS = 40
 # One token alone, prompts within the span of 96 and prompts beyond it, whose first blocks are freed
 # while they are read.
 PROMPTS = folders.prompts([1, 70, 200, 300])
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,19 @@ def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
     assert [len(head_classes(list(patterns), 4, ranks=2, rank=r)[0]) for r in (0, 1)] == [2, 2]
     (run,) = engine.generate_in_vllm(folder, [PROMPTS], NEW_TOKENS, tensor_parallel_size=2)
     assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
+def test_an_adapter_gives_the_tokens_of_its_merged_model(tmp_path: Path) -> None:
+    """LoRA of the attention's weights, on bands."""
+    folder, merged = folders.save(tmp_path / "model"), tmp_path / "merged"
+    folders.save_adapter(folder, merged, tmp_path / "adapter")
+    settings = {"enable_lora": True, "max_lora_rank": 8}
+    (run,) = engine.generate_in_vllm(
+        folder, [PROMPTS], NEW_TOKENS, tmp_path / "adapter", **settings
+    )
+    expected = folders.greedy(merged, PROMPTS, NEW_TOKENS)
+    assert run["tokens"] == expected
+    assert expected != folders.greedy(folder, PROMPTS, NEW_TOKENS)
 
 
 def test_compiled_models_give_the_same_tokens(tmp_path: Path) -> None:
@@ -99,36 +113,65 @@ def test_prefix_tokens_are_served(tmp_path: Path) -> None:
 
 
 def test_decoding_requests_go_to_the_kernels() -> None:
-    """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; a
-    step of decoding alone never waits for the device."""
+    """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; the
+    other requests of a step are packed behind them. No step waits for the device, and none with
+    requests that only pad it to a captured size."""
     from spattention.serving.vllm_backend import BandMetadataBuilder
 
     builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
     builder.block_size, builder.window, builder.prefix = 16, 40, 3
     builder.has_kernels = True
-    mixed = SimpleNamespace(
-        num_reqs=3,
-        query_start_loc_cpu=torch.tensor([0, 1, 2, 9]),
-        seq_lens=torch.tensor([50, 7, 30], dtype=torch.int32),
-        block_table_tensor=torch.arange(12, dtype=torch.int32).view(3, 4),
-    )
-    step = builder.build(0, mixed).step
-    assert step.decodes is not None
-    assert step.decodes.seq_lens.tolist() == [50, 7]
+
+    def build(offsets: list[int], lengths: list[int]) -> Any:
+        common = SimpleNamespace(
+            num_reqs=len(lengths),
+            query_start_loc_cpu=torch.tensor(offsets),
+            seq_lens=torch.empty(len(lengths), dtype=torch.int32, device="meta"),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+            block_table_tensor=torch.arange(4 * len(lengths), dtype=torch.int32).view(-1, 4),
+        )
+        return builder.build(0, common).step, common
+
+    step, mixed = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes.seq_lens.data_ptr() == mixed.seq_lens.data_ptr()
+    assert step.decodes.seq_lens.shape == (2,)
     assert step.decodes.block_table.data_ptr() == mixed.block_table_tensor.data_ptr()
-    assert [batch.tokens.tolist() for batch in step.batches] == [list(range(2, 9))]
-    unreadable = SimpleNamespace(
-        num_reqs=2,
-        query_start_loc_cpu=torch.tensor([0, 1, 2]),
-        seq_lens=torch.empty(2, dtype=torch.int32, device="meta"),
-        block_table_tensor=torch.empty(2, 4, dtype=torch.int32, device="meta"),
-    )
-    assert builder.build(0, unreadable).step.batches == []
+    assert (step.prefills.first, step.prefills.last) == (2, 9)
+    assert step.prefills.cu_seqlens_q.tolist() == [0, 7]
+    assert step.prefills.cu_seqlens_k.tolist() == [0, 30]
+    step, _ = build([0, 1, 2, 2, 2], [50, 7, 0, 0])
+    assert step.decodes.seq_lens.shape == (2,)
+    assert step.prefills is None
     builder.has_kernels = False
-    step = builder.build(0, mixed).step
+    step, _ = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes is None
-    assert sum(len(batch.tokens) for batch in step.batches) == 9
+    assert step.prefills.cu_seqlens_q.tolist() == [0, 1, 2, 9]
+    assert step.prefills.cu_seqlens_k.tolist() == [0, 43, 50, 80]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
+    """Each class on its own stream, and in order; elsewhere on the stream that vLLM launches on."""
+    from spattention.serving.class_streams import ClassStreams
+    from spattention.serving.vllm_backend import BandAttentionImpl, ClassBands
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    streams, asked = ClassStreams(2, torch.device("cpu")), []
+
+    class Asked:
+        sides = "streams"
+
+        def run(self, index: int, query: torch.Tensor) -> Any:
+            asked.append(index)
+            return streams.run(index, query)
+
+    for index in range(2):
+        bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], index, Asked())  # type: ignore
+        attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
+        metadata = SimpleNamespace(step=SimpleNamespace(decodes=None, prefills=None))
+        query = torch.zeros(3, 2, 16)
+        attention.forward(None, query, query, query, query, metadata, query)  # type: ignore
+    assert asked == ([0, 1] if captured else [])
 
 
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
@@ -214,6 +257,14 @@ def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
             {"kv_cache_dtype": "fp8"},
             "`kv_cache_dtype` must be one of ('auto', 'float16', 'bfloat16', 'float32') for",
         ),
+        ({}, {"kv_cache_dtype": "bfloat16"}, "must be 'auto' or the model's 'float32' for"),
+        ({}, {"model_impl": "transformers"}, "`model_impl` must be 'auto' or 'vllm' for"),
+        ({}, {"kv_offloading_size": 1.0}, "`kv_offloading_size` must be None for"),
+        (
+            {},
+            {"speculative_config": NGRAM},
+            "`speculative_config` must be None for spattention, got SpeculativeConfig",
+        ),
         (
             {},
             {"tensor_parallel_size": 3},
@@ -233,6 +284,23 @@ def test_bad_folders_and_settings_end_at_start_up(tmp_path: Path) -> None:
         else:
             assert error is not None
             assert message in error
+
+
+def test_weights_of_other_bands_are_refused(tmp_path: Path) -> None:
+    """A config that was edited names other bands than the weights were trained with."""
+    good = folders.save(tmp_path / "good")
+    section = json.loads((good / "config.json").read_text())["spattention"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"layers": [1, 0]}, "with the attention that they were saved from"),
+        ({"layers": [0, None]}, 'model.layers.1.self_attn.spattention_mark, got "none"'),
+        ({"sinks": True}, "model.layers.0.self_attn.sinks"),
+    ]
+    for index, (entries, message) in enumerate(cases):
+        folder = shutil.copytree(good, tmp_path / str(index))
+        folders.edit(folder, spattention=section | entries)
+        with pytest.raises(AssertionError) as raised:
+            engine.generate_in_vllm(folder, [PROMPTS], 1)
+        assert message in str(raised.value)
 
 
 def test_vllm_without_the_plugin_refuses_bands(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..bands import BandPattern
 
 Tensors = tuple[Tensor, ...]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value, the output's gradient
 
 
 @dataclass(frozen=True)

@@ -68,19 +68,25 @@ def busy_milliseconds(call: Call) -> float:
     busy with them: after some tenths of a second, its power limit may have slowed its clock.
     """
     replay = _captured(call)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def mean(replays: int) -> float:
-        begin.record()
-        for _ in range(replays):
-            replay()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / replays
-
+    mean = _timer(replay)
     once = max(mean(3), 1e-3)
     mean(max(1, int(SETTLE / once)))
     return mean(max(3, int(SETTLE / 2 / once)))
+
+
+def _timer(call: Call) -> Callable[[int], float]:
+    """The mean milliseconds of calls one right after the other, by their number."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def mean(calls: int) -> float:
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    return mean
 
 
 def _captured(call: Call) -> Call:
@@ -213,16 +219,7 @@ def matrix_speed(milliseconds: float, rest: float = 0.0) -> float:
 
 def _median_milliseconds(call: Call, budget: float, together: float = 0.0) -> float:
     """Median of one call, or of as many at a time as take `together` milliseconds, at most 20."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def mean(calls: int) -> float:
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / calls
-
+    mean = _timer(call)
     mean(1)
     once = max(mean(1), 1e-3)
     calls = max(1, min(20, round(together / once)))

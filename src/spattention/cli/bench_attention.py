@@ -27,7 +27,7 @@ from ..benchmarking.competitors import (
     package_versions,
 )
 from ..benchmarking.flex import Flex, FlexFlash
-from ..benchmarking.limits import Work, work_of
+from ..benchmarking.roofline import Work, work_of
 from ..explanation import explain
 from ..files import shown
 from ..testing import Case, check_case

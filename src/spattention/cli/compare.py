@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..choice import MOST_EQUAL, Bands, attention_choice, pattern_remarks
+from ..choice import MOST_EQUAL, BandAttention, OtherAttention, attention_choice, pattern_remarks
 from ..comparison.folder import ResultsFolder
 from ..comparison.plan import Run, plan_of
 from ..comparison.process import train_in_process
@@ -24,7 +25,7 @@ from ..comparison.summary import check_equal_order
 from ..data.prepare import CorpusFacts, open_stream, prepare
 from ..data.tokenizer import find_tokenizer
 from ..data.tokens import Windows
-from ..models import preset
+from ..models import build, preset
 from ..training.callbacks import Event
 from ..training.lock import held
 from .interrupt import Interrupts
@@ -182,10 +183,15 @@ def _check(options: Options) -> list[str]:
         attention_choice(attention, chosen.pattern.num_heads, options.context)
         for attention in options.patterns
     ]
+    for choice in choices:
+        if isinstance(choice, OtherAttention):
+            # What it asks of a model is known before the first run.
+            with torch.device("meta"):
+                choice.apply(build(chosen, pattern=None))
     return [
         remark
         for choice in choices
-        if isinstance(choice, Bands)
+        if isinstance(choice, BandAttention)
         for remark in pattern_remarks(choice.pattern, choice.name, MOST_EQUAL)
     ]
 

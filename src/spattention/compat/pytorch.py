@@ -30,6 +30,9 @@ _dynamo_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame
 # Number of active `__torch_dispatch__` modes; the public way makes an object for each.
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
+# Number of active `__torch_function__` modes.
+torch_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
 # True inside `torch.jit.trace`; the public name is a Python function around it.
 _tracing: Callable[[], bool] = torch._C._is_tracing
 
@@ -67,6 +70,17 @@ def forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """True if a compiler, a transform or a mode below `__torch_function__` sees every operator."""
+    return (
+        _dynamo_callback() is not None
+        or in_transform()
+        or forward_ad._current_level >= 0
+        or _tracing()
+        or _dispatch_modes() > 0
+    )
+
+
 def has_tangent(tensor: torch.Tensor) -> bool:
     """True for a tensor that forward-mode differentiation follows. The public question has no rule
     for `torch.vmap`, below which this looks. That cannot be compiled: there a tensor counts as
@@ -98,9 +112,7 @@ def needs_dispatcher(inputs: Sequence[Any]) -> bool:
     """True if a compiler, a transform, a mode or a tensor subclass has to see an operator on these
     inputs, or one of its tensors is lazily negated.
     """
-    if _dynamo_callback() is not None or in_transform() or forward_mode_active():
-        return True
-    if _tracing() or _dispatch_modes() or torch.overrides.has_torch_function(inputs):
+    if is_watched() or torch.overrides.has_torch_function(inputs):
         return True
     for each in inputs:
         kind = type(each)
@@ -110,6 +122,15 @@ def needs_dispatcher(inputs: Sequence[Any]) -> bool:
         elif isinstance(each, torch.Tensor):
             return True
     return False
+
+
+def apply_without_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` where no transform of `torch.func` is active, for which it looks, and whose
+    tensors are never left over.
+    """
+    base: Any = super(torch.autograd.Function, function)
+    found: Callable[..., Any] = base.apply
+    return found
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..files import check_local, shown, shown_path, write_atomically
-from .limits import LARGEST_VOCABULARY
+from .bounds import LARGEST_VOCABULARY
 from .tokens import TokenStream
 
 END_OF_TEXT = "<|endoftext|>"

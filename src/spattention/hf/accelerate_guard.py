@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate.utils import modeling
 
-from .late import replace_everywhere
+from .import_hooks import replace_everywhere
 from .section import KINDS
 from .weights import is_mark, refill_marks, refuse_other_mark
 

@@ -174,7 +174,11 @@ def _note(module: Any) -> Note | None:
     plan = plan_of(module)
     if plan is None or plan.pattern is None:
         return None
-    pattern = natural_pattern(module, plan.pattern)  # as weights are written, dealt or not
+    return band_note(natural_pattern(module, plan.pattern))  # as weights are written, dealt or not
+
+
+def band_note(pattern: BandPattern) -> Note:
+    """The note of an attention module's weights with these bands."""
     meaning = {name: value for name, value in pattern.to_dict().items() if name != "recipe"}
     return Note(NAME, CALL, json.dumps(meaning))
 

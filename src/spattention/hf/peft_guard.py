@@ -1,4 +1,4 @@
-"""Have PEFT go through `adapters`: wrappers of its methods, as they are from PEFT 0.21 on.
+"""Have PEFT go through `peft_adapters`: wrappers of its methods, as they are from PEFT 0.21 on.
 
 Imported as soon as both PEFT and a registered kind are there, never without PEFT.
 """
@@ -23,7 +23,9 @@ from transformers.utils import peft_utils
 from ..compat.huggingface import UNLOAD, adapters_disabled, download_keywords, set_adapters_disabled
 from ..compat.pytorch import copy_state_dict
 from .adapter_files import check_config_file, checking_configs, checking_weights, naming_weights
-from .adapters import (
+from .decoder import has_sinks, plan_of
+from .import_hooks import replace_everywhere
+from .peft_adapters import (
     READ,
     WRITTEN,
     AdapterSection,
@@ -39,8 +41,6 @@ from .adapters import (
     unmarked,
     unwrap_sinks,
 )
-from .decoder import has_sinks, plan_of
-from .late import replace_everywhere
 from .weights import (
     MARK,
     is_mark,

@@ -40,7 +40,7 @@ from ..compat.huggingface import (
 )
 from .decoder import is_attention
 from .head_weights import HeadWeights
-from .late import when_imported
+from .import_hooks import when_imported
 from .weights import (
     REQUIREMENT,
     allow_weights,
@@ -54,7 +54,7 @@ from .weights import (
 
 ARCHITECTURE_PREFIX = "Spattention"
 LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
-ADAPTERS = "spattention.hf.adapters"  # imported with PEFT, never without
+ADAPTERS = "spattention.hf.peft_adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
 TRAINER_GUARD = "spattention.hf.trainer_guard"
 ACCELERATE_GUARD = "spattention.hf.accelerate_guard"

@@ -14,7 +14,7 @@ unexpected, in any process. State dicts that stay in memory go anywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -183,23 +183,33 @@ def _is_taken_off(module: Any, note: Note) -> bool:
     return getattr(module.config, note.kind, None) is None
 
 
+def _lost_sections(model: Any) -> Iterator[tuple[str, Any, Note]]:
+    """Names, modules and notes of attention whose section was deleted."""
+    for name, module in model.named_modules():
+        note = _own_note(module)
+        if note is not None and _is_taken_off(module, note):
+            yield name, module, note
+
+
 def refuse_lost_section(model: Any, saved: str) -> None:
     """Check that no section was deleted in a model; `saved` is what needs it. Raises
     `ValueError`."""
-    for name, module in model.named_modules():
-        make_note = getattr(module, "_spattention_note", None)
-        note = None if make_note is None else make_note(module)
-        if note is not None and _is_taken_off(module, note):
-            raise ValueError(
-                f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
-                f"none for {name}"
-            )
+    for name, _, note in _lost_sections(model):
+        raise ValueError(
+            f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
+            f"none for {name}"
+        )
+
+
+def _same_attention(text: str, other: str) -> bool:
+    """True if two marks name the same attention. Those of earlier versions name its kind alone."""
+    (kind, _, digest), (other_kind, _, second) = text.partition(DIGEST), other.partition(DIGEST)
+    return kind == other_kind and (digest == second or not (digest and second))
 
 
 def refuse_changed_mark(name: str, before: str, now: str) -> None:
     """Check that a tensor with this mark's text was overwritten by one of the same attention."""
-    (kind, _, digest), (own_kind, _, own_digest) = now.partition(DIGEST), before.partition(DIGEST)
-    if own_digest and (kind != own_kind or digest not in ("", own_digest)):
+    if DIGEST in before and not _same_attention(now, before):  # others hold no text yet
         raise ValueError(
             "`state_dict` must be that of a model with the attention that the checkpoint was saved "
             f'from, "{now[:200]}" in {name}, got "{before}"'
@@ -219,7 +229,7 @@ def _read_mark(module: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
     note = module._spattention_note(module)
     found = state_dict.get(prefix + MARK)
     if found is not None:
-        _refuse_other(note, prefix + MARK, found)
+        refuse_mark_of_other(note, prefix + MARK, found)
     if note is not None:
         if _is_taken_off(module, note):  # its state dict has no sinks, as `_write` says
             own = module.named_parameters(recurse=True)
@@ -271,20 +281,20 @@ def refuse_other_mark(model: Any, name: str, found: torch.Tensor) -> None:
     Raises:
         ValueError: for a mark of other attention.
     """
-    _refuse_other(_note_of(model, name.rpartition(".")[0]), name, found)
+    refuse_mark_of_other(_note_of(model, name.rpartition(".")[0]), name, found)
 
 
-def _refuse_other(note: Note | None, name: str, found: torch.Tensor) -> None:
+def refuse_mark_of_other(note: Note | None, name: str, found: torch.Tensor) -> None:
+    """Check that a mark belongs to weights with this note; raises `ValueError`."""
     if found.device.type == "meta":
         return
     wanted, text = "none" if note is None else _text(note), mark_text(found)
-    (kind, _, digest), (own_kind, _, own_digest) = text.partition(DIGEST), wanted.partition(DIGEST)
     live = getattr(found, LIVE, None)
-    # Weights of a file may have been read into the mark.
-    is_live = live is not None and not live.is_from_file and _text(live) == text
-    if (is_live and note is None) or (kind == own_kind and (is_live or digest in ("", own_digest))):
-        return
-    if note is not None and _is_rounded(found, _mark(note, "cpu")):
+    if live is None or live.is_from_file or _text(live) != text:  # a file may be read into a mark
+        fits = _same_attention(text, wanted)
+    else:
+        fits = note is None or note.kind == live.kind
+    if fits or (note is not None and _is_rounded(found, _mark(note, "cpu"))):
         return
     named = f'"{text[:200]}"' if REQUIREMENT in text else "a mark that cannot be read"
     raise ValueError(
@@ -306,8 +316,11 @@ def _note_of(model: Any, name: str) -> Note | None:
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    make_note = getattr(module, "_spattention_note", None)
-    return None if make_note is None else make_note(module)
+    return _own_note(module)
+
+
+def _own_note(module: Any) -> Note | None:
+    return getattr(module, "_spattention_note", no_note)(module)
 
 
 def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,11 +332,7 @@ def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[...,
     def save(self: Any, *args: Any, **keywords: Any) -> Any:
         given = parameters.bind(self, *args, **keywords)
         weights = given.arguments.get("state_dict")
-        for name, module in self.named_modules():
-            make_note = getattr(module, "_spattention_note", None)
-            note = None if make_note is None else make_note(module)
-            if note is None or not _is_taken_off(module, note):
-                continue
+        for name, module, note in _lost_sections(self):
             if attention_name(module.config) == note.kind:
                 raise ValueError(
                     f"`config.{note.kind}` must be there to save a model that runs with it, got "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ..bands import BandPattern
+
+if TYPE_CHECKING:
+    from .replay import Replay
 
 
 class CallForm:
@@ -16,10 +19,12 @@ class CallForm:
 
     Attributes:
         checked: whether a call of this form passed the checks.
+        replays: by `deterministic`, how later calls of this form run, or None until that is known.
     """
 
     def __init__(self) -> None:
         self.checked = False
+        self.replays: dict[bool, Replay | None] = {}
 
 
 class AttentionCall(NamedTuple):

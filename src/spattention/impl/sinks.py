@@ -1,4 +1,4 @@
-"""The gradient of sinks, for implementations in plain PyTorch."""
+"""The gradient of sinks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def sink_gradient(
         delta = (d_out[:, head].to(lse.dtype) * out[:, head]).sum(dim=-1)
         if d_lse is not None:
             delta = delta - d_lse[:, head]
-        weight = torch.exp(sink - log_sum).masked_fill_(log_sum == -torch.inf, 0.0)
-        found.append((weight * -delta).sum(dtype=torch.float64))
+        found.append((sink_weight(sink, log_sum) * -delta).sum(dtype=torch.float64))
     return torch.stack(found).to(lse.dtype)
+
+
+def sink_weight(sink: Tensor, lse: Tensor) -> Tensor:
+    """A sink's share of each row's softmax; a sink of -inf has none, also in an empty row."""
+    return torch.exp(sink - lse).masked_fill_(sink == -torch.inf, 0.0)

@@ -1,7 +1,7 @@
 """The plan of context-parallel attention: which keys each rank lacks, and who holds them.
 
 Everything follows from the pattern, the layout of the shards and the starts of packed documents.
-Ranks therefore make the plan without asking one another. `work.py` has the calls that follow.
+Ranks therefore make the plan without asking one another. `rank_calls.py` has the calls that follow.
 """
 
 from __future__ import annotations
@@ -82,18 +82,15 @@ class Plan:
         """True if some rank lacks anything."""
         return any(self.buffers)
 
-    def fetched_keys(self, rank: int, entries: int = 1) -> int:
-        """Number of keys that a rank fetches, counted per key/value head.
-
-        Args:
-            rank: the rank.
-            entries: batch entries, where the plan holds for any number.
+    def fetched_keys(self, rank: int) -> int:
+        """Number of keys that a rank fetches, counted per key/value head, and for one batch entry
+        where the plan holds for any number.
         """
         total = 0
         for buffer in self.buffers[rank]:
             (first, last), (g0, g1) = buffer.piece.entries, buffer.piece.heads
             start, stop = buffer.piece.keys
-            count = entries if last is None else last - first
+            count = 1 if last is None else last - first
             total += count * (g1 - g0) * (stop - start)
         return total
 

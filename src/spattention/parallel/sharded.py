@@ -11,8 +11,8 @@ gradients by itself. Keys before a range come first; their gradients travel back
 ranges themselves are computed.
 
 Keys before a range are a call for all heads, or for a few with similar numbers of them, on a table
-that holds what each head's bands reach (`work.py`). An output or a gradient of a query of two calls
-adds up in query's dtype, which rounds once; so does a gradient of a key that comes from up to three
+that holds what each head's bands reach (`rank_calls.py`). An output or a gradient of a query of two
+calls adds up in query's dtype, which rounds once; so does a gradient of a key from up to three
 places. Other sums, and outputs with sinks, are float32 (float64 for float64 input). All sums have a
 fixed order.
 """
@@ -36,7 +36,7 @@ from .exchange import Exchange, Pair
 from .pieces import Call, RankPlan
 from .plan import Plan
 from .prepare import prepare
-from .work import rank_plan
+from .rank_calls import rank_plan
 
 
 def sharded_attention(

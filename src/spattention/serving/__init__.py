@@ -4,8 +4,10 @@
 |---|---|
 | `paged_decode` | `paged_attention`: the newest tokens of each request |
 | `head_classes` | key/value heads whose cache blocks are freed together |
+| `class_streams` | streams on which classes of heads decode side by side |
 | `paged` | one step of an engine over a paged cache, and writing into it |
 | `checks` | checks of a model folder and an engine's settings |
+| `marks` | marks among a folder's weights, checked against its config |
 | `vllm_backend` | vLLM's attention back end |
 | `vllm_models` | the model classes that vLLM builds for band models |
 | `vllm_plugin` | their registration; `spattention.vllm.register` |

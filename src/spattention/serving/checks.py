@@ -76,12 +76,18 @@ def section_for(text_config: Any) -> Section:
     return section
 
 
-def check_cache_dtype(cache_dtype: str) -> None:
-    """Keys and values are stored as they are."""
+def check_cache_dtype(cache_dtype: str, model_dtype: Any = None) -> None:
+    """Keys and values are stored as they are, in the model's dtype where that is known."""
     if cache_dtype not in PLAIN_CACHE_DTYPES:
         raise ValueError(
             f"`kv_cache_dtype` must be one of {PLAIN_CACHE_DTYPES} for spattention, which reads "
             f"keys and values unquantized, got {cache_dtype!r}"
+        )
+    own = str(model_dtype).removeprefix("torch.")
+    if model_dtype is not None and cache_dtype not in ("auto", own):
+        raise ValueError(
+            f"`kv_cache_dtype` must be 'auto' or the model's {own!r} for spattention, got "
+            f"{cache_dtype!r}"
         )
 
 

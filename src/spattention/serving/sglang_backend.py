@@ -181,6 +181,11 @@ def check_pool(model_runner: Any) -> None:
             "`kv_cache_dtype` must be float16, bfloat16 or float32 for spattention, which reads "
             f"keys and values unquantized, got {pool.dtype}"
         )
+    model_dtype = model_runner.model_config.dtype
+    if pool.dtype != model_dtype:
+        raise ValueError(
+            f"`kv_cache_dtype` must be the model's {model_dtype} for spattention, got {pool.dtype}"
+        )
     if pool.kv_cache_layout != "nhd":
         raise ValueError(
             "`kv_cache_layout` of SGLang's pool must be 'nhd' for spattention, got "

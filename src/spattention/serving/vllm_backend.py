@@ -2,12 +2,13 @@
 
 On the CPU it is tested against Transformers. On CUDA requests with one new token are decoded by
 kernels that read the block table (`paged.py`), inside CUDA graphs where a step has no others. For
-the rest each step gathers the readable keys, with one synchronisation per class of heads. The
-kernels are tested on GPUs; this module has not been run there.
+the rest each step gathers the readable keys. No step waits for the device. The kernels are tested
+on GPUs; this module has not been run there.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from vllm.v1.attention.backend import (
 from ..attention import kernels_for
 from ..bands import BandPattern
 from .checks import check_cache_dtype
+from .class_streams import ClassStreams
 from .paged import Decodes, Step, attend, leading_decodes, prefills_of, write
 
 
@@ -91,17 +93,18 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         requests = common_attn_metadata.num_reqs
         offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
         table, seq_lens = common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens
+        # Exact on the host, since speculative decoding is refused.
+        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+        assert lengths is not None
         decodes = leading_decodes(offsets) if self.has_kernels else 0
-        prefills = None
-        if decodes < requests:  # only these wait for the device
-            prefills = prefills_of(
-                offsets[decodes:],
-                seq_lens[decodes:requests].tolist(),
-                table[decodes:requests],
-                self.block_size,
-                self.window,
-                self.prefix,
-            )
+        prefills = prefills_of(
+            offsets[decodes:],
+            lengths[decodes:requests].tolist(),
+            table[decodes:requests],
+            self.block_size,
+            self.window,
+            self.prefix,
+        )
         # Slices of vLLM's own buffers, which a captured graph reads again.
         by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
         return BandMetadata(Step(by_kernels, prefills))
@@ -122,11 +125,15 @@ class ClassBands:
         pattern: the bands of this class's query heads.
         sinks: `[H]` of all the rank's heads, or None.
         query_heads: indices of this class's heads among those of `sinks`.
+        index: which of the layer's classes this is.
+        streams: those of the layer's classes.
     """
 
     pattern: BandPattern
     sinks: torch.Tensor | None
     query_heads: list[int]
+    index: int
+    streams: ClassStreams
 
 
 class BandAttentionImpl(AttentionImpl[BandMetadata]):
@@ -198,13 +205,25 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             raise NotImplementedError("spattention does not quantize its output")
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output.zero_()
-        attend(
-            query,
-            kv_cache,
-            attn_metadata.step,
-            self.bands.pattern,
-            output,
-            scale=self.scale,
-            sinks=self.sinks,
-        )
+        with self._stream(query) as read:
+            attend(
+                read,
+                kv_cache,
+                attn_metadata.step,
+                self.bands.pattern,
+                output,
+                scale=self.scale,
+                sinks=self.sinks,
+            )
         return output
+
+    def _stream(self, query: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        """The stream of this class's launches, and the query that they read.
+
+        Classes run side by side only in a captured step, where nothing is launched later than the
+        graph says.
+        """
+        streams = self.bands.streams
+        if streams.sides and torch.cuda.is_current_stream_capturing():
+            return streams.run(self.bands.index, query)
+        return nullcontext(query)

@@ -54,7 +54,7 @@ def check_settings(vllm_config: Any) -> None:
         )
     config = vllm_config.model_config.hf_text_config
     parallel = vllm_config.parallel_config
-    check_cache_dtype(vllm_config.cache_config.cache_dtype)
+    check_cache_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype)
     check_ranks(
         config.num_attention_heads, config.num_key_value_heads, parallel.tensor_parallel_size
     )
@@ -70,6 +70,10 @@ def check_settings(vllm_config: Any) -> None:
     ):
         if given is not None:
             raise ValueError(f"`{name}` must be None for spattention, got {type(given).__name__}")
+    # vLLM makes a `kv_transfer_config` of it, after these checks.
+    offloaded = vllm_config.cache_config.kv_offloading_size
+    if offloaded is not None:
+        raise ValueError(f"`kv_offloading_size` must be None for spattention, got {offloaded}")
 
 
 def _band_model_config() -> Any:
@@ -88,6 +92,9 @@ def _checking(inspect: Callable[..., Any]) -> Callable[..., Any]:
     def checked(architectures: str | list[str], model_config: Any) -> Any:
         names = [architectures] if isinstance(architectures, str) else list(architectures)
         check_architectures(model_config.hf_text_config, names)
+        impl = str(getattr(model_config.model_impl, "value", model_config.model_impl))
+        if names[0].startswith(ARCHITECTURE_PREFIX) and impl not in ("auto", "vllm"):
+            raise ValueError(f"`model_impl` must be 'auto' or 'vllm' for spattention, got {impl!r}")
         return inspect(architectures, model_config)
 
     return checked

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..data.limits import LARGEST_VOCABULARY
+from ..data.bounds import LARGEST_VOCABULARY
 from ..files import shown
 
 

@@ -14,13 +14,17 @@ import torch
 import triton
 
 from ...compat.pytorch import needs_dispatcher
+from ...compat.triton import RecordedLaunch, recorded_launches
 from ..attention_call import AttentionCall, CallForm
 from ..layout import empty_like_query
 from ..library import batched, differentiable, register
+from ..replay import Replay, bind_pass
+from ..sinks import sink_weight
 from . import launch
 from .arguments import Positions
 from .call import (
     BackwardTensors,
+    Call,
     ForwardTensors,
     call_of,
     compute_capability,
@@ -28,6 +32,7 @@ from .call import (
     ensure_inner_contiguous,
 )
 from .constants import ConstantCache, int32_table
+from .decode.op import MAX_QUERIES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -86,12 +91,72 @@ def _forward(
     out, lse = _forward_results(query)
     if out.numel() == 0:
         return out, lse
-    query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
+    given = query, key, value
+    query, key, value = (ensure_inner_contiguous(each) for each in given)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
     facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
-    launch.forward(call, ForwardTensors(query, key, value, out, lse, sinks))
+    tensors = ForwardTensors(query, key, value, out, lse, sinks)
+    described = sinks is None and cu_seqlens_q is None
+    if form is None or not described or not _needs_record(form, deterministic):
+        launch.forward(call, tensors)
+        return out, lse
+    with recorded_launches() as recorded:
+        launch.forward(call, tensors)
+    options = intervals, prefix, scale, query_start, deterministic
+    tensors = ForwardTensors(*given, out, lse, sinks)
+    form.replays[deterministic] = _replay(recorded, tensors, options, positions, call, form)
     return out, lse
+
+
+def _needs_record(form: CallForm, deterministic: bool) -> bool:
+    """True from a form's second call on until it has a record: many come once, as lengths vary."""
+    if deterministic not in form.replays:
+        form.replays[deterministic] = None
+        return False
+    return form.replays[deterministic] is None
+
+
+def _replay(
+    recorded: Sequence[RecordedLaunch | None],
+    tensors: ForwardTensors,
+    options: tuple[Any, ...],
+    positions: Positions,
+    call: Call,
+    form: CallForm,
+) -> Replay | None:
+    """How later calls of a form run, if launches are all that they need. Few queries may be decoded
+    instead.
+    """
+    query, key, value, out, lse, _ = tensors
+    starts = positions[:2]
+    given = [each for each in starts if each is not None]
+    if (
+        call.queries <= MAX_QUERIES
+        or options[2] == 0.0  # the scale: gradients are filled with zeros
+        or out.stride() != torch.empty_like(query).stride()
+        or not all(each.is_contiguous() for each in given)
+    ):
+        return None
+    found = bind_pass(recorded, (query, key, value, *given, out, lse), call.bands)
+    if found is None:
+        return None
+    has_start, has_key_start = (each is not None for each in starts)
+
+    def rest(given: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """The operator's arguments after query, key and value, or after `lse`."""
+        start = given[0] if has_start else None
+        key_start = given[-1] if has_key_start else None
+        return *options, start, key_start, None, None, None
+
+    def compute(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        everything: tuple[Any, ...] = (*inputs[:3], *rest(inputs[3:]), form)
+        return _forward(*everything)
+
+    def differentiate(d_out: torch.Tensor, *saved: torch.Tensor) -> Sequence[torch.Tensor]:
+        return _gradients_anywhere(form, (d_out, None, *saved[:5], *rest(saved[5:])))[:3]
+
+    return Replay(found, tuple(lse.shape), compute, differentiate, call.bands)
 
 
 def _fake_forward(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,12 +211,7 @@ def _gradients_of(
         d_query.zero_()
         d_key.zero_()
     if sinks is not None and d_sinks is not None:
-        # The sink's weight in a row is exp(sink - lse); a sink of -inf weighs nothing, also in a
-        # row without keys.
-        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(
-            sinks[:, None] == -torch.inf, 0.0
-        )
-        d_sinks.copy_(-(weight * delta).sum((0, 2)))
+        d_sinks.copy_(-(sink_weight(sinks.float()[:, None], lse) * delta).sum((0, 2)))
     return d_query, d_key, d_value, d_sinks
 
 
@@ -194,14 +254,19 @@ def _gradients(
     query, key, value, out, lse, *optional = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     inputs = (d_out, d_lse, query, key, value, out, lse, *ctx.rest, *optional)
-    # With gradients on, someone wants a second derivative, which the operator refuses. What was
-    # saved needed no dispatcher in the forward pass.
-    if ctx.form is None or torch.is_grad_enabled() or needs_dispatcher((d_out, d_lse)):
-        d_query, d_key, d_value, d_sinks = backward(*inputs)
-    else:
-        d_query, d_key, d_value, d_sinks = _gradients_of(*inputs, form=ctx.form)
+    d_query, d_key, d_value, d_sinks = _gradients_anywhere(ctx.form, inputs)
     d_sinks = None if optional[2] is None else d_sinks
     return d_query, d_key, d_value, *[None] * 7, d_sinks, None, None
+
+
+def _gradients_anywhere(form: CallForm | None, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`_gradients_of`, through the dispatcher where something has to see the operator."""
+    # With gradients on, someone wants a second derivative, which the operator refuses. What was
+    # saved needed no dispatcher in the forward pass.
+    if form is None or torch.is_grad_enabled() or needs_dispatcher(inputs[:2]):
+        found: tuple[Any, ...] = backward(*inputs)
+        return found
+    return _gradients_of(*inputs, form=form)
 
 
 class _Recorded(torch.autograd.Function):

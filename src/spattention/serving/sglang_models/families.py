@@ -14,9 +14,9 @@ from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.runtime_context import attention_backends, get_parallel
 from torch import Tensor
 
-from ...hf.weights import is_mark
 from ..checks import BACKEND, section_for
 from ..head_classes import rank_pattern
+from ..marks import without_marks
 from ..sglang_backend import LayerBands
 
 SINKS = "sinks"  # the parameter of an attention module, as Transformers' models have it
@@ -94,15 +94,17 @@ class Banded:
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config, quant_config=quant_config, prefix=prefix)  # type: ignore[call-arg]
         give_bands(self, config)  # type: ignore[arg-type]
+        self._section = section_for(config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Load weights; the marks that name this library to others are left out."""
+        """Load weights; their marks must be those of the config's bands."""
         parameters = {
             name: parameter
             for name, parameter in self.named_parameters()  # type: ignore[attr-defined]
             if name.endswith(f".{SINKS}")
         }
-        loaded = super().load_weights(_without_own(weights, parameters))  # type: ignore[misc]
+        unmarked = without_marks(weights, self._section)
+        loaded = super().load_weights(_without_own(unmarked, parameters))  # type: ignore[misc]
         missing = [name for name, sinks in parameters.items() if bool(sinks.isnan().any())]
         if missing:
             raise ValueError(f"the folder's weights must hold numbers for {missing[0]}, got none")
@@ -118,7 +120,7 @@ def _without_own(
         if sinks is not None:
             here, rank = sinks.shape[0], get_parallel().attn_tp_rank
             sinks.data.copy_(weight[rank * here : (rank + 1) * here])
-        elif not is_mark(name) and not name.endswith(f".{SINKS}"):
+        elif not name.endswith(f".{SINKS}"):
             yield name, weight
 
 
