@@ -47,7 +47,8 @@ def reference_gpu(done: dict[tuple[str, int], Entry]) -> str | None:
     """The GPU whose speeds are shown: that of dense's first seed, or else of the first run."""
     first = next((entry for (label, _), entry in done.items() if label == STOCK), None)
     first = first or next(iter(done.values()), None)
-    return None if first is None else str(first["gpu"])
+    found: str | None = None if first is None else first["gpu"]
+    return found
 
 
 def curve(entry: Entry) -> list[tuple[float, float]]:

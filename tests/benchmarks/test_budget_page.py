@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.experiments import (
     budget_page,
+    costs,
     evidence,
     figures,
     gaps,
@@ -179,6 +180,14 @@ def test_a_budget_fits_one_stay():
         assert tokens >= 650e6
         assert tokens / speed < 22 * 60
         assert len({json.dumps(run.fields["data"]) for run in PLANS[name].runs}) == 1
+
+
+def test_the_largest_budget_takes_what_its_plan_says():
+    """Its model's step, as measured for another plan of the same model, times its steps."""
+    step = costs.read_costs(ledger.HERE, "related-2048")["dense"]
+    recipe = PLANS["budget-2048"].runs[0].recipe
+    assert step["tokens"] == recipe.batch * recipe.context
+    assert 13 * 60 < recipe.steps * step["seconds"] < 14 * 60
 
 
 @pytest.mark.parametrize("name", sorted(PLANS))

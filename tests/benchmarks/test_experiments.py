@@ -253,6 +253,17 @@ def test_wrong_plans_raise(tmp_path, change, error):
         read_plan(tmp_path / "wrong.toml")
 
 
+def test_plans_take_the_changes_of_a_recipe(tmp_path):
+    """`--set` of plans reads values as `spattention train --set` does, bare text too."""
+    (tmp_path / "tiny.toml").write_text(PLAN)
+    plan = read_plan(tmp_path / "tiny.toml", ["steps=9", "precision=bfloat16", 'loss = "chunked"'])
+    for run in plan.runs:
+        assert (run.recipe.steps, run.recipe.precision) == (9, "bfloat16")
+        assert run.recipe.loss == "chunked"
+    with pytest.raises(ValueError, match="`--set` takes NAME=VALUE, got 'steps'"):
+        read_plan(tmp_path / "tiny.toml", ["steps"])
+
+
 def test_seeds_come_round_by_round(tmp_path):
     plan = PLAN.replace('attention = "dense"', 'attention = "dense"\nseeds = [0, 1]')
     (tmp_path / "tiny.toml").write_text(plan)

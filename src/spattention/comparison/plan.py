@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.recipe import Recipe, recipe_from
+from ..training.recipe import Recipe, read_change, recipe_from
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def plan_of(
 
 
 def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
-    """The plan in a file, with `NAME=VALUE` changes to its recipe, VALUE as in TOML.
+    """The plan in a file, with changes to its recipe as `training.recipe.read_recipe`
+    takes them.
 
     Raises:
         ValueError: for unknown entries, runs of one name, or a field that is no recipe's.
@@ -94,10 +95,8 @@ def read_plan(path: Path, changes: Sequence[str] = ()) -> Plan:
         raise ValueError(f"{path} must have entries of {sorted(known)} and at least one run")
     shared = dict(values.get("recipe", {}))
     for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"changes are NAME=VALUE, got {change!r}")
-        shared[name] = tomllib.loads(f"value = {text}")["value"]
+        name, value = read_change(change)
+        shared[name] = value
     rounds: list[list[Run]] = []
     for entry in values["run"]:
         entry = dict(entry)

@@ -229,11 +229,17 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a recipe in TOML: {error}") from error
     for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"`--set` takes NAME=VALUE, got {shown(change)}")
-        values[name.strip()] = _value(text.strip())
+        name, value = read_change(change)
+        values[name] = value
     return recipe_from(values)
+
+
+def read_change(change: str) -> tuple[str, Any]:
+    """A field and its value, from `NAME=VALUE` with VALUE as TOML or as bare text."""
+    name, equals, text = change.partition("=")
+    if not equals:
+        raise ValueError(f"`--set` takes NAME=VALUE, got {shown(change)}")
+    return name.strip(), _value(text.strip())
 
 
 def recipe_from(values: dict[str, Any]) -> Recipe:
