@@ -212,7 +212,7 @@ class Task:
     @cached_property
     def fetching(self) -> list[int]:
         """Units that fetch needles: the fewest that hold nearly all that answers mind, within a
-        part of the budget, those most minded first; then by the largest share of one of their heads.
+        part of the budget, the most minded first; then by the largest share of one of their heads.
         """
         if self.profile.needle is None:
             return []
