@@ -322,7 +322,8 @@ def _task(
     length = _integer("length", length, 1, profile.length, "the profile's longest row")
     span = _integer("span", length if span is None else span, length, None, "`length`")
     prefix = _integer("prefix", prefix, 0, min(profile.prefix_max, length), "what was measured")
-    budget = math.floor(Fraction(share) * model.layers * model.heads * length * (length + 1) // 2)
+    dense = model.layers * model.heads * length * (length + 1) // 2
+    budget = math.floor(Fraction(share) * dense)
     layers = _layers(dense_layers, model.layers)
     if local is None:
         bare = Task(profile, budget, length, span, prefix, 1, 1, layers)
@@ -333,7 +334,6 @@ def _task(
             f"`kv_heads` must be None or the model's {model.kv_heads} key/value heads, got "
             f"{kv_heads!r}"
         )
-    dense = model.layers * model.heads * length * (length + 1) // 2
     group = 1 if kv_heads is None else model.heads // model.kv_heads
     task = Task(profile, budget, length, span, prefix, local, group, layers)
     least = dense // model.layers * len(layers) + len(task.layers) * model.heads * head_pairs(

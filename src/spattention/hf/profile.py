@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..compat.huggingface import attention_name, set_attention_name
 from ..fitting.bins import distance_edges
 from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
-from ..scalars import as_int, int_at_least
+from ..scalars import as_int, has_values, int_at_least
 from .attention import HONOURED, WITHOUT_EFFECT
 from .config import NAME
 from .decoder import attention_modules, check_model, key_heads, text_config_of, text_configs
@@ -447,8 +447,13 @@ def _integers(batch: Any, where: str) -> Tensor:
         raise ValueError(
             f"{where} must be token ids [N] or [B, N], got {type(batch).__name__}"
         ) from None
-    if ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise ValueError(f"{where} must be integer token ids, got {ids.dtype}")
+    if not has_values(ids):
+        raise ValueError(
+            f"{where} must be a dense tensor with values, got {ids.dtype}, {ids.layout}, on "
+            f"{ids.device}"
+        )
     if ids.dim() not in (1, 2):
         raise ValueError(f"{where} must be token ids [N] or [B, N], got {list(ids.shape)}")
     return ids.long()[None] if ids.dim() == 1 else ids.long()
