@@ -20,6 +20,7 @@ from .profile import ModelIdentity, Profile
 
 FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
 MINDED = 0.99  # of what answers mind of their needles, kept whole
+FETCHED = 0.4  # of the budget that goes at most to heads for what answers mind
 LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
 MIXES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of captured attention into sensitivity
 
@@ -210,8 +211,8 @@ class Task:
 
     @cached_property
     def fetching(self) -> list[int]:
-        """Units that fetch needles: the fewest that hold nearly all that answers mind, those most
-        minded first; then by the largest share of one of their heads, largest first.
+        """Units that fetch needles: the fewest that hold nearly all that answers mind, within a
+        part of the budget, the most minded first; then by the largest share of one of their heads.
         """
         if self.profile.needle is None:
             return []
@@ -224,7 +225,8 @@ class Task:
         minded = of_heads.unflatten(1, (-1, self.group)).sum(dim=2).flatten()
         most, order_of_most = minded.sort(descending=True, stable=True)
         fewest = int((most.cumsum(0) - most < MINDED * most.sum()).sum())
-        first = order_of_most[:fewest].tolist()
+        whole = self.group * self.length * (self.length + 1) // 2
+        first = order_of_most[: min(fewest, int(FETCHED * self.budget / whole))].tolist()
         return [*first, *(unit for unit in seen if unit not in first)]
 
     def allocate(self, dense: Sequence[int], values: Tensor) -> Choice | None:
