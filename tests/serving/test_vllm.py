@@ -54,7 +54,7 @@ def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
     assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
 
 
-def test_an_adapter_gives_the_tokens_of_its_merged_model(tmp_path: Path) -> None:
+def test_an_adapter_gives_its_merged_models_tokens(tmp_path: Path) -> None:
     """LoRA of the attention's weights, on bands."""
     folder, merged = folders.save(tmp_path / "model"), tmp_path / "merged"
     folders.save_adapter(folder, merged, tmp_path / "adapter")
