@@ -75,14 +75,26 @@ def update(scores, row_max, row_sum, scale, FALLING: tl.constexpr, PRECISE: tl.c
     the factor `[M]` that rescales the output so far. Masked scores are -inf (+inf where `FALLING`,
     that is `scale < 0`).
     """
+    p, new_max, factor = exponentials(scores, row_max, scale, FALLING, PRECISE)
+    return p, new_max, add(p, row_sum, factor), factor
+
+
+@triton.jit
+def exponentials(scores, row_max, scale, FALLING: tl.constexpr, PRECISE: tl.constexpr = False):
+    """The results of `update`, except for `row_sum`."""
     block_max = (tl.min(scores, 1) if FALLING else tl.max(scores, 1)) * scale
     new_max = tl.maximum(row_max, block_max)
     # A row that has seen no key yet keeps -inf. Subtracting 0 instead keeps -inf - -inf out of the
     # exponent.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = exponential(scaled(scores, scale, PRECISE) - shift[:, None], PRECISE)
-    factor = exponential(row_max - shift, PRECISE)
-    return p, new_max, row_sum * factor + tl.sum(p, 1), factor
+    return p, new_max, exponential(row_max - shift, PRECISE)
+
+
+@triton.jit
+def add(p, row_sum, factor):
+    """The new `row_sum` `[M]` after a block of probabilities `[M, N]`."""
+    return row_sum * factor + tl.sum(p, 1)
 
 
 @triton.jit

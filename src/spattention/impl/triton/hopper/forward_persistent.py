@@ -17,6 +17,7 @@ that the program's queries see, and skips the others.
 
 from typing import Any, NamedTuple
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,6 +33,9 @@ from .forward import init_softmax, mask_scores
 
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
+# Triton 3.9 reduces the numbers of a row that a thread holds in a tree. ptxas then computes one row
+# after the other, and the tensor cores wait for the second row.
+APART = gl.constexpr(triton.__version__.startswith("3.9."))
 
 
 class Work(NamedTuple):
@@ -346,9 +350,11 @@ def attend_blocks(work, tile, own, progress, o_query, b_out, row_max, row_sum, F
         scores = warpgroup_mma_wait(1, [scores])
         pipeline.consumer_release(keys.empty, n)
         scores = mask_scores(scores, tile, o_query, key_block, SCORES, FORM)
-        p, row_max, row_sum, factor = softmax.update(
-            scores, row_max, row_sum, work.scale, FORM.FALLING
-        )
+        p, row_max, factor = softmax.exponentials(scores, row_max, work.scale, FORM.FALLING)
+        if APART:
+            # A scheduling barrier, as below: the maxima of both rows come first.
+            pipeline.consumer_wait(values.full, previous)
+        row_sum = softmax.add(p, row_sum, factor)
         b_next = gl.convert_layout(p.to(DTYPE), OPERAND)
         # Redundant wait, as a scheduling barrier: ptxas moves nothing across the wait loop. Without
         # it the softmax would start after the end of the product.
