@@ -104,12 +104,12 @@ class LayerStep:
     """One decoding step of one layer: a call for each class of heads.
 
     Attributes:
-        calls: the calls, by class.
+        calls: the calls, by class; each takes its queries.
         caches, queries, outs: what they read and write, by class.
         streams: those on which the classes run side by side.
     """
 
-    calls: list[Call]
+    calls: Sequence[Callable[[torch.Tensor], None]]
     caches: list[ClassCache]
     queries: list[torch.Tensor]
     outs: list[torch.Tensor]
@@ -117,15 +117,15 @@ class LayerStep:
 
     def in_turns(self) -> list[torch.Tensor]:
         """One class after the other."""
-        for call in self.calls:
-            call()
+        for call, query in zip(self.calls, self.queries):
+            call(query)
         return self.outs
 
     def side_by_side(self) -> list[torch.Tensor]:
         """Each class on a stream of its own."""
-        for index, call in enumerate(self.calls):
-            with self.streams.run(index):
-                call()
+        for index, (call, query) in enumerate(zip(self.calls, self.queries)):
+            with self.streams.run(index, query) as read:
+                call(read)
         return self.outs
 
 
@@ -144,14 +144,13 @@ def step_of(pattern: P, lengths: Sequence[int], classes: Sequence[ClassBlocks]) 
     calls = [
         partial(
             attend,
-            query,
-            one.cache,
-            Step(Decodes(one.table, seq_lens), None),
-            one.pattern,
-            out,
+            cache=one.cache,
+            step=Step(Decodes(one.table, seq_lens), None),
+            pattern=one.pattern,
+            out=out,
             scale=HEAD_DIM**-0.5,
         )
-        for one, query, out in zip(caches, queries, outs)
+        for one, out in zip(caches, outs)
     ]
     return LayerStep(calls, caches, queries, outs, ClassStreams(len(calls), seq_lens.device))
 
@@ -236,22 +235,25 @@ def timed_steps(name: str, step: LayerStep, length: int) -> Iterator[dict[str, A
 
 
 def equal_lengths(memory: int, copy: float) -> Iterator[dict[str, Any]]:
-    """Rows of requests of the longest length: as many as dense attention has room for, and as many
-    as each pattern has. Also each class by itself, and a copy of the keys and values that it reads.
+    """Rows of requests of the longest length: one, as many as dense attention has room for, and as
+    many as each pattern has. Also each class by itself, and a copy of what it reads.
     """
     classes = {name: class_blocks(pattern, KV_HEADS) for name, pattern in PATTERNS.items()}
     room = {name: memory // request_bytes(found, LONGEST, HEAD_DIM, ITEMSIZE)
             for name, found in classes.items()}  # fmt: skip
-    yield from dense_by_pytorch(room["dense"])
+    for requests in (1, room["dense"]):
+        yield from dense_by_pytorch(requests)
     for name, pattern in PATTERNS.items():
-        for requests in sorted({room["dense"], room[name]}):
+        for requests in sorted({1, room["dense"], room[name]}):
             lengths = [LONGEST] * requests
             row = {"requests": requests, "length": LONGEST, "most_requests": room[name]}
             step = step_of(pattern, lengths, classes[name])
             keys = [seen_keys(one.pattern, one.cache.shape[1]) for one in step.caches]
             each = {
                 "class_copy_microseconds": [requests * n * TOKEN / copy / 1e6 for n in keys],
-                "class_microseconds": [cold(call) for call in step.calls],
+                "class_microseconds": [
+                    cold(partial(call, query)) for call, query in zip(step.calls, step.queries)
+                ],
             }
             for timed in timed_steps(name, step, LONGEST):
                 yield timed | row | each

@@ -136,8 +136,9 @@ class Layer:
         """The same, each class on a stream of its own."""
         for index, (heads, step) in enumerate(zip(self.heads, steps)):
             if step.decodes is not None:
-                with self.streams.run(index):
-                    self._attend(heads, Step(step.decodes, None))
+                query = heads.query[: len(step.decodes.seq_lens)]
+                with self.streams.run(index, query) as read:
+                    self._attend(heads, Step(step.decodes, None), read)
 
     def prefill(self, steps: list[Step]) -> None:
         for heads, step in zip(self.heads, steps):
@@ -150,8 +151,9 @@ class Layer:
             if step.prefills is not None:
                 gather(heads.cache, step.prefills)
 
-    def _attend(self, heads: Heads, step: Step) -> None:
-        attend(heads.query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
+    def _attend(self, heads: Heads, step: Step, query: torch.Tensor | None = None) -> None:
+        query = heads.query if query is None else query
+        attend(query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
 
     def check(self, requests: list[Request], steps: list[Step]) -> None:
         """Compare the last queries of the first and the last request with float64, in the first

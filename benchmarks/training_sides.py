@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spattention as spa
 from spattention.benchmarking.timing import graph_milliseconds
-from spattention.choice import AttentionChoice, Bands, attention_choice
+from spattention.choice import AttentionChoice, BandAttention, attention_choice
 from spattention.hf.config import remove_section
 from spattention.training.graphs import PassGraph
 
@@ -65,7 +65,7 @@ class Side:
         key, value = (tensor(config.num_key_value_heads) for _ in range(2))
 
         def attend() -> torch.Tensor:
-            if isinstance(self.attention, Bands):
+            if isinstance(self.attention, BandAttention):
                 found = spa.band_attention(query, key, value, self.attention.pattern)
                 assert isinstance(found, torch.Tensor)
                 return found
@@ -89,12 +89,12 @@ class Side:
         Raises:
             RuntimeError: if they differ.
         """
-        if not isinstance(self.attention, Bands):
+        if not isinstance(self.attention, BandAttention):
             return
         tokens = tokens[:1, :CHECKED_TOKENS]
         heads, length = model.config.num_attention_heads, tokens.shape[1]
         short = attention_choice(self.attention.name, heads, length)
-        assert isinstance(short, Bands)
+        assert isinstance(short, BandAttention)
         mask = short.pattern.mask(length, device=tokens.device)[None]
         reference = Side("reference", attention_choice("dense", heads, length), SDPBackend.MATH)
         with torch.compiler.set_stance("force_eager"):

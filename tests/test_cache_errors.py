@@ -37,6 +37,8 @@ MAKING = [
     ({"dtype": None}, "`dtype` must be floating point, got None"),
     ({"dtype": "float32"}, "`dtype` must be floating point, got 'float32'"),
     ({"dtype": torch.int32}, r"`dtype` must be floating point, got torch\.int32"),
+    ({"dtype": torch.complex64}, r"`dtype` must be floating point, got torch\.complex64"),
+    ({"dtype": torch.float8_e4m3fn}, r"`dtype` must be one of .*, got torch\.float8_e4m3fn"),
     ({"device": "abacus"}, "`device` must be a device that PyTorch knows, got 'abacus'"),
     ({"device": 3.5}, r"`device` must be a device that PyTorch knows, got 3\.5"),
 ]
@@ -154,6 +156,41 @@ def test_attention_names_what_does_not_fit():
     few.append(key[:, :, :3], value[:, :, :3])
     with pytest.raises(ValueError, match=r"at most the 3 tokens that are in the store .* got 4"):
         spa.band_attention_cached(query, few, PATTERN)
+
+
+def test_sizes_have_an_upper_bound():
+    """Numbers beyond what positions hold are refused before memory is asked for."""
+    names = ("batch_size", "num_key_heads", "head_dim", "value_dim", "max_rollback", "slack")
+    for size, shown in ((2**31, "2147483648"), (2**62, "46116.*"), (10**5000, "an integer of .*")):
+        for name in (*names, "capacity"):
+            with pytest.raises(
+                ValueError, match=f"`{name}` must be at most {2**31 - 1}, got {shown}"
+            ):
+                spa.BandStore(**{"pattern": PATTERN, **SIZES, name: size})
+        with pytest.raises(ValueError, match=f"`times` must be at most {2**31 - 1}, got {shown}"):
+            filled().repeat(size)
+        for method in ("crop", "set_max_rollback"):
+            message = f"`tokens` must be at most {2**31 - 1}, got {shown}"
+            with pytest.raises(ValueError, match=message):
+                getattr(filled(), method)(size)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_store_of_every_largest_size_is_refused(device):
+    """Counts, padding and rings are one sum, which is compared before any of them is made."""
+    sizes = {"batch_size": 2**31 - 1, "max_rollback": 2**31 - 1, "head_dim": 2**31 - 1}
+    given = {"pattern": PATTERN, **SIZES, **sizes, "device": device}
+    with pytest.raises(ValueError, match=f"must fit into the .* GiB of {device}"):
+        spa.BandStore(**given)
+    for name in ("batch_size", "max_rollback"):
+        if device == "cpu":
+            with pytest.raises(ValueError, match=r"must fit into the .* GiB of cpu"):
+                spa.BandStore(**{"pattern": PATTERN, **SIZES, name: 2**31 - 1})
+    store = filled()
+    before = state(store)
+    with pytest.raises(ValueError, match=r"must fit into the .* GiB of cpu"):
+        store.repeat(2**31 - 1)
+    check_unchanged(store, before)
 
 
 def test_sizes_are_checked_before_memory_is_taken():

@@ -121,6 +121,8 @@ def packed(**change):
         ({"max_seqlen_q": 3}, "`max_seqlen_q` must be at least the longest document, 4, got 3"),
         ({"max_seqlen_k": -1}, "`max_seqlen_k` must not be negative, got -1"),
         ({"max_seqlen_k": torch.tensor(4)}, "`max_seqlen_k` must be an int, got Tensor"),
+        ({"max_seqlen_k": 2**31}, f"`max_seqlen_k` must be at most {2**31 - 1}, got {2**31}"),
+        ({"max_seqlen_q": 10**5000}, f"`max_seqlen_q` must be at most {2**31 - 1}, got an int"),
         ({"max_seqlen_k": True}, "`max_seqlen_k` must be an int, got bool"),
         ({"max_seqlen_k": 4.0}, "`max_seqlen_k` must be an int, got float"),
         ({"cu_seqlens_q": [0, 2, 6]}, "`cu_seqlens_q` must be an int32 tensor, got list"),

@@ -43,6 +43,7 @@ PYTORCH = {
     "_set_fwd_grad_enabled": lambda: pytorch.forward_grad_enabled,
     "_current_level": lambda: torch.autograd.forward_ad._current_level,
     "_functorch": lambda: torch._C._functorch.is_batchedtensor,
+    "torch._functorch.pyfunctorch.coerce_cinterpreter": lambda: pytorch.coerce_cinterpreter,
     "_scaled_dot_product_flash_attention_for_cpu": lambda: pytorch.cpu_attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: pytorch.cpu_attention_backward,
     "_foreach_copy_": lambda: pytorch.copy_each,

@@ -43,9 +43,9 @@ def test_sizes_can_be_chosen():
     ("keywords", "message"),
     [
         ({"name": "olmoe"}, r"`name` must be one of .*, got 'olmoe'"),
-        ({"vocab_size": 0}, "`vocab_size` must be a positive integer, got 0"),
-        ({"context": 1.5}, "`context` must be a positive integer, got 1\\.5"),
-        ({"num_layers": True}, "`num_layers` must be a positive integer, got True"),
+        ({"vocab_size": 0}, "`vocab_size` must be an integer of at least 1, got 0"),
+        ({"context": 1.5}, "`context` must be an integer of at least 1, got 1\\.5"),
+        ({"num_layers": True}, "`num_layers` must be an integer of at least 1, got True"),
         ({"num_heads": 7}, "`num_heads` must divide the hidden width 128 of olmoe-tiny, got 7"),
     ],
 )

@@ -103,6 +103,21 @@ OTHERS: dict[str, Callable[[Function], Function]] = {
     "double backward": twice,
 }
 
+BATCHED: dict[str, Callable[[Function], Function]] = {
+    "jvp of vmap": lambda f: lambda x: func.jvp(func.vmap(f), (x[None],), (x[None],))[1][0],
+    "jacfwd of vmap": lambda f: lambda x: func.jacfwd(func.vmap(f))(x[None]),
+    "vmap of jvp": lambda f: lambda x: func.vmap(OTHERS["jvp"](f))(x[None])[0],
+    "vmap of jacfwd": lambda f: lambda x: func.vmap(func.jacfwd(f))(x[None]),
+    "jvp of two": lambda f: (
+        lambda x: func.jvp(lambda x: func.vmap(func.vmap(f))(x[None, None]), (x,), (x,))[1][0, 0]
+    ),
+    "hessian of vmap": lambda f: (
+        lambda x: func.hessian(lambda x: func.vmap(f)(x[None]).square().sum())(x)
+    ),
+    "dual numbers of vmap": lambda f: lambda x: dual(func.vmap(f))(x[None])[0],
+}
+"""The same around `torch.vmap` and inside it."""
+
 
 def check_first(name: str, kind: str, impl: str | None, dtype: torch.dtype) -> None:
     found = FIRST[name](function(kind, impl, dtype))(draw(0, dtype))
@@ -186,25 +201,49 @@ def test_reference_has_every_derivative(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("impl", ["blockwise", None, pytest.param("triton", marks=triton)])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, *BATCHED])
 def test_other_derivatives_are_refused(name: str, kind: str, impl: str | None) -> None:
     """Never a derivative of zero."""
-    transformed = OTHERS[name](function(kind, impl, torch.float32))
+    transformed = {**OTHERS, **BATCHED}[name](function(kind, impl, torch.float32))
     with pytest.raises(NotImplementedError, match="`band_attention`"):
         transformed(draw(0, torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["query", "packed"])
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "double backward"])
+@pytest.mark.parametrize(
+    # PyTorch compiles no product inside the last one.
+    "name",
+    [n for n in (*OTHERS, *BATCHED) if n not in ("double backward", "vmap of jacfwd")],
+)
 def test_compiled_ones_are_refused(name: str, kind: str) -> None:
     """torch.compile runs as it is what it cannot compile, or says with `fullgraph` why not."""
-    transformed = OTHERS[name](function(kind, None, torch.float32))
+    transformed = {**OTHERS, **BATCHED}[name](function(kind, None, torch.float32))
     x = draw(0, torch.float32)
     with pytest.raises(NotImplementedError, match="`band_attention`"):
         torch.compile(transformed, backend="aot_eager")(x)
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="`band_attention`"):
         torch.compile(transformed, backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["jvp of vmap", "vmap of jvp", "jvp of two", "dual numbers of vmap"]
+)
+def test_reference_has_tangents_of_vmap(name: str) -> None:
+    f, x = function("query", "reference", torch.float64), draw(0, torch.float64)
+    torch.testing.assert_close(BATCHED[name](f)(x), OTHERS["jvp"](f)(x))
+
+
+def test_no_tangent_is_found_where_none_is() -> None:
+    """Within `jvp`, calls on what it does not follow have their values."""
+    f, x = function("query", None, torch.float64), draw(0, torch.float64)
+    several = torch.stack([x, 2 * x])
+
+    def constant(y: Tensor) -> Tensor:
+        return y * func.vmap(f)(several).sum()
+
+    found = func.jvp(constant, (x,), (x,))[1]
+    torch.testing.assert_close(found, x * func.vmap(f)(several).sum())
 
 
 def test_compiled_reference_has_tangents() -> None:

@@ -29,6 +29,7 @@ from spattention.benchmarking.results import environment, write_rows
 from spattention.files import write_atomically
 from spattention.fitting import Profile, captured, explain
 from spattention.fitting.sinks import starting_sinks
+from spattention.hf.needles import plant
 
 from . import choices, flex
 from .measure import PARTS, Sizes, measure
@@ -58,6 +59,7 @@ class Options:
         profile_rows: windows to profile.
         sensitivity_rows: windows whose gradients are profiled.
         needles: passkeys to find heads that fetch with.
+        needle_length: tokens of the rows that they are planted in; default those of a window.
         windows: held-out windows of each source.
         parts: what to measure.
         passkey_lengths: tokens per passkey's text.
@@ -92,6 +94,7 @@ class Options:
     profile_rows: int = 16
     sensitivity_rows: int = 16
     needles: int = 20
+    needle_length: int | None = None
     windows: int = 128
     parts: tuple[str, ...] = ("loss", "passkeys", "tasks")
     passkey_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -202,9 +205,14 @@ def _profile(options: Options, text: Text, tokenizer: Any) -> Profile:
         return Profile.load(path)
     count = options.profile_rows
     rows = [text.train[k * len(text.train) // count] for k in range(count)]
+    length = options.needle_length or options.context
+    windows = -(-length // options.context)
+    last = len(text.train) - windows
+    starts = [k * last // options.needles for k in range(options.needles)]
+    long = [text.train[start : start + windows].flatten()[:length] for start in starts]
     start = time.perf_counter()
     found = spa.hf.profile(
-        _open(options), rows, needles=options.needles, tokenizer=tokenizer,
+        _open(options), rows, needles=plant(long, options.needles, tokenizer),
         sensitivity=options.sensitivity_rows, progress=False,
     )  # fmt: skip
     found.save(path)

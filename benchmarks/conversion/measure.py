@@ -17,6 +17,8 @@ from .speed import memory, speed
 from .text import Text
 
 TOKENS = 32_768  # of a batch
+EDGES = (128, 512, 1024, 2048, 4096)  # positions that divide a window's losses
+ANSWERED = 8 * TOKENS  # tokens of prompts that are answered together: a step costs the host's time
 DEPTHS = 5  # .1, .3, .5, .7, .9
 PARTS = ("loss", "passkeys", "ruler", "tasks", "speed", "memory")
 
@@ -75,7 +77,7 @@ def measure(model: Any, tokenizer: Any, text: Text, sizes: Sizes) -> dict[str, A
 
 def _loss(model: Any, rows: Tensor) -> dict[str, Any]:
     context = rows.shape[1]
-    edges = (1, *(edge for edge in (128, 512, 1024) if edge < context), context)
+    edges = (1, *(edge for edge in EDGES if edge < context), context)
     windows = [{"input_ids": row} for row in rows]
     found = validation_loss(model, windows, batch=max(1, TOKENS // context), edges=edges)
     return {
@@ -120,9 +122,7 @@ def ruler_scores(
     scores: dict[str, Any] = {}
     for task in ruler.TASKS:
         items = ruler.make_items(task, haystacks, length, tokenizer)
-        scores[task] = asdict(
-            ruler.ask(model, items, tokenizer, batch=max(1, 4 * TOKENS // length))
-        )
+        scores[task] = asdict(ruler.ask(model, items, tokenizer, batch=max(1, ANSWERED // length)))
     return scores
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.conversion.page benchmarks/results/conversion_*.json
 
 Every `<!-- conversion: NAME -->` of the page is followed by the table NAME, up to the next
-`<!-- end -->`. Rows of several seeds are means, with the standard deviation in brackets; losses
-beyond dense's are taken seed by seed, which is the order of the text. Losses of different texts are
-not compared: files that hold losses must name the same text, or none.
+`<!-- end -->`; `NAME at 8192` holds the rows fitted and trained at 8,192 tokens instead of 2,048.
+Rows of several seeds are means, with the standard deviation in brackets; losses beyond dense's are
+taken seed by seed, which is the order of the text. Losses of different texts are not compared:
+files that hold losses must name the same text, or none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from spattention.files import write_atomically
 
 PAGES = ("docs/finetuning.md",)
 ROOT = Path(__file__).parents[2]
-MARK = re.compile(r"(<!-- conversion: ([a-z-]+) -->\n).*?(<!-- end -->)", re.S)
+CONTEXT = 2048  # of a table that names none
+MARK = re.compile(
+    r"(?P<mark><!-- conversion: (?P<name>[a-z-]+)(?: at (?P<context>\d+))? -->\n).*?"
+    r"(?P<end><!-- end -->)",
+    re.S,
+)
 SOURCES = ("wiki", "books")
 MISSING = "-"
 
@@ -33,19 +39,28 @@ Runs = dict[tuple[str, float], list[dict[str, Any]]]  # row and million tokens -
 
 def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     """Fill the marked tables of the pages."""
-    runs = read(files)
     for name in PAGES:
         page = ROOT / name
-        text = page.read_text(encoding="utf-8")
-        write_atomically(page, MARK.sub(lambda found: fill(found, runs), text))
+        write_atomically(page, fill_all(page.read_text(encoding="utf-8"), files))
 
 
-def read(files: Sequence[Path]) -> Runs:
-    """The runs of all files, by row and tokens."""
+def fill_all(text: str, files: Sequence[Path]) -> str:
+    """A page with the tables of all its marks."""
+
+    def filled(found: re.Match[str]) -> str:
+        return fill(found, read(files, int(found["context"] or CONTEXT)))
+
+    return MARK.sub(filled, text)
+
+
+def read(files: Sequence[Path], context: int = CONTEXT) -> Runs:
+    """The runs of all files of a context, by row and tokens."""
     runs: Runs = defaultdict(list)
     texts: dict[str, str] = {}
     for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
+        if found["settings"].get("context", CONTEXT) != context:
+            continue
         if any("loss" in row for row in found["rows"]):
             texts[str(found["settings"].get("text"))] = file.name
         for row in found["rows"]:
@@ -70,15 +85,15 @@ def holding(runs: Runs, part: str) -> Runs:
 
 def fill(found: re.Match[str], runs: Runs) -> str:
     """A mark, its table, and its end."""
-    name = found[2]
+    name = found["name"]
     if name not in TABLES:
         raise SystemExit(f"a table must be one of {sorted(TABLES)}, got {name}")
-    return f"{found[1]}{TABLES[name](runs)}{found[3]}"
+    return f"{found['mark']}{TABLES[name](runs)}{found['end']}"
 
 
 def before_training(runs: Runs) -> str:
     """Every row at 0 tokens, the best loss first."""
-    runs = holding(runs, "loss")
+    asked, runs = holding(runs, "tasks"), holding(runs, "loss")
     dense = runs["dense", 0]
     names = sorted((name for name, tokens in runs if not tokens), key=lambda n: _total(runs[n, 0]))
     lines = [
@@ -90,14 +105,14 @@ def before_training(runs: Runs) -> str:
         lost = [_figure(_differences(rows, dense, source)) for source in SOURCES]
         lines.append(
             f"| {name} | {rows[0]['pairs']:.2f} | {rows[0]['cache']:.2f} | {lost[0]} | {lost[1]} | "
-            f"{_passkeys(rows)} | {_tasks(rows)} |"
+            f"{_passkeys(rows)} | {_tasks(asked.get((name, 0), []))} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def after_training(runs: Runs) -> str:
     """Losses beyond dense trained on the same tokens, by number of tokens; dense's themselves."""
-    runs = holding(runs, "loss")
+    asked, runs = holding(runs, "tasks"), holding(runs, "loss")
     amounts = sorted({tokens for _, tokens in runs if tokens})
     if not amounts:
         return ""
@@ -121,9 +136,8 @@ def after_training(runs: Runs) -> str:
                 figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
             cells.append(" / ".join(figures))
         rows = runs[name, last]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {len(rows)} | {_passkeys(rows)} | {_tasks(rows)} |"
-        )
+        more = f"{_passkeys(rows)} | {_tasks(asked.get((name, last), []))}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(rows)} | {more} |")
     return "\n".join(lines) + "\n"
 
 

@@ -68,20 +68,26 @@ def _mix(
 
 
 def _fitted(
-    *, groups: bool = False, fetch: float = 1.0, sensitivity: bool = True, **options: Any
+    *,
+    groups: bool = False,
+    fetch: float | None = None,
+    sensitivity: bool = True,
+    **options: Any,
 ) -> Callable[[Profile, Budget], Sequence[BandPattern]]:
     """`spattention.fit`, or an ablation of it.
 
     Args:
         groups: one choice for all query heads of a key/value head.
-        fetch: factor of the shares on needles: 0 lets no head fetch, 3 lets heads with a third.
+        fetch: choose the heads that fetch by their shares on needles alone, times this factor: 0
+            lets no head fetch, 3 lets heads with a third.
         sensitivity: False values captured attention alone.
         options: of `fit`.
     """
 
     def make(profile: Profile, budget: Budget) -> Sequence[BandPattern]:
-        if profile.needle is not None:
-            profile = replace(profile, needle=(profile.needle * fetch).clamp(max=1.0))
+        if profile.needle is not None and fetch is not None:
+            shares = (profile.needle * fetch).clamp(max=1.0)
+            profile = replace(profile, needle=shares, needle_sensitivity=None)
         if not sensitivity:
             profile = replace(profile, sensitivity=None, sensitivity_rows=0)
         given = budget.options() | options
@@ -111,6 +117,9 @@ ROWS: dict[str, Row] = {
     "fitted-prefix-sinks": Row(_fitted(prefix=PREFIX), sinks=True),
     "fitted-sinks": Row(_fitted(), sinks=True),
     "fitted-bare": Row(_fitted()),
+    "fitted-shares": Row(_fitted(prefix=PREFIX, fetch=1.0)),
+    "fitted-shares-sinks": Row(_fitted(prefix=PREFIX, fetch=1.0), sinks=True),
+    "fitted-groups-shares": Row(_fitted(prefix=PREFIX, groups=True, fetch=1.0)),
     "fitted-captured": Row(_fitted(prefix=PREFIX, sensitivity=False)),
     "fitted-no-fetch": Row(_fitted(prefix=PREFIX, fetch=0.0)),
     "fitted-more-fetch": Row(_fitted(prefix=PREFIX, fetch=3.0)),
@@ -121,5 +130,6 @@ ROWS: dict[str, Row] = {
     "fitted-prefix-16": Row(_fitted(prefix=16)),
     "dense-lora": Row(None, lora=True),
     "window-prefix-lora": Row(_window(PREFIX), lora=True),
+    "fitted-shares-lora": Row(_fitted(prefix=PREFIX, fetch=1.0), lora=True),
     "fitted-lora": Row(_fitted(prefix=PREFIX), lora=True),
 }

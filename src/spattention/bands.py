@@ -41,6 +41,7 @@ FORMAT_VERSIONS = (1, 2)  # without and with a prefix
 MAX_INTERVALS = 2  # more would change the kernels' table (`impl/triton/call.py`), rings and fitting
 MAX_SPAN = 2**31 - 1  # positions are int32
 MAX_HEADS = 2**20
+MAX_MASK = 2**36  # elements of a mask; no machine holds the distances of more
 
 
 @dataclass(frozen=True, repr=False)
@@ -293,6 +294,12 @@ class BandPattern:
                     f"got {query_len} and {key_len}"
                 )
             query_start = key_len - query_len
+        longest = max(query_len, key_len)
+        if longest > MAX_SPAN or self.num_heads * query_len * key_len > MAX_MASK:
+            raise ValueError(
+                f"`mask` must have at most {MAX_SPAN} queries and keys and {MAX_MASK} elements, "
+                f"got {self.num_heads} x {query_len} x {key_len}"
+            )
         query_start = integer("query_start", query_start)
         if abs(query_start) > MAX_SPAN:
             raise ValueError(f"`query_start` must be at most {MAX_SPAN}, got {query_start}")

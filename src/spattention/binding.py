@@ -149,8 +149,8 @@ def _facts(argument: Any) -> Hashable:
         return type(argument), argument
     if not isinstance(argument, Tensor) or needs_dispatcher((argument,)):
         return NO_FORM
-    if argument.layout != torch.strided:
-        return argument.layout
+    if argument.layout != torch.strided or argument.is_nested:
+        return argument.layout, argument.is_nested
     return argument.shape, argument.stride(), argument.dtype, argument.device
 
 

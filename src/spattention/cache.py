@@ -20,6 +20,7 @@ from .cache_layout import (
     HeadGroup,
     RingLayout,
     as_device,
+    capacity_needed,
     check_memory,
     checked_int,
     ring_layout,
@@ -28,7 +29,7 @@ from .cache_layout import (
     tokens_in_reach,
 )
 from .cache_prefix import StoredTokens
-from .checks import check_key_start, check_new_tokens, check_rows, in_graph, readable
+from .checks import check_dtype, check_key_start, check_new_tokens, check_rows, in_graph, readable
 from .padding import padding_first, reorder
 from .scalars import as_int
 
@@ -98,8 +99,8 @@ class BandStore:
         batch_size = checked_int("batch_size", batch_size, at_least=1)
         head_dim = checked_int("head_dim", head_dim, at_least=1)
         value_dim = checked_int("value_dim", value_dim, at_least=1)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"`dtype` must be floating point, got {dtype!r}")
+        check_dtype("dtype", dtype)
+        target = torch.empty(0, device=as_device(device)).device
         self.pattern = pattern
         self.num_key_heads = len(lengths)
         # Known on the host, without waiting for the device.
@@ -108,10 +109,10 @@ class BandStore:
         self._tokens = 0  # at least this number is in each sequence; not counted in compiled graphs
         # Tensors made in inference mode cannot be written outside it, in a later turn.
         with torch.inference_mode(False):
-            self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=as_device(device))
+            dims = head_dim, value_dim
+            self._allocate(as_int(capacity), max_rollback, batch_size, dims, dtype, target)
+            self.counts = torch.zeros(4, batch_size, dtype=torch.int64, device=target)
             self._padding = self.counts.new_full((batch_size, max_rollback), -1)
-            capacity = _needed(as_int(capacity), pattern)
-            self._allocate(capacity, max_rollback, head_dim, value_dim, dtype)
 
     @property
     def batch_size(self) -> int:
@@ -132,6 +133,10 @@ class BandStore:
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return (self.keys.shape[2] + self.values.shape[2]) * self.dtype.itemsize
 
     @property
     def slack(self) -> int:
@@ -272,6 +277,7 @@ class BandStore:
             rows: int32 or int64 `[n]`, at least one; or bool `[B]`.
         """
         rows = self._rows(rows, allow_bool=True)
+        check_memory(self.layout, self.device, len(rows), self.max_rollback, self._token_bytes)
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.counts = self.counts[:, rows]
         self.documents, self._padding = self.documents[rows], self._padding[rows]
@@ -280,6 +286,8 @@ class BandStore:
         """Copy every sequence `times` times, copies side by side. Allocates new memory."""
         times = checked_int("times", times, at_least=1)
         rows = torch.arange(self.batch_size, device=self.device)
+        more = len(rows) * times
+        check_memory(self.layout, self.device, more, self.max_rollback, self._token_bytes)
         self.select(rows.repeat_interleave(times))
 
     def reset(self) -> None:
@@ -297,7 +305,7 @@ class BandStore:
         self.keys, self.values = self.keys.to(target), self.values.to(target)
         self.counts, self._padding = self.counts.to(target), self._padding.to(target)
         self.documents = self.documents.to(target)
-        self.layout = self._layout(self.capacity, self.max_rollback)
+        self.layout = self._layout(self.capacity, self.max_rollback, self.device)
         return self
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,13 +327,11 @@ class BandStore:
                 "`capacity` must reach as far as the bands in a compiled or captured graph, "
                 f"{tokens_in_reach(self.pattern)} tokens, got {self.capacity}"
             )
-        needed = self._columns + tokens
-        if needed > self.capacity:
-            self._move(max(needed, 2 * self.capacity), self.max_rollback)
+        if self._columns + tokens > self.capacity:
+            self._move(max(self._columns + tokens, 2 * self.capacity), self.max_rollback)
 
     def set_max_rollback(self, tokens: int) -> None:
-        """Change how many tokens `crop` can take back, from now on: what is no longer kept does not
-        come back. Allocates new memory."""
+        """Change how many tokens `crop` can take back. What is dropped does not come back."""
         tokens = checked_int("tokens", tokens, at_least=0)
         if tokens != self.max_rollback:
             self._move(self.capacity, tokens)
@@ -345,31 +351,31 @@ class BandStore:
         if self.pattern.prefix and readable(key_start):
             cache_prefix.check_documents(self.stored, key_start, key.shape[2], mask)
 
-    def _layout(self, capacity: int | None, max_rollback: int) -> RingLayout:
+    def _layout(self, capacity: int | None, max_rollback: int, device: torch.device) -> RingLayout:
         return ring_layout(
             self.pattern,
             self.num_key_heads,
             max_rollback=max_rollback,
             capacity=capacity,
-            device=self.counts.device,
+            device=device,
         )
 
     def _allocate(
         self,
         capacity: int | None,
         max_rollback: int,
-        head_dim: int,
-        value_dim: int,
+        batch: int,
+        dims: tuple[int, int],
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Empty rings of these sizes, in place of others; nothing changes if they do not fit."""
-        batch, device = self.counts.shape[1], self.counts.device
-        layout = self._layout(capacity, max_rollback)
-        slots = layout.slots + 1
-        size = batch * slots * (head_dim + value_dim) * dtype.itemsize
-        check_memory(size, device, longest=max(layout.ring_lengths), batch=batch)
-        keys = torch.zeros(batch, slots, head_dim, dtype=dtype, device=device)
-        values = torch.zeros(batch, slots, value_dim, dtype=dtype, device=device)
+        capacity = capacity_needed(capacity, self.pattern)
+        layout = self._layout(capacity, max_rollback, device)
+        check_memory(layout, device, batch, max_rollback, sum(dims) * dtype.itemsize)
+        keys, values = (
+            torch.zeros(batch, layout.slots + 1, dim, dtype=dtype, device=device) for dim in dims
+        )
         self.layout, self.capacity, self.max_rollback = layout, capacity, max_rollback
         self.keys, self.values = keys, values
         self.documents = cache_prefix.new_documents(batch, max_rollback, device)
@@ -382,8 +388,8 @@ class BandStore:
         old, keys, values = self.layout, self.keys, self.values
         last, behind = self.position[:, None] - 1, self.rolled_back[:, None]
         more = max_rollback - self.max_rollback
-        capacity = _needed(capacity, self.pattern)
-        self._allocate(capacity, max_rollback, keys.shape[2], values.shape[2], keys.dtype)
+        dims, batch = (keys.shape[2], values.shape[2]), self.batch_size
+        self._allocate(capacity, max_rollback, batch, dims, keys.dtype, keys.device)
         new = self.layout
         for head, (before, after) in enumerate(zip(old.ring_lengths, new.ring_lengths)):
             if not before or self.is_empty:
@@ -492,8 +498,3 @@ class BandStore:
         check_rows(rows, self.batch_size, allow_bool=allow_bool)
         rows = rows.to(self.device)
         return rows if rows.dtype == torch.bool else rows.clamp(0, self.batch_size - 1)
-
-
-def _needed(capacity: int | None, pattern: BandPattern) -> int | None:
-    """None once the bands reach no farther than the capacity."""
-    return None if capacity is None or capacity >= tokens_in_reach(pattern) else capacity

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from .bands import BandPattern
-from .scalars import as_int
+from .scalars import LARGEST_SIZE, as_int, shown_number
 
 MAX_ROLLBACK = 32  # above the 20 tokens that Transformers drafts at once by default
+MOST_BYTES = 2**62  # of a tensor, near PyTorch's limit
 UNSET: Any = object()  # for arguments for which None is an error
 
 
@@ -234,30 +235,37 @@ def rollback(max_rollback: int, slack: int = UNSET) -> int:
 
 
 def checked_int(name: str, value: Any, at_least: int) -> Any:
-    """The value as an int of `at_least` so much; raises `ValueError`."""
+    """The value as an int from `at_least` to `LARGEST_SIZE`; raises `ValueError`."""
     found = value if isinstance(value, torch.SymInt) else as_int(value)
     if found is None:
         raise ValueError(f"`{name}` must be an int, got {value!r}")
     if found < at_least:
         limit = f"be at least {at_least}" if at_least else "not be negative"
-        raise ValueError(f"`{name}` must {limit}, got {found}")
+        raise ValueError(f"`{name}` must {limit}, got {shown_number(found)}")
+    if found > LARGEST_SIZE:
+        raise ValueError(f"`{name}` must be at most {LARGEST_SIZE}, got {shown_number(found)}")
     return found
 
 
-def check_memory(size: int, device: torch.device, *, longest: int, batch: int) -> None:
+def check_memory(
+    layout: RingLayout, device: torch.device, batch: int, max_rollback: int, token_bytes: int
+) -> None:
     """Refuse what cannot be there before asking for it: systems hand out memory that they do not
-    have."""
+    have. `token_bytes` are those of a key and a value."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     elif device.type == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        return
+        memory = MOST_BYTES
+    # Of each sequence: its rings and prefixes, and int64 counts, padding and documents.
+    size = batch * ((layout.slots + 1) * token_bytes + 8 * (2 * max_rollback + 6))
     if size > memory:
         raise ValueError(
-            f"`pattern` must fit into the {memory / 2**30:,.0f} GiB of {device}, got rings of up "
-            f"to {longest:,} tokens, {size / 2**30:,.0f} GiB for {batch} sequences: give a "
-            "`capacity`, from which the store grows with the text"
+            f"`pattern` must fit into the {memory / 2**30:,.0f} GiB of {device} for {batch} "
+            f"sequences with `max_rollback` = {max_rollback}, got rings of up to "
+            f"{max(layout.ring_lengths):,} tokens, {size / 2**30:,.0f} GiB: give a `capacity`, "
+            "from which the store grows with the text"
         )
 
 
@@ -272,6 +280,11 @@ def as_device(device: Any) -> torch.device | None:
 def tokens_in_reach(pattern: BandPattern) -> int:
     """Tokens that a sequence must have before a store needs all of its room."""
     return max([pattern.prefix, *(far for head in pattern.intervals for _, far in head)])
+
+
+def capacity_needed(capacity: int | None, pattern: BandPattern) -> int | None:
+    """None once the bands reach no farther than the capacity."""
+    return None if capacity is None or capacity >= tokens_in_reach(pattern) else capacity
 
 
 def _as_far_as(capacity: int, pattern: BandPattern) -> BandPattern:

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .bands import BandPattern
-from .compat.pytorch import forward_mode_active, is_batched
-from .scalars import python_number
+from .compat.pytorch import forward_mode_active, has_tangent, is_batched
+from .scalars import LARGEST_SIZE, python_number, shown_number
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_POSITION = 2**31 - 1  # positions are int32
+MAX_POSITION = LARGEST_SIZE
 LARGEST_SCALE = sys.float_info.max
 
 
@@ -104,6 +103,8 @@ def check_rows(rows: Tensor, batch_size: int, *, allow_bool: bool) -> None:
     if rows.dtype not in kinds:
         names = "int32, int64 or bool" if allow_bool else "int32 or int64"
         raise ValueError(f"`rows` must be {names}, got {rows.dtype}")
+    if rows.device.type == "meta":
+        raise ValueError("`rows` must have values, got a tensor on the meta device")
     is_mask = rows.dtype == torch.bool
     if rows.dim() != 1 or (is_mask and rows.shape[0] != batch_size):
         shape = f"[B] = [{batch_size}]" if is_mask or not allow_bool else "[rows]"
@@ -170,7 +171,11 @@ def check_documents(
         if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
             raise ValueError(f"`{name}` must be an int, got {type(longest).__name__}")
         if longest < 0:
-            raise ValueError(f"`{name}` must not be negative, got {longest}")
+            raise ValueError(f"`{name}` must not be negative, got {shown_number(longest)}")
+        if longest > MAX_POSITION:
+            raise ValueError(
+                f"`{name}` must be at most {MAX_POSITION}, got {shown_number(longest)}"
+            )
     if readable(cu_seqlens_q) and readable(cu_seqlens_k):
         _check_cu_seqlens_values(
             query_tokens, key_tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -234,7 +239,7 @@ def check_no_tangents(**tensors: Tensor | None) -> None:
     if not forward_mode_active():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is not None and has_tangent(tensor):
             raise NotImplementedError(
                 f"`{name}` has a tangent, but `band_attention` has no forward-mode derivative "
                 '(jvp, jacfwd, hessian) except with `impl="reference"`'
@@ -249,6 +254,18 @@ def check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != strided:
             raise ValueError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
+        if tensor.is_nested:
+            raise ValueError(f"`{name}` must be a dense tensor, got a nested one")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Check a dtype against those that the operators compute in; raises `ValueError`."""
+    if dtype in DTYPES:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`{name}` must be floating point, got {dtype!r}")
+    names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    raise ValueError(f"`{name}` must be one of {names}, got {dtype}")
 
 
 def _check_layout(
@@ -260,11 +277,7 @@ def _check_layout(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != dims:
             raise ValueError(f"`{name}` must be {layout}, got shape {list(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            if not tensor.is_floating_point():
-                raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
-            names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
-            raise ValueError(f"`{name}` must be one of {names}, got {tensor.dtype}")
+        check_dtype(name, tensor.dtype)
         if tensor.dtype != dtype:
             raise ValueError(f"`{name}` must have query's dtype {dtype}, got {tensor.dtype}")
         if tensor.device != device:
@@ -318,7 +331,7 @@ def _check_scale(scale: float | None) -> None:
         raise ValueError(f"`scale` must be a float, got {type(scale).__name__}")
     # Not `math.isfinite`, which is no comparison that torch.compile keeps symbolic.
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
-        raise ValueError(f"`scale` must be finite, got {_shown(scale)}")
+        raise ValueError(f"`scale` must be finite, got {shown_number(scale)}")
 
 
 def _check_query_start(
@@ -343,21 +356,17 @@ def _check_query_start(
     elif isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):
         raise ValueError(f"`query_start` must be an int or an int32 tensor, got {query_start!r}")
     elif query_start < 0:
-        raise ValueError(f"`query_start` must not be negative, got {_shown(query_start)}")
+        raise ValueError(f"`query_start` must not be negative, got {shown_number(query_start)}")
     elif query_start > MAX_POSITION:
-        raise ValueError(f"`query_start` must be at most {MAX_POSITION}, got {_shown(query_start)}")
-
-
-def _shown(number: float | torch.SymInt | torch.SymFloat) -> str:
-    """The number, unless it has thousands of digits."""
-    if isinstance(number, int) and number.bit_length() > 63:
-        return f"an integer of {number.bit_length() + 1} bits"
-    return str(number)
+        raise ValueError(
+            f"`query_start` must be at most {MAX_POSITION}, got {shown_number(query_start)}"
+        )
 
 
 def _check_index_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"`{name}` must be an int32 tensor, got {type(tensor).__name__}")
+    check_tensors(**{name: tensor})
     if tensor.dtype != torch.int32:
         raise ValueError(f"`{name}` must be int32, got {tensor.dtype}")
     if tensor.device != device:

@@ -58,7 +58,7 @@ class AttentionChoice(Protocol):
 
 
 @dataclass(frozen=True)
-class StockDense:
+class DenseAttention:
     """Transformers' own dense attention, PyTorch's `scaled_dot_product_attention`."""
 
     num_heads: int
@@ -78,7 +78,7 @@ class StockDense:
 
 
 @dataclass(frozen=True)
-class Bands:
+class BandAttention:
     """Sparse Patterned Attention with one pattern in all layers."""
 
     name: str
@@ -94,7 +94,7 @@ class Bands:
 
 
 @dataclass
-class Other:
+class OtherAttention:
     """A baseline or a related system: another attention.
 
     Attributes:
@@ -139,15 +139,15 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
     """
     name = text.partition(":")[0]
     if text == STOCK:
-        return StockDense(num_heads)
+        return DenseAttention(num_heads)
     if is_other(text):
-        return Other(text, other_attention(text, num_heads, span))
+        return OtherAttention(text, other_attention(text, num_heads, span))
     if name not in (STOCK, *PATTERNS, EXPLICIT):
         known = (STOCK, *PATTERNS, EXPLICIT, *BASELINES, *RELATED)
         raise ValueError(
             f"a pattern must be one of {known}, got {name!r}{did_you_mean(name, known)}"
         )
-    return Bands(text, named_pattern(text, num_heads, span))
+    return BandAttention(text, named_pattern(text, num_heads, span))
 
 
 def is_other(text: str) -> bool:

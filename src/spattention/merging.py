@@ -54,6 +54,8 @@ def _checked(parts: Iterable[Partial]) -> list[Partial]:
         pair = isinstance(part, tuple | list) and len(part) == 2
         if not pair or not all(isinstance(each, torch.Tensor) for each in part):
             raise ValueError(f"`parts` must be pairs of tensors (out, lse), got {_described(part)}")
+        for tensor in part:
+            _check_dense("parts", tensor)
     first, first_lse = pairs[0]
     if first.dim() not in (3, 4):
         raise ValueError(
@@ -83,9 +85,16 @@ def _checked(parts: Iterable[Partial]) -> list[Partial]:
     return pairs
 
 
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"`{name}` must hold dense tensors, got {kind}")
+
+
 def _check_sinks(sinks: torch.Tensor, out: torch.Tensor) -> None:
     if not isinstance(sinks, torch.Tensor):
         raise ValueError(f"`sinks` must be a tensor, got {type(sinks).__name__}")
+    _check_dense("sinks", sinks)
     if sinks.shape != (out.shape[1],):
         raise ValueError(f"`sinks` must be [H] = [{out.shape[1]}], got {list(sinks.shape)}")
     if not sinks.is_floating_point():

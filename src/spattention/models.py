@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from .bands import BandPattern
 from .hf import apply
-from .scalars import as_int
+from .scalars import int_at_least
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,4 @@ def count_parameters(config: OlmoeConfig) -> ParameterCount:
 
 
 def _size(name: str, given: int | None, default: int) -> int:
-    if given is None:
-        return default
-    found = as_int(given)
-    if found is None or found < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {given!r}")
-    return found
+    return default if given is None else int_at_least(name, given, 1)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+LARGEST_SIZE = 2**31 - 1  # of anything that is counted; positions are int32
+
 
 def as_int(value: Any) -> int | None:
     """The value as an int; None for a bool, and for whatever is no integer."""
@@ -15,18 +17,31 @@ def as_int(value: Any) -> int | None:
         return value
     if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         return None
+    if isinstance(value, torch.Tensor) and not has_values(value):
+        return None
     try:
         return operator.index(value)
     except TypeError:  # among them tensors of floating point, and of several values
         return None
 
 
-def int_at_least(name: str, value: Any, least: int) -> int:
-    """The value of an argument as an int; raises `ValueError`."""
+def int_at_least(name: str, value: Any, least: int, most: int = LARGEST_SIZE) -> int:
+    """The value of an argument as an int from `least` to `most`; raises `ValueError`."""
     found = as_int(value)
     if found is None or found < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}, got {shown_number(value)}"
+        )
+    if found > most:
+        raise ValueError(f"`{name}` must be at most {most}, got {shown_number(found)}")
     return found
+
+
+def shown_number(number: Any) -> str:
+    """A value for a message; an integer of more than 64 bits by its length, which is readable."""
+    if isinstance(number, int) and number.bit_length() > 63:
+        return f"an integer of {number.bit_length() + 1} bits"
+    return repr(number)
 
 
 def python_number(value: Any) -> Any:
@@ -42,5 +57,12 @@ def as_number(value: Any) -> int | float | None:
     if whole is not None:
         return whole
     if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 and value.is_floating_point() else None
+        single = has_values(value) and value.numel() == 1 and value.is_floating_point()
+        return value.item() if single else None
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """False for a tensor on the meta device, and for a sparse, nested or quantized one."""
+    dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return dense and tensor.device.type != "meta"

@@ -382,6 +382,33 @@ def test_a_run_counts_once(tmp_path):
         page.after_training(runs)
 
 
+def test_tables_are_of_one_context(tmp_path):
+    """A mark names the length of training; without one it is 2,048 tokens."""
+    for name, context, loss in (("a", 2048, 3.5), ("b", 8192, 3.2)):
+        rows = [result("dense", 0, 0, 3.0), result("fitted", 0, 0, loss)]
+        found = {"settings": {"context": context}, "rows": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    text = (
+        "<!-- conversion: before -->\n<!-- end -->\n"
+        "<!-- conversion: before at 8192 -->\n<!-- end -->\n"
+    )
+    short, long = page.fill_all(text, files).split("at 8192")
+    assert "+0.500" in short
+    assert "+0.200" not in short
+    assert "+0.200" in long
+    assert "+0.500" not in long
+
+
+def test_zero_shot_scores_may_be_of_another_file(tmp_path):
+    """A run that is trained again for more measurements has its losses in the first file."""
+    asked = {"row": "dense", "million_tokens": 10, "seed": 0, "tasks": {"piqa": {"mean": 0.5}}}
+    for name, row in (("a", result("dense", 10, 0, 3.0)), ("b", asked)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": [row]}))
+    found = page.after_training(page.read([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert "| dense | 3.000 / 4.000 | 1 | - | 50.0 |" in found
+
+
 def test_losses_by_position_are_beyond_dense():
     def at(row, seed, parts):
         losses = {"mean": sum(parts) / 2, "edges": [1, 128, 2048], "parts": parts}

@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from benchmarks import host_parts
-from spattention.compat.triton import DirectLaunch
+from spattention.compat.triton import BoundLaunch, DirectLaunch
 
 
 def test_launches_are_recorded_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +26,19 @@ def test_launches_are_recorded_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
     host_parts._launch(found)
     assert launched[2] == launched[0]
     assert len(found) == 1
+
+
+def test_repeated_launches_are_recorded_too() -> None:
+    launched: list[Any] = []
+    launch = BoundLaunch.__new__(BoundLaunch)
+    launch.launch = lambda *given: launched.append(given)
+    launch.programs, launch.between, launch.nested = 3, ["function"], False
+    launch.given, launch.pointers = [None, "argument"], [(0, 1)]
+    launch.tuples, launch.descriptors = [], []
+    with host_parts.launches() as found:
+        launch(7, [16, 32])
+    host_parts._launch(found)
+    assert launched == [(3, 1, 1, 7, "function", 32, "argument")] * 2
 
 
 def test_a_floor_leaves_out_what_python_takes() -> None:

@@ -14,8 +14,13 @@ def test_blocks_are_added_until_a_request_is_resumed() -> None:
     first = [[0, 0, 20, True, [[3, 4], [9]]], [1, 0, 1, True, [[5], [8]]]]
     second = [[0, 20, 13, False, [[6], []]], [1, 0, 1, True, [[7], [2]]]]
     found = list(scheduled({"steps": [first, second]}))
-    assert found == [
-        [Request(1, 0, 1, [[5], [8]]), Request(0, 0, 20, [[3, 4], [9]])],
-        [Request(1, 0, 1, [[7], [2]]), Request(0, 20, 13, [[3, 4, 6], [9]])],
+    assert [[_plain(request) for request in step] for step in found] == [
+        [(1, 0, 1, [[5], [8]]), (0, 0, 20, [[3, 4], [9]])],
+        [(1, 0, 1, [[7], [2]]), (0, 20, 13, [[3, 4, 6], [9]])],
     ]
     assert found[1][1].length == 33
+
+
+def _plain(request: Request) -> tuple[int, int, int, list[list[int]]]:
+    blocks = [each.tolist() for each in request.blocks]
+    return request.index, request.computed, request.new, blocks

@@ -1,6 +1,7 @@
 """Fitted patterns: their budget, what they capture, and the sliding window that they beat."""
 
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
@@ -171,6 +172,20 @@ def test_heads_that_fetch_attend_everything():
     assert patterns[0].intervals[3] != ((0, 50),)
     shared = spa.fit(profile, pairs=0.4, kv_heads=2, local=1)
     assert shared[1].intervals[2:] == shared[2].intervals[:2] == (((0, 50),),) * 2
+
+
+def test_heads_that_answers_mind_attend_everything():
+    """A head may look little at a needle and matter most; those of the last hundredth do not."""
+    share = torch.zeros(LAYERS, HEADS, dtype=torch.float64)
+    share[1, 2], share[0, 3], share[2, 1] = 0.9, 0.06, 0.06
+    minded = torch.zeros_like(share)
+    minded[0, 3], minded[1, 1], minded[2, 1] = 0.95, 0.045, 0.005
+    profile = replace(fetching_profile(share), needle_sensitivity=minded)
+    task = fitting._task(profile, 0.3, None, None, 0, 1, None, ())
+    assert task.fetching == [3, HEADS + 1, HEADS + 2], "what answers mind first, then shares"
+    patterns = spa.fit(profile, pairs=0.3, local=1)
+    assert patterns[0].intervals[3] == patterns[1].intervals[1] == ((0, 50),)
+    assert patterns[2].intervals[1] != ((0, 50),)
 
 
 def test_fetching_gives_way_to_what_a_window_captures():

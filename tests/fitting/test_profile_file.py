@@ -101,6 +101,10 @@ def at(name, value):
         (changed(needles=0), "`needle` must be given for at least `needles_found` needles"),
         (changed(needle=None), "`needle` must be given .*got none, needles = 3"),
         (changed(needles_found=4), "needles = 3 and needles_found = 4"),
+        (
+            changed(needle=None, needles=0, needles_found=0, needle_sensitivity=[[0.1] * 4] * 2),
+            "`needle_sensitivity` must be None without `needle`, got values",
+        ),
         (changed(digest=5), "`digest` must be a string, got 5"),
         (changed(first=[[0.5]]), r"`first` must be a tensor \[layers, heads, first tokens\]"),
         (changed(distance=[[0.5]]), r"`distance` must have the shape \[2, 4, 67\], got \[1, 1\]"),

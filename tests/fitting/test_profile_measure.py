@@ -156,12 +156,20 @@ def test_planted_passkeys_lie_where_heads_are_watched():
         assert text.endswith(f"The pass key is {key}")
         assert torch.equal(needle.tokens[needle.needle.start : needle.needle.stop],
                            needle.answer_tokens)  # fmt: skip
+        sentence = needle.tokens[needle.sentence.start : needle.sentence.stop]
+        assert tokenizer.decode(sentence) == f"\nThe pass key is {key}. Remember it.\n"
         assert len(needle.tokens) == len(row)
     assert planted[0].needle.start < planted[1].needle.start < planted[2].needle.start
     found = profile(model, [row], needles=3, tokenizer=tokenizer)
     assert found.needles == 3
     assert found.tokens == 250  # the needles' rows do not count
     assert bool(((found.needle > 0) & (found.needle < 1)).all())
+    given = profile(model, [row], needles=planted, sensitivity=1)
+    assert torch.equal(given.needle, found.needle)
+    bare = [(each.tokens, (each.needle.start, each.needle.stop),
+             (each.answer.start, each.answer.stop)) for each in planted]  # fmt: skip
+    other = profile(model, [row], needles=bare, sensitivity=1)
+    assert not torch.equal(given.needle_sensitivity, other.needle_sensitivity), "of the sentence"
 
 
 def test_a_model_that_copies_finds_its_needles():
@@ -364,6 +372,32 @@ def test_sensitivity_is_the_squared_gradient_by_bin(length, monkeypatch):
                 wanted[layer, :, k] += term.square().sum(-1) / (2 * length)
     torch.testing.assert_close(found.sensitivity, wanted, rtol=1e-4, atol=1e-10)
     assert length == 3 or float(wanted.max()) > 1e-6
+
+
+@pytest.mark.parametrize("length", [20, 150])
+def test_answers_mind_needles_by_squared_gradient(length, monkeypatch):
+    """Against autograd through whole matrices of scores, of the loss of the answer alone."""
+    torch.manual_seed(2)
+    model = cosine_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.normal_()
+            layer.self_attn.o_proj.weight.normal_()
+    rows = tokens(2, length)
+    places = [((2, 5), (length - 3, length)), ((7, 9), (12, 14))]
+    triples = [(row, *place) for row, place in zip(rows, places, strict=True)]
+    found = profile(model, rows, needles=triples, sensitivity=1).needle_sensitivity
+    explicit = Explicit(monkeypatch)
+    wanted = torch.zeros_like(found)
+    for row, (start, stop), (first, last) in triples:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, first - 1 : last - 1]
+        torch.nn.functional.cross_entropy(logits, row[first:last], reduction="sum").backward()
+        grads = torch.stack([explicit.scores[k].grad[0] for k in sorted(explicit.scores)])
+        each = grads[:, :, stop:, start:stop].double().sum(-1).square().sum(-1)
+        wanted += each / each.sum() / len(triples)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-8)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-4)
+    assert profile(model, rows, needles=triples).needle_sensitivity is None
 
 
 def test_gradients_need_rows_and_leave_the_model_alone():

@@ -12,6 +12,7 @@ import torch
 import spattention as spa
 from spattention.impl.triton.decode.counters import arrival_counters
 from spattention.serving import paged_attention
+from spattention.serving.class_streams import ClassStreams
 from spattention.testing import Case, check_error, exact, plain
 from tests.serving.blocks import Paged, paged
 
@@ -107,6 +108,41 @@ def test_streams_have_counters_of_their_own() -> None:
                 outs.append(paged_attention(*case.given, GEOMETRIC))
     torch.cuda.synchronize()
     assert all(torch.equal(out, wanted) for out in outs)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_classes_side_by_side_give_the_same_bits(captured: bool) -> None:
+    """Layers of four classes of heads; each class's queries are overwritten once it has started."""
+    cases = [_paged("one query", seed)[0] for seed in (1, 2, 3, 4)]
+    wanted = [paged_attention(*case.given, GEOMETRIC) for case in cases]
+    streams = ClassStreams(len(cases), cases[0].query.device)
+    queries = [torch.empty_like(case.query) for case in cases]
+    layers: list[list[torch.Tensor]] = []
+
+    def run() -> None:
+        layers.clear()
+        for _ in range(20):
+            outs = [torch.full_like(out, 7.0) for out in wanted]
+            for index, (case, query) in enumerate(zip(cases, queries)):
+                query.copy_(case.query)
+                with streams.run(index, query) as read:
+                    paged_attention(read, *case.given[1:], GEOMETRIC, out=outs[index])
+                query.fill_(float("nan"))
+            layers.append([out.clone() for out in outs])
+            for out in outs:
+                out.fill_(float("nan"))
+
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        for _ in range(20):
+            graph.replay()
+    else:
+        run()
+    torch.cuda.synchronize()
+    for outs in layers:
+        assert all(torch.equal(out, other) for out, other in zip(outs, wanted))
 
 
 STREAMS: list[Any] = [torch.cuda.Stream() for _ in range(2)] if torch.cuda.is_available() else []

@@ -24,6 +24,9 @@ MAKING = [
     ({"capacity": 0}, "`capacity` must be at least 1, got 0"),
     ({"capacity": 1.5}, r"`capacity` must be an int, got 1\.5"),
     ({"capacity": True}, "`capacity` must be an int, got True"),
+    ({"capacity": 2**62}, f"`capacity` must be at most {2**31 - 1}, got {2**62}"),
+    ({"max_rollback": 2**63}, f"`max_rollback` must be at most {2**31 - 1}, got an integer of"),
+    ({"slack": 2**62}, f"`slack` must be at most {2**31 - 1}, got {2**62}"),
 ]
 
 
@@ -74,6 +77,9 @@ def test_a_cache_names_what_it_cannot_do():
         ("batch_select_indices", torch.tensor([[0]]), r"`rows` must be \[rows\], got \[1, 1\]"),
         ("batch_select_indices", [0], "`rows` must be a tensor, got list"),
         ("batch_repeat_interleave", 0, "`times` must be at least 1, got 0"),
+        ("crop", -(2**70), f"`tokens` must be at most {2**31 - 1}, got an integer of 72 bits"),
+        ("batch_repeat_interleave", 2**62, f"`times` must be at most {2**31 - 1}, got {2**62}"),
+        ("batch_repeat_interleave", 2**30, "must fit into the .* GiB of cpu"),
         ("to", "abacus", "`device` must be a device that PyTorch knows, got 'abacus'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -136,3 +136,9 @@ def test_the_harness_opens_bands(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert -1000 < float(done.stdout.split()[-1]) < 0
+
+
+@pytest.mark.parametrize("folder", [None, 5, [], b"folder"], ids=str)
+def test_a_folder_is_a_path(folder):
+    with pytest.raises(ValueError, match=f"`folder` must be a path, got {type(folder).__name__}"):
+        spa.hf.add_loader(folder)

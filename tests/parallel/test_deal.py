@@ -81,9 +81,9 @@ def test_dealt_weights_give_the_same_output():
     ("arguments", "message"),
     [
         ((3, 4), "`ranks` must divide `num_key_value_heads` = 4, so that .* got 3"),
-        ((0, 4), "`ranks` must be a positive int, got 0"),
+        ((0, 4), "`ranks` must be an integer of at least 1, got 0"),
         ((2, 3), "`num_key_value_heads` must divide the pattern's 8 heads, got 3"),
-        ((2, 4.0), r"`num_key_value_heads` must be a positive int, got 4\.0"),
+        ((2, 4.0), r"`num_key_value_heads` must be an integer of at least 1, got 4\.0"),
     ],
 )
 def test_deal_names_bad_arguments(arguments, message):

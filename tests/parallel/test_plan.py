@@ -106,6 +106,15 @@ def test_shards_split_and_join():
         (lambda: Shards((((0, 3),), ((4, 6),))), r"got \[4, 6\) where a range must start at 3"),
         (lambda: Shards((((3, 6), (0, 3)),)), "`ranges` of a rank must be sorted"),
         (lambda: Shards.balanced(8, 0), "`ranks` must be an integer of at least 1, got 0"),
+        (lambda: Shards.balanced(8, 2**31), "`ranks` must be at most 65536, got 2147483648"),
+        (
+            lambda: Shards.contiguous(2**31, 2),
+            "`length` must be at most 2147483647, got 2147483648",
+        ),
+        (
+            lambda: Shards.contiguous(8, 10**5000),
+            "`ranks` must be at most 65536, got an integer of",
+        ),
         (lambda: Shards.contiguous(8, 2, sizes=(3, 4)), "`sizes` must be 2 numbers of tokens"),
         (
             lambda: plan_exchange(PATTERNS["dense"], Shards.balanced(8, 2), 3),

@@ -229,3 +229,27 @@ def test_bands_of_some_heads_keep_their_prefix() -> None:
 def test_what_is_no_profile_is_named() -> None:
     with pytest.raises(ValueError, match="`profile` must be a Profile, got NoneType"):
         recurrent_near.near_heads(None, 8, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_state_is_wide_whatever_its_inputs_are():
+    """States of half-precision inputs add up in float32, and differ by rounding alone."""
+    given = [t.to(torch.bfloat16) for t in drawn(150)]
+    out, memory = retain(*given, DECAY.float(), 0.4)
+    assert memory.dtype == out.dtype == torch.float32
+    exact = reference(*(t.double() for t in given), DECAY, 0.4, None)
+    for mine, wanted in zip((out, memory), exact):
+        close(mine.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_compile_into_a_few_operations():
+    """The graph of a long text is as large as that of a short one: there is no loop over chunks."""
+    sizes = []
+
+    def record(module, inputs):
+        sizes.append(len(module.graph.nodes))
+        return module.forward
+
+    for length in (192, 1024):
+        torch._dynamo.reset()
+        torch.compile(retain, backend=record)(*drawn(length), DECAY, 0.4)
+    assert sizes[0] == sizes[1]

@@ -38,10 +38,15 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def generate_in_vllm(
-    folder: Path, runs: list[list[list[int]]], tokens: int, **settings: Any
+    folder: Path,
+    runs: list[list[list[int]]],
+    tokens: int,
+    adapter: Path | None = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Greedy continuations of each run's prompts, which are served at once, run after run."""
     request = {"folder": str(folder), "runs": runs, "tokens": tokens, "settings": settings}
+    request["adapter"] = None if adapter is None else str(adapter)
     return _call("generate", request, environment())
 
 
@@ -69,7 +74,10 @@ def _call(command: str, request: dict[str, Any], variables: dict[str, str]) -> A
 
 def _generate(request: dict[str, Any]) -> Any:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
+    adapter = request.get("adapter")
+    lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
     engine = LLM(request["folder"], **SETTINGS | request["settings"]).llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
@@ -79,7 +87,8 @@ def _generate(request: dict[str, Any]) -> Any:
     answers = []
     for run, prompts in enumerate(request["runs"]):
         for index, prompt in enumerate(prompts):
-            engine.add_request(f"{run}-{index}", {"prompt_token_ids": prompt}, sampling)
+            given = {"prompt_token_ids": prompt}
+            engine.add_request(f"{run}-{index}", given, sampling, lora_request=lora)
         finished: dict[int, Any] = {}
         in_use = []
         interruptions: dict[str, int] = {}

@@ -76,6 +76,29 @@ def save(
     return folder
 
 
+def save_adapter(folder: Path, merged: Path, adapter: Path) -> None:
+    """A random LoRA adapter of the attention of a folder's model, and the model that it makes."""
+    from safetensors.torch import save_file
+
+    spa.hf.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator, weights = torch.Generator().manual_seed(0), {}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            wide, high = module.in_features, module.out_features
+            down = torch.randn(4, wide, generator=generator) / wide**0.5
+            up = torch.randn(high, 4, generator=generator) / 2
+            module.weight.data += up @ down
+            weights[f"base_model.model.{name}.lora_A.weight"] = down
+            weights[f"base_model.model.{name}.lora_B.weight"] = up
+    model.save_pretrained(merged)
+    adapter.mkdir()
+    save_file(weights, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": names}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
 def edit(folder: Path, **entries: Any) -> None:
     """Change entries of the folder's config; None removes one."""
     path = folder / "config.json"

@@ -54,6 +54,19 @@ def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
     assert run["tokens"] == folders.greedy(folder, PROMPTS, NEW_TOKENS)
 
 
+def test_an_adapter_gives_the_tokens_of_its_merged_model(tmp_path: Path) -> None:
+    """LoRA of the attention's weights, on bands."""
+    folder, merged = folders.save(tmp_path / "model"), tmp_path / "merged"
+    folders.save_adapter(folder, merged, tmp_path / "adapter")
+    settings = {"enable_lora": True, "max_lora_rank": 8}
+    (run,) = engine.generate_in_vllm(
+        folder, [PROMPTS], NEW_TOKENS, tmp_path / "adapter", **settings
+    )
+    expected = folders.greedy(merged, PROMPTS, NEW_TOKENS)
+    assert run["tokens"] == expected
+    assert expected != folders.greedy(folder, PROMPTS, NEW_TOKENS)
+
+
 def test_compiled_models_give_the_same_tokens(tmp_path: Path) -> None:
     """Without `enforce_eager`, as users run it, and with chunks that cut blocks."""
     folder = folders.save(tmp_path)
@@ -134,6 +147,31 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     assert step.decodes is None
     assert step.prefills.cu_seqlens_q.tolist() == [0, 1, 2, 9]
     assert step.prefills.cu_seqlens_k.tolist() == [0, 43, 50, 80]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
+    """Each class on its own stream, and in order; elsewhere on the stream that vLLM launches on."""
+    from spattention.serving.class_streams import ClassStreams
+    from spattention.serving.vllm_backend import BandAttentionImpl, ClassBands
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    streams, asked = ClassStreams(2, torch.device("cpu")), []
+
+    class Asked:
+        sides = "streams"
+
+        def run(self, index: int, query: torch.Tensor) -> Any:
+            asked.append(index)
+            return streams.run(index, query)
+
+    for index in range(2):
+        bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], index, Asked())  # type: ignore
+        attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
+        metadata = SimpleNamespace(step=SimpleNamespace(decodes=None, prefills=None))
+        query = torch.zeros(3, 2, 16)
+        attention.forward(None, query, query, query, query, metadata, query)  # type: ignore
+    assert asked == ([0, 1] if captured else [])
 
 
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ..hf.parallel_guard import guard_parallel
 from ..hf.section import AttentionKind, kinds_of, register_kind, section_changed
 from ..hf.weights import Note, no_note, note_weights
 from ..impl.layout import without_autocast
-from ..scalars import as_number
+from ..scalars import as_number, shown_number
 from .state import Handle, State, keep_state, stop_keeping_state
 
 VERSION = 1
@@ -157,7 +157,8 @@ def check_integers(kind: str, **values: tuple[Any, int, int]) -> None:
     for name, (value, least, most) in values.items():
         if type(value) is not int or not least <= value <= most:
             raise ValueError(
-                f"`{name}` of `{kind}` must be an integer from {least} to {most}, got {value!r}"
+                f"`{name}` of `{kind}` must be an integer from {least} to {most}, got "
+                f"{shown_number(value)}"
             )
 
 

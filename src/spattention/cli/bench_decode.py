@@ -159,7 +159,6 @@ def _measure_case(
         pattern = make(options.heads, length)
         moved = batch * cache.token_bytes * compulsory(pattern, key_heads, options.queries, length)
         store = _store(cache, pattern)
-        over_store = partial(band_attention_cached, cache.query, store, pattern)
         layouts: dict[str, tuple[int, Attend]] = {
             "all keys": (whole, partial(band_attention, *cache, pattern)),
             "BandStore": (
@@ -171,7 +170,7 @@ def _measure_case(
             check(cache, pattern, attend())
             found = row(mask, "spattention", layout, moved, held, attend)
             yield replace(found, over_dense=fastest / found.time)
-        del store, over_store, layouts, attend
+        del store, layouts, attend
 
 
 def _cache(options: Options, batch: int, length: int) -> Cache:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..choice import MOST_EQUAL, Bands, Other, attention_choice, pattern_remarks
+from ..choice import MOST_EQUAL, BandAttention, OtherAttention, attention_choice, pattern_remarks
 from ..comparison.folder import ResultsFolder
 from ..comparison.plan import Run, plan_of
 from ..comparison.process import train_in_process
@@ -184,13 +184,14 @@ def _check(options: Options) -> list[str]:
         for attention in options.patterns
     ]
     for choice in choices:
-        if isinstance(choice, Other):  # what it asks of a model is known before the first run
+        if isinstance(choice, OtherAttention):
+            # What it asks of a model is known before the first run.
             with torch.device("meta"):
                 choice.apply(build(chosen, pattern=None))
     return [
         remark
         for choice in choices
-        if isinstance(choice, Bands)
+        if isinstance(choice, BandAttention)
         for remark in pattern_remarks(choice.pattern, choice.name, MOST_EQUAL)
     ]
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
+from torch._functorch.pyfunctorch import coerce_cinterpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -78,6 +79,33 @@ def is_watched() -> bool:
         or _tracing()
         or _dispatch_modes() > 0
     )
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """True for a tensor that forward-mode differentiation follows. The public question has no rule
+    for `torch.vmap`, below which this looks. That cannot be compiled: there a tensor counts as
+    followed if another transform is inside the differentiation.
+    """
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        if in_transform():
+            inner = coerce_cinterpreter(functorch.peek_interpreter_stack())
+            if inner.key() != functorch.TransformType.Jvp:
+                return True
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_batchedtensor(tensor) and not is_batched(tensor):
+            break
+        if functorch.maybe_get_level(tensor) in _forward_mode_levels():
+            break
+        tensor = functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _forward_mode_levels() -> set[int]:
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return {each.level() for each in stack if each.key() == functorch.TransformType.Jvp}
 
 
 def needs_dispatcher(inputs: Sequence[Any]) -> bool:

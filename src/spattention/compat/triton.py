@@ -103,7 +103,7 @@ class BoundLaunch:
         arguments: Sequence[Any],
         place: Callable[[torch.Tensor], int | None],
     ) -> None:
-        self.programs, self.encode = programs, direct.encode
+        self.programs, self.direct = programs, direct
         self.launch, self.between, self.nested = _driver_call(direct, programs)
         self.given: list[Any] = []
         self.pointers: list[tuple[int, int]] = []
@@ -157,7 +157,7 @@ class BoundLaunch:
                     known.clear()
                 form = copy.copy(form)
                 form.base = _Address(addresses[place])
-                encoded = known[addresses[place]] = self.encode(form, metadata)[0]
+                encoded = known[addresses[place]] = self.direct.encode(form, metadata)[0]
             given[index] = encoded
         if self.nested:
             self.launch(self.programs, 1, 1, stream, *self.between, given)

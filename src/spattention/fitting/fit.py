@@ -19,6 +19,7 @@ from .capture import coverage
 from .profile import ModelIdentity, Profile
 
 FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
+MINDED = 0.99  # of what answers mind of their needles, kept whole
 LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
 MIXES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of captured attention into sensitivity
 
@@ -39,7 +40,7 @@ def fit(
     Every head attends its nearest tokens and at most one band further away, or everything. The
     budget goes to the heads and distances of all layers that the loss minds most per pair, if the
     profile has its sensitivity, else to those that capture most attention per pair. If the profile
-    has needles, heads that fetch them attend everything, those that fetch most first.
+    has needles, heads that fetch them attend everything: those that the answers mind most first.
 
     The patterns never capture less attention than one sliding window of as many pairs. If they
     would, captured attention joins the sensitivity, more and more; then fewer of the heads that
@@ -209,12 +210,22 @@ class Task:
 
     @cached_property
     def fetching(self) -> list[int]:
-        """Units that fetch needles, by the largest share of one of their heads, largest first."""
+        """Units that fetch needles: the fewest that hold nearly all that answers mind, those most
+        minded first; then by the largest share of one of their heads, largest first.
+        """
         if self.profile.needle is None:
             return []
         share = self.profile.needle[self.layers].unflatten(1, (-1, self.group)).amax(dim=2)
         order = share.flatten().argsort(descending=True, stable=True).tolist()
-        return [unit for unit in order if float(share.flatten()[unit]) >= FETCHES]
+        seen = [unit for unit in order if float(share.flatten()[unit]) >= FETCHES]
+        if self.profile.needle_sensitivity is None:
+            return seen
+        of_heads = self.profile.needle_sensitivity[self.layers]
+        minded = of_heads.unflatten(1, (-1, self.group)).sum(dim=2).flatten()
+        most, order_of_most = minded.sort(descending=True, stable=True)
+        fewest = int((most.cumsum(0) - most < MINDED * most.sum()).sum())
+        first = order_of_most[:fewest].tolist()
+        return [*first, *(unit for unit in seen if unit not in first)]
 
     def allocate(self, dense: Sequence[int], values: Tensor) -> Choice | None:
         """The best choice by values `[U, E]` in which some units attend everything; None if that is
@@ -309,7 +320,8 @@ def _task(
     length = _integer("length", length, 1, profile.length, "the profile's longest row")
     span = _integer("span", length if span is None else span, length, None, "`length`")
     prefix = _integer("prefix", prefix, 0, min(profile.prefix_max, length), "what was measured")
-    budget = math.floor(Fraction(share) * model.layers * model.heads * length * (length + 1) // 2)
+    dense = model.layers * model.heads * length * (length + 1) // 2
+    budget = math.floor(Fraction(share) * dense)
     layers = _layers(dense_layers, model.layers)
     if local is None:
         bare = Task(profile, budget, length, span, prefix, 1, 1, layers)
@@ -320,7 +332,6 @@ def _task(
             f"`kv_heads` must be None or the model's {model.kv_heads} key/value heads, got "
             f"{kv_heads!r}"
         )
-    dense = model.layers * model.heads * length * (length + 1) // 2
     group = 1 if kv_heads is None else model.heads // model.kv_heads
     task = Task(profile, budget, length, span, prefix, local, group, layers)
     least = dense // model.layers * len(layers) + len(task.layers) * model.heads * head_pairs(

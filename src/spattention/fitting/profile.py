@@ -25,9 +25,13 @@ SHARE_ERROR = 1e-3  # rounding of some thousand stored shares stays far below it
 COUNTS = ("length", "rows", "tokens", "needles", "needles_found", "sensitivity_rows")
 MAY_BE_ZERO = ("needles", "needles_found", "sensitivity_rows")
 SHARES = ("first", "distance", "first_distance")
-ARRAYS = (*SHARES, "first_logits", "needle", "sensitivity")
-OPTIONAL = ("needle", "sensitivity")
-ADDED = ("sensitivity", "sensitivity_rows")  # entries that files of earlier versions lack
+ARRAYS = (*SHARES, "first_logits", "needle", "sensitivity", "needle_sensitivity")
+OPTIONAL = ("needle", "sensitivity", "needle_sensitivity")
+ADDED = (
+    "sensitivity",
+    "sensitivity_rows",
+    "needle_sensitivity",
+)  # entries that files of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class Profile:
             squared derivative of a row's loss (a sum over its tokens) with respect to a term added
             to the scores of the bin. None if it was not asked for.
         sensitivity_rows: rows that it was measured on.
+        needle_sensitivity: float64 `[L, H]`, the share of each head in how much the answers mind
+            their needles, a mean over needles. What an answer minds is the squared derivative of
+            its log-probability with respect to a term added to a head's scores with the needle's
+            sentence, summed over the queries after it. None if it was not asked for.
 
     Raises:
         ValueError: if a value has the wrong type, shape or range, or shares exceed 1.
@@ -95,6 +103,7 @@ class Profile:
     needles_found: int = 0
     sensitivity: Tensor | None = None
     sensitivity_rows: int = 0
+    needle_sensitivity: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self.model).items():
@@ -126,6 +135,8 @@ class Profile:
                 "`sensitivity` must be given for `sensitivity_rows` rows, got "
                 f"{'none' if self.sensitivity is None else 'values'} and {self.sensitivity_rows}"
             )
+        if self.needle_sensitivity is not None and self.needle is None:
+            raise ValueError("`needle_sensitivity` must be None without `needle`, got values")
         self._check_arrays()
 
     def _check_arrays(self) -> None:
@@ -144,6 +155,7 @@ class Profile:
             "first_logits": (layers, heads, tokens),
             "needle": (layers, heads),
             "sensitivity": (layers, heads, bins),
+            "needle_sensitivity": (layers, heads),
         }
         for name, shape in shapes.items():
             values = getattr(self, name)
@@ -276,7 +288,7 @@ class Profile:
                 f"`edges` must be those of `length` = {data['length']}: exact up to 64, then 8 per "
                 "doubling"
             )
-        data = {"sensitivity": None, "sensitivity_rows": 0, **data}
+        data = {"sensitivity": None, "sensitivity_rows": 0, "needle_sensitivity": None, **data}
         arrays: dict[str, Any] = {name: _array(name, data[name]) for name in ARRAYS}
         counts = {name: data[name] for name in COUNTS}
         return cls(ModelIdentity(**data["model"]), digest=data["digest"], **counts, **arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from ..cached_attention import band_attention_cached
 from ..checks import readable
 from ..compat.pytorch import mark_static_address
 from ..impl.layout import under_autocast
-from ..scalars import as_int
+from ..scalars import LARGEST_SIZE, as_int, int_at_least, shown_number
 from .config import read_section
 from .mask import Rows
 from .tensor_parallel import HeadShard
@@ -68,7 +69,10 @@ class BandCache(Cache):
                 "got none"
             )
         if capacity is None:
-            capacity = getattr(text_config, "max_position_embeddings", None)
+            positions = getattr(text_config, "max_position_embeddings", None)
+            if positions is not None:
+                name = "config.max_position_embeddings"
+                capacity = min(int_at_least(name, positions, 1, sys.maxsize), LARGEST_SIZE)
         own = DynamicCache(config=text_config).layers
         layers = [
             own[index] if pattern is None else BandLayer(pattern, max_rollback, capacity)
@@ -352,5 +356,7 @@ def _removed(tokens_to_remove: Any) -> int:
     if found is None:
         raise ValueError(f"`tokens_to_remove` must be an int, got {tokens_to_remove!r}")
     if found > 0:
-        raise ValueError(f"`tokens_to_remove` must be minus the number of tokens, got {found}")
+        raise ValueError(
+            f"`tokens_to_remove` must be minus the number of tokens, got {shown_number(found)}"
+        )
     return -found

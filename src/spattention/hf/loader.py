@@ -49,6 +49,8 @@ def add_loader(folder: str | Path) -> None:
     Raises:
         ValueError: if the folder holds no such model, or one that brings code of its own.
     """
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"`folder` must be a path, got {type(folder).__name__}")
     path = Path(folder) / "config.json"
     config = read_json(path, CONFIG_BYTES)
     call = registered_call(config)

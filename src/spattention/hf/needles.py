@@ -24,11 +24,13 @@ class Needle:
         tokens: int64 `[N]`.
         needle: positions of the tokens that heads fetch.
         answer: positions of the tokens to predict, after the needle.
+        sentence: positions of the text around the needle that leads to it; None for the needle's.
     """
 
     tokens: Tensor
     needle: range
     answer: range
+    sentence: range | None = None
 
     @property
     def queries(self) -> range:
@@ -42,7 +44,9 @@ class Needle:
 
 
 def as_needle(given: Any, number: int) -> Needle:
-    """A triple (tokens, needle range, answer range), checked."""
+    """A triple (tokens, needle range, answer range), checked; a needle as it is."""
+    if isinstance(given, Needle):
+        return given
     where = f"needle {number} of `needles`"
     try:
         tokens, needle, answer = given
@@ -88,6 +92,7 @@ def plant(rows: Sequence[Tensor], count: int, tokenizer: Any, seed: int = 0) -> 
                 tokens,
                 range(start, start + len(value)),
                 range(len(tokens) - len(value), len(tokens)),
+                range(depth, start + len(value) + len(after)),
             )
         )
     return needles

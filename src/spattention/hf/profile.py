@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..compat.huggingface import attention_name, set_attention_name
 from ..fitting.bins import distance_edges
 from ..fitting.profile import MOST_TOKENS, ModelIdentity, Profile, rounded
-from ..scalars import as_int, int_at_least
+from ..scalars import as_int, has_values, int_at_least
 from .attention import HONOURED, WITHOUT_EFFECT
 from .config import NAME
 from .decoder import attention_modules, check_model, key_heads, text_config_of, text_configs
@@ -29,7 +29,7 @@ from .mask import rows_mask
 from .needles import Needle, as_needle, plant
 from .packing import PACKING
 from .progress import reporting
-from .sensitivity import SensitivitySums, attend, descend, softmax
+from .sensitivity import NeedleSums, SensitivitySums, Sums, attend, descend, softmax
 
 BLOCK = 2**24  # weights that exist at a time
 EVERY_EDGE = distance_edges(2**24)  # of rows of any length; the last bins stay empty
@@ -58,10 +58,12 @@ def profile(
             shape and, optionally, an `attention_mask`, whose masked tokens are left out.
         needles: measure which heads fetch: a number of passkeys to plant in the first rows, which
             needs `tokenizer`; or triples `(tokens, (start, stop) of the needle, (start, stop) of
-            the answer)`. The queries that count are those that predict the answer's tokens.
+            the answer)`, or needles of `spattention.hf.needles`, in rows of any length. The queries
+            that count are those that predict the answer's tokens.
         tokenizer: the model's.
         sensitivity: measure how much the loss minds that heads no longer attend some distances, on
-            this number of first rows: a backward pass each.
+            this number of first rows, and how much the answers mind their needles, if there are
+            any: a backward pass each.
         prefix_max: first tokens of a row whose shares are measured one by one; at least 1.
         progress: show a bar; plain lines where standard error is no terminal.
 
@@ -104,10 +106,10 @@ def profile(
                 f"{sensitivity}"
             )
         if sensitivity:
-            sums.sensitivity = SensitivitySums(EVERY_EDGE, prefix_max)
+            sums.sensitivity = minded = SensitivitySums(EVERY_EDGE, prefix_max)
             for row in report(kept[:sensitivity], "gradients", sensitivity):
-                descend(subject.model, row, sums.sensitivity)
-            minded, sums.sensitivity = sums.sensitivity, None
+                descend(subject.model, row, minded)
+            sums.sensitivity = None
         if planted:
             triples = plant(kept[:planted], planted, tokenizer)
         fetched = _Fetched()
@@ -120,6 +122,13 @@ def profile(
             logits = subject.run(needle.tokens[None], needle.queries)
             likeliest = logits[0].argmax(dim=-1).cpu()
             fetched.found += int(torch.equal(likeliest, needle.answer_tokens))
+        if sensitivity and triples:
+            asked = NeedleSums()
+            sums.sensitivity = asked
+            for needle in report(triples, "gradients of needles", len(triples)):
+                asked.needle = needle
+                descend(subject.model, needle.tokens, asked, needle.answer)
+            fetched.sensitivity = rounded(asked.mean())
     return sums.profile(subject, lengths, digest.hexdigest()[:16], minded, sensitivity)
 
 
@@ -183,6 +192,7 @@ class _Fetched:
         self.count = 0
         self.found = 0
         self.shares: dict[int, Tensor] = {}  # layer -> [H]
+        self.sensitivity: Tensor | None = None  # [L, H]
 
     def start(self, needle: Needle) -> None:
         self.needle = needle
@@ -238,7 +248,7 @@ class _Sums:
         self.prefix_max = prefix_max
         self.layers: dict[int, _LayerSums] = {}
         self.fetched: _Fetched | None = None
-        self.sensitivity: SensitivitySums | None = None
+        self.sensitivity: Sums | None = None
         self._bins: dict[torch.device, Tensor] = {}
 
     def attend(
@@ -348,6 +358,7 @@ class _Sums:
             needles_found=fetched.found if fetched else 0,
             sensitivity=None if minded is None else rounded(minded.mean()[..., :bins]),
             sensitivity_rows=minded_rows,
+            needle_sensitivity=fetched.sensitivity if fetched else None,
         )
 
 
@@ -436,8 +447,13 @@ def _integers(batch: Any, where: str) -> Tensor:
         raise ValueError(
             f"{where} must be token ids [N] or [B, N], got {type(batch).__name__}"
         ) from None
-    if ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise ValueError(f"{where} must be integer token ids, got {ids.dtype}")
+    if not has_values(ids):
+        raise ValueError(
+            f"{where} must be a dense tensor with values, got {ids.dtype}, {ids.layout}, on "
+            f"{ids.device}"
+        )
     if ids.dim() not in (1, 2):
         raise ValueError(f"{where} must be token ids [N] or [B, N], got {list(ids.shape)}")
     return ids.long()[None] if ids.dim() == 1 else ids.long()

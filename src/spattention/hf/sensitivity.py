@@ -4,7 +4,8 @@ Add a term to the scores of a query with the keys of one bin of distance. The de
 with respect to this term is the sum of `dS = p * (dO . v - dO . o)` over the bin, with weight p,
 value v, output o and its gradient dO. Its square, a mean over queries, is the curvature of the loss
 along the term (Fisher information): what it costs to take the bin from the head, to second order
-and up to a factor.
+and up to a factor. The same of the keys of a needle, with the loss of its answer alone, tells which
+heads fetch it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .needles import Needle
 
 BLOCK = 128  # queries whose weights exist at a time
 
@@ -39,6 +42,10 @@ class SensitivitySums:
         total = self._by_bin(gradient, start).square().sum(dim=1).cpu()
         self.layers[layer] = self.layers.get(layer, torch.zeros_like(total)) + total
 
+    def end_row(self, tokens: int) -> None:
+        """Count the queries of a row that is done."""
+        self.queries += tokens
+
     def mean(self) -> Tensor:
         """Means over queries, `[L, H, E]`."""
         return torch.stack([self.layers[k] for k in sorted(self.layers)]) / self.queries
@@ -54,6 +61,43 @@ class SensitivitySums:
         return upto[..., edges].diff(dim=-1)
 
 
+class NeedleSums:
+    """Shares of the heads in how much the answers mind their needles: means over needles, float64.
+
+    The keys are those of the needle's sentence, as a question finds it by its words. The queries
+    come after it: those that predict the answer, and those before them that pass on what they
+    found. Each needle counts the same, however sure the model is of it.
+    """
+
+    def __init__(self) -> None:
+        self.needle: Needle | None = None
+        self.count = 0
+        self.shares = torch.zeros(())
+        self._layers: dict[int, Tensor] = {}  # layer -> [H], of `needle`
+
+    def add(self, layer: int, gradient: Tensor, start: int) -> None:
+        """Add dS `[H, R, K]` of a block of queries, the first of which is at `start`."""
+        assert self.needle is not None
+        held = self.needle.sentence or self.needle.needle
+        late = gradient[:, max(0, held.stop - start) :, held.start : held.stop]
+        total = late.double().sum(dim=-1).square().sum(dim=-1).cpu()
+        self._layers[layer] = self._layers.get(layer, torch.zeros_like(total)) + total
+
+    def end_row(self, tokens: int) -> None:
+        """Count a needle that is done; one that no head is minded for has no shares."""
+        found = torch.stack([self._layers[k] for k in sorted(self._layers)])
+        self.shares = self.shares + found / found.sum().clamp(min=torch.finfo(found.dtype).tiny)
+        self.count += 1
+        self._layers = {}
+
+    def mean(self) -> Tensor:
+        """Means over needles, `[L, H]`."""
+        return self.shares / self.count
+
+
+Sums = SensitivitySums | NeedleSums
+
+
 class _Attention(torch.autograd.Function):
     """Causal attention of one row `[1, H, N, D]` in blocks of queries."""
 
@@ -66,7 +110,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
         sinks: Tensor | None,
         layer: int,
-        sums: SensitivitySums,
+        sums: Sums,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.sinks, ctx.layer, ctx.sums = scale, sinks, layer, sums
@@ -94,18 +138,28 @@ class _Attention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None, None
 
 
-def descend(model: Any, ids: Tensor, sums: SensitivitySums) -> None:
-    """Take the gradient of the loss of a row of tokens `[N]`, down to what attention reads."""
+def descend(model: Any, ids: Tensor, sums: Sums, predicted: range | None = None) -> None:
+    """Take the gradient of the loss of a row of tokens `[N]`, down to what attention reads.
+
+    Args:
+        model: causal language model whose attention is `attend`.
+        ids: the row.
+        sums: what the gradients are added to.
+        predicted: positions of the tokens whose loss it is; default all but the first.
+    """
     ids = ids[None].to(model.device)
+    places = range(1, ids.shape[1]) if predicted is None else predicted
+    before = slice(places.start - 1, places.stop - 1)
     with _frozen(model), torch.enable_grad():
         start = model.get_input_embeddings()(ids).detach().requires_grad_()
-        logits = model(inputs_embeds=start, use_cache=False).logits[0, :-1].float()
-        F.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-    sums.queries += ids.shape[1]
+        logits = model(inputs_embeds=start, use_cache=False).logits[0, before].float()
+        targets = ids[0, places.start : places.stop]
+        F.cross_entropy(logits, targets, reduction="sum").backward()
+    sums.end_row(ids.shape[1])
 
 
 def attend(
-    sums: SensitivitySums,
+    sums: Sums,
     layer: int,
     query: Tensor,
     key: Tensor,

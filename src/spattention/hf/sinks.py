@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..compat.huggingface import keep_initial_value, offload_hook
-from ..scalars import as_number
+from ..scalars import as_number, has_values
 
 # What the operator computes with; storage formats such as float8 are none of these.
 LARGEST_SINK = 65504  # of float16
@@ -85,6 +85,11 @@ def sink_values(
         if not isinstance(values, torch.Tensor) or not values.dtype.is_floating_point:
             kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
             raise ValueError(f"{where} must be a tensor of floating point, got {kind}")
+        if values.dtype not in COMPUTE_DTYPES or not has_values(values):
+            raise ValueError(
+                f"{where} must be a dense tensor with values, of a dtype that computes, got "
+                f"{values.dtype}, {values.layout}, on {values.device}"
+            )
         if tuple(values.shape) != (count,):
             raise ValueError(f"{where} must have the shape [{count}], got {list(values.shape)}")
         if not bool((values.abs() <= LARGEST_SINK).all()):

@@ -8,7 +8,7 @@ rank attends with its part.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -129,8 +129,8 @@ def deal(model: Any, ranks: int) -> Any:
         if hasattr(module, ORDER):
             _permute(module, undeal_heads, getattr(module, ORDER))
         else:
-            module.register_state_dict_post_hook(_natural_order)
-            module.register_load_state_dict_pre_hook(_dealt_order)
+            module.register_state_dict_post_hook(partial(_reorder, undeal_heads))
+            module.register_load_state_dict_pre_hook(partial(_reorder, deal_heads))
             module.register_forward_pre_hook(refuse_changed)
         _permute(module, deal_heads, order)
         setattr(module, ORDER, order)
@@ -162,17 +162,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
-def _natural_order(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook of `state_dict`: heads in their natural order; distributed weights become whole."""
+def _reorder(move: Any, module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Move the heads in a state dict, as its hooks do; distributed weights become whole."""
     for name, dim in by_heads(module):
         if prefix + name in state:
-            whole = _whole(state[prefix + name])
-            state[prefix + name] = undeal_heads(whole, getattr(module, ORDER), dim)
-
-
-def _dealt_order(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """A hook of `load_state_dict`: heads in the order of this module."""
-    for name, dim in by_heads(module):
-        if prefix + name in state:
-            whole = _whole(state[prefix + name])
-            state[prefix + name] = deal_heads(whole, getattr(module, ORDER), dim)
+            state[prefix + name] = move(_whole(state[prefix + name]), getattr(module, ORDER), dim)

@@ -14,7 +14,7 @@ unexpected, in any process. State dicts that stay in memory go anywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -176,17 +176,22 @@ def _is_taken_off(module: Any, note: Note) -> bool:
     return getattr(module.config, note.kind, None) is None
 
 
+def _lost_sections(model: Any) -> Iterator[tuple[str, Any, Note]]:
+    """Names, modules and notes of attention whose section was deleted."""
+    for name, module in model.named_modules():
+        note = _own_note(module)
+        if note is not None and _is_taken_off(module, note):
+            yield name, module, note
+
+
 def refuse_lost_section(model: Any, saved: str) -> None:
     """Check that no section was deleted in a model; `saved` is what needs it. Raises
     `ValueError`."""
-    for name, module in model.named_modules():
-        make_note = getattr(module, "_spattention_note", None)
-        note = None if make_note is None else make_note(module)
-        if note is not None and _is_taken_off(module, note):
-            raise ValueError(
-                f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
-                f"none for {name}"
-            )
+    for name, _, note in _lost_sections(model):
+        raise ValueError(
+            f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
+            f"none for {name}"
+        )
 
 
 def _same_attention(text: str, other: str) -> bool:
@@ -295,8 +300,11 @@ def _note_of(model: Any, name: str) -> Note | None:
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    make_note = getattr(module, "_spattention_note", None)
-    return None if make_note is None else make_note(module)
+    return _own_note(module)
+
+
+def _own_note(module: Any) -> Note | None:
+    return getattr(module, "_spattention_note", no_note)(module)
 
 
 def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
@@ -308,11 +316,7 @@ def refusing_lost_sections(save_pretrained: Callable[..., Any]) -> Callable[...,
     def save(self: Any, *args: Any, **keywords: Any) -> Any:
         given = parameters.bind(self, *args, **keywords)
         weights = given.arguments.get("state_dict")
-        for name, module in self.named_modules():
-            make_note = getattr(module, "_spattention_note", None)
-            note = None if make_note is None else make_note(module)
-            if note is None or not _is_taken_off(module, note):
-                continue
+        for name, module, note in _lost_sections(self):
             if attention_name(module.config) == note.kind:
                 raise ValueError(
                     f"`config.{note.kind}` must be there to save a model that runs with it, got "

@@ -76,7 +76,7 @@ def bind_pass(
 
     Args:
         recorded: its launches.
-        tensors: of the call; all others that the launches had are scratch.
+        tensors: of the call, each of which a launch had; all others that they had are scratch.
         constants: a tensor that belongs to the form, whose views the launches had.
     """
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -88,6 +88,7 @@ def bind_pass(
     if device_and_stream()[0] != device:
         return None  # the implementation enters it
     places = {id(tensor): index for index, tensor in enumerate(tensors)}
+    unseen = {*places}
     used = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     constant = constants.untyped_storage().data_ptr()
     starts: dict[int, int] = {}
@@ -96,6 +97,7 @@ def bind_pass(
 
     def place(tensor: Tensor) -> int | None:
         nonlocal size, known
+        unseen.discard(id(tensor))
         if id(tensor) in places:
             return places[id(tensor)]
         storage = tensor.untyped_storage()
@@ -112,8 +114,8 @@ def bind_pass(
         return places[id(tensor)]
 
     launches = bind_launches(recorded, place)
-    if launches is None or not known:
-        return None
+    if launches is None or not known or unseen:
+        return None  # PyTorch copied a tensor that no launch had, and would have to again
     return Pass(launches, device, size, offsets)
 
 
@@ -126,8 +128,8 @@ class Replay:
         forward: the pass that fills `out` and `lse`, the last of its tensors, from the inputs.
         lse_shape: `[B, H, Q]`.
         compute: `out` and `lse` from the inputs, by the implementation.
-        differentiate: gradients of query, key and value from `d_out`, `out`, `lse` and the inputs,
-            by the implementation.
+        differentiate: gradients of query, key and value from `d_out`, query, key, value, `out`,
+            `lse` and the tensors of positions, by the implementation.
         constants: a tensor that belongs to the form, whose views the launches have.
     """
 
@@ -176,7 +178,7 @@ class Replay:
         return self.compute(*inputs)
 
     def gradients(self, d_out: Tensor, saved: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        """Gradients of query, key and value; saved were `out`, `lse` and the inputs."""
+        """Gradients of query, key and value; `saved` as `differentiate` takes it after `d_out`."""
         # With gradients on, someone wants a second derivative, which an operator refuses.
         if torch.is_grad_enabled() or needs_dispatcher((d_out,)):
             return self.differentiate(d_out, *saved)
@@ -185,7 +187,7 @@ class Replay:
         known = self.backward.get(form)
         if known is None:
             return self._first_gradients(form, (d_out, *saved))
-        _, _, query, key, value, *_ = saved
+        query, key, value, *_ = saved
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         if known.run((d_out, *saved, *gradients)):
             return gradients
@@ -195,7 +197,7 @@ class Replay:
         with recorded_launches() as recorded:
             gradients = self.differentiate(*tensors)
         # `empty_like` must give what the implementation gave.
-        layouts = (torch.empty_like(each).stride() for each in tensors[3:6])
+        layouts = (torch.empty_like(each).stride() for each in tensors[1:4])
         if all(each.stride() == layout for each, layout in zip(gradients, layouts)):
             found = bind_pass(recorded, (*tensors, *gradients), self.constants)
             if found is not None and len(self.backward) < MAX_BACKWARD:
@@ -216,7 +218,8 @@ class _Replayed(torch.autograd.Function):
         replay: Replay,
     ) -> Tensor:
         out, lse = replay.results(query, key, value, *positions)
-        ctx.save_for_backward(out, lse, query, key, value, *positions)
+        # In the order of a call without a record: checkpointing saves by one, and loads by another.
+        ctx.save_for_backward(query, key, value, out, lse, *positions)
         ctx.replay = replay
         return out
 

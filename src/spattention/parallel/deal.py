@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..bands import BandPattern
-from ..scalars import as_int
+from ..scalars import int_at_least
 
 
 def deal(pattern: BandPattern, ranks: int, num_key_value_heads: int) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def deal(pattern: BandPattern, ranks: int, num_key_value_heads: int) -> tuple[in
         ValueError: if an argument breaks a rule above.
     """
     work = group_work(pattern, num_key_value_heads)
-    ranks = _positive("ranks", ranks)
+    ranks = int_at_least("ranks", ranks, 1)
     if len(work) % ranks:
         raise ValueError(
             f"`ranks` must divide `num_key_value_heads` = {len(work)}, so that every rank has "
@@ -64,7 +64,7 @@ def group_work(pattern: BandPattern, num_key_value_heads: int) -> list[int]:
     """Attended pairs of each key/value head with its query heads, over the pattern's span."""
     if not isinstance(pattern, BandPattern):
         raise ValueError(f"`pattern` must be a BandPattern, got {type(pattern).__name__}")
-    groups = _positive("num_key_value_heads", num_key_value_heads)
+    groups = int_at_least("num_key_value_heads", num_key_value_heads, 1)
     if pattern.num_heads % groups:
         raise ValueError(
             f"`num_key_value_heads` must divide the pattern's {pattern.num_heads} heads, got "
@@ -151,10 +151,3 @@ def _rows(tensor: torch.Tensor, order: Sequence[int], dim: int) -> torch.Tensor:
         )
     rows = torch.arange(tensor.shape[dim], device=tensor.device).view(len(order), -1)
     return rows[torch.tensor(list(order), device=tensor.device)].flatten()
-
-
-def _positive(name: str, value: int) -> int:
-    found = as_int(value)
-    if found is None or found < 1:
-        raise ValueError(f"`{name}` must be a positive int, got {value!r}")
-    return found

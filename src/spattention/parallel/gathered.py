@@ -6,6 +6,7 @@ the whole sequence, and the bands save no communication.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -79,25 +80,27 @@ class _Gather(NamedTuple):
         found = mine.new_empty(self.shards.ranks, *mine.shape)
         ALL_GATHER(found.flatten(0, 1), mine, group=self.group)
         whole = tensor.new_empty(*tensor.shape[:2], self.shards.length, tensor.shape[3])
-        for rank, ranges in enumerate(self.shards.ranges):
-            offset = 0
-            for start, stop in ranges:
-                whole[:, :, start:stop] = found[rank, :, :, offset : offset + stop - start]
-                offset += stop - start
+        for rank, tokens, place in self._places():
+            whole[:, :, tokens] = found[rank, :, :, place]
         return whole
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
         """`[B, G, N, D]` on every rank to the sum over ranks of this rank's tokens."""
         largest = max(self.shards.sizes)
         parts = whole.new_zeros(self.shards.ranks, *whole.shape[:2], largest, whole.shape[3])
-        for rank, ranges in enumerate(self.shards.ranges):
-            offset = 0
-            for start, stop in ranges:
-                parts[rank, :, :, offset : offset + stop - start] = whole[:, :, start:stop]
-                offset += stop - start
+        for rank, tokens, place in self._places():
+            parts[rank, :, :, place] = whole[:, :, tokens]
         found = torch.empty_like(parts[0])
         REDUCE_SCATTER(found, parts.flatten(0, 1), group=self.group)
         return found[:, :, : self.shards.sizes[self.rank]]
+
+    def _places(self) -> Iterator[tuple[int, slice, slice]]:
+        """Each range of a sequence: its rank, its tokens, and their places on the rank."""
+        for rank, ranges in enumerate(self.shards.ranges):
+            offset = 0
+            for start, stop in ranges:
+                yield rank, slice(start, stop), slice(offset, offset + stop - start)
+                offset += stop - start
 
 
 class _Gathered(torch.autograd.Function):

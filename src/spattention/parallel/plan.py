@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 
 from ..bands import BandPattern, Intervals
-from ..scalars import as_int
+from ..scalars import as_int, shown_number
 from .pieces import Buffer, Call, Piece, Slice
 from .shards import Range, Shards, intersect, subtract, union
 
@@ -82,18 +82,15 @@ class Plan:
         """True if some rank lacks anything."""
         return any(self.buffers)
 
-    def fetched_keys(self, rank: int, entries: int = 1) -> int:
-        """Number of keys that a rank fetches, counted per key/value head.
-
-        Args:
-            rank: the rank.
-            entries: batch entries, where the plan holds for any number.
+    def fetched_keys(self, rank: int) -> int:
+        """Number of keys that a rank fetches, counted per key/value head, and for one batch entry
+        where the plan holds for any number.
         """
         total = 0
         for buffer in self.buffers[rank]:
             (first, last), (g0, g1) = buffer.piece.entries, buffer.piece.heads
             start, stop = buffer.piece.keys
-            count = entries if last is None else last - first
+            count = 1 if last is None else last - first
             total += count * (g1 - g0) * (stop - start)
         return total
 
@@ -207,7 +204,7 @@ def plan_exchange(
     if groups is None or groups < 1 or pattern.num_heads % groups:
         raise ValueError(
             f"`num_key_value_heads` must divide the pattern's {pattern.num_heads} heads, got "
-            f"{num_key_value_heads!r}"
+            f"{shown_number(num_key_value_heads)}"
         )
     return _plan(pattern, shards, groups, _documents(documents, shards.length))
 

@@ -10,6 +10,7 @@ import torch
 from ..scalars import int_at_least
 
 Range = tuple[int, int]
+MOST_RANKS = 2**16
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Shards:
             ranks: number of ranks.
             sizes: tokens per rank, which add up to `length`; 0 is allowed.
         """
-        length, ranks = int_at_least("length", length, 0), int_at_least("ranks", ranks, 1)
+        length, ranks = (
+            int_at_least("length", length, 0),
+            int_at_least("ranks", ranks, 1, MOST_RANKS),
+        )
         if sizes is None:
             edges = [length * rank // ranks for rank in range(ranks + 1)]
         else:
@@ -72,7 +76,10 @@ class Shards:
         Causal attention has more pairs at later positions. Here ranks have about equal numbers of
         pairs and, to one or two tokens, of tokens.
         """
-        length, ranks = int_at_least("length", length, 0), int_at_least("ranks", ranks, 1)
+        length, ranks = (
+            int_at_least("length", length, 0),
+            int_at_least("ranks", ranks, 1, MOST_RANKS),
+        )
         parts = 2 * ranks
         edges = [length * part // parts for part in range(parts + 1)]
         part = [(edges[i], edges[i + 1]) for i in range(parts)]

@@ -123,6 +123,7 @@ class ChannelAttention:
         state.keep(key=key[:, :, drop:].clone(), value=value[:, :, drop:].clone())
         return out
 
+    @torch.compiler.disable  # its prefix sums are what PyTorch's compiler fails on, on a GPU
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, past: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -182,15 +183,12 @@ class ChannelAttention:
     def _in_bands(self, total: Tensor, queries: int) -> Tensor:
         """Sums over the bands of the last positions, from prefix sums `[B, H, K, D]`."""
         assert self.bands is not None
-        keys = total.shape[2]
-        before = torch.nn.functional.pad(total, (0, 0, 1, 0))  # of the first n tokens, n = 0 .. K
-        position = torch.arange(keys - queries, keys, device=total.device)
         heads = []
         for head, intervals in enumerate(self.bands.intervals):
             found = torch.zeros_like(total[:, head, :queries])
             for near, far in intervals:
-                last, first = ((position + 1 - edge).clamp(min=0) for edge in (near, far))
-                found = found + before[:, head, last] - before[:, head, first]
+                reached, left_out = (_before(total[:, head], edge, queries) for edge in (near, far))
+                found = found + reached - left_out
             heads.append(found)
         return torch.stack(heads, dim=1)
 
@@ -211,3 +209,12 @@ class ChannelAttention:
             share = torch.where(mask, share, 0.0)
             total += share / share.sum(dim=-1, keepdim=True).clamp_min(1e-300)
         return (total / query.shape[3]).float()
+
+
+def _before(total: Tensor, distance: int, queries: int) -> Tensor:
+    """Prefix sums `[B, K, D]` up to a distance before each of the last positions, 0 before the
+    first token. Slices, unlike indices, have a backward pass without sorting.
+    """
+    keys = total.shape[1]
+    part = total[:, max(0, keys - queries - distance) : max(0, keys - distance)]
+    return torch.nn.functional.pad(part, (0, 0, queries - part.shape[1], 0))

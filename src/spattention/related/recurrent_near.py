@@ -308,22 +308,43 @@ def retain(
     if query.is_cuda and HAS_FLA and query.dtype != torch.float64:
         return _retain_by_kernel(query, key, value, decay, scale, memory)
     wide = decay.dtype
-    query, key, value = (tensor.to(wide) for tensor in (query, key, value))
+    given = [tensor.to(wide) for tensor in (query, key, value)]
     if memory is None:
-        memory = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
-    place = torch.arange(min(CHUNK, query.shape[2]), device=query.device)
-    apart = place[:, None] - place
-    within = torch.exp(decay[:, None, None] * apart.clamp(min=0)) * (apart >= 0)
+        memory = given[0].new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
+    whole = query.shape[2] // CHUNK * CHUNK  # the last tokens may fill no chunk
     outs = []
-    for q, k, v in zip(*(tensor.split(CHUNK, dim=2) for tensor in (query, key, value))):
-        count = q.shape[2]
-        since = torch.exp(decay[:, None] * (place[:count] + 1))[..., None]
-        until = torch.exp(decay[:, None] * (count - 1 - place[:count]))[..., None]
-        scores = (q @ k.mT) * within[:, :count, :count]
-        outs.append((scores @ v + (q * since) @ memory) * scale)
-        whole = torch.exp(decay * count)[:, None, None]
-        memory = memory * whole + (k * until).mT @ v
+    for part in (slice(0, whole), slice(whole, None)):
+        query, key, value = (tensor[:, :, part] for tensor in given)
+        if query.shape[2]:
+            size = min(CHUNK, query.shape[2])
+            out, memory = _retain_chunks(query, key, value, decay, memory, size)
+            outs.append(out * scale)
     return torch.cat(outs, dim=2), memory
+
+
+def _retain_chunks(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, memory: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """`retain` of whole chunks, all at once, without its scale. What each chunk adds to the state
+    is a product; a matrix of decays sums it up for the chunks after it.
+    """
+    q, k, v = (t.unflatten(2, (-1, size)) for t in (query, key, value))  # [B, H, chunks, size, D]
+    place = torch.arange(size, device=query.device)
+    chunk = torch.arange(q.shape[2], device=query.device)
+    since = torch.exp(decay[:, None] * (place + 1))[:, None, :, None]
+    until = torch.exp(decay[:, None] * (size - 1 - place))[:, None, :, None]
+    added = (k * until).mT @ v
+    before = _fade(chunk[:, None] - 1 - chunk, decay * size) @ added.flatten(3)
+    kept = torch.exp(decay[:, None] * size * chunk)[..., None, None]
+    before = before.unflatten(3, added.shape[3:]) + kept * memory[:, :, None]
+    last = before[:, :, -1] * torch.exp(decay * size)[:, None, None] + added[:, :, -1]
+    scores = (q @ k.mT) * _fade(place[:, None] - place, decay)[:, None]
+    return (scores @ v + (q * since) @ before).flatten(2, 3), last
+
+
+def _fade(apart: Tensor, decay: Tensor) -> Tensor:
+    """`gamma^apart` for each head, `[H, *apart]`, and 0 where `apart` is negative."""
+    return torch.exp(decay[:, None, None] * apart.clamp(min=0)) * (apart >= 0)
 
 
 def _retain_by_kernel(

@@ -23,9 +23,10 @@ class ClassStreams:
     def __init__(self, classes: int, device: torch.device) -> None:
         count = classes - 1 if device.type == "cuda" else 0
         self.sides = [torch.cuda.Stream(device) for _ in range(count)]
+        self.copies: list[torch.Tensor] = []
 
     @contextmanager
-    def run(self, index: int, *inputs: torch.Tensor) -> Iterator[None]:
+    def run(self, index: int, query: torch.Tensor) -> Iterator[torch.Tensor]:
         """Launches of class `index` in this context run on its stream.
 
         The classes of a layer come in order. After the last one the current stream waits for all:
@@ -33,16 +34,19 @@ class ClassStreams:
 
         Args:
             index: 0 to `classes - 1`.
-            inputs: what the launches read and nobody else keeps until the last class has run.
+            query: what the current stream may overwrite next.
+
+        Yields:
+            the query to read: a copy, where the current stream does not wait.
         """
         if index < len(self.sides):
             side = self.sides[index]
+            self.copies.append(query.clone())
             side.wait_stream(torch.cuda.current_stream(side.device))
             with torch.cuda.stream(side):
-                yield
-            for tensor in inputs:
-                tensor.record_stream(side)
+                yield self.copies[-1]
         else:
-            yield
+            yield query
             for side in self.sides:
                 torch.cuda.current_stream(side.device).wait_stream(side)
+            self.copies.clear()

@@ -8,6 +8,7 @@ on GPUs; this module has not been run there.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from vllm.v1.attention.backend import (
 from ..attention import kernels_for
 from ..bands import BandPattern
 from .checks import check_cache_dtype
+from .class_streams import ClassStreams
 from .paged import Decodes, Step, attend, leading_decodes, prefills_of, write
 
 
@@ -123,11 +125,15 @@ class ClassBands:
         pattern: the bands of this class's query heads.
         sinks: `[H]` of all the rank's heads, or None.
         query_heads: indices of this class's heads among those of `sinks`.
+        index: which of the layer's classes this is.
+        streams: those of the layer's classes.
     """
 
     pattern: BandPattern
     sinks: torch.Tensor | None
     query_heads: list[int]
+    index: int
+    streams: ClassStreams
 
 
 class BandAttentionImpl(AttentionImpl[BandMetadata]):
@@ -199,13 +205,25 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             raise NotImplementedError("spattention does not quantize its output")
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output.zero_()
-        attend(
-            query,
-            kv_cache,
-            attn_metadata.step,
-            self.bands.pattern,
-            output,
-            scale=self.scale,
-            sinks=self.sinks,
-        )
+        with self._stream(query) as read:
+            attend(
+                read,
+                kv_cache,
+                attn_metadata.step,
+                self.bands.pattern,
+                output,
+                scale=self.scale,
+                sinks=self.sinks,
+            )
         return output
+
+    def _stream(self, query: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        """The stream of this class's launches, and the query that they read.
+
+        Classes run side by side only in a captured step, where nothing is launched later than the
+        graph says.
+        """
+        streams = self.bands.streams
+        if streams.sides and torch.cuda.is_current_stream_capturing():
+            return streams.run(self.bands.index, query)
+        return nullcontext(query)

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 from ..bands import BandPattern
 from ..hf.config import NAME
 from .checks import banded, section_for
+from .class_streams import ClassStreams
 from .head_classes import HeadClass, head_classes, rank_pattern, select_heads
 from .marks import without_marks
 from .vllm_backend import BandAttentionBackend, ClassBands
@@ -65,6 +66,7 @@ class BandAttention(torch.nn.Module):
         classes: this rank's classes of key/value heads.
         prefix: tokens that the cache keeps for good, the longest prefix of all layers.
         sinks: `[H]`, or None.
+        streams: those of the classes.
         vllm_config: vLLM's settings.
     """
 
@@ -79,6 +81,7 @@ class BandAttention(torch.nn.Module):
         classes: tuple[HeadClass, ...],
         prefix: int,
         sinks: torch.Tensor | None,
+        streams: ClassStreams,
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__()
@@ -113,7 +116,7 @@ class BandAttention(torch.nn.Module):
                 cache_config=vllm_config.cache_config,
                 quant_config=replaced.quant_config,
                 prefix=f"{replaced.layer_name}.class_{index}",
-                bands=ClassBands(select_heads(pattern, heads), sinks, heads),
+                bands=ClassBands(select_heads(pattern, heads), sinks, heads, index, streams),
             )
             for index, (part, heads) in enumerate(zip(classes, query_heads))
         )
@@ -161,6 +164,7 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     by_layer = dict(zip(patterns, classes))
     # One number for all layers: vLLM shares a table of blocks among layers of equal specs.
     prefix = max(pattern.prefix for pattern in patterns.values())
+    streams = ClassStreams(len(classes[0]), vllm_config.device_config.device)
     owners: list[tuple[Any, Attention]] = [
         (module, module.attn)
         for module in model.modules()
@@ -175,7 +179,9 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         sinks = _sinks(pattern.num_heads) if section.sinks else None
         if sinks is not None:
             owner.sinks = sinks
-        owner.attn = BandAttention(attention, pattern, by_layer[layer], prefix, sinks, vllm_config)
+        owner.attn = BandAttention(
+            attention, pattern, by_layer[layer], prefix, sinks, streams, vllm_config
+        )
 
 
 def is_hybrid(vllm_config: VllmConfig) -> bool:

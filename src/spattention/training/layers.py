@@ -12,7 +12,7 @@ from ..bands import BandPattern
 from ..choice import (
     STOCK,
     AttentionChoice,
-    StockDense,
+    DenseAttention,
     attention_choice,
     is_other,
     named_pattern,
@@ -32,7 +32,7 @@ class Layered:
         if any(self.patterns):
             hf.apply(model, self.patterns, sinks=self.sinks)
         else:
-            StockDense(self.num_heads).apply(model)
+            DenseAttention(self.num_heads).apply(model)
 
     def pairs(self, seq_len: int) -> int:
         """Attended pairs per window, the mean over layers."""

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .. import baselines, hf, related
-from ..choice import AttentionChoice, Other
+from ..choice import AttentionChoice, OtherAttention
 from ..data.tokenizer import for_transformers, load_tokenizer
 from ..data.training import TrainingData
 from ..hf.config import read_section, remove_section
@@ -100,7 +100,7 @@ def load_model(
             'count on (`attention = "dense"` leaves them out); got false'
         )
     attention = _attention(recipe, recipe.attention, config)
-    if not recipe.across_documents and isinstance(attention, Other):
+    if not recipe.across_documents and isinstance(attention, OtherAttention):
         raise ValueError(
             f"`across_documents` must be true with {attention.name}, which knows no documents, "
             "got false"

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ..choice import MOST_EQUAL, AttentionChoice, Bands, pattern_remarks
+from ..choice import MOST_EQUAL, AttentionChoice, BandAttention, pattern_remarks
 from ..compat.huggingface import decoder_layer_names
 from ..compat.pytorch import raise_recompile_limit
 from ..data.tokens import InOrder
@@ -231,7 +231,7 @@ def _remarks(
             f"the data has tokens below {data.largest + 1:,}, and the model's embedding {size:,} "
             f"entries; `vocabulary = {entries}` leaves out those that no token uses"
         )
-    patterns = [attention.pattern] if isinstance(attention, Bands) else []
+    patterns = [attention.pattern] if isinstance(attention, BandAttention) else []
     if isinstance(attention, Layered):
         patterns = [pattern for pattern in dict.fromkeys(attention.patterns) if pattern]
     for pattern in patterns:

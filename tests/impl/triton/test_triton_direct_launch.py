@@ -161,3 +161,31 @@ def test_unknown_internals_are_left_to_triton(
     if change == "launcher":
         kernel.run = SimpleNamespace()
     assert not isinstance(direct_launch(kernel, arguments), DirectLaunch)
+
+
+def test_a_launch_of_unknown_internals_is_not_bound(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is the first launch of a kernel, which Triton makes, nor one that takes memory."""
+    arguments = (Descriptor(torch.zeros(4, 64)), (0, 3), Descriptor(torch.zeros(4, 64)), 5)
+    kernel = Kernel(machine)
+
+    def bound() -> bool:
+        with direct.recorded_launches() as recorded:
+            launch(1, *arguments)
+        return direct.bind_launches(recorded, lambda tensor: 0) is not None
+
+    with direct.recorded_launches() as recorded:
+        launch = direct_launch(kernel, arguments)
+    assert recorded == [None]
+    assert bound()
+    kernel.run.global_scratch_size = 64
+    launch = direct_launch(kernel, arguments)
+    monkeypatch.setattr(
+        triton.runtime._allocation, "_allocator", SimpleNamespace(get=lambda: print)
+    )
+    assert not bound()
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    kernel.run.global_scratch_size = 0
+    launch = direct_launch(kernel, arguments)
+    assert not bound()

@@ -307,6 +307,23 @@ def test_second_derivatives_are_refused(machine: Machine) -> None:
         torch.autograd.grad(first[0].sum(), leaves[0])
 
 
+def test_checkpoints_compute_again_by_a_record(machine: Machine) -> None:
+    """A tensor that a call without a record saved is one that a call with a record saves."""
+    tensors = inputs(key_heads=2)
+    pattern = spa.BandPattern.exclusive(4, 192)
+
+    def attend(*leaves: torch.Tensor) -> Any:
+        start = torch.zeros(2, dtype=torch.int32)
+        return spa.band_attention(*leaves, pattern, key_start=start, impl="triton")
+
+    *leaves, d_out = tensors
+    attend(*leaves)  # the first of the checkpoints comes without a record, its second pass with one
+    for _ in range(3):
+        out = torch.utils.checkpoint.checkpoint(attend, *leaves, use_reentrant=False)
+        torch.autograd.grad(out, leaves, d_out)
+    assert replays(pattern, tensors, None, torch.zeros(2, dtype=torch.int32))
+
+
 def test_modes_see_the_operator_of_a_known_form(machine: Machine) -> None:
     """Among them those that count floating point operations."""
     tensors = inputs()
@@ -341,3 +358,18 @@ def test_autocast_of_other_dtypes_is_another_form(machine: Machine) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert binding.form_of(*tensors, pattern, None, (None, None, None)) is None
             assert spa.band_attention(*tensors, pattern, impl="triton").dtype == torch.bfloat16
+
+
+def test_a_tensor_that_is_copied_first_is_not_recorded(machine: Machine) -> None:
+    """A launch reads the copy, which PyTorch fills in each call."""
+    *leaves, d_out = inputs()
+    pattern = spa.BandPattern.exclusive(4, 192)
+    expanded = d_out.new_ones(()).expand(d_out.shape)  # the gradient of a sum
+    for _ in range(4):
+        step(machine, [*leaves, expanded], pattern)
+    (found,) = replays(pattern, leaves).values()
+    assert not found.backward
+    rows = [each.detach().transpose(2, 3).contiguous().transpose(2, 3) for each in leaves]
+    for _ in range(4):
+        spa.band_attention(*rows, pattern, impl="triton")
+    assert not replays(pattern, rows)

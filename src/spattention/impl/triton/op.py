@@ -91,7 +91,8 @@ def _forward(
     out, lse = _forward_results(query)
     if out.numel() == 0:
         return out, lse
-    query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
+    given = query, key, value
+    query, key, value = (ensure_inner_contiguous(each) for each in given)
     positions = Positions(query_start_tensor, key_start, cu_seqlens_q, cu_seqlens_k)
     facts = (query, key, intervals, scale, query_start, positions, prefix, form)
     call = call_of(*facts, deterministic=deterministic)
@@ -103,6 +104,7 @@ def _forward(
     with recorded_launches() as recorded:
         launch.forward(call, tensors)
     options = intervals, prefix, scale, query_start, deterministic
+    tensors = ForwardTensors(*given, out, lse, sinks)
     form.replays[deterministic] = _replay(recorded, tensors, options, positions, call, form)
     return out, lse
 
@@ -151,12 +153,8 @@ def _replay(
         everything: tuple[Any, ...] = (*inputs[:3], *rest(inputs[3:]), form)
         return _forward(*everything)
 
-    def differentiate(
-        d_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *inputs: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        return _gradients_anywhere(form, (d_out, None, *inputs[:3], out, lse, *rest(inputs[3:])))[
-            :3
-        ]
+    def differentiate(d_out: torch.Tensor, *saved: torch.Tensor) -> Sequence[torch.Tensor]:
+        return _gradients_anywhere(form, (d_out, None, *saved[:5], *rest(saved[5:])))[:3]
 
     return Replay(found, tuple(lse.shape), compute, differentiate, call.bands)
 

@@ -1,0 +1,103 @@
+"""`docs/serving.md` states the figures of the newest results files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PATTERNS = ("dense", "uniform", "geometric")
+
+
+def newest(what: str) -> tuple[str, list[dict[str, Any]]]:
+    """Name and rows of the newest results file."""
+    path = max(
+        (ROOT / "benchmarks/results").glob(f"{what}_h100_*.json"), key=lambda p: p.name[-15:]
+    )
+    return path.name, json.loads(path.read_text())["rows"]
+
+
+def table(first: str) -> list[list[str]]:
+    """The cells of a table of the page, without the names of rows; one row has this name."""
+    blocks = (ROOT / "docs/serving.md").read_text().split("\n\n")
+    (found,) = (block for block in blocks if f"\n| {first} |" in block)
+    rows = [line.strip("| ").split(" | ") for line in found.splitlines()[2:]]
+    return [cells for _, *cells in rows]
+
+
+def best(rows: list[dict[str, Any]], name: str, **wanted: Any) -> dict[str, Any]:
+    """The row of a pattern as the back end runs it, with several classes side by side."""
+    chosen = [
+        row
+        for row in rows
+        if "order" in row
+        and row["attention"].split(",")[0] == name
+        and all(row[key] == value for key, value in wanted.items())
+    ]
+    return next((row for row in chosen if row["order"] == "side by side"), chosen[0])
+
+
+def test_the_table_of_steps_is_the_newest() -> None:
+    name, rows = newest("serving_replay")
+    assert name in (ROOT / "docs/serving.md").read_text()
+    (cudnn,) = (
+        row["microseconds"]
+        for row in rows
+        if row.get("attention") == "dense, cuDNN" and row["requests"] == 8
+    )
+    found = table("requests of 65,536 tokens that fit")
+    wanted: list[list[str]] = [[] for _ in found]
+    for pattern in PATTERNS:
+        equal = best(rows, pattern, part="equal lengths", requests=8)
+        most = best(rows, pattern, part="equal lengths", requests=equal["most_requests"])
+        turns = next(
+            row
+            for row in rows
+            if row.get("order") == "in turns"
+            and row["attention"].startswith(pattern)
+            and (row["part"], row["requests"]) == ("equal lengths", 8)
+        )
+        mixed = best(rows, pattern, part="mixed lengths", requests=33)
+        full = best(rows, pattern, part="mixed lengths", requests=mixed["most_requests"])
+        times = [cudnn] * 3 if pattern == "dense" else [
+            row["microseconds"] for row in (equal, turns, most)
+        ]  # fmt: skip
+        column = [equal["most_requests"], *times, mixed["most_requests"]]
+        column += [mixed["microseconds"], full["microseconds"]]
+        for cells, number in zip(wanted, column, strict=True):
+            cells.append(f"{number:.0f}")
+    assert found == wanted
+    text = (ROOT / "docs/serving.md").read_text()
+    geometric = best(rows, "geometric", part="equal lengths", requests=8)
+    assert f"is {cudnn / geometric['microseconds']:.1f} times as fast" in text
+    assert f"{geometric['most_requests'] / 8:.1f} times the\nrequests fit" in text
+
+
+def test_the_table_of_a_queue_is_the_newest() -> None:
+    name, rows = newest("serving_steps")
+    assert name in (ROOT / "docs/serving.md").read_text()
+    keys = {
+        "steps": ",",
+        "most_requests": "",
+        "decode_milliseconds": ".0f",
+        "prefill_milliseconds": ".0f",
+        "new_tokens_per_second": ",.0f",
+        "median_seconds_to_first_token": ".1f",
+        "p90_seconds_to_first_token": ".1f",
+    }
+    wanted = [[f"{best(rows, p)[key]:{form}}" for p in PATTERNS] for key, form in keys.items()]
+    assert table("steps") == wanted
+
+
+def test_the_table_beside_a_copy_is_the_newest() -> None:
+    _, rows = newest("serving_replay")
+    limits = [row for row in rows if row["part"] == "limits"]
+    wanted = []
+    for contiguous, paged in zip(limits[::2], limits[1::2]):
+        copy = contiguous["copy_microseconds"]
+        times = [copy, contiguous["microseconds"], paged["microseconds"]]
+        wanted.append([f"{time:{'.1f' if copy < 100 else '.0f'}}" for time in times])
+    blocks = (ROOT / "docs/serving.md").read_text().split("\n\n")
+    (found,) = (block for block in blocks if "| a copy | contiguous | paged |" in block)
+    assert [line.strip("| ").split(" | ")[2:] for line in found.splitlines()[2:]] == wanted
