@@ -111,6 +111,8 @@ def grouped(variant: str, batch: int, length: int, head_dim: int) -> Iterator[Ca
         yield Case(DENSE[1], "dense", *shape)
     for mask in BANDS.values():
         yield Case(OURS, mask, *shape)
+        if variant in ("plain", "sinks"):  # the others have one backward pass
+            yield Case(ANY_ORDER, mask, *shape)
         yield Case(FLEX, mask, *shape)
         if variant == "plain":
             yield Case(FLEX_FLASH, mask, *shape)

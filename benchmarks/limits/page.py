@@ -137,7 +137,11 @@ def multi_head(which: str) -> Callable[[Results, str], str]:
 
 def grouped(which: str) -> Callable[[Results, str], str]:
     """Table of the pass with grouped queries."""
-    columns = (OURS, FLEX, FLEX_FLASH, FLASH_4, FLASH_SPARSE, CUDNN, FLASH_2, DENSE_4)
+    columns: tuple[str, ...] = (
+        OURS, ANY_ORDER, FLEX, FLEX_FLASH, FLASH_4, FLASH_SPARSE, CUDNN, FLASH_2, DENSE_4,
+    )  # fmt: skip
+    if which == "forward":
+        columns = tuple(by for by in columns if by != ANY_ORDER)
     return lambda results, name: table(
         [
             line

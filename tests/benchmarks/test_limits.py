@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -304,6 +305,8 @@ def test_cases_leave_out_what_cannot_be_asked() -> None:
     grouped = [case for case in every if case.heads == 32 and case.variant != DECODE]
     sparse = {case.mask for case in grouped if case.by == FLASH_SPARSE}
     assert sparse == {BANDS["key/value head"]}
+    anyhow = Counter(case.variant for case in grouped if case.by == ANY_ORDER)
+    assert anyhow == dict.fromkeys(("plain", "sinks"), 3 * len(BANDS))
     lengths = [case.length for case in every]
     assert lengths[0] == MULTI_HEAD[0][2]
     assert lengths.index(LONG_EAGER[2]) < len(every) - lengths[::-1].index(LONG_GROUPED[1])
@@ -383,6 +386,10 @@ def test_the_page_shows_limits_and_losses(finished: Path) -> None:
     text = page.render(parts, Results.read(finished), finished.name)
     assert "old" not in text
     assert page.render(text, Results.read(finished), finished.name) == text
+    headings = {name: page.PARTS[name](Results.read(finished), "x").splitlines()[0]
+                for name in ("grouped", "grouped-forward")}  # fmt: skip
+    assert "| spattention | any order |" in headings["grouped"]
+    assert "any order" not in headings["grouped-forward"]
     # 0.7 TFLOP at 500 TFLOP/s is 1.4 ms, and 3 GB at 2.5 TB/s 1.2 ms; dense attention is cuDNN's.
     assert "| 4, 16, 4,096 exclusive | 1.4 p | 3 (47%) | 6 (23%) | 6 (23%) |" in text
     assert "**2 (70%)**" in text

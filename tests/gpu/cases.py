@@ -45,7 +45,7 @@ class Variant:
     @property
     def fuses(self) -> bool:
         """Whether five products per tile cover it, on such a GPU."""
-        return self.hopper and self.mode == "self" and self.head_dim == 128
+        return self.hopper and self.mode == "self"
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"D{self.head_dim}", self.mode]

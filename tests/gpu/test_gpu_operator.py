@@ -62,12 +62,13 @@ def test_same_bits_on_every_run(variant: Variant) -> None:
             assert torch.equal(first[name], again[name]), name
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("widths", ["uniform", "geometric"])
-def test_five_products_give_what_seven_give(widths: str) -> None:
+def test_five_products_give_what_seven_give(widths: str, head_dim: int) -> None:
     """Where many blocks of keys add to the same queries at the same time."""
     pattern = spa.BandPattern.shared_local(16, 8192, widths=widths)
     like = {"device": "cuda", "dtype": torch.bfloat16}
-    *inputs, d_out = (torch.randn(1, 16, 8192, 128, **like) for _ in range(4))
+    *inputs, d_out = (torch.randn(1, 16, 8192, head_dim, **like) for _ in range(4))
     leaves = [each.requires_grad_() for each in inputs]
 
     def gradients(fused: bool) -> tuple[torch.Tensor, ...]:

@@ -104,8 +104,9 @@ def test_no_kernel_leaves_a_barrier_behind() -> None:
             3, batch, 8, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
         )
         spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
-    with changed_plans(fused_backward=True):
-        spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
+        if length == 4096 or head_dim == 128:
+            with changed_plans(fused_backward=True):
+                spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
     kernels = (
         forward.forward_kernel,
         forward_persistent.forward_kernel,

@@ -27,6 +27,7 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Forms that are compiled in every run of the tests' script.
 CORE = (
     "hopper D64, two bands, persistent, split",
+    "hopper D64, two bands, fused",
     "hopper D128, two bands",
     "hopper D128, two bands, persistent, split",
     "hopper D128, two bands, prefix",
@@ -128,13 +129,13 @@ def forms() -> Iterator[tuple[str, Any]]:
 
                 shape = ", persistent, split" if persistent else ""
                 yield f"hopper D{head_dim}, {variant}{shape}", call
-            if head_dim == 128 and "prefix" not in variant:
+            if "prefix" not in variant:
 
-                def fused(options: Any = options):
+                def fused(options: Any = options, head_dim: int = head_dim):
                     with changed_plans(fused_backward=True):
-                        train(head_dim=128, **options)
+                        train(head_dim=head_dim, **options)
 
-                yield f"hopper D128, {variant}, fused", fused
+                yield f"hopper D{head_dim}, {variant}, fused", fused
     start = torch.zeros(1, 256, dtype=torch.int32)
     first = torch.zeros(1, dtype=torch.int32)
     for head_dim in (64, 128, 256):

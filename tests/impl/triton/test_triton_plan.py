@@ -114,8 +114,9 @@ def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **optio
     return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
 
 
-def test_long_bands_in_any_order_take_five_products() -> None:
-    plan = planning._plan_of_shape(long_call())
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_bands_in_any_order_take_five_products(head_dim: int) -> None:
+    plan = planning._plan_of_shape(long_call(head_dim=head_dim))
     assert plan is not None
     assert plan.fused_backward
     assert "five products" in str(plan)
@@ -126,7 +127,7 @@ def test_long_bands_in_any_order_take_five_products() -> None:
     [
         {"tokens": 16384},  # short bands
         {"heads": 1, "tokens": 16384},  # few blocks of keys
-        {"head_dim": 64},
+        {"head_dim": 64, "tokens": 16384},
         {"prefix": 4},
         {"has_all_keys": False},
         {"positions": Positions(None, torch.zeros(1, dtype=torch.int32), None, None)},

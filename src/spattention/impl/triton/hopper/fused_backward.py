@@ -7,10 +7,11 @@ dK and dV: seven products. Here one program has them once:
     scores = K Q^T    dV += P dO    d_p = V dO^T    dS = P (d_p - delta)    dK += dS Q
     dQ += dS^T K
 
-128 keys stay in shared memory while blocks of 64 queries pass. Two consumer warpgroups of 64 keys
-each keep dK and dV in registers, and leave dS in shared memory. A third warpgroup fetches the
-blocks, and multiplies dS with the keys. It adds that to a sum of dQ in memory (`query_sums.py`),
-because other programs have the other keys. Nobody waits while two blocks are between them.
+Keys stay in shared memory while blocks of 64 queries pass. Two consumer warpgroups, or three with
+head_dim 64, have 64 keys each. They keep dK and dV in registers, and leave dS in shared memory.
+Another warpgroup fetches the blocks, and multiplies dS with the keys. It adds that to a sum of dQ
+in memory (`query_sums.py`), because other programs have the other keys. Nobody waits while two
+blocks are between them.
 """
 
 from triton.experimental import gluon
@@ -25,22 +26,24 @@ from triton.language.extra.cuda import gdc_wait
 from .. import softmax, tiles
 from . import arguments, memory, pipeline
 from .backward import Descriptors
-from .fused_work import CONSUMERS, KEYS, ROWS, STAGES, Ring, Work, key_block, visits_of
+from .fused_work import ROWS, STAGES, Ring, Work, key_block, visits_of
 from .query_sums import sum_d_query
 from .registers import hidden_zero, packed, unpacked
 
 
 @gluon.jit
-def pass_over(begin, end, half: gl.constexpr, work):
-    """Pass over visits of queries that see the other consumer's keys alone: dS is 0."""
+def pass_over(begin, end, consumer: gl.constexpr, work):
+    """Pass over visits of queries that see keys of other consumers alone: dS is 0."""
+    CONSUMERS: gl.constexpr = work.s_keys.shape[0]
     WIDE: gl.constexpr = memory.wide_layout(ROWS, 4)
     b_zeros = gl.full([ROWS, ROWS], 0.0, work.s_keys.dtype, WIDE)
     for n in range(begin, end):
         pipeline.consumer_wait(work.ring.full, n)
         pipeline.producer_acquire(work.scores_empty, n)
-        work.s_scores.index(n % work.scores_empty.shape[0] * CONSUMERS + half).store(b_zeros)
+        place = n % work.scores_empty.shape[0]
+        work.s_scores.index(place * CONSUMERS + consumer).store(b_zeros)
         fence_async_shared()
-        pipeline.consumer_release(work.scores_full, 2 * n + half)
+        pipeline.consumer_release(work.scores_full, CONSUMERS * n + consumer)
         pipeline.consumer_release(work.ring.empty, n)
 
 
@@ -66,9 +69,11 @@ def load_interval(p_bands, entry, n, INTERVALS: gl.constexpr):
 
 
 @gluon.jit
-def consume(half: gl.constexpr, work, FORM: gl.constexpr):
+def consume(consumer: gl.constexpr, work, FORM: gl.constexpr):
     """A consumer: dK and dV of its 64 keys."""
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    KEYS: gl.constexpr = FORM.BLOCK_N
+    CONSUMERS: gl.constexpr = KEYS // ROWS
     # [N, M] transposed scores, [N, D] gradients, and the former as the left operand of a product
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -78,13 +83,13 @@ def consume(half: gl.constexpr, work, FORM: gl.constexpr):
     n_queries, n_keys = counts.n_queries, counts.n_keys
     block = key_block(work.p_bands, counts, FORM)
     key_head = gl.load(work.p_bands + 8 * block.entry) // counts.group
-    first_key = block.first_key + half * ROWS
+    first_key = block.first_key + consumer * ROWS
     seen = n_queries - nearest_of(work.p_bands, block, counts, FORM)
-    pipeline.consumer_wait(work.key_full, half)
+    pipeline.consumer_wait(work.key_full, consumer)
     # Keys that no query sees may hold anything, NaN included.
     if first_key + ROWS > seen:
-        memory.zero_outside(work.s_keys.index(half), first_key, 0, seen)
-        memory.zero_outside(work.s_values.index(half), first_key, 0, seen)
+        memory.zero_outside(work.s_keys.index(consumer), first_key, 0, seen)
+        memory.zero_outside(work.s_values.index(consumer), first_key, 0, seen)
 
     zeros = gl.full([ROWS, ROWS], 0.0, gl.float32, SCORES)
     b_d_key = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, OUT)
@@ -97,7 +102,7 @@ def consume(half: gl.constexpr, work, FORM: gl.constexpr):
         own_done = done
         if own_steps > 0:
             own_done += last - own_last
-        pass_over(done, own_done, half, work)
+        pass_over(done, own_done, consumer, work)
         width = far - near
         beyond = own_last * ROWS - first_key - near  # of the first query and key
         for step in range(own_steps):
@@ -105,9 +110,10 @@ def consume(half: gl.constexpr, work, FORM: gl.constexpr):
             slot = n % STAGES
             s_query, s_d_out = ring.queries.index(slot), ring.d_outs.index(slot)
             place = n % work.scores_empty.shape[0]
-            s_scores = work.s_scores.index(CONSUMERS * place + half)
+            s_scores = work.s_scores.index(CONSUMERS * place + consumer)
             zero = hidden_zero(step)
-            s_key, s_value = work.s_keys.index(half + zero), work.s_values.index(half + zero)
+            s_key = work.s_keys.index(consumer + zero)
+            s_value = work.s_values.index(consumer + zero)
             pipeline.consumer_wait(ring.full, n)
             # [N, M] = [N, D] @ [D, M]
             scores = warpgroup_mma(
@@ -138,7 +144,7 @@ def consume(half: gl.constexpr, work, FORM: gl.constexpr):
             pipeline.producer_acquire(work.scores_empty, n)
             s_scores.store(b_d_scores)
             fence_async_shared()
-            pipeline.consumer_release(work.scores_full, 2 * n + half)
+            pipeline.consumer_release(work.scores_full, CONSUMERS * n + consumer)
             # [N, D] += [N, M] @ [M, D]
             b_operand = gl.convert_layout(b_d_scores, OPERAND)
             b_d_key = warpgroup_mma(b_operand, s_query, b_d_key, is_async=True)
@@ -146,7 +152,7 @@ def consume(half: gl.constexpr, work, FORM: gl.constexpr):
             pipeline.consumer_release(ring.empty, n)
             beyond -= ROWS
         done += n_steps
-        pass_over(own_done + own_steps, done, half, work)
+        pass_over(own_done + own_steps, done, consumer, work)
 
     batch_64, head_64 = block.batch.to(gl.int64), key_head.to(gl.int64)
     d_key, d_value = work.d_key, work.d_value
@@ -182,7 +188,7 @@ def fused_backward_kernel(
     scale,
     FORM: gl.constexpr,
 ):
-    """dK and dV of 128 keys, and their share of dQ. Queries and keys are equally many."""
+    """dK and dV of a block of keys, and their share of dQ. Queries and keys are equally many."""
     counts = arguments.BackwardCounts(
         n_heads,
         group,
@@ -196,6 +202,8 @@ def fused_backward_kernel(
         key_programs,
     )
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
+    KEYS: gl.constexpr = FORM.BLOCK_N
+    CONSUMERS: gl.constexpr = KEYS // ROWS
     DTYPE: gl.constexpr = t_key.dtype
     gl.static_assert(gl.num_warps() == 4)
     gl.static_assert(FORM.PREFIX == 0 and not arguments.is_bounded(FORM))
@@ -207,14 +215,16 @@ def fused_backward_kernel(
     if not FORM.GROUPED:  # in a group, keys that no query sees are too rare to test for
         block = key_block(p_bands, counts, FORM)
         bands = tiles.load_bands(p_bands, block.entry)
-        visits = visits_of(bands, block.first_key, n_queries, FORM.INTERVALS)
+        visits = visits_of(bands, block.first_key, n_queries, FORM)
         if visits.count_0 + visits.count_1 == 0:
             batch_64, head_64 = block.batch.to(gl.int64), (bands.head // group).to(gl.int64)
             p_d_key = d_key.pointer + batch_64 * d_key.stride_b + head_64 * d_key.stride_h
             p_d_value = d_value.pointer + batch_64 * d_value.stride_b + head_64 * d_value.stride_h
-            first = block.first_key
-            memory.store_zeros(p_d_key, first, d_key.stride_t, n_keys, KEYS, HEAD_DIM)
-            memory.store_zeros(p_d_value, first, d_value.stride_t, n_keys, KEYS, HEAD_DIM)
+            PART: gl.constexpr = KEYS & -KEYS  # as many as a tile can have
+            for part in gl.static_range(KEYS // PART):
+                first = block.first_key + part * PART
+                memory.store_zeros(p_d_key, first, d_key.stride_t, n_keys, PART, HEAD_DIM)
+                memory.store_zeros(p_d_value, first, d_value.stride_t, n_keys, PART, HEAD_DIM)
             return
     ring_full = pipeline.allocate_barriers(STAGES)
     ring_empty = pipeline.allocate_barriers(STAGES, CONSUMERS)
@@ -246,15 +256,29 @@ def fused_backward_kernel(
     )
     fence_async_shared()
     inputs = Descriptors(t_query, t_key, t_value, t_d_out, t_lse_log2, t_delta)
-    gl.warp_specialize(
-        [
-            (consume, (0, work, FORM)),
-            (consume, (1, work, FORM)),
-            (sum_d_query, (inputs, work, FORM)),
-        ],
-        [4, 4],  # warps of the second consumer, and of the third warpgroup
-        [208, 88],  # their registers; the first consumer gets the rest, as many as the second
-    )
+    # Warps and registers of all but the first consumer, which gets the rest, as many as the second
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (0, work, FORM)),
+                (consume, (1, work, FORM)),
+                (sum_d_query, (inputs, work, FORM)),
+            ],
+            [4, 4],
+            [208, 88],
+        )
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (consume, (0, work, FORM)),
+                (consume, (1, work, FORM)),
+                (consume, (2, work, FORM)),
+                (sum_d_query, (inputs, work, FORM)),
+            ],
+            [4, 4, 4],
+            [144, 144, 80],
+        )
     pipeline.invalidate(key_full)
     pipeline.invalidate(scores_full)
     pipeline.invalidate(scores_empty)

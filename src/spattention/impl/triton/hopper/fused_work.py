@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """Buffers that the warpgroups of `fused_backward.py` share, and their walk over tiles.
 
-A program has 128 keys of one key head. It goes through the query heads of the group, in each
-through the intervals, the farther one first, and in each interval through the blocks of queries
-that see some of the keys, the last one first: these are its *visits*, which `n` counts.
+A program has the keys of two or three consumers, of one key head. It goes through the query heads
+of the group, in each through the intervals, the farther one first, and in each interval through the
+blocks of queries that see some of the keys, the last one first: these are its *visits*, which `n`
+counts.
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +15,8 @@ from triton.experimental.gluon import language as gl
 from .. import scheduler, tiles
 
 ROWS = gl.constexpr(64)  # queries of a block, and keys of a consumer
-CONSUMERS = gl.constexpr(2)
-KEYS = gl.constexpr(128)
 STAGES = gl.constexpr(3)  # blocks of queries in flight
+COLUMNS = gl.constexpr(64)  # of dQ that are summed at a time
 
 
 class Ring(NamedTuple):
@@ -36,7 +36,8 @@ class Work(NamedTuple):
     """Results and tables, buffers in shared memory with their barriers, and sizes.
 
     `p_sums` are the sums of dQ, float32 `[B, H, blocks, 64 * D]`. `s_keys` and `s_values` are
-    `[2, 64, D]`; `s_scores` are two pairs of transposed gradients of the scores, `[4, 64, 64]`.
+    `[C, 64, D]` with C consumers; `s_scores` are their transposed gradients of the scores for two
+    blocks of queries, `[2 C, 64, 64]`.
     """
 
     d_key: Any
@@ -82,17 +83,18 @@ def key_block(p_bands, counts, FORM: gl.constexpr):
     index = rank
     if not FORM.GROUPED:  # other heads of a group may see what the first one does not
         near = gl.load(p_bands + 8 * entry + 1)
-        index = scheduler.key_block(rank, near, counts.n_key_blocks, counts.n_queries, KEYS)
-    return KeyBlock(head_batch % counts.n_batch, entry, index * KEYS)
+        index = scheduler.key_block(rank, near, counts.n_key_blocks, counts.n_queries, FORM.BLOCK_N)
+    return KeyBlock(head_batch % counts.n_batch, entry, index * FORM.BLOCK_N)
 
 
 @gluon.jit
-def visits_of(bands, first_key, n_queries, INTERVALS: gl.constexpr):
+def visits_of(bands, first_key, n_queries, FORM: gl.constexpr):
     """The `Visits` of the keys from `first_key` on."""
+    KEYS: gl.constexpr = FORM.BLOCK_N
     near, far = bands.near_0, bands.far_0
     last_0, count_0 = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, KEYS)
     last_1, count_1 = last_0, 0
-    if INTERVALS == 2:
+    if FORM.INTERVALS == 2:
         near, far = bands.near_1, bands.far_1
         last_1, count_1 = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, KEYS)
     return Visits(last_0, count_0, last_1, count_1)

@@ -220,7 +220,8 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
 class _BackwardLaunch(NamedTuple):
     """Facts of the backward launches that are the same in every call of a form.
 
-    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it;
+    `constants` are those of programs that read `delta`, `computing_delta` of those that compute it,
+    `fused` of `fused_backward.py`;
     `sum_programs` and `sum_counts` belong to the sums of a prefix's parts.
     """
 
@@ -231,6 +232,7 @@ class _BackwardLaunch(NamedTuple):
     counts: tuple[int, ...]
     constants: dict[str, Any]
     computing_delta: dict[str, Any]
+    fused: dict[str, Any]
     sum_programs: int
     sum_counts: tuple[int, ...]
 
@@ -241,7 +243,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         return found
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
-    block_n = KEYS_FUSED if plan.fused_backward else launch.block_n
+    block_n = KEYS_FUSED[call.head_dim] if plan.fused_backward else launch.block_n
     n_key_blocks = varlen.num_slots(call.keys, call.n_documents, block_n)
     form = Form(
         HEAD_DIM=call.head_dim,
@@ -281,6 +283,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         counts,
         {"FORM": form, **options},
         {"FORM": form._replace(COMPUTE_DELTA=True), **options, **limit},
+        {"FORM": form._replace(BLOCK_N=block_n), **options},
         2 * call.prefix * call.batch * call.key_heads * (call.head_dim // prefix.COLUMNS.value),
         (call.heads, call.group, call.batch, n_query_blocks, call.queries, call.keys),
     )
@@ -345,7 +348,7 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             *launch.counts,
             launch.key_programs,
             call.scale,
-            **launch.constants,
+            **launch.fused,
         )
         _finish(
             launch.query_programs,

@@ -100,8 +100,8 @@ BLOCK = 64  # queries or keys
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
-MIN_PROGRAMS_FUSED = 8 * 132  # blocks of 128 keys, of which a multiprocessor runs one at a time
-KEYS_FUSED = 128  # keys of a block
+MIN_PROGRAMS_FUSED = 8 * 132  # blocks of keys, of which a multiprocessor runs one at a time
+KEYS_FUSED = {64: 192, 128: 128}  # by head_dim: keys of a block, 64 for each consumer
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 # Under context parallelism a multiprocessor runs this many shorter programs in sequence: NCCL's
 # exchange beside them waits for the end of one alone.
@@ -299,8 +299,7 @@ def can_fuse(call: Call) -> bool:
     """
     bounded = any(each is not None for each in call.positions)
     return (
-        call.head_dim == 128
-        and call.prefix == 0
+        call.prefix == 0
         and call.query_start == 0
         and call.keys == call.queries
         and call.has_all_keys
@@ -312,7 +311,7 @@ def use_fused(call: Call) -> bool:
     """True if five products per tile are faster: where the sums of dQ in memory cost less than two
     products, for long bands, and many blocks of keys share the GPU.
     """
-    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED)
+    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED[call.head_dim])
     return (
         can_fuse(call)
         and not call.deterministic

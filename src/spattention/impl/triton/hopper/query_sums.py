@@ -2,8 +2,8 @@
 """The warpgroup of `fused_backward.py` that fetches tokens, and sums dQ over the blocks of keys.
 
 A sum is kept in float32 in the order in which threads hold it: four consecutive numbers each, so
-that one instruction adds 512 consecutive bytes. It is made in two halves of the head's columns,
-for want of registers.
+that one instruction adds 512 consecutive bytes. It is made of 64 of the head's columns at a
+time, for want of registers.
 
 Programs add to zeros in any order, so that the last bits of dQ differ from run to run. Then
 `finish_kernel` writes dQ.
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import softmax, tiles
 from . import memory, pipeline
-from .fused_work import CONSUMERS, ROWS, STAGES, key_block, visit_at, visits_of
+from .fused_work import COLUMNS, ROWS, STAGES, key_block, visit_at, visits_of
 from .registers import hidden_zero
 
 
@@ -24,15 +24,16 @@ from .registers import hidden_zero
 def sum_d_query(inputs, work, FORM: gl.constexpr):
     """Fetch keys, values and blocks of queries, and add the share of these keys in dQ."""
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
-    COLUMNS: gl.constexpr = HEAD_DIM // 2
+    CONSUMERS: gl.constexpr = FORM.BLOCK_N // ROWS
+    SIDES: gl.constexpr = HEAD_DIM // COLUMNS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     counts = work.counts
     block = key_block(work.p_bands, counts, FORM)
     key_head = gl.load(work.p_bands + 8 * block.entry) // counts.group
-    for half in gl.static_range(CONSUMERS):
-        barrier = pipeline.expect_tx(work.key_full, half, 2 * ROWS * HEAD_DIM * 2, True)
-        start = block.first_key + half * ROWS
-        s_key, s_value = work.s_keys.index(half), work.s_values.index(half)
+    for consumer in gl.static_range(CONSUMERS):
+        barrier = pipeline.expect_tx(work.key_full, consumer, 2 * ROWS * HEAD_DIM * 2, True)
+        start = block.first_key + consumer * ROWS
+        s_key, s_value = work.s_keys.index(consumer), work.s_values.index(consumer)
         pipeline.copy_tokens(inputs.key, block.batch, key_head, start, barrier, s_key, True)
         pipeline.copy_tokens(inputs.value, block.batch, key_head, start, barrier, s_value, True)
     gdc_wait()  # for the preprocess kernel
@@ -40,7 +41,7 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
     done = 0  # visits before those of this member
     for member in range(counts.group if FORM.GROUPED else 1):
         bands = tiles.load_bands(work.p_bands, block.entry + member)
-        visits = visits_of(bands, block.first_key, counts.n_queries, FORM.INTERVALS)
+        visits = visits_of(bands, block.first_key, counts.n_queries, FORM)
         n_steps = visits.count_0 + visits.count_1
         row = block.batch * counts.n_heads + bands.head
         for step in gl.static_range(STAGES):
@@ -50,23 +51,28 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
             n = done + step
             place = row * counts.n_query_blocks + visit_at(step, visits, FORM.INTERVALS)
             zero = hidden_zero(step)
-            pipeline.consumer_wait(work.scores_full, 2 * n)
+            pipeline.consumer_wait(work.scores_full, CONSUMERS * n)
             b_left = product(work, n, zero, 0, 0, zeros)
-            pipeline.consumer_wait(work.scores_full, 2 * n + 1)
-            b_left = product(work, n, zero, 1, 0, b_left)
+            for consumer in gl.static_range(1, CONSUMERS):
+                pipeline.consumer_wait(work.scores_full, CONSUMERS * n + consumer)
+                b_left = product(work, n, zero, consumer, 0, b_left)
             b_left = warpgroup_mma_wait(0, [b_left])
+            if SIDES == 1:
+                pipeline.consumer_release(work.scores_empty, n)
             later = visit_at(step + STAGES, visits, FORM.INTERVALS)
             more = step + STAGES < n_steps
             fetch(inputs, block.batch, bands.head, later, work, n + STAGES, more)
             p_sums = work.p_sums + place.to(gl.int64) * (ROWS * HEAD_DIM)
             add(b_left, p_sums)
-            # A scheduling barrier: ptxas moves nothing across the loop of a wait.
-            pipeline.consumer_wait(work.scores_full, 2 * n + 1)
-            b_right = product(work, n, zero, 0, 1, zeros)
-            b_right = product(work, n, zero, 1, 1, b_right)
-            b_right = warpgroup_mma_wait(0, [b_right])
-            pipeline.consumer_release(work.scores_empty, n)
-            add(b_right, p_sums + ROWS * COLUMNS)
+            if SIDES == 2:
+                # A scheduling barrier: ptxas moves nothing across the loop of a wait.
+                pipeline.consumer_wait(work.scores_full, CONSUMERS * n + (CONSUMERS - 1))
+                b_right = product(work, n, zero, 0, 1, zeros)
+                for consumer in gl.static_range(1, CONSUMERS):
+                    b_right = product(work, n, zero, consumer, 1, b_right)
+                b_right = warpgroup_mma_wait(0, [b_right])
+                pipeline.consumer_release(work.scores_empty, n)
+                add(b_right, p_sums + ROWS * COLUMNS)
         done += n_steps
 
 
@@ -88,16 +94,16 @@ def fetch(inputs, batch, head, index, work, n, pred):
 
 
 @gluon.jit
-def product(work, n, zero, half: gl.constexpr, side: gl.constexpr, b_sum):
-    """Start to multiply: half of the columns of dQ from the keys of one consumer, added to those of
-    the consumer before it.
+def product(work, n, zero, consumer: gl.constexpr, side: gl.constexpr, b_sum):
+    """Start to multiply: 64 columns of dQ from the keys of one consumer, added to those of the
+    consumer before it.
     """
-    COLUMNS: gl.constexpr = work.s_keys.shape[2] // 2
+    CONSUMERS: gl.constexpr = work.s_keys.shape[0]
     slot = n % work.scores_empty.shape[0]
     # [M, D / 2] += [M, N] @ [N, D / 2]
-    s_scores = work.s_scores.index(CONSUMERS * slot + half).permute((1, 0))
-    s_key = work.s_keys.index(half + zero).slice(side * COLUMNS, COLUMNS, 1)
-    return warpgroup_mma(s_scores, s_key, b_sum, use_acc=half > 0, is_async=True)
+    s_scores = work.s_scores.index(CONSUMERS * slot + consumer).permute((1, 0))
+    s_key = work.s_keys.index(consumer + zero).slice(side * COLUMNS, COLUMNS, 1)
+    return warpgroup_mma(s_scores, s_key, b_sum, use_acc=consumer > 0, is_async=True)
 
 
 @gluon.jit
@@ -109,7 +115,7 @@ def flat(b_tile):
 
 
 @gluon.jit
-def unflat(b_flat, COLUMNS: gl.constexpr):
+def unflat(b_flat):
     """The opposite of `flat`."""
     b_parts = gl.permute(gl.reshape(b_flat, [4, COLUMNS // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
     return gl.reshape(b_parts, [ROWS, COLUMNS])
@@ -117,7 +123,7 @@ def unflat(b_flat, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def add(b_tile, p_sums):
-    """Add half of the columns to the sums of a block of queries."""
+    """Add some columns to the sums of a block of queries."""
     b_flat = flat(b_tile)
     o_flat = gl.arange(0, b_flat.shape[0], b_flat.type.layout)
     reduce_add(p_sums + (o_flat & -4), b_flat)
@@ -145,15 +151,14 @@ def reduce_add(p_first, b_flat):
 def finish_kernel(p_sums, d_query, n_heads, n_query_blocks, n_queries, scale, FORM: gl.constexpr):
     """Write dQ of a block of queries from its sums."""
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
-    COLUMNS: gl.constexpr = HEAD_DIM // 2
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     program = gl.program_id(0)
     row, index = program // n_query_blocks, program % n_query_blocks
     batch_64, head_64 = (row // n_heads).to(gl.int64), (row % n_heads).to(gl.int64)
     p_d_query = d_query.pointer + batch_64 * d_query.stride_b + head_64 * d_query.stride_h
     p_sums += program.to(gl.int64) * (ROWS * HEAD_DIM) + gl.arange(0, ROWS * COLUMNS, FLAT)
-    for side in gl.static_range(2):
-        b_sums = unflat(gl.load(p_sums + side * ROWS * COLUMNS), COLUMNS)
+    for side in gl.static_range(HEAD_DIM // COLUMNS):
+        b_sums = unflat(gl.load(p_sums + side * ROWS * COLUMNS))
         b_d_query = b_sums * softmax.natural(scale)
         first, stride = index * ROWS, d_query.stride_t
         p_columns = p_d_query + side * COLUMNS
