@@ -159,17 +159,24 @@ def cache_after(model: Any, tokens: Tensor) -> int:
 
 
 def read_costs(ledger: Path, plan: str) -> dict[str, dict[str, Any]]:
-    """What was measured for a plan, by label.
+    """What was measured for a plan, by label, each with `over_dense`: its seconds over those of
+    dense attention at the same commit, or None if there dense attention was not measured.
 
     Raises:
         ValueError: if files are of another kind, or of two GPUs.
     """
     found: dict[str, dict[str, Any]] = {}
+    dense: dict[str, float] = {}
     for path in sorted((ledger / plan / COSTS).glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT or content.get("version") != 1:
             raise ValueError(f"{path} must be of format {FORMAT}, version 1")
-        found[content["label"]] = content
+        if content["label"] == "dense":
+            dense[content["commit"]] = content["seconds"]
+        found.setdefault(content["label"], content)
+    for content in found.values():
+        base = dense.get(content["commit"])
+        content["over_dense"] = None if base is None else content["seconds"] / base
     gpus = {content["gpu"] for content in found.values()}
     if len(gpus) > 1:
         raise ValueError(f"costs of {plan} must be of one GPU, got {sorted(map(str, gpus))}")

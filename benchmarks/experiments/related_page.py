@@ -155,9 +155,8 @@ def _timed(costs: dict[str, Any]) -> list[str]:
 
 
 def _time(label: str, costs: dict[str, Any]) -> str:
-    if label not in costs or STOCK not in costs:
-        return "?"
-    return f"{costs[label]['seconds'] / costs[STOCK]['seconds']:.2f}"
+    found = costs[label]["over_dense"] if label in costs else None
+    return "?" if found is None else f"{found:.2f}"
 
 
 def _share(label: str, done: Done, size: Callable[[Entry], float | None]) -> str:

@@ -220,3 +220,23 @@ attention = "mea"
     assert len(found["dense"]["all_seconds"]) == 2
     assert 0 < found["dense"]["seconds"] < 60
     assert found["dense"]["tokens"] == 32
+
+
+def test_times_are_over_dense_attention_of_their_sitting(tmp_path):
+    """A GPU of the same name may be slower another day."""
+    finish(tmp_path, "dense", 3.0, cache=4000)
+    for label, seconds in (("dense", 0.05), ("mea", 0.06), ("dga", 0.4)):
+        cost(tmp_path, label, seconds)
+    folder = tmp_path / PLAN.name / costs.COSTS
+    later = json.loads((folder / "dga.json").read_text()) | {"commit": "later"}
+    (folder / "dga.json").write_text(json.dumps(later))
+    assert costs.read_costs(tmp_path, PLAN.name)["dga"]["over_dense"] is None
+    dense = json.loads((folder / "dense.json").read_text()) | {"commit": "later", "seconds": 0.1}
+    (folder / "dense-later.json").write_text(json.dumps(dense))
+    found = costs.read_costs(tmp_path, PLAN.name)
+    assert found["dense"]["seconds"] == 0.05
+    assert {label: round(each["over_dense"], 6) for label, each in found.items()} == {
+        "dense": 1.0,
+        "mea": 1.2,
+        "dga": 4.0,
+    }
