@@ -167,7 +167,7 @@ def read_costs(ledger: Path, plan: str) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     dense: dict[str, float] = {}
-    for path in sorted((ledger / plan / COSTS).glob("*.json")):
+    for path in sorted((ledger / plan / COSTS).glob("*.json"), key=lambda each: each.stem):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT or content.get("version") != 1:
             raise ValueError(f"{path} must be of format {FORMAT}, version 1")
