@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from spattention.files import write_atomically
 
@@ -95,11 +96,16 @@ def run(results: Results, name: str) -> str:
         ahead = [line for line in lines if line.times[OURS] <= min(line.competitors.values())]
         text += f" {passes.capitalize()}, spattention is the fastest in {len(ahead)} of "
         text += f"{len(lines)} cases that a competitor ran."
-    last = len(results.record["environments"]) - 1
-    before = [case for case, row in results.rows.items() if row["run"] < last]
-    if before:
-        lengths = sorted({f"{case.batch} x {case.heads} x {case.length:,}" for case in before})
-        text += f" All of {', '.join(lengths)} was measured in a run before, on a GPU of this name."
+    runs: dict[tuple[Any, ...], set[int]] = {}
+    for case, row in results.rows.items():
+        runs.setdefault(case.place, set()).add(row["run"])
+    count = len(results.record["environments"])
+    if count > 1:
+        text += f" {count} runs, on GPUs of this name"
+        split = sorted(
+            {f"{p[0]} {p[1]} x {p[2]} x {p[4]:,}" for p, of in runs.items() if len(of) > 1}
+        )
+        text += f"; of more than one: {', '.join(split)}." if split else "; each shape is of one."
     return text + "\n"
 
 

@@ -400,10 +400,13 @@ def test_the_page_shows_limits_and_losses(finished: Path) -> None:
     assert "- FlashAttention-4: 1 x 65,536, D 128 (3); 1 x 16,384, D 128 (3); 4 x 4,096, D" in text
     assert "1 x 65,536, D 64 sinks (2): `ImportError: no such package`" in text
     assert "The run ended" not in text
-    assert "in a run before" not in text
+    assert " runs, on GPUs" not in text
     record = json.loads(finished.read_text())
     text = page.run(Results(record | {"environments": [FACTS, FACTS]}), "x")
-    assert "1 x 16 x 65,536, 1 x 32 x 16,384" in text
+    assert " 2 runs, on GPUs of this name; each shape is of one." in text
+    rows = [row | {"run": index % 2} for index, row in enumerate(record["rows"])]
+    facts = record | {"environments": [FACTS, FACTS], "rows": rows}
+    assert "of more than one: decode" in page.run(Results(facts), "x")
     text = page.missing(Results(record | {"rows": record["rows"][:-3]}), "x")
     assert "- The run ended before these, by number of calls: 1 x 65,536, D 64 prefix (3)" in text
     with pytest.raises(SystemExit, match="a part must be one of"):

@@ -222,7 +222,7 @@ attention = "mea"
     assert found["dense"]["tokens"] == 32
 
 
-def test_times_are_over_dense_attention_of_their_sitting(tmp_path):
+def test_times_are_over_dense_of_their_sitting(tmp_path):
     """A GPU of the same name may be slower another day."""
     finish(tmp_path, "dense", 3.0, cache=4000)
     for label, seconds in (("dense", 0.05), ("mea", 0.06), ("dga", 0.4)):
