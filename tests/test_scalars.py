@@ -141,3 +141,23 @@ def test_numbers_are_real():
     assert as_number(np.float16(0.5)) == 0.5
     for value in (1j, "0.5", None, True, torch.tensor([0.5, 1.0]), torch.tensor(1j)):
         assert as_number(value) is None
+
+
+@pytest.mark.parametrize("value", [None, "no", 1, 0.0, [], torch.ones(2)], ids=repr)
+@pytest.mark.parametrize("name", ["deterministic", "return_lse"])
+def test_switches_are_true_or_false(name: str, value: object) -> None:
+    """A word or a list is no switch, and is not taken for True."""
+    tensors = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
+    pattern = spa.BandPattern.exclusive(2, 4)
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got"):
+        spa.band_attention(*tensors, pattern, **{name: value})
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    packed = [each[0].transpose(0, 1) for each in tensors]
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got"):
+        spa.band_attention_varlen(*packed, pattern, offsets, offsets, 4, 4, **{name: value})
+
+
+def test_switches_of_numpy_are_taken() -> None:
+    tensors = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
+    pattern = spa.BandPattern.exclusive(2, 4)
+    assert isinstance(spa.band_attention(*tensors, pattern, return_lse=np.True_), tuple)

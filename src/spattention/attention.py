@@ -14,6 +14,7 @@ from .checks import check_no_tangents
 from .impl import blockwise, reference
 from .impl.attention_call import AttentionCall
 from .impl.layout import without_autocast
+from .scalars import as_flag
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None
@@ -88,6 +89,9 @@ def band_attention(
     `scaled_dot_product_attention` does. Second derivatives are not available, except from
     `"reference"`.
     """
+    if type(deterministic) is not bool or type(return_lse) is not bool:
+        deterministic = as_flag("deterministic", deterministic)
+        return_lse = as_flag("return_lse", return_lse)
     form = form_of(query, key, value, pattern, scale, (sinks, query_start, key_start))
     if form is not None and not return_lse and (impl is None or impl == "triton"):
         replay = form.replays.get(deterministic)
@@ -157,6 +161,9 @@ def band_attention_varlen(
         ValueError: if an argument breaks a rule above.
         NotImplementedError: as in `band_attention`.
     """
+    if type(deterministic) is not bool or type(return_lse) is not bool:
+        deterministic = as_flag("deterministic", deterministic)
+        return_lse = as_flag("return_lse", return_lse)
     call = bind_varlen(
         query,
         key,

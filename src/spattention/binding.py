@@ -109,7 +109,7 @@ def form_of(
         kind = type(each)
         if (kind is not Tensor and kind is not torch.nn.Parameter) or each.layout is not strided:
             return None
-        if each.is_neg():
+        if each.is_neg() or each.is_nested:
             return None
     device, dtype = query.device, query.dtype
     kind_of_device = device.type

@@ -28,6 +28,7 @@ from .impl.attention_call import AttentionCall
 from .impl.layout import empty_like_query, lse_dtype, score_scale, under_autocast, without_autocast
 from .merging import merge
 from .padding import padding_first, reorder, restore
+from .scalars import as_flag
 
 
 def band_attention_cached(
@@ -82,6 +83,7 @@ def band_attention_cached(
     """
     if not isinstance(store, BandStore):
         raise ValueError(f"`store` must be a BandStore, got {type(store).__name__}")
+    return_lse = as_flag("return_lse", return_lse)
     check_tensors(query=query)
     if (key is None) != (value is None):
         raise ValueError("`key` and `value` must be given together, got one of them")

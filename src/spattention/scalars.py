@@ -51,6 +51,16 @@ def python_number(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
+def as_flag(name: str, value: Any) -> bool:
+    """True or False, NumPy's too; raises `ValueError` for whatever else."""
+    if isinstance(value, bool):
+        return value
+    kind = type(value)
+    if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise ValueError(f"`{name}` must be True or False, got {value!r}")
+
+
 def as_number(value: Any) -> int | float | None:
     """The value as an int or a float; None for a bool, and for whatever is no real number."""
     whole = as_int(value)

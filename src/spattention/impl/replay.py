@@ -180,10 +180,10 @@ class Replay:
     def gradients(self, d_out: Tensor, saved: tuple[Tensor, ...]) -> Sequence[Tensor]:
         """Gradients of query, key and value; `saved` as `differentiate` takes it after `d_out`."""
         # With gradients on, someone wants a second derivative, which an operator refuses.
-        if torch.is_grad_enabled() or needs_dispatcher((d_out,)):
+        if torch.is_grad_enabled() or needs_dispatcher((d_out, *saved)):
             return self.differentiate(d_out, *saved)
         # Hooks on saved tensors may give back others.
-        form = d_out.shape, d_out.dtype, d_out.stride(), *[each.stride() for each in saved]
+        form = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (d_out, *saved))
         known = self.backward.get(form)
         if known is None:
             return self._first_gradients(form, (d_out, *saved))

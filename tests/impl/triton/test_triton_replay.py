@@ -373,3 +373,23 @@ def test_a_tensor_that_is_copied_first_is_not_recorded(machine: Machine) -> None
     for _ in range(4):
         spa.band_attention(*rows, pattern, impl="triton")
     assert not replays(pattern, rows)
+
+
+@pytest.mark.parametrize("change", ["dtype", "negated"])
+def test_saved_tensors_of_another_kind_are_seen(machine: Machine, change: str) -> None:
+    """Hooks on saved tensors may give back what the recorded launches cannot read."""
+    tensors = inputs()
+    pattern = spa.BandPattern.exclusive(4, 192)
+    for _ in range(4):
+        step(machine, tensors, pattern)
+    (found,) = replays(pattern, tensors).values()
+    assert len(found.backward) == 1
+    changes = {"dtype": lambda t: t.float(), "negated": torch._neg_view}
+    *leaves, d_out = tensors
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, changes[change]):
+        out = spa.band_attention(*leaves, pattern, impl="triton")
+    machine.launched.clear()
+    other = mock.patch.object(found, "differentiate", side_effect=KeyError("seen"))
+    with other, pytest.raises(KeyError, match="seen"):
+        torch.autograd.grad(out, leaves, d_out)
+    assert not machine.launched
