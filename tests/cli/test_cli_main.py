@@ -285,3 +285,14 @@ def test_an_interrupt_leaves_nothing_half_written(command, inside, tmp_path, mon
     assert main([*command, "--output", output]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_closed_reader_is_no_error():
+    """`spattention --help | head -1` prints a line, and no error."""
+    code = (
+        "import os, sys; from spattention.cli import main\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "sys.exit(main(['--help']))"
+    )
+    ended = subprocess.run([sys.executable, "-u", "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (141, "")

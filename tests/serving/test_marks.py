@@ -39,5 +39,5 @@ def test_marks_of_other_bands_are_refused(other: Any) -> None:
     section = section_of((FIRST, other), False)
     for dtype in (torch.float32, torch.bfloat16):
         weights = ((name, tensor.to(dtype)) for name, tensor in state().items())
-        with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.spattention_mark, got"):
+        with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.spattention_mark, .*got"):
             list(without_marks(weights, section))

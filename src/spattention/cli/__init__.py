@@ -10,6 +10,7 @@ bug.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -52,14 +53,18 @@ EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status.
 
-    It is 2 for a user's error, 1 for any other exception, and 130 for Ctrl-C. Before the command,
-    `--traceback` raises exceptions instead of telling them in one line.
+    It is 2 for a user's error, 1 for any other exception, 130 for Ctrl-C, and 141 where the reader
+    of the output is gone. Before the command, `--traceback` raises exceptions instead of telling
+    them in one line.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] == TRACEBACK:
         return _run(arguments[1:])
     try:
         return _run(arguments)
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell gives for SIGPIPE
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be made, a full disk
         return _fail(" ".join(str(error).split()) or type(error).__name__)
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..compat.huggingface import keep_initial_value, offload_hook
-from ..scalars import as_number, has_values
+from ..scalars import as_number, has_values, shown_number
 
 # What the operator computes with; storage formats such as float8 are none of these.
 LARGEST_SINK = 65504  # of float16
@@ -65,7 +65,9 @@ def sink_values(
     number = as_number(sinks)
     if number is not None:
         if not abs(number) <= LARGEST_SINK:
-            raise ValueError(f"`sinks` must be from -{LARGEST_SINK} to {LARGEST_SINK}, got {sinks}")
+            raise ValueError(
+                f"`sinks` must be from -{LARGEST_SINK} to {LARGEST_SINK}, got {shown_number(sinks)}"
+            )
         return [torch.full((count,), float(number)) if count else None for count in heads]
     if isinstance(sinks, torch.Tensor | str) or not isinstance(sinks, Sequence):
         raise ValueError(
