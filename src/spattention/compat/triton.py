@@ -65,7 +65,14 @@ class DirectLaunch:
                     known.clear()
                 encoded = known[key] = self.encode(descriptor, metadata)
             given[index : index + 1] = encoded
-        self.launcher(
+        self.call(self.launcher, programs, stream, given)
+
+    def call(
+        self, launcher: Callable[..., None], programs: int, stream: Any, given: Sequence[Any]
+    ) -> None:
+        """Call a launcher of this kernel, without hooks, on encoded arguments."""
+        kernel = self.kernel
+        launcher(
             programs,
             1,
             1,
@@ -186,19 +193,8 @@ def _driver_call(
     launcher = copy.copy(direct.launcher)
     function = launcher.launch  # type: ignore[attr-defined]
     launcher.launch = lambda *given: found.extend(given)  # type: ignore[attr-defined]
-    kernel, stream, argument = direct.kernel, object(), object()
-    launcher(
-        programs,
-        1,
-        1,
-        stream,
-        kernel.function,
-        kernel.packed_metadata,
-        None,
-        None,
-        None,
-        argument,
-    )
+    stream, argument = object(), object()
+    direct.call(launcher, programs, stream, [argument])
     assert found[3] is stream
     nested = found[-1] is not argument
     assert not nested or [*found[-1]] == [argument]
