@@ -345,15 +345,21 @@ class Explicit:
         return (scores.masked_fill(future, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("length", [3, 70, 150])
-def test_sensitivity_is_the_squared_gradient_by_bin(length, monkeypatch):
-    """Against autograd through whole matrices of scores; no parameter gets a gradient."""
-    torch.manual_seed(1)
+def model_with_outputs():
+    """`cosine_model` whose attention changes what the model computes."""
     model = cosine_model()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.normal_()
             layer.self_attn.o_proj.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("length", [3, 70, 150])
+def test_sensitivity_is_the_squared_gradient_by_bin(length, monkeypatch):
+    """Against autograd through whole matrices of scores; no parameter gets a gradient."""
+    torch.manual_seed(1)
+    model = model_with_outputs()
     rows = tokens(2, length)
     found = profile(model, rows, sensitivity=2)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -378,11 +384,7 @@ def test_sensitivity_is_the_squared_gradient_by_bin(length, monkeypatch):
 def test_answers_mind_needles_by_squared_gradient(length, monkeypatch):
     """Against autograd through whole matrices of scores, of the loss of the answer alone."""
     torch.manual_seed(2)
-    model = cosine_model()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.v_proj.weight.normal_()
-            layer.self_attn.o_proj.weight.normal_()
+    model = model_with_outputs()
     rows = tokens(2, length)
     places = [((2, 5), (length - 3, length)), ((7, 9), (12, 14))]
     triples = [(row, *place) for row, place in zip(rows, places, strict=True)]
