@@ -88,7 +88,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             print(f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB in use", flush=True)
         one = argparse.Namespace(**vars(options) | {"length": length})
-        settings = {"recompile_limit": limit, "fail_on_recompile_limit_hit": True}
+        settings: dict[str, Any] = {"recompile_limit": limit, "fail_on_recompile_limit_hit": True}
         with torch._dynamo.config.patch(**settings), turns(options.turns) as alone:
             parts.append(measure(one, alone))
         print(table(parts[-1]["rows"]), flush=True)

@@ -110,7 +110,7 @@ class Side:
             first = documents.first(query.device).expand(windows, -1)
         if isinstance(self.attention, BandAttention):
             pattern = self.attention.pattern
-            self.kernels = spa.explain(*inputs, pattern, key_start=first).kernels
+            self.kernels = spa.explain(query, key, value, pattern, key_start=first).kernels
 
             def bands() -> torch.Tensor:
                 found = spa.band_attention(query, key, value, pattern, key_start=first)
