@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from spattention.bands import BandPattern
 from spattention.choice import AttentionChoice
 
 from .packed import document_lengths
@@ -45,6 +46,19 @@ class Documents:
         """`[N]`: positions that restart with each document, as `position_ids`."""
         first = self.first(device).long()
         return torch.arange(len(first), device=device) - first
+
+    def mask_of(self, pattern: BandPattern, length: int, device: torch.device) -> torch.Tensor:
+        """bool `[H, length, length]`: a pattern in each document, over the row's first tokens."""
+        found = torch.zeros(pattern.num_heads, length, length, dtype=torch.bool, device=device)
+        start = 0
+        for tokens in self.lengths:
+            stop = min(length, start + tokens)
+            size = stop - start
+            found[:, start:stop, start:stop] = pattern.mask(size, device=device)
+            start = stop
+            if start == length:
+                break
+        return found
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """bool `[N, N]`: causal within each document."""

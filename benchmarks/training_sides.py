@@ -152,10 +152,10 @@ class Side:
         heads, length = model.config.num_attention_heads, tokens.shape[1]
         short = attention_choice(self.attention.name, heads, length)
         assert isinstance(short, BandAttention)
-        mask = short.pattern.mask(length, device=tokens.device)[None]
-        positions = None
-        if documents is not None:
-            mask &= documents.mask(tokens.device)[:length, :length]
+        if documents is None:
+            mask, positions = short.pattern.mask(length, device=tokens.device)[None], None
+        else:
+            mask = documents.mask_of(short.pattern, length, tokens.device)[None]
             positions = documents.positions(tokens.device)[None, :length]
         reference = Side("reference", attention_choice("dense", heads, length), SDPBackend.MATH)
         with torch.compiler.set_stance("force_eager"):

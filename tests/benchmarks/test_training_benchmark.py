@@ -76,8 +76,11 @@ def test_a_side_leaves_the_model_as_it_was() -> None:
     assert [bool((other - before).abs().max() > 1e-4) for other in seen] == [True] * len(PATTERNS)
 
 
+@pytest.mark.parametrize("documents", [None, Documents.of(3, 64)], ids=["text", "documents"])
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-4b"])
-def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_models_are_compared(
+    name: str, documents: Documents | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bands with a prefix per key/value head agree with their dense mask; another mask does not."""
     for shape in (training_models.LLAMA_1B, training_models.QWEN3_4B):
         for key, value in {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}.items():
@@ -87,7 +90,7 @@ def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch)
     tokens = torch.randint(96, (2, 64))
     text = "exclusive:kv_heads=8,prefix=4"
     side = Side(text, attention_choice(text, 32, 64), None)
-    side.compare(model, tokens, None)
+    side.compare(model, tokens, documents)
     assert side.check is not None
     assert side.check["gradient_difference"] < 1e-4
     mask = BandPattern.mask
@@ -95,7 +98,7 @@ def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch)
         BandPattern, "mask", lambda self, *rest, **more: mask(self, *rest, **more).flip(0)
     )
     with pytest.raises(RuntimeError, match="differs from its reference"):
-        side.compare(model, tokens, None)
+        side.compare(model, tokens, documents)
 
 
 def test_documents_fill_a_row() -> None:
