@@ -23,13 +23,11 @@ of the bands, is what the bands' step should take.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from spattention.training.work import active_parameters, work_per_token
 from .training_documents import Documents, Separated
 from .training_models import NAMES, random_model
 from .training_sides import BACKENDS, Side, dense_side, predict
+from .turns import turns
 
 UNRECORDED = ("merge", "output", "turns")
 
@@ -94,19 +93,6 @@ def main() -> None:
         print(table(parts[-1]["rows"]), flush=True)
         if options.output is not None:
             write(options.output, parts[0] if len(options.length) == 1 else together(parts))
-
-
-@contextlib.contextmanager
-def turns(path: Path | None) -> Iterator[Callable[[], None]]:
-    """A function that waits until no other process of this file prepares or times, and keeps them
-    all waiting to the end of the context. Without a file it does nothing.
-    """
-    if path is None:
-        yield lambda: None
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield lambda: fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def measure(options: argparse.Namespace, alone: Callable[[], None]) -> dict[str, Any]:

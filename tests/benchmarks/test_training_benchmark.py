@@ -13,6 +13,7 @@ import torch
 from benchmarks import training, training_models
 from benchmarks.training_documents import Documents, Separated
 from benchmarks.training_sides import Side, dense_side, predict
+from benchmarks.turns import turns
 from spattention import BandPattern
 from spattention.choice import attention_choice
 from spattention.models import build, preset
@@ -164,13 +165,13 @@ def test_kernels_alone_see_their_own_documents(name: str, monkeypatch: pytest.Mo
 def test_processes_take_turns(tmp_path: Path) -> None:
     """One that has prepared waits for another that prepares, and then keeps the next waiting."""
     path = tmp_path / "lock"
-    with training.turns(path) as alone:
+    with turns(path) as alone:
         alone()
         with path.open("w") as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
     with path.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with training.turns(None) as alone:
+    with turns(None) as alone:
         alone()
 
 
