@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) train as one does at the same global batch."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
     assert losses(tmp_path / "two", "loss") == pytest.approx(
         losses(tmp_path / "one", "loss"), rel=1e-5
     )
+
+
+def test_ddp_gradients_lie_in_their_buckets(recipe, tmp_path):
+    """They are exchanged where they are, and not copied there and back."""
+    shown = launch(2, HERE / "buckets.py", recipe, tmp_path / "run")
+    found = re.findall(r"(\d+) gradients in (\d+) storages", shown)
+    assert len(found) == 6  # one for each step
+    for gradients, storages in found:
+        assert int(storages) <= 2 < int(gradients)
 
 
 @pytest.mark.slow
