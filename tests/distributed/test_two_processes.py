@@ -85,6 +85,18 @@ def test_ddp_gradients_lie_in_their_buckets(recipe, tmp_path):
         assert int(storages) <= 2 < int(gradients)
 
 
+def test_ddp_sums_the_passes_of_a_step(recipe, tmp_path):
+    """Two passes of each process, of which the last exchanges, in buckets that hold the sum."""
+    changes = ("--set", "batch=8", "held_out=0", "validation_windows=0", "steps=4")
+    train = ("-m", "spattention", "train", recipe, *changes, "--output")
+    for processes, name in ((0, "one"), (2, "two")):
+        launch(processes, *train, tmp_path / name)
+    for name in ("loss", "grad_norm"):
+        expected = losses(tmp_path / "one", name)
+        assert len(expected) == 4
+        assert losses(tmp_path / "two", name) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_resumed(recipe, tmp_path):
     """A rank is killed after a checkpoint; the run ends, and two ranks go on from there."""
