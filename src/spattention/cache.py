@@ -423,11 +423,18 @@ class BandStore:
             cache_prefix.hold(self.stored, key, value, mask, key_start)
             return
         # A graph may run again for a text that is still shorter than the prefix.
-        again = in_graph(self.keys)
+        again, new = in_graph(self.keys), key.shape[2]
         if again or self._tokens < self.layout.pattern.prefix:
-            cache_prefix.hold_first(self.stored, key, value, mask)
-        if not again and mask is None:
-            self._tokens += key.shape[2]
+            if new == 1 and mask is None:
+                cache_prefix.hold_next(self.stored, key, value)
+            else:
+                cache_prefix.hold_first(self.stored, key, value, mask)
+        if again:
+            return
+        if mask is None:
+            self._tokens += new
+        elif readable(mask):
+            self._tokens += int(mask.sum(dim=1).min())
 
     def _write(self, key: Tensor, value: Tensor) -> None:
         """The last of these tokens, as many as each ring holds, from `position` on."""

@@ -102,6 +102,22 @@ def hold_first(stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | 
     _fill(stored, key, value, torch.zeros_like(count), count, slots[None])
 
 
+def hold_next(stored: StoredTokens, key: Tensor, value: Tensor) -> None:
+    """The same of one token `[B, Hkv, 1, D]` in each sequence, whatever its position. A token that
+    is not of the prefix goes to its slot in the ring, where `append` writes it as well: no branch
+    on a position, and no other token moves.
+    """
+    live, position = stored.layout.live, stored.counts[0][:, None]
+    in_ring = live.offset + position % live.length
+    early = position < stored.layout.pattern.prefix
+    slots = torch.where(early, live.prefix + position, in_ring)  # [B, C]
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    for buffer, tokens in ((stored.keys, key), (stored.values, value)):
+        every = len(live.heads) == tokens.shape[1]
+        chosen = tokens if every else tokens.index_select(1, live.heads)
+        buffer[rows, slots] = chosen.squeeze(2)
+
+
 def _hold_tokens(
     stored: StoredTokens, key: Tensor, value: Tensor, held: Tensor, count: Tensor
 ) -> None:
