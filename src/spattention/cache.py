@@ -425,7 +425,9 @@ class BandStore:
         # A graph may run again for a text that is still shorter than the prefix.
         again, new = in_graph(self.keys), key.shape[2]
         if again or self._tokens < self.layout.pattern.prefix:
-            if new == 1 and mask is None:
+            if mask is None and self.is_empty and not again and new >= self.layout.pattern.prefix:
+                cache_prefix.hold_start(self.stored, key, value)
+            elif mask is None and new == 1:
                 cache_prefix.hold_next(self.stored, key, value)
             else:
                 cache_prefix.hold_first(self.stored, key, value, mask)

@@ -102,6 +102,15 @@ def hold_first(stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | 
     _fill(stored, key, value, torch.zeros_like(count), count, slots[None])
 
 
+def hold_start(stored: StoredTokens, key: Tensor, value: Tensor) -> None:
+    """The same of the first tokens of an empty store, at least as many as a prefix has."""
+    live, prefix = stored.layout.live, stored.layout.pattern.prefix
+    target = live.prefix[:, None] + torch.arange(prefix, device=key.device)
+    for buffer, tokens in ((stored.keys, key), (stored.values, value)):
+        chosen = tokens[:, :, :prefix].index_select(1, live.heads)
+        buffer.index_copy_(1, target.flatten(), chosen.flatten(1, 2))
+
+
 def hold_next(stored: StoredTokens, key: Tensor, value: Tensor) -> None:
     """The same of one token `[B, Hkv, 1, D]` in each sequence, whatever its position. A token that
     is not of the prefix goes to its slot in the ring, where `append` writes it as well: no branch
