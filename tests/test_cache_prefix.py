@@ -269,3 +269,16 @@ def test_padded_steps_stop_copying_the_prefix(monkeypatch: pytest.MonkeyPatch) -
             query[:, :, now], store, PATTERN, key[:, :, now], value[:, :, now], mask=mask
         )
     assert len(held) == 2 * PREFIX
+
+
+def test_a_first_pass_copies_the_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an empty store nothing is read: the first keys go where they stay."""
+    query, key, value = text(20)
+    whole = spa.band_attention(query, key, value, PATTERN)
+    monkeypatch.delattr(cache_prefix, "_fill")
+    store = new_store()
+    first = [t[:, :, :PREFIX] for t in (query, key, value)]
+    spa.band_attention_cached(first[0], store, PATTERN, *first[1:])
+    rest = [t[:, :, PREFIX:] for t in (query, key, value)]
+    out = spa.band_attention_cached(rest[0], store, PATTERN, *rest[1:])
+    torch.testing.assert_close(out, whole[:, :, PREFIX:])
