@@ -372,6 +372,19 @@ def test_the_table_says_what_each_head_got_and_why():
     assert f"{table.pairs:.4f} of dense attention's pairs at 50 tokens" in text
 
 
+def test_the_table_says_what_answers_mind():
+    """A head that looks little at needles and attends everything for them says so."""
+    profile = answering_profile()
+    table = explain(profile, spa.fit(profile, pairs=0.35, local=1))
+    assert table.layer(0)[3].reason.startswith("fetches (0.95 of what answers mind)")
+
+
+def test_the_command_weighs_needles_as_fit_does():
+    """The options repeat the default, so that showing them imports no model code."""
+    options = import_module("spattention.cli.options.fit").Options
+    assert options.retrieval == fitting.RETRIEVAL
+
+
 def test_the_table_says_how_much_the_loss_minds_a_head():
     plain = made(50)
     minded = torch.ones_like(plain.distance)
