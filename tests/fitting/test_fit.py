@@ -466,11 +466,14 @@ def test_sensitivity_never_captures_less_than_a_window(seed, pairs, prefix):
     minded = torch.rand(plain.distance.shape, generator=generator, dtype=torch.float64) ** 8
     found = made(70, seed, 2.0, True, sensitivity=minded, sensitivity_rows=2)
     pairs = max(pairs, 0.05 + prefix / 35)
-    patterns = spa.fit(found, pairs=pairs, prefix=prefix)
+    answers = torch.rand(LAYERS, HEADS, generator=generator, dtype=torch.float64) ** 8
+    asked = replace(found, needle_sensitivity=answers / answers.sum())
     window = sliding_window(found, pairs=pairs, prefix=prefix)
-    assert captured(found, patterns).mean() >= captured(found, window).mean() - 1e-9
-    assert total_pairs(patterns, 70) <= pairs * dense_pairs(70)
-    assert spa.fit(found, pairs=pairs, prefix=prefix) == patterns
+    for given, retrieval in ((found, 0.1), (asked, 0.1), (asked, 1.0)):
+        patterns = spa.fit(given, pairs=pairs, prefix=prefix, retrieval=retrieval)
+        assert captured(found, patterns).mean() >= captured(found, window).mean() - 1e-9
+        assert total_pairs(patterns, 70) <= pairs * dense_pairs(70)
+        assert spa.fit(given, pairs=pairs, prefix=prefix, retrieval=retrieval) == patterns
 
 
 def test_every_head_keeps_its_nearest_tokens():
