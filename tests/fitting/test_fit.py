@@ -457,7 +457,7 @@ def test_the_budget_goes_where_the_loss_minds():
         assert captured(found, [pattern]).mean() > captured(found, window).mean()
 
 
-@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.sampled_from([0, 2]))
+@measured(st.integers(0, 10**6), st.floats(0.05, 1.0), st.sampled_from([0, 2]))
 @settings(max_examples=15, deadline=None)
 def test_sensitivity_never_captures_less_than_a_window(seed, pairs, prefix):
     """Where it would, captured attention counts as well."""
@@ -469,11 +469,11 @@ def test_sensitivity_never_captures_less_than_a_window(seed, pairs, prefix):
     answers = torch.rand(LAYERS, HEADS, generator=generator, dtype=torch.float64) ** 8
     asked = replace(found, needle_sensitivity=answers / answers.sum())
     window = sliding_window(found, pairs=pairs, prefix=prefix)
-    for given, retrieval in ((found, 0.1), (asked, 0.1), (asked, 1.0)):
-        patterns = spa.fit(given, pairs=pairs, prefix=prefix, retrieval=retrieval)
+    for measured, retrieval in ((found, 0.1), (asked, 0.1), (asked, 1.0)):
+        patterns = spa.fit(measured, pairs=pairs, prefix=prefix, retrieval=retrieval)
         assert captured(found, patterns).mean() >= captured(found, window).mean() - 1e-9
         assert total_pairs(patterns, 70) <= pairs * dense_pairs(70)
-        assert spa.fit(given, pairs=pairs, prefix=prefix, retrieval=retrieval) == patterns
+        assert spa.fit(measured, pairs=pairs, prefix=prefix, retrieval=retrieval) == patterns
 
 
 def test_every_head_keeps_its_nearest_tokens():
