@@ -457,7 +457,7 @@ def test_the_budget_goes_where_the_loss_minds():
         assert captured(found, [pattern]).mean() > captured(found, window).mean()
 
 
-@measured(st.integers(0, 10**6), st.floats(0.05, 1.0), st.sampled_from([0, 2]))
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.sampled_from([0, 2]))
 @settings(max_examples=15, deadline=None)
 def test_sensitivity_never_captures_less_than_a_window(seed, pairs, prefix):
     """Where it would, captured attention counts as well."""
