@@ -58,6 +58,7 @@ def test_an_example_trains_an_adapter(example):
     found = example("finetune_lora").main(steps=10)
     assert found["last"] < found["first"]
     assert found["difference"] == 0
+    assert found["same_bands"]
 
 
 def test_packed_rows_of_trl_keep_documents_apart(example, tmp_path):
