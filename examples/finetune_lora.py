@@ -2,7 +2,7 @@
 
 python examples/finetune_lora.py           # a CPU, under a minute; needs the extra `trl`
 
-With a model and a text of yours, `prepare_base` becomes the name of the model's folder.
+With a model of yours, `base` is its folder or its name on the hub.
 """
 
 from __future__ import annotations
@@ -13,27 +13,10 @@ import small
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import spattention as spa
-from spattention.data.tokenizer import for_transformers, train_tokenizer
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One entry per byte, and the end of text; yours comes with your model."""
-    return for_transformers(train_tokenizer(["a"], 257), small.CONTEXT, 0)
-
-
-def prepare_base(folder: str) -> str:
-    """A dense model and its tokenizer in a folder."""
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    model = small.dense_model()
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def main(steps: int = 20) -> dict[str, float]:
@@ -42,7 +25,7 @@ def main(steps: int = 20) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         # An adapter names the folder of its base, and is opened on it: dense, or with these bands.
-        base = prepare_base(f"{folder}/base")
+        base = small.saved_model(f"{folder}/base")
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base)
         spa.hf.apply(model, spa.BandPattern.shared_local(small.HEADS, small.CONTEXT, local=32))
@@ -87,12 +70,8 @@ def main(steps: int = 20) -> dict[str, float]:
         f"logits differ by {difference:g}, the same bands: {same_bands}"
     )
     print(tokenizer.decode(written[0]))
-    return {
-        "first": losses[0],
-        "last": losses[-1],
-        "difference": float(difference),
-        "same_bands": same_bands,
-    }
+    found = {"first": losses[0], "last": losses[-1], "difference": float(difference)}
+    return found | {"same_bands": same_bands}
 
 
 if __name__ == "__main__":
