@@ -56,6 +56,7 @@ def test_a_layer_that_cannot_be_drawn_is_named(folder, tmp_path, capsys):
         (folder, ("--layer", "2"), "with bands, [1], got 2"),
         (save(tmp_path / "dense", bands=False), (), "must hold a model with bands, it has none"),
         (tmp_path, (), "must hold a saved model"),
+        (tmp_path / "gone", (), "must be the folder of a saved model, there is no such folder"),
         ("dense", ("--layer", "0"), "`--layer` must be of a saved model with bands"),
     ):
         code, output = drawn(path, tmp_path, *options)

@@ -48,7 +48,7 @@ def main(options: Options) -> None:
 
 
 def _figure(options: Options) -> Figure:
-    if Path(options.pattern).is_dir():
+    if Path(options.pattern).is_dir() or "/" in options.pattern:
         return _saved_figure(options)
     if options.layer is not None:
         raise ValueError(
