@@ -341,14 +341,27 @@ def test_the_command_refuses_a_recipe_in_one_line(tmp_path, capsys, data):
 def test_a_finished_run_says_how_to_train_longer(data, whole, tmp_path):
     """Its schedule ends with its steps; a new run starts from its weights."""
     last = whole / f"checkpoint-{STEPS}"
-    with pytest.raises(ValueError, match=f"a new run with `model` = '{last}' starts from its"):
+    with pytest.raises(ValueError, match=f"`--set model={last}` starts a new run"):
         pretrain(recipe(data, steps=STEPS + 2), whole)
     with pytest.raises(ValueError, match=r"name another folder$"):
         pretrain(recipe(data, steps=STEPS - 2), whole)
-    changes = {"model": str(last), "layers": None, "vocabulary": None, "steps": 1}
-    assert pretrain(recipe(data, **changes), tmp_path / "more").finished
+    # The recipe of the finished run, with its `layers` and `vocabulary`.
+    assert pretrain(recipe(data, model=str(last), steps=1), tmp_path / "more").finished
     before, after = losses(whole)[-1][1], losses(tmp_path / "more")[-1][1]
     assert after == pytest.approx(before, abs=0.5)
+
+
+def test_a_run_as_model_names_its_checkpoint(data, whole, tmp_path, capsys):
+    path = tmp_path / "r.toml"
+    fields = recipe(data).to_dict().items()
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in fields if v is not None))
+    command = ["train", str(path), "--set", f"model={whole}", "--output", str(tmp_path / "more")]
+    assert main(command) == 2
+    last = whole / f"checkpoint-{STEPS}"
+    assert f"{whole} is a training run: name one of its checkpoints, such as {last}" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_loss_for_gpus_is_refused_before_the_model(data, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
 from ..training.recipe import find_recipe, read_recipe
+from ..training.run_folder import MARK
 from .options.train import Options
 
 
@@ -77,6 +78,11 @@ def _check_model(name: str) -> None:
     if name in SHAPES:
         return
     if path.is_dir():
+        if (path / MARK).is_file() and (saved := checkpoints(path)):
+            raise ValueError(
+                f"`model` must be a saved model, {path} is a training run: name one of its "
+                f"checkpoints, such as {saved[0]}"
+            )
         open_config(path)
         open_weights(path)
         return
