@@ -33,7 +33,7 @@ def main(options: Options) -> None:
         length=(1, LARGEST),
         dots_per_inch=(1, LARGEST),
     )
-    figure = _figure(options)
+    figure, share = _figure(options)
     width, height = (round(side * options.dots_per_inch) for side in figure.get_size_inches())
     if suffix == ".png" and (max(width, height) >= 2**16 or width * height > MOST_PIXELS):
         raise ValueError(
@@ -43,16 +43,20 @@ def main(options: Options) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=options.dots_per_inch, format=suffix[1:])
     write_atomically(options.output, picture.getvalue())
-    print(f"wrote {options.output}")
+    print(f"wrote {options.output}{share}")
 
 
-def _figure(options: Options) -> Figure:
+def _figure(options: Options) -> tuple[Figure, str]:
+    """The picture, and of a pattern its share of dense attention's pairs."""
     title = f"{options.pattern}, {options.heads} heads, span {options.span}"
     if not is_other(options.pattern):
         pattern = named_pattern(options.pattern, options.heads, options.span)
         for remark in pattern_remarks(pattern):
             print(f"warning: {remark}", file=sys.stderr)
-        return pattern_figure(pattern, options.length, title)
+        length = options.span if options.length is None else options.length
+        dense = options.heads * length * (length + 1) // 2
+        share = f": {100 * sum(pattern.pairs(length)) / dense:.1f} % of dense attention's pairs"
+        return pattern_figure(pattern, length, title), share
     from ..baselines import seen
 
     other = other_attention(options.pattern, options.heads, options.span)
@@ -67,4 +71,4 @@ def _figure(options: Options) -> Figure:
             f"`--heads` and `--length` must make at most {MOST_PAIRS:,} pairs for "
             f"{options.pattern}, which draws each of them, got {pairs:,}"
         )
-    return seen_figure(seen(other, length).numpy(), title)
+    return seen_figure(seen(other, length).numpy(), title), ""
