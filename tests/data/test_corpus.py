@@ -173,7 +173,7 @@ def test_options_of_datasets_are_not_ignored_for_text(tmp_path):
     ("text", "changes", "error"),
     [
         ("one", {}, "one document must have the end of a line near its end"),
-        ("a\fb\fc", {}, "must be 0, for none, or more than 1 / 6 for a source of 3 documents"),
+        ("a\fb\fc", {}, r"or more than 1 / 6, such as 0\.18, for a source of 3 documents"),
         ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
         ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
     ],
