@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,22 @@ def test_what_is_hardly_meant_is_noted(data, tmp_path):
     said.clear()
     pretrain(recipe(data, steps=1), tmp_path / "quiet", send=said.append)
     assert not [event for event in said if event["kind"] == "note"]
+
+
+def test_a_long_run_on_a_cpu_is_noted(data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("spattention.training.pretrain.CPU_SPEED", 1.0)
+    pretrain(recipe(data, steps=1), tmp_path / "run", send=said.append)
+    notes = [event["text"] for event in said if event["kind"] == "note"]
+    assert (torch.cuda.is_available() and not notes) or "days or more on the CPU" in notes[0]
+
+
+@pytest.mark.parametrize("field", ["data", "validation"])
+@pytest.mark.parametrize("name", ["gone", "gone.u16.xz"])
+def test_missing_data_is_named_by_its_field(data, tmp_path, field, name):
+    where = tmp_path / name
+    with pytest.raises(ValueError, match=rf"`{field}` must be .*, got {where}, which does not exi"):
+        pretrain(replace(recipe(data), **{field: (str(where),)}), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

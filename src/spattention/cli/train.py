@@ -13,7 +13,7 @@ from accelerate.utils import get_int_from_env
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..files import check_local, did_you_mean, shown
+from ..files import check_local, counted, did_you_mean, shown
 from ..loading import open_config, open_weights
 from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
@@ -129,8 +129,8 @@ class TrainProgress:
                 f"{event['parameters'] / 1e6:,.1f} M parameters, "
                 f"{event['active_parameters'] / 1e6:,.1f} M active; "
                 f"attention {event['attention']}; {event['tokens']:,} training tokens, "
-                f"{event['epochs']:.2f} epochs; {event['devices']} device(s), "
-                f"{event['threads']} CPU thread(s) each",
+                f"{event['epochs']:,.2f} epochs; {counted(event['devices'], 'device')}, "
+                f"{counted(event['threads'], 'CPU thread')} each",
                 highlight=False,
             )
             self._progress.update(
