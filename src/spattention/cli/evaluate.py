@@ -235,7 +235,7 @@ def tables_of(
         found = evaluation.loss
         parts = [("all", found.loss)]
         parts += [
-            (f"{near:,} to {far - 1:,}", part)
+            (f"{near:,}" if far == near + 1 else f"{near:,} to {far - 1:,}", part)
             for near, far, part in zip(found.edges, found.edges[1:], found.parts)
         ]
         rows = [(name, _mean(part, 4), _perplexity(part)) for name, part in parts]
@@ -390,10 +390,10 @@ def _progress(console: Console) -> Iterator[Any]:
 
 def _question(score: Score) -> str:
     if score.task == "copying":
-        return f"copying, {score.setting:,.0f} tokens back"
+        return f"copying, {score.setting:,.0f} back"
     if score.task == "pairs":
-        return f"{score.setting:,.0f} pairs of key and value"
-    return f"needle at {100 * score.setting:.0f} % of the context"
+        return f"{score.setting:,.0f} pairs"
+    return f"needle at {100 * score.setting:.0f} %"
 
 
 def beside_chance(score: Score | TaskScore) -> str:
