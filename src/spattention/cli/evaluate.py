@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 import math
 import shlex
 import sys
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import logging
+from transformers import logging as transformers_logging
 
 from ..compat.huggingface import attention_name
 from ..data.model_text import check_same_tokenizer, is_text, open_tokens, tokenize_text
@@ -67,8 +68,9 @@ class Evaluation:
 
 def main(options: Options) -> None:
     """Open the model, evaluate, write and print."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warns of a model that is open already
     parts = options.parts or ("loss", "recall", "heads", *(("tasks",) if options.tasks else ()))
     _check(options, parts)
     folder = model_folder(options.checkpoint)

@@ -77,8 +77,8 @@ def open_source(
     if (path.is_file() and path.suffix != ".parquet") or (path.is_dir() and not marked):
         if name is not None or split != "train" or streaming:
             raise ValueError(
-                f"`name`, `split` and `streaming` are for datasets, {what} holds text; got {name}, "
-                f"{split}, {streaming}"
+                f"`--name`, `--split` and `--streaming` are for datasets, {what} holds text; got "
+                f"{name}, {split}, {streaming}"
             )
         plain = text_kind(path) == ".txt" or any(text_kind(f) == ".txt" for f in path.glob("*"))
         separator = "a form feed ends a document in a .txt file" if plain else None
@@ -102,7 +102,7 @@ def open_source(
             f"{what} is neither a file nor a dataset that can be read: {error}{near}"
         ) from error
     if found.column_names is not None and column not in found.column_names:
-        raise ValueError(f"`column` must be one of {found.column_names}, got {column!r}")
+        raise ValueError(f"`--column` must be one of {found.column_names}, got {column!r}")
     total = None if isinstance(found, datasets.IterableDataset) else len(found)
     return Source(what, _texts(what, column, found), total)
 
@@ -156,7 +156,7 @@ def prepare_corpus(
     if folder.exists():
         raise ValueError(f"`--output` must be a new folder, {folder} exists")
     if not 0 <= held_out <= 0.5:
-        raise ValueError(f"`held_out` must lie between 0 and 0.5, got {held_out}")
+        raise ValueError(f"`--held-out` must lie between 0 and 0.5, got {held_out}")
     if sample < 1:
         raise ValueError(f"`sample` must be at least 1 document, got {sample}")
     if tokenizer is None:
@@ -267,7 +267,7 @@ def _too_few(count: int, held_out: float, separator: str | None = None) -> Value
         more = f", for none, or more than 1 / {2 * count}, such as {least},"
     said = f"; {separator}" if separator else ""
     return ValueError(
-        f"`held_out` must be 0{more} for a source of {counted(count, 'document')}, got "
+        f"`--held-out` must be 0{more} for a source of {counted(count, 'document')}, got "
         f"{held_out}{said}"
     )
 
