@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel, masking_utils
 from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
 
@@ -60,9 +62,37 @@ def wrap_missing_keys_check(wrap: Callable[[Callable[..., None]], Callable[..., 
     )
 
 
+def default_attention(named: Callable[[Any], str | None]) -> None:
+    """Have a model whose config asks for no attention implementation (None) take the one that
+    `named(config)` gives, before Transformers chooses its own.
+    """
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+
+    @wraps(check)
+    def chosen(self: Any, attn_implementation: str | None, *rest: Any, **options: Any) -> Any:
+        wanted = named(self.config) if attn_implementation is None else attn_implementation
+        return check(self, wanted, *rest, **options)
+
+    PreTrainedModel._check_and_adjust_attn_implementation = chosen
+
+
 def register_fusion(name: str) -> None:
     """Have configs accept `fusion_config[name]`; processes that do not know the name refuse it."""
     _FUSION_REGISTRY[name] = ModuleFusionSpec()
+
+
+def alias_architectures(prefix: str) -> None:
+    """Have `transformers.<prefix><Model>` be `transformers.<Model>`, its class of a model."""
+    lazy: Any = type(transformers)
+    plain = lazy.__getattr__
+
+    @wraps(plain)
+    def found(self: Any, name: str) -> Any:
+        if self.__name__ == transformers.__name__ and name.startswith(prefix):
+            return getattr(self, name.removeprefix(prefix))
+        return plain(self, name)
+
+    lazy.__getattr__ = found
 
 
 def adapters_disabled(wrapper: Any) -> bool:

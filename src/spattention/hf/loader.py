@@ -1,13 +1,17 @@
 """A module beside a saved model that registers this library, for tools that never call `register`.
 
-Such tools (lm_eval, `trl sft`, `transformers serve`) open a folder with `trust_remote_code=True` if
-their user says so. Transformers then imports the module that `auto_map` of the config names.
+Such tools (lm_eval, `transformers serve`) open a folder with `trust_remote_code=True` if their user
+says so. Transformers then imports the module that `auto_map` of the config names: already with the
+config, because some tools look the architecture up before they open the model.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,13 +19,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..files import read_json, write_atomically
-from .section import ARCHITECTURE_PREFIX, LOADER, registered_call
+from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER, registered_call
+from .weights import REQUIREMENT
 
 CONFIG_BYTES = 2**26
 AUTO_CLASSES = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
+# Modules that register kinds of attention; imported where a folder needs one.
+REGISTERING = ("spattention.hf", "spattention.baselines", "spattention.related")
 MODULE = '''"""Registers spattention, which this model needs: pip install 'spattention[hf]'."""
 
 import transformers
@@ -33,6 +40,20 @@ import {module}
 
 class {name}(transformers.{name}):
     """The same model, of which Transformers saves this module along."""
+
+
+class Config(transformers.AutoConfig):
+    """Opens the config with Transformers' own class."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        return transformers.AutoConfig.from_pretrained(
+            *arguments, **options | {{"trust_remote_code": False}}
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing: `from_pretrained` gives no object of this class."""
 '''
 
 
@@ -53,6 +74,7 @@ def add_loader(folder: str | Path) -> None:
         raise ValueError(f"`folder` must be a path, got {type(folder).__name__}")
     path = Path(folder) / "config.json"
     config = read_json(path, CONFIG_BYTES)
+    _register_kinds(config)
     call = registered_call(config)
     if call is None:
         raise ValueError(f"`folder` must hold a model with bands or a baseline, {path} has none")
@@ -65,11 +87,19 @@ def add_loader(folder: str | Path) -> None:
             f"{path} must name a model of Transformers that generates text as `architectures`, got "
             f"{named!r}"
         )
-    wanted = dict.fromkeys(classes, f"{LOADER}.{name}")
+    wanted = CONFIG_LOADER | dict.fromkeys(classes, f"{LOADER}.{name}")
     found = config.get("auto_map")
-    if found is not None and found != wanted:
+    if found is not None and not wanted.items() >= found.items():
         raise ValueError(f"{path} must not have an `auto_map` of other code, got {found!r}")
     module, _, _ = call.rpartition(".")
     text = MODULE.format(module=module, name=name, call=call)
     write_atomically(Path(folder) / f"{LOADER}.py", text)
     write_atomically(path, json.dumps(config | {"auto_map": wanted}, indent=2) + "\n")
+
+
+def _register_kinds(config: Mapping[str, Any]) -> None:
+    """Register the attention that a saved config asks for, as far as it is this library's."""
+    asked = [str(name).partition(": ")[2] for name in config.get("fusion_config") or ()]
+    for module in REGISTERING:
+        if f"{module}.register(){REQUIREMENT}" in asked:
+            import_module(module).register()
