@@ -331,7 +331,7 @@ def _refuse(handle: BandHandle | None, asked: str) -> NoReturn:
         )
     raise ValueError(
         "`past_key_values` must be read by the bands that it was made for when it is a BandCache, "
-        f"got another attention, which asks for {asked}"
+        f"got another attention, which asks for {asked}: without bands, use a cache of Transformers"
     )
 
 
