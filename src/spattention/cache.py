@@ -249,7 +249,7 @@ class BandStore:
             after = f" after {before} that were taken back before" if before else ""
             raise ValueError(
                 f"`tokens` must be at most the store's `max_rollback` = {self.max_rollback}, got "
-                f"{tokens}{after}"
+                f"{tokens}{after}; make it with a larger `max_rollback`"
             )
         self.counts[:2].sub_(taken)
         self._columns -= tokens

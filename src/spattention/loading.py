@@ -217,7 +217,10 @@ def open_tokenizer(folder: Path) -> Any:
         found.decode(found("a")["input_ids"])  # some damage is seen at the first text
     if words <= 0:
         # Without files Transformers makes an empty one of the model's family.
-        raise ValueError(f"{folder} must hold a tokenizer, got none with words")
+        raise ValueError(
+            f"{folder} must hold the model's tokenizer, got none: save it there, with "
+            "`tokenizer.save_pretrained(folder)`"
+        )
     return found
 
 

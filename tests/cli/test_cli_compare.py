@@ -221,7 +221,7 @@ def test_generate_without_a_tokenizer_says_so(compared, capsys, tmp_path):
     model = model_folder(output)
     copied = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
     assert main(["generate", str(copied), "hello"]) == 2
-    assert "must hold a tokenizer, got none with words" in capsys.readouterr().err
+    assert "must hold the model's tokenizer, got none: save it there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("told", [True, False])

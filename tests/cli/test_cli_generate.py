@@ -87,3 +87,11 @@ def test_a_dense_model_has_nothing_to_compare(
     assert "3 tokens after a prompt of" in capfd.readouterr().err
     assert main([*command, "--compare", "dense"]) == 2
     assert "`--compare dense` needs a model with bands" in capfd.readouterr().err
+
+
+def test_a_full_context_is_told(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Fewer tokens than asked for have their reason."""
+    assert main(["generate", str(saved), PROMPT, "--max-new-tokens", "5"]) == 0
+    assert "is full" not in capfd.readouterr().err
+    assert main(["generate", str(saved), PROMPT * 8, "--max-new-tokens", "5000"]) == 0
+    assert "the model's context of 600 tokens is full" in capfd.readouterr().err

@@ -106,3 +106,24 @@ def test_decoding_with_a_static_cache_is_one_graph():
     spa.hf.apply(model, P.dense(HEADS, 16))
     with torch.no_grad(), pytest.raises(Exception, match="must have been filled under"):
         compiled(ids[:, :1], past_key_values=cache)
+
+
+def test_a_cache_is_allocated_outside_graphs(caplog, recwarn):
+    """A compiled first pass makes the cache without tracing it; in one graph it says why not."""
+    model = model_of("llama", layers=2).eval()
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        cache = spa.hf.BandCache(model.config)
+        compiled = torch.compile(model, backend="eager")
+        found = [
+            compiled(part, past_key_values=cache).logits for part in (ids[:, :11], ids[:, 11:])
+        ]
+        close(torch.cat(found, dim=1), model(ids).logits, rtol=0.0, atol=1e-4)
+        said = [str(each.message) for each in recwarn] + [
+            each.getMessage() for each in caplog.records
+        ]
+        assert not [text for text in said if "Dynamo" in text or "recompile_limit" in text]
+        torch._dynamo.reset()
+        whole = torch.compile(model, fullgraph=True, backend="eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="allocated outside graphs"):
+            whole(ids, past_key_values=spa.hf.BandCache(model.config))

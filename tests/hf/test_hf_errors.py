@@ -39,6 +39,8 @@ KEYWORDS = {
     "return_dict": (True, None),
     "shift_labels": (torch.zeros(1, 8), None),
     "seq_idx": (torch.zeros(1, 8, dtype=torch.int32), None),
+    "tokenizer": (object(), None),
+    "assistant_tokenizer": (object(), None),
     "cu_seq_lens_q": (FLAT, "must come with all of"),
     # The other three mean nothing without the first.
     "cu_seq_lens_k": (FLAT, "`cu_seq_lens_q` must come with"),

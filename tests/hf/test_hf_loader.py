@@ -17,8 +17,8 @@ import spattention as spa
 from spattention import baselines, related
 
 TOOL = """
-import json, sys, torch, transformers
-from transformers import AutoModelForCausalLM, AutoConfig
+import json, sys, torch
+from transformers import AutoModelForCausalLM
 folder, ids = sys.argv[1], json.loads(sys.argv[2])
 ways = {"trusted": {"trust_remote_code": True}, "plain": {}, "not": {"trust_remote_code": False}}
 for name in ("plain", "not", "trusted"):
@@ -53,7 +53,7 @@ def test_a_tool_that_trusts_code_opens_bands(family, tmp_path):
     lines = [
         line for line in (tmp_path / "modeling_spattention.py").read_text().splitlines() if line
     ]
-    assert len(lines) <= 6
+    assert len(lines) <= 16
     ids = tokens(1, 17)
     said = run(tmp_path, ids)
     for name in ("plain", "not"):
@@ -110,6 +110,65 @@ def test_a_lookup_by_architecture_ends_by_name(tmp_path):
     del model.config.spattention
     model.save_pretrained(tmp_path / "dense")
     assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+SERVER = """
+import sys, transformers
+from transformers import AutoConfig, AutoTokenizer
+options = {"trust_remote_code": True, "attn_implementation": None}  # as `transformers serve`
+config = AutoConfig.from_pretrained(sys.argv[1], **options)
+assert type(config).__module__.startswith("transformers.models."), type(config)
+architecture = getattr(transformers, config.architectures[0])
+model = architecture.from_pretrained(sys.argv[1], **options)
+print(model.config._attn_implementation, type(model).__name__)
+"""
+ADD = """
+import sys, spattention as spa
+spa.hf.add_loader(sys.argv[1])
+"""
+
+
+def called(program, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_fresh_process_adds_a_loader(tmp_path):
+    """`add_loader` registers what the folder needs: bands, baselines and related systems."""
+    cases = {
+        "bands": banded("llama"),
+        "baselines": baselines.apply(build("llama"), baselines.BigBird(HEADS, 64)),
+        "related": related.apply(build("llama"), related.MEA(HEADS, 64)),
+    }
+    for name, model in cases.items():
+        model.save_pretrained(tmp_path / name)
+        assert called(ADD, tmp_path / name) == []
+        assert (tmp_path / name / "modeling_spattention.py").is_file()
+
+
+def test_a_server_finds_the_architecture(tmp_path):
+    """`transformers serve` looks it up in `transformers` and passes no attention."""
+    banded("llama").save_pretrained(tmp_path)
+    spa.hf.add_loader(tmp_path)
+    assert called(SERVER, tmp_path) == ["spattention", "LlamaForCausalLM"]
+    assert transformers.SpattentionQwen3ForCausalLM is transformers.Qwen3ForCausalLM
+    with pytest.raises(AttributeError, match="has no attribute BoomForCausalLM"):
+        transformers.SpattentionBoomForCausalLM  # noqa: B018
+
+
+def test_no_attention_asked_for_is_the_folders_own(tmp_path):
+    banded("llama").save_pretrained(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=None)
+    assert opened.config._attn_implementation == "spattention"
+    dense = transformers.AutoModelForCausalLM.from_config(build("llama").config)
+    assert dense.config._attn_implementation == "sdpa"
 
 
 def test_a_baseline_has_a_loader_too(tmp_path):

@@ -98,12 +98,15 @@ def _run(arguments: list[str]) -> int:
     try:
         import tyro
 
+        from .optional import OPTIONS
+
         described = import_module(f"spattention.cli.options.{name}")
         options = tyro.cli(
             described.Options,
             prog=f"spattention {name}",
             description=described.description() if hasattr(described, "description") else None,
             args=rest,
+            registry=OPTIONS,
         )
         output = getattr(options, "output", None)
         if output is not None:

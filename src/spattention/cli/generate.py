@@ -82,6 +82,8 @@ def main(options: Options) -> None:
             f"cache {run.cache / 2**20:.2f} MiB ({folder})",
             file=sys.stderr,
         )
+        if run.tokens == room:
+            print(f"the model's context of {longest} tokens is full", file=sys.stderr)
         return
     runs = {}
     for name in ("bands", options.compare):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel, masking_utils
 from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
 
@@ -72,6 +74,20 @@ def wrap_missing_keys_check(wrap: Callable[[Callable[..., None]], Callable[..., 
 def register_fusion(name: str) -> None:
     """Have configs accept `fusion_config[name]`; processes that do not know the name refuse it."""
     _FUSION_REGISTRY[name] = ModuleFusionSpec()
+
+
+def alias_architectures(prefix: str) -> None:
+    """Have `transformers.<prefix><Model>` be `transformers.<Model>`, its class of a model."""
+    lazy: Any = type(transformers)
+    plain = lazy.__getattr__
+
+    @wraps(plain)
+    def found(self: Any, name: str) -> Any:
+        if self.__name__ == transformers.__name__ and name.startswith(prefix):
+            return getattr(self, name.removeprefix(prefix))
+        return plain(self, name)
+
+    lazy.__getattr__ = found
 
 
 def adapters_disabled(wrapper: Any) -> bool:

@@ -25,6 +25,7 @@ from .tensor_parallel import head_shard
 # Keywords that models pass on to their attention functions and that do not say who attends whom.
 WITHOUT_EFFECT = frozenset(
     {
+        "assistant_tokenizer",  # of `generate`
         "cache_position",
         "labels",
         "logits_to_keep",
@@ -37,6 +38,7 @@ WITHOUT_EFFECT = frozenset(
         "shift_labels",
         "seq_idx",  # the documents of `position_ids`, for layers that are not attention
         "sliding_window",  # a layer with a pattern has no window of its own any more
+        "tokenizer",  # of `generate`, with stop strings and token healing
         "use_cache",
     }
 )

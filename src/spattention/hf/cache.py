@@ -146,6 +146,10 @@ class BandLayer(EndlessLayer):
             return self.store.capacity is None
         return self.capacity is None or self.capacity >= tokens_in_reach(self.pattern)
 
+    # Memory that a graph makes has no address of its own, and planning rings does not trace.
+    @torch.compiler.disable(
+        reason="a BandCache is allocated outside graphs, by an eager first pass"
+    )
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the store for keys `[B, Hkv, n, D]` and values of this shape."""
         kind = under_autocast(key_states)[0]
@@ -330,7 +334,7 @@ def _refuse(handle: BandHandle | None, asked: str) -> NoReturn:
         )
     raise ValueError(
         "`past_key_values` must be read by the bands that it was made for when it is a BandCache, "
-        f"got another attention, which asks for {asked}"
+        f"got another attention, which asks for {asked}: without bands, use a cache of Transformers"
     )
 
 

@@ -183,7 +183,12 @@ def _check_positions(
 
 
 def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
-    """Check that the cache has this batch size and room for the new tokens."""
+    """Check that there are new tokens, and that the cache has this batch size and room for them."""
+    if tokens == 0:
+        raise ValueError(
+            "`input_ids` must hold at least one token that is not in `past_key_values` yet, got "
+            "none: continue a text by all of it so far and more, or start one with a new cache"
+        )
     if layer >= len(cache.layers):
         return
     held = cache.layers[layer]
@@ -191,7 +196,8 @@ def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:
     if keys is not None and keys.numel() > 0 and keys.shape[0] != rows:
         raise ValueError(
             f"`past_key_values` must keep the batch that it was filled with, {keys.shape[0]} "
-            f"rows, got {rows} in layer {layer}"
+            f"rows, got {rows} in layer {layer}: make a new cache for another batch, or change "
+            "this one by `batch_select_indices` or `batch_repeat_interleave`"
         )
     room = getattr(held, "max_cache_len", None)
     if room is None or held.is_sliding:

@@ -1,7 +1,8 @@
 """A module beside a saved model that registers this library, for tools that never call `register`.
 
-Such tools (lm_eval, `trl sft`, `transformers serve`) open a folder with `trust_remote_code=True` if
-their user says so. Transformers then imports the module that `auto_map` of the config names.
+Such tools (lm_eval, `transformers serve`) open a folder with `trust_remote_code=True` if their user
+says so. Transformers then imports the module that `auto_map` of the config names: already with the
+config, because some tools look the architecture up before they open the model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from ..files import read_json, write_atomically
 from .adapter_files import refuse_adapter
 from .apply import CALL
-from .section import ARCHITECTURE_PREFIX, LOADER
+from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER
 from .weights import REQUIREMENT
 
 CONFIG_BYTES = 2**26
@@ -40,6 +41,20 @@ import {module}
 
 class {name}(transformers.{name}):
     """The same model, of which Transformers saves this module along."""
+
+
+class Config(transformers.AutoConfig):
+    """Opens the config with Transformers' own class."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        return transformers.AutoConfig.from_pretrained(
+            *arguments, **options | {{"trust_remote_code": False}}
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing: `from_pretrained` gives no object of this class."""
 '''
 
 
@@ -73,9 +88,9 @@ def add_loader(folder: str | Path) -> None:
             f"{path} must name a model of Transformers that generates text as `architectures`, got "
             f"{named!r}"
         )
-    wanted = dict.fromkeys(classes, f"{LOADER}.{name}")
+    wanted = CONFIG_LOADER | dict.fromkeys(classes, f"{LOADER}.{name}")
     found = config.get("auto_map")
-    if found and found != wanted:
+    if found and not wanted.items() >= found.items():
         raise ValueError(f"{path} must not have an `auto_map` of other code, got {found!r}")
     module, _, _ = call.rpartition(".")
     text = MODULE.format(module=module, name=name, call=call)

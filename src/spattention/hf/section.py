@@ -7,7 +7,7 @@ a config with a section also writes
 
 - `attn_implementation`, the kind, which Transformers honours on loading;
 - `architectures` with a prefix, which vLLM and other programs look up and do not know (Transformers
-  goes by `model_type`);
+  goes by `model_type`; after `register` it knows these names too, since some tools look there);
 - an empty `auto_map`, without which TRL fails before it gets to the next entry;
 - a requirement among `fusion_config`, which `from_pretrained` refuses by name in a process without
   this library, `attn_implementation="sdpa"` or not. It is off, so a process that knows it does
@@ -33,6 +33,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat.huggingface import (
+    alias_architectures,
     attention_name,
     register_fusion,
     set_attention_name,
@@ -57,6 +58,7 @@ from .weights import (
 ARCHITECTURE_PREFIX = "Spattention"
 LONGEST_VALUE = 200  # characters of a value in an error
 LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
+CONFIG_LOADER = {"AutoConfig": f"{LOADER}.Config"}  # its entry of `auto_map`
 ADAPTERS = "spattention.hf.peft_adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
 TRAINER_GUARD = "spattention.hf.trainer_guard"
@@ -130,6 +132,7 @@ def register_kind(kind: AttentionKind) -> None:
         # Transformers only warns about weights that a checkpoint lacks, and leaves parameters that
         # it does not know uninitialised. There is no public place to be stricter.
         wrap_missing_keys_check(_with_strict_weights)
+        alias_architectures(ARCHITECTURE_PREFIX)
         when_imported("peft", GUARD)
         when_imported("transformers.trainer_callback", TRAINER_GUARD)
         when_imported("accelerate", ACCELERATE_GUARD)
@@ -253,9 +256,13 @@ def _forget_loader(config: Any) -> None:
     """Take the name of a loader off a live config: Transformers writes it again for a model that
     came through one, together with the module, and must not for any other.
     """
-    auto_map = getattr(config, "auto_map", None)
-    if auto_map and all(str(name).startswith(f"{LOADER}.") for name in auto_map.values()):
+    if _names_loader(getattr(config, "auto_map", None)):
         del config.auto_map
+
+
+def _names_loader(auto_map: Any) -> bool:
+    """True if all classes of an `auto_map` are those of a loader."""
+    return bool(auto_map) and all(str(n).startswith(f"{LOADER}.") for n in auto_map.values())
 
 
 def registered_call(saved: Mapping[str, Any]) -> str | None:
@@ -339,6 +346,8 @@ def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
             data.setdefault("auto_map", {})
         elif data.get("auto_map") == {}:
             del data["auto_map"]
+        if _names_loader(data.get("auto_map")):
+            data["auto_map"] = CONFIG_LOADER | data["auto_map"]
         return data
 
     return marked
