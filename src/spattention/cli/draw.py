@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..bands import BandPattern
 from ..choice import is_other, named_pattern, other_attention, pattern_remarks
 from ..files import write_atomically
 from ..plots import pattern_figure, seen_figure
@@ -48,15 +50,19 @@ def main(options: Options) -> None:
 
 def _figure(options: Options) -> tuple[Figure, str]:
     """The picture, and of a pattern its share of dense attention's pairs."""
+    # Edges and intervals have slashes too, behind the colon.
+    if Path(options.pattern).is_dir() or "/" in options.pattern.partition(":")[0]:
+        return _saved_figure(options)
+    if options.layer is not None:
+        raise ValueError(
+            f"`--layer` must be of a saved model with bands, {options.pattern} is no folder"
+        )
     title = f"{options.pattern}, {options.heads} heads, span {options.span}"
     if not is_other(options.pattern):
         pattern = named_pattern(options.pattern, options.heads, options.span)
         for remark in pattern_remarks(pattern):
             print(f"warning: {remark}", file=sys.stderr)
-        length = options.span if options.length is None else options.length
-        dense = options.heads * length * (length + 1) // 2
-        share = f": {100 * sum(pattern.pairs(length)) / dense:.1f} % of dense attention's pairs"
-        return pattern_figure(pattern, length, title), share
+        return _drawn(pattern, options.length, title)
     from ..baselines import seen
 
     other = other_attention(options.pattern, options.heads, options.span)
@@ -72,3 +78,31 @@ def _figure(options: Options) -> tuple[Figure, str]:
             f"{options.pattern}, which draws each of them, got {pairs:,}"
         )
     return seen_figure(seen(other, length).numpy(), title), ""
+
+
+def _drawn(pattern: BandPattern, length: int | None, title: str) -> tuple[Figure, str]:
+    length = pattern.span if length is None else length
+    dense = pattern.num_heads * length * (length + 1) // 2
+    share = f": {100 * sum(pattern.pairs(length)) / dense:.1f} % of dense attention's pairs"
+    return pattern_figure(pattern, length, title), share
+
+
+def _saved_figure(options: Options) -> tuple[Figure, str]:
+    """Draw a layer of a saved model."""
+    from ..hf.config import read_section
+    from ..loading import model_folder, open_config
+
+    folder = model_folder(Path(options.pattern))
+    section = read_section(open_config(folder).get_text_config())
+    if section is None:
+        raise ValueError(f"{folder} must hold a model with bands, it has none")
+    banded = [index for index, entry in enumerate(section.layer_patterns) if entry is not None]
+    layer = banded[0] if options.layer is None else options.layer
+    if layer not in banded:
+        raise ValueError(f"`--layer` must be a layer of {folder} with bands, {banded}, got {layer}")
+    pattern = section.layer_patterns[layer]
+    assert pattern is not None
+    if pattern.num_heads > MOST_HEADS:
+        raise ValueError(f"{folder} must have at most {MOST_HEADS} heads, got {pattern.num_heads}")
+    title = f"{folder}, layer {layer}, {pattern.num_heads} heads, span {pattern.span}"
+    return _drawn(pattern, options.length, title)
