@@ -62,7 +62,7 @@ def _figure(options: Options) -> tuple[Figure, str]:
         pattern = named_pattern(options.pattern, options.heads, options.span)
         for remark in pattern_remarks(pattern):
             print(f"warning: {remark}", file=sys.stderr)
-        return _drawn(pattern, options.length, title)
+        return _pattern_figure(pattern, options.length, title)
     from ..baselines import seen
 
     other = other_attention(options.pattern, options.heads, options.span)
@@ -78,13 +78,6 @@ def _figure(options: Options) -> tuple[Figure, str]:
             f"{options.pattern}, which draws each of them, got {pairs:,}"
         )
     return seen_figure(seen(other, length).numpy(), title), ""
-
-
-def _drawn(pattern: BandPattern, length: int | None, title: str) -> tuple[Figure, str]:
-    length = pattern.span if length is None else length
-    dense = pattern.num_heads * length * (length + 1) // 2
-    share = f": {100 * sum(pattern.pairs(length)) / dense:.1f} % of dense attention's pairs"
-    return pattern_figure(pattern, length, title), share
 
 
 def _saved_figure(options: Options) -> tuple[Figure, str]:
@@ -105,4 +98,11 @@ def _saved_figure(options: Options) -> tuple[Figure, str]:
     if pattern.num_heads > MOST_HEADS:
         raise ValueError(f"{folder} must have at most {MOST_HEADS} heads, got {pattern.num_heads}")
     title = f"{folder}, layer {layer}, {pattern.num_heads} heads, span {pattern.span}"
-    return _drawn(pattern, options.length, title)
+    return _pattern_figure(pattern, options.length, title)
+
+
+def _pattern_figure(pattern: BandPattern, length: int | None, title: str) -> tuple[Figure, str]:
+    length = pattern.span if length is None else length
+    dense = pattern.num_heads * length * (length + 1) // 2
+    share = f": {100 * sum(pattern.pairs(length)) / dense:.1f} % of dense attention's pairs"
+    return pattern_figure(pattern, length, title), share
