@@ -35,7 +35,8 @@ from .hf.adapter_files import refuse_adapter
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
 from .hf.weights import is_mark
-from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, newest_good
+from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, checkpoints, newest_good
+from .training.run_folder import MARK as RUN
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -81,7 +82,7 @@ def model_folder(path: Path) -> Path:
         if (path / MANIFEST).is_file():
             _check_manifest(path)
         return path
-    if (path / "run.json").is_file():
+    if (path / RUN).is_file():
         found, problems = newest_good(path)
         if found is None:
             told = "; ".join(problems) or "it has none"
@@ -96,6 +97,21 @@ def model_folder(path: Path) -> Path:
         f"{path} must hold a saved model ({CONFIG}), a training run (run.json) or a comparison "
         "(results.json), it has none of them"
     )
+
+
+def refuse_run(option: str, folder: Path) -> None:
+    """Raise ValueError for the folder of a training run, which may still change; the message names
+    its newest checkpoint.
+
+    Args:
+        option: what must be a saved model instead, as in "`--model`".
+        folder: where that should be.
+    """
+    if (folder / RUN).is_file() and (saved := checkpoints(folder)):
+        raise ValueError(
+            f"{option} must be a saved model, {folder} is a training run: name one of its "
+            f"checkpoints, such as {saved[0]}"
+        )
 
 
 def open_config(folder: Path) -> Any:

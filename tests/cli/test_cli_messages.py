@@ -129,6 +129,12 @@ def test_a_pattern_shows_how_options_are_given(given, message, tmp_path, capsys)
     assert message in refused(capsys, "draw", given, "--output", tmp_path / "a.png")
 
 
+def test_edges_with_slashes_are_no_folder(tmp_path):
+    for name in ("intervals:heads=0-8/0-4+16-32", "exclusive:widths=0/8/32"):
+        command = ["draw", name, "--heads", "2", "--span", "32"]
+        assert main([*command, "--output", str(tmp_path / "a.svg")]) == 0
+
+
 def test_prepare_refuses_before_it_imports(tmp_path, capsys, monkeypatch):
     """PyTorch and Transformers take seconds, and an output that exists is seen without them."""
     monkeypatch.setitem(sys.modules, "spattention.cli.prepare", None)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
 import spattention as spa
 from spattention.fitting import captured, explain, sliding_window
@@ -404,6 +406,15 @@ def test_the_table_counts_what_a_cache_keeps():
     one = P(intervals=(((0, 2),), ((0, 1), (5, 10)), ((0, 4),), ((0, 3),)), span=50)
     table = explain(made(50), [one, P.dense(HEADS, 50), P.sliding_window(HEADS, 50, 25)])
     assert table.cache == pytest.approx((10 + 4 + 50 + 50 + 25 + 25) / (6 * 50))
+
+
+def test_one_layer_of_a_picture_has_one_tick():
+    """Layers are whole numbers on the axis, one layer too."""
+    picture = import_module("spattention.fitting.picture")
+    figure = Figure()
+    axis = figure.subplots()
+    picture._heads(axis, torch.rand(1, 4), "share", "share", Normalize(0, 1))
+    assert [tick for tick in axis.get_yticks() if -0.5 <= tick <= 0.5] == [0]
 
 
 def test_the_picture_of_a_fit_shows_every_layer():

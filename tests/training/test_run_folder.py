@@ -362,6 +362,8 @@ def test_a_run_as_model_names_its_checkpoint(data, whole, tmp_path, capsys):
     assert f"{whole} is a training run: name one of its checkpoints, such as {last}" in (
         capsys.readouterr().err
     )
+    assert main(["fit", str(whole), "--output", str(tmp_path / "more")]) == 2
+    assert f"`MODEL` must be a saved model, {whole} is a training run" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
 
 

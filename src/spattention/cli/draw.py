@@ -50,7 +50,8 @@ def main(options: Options) -> None:
 
 def _figure(options: Options) -> tuple[Figure, str]:
     """The picture, and of a pattern its share of dense attention's pairs."""
-    if Path(options.pattern).is_dir() or "/" in options.pattern:
+    # Edges and intervals have slashes too, behind the colon.
+    if Path(options.pattern).is_dir() or "/" in options.pattern.partition(":")[0]:
         return _saved_figure(options)
     if options.layer is not None:
         raise ValueError(

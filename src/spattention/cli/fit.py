@@ -37,6 +37,7 @@ from ..fitting.picture import fit_figure, profile_figure
 from ..fitting.sinks import starting_sinks
 from ..hf.adapter_files import refuse_adapter
 from ..hf.profile import identity
+from ..loading import refuse_run
 from .options.fit import Options
 
 ENOUGH = 8  # times the tokens that are used: rows are spread over so much text at most
@@ -168,6 +169,7 @@ def _ending_on_request() -> Iterator[None]:
 def _open(options: Options) -> tuple[Any, Any]:
     """The dense model, ready to be profiled, and its tokenizer."""
     name = options.model
+    refuse_run("`MODEL`", Path(name))
     refuse_adapter(Path(name))
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`MODEL` must be a folder with a config.json, {name} has none")

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import check_local, counted, did_you_mean, shown
-from ..loading import open_config, open_weights
+from ..loading import open_config, open_weights, refuse_run
 from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
 from ..training.recipe import find_recipe, read_recipe
-from ..training.run_folder import MARK
 from .options.train import Options
 
 
@@ -78,11 +77,7 @@ def _check_model(name: str) -> None:
     if name in SHAPES:
         return
     if path.is_dir():
-        if (path / MARK).is_file() and (saved := checkpoints(path)):
-            raise ValueError(
-                f"`model` must be a saved model, {path} is a training run: name one of its "
-                f"checkpoints, such as {saved[0]}"
-            )
+        refuse_run("`model`", path)
         open_config(path)
         open_weights(path)
         return

@@ -121,8 +121,8 @@ def _heads(
         _tokens(bar.ax.yaxis, ticks[-1])
     axis.set_title(title, fontsize=10, color=INK)
     axis.set(xlabel="head", ylabel="layer")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _windows(axis: Any, profile: Profile) -> None:
