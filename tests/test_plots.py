@@ -6,6 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spattention.bands import BandPattern
 from spattention.choice import named_pattern, pattern_remarks
+from spattention.evaluation.heads import LayerHeads
 from spattention.evaluation.perplexity import LossByPosition, Mean
 from spattention.plots import (
     FUTURE,
@@ -128,6 +129,8 @@ def test_the_title_names_the_share_of_all_heads():
         ("local_only", 8, 1024, None),
         ("shared_local", 8, 1024, None),
         ("exclusive:widths=geometric", 8, 1024, None),
+        ("exclusive:widths=geometric,kv_heads=4", 8, 1024, None),
+        ("shared_local:widths=geometric,kv_heads=4", 8, 256, "6 of 8 heads of shared_local"),
     ],
 )
 def test_patterns_that_are_hardly_meant_get_a_remark(name, heads, span, remark):
@@ -144,6 +147,14 @@ def test_the_evaluation_names_model_and_shading():
     assert [t.get_text() for t in axis.get_legend().get_texts()] == [
         "± one standard error, over windows"
     ]
+
+
+def test_one_layer_has_one_tick():
+    """Layers are whole numbers on the axis, one layer too."""
+    figure = evaluation_figure(None, None, [LayerHeads((1.0, 2.0), (3.0, 4.0), 0.5)], "")
+    axis = figure.axes[0]
+    shown = [tick for tick in axis.get_yticks() if -0.5 <= tick <= 0.5]
+    assert shown == [0]
 
 
 def test_what_a_method_sees_is_drawn_pair_by_pair():

@@ -143,10 +143,7 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
     if is_other(text):
         return OtherAttention(text, other_attention(text, num_heads, span))
     if name not in (STOCK, *PATTERNS, EXPLICIT):
-        known = (STOCK, *PATTERNS, EXPLICIT, *BASELINES, *RELATED)
-        raise ValueError(
-            f"a pattern must be one of {known}, got {name!r}{did_you_mean(name, known)}"
-        )
+        raise _unknown("a pattern", name, (STOCK, *PATTERNS, EXPLICIT, *BASELINES, *RELATED))
     return BandAttention(text, named_pattern(text, num_heads, span))
 
 
@@ -161,9 +158,7 @@ def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern")
     name, colon, rest = text.partition(":")
     known_names = (STOCK, *PATTERNS, EXPLICIT)
     if name not in known_names:
-        raise ValueError(
-            f"{what} must be one of {known_names}, got {name!r}{did_you_mean(name, known_names)}"
-        )
+        raise _unknown(what, name, known_names)
     if name == EXPLICIT:
         return _explicit(
             _options(name, rest if colon else None, ("heads", "prefix")), num_heads, span
@@ -175,6 +170,15 @@ def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern")
         # As wide as the published ablation: one uniform band and its neighbour.
         options.setdefault("window", min(span, span // max(1, num_heads) + 1))
     return constructor(num_heads, span, **options)
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
+    first, separator, rest = name.partition(",")
+    if separator and first in known:
+        hint = f"; options follow a colon, as in {first}:{rest}"
+    else:
+        hint = did_you_mean(name, known)
+    return ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}{hint}")
 
 
 def _explicit(options: dict[str, Any], num_heads: int, span: int) -> BandPattern:
@@ -212,7 +216,10 @@ def pattern_remarks(
         remarks.append(f"{empty} of {heads} heads of {name} attend nothing")
     most, count = Counter(pattern.intervals).most_common(1)[0]
     distinct = kind in ("shared_local", "exclusive", "gapped")
-    if distinct and most and count > max(1, most_equal * heads):
+    # Query heads of one key/value head share their band by design.
+    made = pattern.constructor or {}
+    group = made["num_heads"] // made["kv_heads"] if "kv_heads" in made else 1
+    if distinct and most and count > max(group, most_equal * heads):
         bands = " ".join(f"[{near}, {far})" for near, far in most)
         remarks.append(f"{count} of {heads} heads of {name} attend the same distances {bands}")
         if kind == "shared_local":

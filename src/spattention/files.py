@@ -106,10 +106,10 @@ def check_local(name: str, rule: str, suffixes: tuple[str, ...] = ()) -> None:
     local = not on_hub or ("/" in name and path.parent.is_dir()) or path.suffix in suffixes
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{rule}, {shown_path(name)} is a link to nothing")
-    slip = path.suffix and _near(path, CLOSE)  # one.tx, where there is one.txt
+    slip = path.suffix and near_path(path, CLOSE)  # one.tx, where there is one.txt
     if path.exists() or not (local or slip):
         return
-    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{_near(path)}")
+    raise ValueError(f"{rule}, {shown_path(name)} is neither a file nor a folder{near_path(path)}")
 
 
 def check_folder(path: Path) -> None:
@@ -118,11 +118,11 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{path} must be the folder of a saved model, it is a link to nothing")
     if not path.exists():
         raise ValueError(
-            f"{path} must be the folder of a saved model, there is no such folder{_near(path)}"
+            f"{path} must be the folder of a saved model, there is no such folder{near_path(path)}"
         )
 
 
-def _near(path: Path, cutoff: float = 0.6) -> str:
+def near_path(path: Path, cutoff: float = 0.6) -> str:
     """A hint at the nearest name in the folder of a path that does not exist."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=cutoff)
@@ -133,6 +133,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the nearest of some names, for the end of a message; empty if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as in "1 document" and "2,000 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def is_unfinished(path: Path) -> bool:

@@ -188,8 +188,8 @@ def evaluation_figure(
         axis = next(axes)
         image = axis.imshow([layer.entropy for layer in heads], aspect="auto", cmap="viridis")
         figure.colorbar(image, ax=axis, label="nats")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set(xlabel="head", ylabel="layer")
         axis.set_title("entropy of attention", fontsize=10)
     return figure

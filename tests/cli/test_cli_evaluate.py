@@ -47,7 +47,7 @@ def test_it_ends_with_tables_json_and_a_plot(compared, tmp_path, capsys):
     assert all(0 <= value < math.log(64) for value in found["heads"][0]["entropy"])
     assert found["tasks"] is None
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert "| needle at 50 % of the context |" in (tmp_path / "evaluation.md").read_text()
+    assert "| needle at 50 % |" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_the_loss_is_that_of_the_comparison(compared, tmp_path):

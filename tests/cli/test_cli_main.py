@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spattention.cli import COMMANDS, EXTRAS, main
-from spattention.training.recipe import Recipe
+from spattention.training.recipe import Recipe, shipped_recipes
 
 
 def test_the_overview_names_every_command(capsys):
@@ -98,7 +98,8 @@ def test_help_of_train_names_every_field(capsys):
     for field in dataclasses.fields(Recipe):
         assert f"- {field.name} (" in text
     assert "- steps (required): optimizer steps." in text
-    assert "- layers (optional): decoder layers, instead of the preset's." in text
+    assert "- layers (optional): decoder layers, instead of the preset's; a pretrained" in text
+    assert all(path.stem in text for path in shipped_recipes())
     assert '- parallel (default "ddp"): "ddp" copies the model' in text
 
 
@@ -238,7 +239,8 @@ def test_draw_writes_the_formats_that_it_names(tmp_path, capsys):
         arguments = ["draw", "exclusive", "--heads", "4", "--span", "32", "--output", str(path)]
         assert main(arguments) == 0
         assert path.read_bytes().startswith(magic)
-        assert str(path) in capsys.readouterr().out
+        share = "25.0 % of dense attention's pairs"
+        assert f"{path}: {share}" in capsys.readouterr().out
 
 
 def test_draw_warns_of_a_pattern_that_is_dense(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_comparison_names_the_attention(name, found, folders, capsys):
             r"a name of \['mix', 'norm', 'components', 'bands'\], got 'prefix=4'",
         ),
         ("mea:band=exclusive", r"got 'band=exclusive', did you mean 'bands'\?"),
-        ("mea:bands=mea", r"^`bands` of `mea` must be one of \('dense', .*\), got 'mea'"),
+        ("mea:bands=mea", r"^`bands` of `mea` must be one of dense, .*, got 'mea'"),
         ("mea:bands=exclusiv", r"^`bands` of `mea` .* did you mean 'exclusive'\?"),
         ("mea:bands=exclusive:x=1", r"^options of `exclusive` are .* got 'x=1'"),
         ("bigbird:bands=dense", r"^options of `bigbird` are .* got 'bands=dense'"),
@@ -100,8 +101,8 @@ def test_nested_bands_are_among_the_options(text, message):
     [
         ("[1]", "got list"),
         ("3", "got int"),
-        ('{"other": "a"}', "there is no 'text'"),
-        ("{", "Expecting property name"),
+        ('{"other": "a"}', "with `--column`), got one with ['other']"),
+        ("{", "property name enclosed in double quotes at character"),
         ("[" * 100_000, "RecursionError: maximum recursion depth exceeded"),
     ],
 )
@@ -112,6 +113,40 @@ def test_bad_lines_are_told_in_words(line, found, tmp_path):
         list(iterate_documents(tmp_path / "a.jsonl"))
     assert found in str(caught.value)
     assert "Error(" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "exclusive,widths=geometric",
+            "; options follow a colon, as in exclusive:widths=geometric",
+        ),
+        ("exclusiv", "local_only, intervals, got 'exclusiv', did you mean 'exclusive'?"),
+    ],
+)
+def test_a_pattern_shows_how_options_are_given(given, message, tmp_path, capsys):
+    assert message in refused(capsys, "draw", given, "--output", tmp_path / "a.png")
+
+
+def test_prepare_refuses_before_it_imports(tmp_path, capsys, monkeypatch):
+    """PyTorch and Transformers take seconds, and an output that exists is seen without them."""
+    monkeypatch.setitem(sys.modules, "spattention.cli.prepare", None)
+    said = refused(capsys, "prepare", "--output", tmp_path)
+    assert f"`--output` must be a new folder, {tmp_path} exists" in said
+
+
+def test_a_slip_of_a_folder_is_no_data_set(tmp_path, capsys, monkeypatch):
+    """A single word may be on the hub; where it is not, the folder with a like name is named."""
+
+    def not_found(name, *arguments, **keywords):
+        raise FileNotFoundError(f"{name} is not on the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", not_found)
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, "prepare", "txts", "--output", tmp_path / "o")
+    assert said.rstrip().endswith(", did you mean texts?")
 
 
 def test_a_damaged_manifest_is_told_in_words(folders, capsys):

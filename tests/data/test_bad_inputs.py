@@ -35,7 +35,7 @@ def vocabulary_of(entries):
         ("a.txt", b"\xff\xfe\x00", [], "a.txt must be UTF-8 text"),
         ("a.txt", GOOD, ["--vocabulary", "1000000000000"], "`vocabulary` must be at least 257"),
         ("a.txt", GOOD, ["--vocabulary", "-1"], "`vocabulary` must be at least 257"),
-        ("a.txt", GOOD, ["--held-out", "nan"], "`held_out` must lie between 0 and 0.5, got nan"),
+        ("a.txt", GOOD, ["--held-out", "nan"], "`--held-out` must lie between 0 and 0.5, got nan"),
         ("a.txt", GOOD, ["--end-of-text", "</s>"], "the tokenizer must have the token </s>"),
         ("a.txt", GOOD, ["--split", "test"], "are for datasets, "),
         ("a.jsonl", "[" * 200_000, [], "a.jsonl, line 1, must be an object"),

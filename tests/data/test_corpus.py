@@ -75,7 +75,7 @@ def test_every_source_gives_the_same_documents(tmp_path):
     assert list(open_source(str(tmp_path / "splits"), split="test").documents) == [texts[3]]
     assert open_source(str(tmp_path / "saved")).total == 20
     with pytest.raises(
-        ValueError, match=r"`column` must be one of \['text', 'other'\], got 'body'"
+        ValueError, match=r"`--column` must be one of \['text', 'other'\], got 'body'"
     ):
         open_source(str(tmp_path / "saved"), column="body")
     with pytest.raises(ValueError, match="is neither a file nor a folder"):
@@ -173,8 +173,8 @@ def test_options_of_datasets_are_not_ignored_for_text(tmp_path):
     ("text", "changes", "error"),
     [
         ("one", {}, "one document must have the end of a line near its end"),
-        ("a\fb\fc", {}, "must be 0, for none, or more than 1 / 6 for a source of 3 documents"),
-        ("one", {"held_out": 0.7}, "`held_out` must lie between 0 and 0.5, got 0.7"),
+        ("a\fb\fc", {}, r"or more than 1 / 6, such as 0\.18, for a source of 3 documents"),
+        ("one", {"held_out": 0.7}, "`--held-out` must lie between 0 and 0.5, got 0.7"),
         ("one", {"end_of_text": "</s>"}, "must have the token </s>"),
     ],
 )
@@ -280,6 +280,9 @@ def test_a_folder_without_validation_says_so(tmp_path, tokenizer):
 def test_another_end_of_text_is_suggested(tmp_path):
     """As of a Llama's tokenizer, which has no `<|endoftext|>`."""
     own = Tokenizer(models.BPE(vocab={"</s>": 0, "a": 1}, merges=[]))
-    with pytest.raises(ValueError, match=r"it has not: give `end_of_text`, such as '</s>'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"it has not; `prepare` takes another with `--end-of-text`, such as '</s>'$",
+    ):
         end_of_text_id(own)
     assert end_of_text_id(own, "</s>") == 0

@@ -156,7 +156,7 @@ def test_packed_tokens_of_another_tokenizer(tmp_path):
 
 
 def test_options_that_do_not_go_with_the_data(text, tmp_path):
-    with pytest.raises(ValueError, match="`end_of_text` is only for a token file"):
+    with pytest.raises(ValueError, match="`--end-of-text` is only for a token file"):
         prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1, end_of_text=3)
     with pytest.raises(ValueError, match="must be a tokenizer of the `tokenizers` library"):
         prepare(tmp_path / "out", text, vocabulary=300, held_out=0.1, tokenizer=text)

@@ -61,7 +61,7 @@ def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
     train = ("-m", "spattention", "train", recipe, "--output")
     launch(0, *train, tmp_path / "one")
     shown = launch(2, *train, tmp_path / "two")
-    assert "2 device(s)" in shown
+    assert "2 devices" in shown
     for name in ("loss", "grad_norm", "eval_loss"):
         expected = losses(tmp_path / "one", name)
         assert len(expected) == (2 if name == "eval_loss" else 6)

@@ -197,8 +197,10 @@ def test_a_dense_model_continues_with_bands(data, tmp_path):
     assert [step for step, _ in losses(tmp_path / "tuned")] == [1, 2, 0, 2], (
         "judged before it trains"
     )
-    with pytest.raises(ValueError, match="`layers` is for presets"):
-        pretrain(recipe(data, model=start), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`layers` must be left out or 1, which .* has, got 2"):
+        pretrain(recipe(data, model=start, layers=2), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`vocabulary` must be left out or 320, which .* got 512"):
+        pretrain(recipe(data, model=start, vocabulary=512), tmp_path / "other")
     with pytest.raises(ValueError, match="`context` must be at most the model's 32, got 64"):
         pretrain(recipe(data, **changes, context=64, held_out=0.0), tmp_path / "other")
     with pytest.raises(ValueError, match="or a pretrained model, got "):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -341,14 +342,27 @@ def test_the_command_refuses_a_recipe_in_one_line(tmp_path, capsys, data):
 def test_a_finished_run_says_how_to_train_longer(data, whole, tmp_path):
     """Its schedule ends with its steps; a new run starts from its weights."""
     last = whole / f"checkpoint-{STEPS}"
-    with pytest.raises(ValueError, match=f"a new run with `model` = '{last}' starts from its"):
+    with pytest.raises(ValueError, match=f"`--set model={last}` starts a new run"):
         pretrain(recipe(data, steps=STEPS + 2), whole)
     with pytest.raises(ValueError, match=r"name another folder$"):
         pretrain(recipe(data, steps=STEPS - 2), whole)
-    changes = {"model": str(last), "layers": None, "vocabulary": None, "steps": 1}
-    assert pretrain(recipe(data, **changes), tmp_path / "more").finished
+    # The recipe of the finished run, with its `layers` and `vocabulary`.
+    assert pretrain(recipe(data, model=str(last), steps=1), tmp_path / "more").finished
     before, after = losses(whole)[-1][1], losses(tmp_path / "more")[-1][1]
     assert after == pytest.approx(before, abs=0.5)
+
+
+def test_a_run_as_model_names_its_checkpoint(data, whole, tmp_path, capsys):
+    path = tmp_path / "r.toml"
+    fields = recipe(data).to_dict().items()
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in fields if v is not None))
+    command = ["train", str(path), "--set", f"model={whole}", "--output", str(tmp_path / "more")]
+    assert main(command) == 2
+    last = whole / f"checkpoint-{STEPS}"
+    assert f"{whole} is a training run: name one of its checkpoints, such as {last}" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_loss_for_gpus_is_refused_before_the_model(data, tmp_path, monkeypatch):
@@ -376,6 +390,22 @@ def test_what_is_hardly_meant_is_noted(data, tmp_path):
     said.clear()
     pretrain(recipe(data, steps=1), tmp_path / "quiet", send=said.append)
     assert not [event for event in said if event["kind"] == "note"]
+
+
+def test_a_long_run_on_a_cpu_is_noted(data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("spattention.training.pretrain.CPU_SPEED", 1.0)
+    pretrain(recipe(data, steps=1), tmp_path / "run", send=said.append)
+    notes = [event["text"] for event in said if event["kind"] == "note"]
+    assert (torch.cuda.is_available() and not notes) or "days or more on the CPU" in notes[0]
+
+
+@pytest.mark.parametrize("field", ["data", "validation"])
+@pytest.mark.parametrize("name", ["gone", "gone.u16.xz"])
+def test_missing_data_is_named_by_its_field(data, tmp_path, field, name):
+    where = tmp_path / name
+    with pytest.raises(ValueError, match=rf"`{field}` must be .*, got {where}, which does not exi"):
+        pretrain(replace(recipe(data), **{field: (str(where),)}), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def _run_missing(
 ) -> None:
     missing = [run for run in runs if folder.find(run) is None]
     if len(missing) < len(runs):
-        console.print(f"{len(runs) - len(missing)} of them are there already.")
+        console.print(f"Finished before: {len(runs) - len(missing)}.")
     with Interrupts() as interrupts, RunProgress(missing, console) as progress:
 
         def on_event(event: Event) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..bands import BandPattern
 from ..choice import is_other, named_pattern, other_attention, pattern_remarks
 from ..files import write_atomically
 from ..plots import pattern_figure, seen_figure
@@ -34,7 +35,7 @@ def main(options: Options) -> None:
         length=(1, LARGEST),
         dots_per_inch=(1, LARGEST),
     )
-    figure = _figure(options)
+    figure, share = _figure(options)
     width, height = (round(side * options.dots_per_inch) for side in figure.get_size_inches())
     if suffix == ".png" and (max(width, height) >= 2**16 or width * height > MOST_PIXELS):
         raise ValueError(
@@ -44,10 +45,11 @@ def main(options: Options) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=options.dots_per_inch, format=suffix[1:])
     write_atomically(options.output, picture.getvalue())
-    print(f"wrote {options.output}")
+    print(f"wrote {options.output}{share}")
 
 
-def _figure(options: Options) -> Figure:
+def _figure(options: Options) -> tuple[Figure, str]:
+    """The picture, and of a pattern its share of dense attention's pairs."""
     if Path(options.pattern).is_dir() or "/" in options.pattern:
         return _saved_figure(options)
     if options.layer is not None:
@@ -59,7 +61,7 @@ def _figure(options: Options) -> Figure:
         pattern = named_pattern(options.pattern, options.heads, options.span)
         for remark in pattern_remarks(pattern):
             print(f"warning: {remark}", file=sys.stderr)
-        return pattern_figure(pattern, options.length, title)
+        return _pattern_figure(pattern, options.length, title)
     from ..baselines import seen
 
     other = other_attention(options.pattern, options.heads, options.span)
@@ -74,10 +76,10 @@ def _figure(options: Options) -> Figure:
             f"`--heads` and `--length` must make at most {MOST_PAIRS:,} pairs for "
             f"{options.pattern}, which draws each of them, got {pairs:,}"
         )
-    return seen_figure(seen(other, length).numpy(), title)
+    return seen_figure(seen(other, length).numpy(), title), ""
 
 
-def _saved_figure(options: Options) -> Figure:
+def _saved_figure(options: Options) -> tuple[Figure, str]:
     """Draw a layer of a saved model."""
     from ..hf.config import read_section
     from ..loading import model_folder, open_config
@@ -95,4 +97,11 @@ def _saved_figure(options: Options) -> Figure:
     if pattern.num_heads > MOST_HEADS:
         raise ValueError(f"{folder} must have at most {MOST_HEADS} heads, got {pattern.num_heads}")
     title = f"{folder}, layer {layer}, {pattern.num_heads} heads, span {pattern.span}"
-    return pattern_figure(pattern, options.length, title)
+    return _pattern_figure(pattern, options.length, title)
+
+
+def _pattern_figure(pattern: BandPattern, length: int | None, title: str) -> tuple[Figure, str]:
+    length = pattern.span if length is None else length
+    dense = pattern.num_heads * length * (length + 1) // 2
+    share = f": {100 * sum(pattern.pairs(length)) / dense:.1f} % of dense attention's pairs"
+    return pattern_figure(pattern, length, title), share

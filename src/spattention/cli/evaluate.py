@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 import math
 import shlex
 import sys
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import logging
+from transformers import logging as transformers_logging
 
 from ..compat.huggingface import attention_name
 from ..data.model_text import check_same_tokenizer, is_text, open_tokens, tokenize_text
@@ -67,8 +68,9 @@ class Evaluation:
 
 def main(options: Options) -> None:
     """Open the model, evaluate, write and print."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warns of a model that is open already
     parts = options.parts or ("loss", "recall", "heads", *(("tasks",) if options.tasks else ()))
     _check(options, parts)
     folder = model_folder(options.checkpoint)
@@ -236,7 +238,7 @@ def tables_of(
         found = evaluation.loss
         parts = [("all", found.loss)]
         parts += [
-            (f"{near:,} to {far - 1:,}", part)
+            (f"{near:,}" if far == near + 1 else f"{near:,} to {far - 1:,}", part)
             for near, far, part in zip(found.edges, found.edges[1:], found.parts)
         ]
         rows = [(name, _mean(part, 4), _perplexity(part)) for name, part in parts]
@@ -391,10 +393,10 @@ def _progress(console: Console) -> Iterator[Any]:
 
 def _question(score: Score) -> str:
     if score.task == "copying":
-        return f"copying, {score.setting:,.0f} tokens back"
+        return f"copying, {score.setting:,.0f} back"
     if score.task == "pairs":
-        return f"{score.setting:,.0f} pairs of key and value"
-    return f"needle at {100 * score.setting:.0f} % of the context"
+        return f"{score.setting:,.0f} pairs"
+    return f"needle at {100 * score.setting:.0f} %"
 
 
 def beside_chance(score: Score | TaskScore) -> str:

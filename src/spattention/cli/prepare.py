@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..data.corpus import open_source, prepare_corpus
 from ..data.text import sample_path
 from ..data.tokenizer import END_OF_TEXT, find_tokenizer
+from ..files import counted
 from .options.prepare import Options
 
 FEW = 2048  # validation tokens; one window of many recipes is longer
@@ -45,9 +46,9 @@ def main(options: Options) -> None:
             ),
         )
     console.print(
-        f"{options.output}: {facts.train_tokens:,} training tokens in {facts.train_documents:,} "
-        f"documents, {facts.validation_tokens:,} validation tokens in "
-        f"{facts.validation_documents:,}; {facts.vocabulary:,} entries, end of text "
+        f"{options.output}: {facts.train_tokens:,} training tokens in "
+        f"{counted(facts.train_documents, 'document')}, {facts.validation_tokens:,} validation "
+        f"tokens in {facts.validation_documents:,}; {facts.vocabulary:,} entries, end of text "
         f"{facts.end_of_text}.",
         highlight=False,
     )

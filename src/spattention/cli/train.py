@@ -13,13 +13,14 @@ from accelerate.utils import get_int_from_env
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..files import check_local, did_you_mean, shown
+from ..files import check_local, counted, did_you_mean, shown
 from ..loading import open_config, open_weights
 from ..models import SHAPES
 from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
 from ..training.recipe import find_recipe, read_recipe
+from ..training.run_folder import MARK
 from .options.train import Options
 
 
@@ -77,6 +78,11 @@ def _check_model(name: str) -> None:
     if name in SHAPES:
         return
     if path.is_dir():
+        if (path / MARK).is_file() and (saved := checkpoints(path)):
+            raise ValueError(
+                f"`model` must be a saved model, {path} is a training run: name one of its "
+                f"checkpoints, such as {saved[0]}"
+            )
         open_config(path)
         open_weights(path)
         return
@@ -123,8 +129,8 @@ class TrainProgress:
                 f"{event['parameters'] / 1e6:,.1f} M parameters, "
                 f"{event['active_parameters'] / 1e6:,.1f} M active; "
                 f"attention {event['attention']}; {event['tokens']:,} training tokens, "
-                f"{event['epochs']:.2f} epochs; {event['devices']} device(s), "
-                f"{event['threads']} CPU thread(s) each",
+                f"{event['epochs']:,.2f} epochs; {counted(event['devices'], 'device')}, "
+                f"{counted(event['threads'], 'CPU thread')} each",
                 highlight=False,
             )
             self._progress.update(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..choice import STOCK
 from ..data.prepare import CorpusFacts
-from ..files import write_atomically
+from ..files import counted, write_atomically
 from ..provenance import machine, versions
 from .figure import comparison_figure
 from .summary import Result, Row, summarize
@@ -54,16 +54,17 @@ class Report:
         """Notes that explain the table."""
         facts, settings, rows = self.facts, self.settings, self.rows
         context = settings["context"]
+        threads = counted(settings["threads"], "thread") if settings["threads"] else "all threads"
         notes = [
             f"Unigram entropy of the evaluated windows: {facts.unigram_entropy:.3f} nats, the loss "
             "of the best model that ignores context. Losses are nats per token.",
             f"Data: {facts.source}; {facts.train_tokens:,} training tokens in "
-            f"{facts.train_documents} documents, "
+            f"{counted(facts.train_documents, 'document')}, "
             f"{facts.validation_tokens:,} tokens in the evaluated windows, which are cut from "
-            f"{facts.validation_documents} held-out documents; tokenizer: {facts.tokenizer}.",
+            f"{counted(facts.validation_documents, 'held-out document')}; tokenizer: "
+            f"{facts.tokenizer}.",
             f"Every run: {settings['steps']} steps of {settings['batch']} x {context} tokens at "
-            f"context {context}, {settings['threads'] or 'all'} thread(s), equal weights at the "
-            "start, equal data in equal order.",
+            f"context {context}, {threads}, equal weights at the start, equal data in equal order.",
             "Attended pairs: (query, key) pairs per layer and window, all heads together; in "
             "brackets how many times fewer or more than dense.",
         ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import make_folder, naming, reason, remove_empty, sync
+from ..files import counted, make_folder, naming, near_path, reason, remove_empty, sync
 from .arrays import save_array
 from .prepare import TRAINED, CorpusFacts, split_documents, write_facts
 from .text import check_text, iterate_documents, text_kind
@@ -77,8 +77,8 @@ def open_source(
     if (path.is_file() and path.suffix != ".parquet") or (path.is_dir() and not marked):
         if name is not None or split != "train" or streaming:
             raise ValueError(
-                f"`name`, `split` and `streaming` are for datasets, {what} holds text; got {name}, "
-                f"{split}, {streaming}"
+                f"`--name`, `--split` and `--streaming` are for datasets, {what} holds text; got "
+                f"{name}, {split}, {streaming}"
             )
         plain = text_kind(path) == ".txt" or any(text_kind(f) == ".txt" for f in path.glob("*"))
         separator = "a form feed ends a document in a .txt file" if plain else None
@@ -97,11 +97,12 @@ def open_source(
         else:
             found = datasets.load_dataset(what, name, split=split, streaming=streaming)
     except Exception as error:  # `datasets` and Arrow raise many types for a damaged file
-        raise ValueError(f"{what} is neither a file nor a dataset that can be read: {error}") from (
-            error
-        )
+        near = "" if path.exists() else near_path(path)
+        raise ValueError(
+            f"{what} is neither a file nor a dataset that can be read: {error}{near}"
+        ) from error
     if found.column_names is not None and column not in found.column_names:
-        raise ValueError(f"`column` must be one of {found.column_names}, got {column!r}")
+        raise ValueError(f"`--column` must be one of {found.column_names}, got {column!r}")
     total = None if isinstance(found, datasets.IterableDataset) else len(found)
     return Source(what, _texts(what, column, found), total)
 
@@ -155,7 +156,7 @@ def prepare_corpus(
     if folder.exists():
         raise ValueError(f"`--output` must be a new folder, {folder} exists")
     if not 0 <= held_out <= 0.5:
-        raise ValueError(f"`held_out` must lie between 0 and 0.5, got {held_out}")
+        raise ValueError(f"`--held-out` must lie between 0 and 0.5, got {held_out}")
     if sample < 1:
         raise ValueError(f"`sample` must be at least 1 document, got {sample}")
     if tokenizer is None:
@@ -260,10 +261,13 @@ def _enough(source: Source, held_out: float) -> tuple[Iterator[str], float]:
 
 
 def _too_few(count: int, held_out: float, separator: str | None = None) -> ValueError:
-    more = f", for none, or more than 1 / {2 * count}" if count > 1 else ""
+    more = ""
+    if count > 1:
+        least = float(f"{1.1 / (2 * count):.2g}")  # above the bound when rounded too
+        more = f", for none, or more than 1 / {2 * count}, such as {least},"
     said = f"; {separator}" if separator else ""
     return ValueError(
-        f"`held_out` must be 0{more} for a source of {count} document{'s' * (count != 1)}, got "
+        f"`--held-out` must be 0{more} for a source of {counted(count, 'document')}, got "
         f"{held_out}{said}"
     )
 

@@ -73,7 +73,7 @@ def prepare(
         ValueError: if the data cannot be read, or an option does not go with it.
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"`held_out` must lie between 0 and 1, got {held_out}")
+        raise ValueError(f"`--held-out` must lie between 0 and 1, got {held_out}")
     used = load_tokenizer(tokenizer) if tokenizer else None
     if data is not None and data.name.endswith(SUFFIX):
         train, validation = read_token_file(data, end_of_text).hold_out(held_out)
@@ -87,7 +87,7 @@ def prepare(
             )
     else:
         if end_of_text is not None:
-            raise ValueError("`end_of_text` is only for a token file, a tokenizer has its own")
+            raise ValueError("`--end-of-text` is only for a token file, a tokenizer has its own")
         documents = read_documents(data or sample_path())
         kept, held = split_documents(documents, held_out)
         # The tokenizer must not know the validation text.

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import reason
+from ..files import reason, shown
 
 SEPARATOR = "\f"
 LONGEST_LINE = 2**26  # characters of a JSON line
@@ -139,18 +139,19 @@ def _json_lines(path: Path, file: TextIO, column: str) -> Iterator[str]:
             )
         if not line.strip():
             continue
+        rule = f'{path}, line {number}, must be an object with a "{column}" entry'
         try:
             entries = json.loads(line)
-            text = entries[column] if isinstance(entries, dict) else None
-        except (ValueError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f'{path}, line {number}, must be an object with a "{column}" entry: {reason(error)}'
-            ) from error
+        except json.JSONDecodeError as error:  # its own message counts lines of this line
+            raise ValueError(f"{rule}: {error.msg} at character {error.pos + 1}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{rule}: {reason(error)}") from error
         if not isinstance(entries, dict):
-            raise ValueError(
-                f'{path}, line {number}, must be an object with a "{column}" entry, got '
-                f"{type(entries).__name__}"
-            )
+            raise ValueError(f"{rule}, got {type(entries).__name__}")
+        if column not in entries:
+            there = f"one with {shown(sorted(entries))}" if entries else "an empty one"
+            raise ValueError(f"{rule} (`prepare` takes another with `--column`), got {there}")
+        text = entries[column]
         if not isinstance(text, str):
             raise ValueError(
                 f"{path}, line {number}: `{column}` must be a string, got {type(text).__name__}"

@@ -118,7 +118,7 @@ def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:
         own = [name for name in USUAL_ENDS if tokenizer.token_to_id(name) is not None]
-        hint = f": give `end_of_text`, such as {own[0]!r}" if own else ""
+        hint = f"; `prepare` takes another with `--end-of-text`, such as {own[0]!r}" if own else ""
         raise ValueError(f"the tokenizer must have the token {token}, it has not{hint}")
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch.utils.data import ConcatDataset, Dataset
 
+from ..files import near_path
 from .prepare import UNKNOWN, PreparedFolder
 from .token_file import SUFFIX, described_end_of_text, read_token_file
 from .tokenizer import TOKENIZER, entries_of, load_tokenizer
@@ -179,12 +180,14 @@ def _open(
     path: Path, end_of_text: int | None, name: str = "train", *, check: bool
 ) -> tuple[PreparedFolder | None, TokenStream]:
     """The stream in a token file, or that of a prepared folder with the folder."""
-    if path.name.endswith(SUFFIX):
-        return None, read_token_file(path, end_of_text)
-    if not path.is_dir():
+    is_file = path.name.endswith(SUFFIX)
+    if not (path.is_file() if is_file else path.is_dir()):
+        missing = "" if path.exists() else f", which does not exist{near_path(path)}"
         raise ValueError(
             f"`{'data' if name == 'train' else name}` must be folders that `spattention prepare` "
-            f"wrote or token files ({SUFFIX}), got {path}"
+            f"wrote or token files ({SUFFIX}), got {path}{missing}"
         )
+    if is_file:
+        return None, read_token_file(path, end_of_text)
     folder = PreparedFolder(path)
     return folder, folder.stream(name, check=check)

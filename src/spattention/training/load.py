@@ -132,12 +132,6 @@ def _attention(recipe: Recipe, named: str | tuple[str, ...], config: Any) -> Att
 
 
 def _pretrained(recipe: Recipe) -> PreTrainedModel:
-    for name in ("layers", "vocabulary"):
-        if getattr(recipe, name) is not None:
-            raise ValueError(
-                f"`{name}` is for presets {list(SHAPES)}, {recipe.model} has its own, got "
-                f"{getattr(recipe, name)}"
-            )
     hf.register()
     baselines.register()
     related.register()
@@ -157,10 +151,18 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
             f"`model` must be one of {list(SHAPES)} or a pretrained model, got {recipe.model!r}: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error
+    config = model.config.get_text_config()
+    sizes = {"layers": config.num_hidden_layers, "vocabulary": config.vocab_size}
+    for name, own in sizes.items():
+        if getattr(recipe, name) not in (None, own):
+            raise ValueError(
+                f"`{name}` must be left out or {own}, which {recipe.model} has, got "
+                f"{getattr(recipe, name)}"
+            )
     if any(".experts." in name for name, _ in model.named_parameters()):
         model.set_experts_implementation("grouped_mm")
     # Some know no longest text.
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(config, "max_position_embeddings", None)
     if length is not None and recipe.context > length:
         raise ValueError(f"`context` must be at most the model's {length}, got {recipe.context}")
     return model

@@ -61,6 +61,7 @@ from .trainer import forget_graph, make_trainer
 from .trainer_arguments import recipe_arguments
 from .work import active_parameters, work_per_token
 
+CPU_SPEED = 1e11  # FLOP/s of one thread at best
 GRAPHS_PER_LAYER = 8  # PyTorch's limit for one function; training and evaluation need two to four
 
 
@@ -187,7 +188,7 @@ def _train(
         "threads": torch.get_num_threads(),
     }
     if first:
-        for text in _remarks(recipe, model, attention, data):
+        for text in _remarks(recipe, model, attention, data, arguments):
             send({"kind": "note", "text": f"warning: {text}"})
         send(facts)
     if facts["step"] == recipe.steps == recorded_step(folder):  # finished before: nothing to do
@@ -220,10 +221,25 @@ def _train(
 
 
 def _remarks(
-    recipe: Recipe, model: PreTrainedModel, attention: AttentionChoice, data: TrainingData
+    recipe: Recipe,
+    model: PreTrainedModel,
+    attention: AttentionChoice,
+    data: TrainingData,
+    arguments: TrainingArguments,
 ) -> list[str]:
     """Remarks on a recipe that is valid and hardly meant."""
     found = []
+    if arguments.device.type == "cpu":
+        threads = arguments.world_size * torch.get_num_threads()
+        tokens = recipe.steps * recipe.batch * recipe.context
+        work = tokens * work_per_token(model, attention, recipe.context)
+        days = work / (threads * CPU_SPEED * 86_400)
+        if days > 1:
+            found.append(
+                f"this run takes {days:,.0f} days or more on the CPU, at "
+                f"{CPU_SPEED / 1e9:.0f} GFLOP/s a thread: it needs a GPU, fewer steps, or a "
+                "smaller model"
+            )
     entries = -(-(data.largest + 1) // 64) * 64  # rounded up, as `prepare` says it
     size = model.config.get_text_config().vocab_size
     if recipe.model in SHAPES and recipe.vocabulary is None and entries < size:

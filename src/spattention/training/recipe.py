@@ -33,8 +33,8 @@ class Recipe:
     Args:
         model: a preset of `spattention.models`; or a folder or a name on the hub of a pretrained
             model to continue from.
-        layers: decoder layers, instead of the preset's.
-        vocabulary: entries of the embedding, instead of the preset's.
+        layers: decoder layers, instead of the preset's; a pretrained model keeps its own.
+        vocabulary: entries of the embedding, in the same way.
         attention: dense, a pattern, a baseline or a related system, as `spattention compare` names
             them; one, or a list of dense and patterns with one per layer.
         sinks: whether layers with a pattern have attention sinks.

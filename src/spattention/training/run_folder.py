@@ -57,7 +57,7 @@ def check_folder(recipe: Recipe, folder: Path, data: TrainingData) -> None:
         ):
             more = (
                 ". The learning rate of a run ends with its steps, so that a run cannot be made "
-                f"longer: a new run with `model` = {str(last[0])!r} starts from its weights"
+                f"longer; `--set model={last[0]}` starts a new run from its weights"
             )
         raise ValueError(
             f"`--output` {folder} holds a run of another recipe ({'; '.join(different)}): name "

@@ -54,6 +54,8 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Find the source, where it is a path."""
+    """Find the source, where it is a path, and see that the output is new."""
+    if options.output.exists():
+        raise ValueError(f"`--output` must be a new folder, {options.output} exists")
     if options.source is not None:
         check_local(options.source, "`SOURCE` must be text or a dataset on the hub", SUFFIXES)

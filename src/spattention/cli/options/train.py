@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from docstring_parser import parse
 
-from ...training.recipe import Recipe, find_recipe, read_recipe
+from ...training.recipe import Recipe, find_recipe, read_recipe, shipped_recipes
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def description() -> str:
         words = {MISSING: "required", None: "optional"}
         default = words.get(field.default) or f"default {json.dumps(field.default)}"
         lines.append(f"- {field.name} ({default}): {' '.join((said[field.name] or '').split())}")
+    shipped = ", ".join(path.stem for path in shipped_recipes())
+    about += f"\n\nThe package ships the recipes {shipped}."
     return "\n".join([about, "", "The fields of a recipe:", *lines])
 
 
