@@ -165,7 +165,7 @@ DAMAGED: list[tuple[Damage, str]] = [
         "must have the section `bigbird`, as `attn_impl",
     ),
     (config(spattention=[]), "`config.spattention` must be a mapping, got list"),
-    (pattern(span=601), "must be at most `max_position_embeddings` = 600, got 601"),
+    (pattern(span=2**29 + 1), "must be at most 536870912 tokens, got 536870913 in pattern 0"),
     (
         pattern(span=2**63),
         "`config.spattention`, pattern 0: `span` must fit in 64 bits, got",

@@ -327,13 +327,6 @@ def _check_sizes(file: Path, text: Any) -> None:
         raise ValueError(
             f"{file}: `max_position_embeddings` must be a positive integer, got {longest!r}"
         )
-    section = read_section(text)
-    for pattern in () if section is None else section.layer_patterns:
-        if pattern is not None and pattern.span > longest:
-            raise ValueError(
-                f"{file}: every `span` of `spattention` must be at most `max_position_embeddings` "
-                f"= {longest}, got {pattern.span}"
-            )
 
 
 def _check_built(file: Path, config: Any, weights: Weights) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from saved_model import PATTERN, PROMPT, save
+from transformers import AutoModelForCausalLM
 
 import spattention as spa
 from spattention.cache_layout import ring_lengths
@@ -24,6 +25,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _mebibytes(text: str) -> float:
     (found,) = re.findall(r"cache ([\d.]+) MiB", text)
     return float(found)
+
+
+def test_a_span_may_exceed_the_longest_input(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`apply` takes the span of any pattern, so commands open what it made."""
+    folder = save(tmp_path / "saved", bands=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    far = spa.BandPattern.shared_local(4, 2**20, local=8)
+    spa.hf.apply(model, far).save_pretrained(folder)
+    assert main(["generate", str(folder), PROMPT, "--max-new-tokens", "3"]) == 0
+    assert "cache" in capfd.readouterr().err
+    assert spa.hf.patterns(open_model(folder)) == [far, far]
+    assert main(["draw", str(folder), "--output", str(tmp_path / "far.png")]) == 0
 
 
 def test_the_cache_keeps_what_the_bands_reach(

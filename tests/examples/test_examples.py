@@ -61,6 +61,34 @@ def test_an_example_trains_an_adapter(example):
     assert found["same_bands"]
 
 
+def test_trl_opens_a_folder_by_its_name(example, tmp_path):
+    """TRL goes by `architectures`, and `trl sft` passes `attn_implementation=None` on."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    import spattention as spa
+
+    folder = example("small").saved_model(str(tmp_path / "banded"))
+    pattern = spa.BandPattern.shared_local(8, 64, local=8)
+    model = spa.hf.apply(AutoModelForCausalLM.from_pretrained(folder), pattern)
+    model.save_pretrained(folder)
+    trainer = trl.SFTTrainer(
+        model=folder,
+        args=trl.SFTConfig(
+            str(tmp_path / "adapter"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            model_init_kwargs={"attn_implementation": None},
+        ),
+        train_dataset=Dataset.from_dict({"text": ["Alice was tired"] * 4}),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    assert spa.hf.patterns(trainer.model) == [pattern, pattern]
+
+
 def test_packed_rows_of_trl_keep_documents_apart(example, tmp_path):
     """SFTTrainer packs documents into rows; each has the logits that it has by itself."""
     trl = pytest.importorskip("trl")

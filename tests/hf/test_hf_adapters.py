@@ -323,3 +323,30 @@ def test_an_adapter_of_a_baseline_brings_it_back(base, tmp_path):
     torch.testing.assert_close(logits(again, IDS), wanted, **EXACT)
     with pytest.raises(ValueError, match=r"with the `config.bigbird` that it was"):
         peft.PeftModel.from_pretrained(banded(base), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinks_of_half_models_are_trained(base, tmp_path, dtype):
+    """Steps of training are smaller than the distance of such numbers, and would be lost."""
+
+    def half():
+        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+
+    model = peft.get_peft_model(spa.hf.apply(half(), PATTERNS, sinks=6.0), CONFIGS["lora"]())
+    sinks = {name: p for name, p in model.named_parameters() if "sinks" in name and p.requires_grad}
+    assert len(sinks) == 2
+    optimizer = torch.optim.AdamW(sinks.values(), lr=1e-4, weight_decay=0.0)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    for weight in sinks.values():
+        assert weight.dtype == torch.float32
+        assert (weight != 6).all()
+    wanted = logits(model.eval(), IDS)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(half(), tmp_path)
+    assert torch.equal(logits(again, IDS), wanted)
+    late = half()
+    late.load_adapter(str(tmp_path))
+    assert torch.equal(logits(late, IDS), wanted)
+    merged = again.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {dtype}
