@@ -172,6 +172,8 @@ def test_data_of_another_tokenizer_is_refused(home, tmp_path, capsys):
     [
         (["--pairs", "0"], "`--pairs` must be above 0 and at most 1, got 0.0"),
         (["--pairs", "0.001"], "`pairs` must be at least 0.06"),
+        (["--retrieval", "1.1"], "`--retrieval` must be from 0 to 1, got 1.1"),
+        (["--retrieval", "nan"], "`--retrieval` must be from 0 to 1, got nan"),
         (["--pairs", "nan"], "`--pairs` must be above 0 and at most 1, got nan"),
         (["--context", "300"], "`--context` must be at most the model's 256, got 300"),
         (["--rows", "0"], "`--rows` must be from 1 to 2147483647, got 0"),
@@ -205,6 +207,9 @@ def test_nothing_is_measured_for_a_wrong_budget(home, tmp_path, more, monkeypatc
 def test_models_that_are_no_dense_models_are_named(home, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "llama"')
@@ -217,6 +222,7 @@ def test_models_that_are_no_dense_models_are_named(home, tmp_path, capsys):
     for model, error in (
         (tmp_path / "file", "must be a folder with a config.json"),
         (tmp_path / "empty", "must be a folder with a config.json"),
+        (adapter, "must hold a whole model, got an adapter (adapter_config.json)"),
         (broken, "`MODEL` must be a saved causal language model"),
         (foreign, "`MODEL` must be a saved causal language model"),
         (tmp_path / "bands", "`MODEL` must be dense"),

@@ -35,6 +35,7 @@ from ..fitting import fit as fit_patterns
 from ..fitting.fit import check_budget
 from ..fitting.picture import fit_figure, profile_figure
 from ..fitting.sinks import starting_sinks
+from ..hf.adapter_files import refuse_adapter
 from ..hf.profile import identity
 from .options.fit import Options
 
@@ -46,9 +47,9 @@ PREFIX_MAX = 16  # first tokens that a profile counts one by one
 LEGEND = """\
 `[0, 64)` is the token itself and the 63 before it. *Pairs* is a head's work and *captured* what it
 still attends, both as shares of the dense head's. A head *fetches* if it goes back to a passkey
-that the answer repeats. *Half within* is the distance up to which half of its attention lies,
-beside the first tokens. *Minded* says how much the loss depends on where the head looks; the mean
-head has 1.
+that the answer repeats, or if the answer minds that it does. *Half within* is the distance up to
+which half of its attention lies, beside the first tokens. *Minded* says how much the loss depends
+on where the head looks; the mean head has 1.
 """
 
 
@@ -86,6 +87,7 @@ def main(options: Options) -> None:
             "local": options.local,
             "kv_heads": identity(model).kv_heads if options.share else None,
             "dense_layers": options.dense_layers,
+            "retrieval": options.retrieval,
         }
         check_budget(identity(model), length, min(most, length), **wanted)
         rows = _rows(options, tokenizer, context)
@@ -115,6 +117,8 @@ def _check(options: Options) -> None:
             raise ValueError(f"`--{name}` must be from {least} to {2**31 - 1}, got {value}")
     if not 0 < options.pairs <= 1:
         raise ValueError(f"`--pairs` must be above 0 and at most 1, got {options.pairs}")
+    if not 0 <= options.retrieval <= 1:
+        raise ValueError(f"`--retrieval` must be from 0 to 1, got {options.retrieval}")
     if options.output.exists() or options.output.is_symlink():
         raise ValueError(f"`--output` must not exist, {options.output} does")
 
@@ -164,6 +168,7 @@ def _ending_on_request() -> Iterator[None]:
 def _open(options: Options) -> tuple[Any, Any]:
     """The dense model, ready to be profiled, and its tokenizer."""
     name = options.model
+    refuse_adapter(Path(name))
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`MODEL` must be a folder with a config.json, {name} has none")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)

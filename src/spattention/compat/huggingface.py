@@ -31,6 +31,15 @@ def set_attention_name(config: Any, name: str) -> None:
     config._attn_implementation_internal = name
 
 
+def wrap_attention_choice(wrap: Callable[[Callable[..., str]], Callable[..., str]]) -> None:
+    """Wrap the method by which a model that is built takes the implementation of its config, or
+    chooses one where that is None.
+    """
+    PreTrainedModel._check_and_adjust_attn_implementation = wrap(
+        PreTrainedModel._check_and_adjust_attn_implementation
+    )
+
+
 def follows_attention_interface(model: PreTrainedModel) -> bool:
     """True if attention can be replaced; `set_attn_implementation` only warns where it cannot."""
     return model._can_set_attn_implementation()
@@ -60,20 +69,6 @@ def wrap_missing_keys_check(wrap: Callable[[Callable[..., None]], Callable[..., 
     PreTrainedModel._adjust_missing_and_unexpected_keys = wrap(
         PreTrainedModel._adjust_missing_and_unexpected_keys
     )
-
-
-def default_attention(named: Callable[[Any], str | None]) -> None:
-    """Have a model whose config asks for no attention implementation (None) take the one that
-    `named(config)` gives, before Transformers chooses its own.
-    """
-    check = PreTrainedModel._check_and_adjust_attn_implementation
-
-    @wraps(check)
-    def chosen(self: Any, attn_implementation: str | None, *rest: Any, **options: Any) -> Any:
-        wanted = named(self.config) if attn_implementation is None else attn_implementation
-        return check(self, wanted, *rest, **options)
-
-    PreTrainedModel._check_and_adjust_attn_implementation = chosen
 
 
 def register_fusion(name: str) -> None:

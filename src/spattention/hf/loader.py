@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..files import read_json, write_atomically
-from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER, registered_call
+from .adapter_files import refuse_adapter
+from .apply import CALL
+from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER
 from .weights import REQUIREMENT
 
 CONFIG_BYTES = 2**26
@@ -27,8 +28,8 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
-# Modules that register kinds of attention; imported where a folder needs one.
-REGISTERING = ("spattention.hf", "spattention.baselines", "spattention.related")
+# A call becomes code of the folder, so it is one of these, whatever the config says.
+CALLS = (CALL, "spattention.baselines.register()", "spattention.related.register()")
 MODULE = '''"""Registers spattention, which this model needs: pip install 'spattention[hf]'."""
 
 import transformers
@@ -73,9 +74,9 @@ def add_loader(folder: str | Path) -> None:
     if not isinstance(folder, str | Path):
         raise ValueError(f"`folder` must be a path, got {type(folder).__name__}")
     path = Path(folder) / "config.json"
+    refuse_adapter(Path(folder))
     config = read_json(path, CONFIG_BYTES)
-    _register_kinds(config)
-    call = registered_call(config)
+    call = _required_call(config)
     if call is None:
         raise ValueError(f"`folder` must hold a model with bands or a baseline, {path} has none")
     named = config.get("architectures")
@@ -89,7 +90,7 @@ def add_loader(folder: str | Path) -> None:
         )
     wanted = CONFIG_LOADER | dict.fromkeys(classes, f"{LOADER}.{name}")
     found = config.get("auto_map")
-    if found is not None and not wanted.items() >= found.items():
+    if found and not wanted.items() >= found.items():
         raise ValueError(f"{path} must not have an `auto_map` of other code, got {found!r}")
     module, _, _ = call.rpartition(".")
     text = MODULE.format(module=module, name=name, call=call)
@@ -97,9 +98,10 @@ def add_loader(folder: str | Path) -> None:
     write_atomically(path, json.dumps(config | {"auto_map": wanted}, indent=2) + "\n")
 
 
-def _register_kinds(config: Mapping[str, Any]) -> None:
-    """Register the attention that a saved config asks for, as far as it is this library's."""
-    asked = [str(name).partition(": ")[2] for name in config.get("fusion_config") or ()]
-    for module in REGISTERING:
-        if f"{module}.register(){REQUIREMENT}" in asked:
-            import_module(module).register()
+def _required_call(saved: Mapping[str, Any]) -> str | None:
+    """The call that a saved config asks for, registered in this process or not; None for none."""
+    for name in saved.get("fusion_config") or ():
+        call = str(name).removesuffix(REQUIREMENT).partition(": ")[2]
+        if str(name).endswith(REQUIREMENT) and call in CALLS:
+            return call
+    return None
