@@ -292,7 +292,10 @@ def test_weights_of_other_bands_are_refused(tmp_path: Path) -> None:
     section = json.loads((good / "config.json").read_text())["spattention"]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": [1, 0]}, "with the attention that they were saved from"),
-        ({"layers": [0, None]}, 'model.layers.1.self_attn.spattention_mark, got "none"'),
+        (
+            {"layers": [0, None]},
+            'model.layers.1.self_attn.spattention_mark, of torch.float32, got "none"',
+        ),
         ({"sinks": True}, "model.layers.0.self_attn.sinks"),
     ]
     for index, (entries, message) in enumerate(cases):
