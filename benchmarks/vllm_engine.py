@@ -1,9 +1,10 @@
 """Decoding inside vLLM on one GPU: a model with bands beside the same model dense.
 
-Every row is an engine in a process of its own: four layers of Llama 3 8B's shape with random
-weights, the same memory for the cache, all requests of one length at once. Timed are the steps in
-which every request decodes, from one step's return to the next, host included; decoding is captured
-in CUDA graphs. Prompts are prefilled in chunks before that, by the engine's own plan.
+Every pattern is an engine in a process of its own: four layers of Llama 3 8B's shape with random
+weights, the same memory for the cache, requests of one length at once, then those of the next.
+Timed are the steps in which every request decodes, from one step's return to the next, host
+included; vLLM captures them in CUDA graphs. Prompts are prefilled in chunks before that, by vLLM's
+own plan.
 
     python -m benchmarks.vllm_engine --output benchmarks/results/vllm_cuda.json
 """
@@ -32,12 +33,11 @@ from .serving_memory import BLOCK, LONGEST
 from .serving_patterns import HEAD_DIM, HEADS, KV_HEADS, LOCAL, PATTERNS
 
 LAYERS, VOCABULARY = 4, 32000
-ANSWER = "row "
-ROWS = (("dense", "FLASH_ATTN"), ("dense", "TRITON_ATTN"), ("uniform", ""), ("geometric", ""))
-COMPILING = {
-    "none": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+ANSWER = "rows "
+ENGINES = (("dense", "FLASH_ATTN"), ("dense", "TRITON_ATTN"), ("uniform", ""), ("geometric", ""))
+COMPILING: dict[str, dict[str, Any]] = {
     "default": {},
-    "eager": {"mode": 0, "cudagraph_mode": "NONE"},
+    "none": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 }
 
 
@@ -48,7 +48,7 @@ class Load:
     Attributes:
         pattern: of `PATTERNS`; "dense" is the stock model.
         attention: vLLM's back end of the stock model; empty for bands, which have their own.
-        length: tokens of each prompt.
+        lengths: tokens of each prompt, of one wave of requests after the other.
         requests: how many come at once.
         new_tokens: of each request.
         memory: bytes of the cache, of all layers.
@@ -57,7 +57,7 @@ class Load:
 
     pattern: str
     attention: str
-    length: int
+    lengths: list[int]
     requests: int
     new_tokens: int
     memory: int
@@ -91,8 +91,8 @@ def save_config(folder: Path, pattern: str) -> None:
     config.save_pretrained(folder)
 
 
-def serve(load: Load) -> dict[str, Any]:
-    """Milliseconds of a step, and what the engine says of its cache."""
+def serve(load: Load) -> list[dict[str, Any]]:
+    """Of each length the milliseconds of a step, and what the engine says of its cache."""
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
@@ -102,7 +102,7 @@ def serve(load: Load) -> dict[str, Any]:
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "block_size": BLOCK,
-        "max_model_len": load.length + load.new_tokens,
+        "max_model_len": max(load.lengths) + load.new_tokens,
         "max_num_batched_tokens": 8192,
         "max_num_seqs": load.requests,
         "enable_prefix_caching": False,
@@ -135,26 +135,32 @@ def serve(load: Load) -> dict[str, Any]:
         return found
 
     steps("warm", 2048, 8)
-    timed = steps("timed", load.length, load.new_tokens)
-    spans = [(b[0] - a[0], b[1]) for a, b in pairwise(timed)]
-    decoding = [seconds for seconds, served in spans if served == load.requests]
     config = engine.vllm_config.compilation_config
-    return {
-        "milliseconds_a_step": 1e3 * statistics.median(decoding),
-        "steps": len(decoding),
-        "seconds_before": sum(seconds for seconds, _ in spans) - sum(decoding),
-        "most_blocks": max(blocks for *_, blocks in timed),
+    fit = get_max_concurrency_for_kv_cache_config(engine.vllm_config, scheduler.kv_cache_config)
+    facts = {
         "blocks": pool.num_gpu_blocks,
-        "requests_that_fit": get_max_concurrency_for_kv_cache_config(
-            engine.vllm_config, scheduler.kv_cache_config
-        ),
+        "longest_requests_that_fit": fit,
         "cuda_graphs": compilation_counter.num_cudagraph_captured,
         "cudagraph_mode": config.cudagraph_mode.name,
         "compilation_mode": config.mode.name,
     }
+    rows = []
+    for length in load.lengths:
+        timed = steps(f"{length}-", length, load.new_tokens)
+        spans = [(b[0] - a[0], b[1]) for a, b in pairwise(timed)]
+        decoding = [seconds for seconds, served in spans if served == load.requests]
+        row = {
+            "length": length,
+            "milliseconds_a_step": 1e3 * statistics.median(decoding),
+            "steps": len(decoding),
+            "other_seconds": sum(seconds for seconds, _ in spans) - sum(decoding),
+            "most_blocks": max(blocks for *_, blocks in timed),
+        }
+        rows.append(row | facts)
+    return rows
 
 
-def run(load: Load) -> dict[str, Any]:
+def run(load: Load) -> list[dict[str, Any]]:
     """`serve` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.vllm_engine", "--load", json.dumps(vars(load))]
     variables = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -162,7 +168,8 @@ def run(load: Load) -> dict[str, Any]:
     answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if done.returncode or len(answers) != 1:
         raise RuntimeError(f"vLLM failed with {load}: {done.stdout[-3000:]}")
-    return {**vars(load), **json.loads(answers[0].removeprefix(ANSWER))}
+    given = {name: value for name, value in vars(load).items() if name != "lengths"}
+    return [given | row for row in json.loads(answers[0].removeprefix(ANSWER))]
 
 
 def main() -> int:
@@ -173,13 +180,13 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--memory", type=int, default=9 << 30, help="bytes of the cache")
-    parser.add_argument("--compiling", choices=COMPILING, default="none")
+    parser.add_argument("--compiling", choices=COMPILING, default="default")
     parser.add_argument("--commit", help="where git cannot tell it")
-    parser.add_argument("--load", help="serve one load, as JSON, and print its row")
+    parser.add_argument("--load", help="serve one load, as JSON, and print its rows")
     options = parser.parse_args()
     if options.load is not None:
-        row = serve(Load(**json.loads(options.load)))
-        print("\n" + ANSWER + json.dumps(row), flush=True)
+        found = serve(Load(**json.loads(options.load)))
+        print("\n" + ANSWER + json.dumps(found), flush=True)
         return 0
     versions = {
         "gpu": torch.cuda.get_device_name(),
@@ -189,21 +196,15 @@ def main() -> int:
     settings = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "layers": LAYERS}
     settings |= {"local": LOCAL, "span": LONGEST}
     rows: list[dict[str, Any]] = []
-    for length in options.lengths:
-        for pattern, attention in ROWS:
-            rest = (options.requests, options.new_tokens, options.memory, options.compiling)
-            rows.append(run(Load(pattern, attention, length, *rest)))
-            print(rows[-1], flush=True)
-            if options.output is not None:
-                what = "milliseconds of a decoding step inside vLLM"
-                write_rows(
-                    options.output,
-                    what,
-                    settings,
-                    rows,
-                    commit=options.commit,
-                    environment=versions,
-                )
+    for pattern, attention in ENGINES:
+        rest = (options.requests, options.new_tokens, options.memory, options.compiling)
+        rows += run(Load(pattern, attention, options.lengths, *rest))
+        print(*rows[-len(options.lengths) :], sep="\n", flush=True)
+        if options.output is not None:
+            what = "milliseconds of a decoding step inside vLLM"
+            write_rows(
+                options.output, what, settings, rows, commit=options.commit, environment=versions
+            )
     return 0
 
 
