@@ -96,14 +96,14 @@ class Turns:
         from spattention.impl.triton import call
         from spattention.impl.triton.hopper import planning
 
-        stock = call._calls, planning.TURNS_OF_A_PART
+        stock = call._calls, planning.WAVES_OF_A_PART
         if turns is not None:
             made = self.calls.setdefault(turns, type(stock[0])(max_entries=4096, copies=False))
-            call._calls, planning.TURNS_OF_A_PART = made, turns
+            call._calls, planning.WAVES_OF_A_PART = made, turns
         try:
             yield
         finally:
-            call._calls, planning.TURNS_OF_A_PART = stock
+            call._calls, planning.WAVES_OF_A_PART = stock
 
 
 def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:

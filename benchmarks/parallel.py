@@ -50,6 +50,7 @@ from spattention.parallel.rank_calls import rank_plan
 
 from .parallel_decoding import tensor_parallel
 from .parallel_losses import losses
+from .parallel_training import WAYS as TRAINING_WAYS
 from .parallel_training import data_parallel
 from .rank import Machine, Row
 
@@ -261,6 +262,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--global-batch", type=int, default=8, help="training rows of a step")
     parser.add_argument("--micro-batch", type=int, default=4, help="training rows of a pass")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--ways", nargs="*", choices=list(TRAINING_WAYS), help="of data_parallel")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--curve-steps", type=int, default=200)

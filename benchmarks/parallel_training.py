@@ -28,7 +28,7 @@ def data_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[Row
     """Steps of one rank and of all, from the same weights over the same global batches."""
     group = dist.new_group([0])
     every = list(range(machine.ranks))
-    for way in WAYS:
+    for way in options.ways or WAYS:
         common = {"part": "data-parallel", "way": way}
         single = machine.alone(partial(train, options, machine, way, [0], group))
         yield {**common, "ranks": 1, **single}
@@ -97,17 +97,31 @@ def sharded(model: Any, machine: Machine, group: Any) -> Any:
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def replicated(model: Any, machine: Machine, group: Any) -> Any:
-    """A model under DDP; the caller's autocast gives products in bfloat16."""
+def replicated(
+    model: Any, machine: Machine, group: Any, views: bool = True, bucket: int | None = None
+) -> Any:
+    """A model under DDP; the caller's autocast gives products in bfloat16.
+
+    Args:
+        model: on this rank's device.
+        machine: this rank's.
+        group: ranks that train together; None for all.
+        views: whether gradients lie in the buckets, as in `spattention train`, or are copied.
+        bucket: size of a bucket in MB; None for PyTorch's own.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(model, process_group=group)
+    return DistributedDataParallel(
+        model, process_group=group, gradient_as_bucket_view=views, bucket_cap_mb=bucket
+    )
 
 
 WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "Llama, FSDP2": (llama, sharded),
     "OLMoE, FSDP2": (olmoe, sharded),
     "Llama, DDP": (llama, replicated),
+    "Llama, DDP, copied gradients": (llama, partial(replicated, views=False)),
+    "Llama, DDP, buckets of 100 MB": (llama, partial(replicated, bucket=100)),
 }
 
 
@@ -125,7 +139,7 @@ def train(
     work = 6 * active_parameters(model) + 14 * head_dim * pairs  # per token
     vocabulary = config.vocab_size
     model = spread(model, machine, group)
-    in_half = torch.autocast(machine.device.type, torch.bfloat16, enabled=spread is replicated)
+    in_half = torch.autocast(machine.device.type, torch.bfloat16, enabled=spread is not sharded)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     rows_here = options.global_batch // len(ranks)
     passes = range(0, rows_here, options.micro_batch)
@@ -141,7 +155,7 @@ def train(
         for row in passes:
             part = tokens[first + row : first + row + options.micro_batch].to(machine.device)
             is_last = row == passes[-1]
-            if spread is replicated:
+            if spread is not sharded:
                 model.require_backward_grad_sync = is_last
             with in_half:
                 loss = model(input_ids=part, labels=part, use_cache=False).loss / len(passes)

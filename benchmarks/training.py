@@ -3,9 +3,12 @@
 One model with one optimizer serves both sides: attention has no parameters, and the sides take
 turns, so that a drift of the clock meets all of them. A step is what `spattention train` does:
 passes with the recipe's loss, auxiliary losses and precision, gradient clipping, AdamW on float32
-masters; with `--graphs` the passes of every side are CUDA graphs. Tokens attend across documents.
-The dense side is PyTorch's `scaled_dot_product_attention` with cuDNN or FlashAttention: one of them
-per run, because a compiled layer keeps the one that it was traced with.
+masters; with `--graphs` the passes of every side are CUDA graphs. Tokens attend across documents,
+or with `--documents` only their own: `position_ids` restart with each document, as in the recipes
+with `across_documents = false`. The dense side is PyTorch's `scaled_dot_product_attention` or
+FlexAttention; with several, all others are compared with the first. Give one back end of
+`scaled_dot_product_attention` at most, because a compiled layer keeps the one that it was traced
+with.
 
 Before they are timed, bands are compared with a dense mask of the same pattern. On a GPU the
 kernels of attention are also timed alone. Dense attention's step, less its kernels and with those
@@ -13,6 +16,7 @@ of the bands, is what the bands' step should take.
 
     python -m benchmarks.training --length 4096 --output benchmarks/results/training_h200.4096.json
     python -m benchmarks.training --model paper-small --length 1024 4096 --graphs --output ...
+    python -m benchmarks.training --model llama-3.2-1b --documents 16 --dense flex efficient ...
     python -m benchmarks.training --merge benchmarks/results/training_h200.*.json --output ...
 """
 
@@ -38,8 +42,12 @@ from spattention.training.pretrain import prepare_model
 from spattention.training.recipe import recipe_from
 from spattention.training.work import active_parameters, work_per_token
 
+from .training_documents import Documents, Separated
 from .training_models import NAMES, random_model
-from .training_sides import BACKENDS, Side, predict
+from .training_sides import BACKENDS, Side, dense_side, predict
+from .turns import turns
+
+UNRECORDED = ("merge", "output", "turns")
 
 
 def main() -> None:
@@ -55,11 +63,13 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--loss", default="liger", choices=("plain", "chunked", "liger"))
     parser.add_argument("--patterns", nargs="*", default=["shared_local"], help="none: dense alone")
-    parser.add_argument("--dense", default="cudnn", choices=list(BACKENDS))
+    parser.add_argument("--dense", nargs="+", default=["cudnn"], choices=list(BACKENDS))
+    parser.add_argument("--documents", type=int, help="in a row, which do not see one another")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--vocabulary", type=int, help="instead of the preset's")
     parser.add_argument("--peak-tflops", type=float, default=700.0, help="what MFU is against")
     parser.add_argument("--profile", action="store_true", help="name the kernels of one step")
+    parser.add_argument("--turns", type=Path, help="file to lock: one process times at a time")
     parser.add_argument("--commit", help="to record, where git cannot tell")
     parser.add_argument("--merge", nargs="+", type=Path, help="files of single lengths")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -68,7 +78,7 @@ def main() -> None:
         merge(options.merge, options.output)
         return
     # Each side has its own graphs; beyond the limit a step would run uncompiled, and be timed so.
-    limit = 8 * (1 + len(options.patterns))
+    limit = 8 * (len(options.dense) + len(options.patterns))
     parts: list[dict[str, Any]] = []
     for length in options.length:
         torch._dynamo.reset()
@@ -76,15 +86,17 @@ def main() -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             print(f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB in use", flush=True)
-        with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
-            parts.append(measure(argparse.Namespace(**vars(options) | {"length": length})))
+        one = argparse.Namespace(**vars(options) | {"length": length})
+        settings: dict[str, Any] = {"recompile_limit": limit, "fail_on_recompile_limit_hit": True}
+        with torch._dynamo.config.patch(**settings), turns(options.turns) as alone:
+            parts.append(measure(one, alone))
         print(table(parts[-1]["rows"]), flush=True)
         if options.output is not None:
             write(options.output, parts[0] if len(options.length) == 1 else together(parts))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All sides at one length."""
+def measure(options: argparse.Namespace, alone: Callable[[], None]) -> dict[str, Any]:
+    """All sides at one length; `alone` is called before anything is timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = recipe_from(
         {
@@ -109,17 +121,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     assert optimizer is not None
     model.train()
     batch = torch.randint(config.vocab_size, (windows, options.length), device=device)
-    step = stepper(model, optimizer, recipe.clip, batch, options.passes)
+    documents = None
+    if options.documents is not None:
+        documents = Documents.of(options.documents, options.length)
+    step = stepper(model, optimizer, recipe.clip, batch, options.passes, documents)
     heads = config.num_attention_heads
-    name, backend = BACKENDS[options.dense]
-    sides = [Side(name, attention_choice("dense", heads, options.length), backend)]
+    sides = [dense_side(name, heads, options.length) for name in options.dense]
     sides += [
         Side(text, attention_choice(text, heads, options.length), None) for text in options.patterns
     ]
     for side in sides:
-        side.compare(model, batch)
+        side.compare(model, batch, documents)
         if device.type == "cuda":
-            side.time_kernels(config, windows, options.length, options.passes)
+            side.prepare_kernels(config, windows, options.length, documents)
     graphs = graphs_of(model, len(sides)) if options.graphs else [None] * len(sides)
     for side, graph in zip(sides, graphs):
         began = time.perf_counter()
@@ -134,6 +148,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     losses = {side.name: side.loss for side in sides}
     if not all(0 < loss < 30 for loss in losses.values()):
         raise RuntimeError(f"a loss is out of range: {losses}")
+    alone()
+    if device.type == "cuda":
+        for side in sides:
+            side.time_kernels(config.num_hidden_layers * options.passes)
     peak_before(device)
     for repeat in range(options.repeats):
         for side in sides:
@@ -145,7 +163,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 side.seconds.append(time.perf_counter() - began)
         print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
     tokens = batch.numel() * options.passes
-    rows = [row(options, model, side, tokens) for side in sides]
+    rows = [row(options, model, side, tokens, documents) for side in sides]
     medians = {side.name: entry["seconds"] for side, entry in zip(sides, rows)}
     for side, entry in zip(sides, rows):
         entry["over_dense"] = rows[0]["seconds"] / entry["seconds"]
@@ -155,8 +173,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "environment": environment() if device.type == "cuda" else {"cpu": processor()},
         "settings": {
-            name: value for name, value in vars(options).items() if name not in ("merge", "output")
+            name: value for name, value in vars(options).items() if name not in UNRECORDED
         },
+        "documents": None if documents is None else documents.lengths,
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
         "windows_per_pass": windows,
@@ -199,10 +218,13 @@ def stepper(
     clip: float,
     batch: torch.Tensor,
     passes: int,
+    documents: Documents | None,
 ) -> Callable[[Side], float]:
     """One optimizer step of a side as a function; it returns the loss of the last pass."""
     items = torch.tensor(batch.numel() * passes, device=batch.device)
     inputs = {"input_ids": batch, "labels": batch, "num_items_in_batch": items}
+    if documents is not None:
+        inputs["position_ids"] = documents.positions(batch.device).expand_as(batch)
 
     def step(side: Side) -> float:
         for _ in range(passes):
@@ -215,10 +237,13 @@ def stepper(
     return step
 
 
-def row(options: argparse.Namespace, model: Any, side: Side, tokens: int) -> dict[str, Any]:
+def row(
+    options: argparse.Namespace, model: Any, side: Side, tokens: int, documents: Documents | None
+) -> dict[str, Any]:
     """What a side's steps say."""
     seconds = statistics.median(side.seconds)
-    work = work_per_token(model, side.attention, options.length)
+    attention = side.attention if documents is None else Separated(side.attention, documents)
+    work = work_per_token(model, attention, options.length)
     return {
         "model": options.model,
         "graphs": options.graphs,
@@ -232,6 +257,7 @@ def row(options: argparse.Namespace, model: Any, side: Side, tokens: int) -> dic
         "mfu": tokens / seconds * work / options.peak_tflops / 1e12,
         "loss": side.loss,
         "kernel_seconds": side.kernel_seconds,
+        "kernels": side.kernels,
         "check": side.check,
     }
 

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import spattention as spa
 from spattention.benchmarking.timing import graph_milliseconds
-from spattention.choice import AttentionChoice, BandAttention, attention_choice
+from spattention.choice import AttentionChoice, BandAttention, DenseAttention, attention_choice
 from spattention.hf.config import remove_section
 from spattention.training.graphs import PassGraph
 
+from .training_documents import Documents
+
+FLEX = "flex"
 BACKENDS = {
     "cudnn": ("dense cuDNN", SDPBackend.CUDNN_ATTENTION),
     "flash": ("dense FlashAttention", SDPBackend.FLASH_ATTENTION),
+    "efficient": ("dense, PyTorch's memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
     "math": ("dense, PyTorch's own products", SDPBackend.MATH),
+    FLEX: ("dense FlexAttention", None),
 }
 CHECKED_TOKENS = 1024
 # Relative, in bfloat16. Another mask changes the gradients by about their size.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-3, 0.1
+
+
+@dataclass(frozen=True)
+class FlexAttention(DenseAttention):
+    """Transformers' dense attention by FlexAttention, whose blocks leave out other documents."""
+
+    def apply(self, model: Any) -> None:
+        super().apply(model)
+        model.set_attn_implementation("flex_attention")
+
+
+def dense_side(name: str, heads: int, length: int) -> Side:
+    """The side of one of `BACKENDS`."""
+    title, backend = BACKENDS[name]
+    chosen = FlexAttention(heads) if name == FLEX else attention_choice("dense", heads, length)
+    return Side(title, chosen, backend)
 
 
 @dataclass
@@ -39,6 +61,8 @@ class Side:
     graph: PassGraph | None = None
     loss: float = float("nan")
     kernel_seconds: float | None = None  # of attention in one step, by its kernels alone
+    kernels: str | None = None  # of the bands
+    both_passes: Callable[[], Any] | None = None  # of one layer's attention alone
     check: dict[str, float] | None = None
 
     @contextlib.contextmanager
@@ -51,9 +75,11 @@ class Side:
             remove_section(model.config)
             model.set_attn_implementation("sdpa")
 
-    def time_kernels(self, config: Any, windows: int, length: int, passes: int) -> None:
-        """Set `kernel_seconds`: replays of one layer's forward and backward pass."""
-        heads = config.num_attention_heads
+    def prepare_kernels(
+        self, config: Any, windows: int, length: int, documents: Documents | None
+    ) -> None:
+        """Compile one layer's attention, for `time_kernels`."""
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
 
         def tensor(count: int) -> torch.Tensor:
@@ -61,30 +87,61 @@ class Side:
             found = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
             return found.transpose(1, 2).requires_grad_()
 
-        query, d_out = tensor(heads), tensor(heads).detach()
-        key, value = (tensor(config.num_key_value_heads) for _ in range(2))
+        inputs = tensor(heads), tensor(key_heads), tensor(key_heads)
+        d_out = tensor(heads).detach()
+        attend = self._attention_of(inputs, documents)
+        self.both_passes = lambda: torch.autograd.grad(attend(), inputs, d_out)
+        self.both_passes()
 
-        def attend() -> torch.Tensor:
-            if isinstance(self.attention, BandAttention):
-                found = spa.band_attention(query, key, value, self.attention.pattern)
+    def time_kernels(self, count: int) -> None:
+        """Set `kernel_seconds`: replays of one layer's forward and backward pass, `count` times."""
+        assert self.both_passes is not None
+        milliseconds = graph_milliseconds(self.both_passes, budget=100.0)
+        self.kernel_seconds = milliseconds / 1e3 * count
+
+    def _attention_of(
+        self, inputs: tuple[torch.Tensor, ...], documents: Documents | None
+    ) -> Callable[[], torch.Tensor]:
+        """Attention of one layer as the model calls it; sets `kernels`."""
+        query, key, value = inputs
+        windows, heads = query.shape[:2]
+        first = None
+        if documents is not None:
+            first = documents.first(query.device).expand(windows, -1)
+        if isinstance(self.attention, BandAttention):
+            pattern = self.attention.pattern
+            self.kernels = spa.explain(query, key, value, pattern, key_start=first).kernels
+
+            def bands() -> torch.Tensor:
+                found = spa.band_attention(query, key, value, pattern, key_start=first)
                 assert isinstance(found, torch.Tensor)
                 return found
-            assert self.backend is not None
-            with sdpa_kernel(self.backend):
-                grouped = heads != config.num_key_value_heads
+
+            return bands
+        if isinstance(self.attention, FlexAttention):
+            return _flex(inputs, first)
+        assert self.backend is not None
+        backend, mask = self.backend, None if documents is None else documents.mask(query.device)
+        # Transformers repeats keys where there is a mask.
+        repeats = 1 if mask is None else heads // key.shape[1]
+
+        def dense() -> torch.Tensor:
+            with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, is_causal=True, enable_gqa=grouped
+                    query,
+                    key.repeat_interleave(repeats, 1) if repeats > 1 else key,
+                    value.repeat_interleave(repeats, 1) if repeats > 1 else value,
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    enable_gqa=mask is None and heads != key.shape[1],
                 )
 
-        def call() -> None:
-            torch.autograd.grad(attend(), (query, key, value), d_out)
+        return dense
 
-        milliseconds = graph_milliseconds(call, budget=100.0)
-        self.kernel_seconds = milliseconds / 1e3 * config.num_hidden_layers * passes
-
-    def compare(self, model: Any, tokens: torch.Tensor) -> None:
+    def compare(self, model: Any, tokens: torch.Tensor, documents: Documents | None) -> None:
         """Set `check`: loss and gradients of the values' weights in a short window, with these
-        bands and, by a dense mask of the same pattern, in the model's stock attention.
+        bands and, by a dense mask of the same pattern, in the model's stock attention. Documents
+        go as positions that restart to the bands, and in the mask to the reference.
 
         Raises:
             RuntimeError: if they differ.
@@ -95,13 +152,17 @@ class Side:
         heads, length = model.config.num_attention_heads, tokens.shape[1]
         short = attention_choice(self.attention.name, heads, length)
         assert isinstance(short, BandAttention)
-        mask = short.pattern.mask(length, device=tokens.device)[None]
+        if documents is None:
+            mask, positions = short.pattern.mask(length, device=tokens.device)[None], None
+        else:
+            mask = documents.mask_of(short.pattern, length, tokens.device)[None]
+            positions = documents.positions(tokens.device)[None, :length]
         reference = Side("reference", attention_choice("dense", heads, length), SDPBackend.MATH)
         with torch.compiler.set_stance("force_eager"):
             with reference.chosen(model):
-                wanted_loss, wanted = _loss_and_gradients(model, tokens, mask)
+                wanted_loss, wanted = _loss_and_gradients(model, tokens, mask, positions)
             with Side(self.name, short, None).chosen(model):
-                loss, gradients = _loss_and_gradients(model, tokens, None)
+                loss, gradients = _loss_and_gradients(model, tokens, None, positions)
         self.check = {
             "tokens": length,
             "loss": loss,
@@ -115,10 +176,35 @@ class Side:
             raise RuntimeError(f"{self.name} differs from its reference: {self.check}")
 
 
+def _flex(
+    inputs: tuple[torch.Tensor, ...], first: torch.Tensor | None
+) -> Callable[[], torch.Tensor]:
+    """Compiled causal FlexAttention, within documents if the first token of each is given."""
+    query, key, value = inputs
+    windows, heads, length, _ = query.shape
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q >= k if first is None else (q >= k) & (first[b, q] == first[b, k])
+
+    blocks = create_block_mask(mask, windows, None, length, length, device=query.device.type)
+    compiled = torch.compile(flex_attention)
+
+    def attend() -> torch.Tensor:
+        grouped = heads != key.shape[1]
+        found: torch.Tensor = compiled(query, key, value, block_mask=blocks, enable_gqa=grouped)
+        return found
+
+    return attend
+
+
 def _loss_and_gradients(
-    model: Any, tokens: torch.Tensor, mask: torch.Tensor | None
+    model: Any,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
 ) -> tuple[float, torch.Tensor]:
-    loss = model(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False).loss
+    given = {"attention_mask": mask, "position_ids": positions}
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False, **given).loss
     loss.backward()
     named = dict(model.named_parameters())
     found = [each.grad.flatten() for name, each in named.items() if "v_proj" in name]

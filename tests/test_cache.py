@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spattention as spa
+from spattention import cache_layout
 from spattention.bands import MAX_INTERVALS
 from spattention.cache_layout import ring_lengths
 from spattention.testing import Case, check_error, exact, plain
@@ -478,3 +479,32 @@ def test_errors_name_argument_rule_and_value():
             spa.BandStore(
                 pattern, **{"batch_size": 1, "num_key_heads": 2, "head_dim": 8, **options}
             )
+
+
+def test_tables_of_a_store_travel_together(monkeypatch):
+    """One copy to the device, and the same numbers, each table where kernels expect it: aligned."""
+    pattern = P((((0, 2),), ((3, 7), (9, 12)), (), ((0, 5),)), span=12, prefix=3)
+    here = cache_layout.ring_layout(pattern, 2, device=torch.device("cpu"))
+    there = cache_layout.ring_layout(pattern, 2, device=torch.device("meta"))
+    assert there.offsets.device.type == there.by_width[0].near.device.type == "meta"
+    moved = []
+    copied = cache_layout._map_tables(here, lambda table: (moved.append(table.clone()), table)[1])
+    assert copied == here
+    assert len(moved) > 20
+
+    class Elsewhere:
+        type = "another"
+
+    sent = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device: (sent.append(device), to(self, "cpu"))[1]
+    )
+    there = []
+    cache_layout._map_tables(
+        cache_layout._on_device(here, Elsewhere()), lambda table: (there.append(table), table)[1]
+    )
+    assert len(sent) == 1
+    for table, wanted in zip(there, moved, strict=True):
+        assert torch.equal(table, wanted)
+        assert table.data_ptr() % 16 == 0

@@ -7,7 +7,7 @@ import torch
 from random_stores import Life, RingKernels, check
 
 import spattention as spa
-from spattention import cache, cached_attention
+from spattention import cache, cache_prefix, cached_attention
 from spattention.attention import HAS_TRITON
 
 P = spa.BandPattern
@@ -212,9 +212,9 @@ def test_a_full_prefix_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> 
     """Decoding costs nothing for it, and another text or a `crop` into it writes it anew."""
     query, key, value = text(12)
     written = []
-    write = cache.cache_prefix.hold_first
+    write = cache_prefix.hold_next
     monkeypatch.setattr(
-        cache.cache_prefix, "hold_first", lambda *given: (written.append(1), write(*given))
+        cache_prefix, "hold_next", lambda *given: (written.append(1), write(*given))
     )
     store = new_store()
 
@@ -235,3 +235,50 @@ def test_a_full_prefix_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> 
     store.reset()
     run(0, 5)
     assert len(written) == 3 * PREFIX - 1
+
+
+def test_a_step_of_a_graph_writes_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded step keeps its own token at most, wherever it is replayed; it copies no prefix."""
+    query, key, value = text(40)
+    whole = spa.band_attention(query, key, value, PATTERN)
+    monkeypatch.setattr(cache, "in_graph", lambda tensor: True)
+    monkeypatch.delattr(cache_prefix, "_fill")
+    store = new_store(max_rollback=1)
+    taken = []
+    for at in range(40):
+        now = slice(at, at + 1)
+        taken.append(
+            spa.band_attention_cached(
+                query[:, :, now], store, PATTERN, key[:, :, now], value[:, :, now]
+            )
+        )
+    torch.testing.assert_close(torch.cat(taken, dim=2), whole)
+
+
+def test_padded_steps_stop_copying_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with a mask count their tokens too, the fewest of a sequence, and never padding."""
+    query, key, value = text(12)
+    store = new_store()
+    held = []
+    fill = cache_prefix._fill
+    monkeypatch.setattr(cache_prefix, "_fill", lambda *given: (held.append(1), fill(*given)))
+    for at in range(12):
+        now = slice(at, at + 1)
+        mask = torch.tensor([[True], [at % 2 == 1]])
+        spa.band_attention_cached(
+            query[:, :, now], store, PATTERN, key[:, :, now], value[:, :, now], mask=mask
+        )
+    assert len(held) == 2 * PREFIX
+
+
+def test_a_first_pass_copies_the_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an empty store nothing is read: the first keys go where they stay."""
+    query, key, value = text(20)
+    whole = spa.band_attention(query, key, value, PATTERN)
+    monkeypatch.delattr(cache_prefix, "_fill")
+    store = new_store()
+    first = [t[:, :, :PREFIX] for t in (query, key, value)]
+    spa.band_attention_cached(first[0], store, PATTERN, *first[1:])
+    rest = [t[:, :, PREFIX:] for t in (query, key, value)]
+    out = spa.band_attention_cached(rest[0], store, PATTERN, *rest[1:])
+    torch.testing.assert_close(out, whole[:, :, PREFIX:])

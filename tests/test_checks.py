@@ -154,6 +154,20 @@ def test_validate_reads_what_the_operators_read():
         spa.validate(**tensors(), pattern=pattern, scale=math.nan)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_validate_names_sinks_without_a_number(value):
+    """The operator passes NaN on, as it does that of a query, and does not wait to look for it."""
+    sinks = torch.tensor([value, -math.inf, 0.0, 1.0])
+    spa.validate(**tensors(), pattern=pattern, sinks=sinks[[1, 1, 2, 3]])
+    for given in ({**tensors(), "pattern": pattern}, packed()):
+        with pytest.raises(ValueError, match=f"`sinks` must be below inf, got {value} in head 0"):
+            spa.validate(**given, sinks=sinks)
+    out = spa.band_attention(**tensors(), pattern=pattern, sinks=sinks)
+    assert out[:, 1:].isfinite().all()
+    if math.isnan(value):
+        assert out[:, 0].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"])
 def test_validate_ignores_no_argument(name):
     """One of packed documents alone, or one of rows beside them."""

@@ -12,6 +12,7 @@ from spattention.fitting import Profile, sliding_window
 
 PREFIX = 4
 NARROW, WIDE = 128, 512  # windows of mixes as practice has them: with sinks, and without
+WEIGHTS = (0.0, 0.05, 0.2, 0.3, 0.5)  # of needles, beside the default
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ ROWS: dict[str, Row] = {
     "3:1-prefix": Row(_mix(3, prefix=PREFIX)),
     "fitted": Row(_fitted(prefix=PREFIX)),
     "fitted-groups": Row(_fitted(prefix=PREFIX, groups=True)),
+    **{f"fitted-retrieval-{w}": Row(_fitted(prefix=PREFIX, retrieval=w)) for w in WEIGHTS},
     "fitted-prefix-sinks": Row(_fitted(prefix=PREFIX), sinks=True),
     "fitted-sinks": Row(_fitted(), sinks=True),
     "fitted-bare": Row(_fitted()),

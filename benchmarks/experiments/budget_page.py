@@ -29,6 +29,8 @@ NAMES = {
 ROWS = "budget-2048"  # the plan whose runs are the rows; others have them by their attention
 KINDS = ("passkeys", "needles", "variables")
 RECALL = "mqar-2048"
+OURS = "geometric bands"  # named beside the best pattern
+LITTLE = 5.0  # per cent: fewer needles than that say nothing about a pattern
 # The mixes of layers, which have one layer of each in the models of two layers.
 MIXES = {
     "5:1 window 128 with sinks": f"sliding_window:window=128{THEN}dense sinks=True",
@@ -121,7 +123,8 @@ def section(plans: dict[str, Plan], ledger: Path) -> str:
     recall = {
         run.label: recalled.get(MIXES.get(run.label, _attention(run)), ABSENT) for run in runs
     }
-    last = budgets[-1]
+    measured = [budget for budget in budgets if budget.scores(STOCK, "needles")]
+    last = measured[-1] if measured else budgets[-1]
     heads = [", ".join(NAMES[budget.name]) for budget in budgets]
     heads += [*KINDS, f"recall, {SETTINGS[RECALL].length:,}"]
     lines = [
@@ -194,9 +197,10 @@ def _best(budget: Budget) -> str:
     word = "below" if mean(gaps[label]) < 0 else "above"
     count = len(gaps[label])
     seeds = f"{count} seeds" if count > 1 else "one seed, not settled"
+    beside = f"; {OURS} {mean(gaps[OURS]):+.4f}" if OURS in gaps and label != OURS else ""
     return (
         f"{where}: {label} ends lowest, {abs(mean(gaps[label])):.4f} {word} dense attention "
-        f"({seeds}){end}."
+        f"({seeds}){beside}{end}."
     )
 
 
@@ -210,6 +214,9 @@ def _retrieval(budget: Budget) -> str:
     if dense is None or not found:
         return ""
     label = max(found, key=lambda each: found[each])
+    most = max(dense, found[label])
+    if most < LITTLE:
+        return f"{where}: no model finds more than {most:.0f} % of the needles, dense included."
     return (
         f"{where}: {label} finds {found[label]:.0f} % of the needles, more than any other pattern; "
         f"dense attention {dense:.0f} %."

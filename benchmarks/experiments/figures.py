@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from spattention.choice import STOCK
 
@@ -112,6 +113,9 @@ def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Fi
         return None
     axis.axhline(0.0, color="#333333", linewidth=1)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set(xlabel="million tokens", ylabel="validation loss minus dense's (nats)")
     _finish(axis, TITLES["tokens"])
     return figure

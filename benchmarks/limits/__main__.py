@@ -18,12 +18,14 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spattention.files import write_atomically
 
+from ..turns import turns
 from . import page
 from .cases import BY, Case, cases, worker_name
 from .processes import measure, prepare
@@ -41,16 +43,18 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--longest", type=int, default=131072, help="of the lengths")
     run.add_argument("--prepare-seconds", type=float, default=240.0)
     run.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    run.add_argument("--turns", type=Path, help="file to lock: one process times at a time")
     run.add_argument("--commit", help="to record where git cannot tell")
     options = parser.parse_args(arguments)
     if options.command == "page":
         page.main()
     else:
-        measure_all(options)
+        with turns(options.turns) as alone:
+            measure_all(options, alone)
 
 
-def measure_all(options: argparse.Namespace) -> None:
-    """Prepare and measure all cases that the output does not have."""
+def measure_all(options: argparse.Namespace, alone: Callable[[], None] = lambda: None) -> None:
+    """Prepare all cases that the output does not have, call `alone`, and measure them."""
     rows: list[dict[str, Any]] = []
     environments: list[dict[str, str]] = []
     if options.output.exists():
@@ -70,6 +74,7 @@ def measure_all(options: argparse.Namespace) -> None:
     print(f"{len(wanted)} cases in {len(groups)} workers", flush=True)
     began = time.monotonic()
     ready = prepare(list(groups.values()), options.prepare_seconds, options.processes)
+    alone()
     workers = dict(zip(groups, ready))
     try:
         for case in wanted:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -52,6 +52,7 @@ REST = 0.15  # seconds before a measurement: a power limit looks back over a ten
 DOCUMENTS = 16  # of a packed row
 PREFIX = 4
 RECOMPILES = 64  # of one function, beyond which it runs without a compiler
+CAPTURES = 2  # attempts: the first may load what no capture may
 TRIES, PAUSE = 5, 3.0  # seconds between them, where other processes have the GPU's memory
 NO_MEMORY = torch.OutOfMemoryError.__name__
 COMPETITORS = {each.name: each for each in (Flex, FlexFlash, FlashSparse, Flash4)}
@@ -166,10 +167,13 @@ class Attention:
         def total() -> None:
             attend.backward(attend())
 
-        eager = (case.batch, case.heads, case.length) == LONG_EAGER
-        milliseconds = eager_milliseconds if eager else graph_milliseconds
-        times = [milliseconds(call, rest=REST) for call in (forward, total)]
+        if (case.batch, case.heads, case.length) == LONG_EAGER:
+            times, reason = [eager_milliseconds(call, rest=REST) for call in (forward, total)], None
+        else:
+            times, reason = milliseconds((forward, total))
         found: dict[str, Any] = {"forward": round(times[0], 4), "total": round(times[1], 4)}
+        if reason is not None:
+            found["plain_calls"] = reason
         if case.by != OURS:
             return found
         lengths = [case.length] * case.batch
@@ -182,6 +186,22 @@ class Attention:
             "matrix": [round(matrix_speed(each, rest=REST), 1) for each in times],
             "copy": round(self.copy, 3),
         }
+
+
+def milliseconds(calls: Sequence[Callable[[], None]]) -> tuple[list[float], str | None]:
+    """Times of replays; or of plain calls, which may wait for the host, and why the calls cannot be
+    captured: flash-sparse-attn's first capture of packed documents in a process fails.
+    """
+    reason = None
+    for _ in range(CAPTURES):
+        try:
+            return [graph_milliseconds(call, rest=REST) for call in calls], None
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().splitlines()[0][:300]
+            torch.cuda.synchronize()
+    return [eager_milliseconds(call, rest=REST) for call in calls], reason
 
 
 def kernels(task: Task, deterministic: bool = True) -> str:

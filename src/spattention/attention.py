@@ -52,7 +52,7 @@ def band_attention(
         pattern: the bands, one entry per query head.
         scale: factor of the scores before the softmax; default `1 / sqrt(D)`.
         sinks: `[H]` learned logits, unscaled, query's dtype or float32; each joins its head's
-            denominator without a value.
+            denominator without a value. -inf is none; NaN gives NaN in its head, as in a query.
         query_start: position of the first query: an int, or an int32
             tensor `[]` or `[B]` on query's device. Default `K - Q`: the queries are the last
             positions.

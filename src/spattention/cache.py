@@ -417,17 +417,17 @@ class BandStore:
         self, key: Tensor, value: Tensor, mask: Tensor | None, key_start: Tensor | None
     ) -> None:
         """Keep what the prefix needs of these tokens, before the rings overwrite others."""
-        if key_start is not None and self.one_document:
-            self.one_document = False
+        self.one_document &= key_start is None
         if not self.one_document:
             cache_prefix.hold(self.stored, key, value, mask, key_start)
             return
         # A graph may run again for a text that is still shorter than the prefix.
         again = in_graph(self.keys)
         if again or self._tokens < self.layout.pattern.prefix:
-            cache_prefix.hold_first(self.stored, key, value, mask)
-        if not again and mask is None:
-            self._tokens += key.shape[2]
+            empty = self.is_empty and not again
+            cache_prefix.hold_first(self.stored, key, value, mask, is_empty=empty)
+        if not again:
+            self._tokens += cache_prefix.fewest_tokens(key, mask)
 
     def _write(self, key: Tensor, value: Tensor) -> None:
         """The last of these tokens, as many as each ring holds, from `position` on."""

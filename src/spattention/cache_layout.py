@@ -16,18 +16,20 @@ than `capacity + max_rollback`, and bands and prefix end at the capacity.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .bands import BandPattern
 from .scalars import LARGEST_SIZE, as_int, shown_number
 
 MAX_ROLLBACK = 32  # above the 20 tokens that Transformers drafts at once by default
 MOST_BYTES = 2**62  # of a tensor, near PyTorch's limit
+ALIGNED = 8  # numbers that tables start at multiples of, as tensors of their own would
 UNSET: Any = object()  # for arguments for which None is an error
 
 
@@ -107,7 +109,6 @@ class Rings:
     max_rollback: int
     group: int  # query heads for each key/value head
     prefix: int  # slots of each prefix
-    device: torch.device | None
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ class Rings:
         return tuple(sum(self.lengths) + sum(live[:h]) for h in range(len(live)))
 
     def index(self, numbers: Any) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
+        return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
 
 
 class RingLayout(NamedTuple):
@@ -204,11 +205,11 @@ def ring_layout(
     lengths = ring_lengths(pattern, num_key_heads, max_rollback=max_rollback, capacity=capacity)
     pattern = pattern if capacity is None else _as_far_as(capacity, pattern)
     group = pattern.num_heads // num_key_heads
-    rings = Rings(lengths, max_rollback, group, pattern.prefix, device)
+    rings = Rings(lengths, max_rollback, group, pattern.prefix)
     widths = [sum(far - near for near, far in head) for head in pattern.intervals]
     same_length = [[h for h, n in enumerate(lengths) if n == size] for size in sorted({*lengths})]
     same_width = {n: [h for h, w in enumerate(widths) if w == n] for n in sorted({*widths} - {0})}
-    return RingLayout(
+    layout = RingLayout(
         pattern=pattern,
         ring_lengths=lengths,
         slots=sum(lengths) + pattern.prefix * sum(map(bool, lengths)),
@@ -220,6 +221,35 @@ def ring_layout(
         by_reach=tuple(SameReach.of(heads, pattern, rings) for heads in same_length),
         by_width=tuple(SameWidth.of(n, heads, pattern, rings) for n, heads in same_width.items()),
     )
+    return _on_device(layout, torch.empty(0, device=device).device)
+
+
+def _on_device(layout: RingLayout, device: torch.device) -> RingLayout:
+    """The layout with its tables on a device. They travel together: each copy waits for a GPU."""
+    if device.type == "cpu":
+        return layout
+    tables: list[Tensor] = []
+
+    def note(table: Tensor) -> Tensor:
+        tables.append(table)
+        return table
+
+    _map_tables(layout, note)
+    sizes = [-(-len(table) // ALIGNED) * ALIGNED for table in tables]
+    padded = [pad(table, (0, size - len(table))) for table, size in zip(tables, sizes)]
+    parts = iter(torch.cat(padded).to(device).split(sizes))
+    found: RingLayout = _map_tables(layout, lambda table: next(parts)[: len(table)])
+    return found
+
+
+def _map_tables(node: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of tuples with every tensor changed, in order."""
+    if isinstance(node, Tensor):
+        return change(node)
+    if not isinstance(node, tuple):
+        return node
+    parts = [_map_tables(each, change) for each in node]
+    return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
 
 
 def rollback(max_rollback: int, slack: int = UNSET) -> int:

@@ -91,8 +91,27 @@ def first_of_each(key_start: Tensor, tokens: int) -> Tensor:
     return first if first.dim() == 2 else first[:, None].expand(-1, tokens)
 
 
-def hold_first(stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-    """The same of a store whose documents all start at 0."""
+def hold_first(
+    stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | None, *, is_empty: bool
+) -> None:
+    """The same of a store whose documents all start at 0, and which may be known to be empty."""
+    if mask is None and is_empty and key.shape[2] >= stored.layout.pattern.prefix:
+        hold_start(stored, key, value)
+    elif mask is None and key.shape[2] == 1:
+        hold_next(stored, key, value)
+    else:
+        hold_some(stored, key, value, mask)
+
+
+def fewest_tokens(key: Tensor, mask: Tensor | None) -> int:
+    """Tokens that every sequence has among these at least, known without waiting for a device."""
+    if mask is None:
+        return key.shape[2]
+    return int(mask.sum(dim=1).min()) if readable(mask) else 0
+
+
+def hold_some(stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Any number of tokens, with padding or not, at any position."""
     count = torch.full_like(stored.counts[0], key.shape[2])
     if mask is not None:
         order, count = padding_first(mask), mask.sum(dim=1)
@@ -100,6 +119,31 @@ def hold_first(stored: StoredTokens, key: Tensor, value: Tensor, mask: Tensor | 
     live, device = stored.layout.live, key.device
     slots = live.prefix[:, None] + torch.arange(stored.layout.pattern.prefix, device=device)
     _fill(stored, key, value, torch.zeros_like(count), count, slots[None])
+
+
+def hold_start(stored: StoredTokens, key: Tensor, value: Tensor) -> None:
+    """The first tokens of an empty store, at least as many as a prefix has."""
+    live, prefix = stored.layout.live, stored.layout.pattern.prefix
+    target = live.prefix[:, None] + torch.arange(prefix, device=key.device)
+    for buffer, tokens in ((stored.keys, key), (stored.values, value)):
+        chosen = tokens[:, :, :prefix].index_select(1, live.heads)
+        buffer.index_copy_(1, target.flatten(), chosen.flatten(1, 2))
+
+
+def hold_next(stored: StoredTokens, key: Tensor, value: Tensor) -> None:
+    """One token `[B, Hkv, 1, D]` in each sequence, whatever its position. A token that
+    is not of the prefix goes to its slot in the ring, where `append` writes it as well: no branch
+    on a position, and no other token moves.
+    """
+    live, position = stored.layout.live, stored.counts[0][:, None]
+    in_ring = live.offset + position % live.length
+    early = position < stored.layout.pattern.prefix
+    slots = torch.where(early, live.prefix + position, in_ring)  # [B, C]
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    for buffer, tokens in ((stored.keys, key), (stored.values, value)):
+        every = len(live.heads) == tokens.shape[1]
+        chosen = tokens if every else tokens.index_select(1, live.heads)
+        buffer[rows, slots] = chosen.squeeze(2)
 
 
 def _hold_tokens(

@@ -217,6 +217,7 @@ def validate(
     given = [name for name, value in packed.items() if value is not None]
     if not given:
         check_attention(query, key, value, pattern, scale=scale, sinks=sinks, **rows)
+        _check_sinks_values(sinks)
         if key_start is not None:
             _check_key_start_values(key_start)
         if isinstance(query_start, Tensor):
@@ -229,6 +230,7 @@ def validate(
         if value_given is not None:
             raise ValueError(f"`{name}` must not be given with `{given[0]}`, got {value_given!r}")
     check_varlen(query, key, value, pattern, **packed, scale=scale, sinks=sinks)
+    _check_sinks_values(sinks)
     _check_cu_seqlens_values(query.shape[0], key.shape[0], *packed.values())
 
 
@@ -391,6 +393,15 @@ def in_graph(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_sinks_values(sinks: Tensor | None) -> None:
+    if sinks is None or sinks.is_meta:
+        return
+    wrong = ~(sinks < torch.inf)  # NaN too; -inf is a head without a sink
+    if bool(wrong.any()):
+        head = int(wrong.nonzero()[0])
+        raise ValueError(f"`sinks` must be below inf, got {sinks[head].item()} in head {head}")
 
 
 def _check_query_start_values(query_start: Tensor) -> None:

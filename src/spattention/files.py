@@ -72,8 +72,13 @@ def check_place(option: str, path: Path) -> None:
     place = next((each for each in places if each.exists()), Path())
     if not place.is_dir():
         raise ValueError(f"`{option}` must be in a folder, got {path}, where {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"`{option}` must be where files can be made, got {path} in {place}")
+    try:
+        # The permissions do not tell: root has all, and /proc takes nothing.
+        Path(tempfile.mkdtemp(dir=place, suffix=UNFINISHED)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"`{option}` must be where files can be made, got {path} in {place}"
+        ) from error
 
 
 def remove_empty(folders: list[Path]) -> None:

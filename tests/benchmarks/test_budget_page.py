@@ -133,6 +133,23 @@ def test_the_first_table_has_losses_and_retrieval(tmp_path):
     assert "geometric bands finds 25 % of the needles, more than any other pattern; dense" in text
 
 
+def test_scores_at_chance_name_no_pattern(tmp_path):
+    """Where no model retrieves, none is called the best; the table shows the plan that has scores,
+    and geometric bands stand beside a better pattern.
+    """
+    plan = PLANS["budget-25m-2048"]
+    rows = (("dense", 3.0, 0.0), ("geometric bands", 3.03, 0.01), ("uniform bands", 3.02, 0.0))
+    for label, loss, needles in rows:
+        run = run_of(plan, label)
+        path = ledger.entry_path(tmp_path, plan.name, run.name)
+        ledger.write_entry(path, entry(plan.name, run, loss, needles))
+    text = budget_page.section(PLANS, tmp_path)
+    assert "no model finds more than 1 % of the needles, dense included" in text
+    assert "uniform bands ends lowest, 0.0200 above dense" in text
+    assert "(one seed, not settled); geometric bands +0.0300." in text
+    assert "variables are of 28 M parameters, context 2,048, 692 M tokens" in text
+
+
 def test_plans_lend_runs_of_the_same_recipe(tmp_path):
     """A finished run of another plan with equal recipe, data and seed is taken, no other."""
     plan = PLANS["budget-2048"]

@@ -526,3 +526,29 @@ def test_the_readme_states_the_newest_results():
         ours = [same[OURS], same[ANY_ORDER]] if len(said) == 4 else [same[OURS]]
         wanted = [base / time for base in (dense, fastest) for time in ours]
         assert said == pytest.approx(wanted, rel=0.03), line
+
+
+def test_calls_without_a_capture_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures are tried twice; then calls are timed plainly, and the reason is kept."""
+    outcomes: list[float | RuntimeError] = []
+
+    def replays(call: Any, rest: float) -> float:
+        found = outcomes.pop(0)
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    monkeypatch.setattr(worker, "graph_milliseconds", replays)
+    monkeypatch.setattr(worker, "eager_milliseconds", lambda call, rest: 9.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = (lambda: None, lambda: None)
+    failed = RuntimeError("operation failed during capture\nmore")
+    outcomes[:] = [1.0, 2.0]
+    assert worker.milliseconds(calls) == ([1.0, 2.0], None)
+    outcomes[:] = [failed, 1.0, 2.0]
+    assert worker.milliseconds(calls) == ([1.0, 2.0], None)
+    outcomes[:] = [1.0, failed, failed]
+    assert worker.milliseconds(calls) == ([9.0, 9.0], "operation failed during capture")
+    outcomes[:] = [torch.OutOfMemoryError("full")]
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.milliseconds(calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks import training, training_models
-from benchmarks.training_sides import Side, predict
+from benchmarks.training_documents import Documents, Separated
+from benchmarks.training_sides import Side, dense_side, predict
+from benchmarks.turns import turns
 from spattention import BandPattern
 from spattention.choice import attention_choice
 from spattention.models import build, preset
@@ -23,8 +26,13 @@ PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 
 @pytest.mark.parametrize(
     ("patterns", "more"),
-    [(PATTERNS, ()), ((), ()), (PATTERNS[:1], ("--graphs",))],
-    ids=["all", "dense alone", "graphs"],
+    [
+        (PATTERNS, ()),
+        ((), ()),
+        (PATTERNS[:1], ("--graphs",)),
+        ((PATTERNS[0], PATTERNS[2]), ("--documents", "3", "--turns", "turns.lock")),
+    ],
+    ids=["all", "dense alone", "graphs", "documents"],
 )
 def test_all_sides_are_measured_in_one_model(
     patterns: tuple[str, ...],
@@ -33,12 +41,14 @@ def test_all_sides_are_measured_in_one_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(training, "Recorder", Recorder)
+    monkeypatch.chdir(tmp_path)
     output = tmp_path / "found.json"
     command = (
         "training.py --model olmoe-tiny --layers 1 --vocabulary 64 --length 32 --tokens 64 "
         "--passes 1 --repeats 2 --no-compile --dense math --loss chunked --patterns"
     )
-    monkeypatch.setattr(sys, "argv", [*command.split(), *patterns, *more, "--output", str(output)])
+    given = [*command.split(), *patterns, *more, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", given)
     training.main()
     rows = json.loads(output.read_text())["rows"]
     assert [row["attention"] for row in rows] == ["dense, PyTorch's own products", *patterns]
@@ -67,8 +77,11 @@ def test_a_side_leaves_the_model_as_it_was() -> None:
     assert [bool((other - before).abs().max() > 1e-4) for other in seen] == [True] * len(PATTERNS)
 
 
+@pytest.mark.parametrize("documents", [None, Documents.of(3, 64)], ids=["text", "documents"])
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-4b"])
-def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_models_are_compared(
+    name: str, documents: Documents | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bands with a prefix per key/value head agree with their dense mask; another mask does not."""
     for shape in (training_models.LLAMA_1B, training_models.QWEN3_4B):
         for key, value in {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}.items():
@@ -78,7 +91,7 @@ def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch)
     tokens = torch.randint(96, (2, 64))
     text = "exclusive:kv_heads=8,prefix=4"
     side = Side(text, attention_choice(text, 32, 64), None)
-    side.compare(model, tokens)
+    side.compare(model, tokens, documents)
     assert side.check is not None
     assert side.check["gradient_difference"] < 1e-4
     mask = BandPattern.mask
@@ -86,7 +99,80 @@ def test_grouped_models_are_compared(name: str, monkeypatch: pytest.MonkeyPatch)
         BandPattern, "mask", lambda self, *rest, **more: mask(self, *rest, **more).flip(0)
     )
     with pytest.raises(RuntimeError, match="differs from its reference"):
-        side.compare(model, tokens)
+        side.compare(model, tokens, documents)
+
+
+def test_documents_fill_a_row() -> None:
+    """Positions restart with each document, and the mask is causal within it."""
+    documents = Documents.of(5, 64)
+    assert sum(documents.lengths) == 64
+    assert len(set(documents.lengths)) > 1
+    positions = documents.positions(torch.device("cpu"))
+    assert positions.tolist() == [k for length in documents.lengths for k in range(length)]
+    mask = documents.mask(torch.device("cpu"))
+    expected = torch.block_diag(*(torch.ones(n, n).tril() for n in documents.lengths)).bool()
+    assert torch.equal(mask, expected)
+    dense = attention_choice("dense", 2, 64)
+    assert Separated(dense, documents).pairs(64) == 2 * int(expected.sum())
+    for count in (0, 65):
+        with pytest.raises(ValueError, match="documents of a row must be 1 to 64"):
+            Documents.of(count, 64)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_dense_sides_see_their_own_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention from positions, and PyTorch's attention: the losses of a mask given by hand."""
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    small = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    monkeypatch.setattr(training_models, "LLAMA_1B", training_models.LLAMA_1B | small)
+    torch.manual_seed(0)
+    model = training_models.random_model("llama-3.2-1b", 128, 1, 64, torch.device("cpu")).eval()
+    tokens = torch.randint(64, (1, 128))
+    documents = Documents.of(3, 128)
+    positions = documents.positions(tokens.device)[None]
+    mask = documents.mask(tokens.device)[None, None]
+    with torch.no_grad():
+        expected = model(tokens, position_ids=positions, attention_mask=mask).logits
+        across = model(tokens).logits
+        assert not torch.allclose(across, expected, atol=1e-4)
+        for name in ("math", "flex"):
+            with dense_side(name, 32, 128).chosen(model):
+                found = model(tokens, position_ids=positions, use_cache=False).logits
+            torch.testing.assert_close(found, expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["math", "flex", "shared_local"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_kernels_alone_see_their_own_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed alone is what the model's layers compute."""
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    documents = Documents.of(3, 256)
+    mask = documents.mask(torch.device("cpu"))
+    if name == "shared_local":
+        side = Side(name, attention_choice(name, 4, 256), None)
+        mask = mask & BandPattern.shared_local(4, 256).mask(256)
+    else:
+        side = dense_side(name, 4, 256)
+    query, key, value = (torch.randn(1, heads, 256, 16) for heads in (4, 2, 2))
+    with torch.no_grad():
+        found = side._attention_of((query, key, value), documents)()
+    groups = (key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *groups, attn_mask=mask)
+    torch.testing.assert_close(found, expected)
+
+
+def test_processes_take_turns(tmp_path: Path) -> None:
+    """One that has prepared waits for another that prepares, and then keeps the next waiting."""
+    path = tmp_path / "lock"
+    with turns(path) as alone:
+        alone()
+        with path.open("w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with turns(None) as alone:
+        alone()
 
 
 def test_predictions_are_of_kernels_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from refusals import HUGE, Texts, check, refusal
@@ -339,7 +340,13 @@ def test_an_output_below_a_file_is_refused(
     for output in (file / "out.png", file / "deeper" / "out.png"):
         told = refusal([*command, "--output", str(output)], capsys)
         assert f"`--output` must be in a folder, got {output}, where {file} is a file" in told
-    monkeypatch.setattr("spattention.files.os.access", lambda path, mode: False)
+    told = refusal([*command, "--output", "/proc/new/out.png"], capsys)  # its mode allows files
+    assert "`--output` must be where files can be made, got /proc/new/out.png in /proc" in told
+    monkeypatch.setattr("spattention.files.tempfile.mkdtemp", _full)
     told = refusal([*command, "--output", str(tmp_path / "new" / "out.png")], capsys)
     assert f"`--output` must be where files can be made, got {tmp_path}" in told
     assert list(tmp_path.iterdir()) == [file]
+
+
+def _full(**options: Any) -> str:
+    raise OSError(28, "No space left on device")

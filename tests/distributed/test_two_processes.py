@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) train as one does at the same global batch."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,27 @@ def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
     assert losses(tmp_path / "two", "loss") == pytest.approx(
         losses(tmp_path / "one", "loss"), rel=1e-5
     )
+
+
+def test_ddp_gradients_lie_in_their_buckets(recipe, tmp_path):
+    """They are exchanged where they are, and not copied there and back."""
+    shown = launch(2, HERE / "buckets.py", recipe, tmp_path / "run")
+    found = re.findall(r"(\d+) gradients in (\d+) storages", shown)
+    assert len(found) == 6  # one for each step
+    for gradients, storages in found:
+        assert int(storages) <= 2 < int(gradients)
+
+
+def test_ddp_sums_the_passes_of_a_step(recipe, tmp_path):
+    """Two passes of each process, of which the last exchanges, in buckets that hold the sum."""
+    changes = ("--set", "batch=8", "held_out=0", "validation_windows=0", "steps=4")
+    train = ("-m", "spattention", "train", recipe, *changes, "--output")
+    for processes, name in ((0, "one"), (2, "two")):
+        launch(processes, *train, tmp_path / name)
+    for name in ("loss", "grad_norm"):
+        expected = losses(tmp_path / "one", name)
+        assert len(expected) == 4
+        assert losses(tmp_path / "two", name) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -172,6 +172,8 @@ def test_data_of_another_tokenizer_is_refused(home, tmp_path, capsys):
     [
         (["--pairs", "0"], "`--pairs` must be above 0 and at most 1, got 0.0"),
         (["--pairs", "0.001"], "`pairs` must be at least 0.06"),
+        (["--retrieval", "1.1"], "`--retrieval` must be from 0 to 1, got 1.1"),
+        (["--retrieval", "nan"], "`--retrieval` must be from 0 to 1, got nan"),
         (["--pairs", "nan"], "`--pairs` must be above 0 and at most 1, got nan"),
         (["--context", "300"], "`--context` must be at most the model's 256, got 300"),
         (["--rows", "0"], "`--rows` must be from 1 to 2147483647, got 0"),

@@ -174,19 +174,60 @@ def test_heads_that_fetch_attend_everything():
     assert shared[1].intervals[2:] == shared[2].intervals[:2] == (((0, 50),),) * 2
 
 
-def test_heads_that_answers_mind_attend_everything():
-    """A head may look little at a needle and matter most; those of the last hundredth do not."""
+def answering_profile():
+    """The loss minds each distance of two heads alike; answers mind a third, and a fourth less."""
     share = torch.zeros(LAYERS, HEADS, dtype=torch.float64)
-    share[1, 2], share[0, 3], share[2, 1] = 0.9, 0.06, 0.06
+    share[0, 3], share[1, 2] = 0.06, 0.9
     minded = torch.zeros_like(share)
-    minded[0, 3], minded[1, 1], minded[2, 1] = 0.95, 0.045, 0.005
-    profile = replace(fetching_profile(share), needle_sensitivity=minded)
-    task = fitting._task(profile, 0.5, None, None, 0, 1, None, ())
-    assert task.fetching == [3, HEADS + 1, HEADS + 2], "what answers mind first, then shares"
-    task = fitting._task(profile, 0.3, None, None, 0, 1, None, ())
-    assert task.fetching == [3, HEADS + 2], "two fifths of the budget are one head"
-    patterns = spa.fit(profile, pairs=0.5, local=1)
-    assert patterns[0].intervals[3] == patterns[1].intervals[1] == ((0, 50),)
+    minded[0, 3], minded[1, 1] = 0.95, 0.05
+    profile = fetching_profile(share)
+    loss = torch.full_like(profile.distance, 1e-3)
+    loss[2, :2] = 1.0
+    return replace(profile, needle_sensitivity=minded, sensitivity=loss, sensitivity_rows=1)
+
+
+def test_heads_that_answers_mind_attend_far():
+    """A head may look little at a needle and matter most; a large share alone does not count."""
+    profile = answering_profile()
+    patterns = spa.fit(profile, pairs=0.35, local=1)
+    assert patterns[0].intervals[3] == ((0, 50),)
+    assert patterns[1].intervals[2] != ((0, 50),), "the answers do not mind it"
+    without = replace(profile, needle_sensitivity=None)
+    assert spa.fit(without, pairs=0.35, local=1)[1].intervals[2] == ((0, 50),)
+
+
+def test_retrieval_weighs_answers_beside_the_loss():
+    """0 leaves them out and 1 counts them alone; more weight never keeps less of them."""
+    profile = answering_profile()
+
+    def kept(retrieval):
+        task = fitting._task(profile, 0.25, None, None, 0, 1, None, (), retrieval)
+        patterns = task.patterns(task.allocate([], task.minded))
+        pairs = torch.tensor([pattern.pairs(50) for pattern in patterns]) / (50 * 51 / 2)
+        return float((pairs * profile.needle_sensitivity).sum()), float(pairs[2, :2].sum())
+
+    answers, loss = zip(*(kept(weight) for weight in (0.0, 0.1, 0.5, 1.0)))
+    assert list(answers) == sorted(answers)
+    assert list(loss) == sorted(loss, reverse=True)
+    assert answers[0] < 0.2 < 0.4 < answers[1]
+    assert loss[0] == 2
+    assert answers[-1] == pytest.approx(1)
+    without = replace(profile, needle_sensitivity=None, needle=None, needles=0)
+    assert spa.fit(profile, pairs=0.2, retrieval=0) == spa.fit(without, pairs=0.2)
+
+
+def test_a_needle_is_as_likely_at_each_distance():
+    """A head of half a budget attends the far half: fewer queries have it, and as many needles."""
+    length = 64
+    even = torch.ones(length, length, dtype=torch.float64).tril()
+    weights = (even / even.sum(-1, keepdim=True)).expand(1, 2, length, length)
+    minded = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    profile = profile_of(weights, needle=minded, needles=1, needle_sensitivity=minded)
+    task = fitting._task(profile, 0.25, None, None, 0, 1, None, (), 1.0)
+    head = task.allocate([], task.minded)[0]
+    assert head[0] == (0, 1)
+    assert head[1][1] == length
+    assert (length - head[1][0]) / length > 0.5, "more than half of the needles for half the pairs"
 
 
 def test_fetching_gives_way_to_what_a_window_captures():
@@ -262,6 +303,9 @@ def test_pairs_are_counted_at_a_shorter_length():
         ({"prefix": 5}, "`prefix` must be .*got 5"),
         ({"kv_heads": 4}, "`kv_heads` must be None or the model's 2 key/value heads, got 4"),
         ({"kv_heads": True}, "`kv_heads` must be .*got True"),
+        ({"retrieval": 1.1}, r"`retrieval` must be a number from 0 to 1, got 1\.1"),
+        ({"retrieval": float("nan")}, "`retrieval` must be a number from 0 to 1, got nan"),
+        ({"retrieval": None}, "`retrieval` must be a number from 0 to 1, got None"),
         ({"dense_layers": [3]}, r"must be distinct indices from 0 to 2, got \[3\]"),
         ({"dense_layers": [1, 1]}, r"must be distinct indices from 0 to 2, got \[1, 1\]"),
         ({"dense_layers": 1}, "`dense_layers` must be indices of layers, got 1"),
@@ -282,6 +326,7 @@ def test_a_budget_is_checked_without_a_profile():
         {"pairs": 0.3, "span": 49},
         {"pairs": 0.3, "prefix": 5},
         {"pairs": 0.3, "kv_heads": 4},
+        {"pairs": 0.3, "retrieval": 2},
     ):
         said = []
         for call in (
@@ -325,6 +370,19 @@ def test_the_table_says_what_each_head_got_and_why():
     assert text.count("\n| 0 |") == text.count("\n| 1 |") == text.count("\n| 2 |") == 1
     assert "fetches (0.90 on needles)" in text
     assert f"{table.pairs:.4f} of dense attention's pairs at 50 tokens" in text
+
+
+def test_the_table_says_what_answers_mind():
+    """A head that looks little at needles and attends everything for them says so."""
+    profile = answering_profile()
+    table = explain(profile, spa.fit(profile, pairs=0.35, local=1))
+    assert table.layer(0)[3].reason.startswith("fetches (0.95 of what answers mind)")
+
+
+def test_the_command_weighs_needles_as_fit_does():
+    """The options repeat the default, so that showing them imports no model code."""
+    options = import_module("spattention.cli.options.fit").Options
+    assert options.retrieval == fitting.RETRIEVAL
 
 
 def test_the_table_says_how_much_the_loss_minds_a_head():
@@ -408,11 +466,14 @@ def test_sensitivity_never_captures_less_than_a_window(seed, pairs, prefix):
     minded = torch.rand(plain.distance.shape, generator=generator, dtype=torch.float64) ** 8
     found = made(70, seed, 2.0, True, sensitivity=minded, sensitivity_rows=2)
     pairs = max(pairs, 0.05 + prefix / 35)
-    patterns = spa.fit(found, pairs=pairs, prefix=prefix)
+    answers = torch.rand(LAYERS, HEADS, generator=generator, dtype=torch.float64) ** 8
+    asked = replace(found, needle_sensitivity=answers / answers.sum())
     window = sliding_window(found, pairs=pairs, prefix=prefix)
-    assert captured(found, patterns).mean() >= captured(found, window).mean() - 1e-9
-    assert total_pairs(patterns, 70) <= pairs * dense_pairs(70)
-    assert spa.fit(found, pairs=pairs, prefix=prefix) == patterns
+    for measured, retrieval in ((found, 0.1), (asked, 0.1), (asked, 1.0)):
+        patterns = spa.fit(measured, pairs=pairs, prefix=prefix, retrieval=retrieval)
+        assert captured(found, patterns).mean() >= captured(found, window).mean() - 1e-9
+        assert total_pairs(patterns, 70) <= pairs * dense_pairs(70)
+        assert spa.fit(measured, pairs=pairs, prefix=prefix, retrieval=retrieval) == patterns
 
 
 def test_every_head_keeps_its_nearest_tokens():

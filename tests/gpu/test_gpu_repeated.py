@@ -10,6 +10,12 @@ import torch
 
 import spattention as spa
 from spattention import binding
+from spattention.binding import bind
+from spattention.impl import triton
+from spattention.impl.replay import Replay
+from spattention.testing.cases import Case
+from spattention.testing.oracle import exact, plain
+from spattention.testing.tolerance import check_error
 
 CALLS = 6
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -23,6 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "portable": ({"head_dim": 32}, {}),
     "portable prefix": ({"head_dim": 32}, {"prefix": 4}),
 }
+ARGUMENTS = ("scale", "sinks", "query_start", "key_start")
 GRADIENTS = ("random", "of a sum", "transposed")
 
 
@@ -129,3 +136,39 @@ def test_repeated_calls_with_key_start(shape: tuple[int, ...]) -> None:
         found = torch.autograd.grad(out, tensors, d_out)
         for each, other in zip(found, torch.autograd.grad(expected, tensors, d_out)):
             assert torch.equal(each, other), seed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_repeated_calls_in_five_products(head_dim: int) -> None:
+    """Gradients that sum in any order, against float64 in another batch entry and head each time,
+    at sizes where five products per tile are the plan.
+    """
+    tokens, heads, batch = 5400, 4, 11
+    bands = ((0, tokens),), ((0, 1024), (1536, tokens)), ((0, 64), (300, tokens)), ((0, 4000),)
+    pattern = spa.BandPattern(intervals=bands, span=tokens)
+    options: dict[str, Any] = {"impl": "triton", "deterministic": False}
+    kept = []  # so that later calls get other memory
+    for seed in range(CALLS):
+        tensors = draw(seed, batch, heads, tokens, head_dim)
+        out = spa.band_attention(*tensors, pattern, **options)
+        d_out = gradient_of("random", out)
+        found = (out, *torch.autograd.grad(out, tensors, d_out))
+        if seed == 0:
+            call = bind(*tensors, pattern, **dict.fromkeys(ARGUMENTS))
+            name, _ = triton.describe(call._replace(deterministic=False))
+            assert "five products" in name
+        entry, head = seed * 3 % batch, seed % heads
+        at = slice(entry, entry + 1), slice(head, head + 1)
+        query, key, value = (each.detach()[at] for each in tensors)
+        case = Case(query, key, value, pattern.heads(head, head + 1))
+        gradients = d_out[at].float(), d_out.new_zeros((1, 1, tokens), dtype=torch.float32)
+        truth, rough = exact(case, gradients), plain(case, gradients)
+        for each, result in zip(("out", "d_query", "d_key", "d_value"), found):
+            check_error(f"{each} of call {seed}", result.detach()[at], rough[each], truth[each])
+        kept.append((tensors, d_out, found))
+    form = binding.form_of(*tensors, pattern, None, (None, None, None))
+    assert form is not None
+    replay = form.replays[False]
+    assert isinstance(replay, Replay)
+    assert replay.backward, "no backward pass launched from a record"

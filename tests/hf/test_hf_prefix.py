@@ -11,6 +11,8 @@ import transformers
 from tiny import EXACT, HEADS, SPAN, STOCK, Masked, P, banded, build, logits, tokens
 
 import spattention as spa
+from spattention.hf import cache as cache_module
+from spattention.hf import cache_guard
 
 close = torch.testing.assert_close
 BandCache = spa.hf.BandCache
@@ -191,3 +193,40 @@ def test_every_parameter_has_the_gradient_of_the_mask():
     masked(ids, labels=ids).loss.backward()
     for (name, one), other in zip(model.named_parameters(), masked.model.parameters()):
         close(one.grad, other.grad, rtol=0.0, atol=1e-10, msg=name)
+
+
+def test_a_text_without_restarts_is_one_document(monkeypatch):
+    """No start for each query, in the kernels or the store: each layer would look them up."""
+    model, ids = banded("llama", FULL), tokens(2, LENGTH)
+    cache = BandCache(model.config)
+    asked = []
+    attend = cache_module.band_attention_cached
+    monkeypatch.setattr(
+        cache_module,
+        "band_attention_cached",
+        lambda *given, **more: (asked.append(more["key_start"]), attend(*given, **more))[1],
+    )
+    wanted = logits(model, ids)
+    found = [logits(model, part, past_key_values=cache) for part in ids.split([40, 1, 18, 1], 1)]
+    close(torch.cat(found, dim=1), wanted, **EXACT)
+    assert asked == [None] * len(asked)
+    assert all(layer.store.one_document for layer in cache.layers)
+
+
+def test_positions_are_read_once_in_a_pass(monkeypatch):
+    """By the first layer; the next pass reads them again, though they are in the same tensor."""
+    model, ids = banded("llama", PREFIXED), tokens(1, 12)
+    read = []
+    split = cache_guard.add_restarts
+    monkeypatch.setattr(
+        cache_guard, "add_restarts", lambda *given: (read.append(1), split(*given))[1]
+    )
+    positions, cache = torch.arange(12)[None], BandCache(model.config)
+    whole = logits(model, ids, position_ids=positions, past_key_values=cache)
+    assert len(read) == 1
+    cache.reset()
+    positions[:, 7:] -= 7
+    packed = logits(model, ids, position_ids=positions, past_key_values=cache)
+    assert len(read) == 2
+    close(packed[:, :7], whole[:, :7], **EXACT)
+    close(packed[:, 7:], logits(model, ids[:, 7:]), **EXACT)

@@ -46,9 +46,9 @@ PREFIX_MAX = 16  # first tokens that a profile counts one by one
 LEGEND = """\
 `[0, 64)` is the token itself and the 63 before it. *Pairs* is a head's work and *captured* what it
 still attends, both as shares of the dense head's. A head *fetches* if it goes back to a passkey
-that the answer repeats. *Half within* is the distance up to which half of its attention lies,
-beside the first tokens. *Minded* says how much the loss depends on where the head looks; the mean
-head has 1.
+that the answer repeats, or if the answer minds that it does. *Half within* is the distance up to
+which half of its attention lies, beside the first tokens. *Minded* says how much the loss depends
+on where the head looks; the mean head has 1.
 """
 
 
@@ -86,6 +86,7 @@ def main(options: Options) -> None:
             "local": options.local,
             "kv_heads": identity(model).kv_heads if options.share else None,
             "dense_layers": options.dense_layers,
+            "retrieval": options.retrieval,
         }
         check_budget(identity(model), length, min(most, length), **wanted)
         rows = _rows(options, tokenizer, context)
@@ -115,6 +116,8 @@ def _check(options: Options) -> None:
             raise ValueError(f"`--{name}` must be from {least} to {2**31 - 1}, got {value}")
     if not 0 < options.pairs <= 1:
         raise ValueError(f"`--pairs` must be above 0 and at most 1, got {options.pairs}")
+    if not 0 <= options.retrieval <= 1:
+        raise ValueError(f"`--retrieval` must be from 0 to 1, got {options.retrieval}")
     if options.output.exists() or options.output.is_symlink():
         raise ValueError(f"`--output` must not exist, {options.output} does")
 

@@ -45,6 +45,9 @@ class HeadRow:
     reason: str
 
 
+RESTS = 0.01  # share of what answers mind of their needles from which on a head fetches them
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Fitted patterns beside what was measured.
@@ -118,6 +121,9 @@ def explain(
             first = float(profile.first[layer, head].sum())
             needle = None if profile.needle is None else float(profile.needle[layer, head])
             weight = None if minded is None else _share_of_mean(minded, layer, head)
+            asked = profile.needle_sensitivity
+            answers = 0.0 if asked is None else float(asked[layer, head])
+            reason = _reason(intervals, length, whole, first, median, needle, answers)
             rows.append(
                 HeadRow(
                     layer,
@@ -129,7 +135,7 @@ def explain(
                     median,
                     needle,
                     weight,
-                    _reason(intervals, length, whole, first, median, needle) + _minds(weight),
+                    reason + _minds(weight),
                 )
             )
     return Explanation(
@@ -149,12 +155,15 @@ def _reason(
     first: float,
     median: int,
     needle: float | None,
+    answers: float,
 ) -> str:
     if whole:
         return "whole layer"
     if _is_dense(intervals, length):
         if needle is not None and needle >= FETCHES:
             return f"fetches ({needle:.2f} on needles)"
+        if answers >= RESTS:
+            return f"fetches ({answers:.2f} of what answers mind)"
         return f"looks everywhere (half beyond {median:,})"
     if first >= 0.5:
         return f"rests on the first tokens ({first:.2f})"

@@ -19,8 +19,7 @@ from .capture import coverage
 from .profile import ModelIdentity, Profile
 
 FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
-MINDED = 0.99  # of what answers mind of their needles, kept whole
-FETCHED = 0.4  # of the budget that goes at most to heads for what answers mind
+RETRIEVAL = 0.1  # weight of what answers mind of their needles, beside the loss of all text
 LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
 MIXES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of captured attention into sensitivity
 
@@ -35,17 +34,19 @@ def fit(
     local: int | None = None,
     kv_heads: int | None = None,
     dense_layers: Iterable[int] = (),
+    retrieval: float = RETRIEVAL,
 ) -> list[BandPattern]:
     """One pattern per layer that keeps most of what a dense model attends within a budget.
 
     Every head attends its nearest tokens and at most one band further away, or everything. The
     budget goes to the heads and distances of all layers that the loss minds most per pair, if the
     profile has its sensitivity, else to those that capture most attention per pair. If the profile
-    has needles, heads that fetch them attend everything: those that the answers mind most first.
+    knows how much answers mind their needles, this counts as well: a needle is as likely at each
+    distance. If it has needles without that, heads that look at them attend everything.
 
     The patterns never capture less attention than one sliding window of as many pairs. If they
-    would, captured attention joins the sensitivity, more and more; then fewer of the heads that
-    fetch attend everything.
+    would, captured attention joins the sensitivities, more and more; then fewer of the heads that
+    look at needles attend everything.
 
     Args:
         profile: of the dense model, from `spattention.hf.profile`.
@@ -59,11 +60,13 @@ def fit(
         kv_heads: the model's key/value heads, if the query heads of one of them are to attend the
             same; default None, a choice for every query head.
         dense_layers: indices of layers whose heads all attend everything, whatever they capture.
+        retrieval: weight of the needles, from 0 to 1. 0 leaves them out, 1 counts them alone. The
+            default costs little loss and keeps the heads that retrieval rests on.
 
     Raises:
         ValueError: if the budget cannot be met, or an argument does not fit the profile's model.
     """
-    task = _task(profile, pairs, length, span, prefix, local, kv_heads, dense_layers)
+    task = _task(profile, pairs, length, span, prefix, local, kv_heads, dense_layers, retrieval)
     fetching = task.fetching
     window = task.window()
     least = task.value(window)
@@ -88,6 +91,7 @@ def check_budget(
     local: int | None = None,
     kv_heads: int | None = None,
     dense_layers: Iterable[int] = (),
+    retrieval: float = RETRIEVAL,
 ) -> None:
     """Check arguments of `fit` before a model is profiled, which takes long.
 
@@ -101,6 +105,7 @@ def check_budget(
         local: nearest tokens that every head attends.
         kv_heads: the model's key/value heads, or None.
         dense_layers: layers that attend everything.
+        retrieval: weight of the needles.
 
     Raises:
         ValueError: as `fit` would.
@@ -110,7 +115,7 @@ def check_budget(
     distance = torch.zeros(model.layers, model.heads, bins, dtype=torch.float64)
     by_both = first[..., None].expand(*first.shape, bins)
     nothing = Profile(model, length, 1, length, "", first, distance, by_both, first)
-    _task(nothing, pairs, length, span, prefix, local, kv_heads, dense_layers)
+    _task(nothing, pairs, length, span, prefix, local, kv_heads, dense_layers, retrieval)
 
 
 def sliding_window(
@@ -147,6 +152,7 @@ class Task:
         local: nearest tokens that every head attends.
         group: query heads per unit.
         dense_layers: layers that attend everything.
+        retrieval: weight of the needles.
     """
 
     profile: Profile
@@ -157,6 +163,7 @@ class Task:
     local: int
     group: int
     dense_layers: tuple[int, ...]
+    retrieval: float = 0.0
 
     @cached_property
     def layers(self) -> list[int]:
@@ -179,12 +186,25 @@ class Task:
     @property
     def valued(self) -> Iterator[Tensor]:
         """Values to spend the budget by, the best first: `[U, E]` each."""
-        if self.profile.sensitivity is None:
+        minded = self.minded
+        if minded is None:
             yield self.values
             return
-        minded = self._by_unit(self.profile.sensitivity)
         for mix in MIXES:
-            yield (1 - mix) * _scaled(minded) + mix * _scaled(self.values)
+            yield (1 - mix) * minded + mix * _scaled(self.values)
+
+    @property
+    def minded(self) -> Tensor | None:
+        """How much the loss and the answers mind each bin of each unit: shares `[U, E]`, or None if
+        the profile has neither.
+        """
+        of_loss, of_needles = self.profile.sensitivity, self.profile.needle_sensitivity
+        if of_needles is None or not self.retrieval:
+            return None if of_loss is None else _scaled(self._by_unit(of_loss))
+        loss = self.values if of_loss is None else self._by_unit(of_loss)
+        heads = of_needles[self.layers].unflatten(1, (-1, self.group)).sum(dim=2)
+        needles = heads.flatten()[:, None] * torch.tensor(self.edges).diff()
+        return (1 - self.retrieval) * _scaled(loss) + self.retrieval * _scaled(needles)
 
     def _by_unit(self, shares: Tensor) -> Tensor:
         """Sums over the heads of each unit, `[L, H, bins of the profile]` to `[U, E]`."""
@@ -211,23 +231,15 @@ class Task:
 
     @cached_property
     def fetching(self) -> list[int]:
-        """Units that fetch needles: the fewest that hold nearly all that answers mind, within a
-        part of the budget, the most minded first; then by the largest share of one of their heads.
+        """Units that attend everything because they look at needles, by the largest share of one of
+        their heads; none where the values know what answers mind.
         """
-        if self.profile.needle is None:
+        known = self.profile.needle_sensitivity is not None
+        if self.profile.needle is None or known or not self.retrieval:
             return []
         share = self.profile.needle[self.layers].unflatten(1, (-1, self.group)).amax(dim=2)
         order = share.flatten().argsort(descending=True, stable=True).tolist()
-        seen = [unit for unit in order if float(share.flatten()[unit]) >= FETCHES]
-        if self.profile.needle_sensitivity is None:
-            return seen
-        of_heads = self.profile.needle_sensitivity[self.layers]
-        minded = of_heads.unflatten(1, (-1, self.group)).sum(dim=2).flatten()
-        most, order_of_most = minded.sort(descending=True, stable=True)
-        fewest = int((most.cumsum(0) - most < MINDED * most.sum()).sum())
-        whole = self.group * self.length * (self.length + 1) // 2
-        first = order_of_most[: min(fewest, int(FETCHED * self.budget / whole))].tolist()
-        return [*first, *(unit for unit in seen if unit not in first)]
+        return [unit for unit in order if float(share.flatten()[unit]) >= FETCHES]
 
     def allocate(self, dense: Sequence[int], values: Tensor) -> Choice | None:
         """The best choice by values `[U, E]` in which some units attend everything; None if that is
@@ -310,6 +322,7 @@ def _task(
     local: int | None,
     kv_heads: int | None,
     dense_layers: Iterable[int],
+    retrieval: float = 0.0,
 ) -> Task:
     """The arguments of `fit`, checked."""
     if not isinstance(profile, Profile):
@@ -334,8 +347,11 @@ def _task(
             f"`kv_heads` must be None or the model's {model.kv_heads} key/value heads, got "
             f"{kv_heads!r}"
         )
+    weight = as_number(retrieval)
+    if weight is None or not 0 <= weight <= 1:
+        raise ValueError(f"`retrieval` must be a number from 0 to 1, got {retrieval!r}")
     group = 1 if kv_heads is None else model.heads // model.kv_heads
-    task = Task(profile, budget, length, span, prefix, local, group, layers)
+    task = Task(profile, budget, length, span, prefix, local, group, layers, weight)
     least = dense // model.layers * len(layers) + len(task.layers) * model.heads * head_pairs(
         [(0, local)], length, prefix
     )

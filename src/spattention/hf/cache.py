@@ -302,8 +302,7 @@ class BandHandle:
             self.value,
             scale=scale,
             sinks=sinks,
-            # The store keeps no padding that would have to be hidden.
-            key_start=None if rows.padded else rows.key_start,
+            key_start=_document_starts(rows),
             mask=rows.valid_queries(query.shape[2]),
         )
         assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
@@ -333,6 +332,13 @@ def _refuse(handle: BandHandle | None, asked: str) -> NoReturn:
         "`past_key_values` must be read by the bands that it was made for when it is a BandCache, "
         f"got another attention, which asks for {asked}"
     )
+
+
+def _document_starts(rows: Rows) -> torch.Tensor | None:
+    """`[B, Q]` of packed documents; else None: a row starts late only because of padding, which the
+    store does not keep."""
+    start = rows.key_start
+    return None if rows.padded or start is None or start.dim() == 1 else start
 
 
 def _check_padding(store: BandStore, rows: Rows) -> None:

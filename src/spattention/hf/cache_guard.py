@@ -20,6 +20,7 @@ from .tensor_parallel import head_shard, natural_pattern
 from .windows import check_traded
 
 PACKED = f"{NAME}_packed"  # mark of a cache that was filled from packed rows
+SPLIT = f"{NAME}_split"  # rows of the pass that a cache is in, split where positions restart
 
 
 def before_forward(
@@ -79,10 +80,34 @@ def before_forward(
         return None
     length = cache.get_seq_length(module.layer_idx)
     key_len = 0 if isinstance(length, torch.Tensor) else length + position_ids.shape[1]
-    split = add_restarts(mask, position_ids, hidden.shape[0], key_len)
+    split = _split(cache, module.layer_idx, mask, position_ids, hidden.shape[0], key_len)
     if readable(position_ids) and is_packed(mask, split):
         setattr(cache, PACKED, True)
     return args, {**keywords, "attention_mask": split}
+
+
+def _split(
+    cache: Any,
+    layer: int,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    batch_size: int,
+    key_len: int,
+) -> torch.Tensor | None:
+    """`add_restarts`, once per forward pass: layers hand on the same tensors, and the first of them
+    looks at the values, which waits for a GPU."""
+    if torch.compiler.is_compiling():
+        return add_restarts(mask, position_ids, batch_size, key_len)
+    known = getattr(cache, SPLIT, None)
+    if known is not None:
+        before, of_mask, of_positions, of_length, split = known
+        same = of_mask is mask and of_positions is position_ids and of_length == key_len
+        if not same or before >= layer:  # another pass; its tensors may have other values
+            known = None
+    if known is None:
+        split = add_restarts(mask, position_ids, batch_size, key_len)
+    setattr(cache, SPLIT, (layer, mask, position_ids, key_len, split))
+    return split
 
 
 def _refuse_keys_of_bands(module: Any, keywords: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ import torch
 from transformers.masking_utils import causal_mask_function
 
 from ..checks import in_graph, readable
+from ..compat.pytorch import is_batched
 from ..padding import padding_first
 from .config import read_section
 
@@ -150,14 +151,15 @@ def add_restarts(
 ) -> torch.Tensor | None:
     """The same rows, further split wherever `position_ids [1 or B, Q]` do not go up by one.
 
-    Rows that come with an `attention_mask` stay as they are, as in Transformers.
+    Rows that come with an `attention_mask` stay as they are, as in Transformers. Reads values, once
+    per call, where they can be read: rows without restarts need no start for each query.
     """
     rows = decode(mask)
     if rows.padded:
         return mask
     query_len = position_ids.shape[1]
     jumps = position_ids.diff(dim=1) != 1
-    if readable(jumps) and not bool(jumps.any()):
+    if decidable(jumps) and not bool(jumps.any()):
         return mask
     start: int | torch.Tensor = key_len - query_len
     if rows.query_start is not None:
@@ -279,7 +281,7 @@ def _all_have_bands(config: Any) -> bool:
 def decidable(tensor: torch.Tensor) -> bool:
     """True if values can be read. That waits for a GPU; Transformers reads the same masks in the
     same places for its own attention."""
-    return tensor.device.type != "meta" and not in_graph(tensor)
+    return tensor.device.type != "meta" and not in_graph(tensor) and not is_batched(tensor)
 
 
 def _padding(valid: torch.Tensor, query_start: int | torch.Tensor, query_len: int) -> Rows:

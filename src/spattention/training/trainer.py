@@ -60,6 +60,11 @@ def make_trainer(
     )
     # Only tensors of two and more dimensions decay, as in `precision.groups`: sinks do not.
     trainer.get_decay_parameter_names = _decaying
+    ddp = trainer.accelerator.ddp_handler
+    if ddp is not None:
+        # Gradients lie in the buckets that DDP exchanges: no copies there and back, and no memory
+        # for them twice. `TrainingArguments` have no word for it.
+        ddp.gradient_as_bucket_view = True
     trainer.remove_callback(PrinterCallback)  # the callbacks given show what there is to see
     if without_graph is not None:
         trainer.graph = PassGraph(trainer.run_pass, model.parameters(), without_graph)

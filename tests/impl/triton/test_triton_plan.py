@@ -53,7 +53,7 @@ def test_a_part_leaves_multiprocessors_to_an_exchange() -> None:
     bands = BandPattern.exclusive(2, 128).flat
     part = Call(query, query, bands, 0.1, 0, NOWHERE, has_all_keys=False)
     plans = [hopper.plan(call, query) for call in (part, make_call()[0])]
-    assert [plan and plan.turns for plan in plans] == [planning.TURNS_OF_A_PART, 1]
+    assert [plan and plan.waves for plan in plans] == [planning.WAVES_OF_A_PART, 1]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ class Options:
     """Fit bands to a pretrained dense model, and save the model with them.
 
     The model's attention is measured on some rows of text, how much the loss minds to lose it, and
-    which heads fetch passkeys planted in them. The budget of pairs then goes to the heads that
-    fetch, and to the distances that the loss minds most. Other rows check the result. No weight
+    which heads fetch passkeys planted in them. The budget of pairs then goes to the heads and
+    distances that the loss and the answers mind most. Other rows check the result. No weight
     changes: train the model afterwards, as docs/finetuning.md describes.
 
     The output folder opens with Transformers after `spattention.hf.register()`. It also holds the
@@ -35,6 +35,7 @@ class Options:
         rows: Rows to profile.
         check: Other rows, to check captured attention and loss on.
         needles: Passkeys to plant; 0 for none.
+        retrieval: Weight of what answers mind of their passkeys, beside the loss: from 0 to 1.
         profile: A profile.json of this model to use instead of a new one.
         span: Span of the patterns; default the model's longest input.
         sensitivity: Profiled rows of which the gradient is taken too, all of them if they are
@@ -59,6 +60,7 @@ class Options:
     check: int = 4
     needles: int = 16
     sensitivity: int = 8
+    retrieval: float = 0.1
     profile: Path | None = None
     span: int | None = None
     prefix: int = 4

@@ -187,7 +187,7 @@ class KeyPart(NamedTuple):
     high_query: Any
 
 
-class Source(NamedTuple):
+class QuerySource(NamedTuple):
     """The queries that a block of keys needs in dK and dV: `Heads` of query and d_out at their
     sequence, two of the `RowStats`, where rows start and how many a head has, the bands of the
     group, and the sequence's sizes and first keys.

@@ -30,18 +30,18 @@ def work_tile(program, n_blocks, n_head_batches, round_robin):
 @triton.jit
 def paired_work_tile(program, p_bands, n_blocks, n_batch, n_heads, BLOCK):
     """Map a program ID to `(head_batch, rank)` in round-robin order over pairs of heads, one with
-    much work and one with little. A pair shares its turns. Blocks that reach the last interval of
+    much work and one with little. A pair shares its slots. Blocks that reach the last interval of
     their head come first.
     """
     n_head_batches = n_batch * n_heads
-    column, turn = program % n_head_batches, program // n_head_batches
+    column, slot = program % n_head_batches, program // n_head_batches
     first = min(column, n_head_batches - 1 - column)
     second = n_head_batches - 1 - first
     paired = first != second
-    turn += (turn + (column != first)) * paired
+    slot += (slot + (column != first)) * paired
     long = num_long_blocks(p_bands, first // n_batch, n_blocks, BLOCK)
     other = num_long_blocks(p_bands, second // n_batch, n_blocks, BLOCK) * paired
-    of_second, rank = block_of_pair(turn, long, other, n_blocks)
+    of_second, rank = block_of_pair(slot, long, other, n_blocks)
     return first + (second - first) * of_second, rank
 
 
@@ -57,14 +57,14 @@ def num_long_blocks(p_bands, entry, n_blocks, BLOCK):
 
 
 @triton.jit
-def block_of_pair(turn, long, other, n_blocks):
-    """`(of_second, rank)` of a turn of two heads with `n_blocks` blocks each: the long blocks of
+def block_of_pair(slot, long, other, n_blocks):
+    """`(of_second, rank)` of a slot of two heads with `n_blocks` blocks each: the long blocks of
     the first, those of the second, then the rest of the first and of the second.
     """
-    of_second_long = (turn >= long) & (turn < long + other)
-    of_first_short = (turn >= long + other) & (turn < n_blocks + other)
-    of_second_short = turn >= n_blocks + other
-    rank = turn - of_second_long * long - of_first_short * other - of_second_short * n_blocks
+    of_second_long = (slot >= long) & (slot < long + other)
+    of_first_short = (slot >= long + other) & (slot < n_blocks + other)
+    of_second_short = slot >= n_blocks + other
+    rank = slot - of_second_long * long - of_first_short * other - of_second_short * n_blocks
     return of_second_long | of_second_short, rank
 
 

@@ -18,7 +18,7 @@ from .. import scheduler, softmax, tiles
 from . import arguments, memory, pipeline, prefix
 
 
-class Source(NamedTuple):
+class KeySource(NamedTuple):
     """Descriptors of keys and values, and where those of a program are: batch entry, head, and
     first token of the sequence.
     """
@@ -308,7 +308,7 @@ def forward_kernel(
     value_full = pipeline.allocate_barriers(2)
 
     offset_q, offset_k = tile.offset_q, tile.offset_k
-    source = Source(t_key, t_value, batch, key_head, offset_k)
+    source = KeySource(t_key, t_value, batch, key_head, offset_k)
     buffers = Buffers(s_query, s_key, s_values, key_full, value_full)
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
     pipeline.copy_tokens(t_query, batch, head, offset_q + first_query, barrier, s_query, True)

@@ -169,7 +169,7 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
     if plan.persistent:
         counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
-        programs = min(programs, plan.turns * properties.multi_processor_count)
+        programs = min(programs, plan.waves * properties.multi_processor_count)
     form = Form(
         HEAD_DIM=call.head_dim,
         BLOCK_D=call.head_dim,

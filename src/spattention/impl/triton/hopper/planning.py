@@ -22,8 +22,8 @@ class TileOrder(IntEnum):
     """The order of the blocks of all heads."""
 
     HEAD_MAJOR = 0
-    ROUND_ROBIN = 1  # one block of every head in turn
-    PAIRED = 2  # as ROUND_ROBIN, with a long and a short head sharing their turns
+    ROUND_ROBIN = 1  # one block of each head after the other
+    PAIRED = 2  # as ROUND_ROBIN, with a long and a short head sharing their slots
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class HopperPlan:
         split_backward: whether dQ and dK/dV are launched separately.
         fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
             instead of seven (`backward.py`).
-        turns: programs of the persistent kernel per multiprocessor, one after another.
+        waves: programs of the persistent kernel per multiprocessor, one after another.
     """
 
     launches: HopperLaunches
@@ -54,7 +54,7 @@ class HopperPlan:
     persistent: bool
     split_backward: bool
     fused_backward: bool = False
-    turns: int = 1
+    waves: int = 1
 
     def __str__(self) -> str:
         forward = "persistent forward" if self.persistent else "forward"
@@ -105,7 +105,7 @@ KEYS_FUSED = {64: 192, 128: 128}  # by head_dim: keys of a block, 64 for each co
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 # Under context parallelism a multiprocessor runs this many shorter programs in sequence: NCCL's
 # exchange beside them waits for the end of one alone.
-TURNS_OF_A_PART = 8
+WAVES_OF_A_PART = 8
 PROGRAMS = 3 * 132  # programs of the forward pass that an H100 or H200 runs at once
 CACHE_BYTES = 30 << 20  # half of an H200's L2 cache
 
@@ -210,7 +210,7 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     queries = keys if call.n_documents else call.queries
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
     if not call.has_all_keys:
-        found = replace(found, turns=TURNS_OF_A_PART)
+        found = replace(found, waves=WAVES_OF_A_PART)
     if use_fused(call):
         return replace(found, fused_backward=True)
     # The preprocess kernel reads where documents are before it waits for the kernel before it.

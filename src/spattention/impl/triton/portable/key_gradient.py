@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import arguments, memory, softmax, tiles, varlen
-from ..arguments import Counts, Heads, KeyPart, Source
+from ..arguments import Counts, Heads, KeyPart, QuerySource
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def key_gradient_kernel(
     p_start = 0
     if FORM.HAS_KEY_START:
         p_start = positions.key_start + batch_64 * counts.key_start_stride_b
-    queries = Source(
+    queries = QuerySource(
         arguments.entry_of(query, batch_64, offset_q),
         arguments.entry_of(d_out, batch_64, offset_q),
         stats.lse_log2,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import arguments, memory, softmax, varlen
-from ..arguments import Counts, Heads, KeyPart, Source
+from ..arguments import Counts, Heads, KeyPart, QuerySource
 from .key_gradient import prefix_queries, store_documents, store_gradients, sum_key_gradients
 
 ROWS = tl.constexpr(4)  # keys of a program of `reduce_kernel`
@@ -108,13 +108,13 @@ def source_of(
     n_rows,
     FORM: tl.constexpr,
 ):
-    """The `Source` of a sequence."""
+    """The `QuerySource` of a sequence."""
     batch_64 = batch.to(tl.int64)
     offset_q = tl.zeros([], tl.int64) + sequence.offset_q
     p_start = 0
     if FORM.HAS_KEY_START:
         p_start = positions.key_start + batch_64 * counts.key_start_stride_b
-    return Source(
+    return QuerySource(
         arguments.entry_of(query, batch_64, offset_q),
         arguments.entry_of(d_out, batch_64, offset_q),
         lse_log2,
