@@ -179,7 +179,7 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: Any,
+        layer: torch.nn.Module,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -187,10 +187,12 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
     ) -> None:
         """Store the first `slot_mapping.shape[0]` keys and values; negative slots are padding."""
         if kv_cache.is_cuda:
-            # One launch instead of the seven of `write`, in every class of every layer.
+            # One launch instead of the several of `write`, in every class of every layer. The last
+            # two arguments are scales, which are read for a quantized cache alone.
             keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            scales = layer._k_scale, layer._v_scale  # vLLM's, read for a quantized cache alone
-            triton_reshape_and_cache_flash(key, value, keys, values, slot_mapping, "auto", *scales)
+            triton_reshape_and_cache_flash(
+                key, value, keys, values, slot_mapping, "auto", key, value
+            )
         else:
             tokens = slot_mapping.shape[0]
             write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
