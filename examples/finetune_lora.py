@@ -1,6 +1,8 @@
 """Fine-tune a LoRA adapter on bands with TRL's SFTTrainer, documents packed into rows.
 
-python examples/finetune_lora.py           # a CPU, under a minute; needs peft and trl
+python examples/finetune_lora.py           # a CPU, under a minute; needs the extra `trl`
+
+With a model of yours, `base` is its folder or its name on the hub.
 """
 
 from __future__ import annotations
@@ -11,31 +13,22 @@ import small
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import spattention as spa
-from spattention.data.tokenizer import for_transformers, train_tokenizer
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One entry per byte, and the end of text; yours comes with your model."""
-    return for_transformers(train_tokenizer(["a"], 257), small.CONTEXT, 0)
 
 
 def main(steps: int = 20) -> dict[str, float]:
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    model = small.dense_model()
-    model.resize_token_embeddings(len(tokenizer))
     text = small.read_documents(small.sample_path())[1]
     documents = Dataset.from_dict({"text": [part for part in text.split("\n\n") if part]})
 
-    spa.hf.apply(model, spa.BandPattern.shared_local(small.HEADS, small.CONTEXT, local=32))
     with tempfile.TemporaryDirectory() as folder:
-        # The base with bands: an adapter names the folder of its base, and is opened on it.
-        model.save_pretrained(f"{folder}/base")
-        model.name_or_path = model.config._name_or_path = f"{folder}/base"
+        # An adapter names the folder of its base, and is opened on it: dense, or with these bands.
+        base = small.saved_model(f"{folder}/base")
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        spa.hf.apply(model, spa.BandPattern.shared_local(small.HEADS, small.CONTEXT, local=32))
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
@@ -61,13 +54,24 @@ def main(steps: int = 20) -> dict[str, float]:
 
         # What a user of the adapter does; it brings the bands back.
         again = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter").eval()
+        same_bands = spa.hf.patterns(again) == spa.hf.patterns(trainer.model)
         ids = torch.tensor([tokenizer("Alice was")["input_ids"]])
         with torch.no_grad():
             difference = (again(ids).logits - trainer.model.eval()(ids).logits).abs().max()
+
+        # A model without PEFT, for the commands and for servers; it has the bands too.
+        again.merge_and_unload().save_pretrained(f"{folder}/merged")
+        merged = AutoModelForCausalLM.from_pretrained(f"{folder}/merged").eval()
+        same_bands = same_bands and spa.hf.patterns(merged) == spa.hf.patterns(trainer.model)
+        cache = spa.hf.BandCache(merged.config)
+        written = merged.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
     print(
-        f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps} steps, opened again: {difference:g}"
+        f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps} steps; opened again: "
+        f"logits differ by {difference:g}, the same bands: {same_bands}"
     )
-    return {"first": losses[0], "last": losses[-1], "difference": float(difference)}
+    print(tokenizer.decode(written[0]))
+    found = {"first": losses[0], "last": losses[-1], "difference": float(difference)}
+    return found | {"same_bands": same_bands}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A dense model and a text that are small enough for a CPU; stand-ins for your own.
 
-Tokens are bytes, so that no tokenizer is needed. With a model of yours the lines become
+Tokens are bytes: the tokenizer has one entry for each, and the end of text. With a model of yours
+the lines become
 
     model = AutoModelForCausalLM.from_pretrained(NAME)
     tokenizer = AutoTokenizer.from_pretrained(NAME)
@@ -9,9 +10,10 @@ Tokens are bytes, so that no tokenizer is needed. With a model of yours the line
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, logging
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from spattention.data.text import read_documents, sample_path
+from spattention.data.tokenizer import for_transformers, train_tokenizer
 
 HEADS, CONTEXT = 8, 256
 
@@ -33,6 +35,21 @@ def dense_model(context: int = CONTEXT) -> LlamaForCausalLM:
             eos_token_id=None,
         )
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = for_transformers(train_tokenizer(["a"], 257), CONTEXT, 0)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def saved_model(folder: str) -> str:
+    """The model and its tokenizer in a folder, the name of which is returned."""
+    model, tokenizer = dense_model(), byte_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def rows(count: int, length: int = CONTEXT) -> list[dict[str, list[int]]]:

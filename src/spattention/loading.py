@@ -31,6 +31,7 @@ from transformers import (
 from . import baselines, hf, related
 from .compat.huggingface import ATTENTION_KEYS
 from .files import read_json, reason
+from .hf.adapter_files import refuse_adapter
 from .hf.config import NAME as BANDS
 from .hf.config import read_section, remove_section
 from .hf.weights import is_mark
@@ -38,7 +39,6 @@ from .training.checkpoints import MANIFEST, DamagedCheckpoint, check, newest_goo
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the order in which Transformers looks
 TOKENIZER = (
     "tokenizer.json",
@@ -91,8 +91,7 @@ def model_folder(path: Path) -> Path:
         return found
     if (path / "results.json").is_file():
         return _of_comparison(path)
-    if (path / ADAPTER).is_file():
-        raise ValueError(_adapter(path))
+    refuse_adapter(path)
     raise ValueError(
         f"{path} must hold a saved model ({CONFIG}), a training run (run.json) or a comparison "
         "(results.json), it has none of them"
@@ -104,15 +103,14 @@ def open_config(folder: Path) -> Any:
     hf.register()
     baselines.register()
     related.register()
+    refuse_adapter(folder)
     file = folder / CONFIG
     content = read_json(file, LARGEST_JSON)
     if (folder / GENERATION).exists():  # Transformers passes over a damaged one in silence
         read_json(folder / GENERATION, LARGEST_JSON)
-    if (folder / ADAPTER).exists():
-        raise ValueError(_adapter(folder))
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        own = " and `auto_map`; a folder's own code is never run" if "auto_map" in content else ""
+        own = " and `auto_map`; a folder's own code is never run" if content.get("auto_map") else ""
         raise ValueError(
             f"{file} must have a `model_type` that Transformers knows, got {kind!r}{own}"
         )
@@ -236,13 +234,6 @@ def named_errors(file: Path, rule: str) -> Iterator[None]:
 
 def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
-
-
-def _adapter(folder: Path) -> str:
-    return (
-        f"{folder} must hold a whole model, got an adapter ({ADAPTER}): merge it into its base "
-        "with PEFT's `merge_and_unload`, and save the result"
-    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -134,6 +134,21 @@ def test_foreign_models_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "fit", "train", "draw"])
+def test_an_adapter_is_no_whole_model(command: str, tmp_path: Path, capsys: Texts) -> None:
+    """Every command that opens a model says what an adapter's folder is, and how it becomes one."""
+    adapter, output = tmp_path / "adapter", str(tmp_path / "out.png")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    called = {
+        "generate": [str(adapter), PROMPT],
+        "train": ["tiny-cpu", "--set", f"model={adapter}", "--output", output],
+    }
+    arguments = called.get(command, [str(adapter), "--output", output])
+    said = f"{adapter} must hold a whole model, got an adapter (adapter_config.json): merge it"
+    check([command, *arguments], said, capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -171,7 +171,7 @@ def test_titles_tell_checkpoints_apart(compared, tmp_path, capsys):
             compared / "models" / "exclusive-seed0", tmp_path / run / "checkpoint-200"
         )
         assert evaluate(model, tmp_path / f"{run}-out", *data) == 0
-        title = f"Evaluation of {tmp_path.name}/{run}/checkpoint-200"
+        title = f"Evaluation of .../{tmp_path.name}/{run}/checkpoint-200"
         assert title in capsys.readouterr().out
         text = (tmp_path / f"{run}-out" / "evaluation.md").read_text()
         assert text.startswith(f"# {title}\n")

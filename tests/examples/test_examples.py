@@ -58,6 +58,7 @@ def test_an_example_trains_an_adapter(example):
     found = example("finetune_lora").main(steps=10)
     assert found["last"] < found["first"]
     assert found["difference"] == 0
+    assert found["same_bands"]
 
 
 def test_packed_rows_of_trl_keep_documents_apart(example, tmp_path):
@@ -82,7 +83,7 @@ def test_packed_rows_of_trl_keep_documents_apart(example, tmp_path):
             bf16=False,
         ),
         train_dataset=Dataset.from_dict({"input_ids": documents}),
-        processing_class=example("finetune_lora").byte_tokenizer(),
+        processing_class=example("small").byte_tokenizer(),
         peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
     )
     batch = next(iter(trainer.get_train_dataloader()))

@@ -207,6 +207,9 @@ def test_nothing_is_measured_for_a_wrong_budget(home, tmp_path, more, monkeypatc
 def test_models_that_are_no_dense_models_are_named(home, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "llama"')
@@ -219,6 +222,7 @@ def test_models_that_are_no_dense_models_are_named(home, tmp_path, capsys):
     for model, error in (
         (tmp_path / "file", "must be a folder with a config.json"),
         (tmp_path / "empty", "must be a folder with a config.json"),
+        (adapter, "must hold a whole model, got an adapter (adapter_config.json)"),
         (broken, "`MODEL` must be a saved causal language model"),
         (foreign, "`MODEL` must be a saved causal language model"),
         (tmp_path / "bands", "`MODEL` must be dense"),

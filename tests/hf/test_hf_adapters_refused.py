@@ -17,7 +17,7 @@ __all__ = ["base", "saved"]  # fixtures
 
 def test_an_adapter_on_other_bands_is_refused(saved, base):
     path = folder_of(saved, "lora")
-    match = "must be loaded into a model with the `spattention` that it was trained with"
+    match = "must be loaded into a model with the `config.spattention` that it was trained with"
     for pattern, sinks in (([SECOND, FIRST], True), (PATTERNS, False)):
         with pytest.raises(ValueError, match=match):
             peft.PeftModel.from_pretrained(banded(base, sinks, pattern), path)
@@ -28,6 +28,21 @@ def test_an_adapter_on_other_bands_is_refused(saved, base):
             model.load_adapter(path, "default")
         with pytest.raises(ValueError, match=match):
             model.load_adapter(path, "second")
+
+
+def test_a_mismatch_names_what_differs(saved, base):
+    """Two whole sections of a fitted model fill many screens."""
+    path = folder_of(saved, "lora")
+    plain = P((((0, 3), (5, 9)),) * HEADS, 24)
+    for pattern, sinks, said in (
+        ([plain, SECOND], True, "patterns[0].intervals[0]"),
+        (plain, True, "layers[1] 1, got 0"),
+        (PATTERNS, False, "sinks True, got False"),
+    ):
+        with pytest.raises(ValueError, match=r"that it was trained with, ") as caught:
+            peft.PeftModel.from_pretrained(banded(base, sinks, pattern), path)
+        assert said in str(caught.value)
+        assert len(str(caught.value)) < 500
 
 
 def test_a_dense_model_with_adapters_is_not_changed(saved, base):

@@ -113,7 +113,6 @@ def short_sinks(folder):
         (lambda folder: change_config(folder, num_hidden_layers=3), "per text layer, 3"),
         (lambda folder: change_config(folder, num_attention_heads=8), "has 4 heads but layer 0"),
         (lambda folder: change_config(folder, attn_implementation="sdpa"), 'got "sdpa", which'),
-        (lambda folder: change_config(folder, attn_implementation=None), 'got "sdpa", which'),
         (lambda folder: change_config(folder, attn_implementation="bands"), '"bands"'),
         (
             lambda folder: change_config(folder, bigbird={"version": 1}, fusion_config=None),

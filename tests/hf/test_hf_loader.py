@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from saved_model import save
-from tiny import HEADS, banded, build, tokens
+from tiny import FIRST, HEADS, banded, build, tokens
 
 import spattention as spa
-from spattention import baselines
+from spattention import baselines, related
 
 TOOL = """
 import json, sys, torch, transformers
@@ -64,7 +64,52 @@ def test_a_tool_that_trusts_code_opens_bands(family, tmp_path):
     assert run(tmp_path / "again", ids)["trusted"] == said["trusted"]
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # without the module
     opened.save_pretrained(tmp_path / "plain")
-    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["auto_map"] == {}
+
+
+@pytest.mark.parametrize("kind", ["bands", "bigbird", "mea"])
+def test_a_loader_needs_no_registration(kind, tmp_path):
+    """A folder that an earlier process saved gets its loader from one call, in a fresh process."""
+    model = build("llama")
+    if kind == "bands":
+        spa.hf.apply(model, FIRST)
+    else:
+        named = baselines.BigBird(HEADS, 64) if kind == "bigbird" else related.MEA(HEADS, 64)
+        baselines.apply(model, named)
+    model.save_pretrained(tmp_path)
+    code = "import sys, spattention; spattention.hf.add_loader(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    call = {"bands": "hf", "bigbird": "baselines", "mea": "related"}[kind]
+    text = (tmp_path / "modeling_spattention.py").read_text()
+    assert f"spattention.{call}.register()" in text.splitlines()
+
+
+TRL_LOOKUP = """
+import sys, transformers
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+assert getattr(transformers, config.architectures[0], None) is None
+assert "AutoModelForCausalLM" not in (config.auto_map or {})
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation=None)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_lookup_by_architecture_ends_by_name(tmp_path):
+    """TRL looks a class up by `architectures`, then in `auto_map` without a check that it is there.
+    The folder sends it on to `from_pretrained`, whose error names this library.
+    """
+    banded("llama").save_pretrained(tmp_path)
+    command = [sys.executable, "-c", TRL_LOOKUP, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "spattention.hf.register() must be called" in done.stdout, done.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.set_attn_implementation("sdpa")
+    del model.config.spattention
+    model.save_pretrained(tmp_path / "dense")
+    assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
 def test_a_baseline_has_a_loader_too(tmp_path):
@@ -80,6 +125,10 @@ def test_a_baseline_has_a_loader_too(tmp_path):
 def test_a_loader_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json must be a file .* it is missing"):
         spa.hf.add_loader(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must hold a whole model, got an adapter .*merge"):
+        spa.hf.add_loader(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"must hold a model with bands or a baseline"):
         spa.hf.add_loader(tmp_path)

@@ -122,6 +122,7 @@ def config_of(folder):
 MARKED = {
     "architectures": ["SpattentionLlamaForCausalLM"],
     "attn_implementation": "spattention",
+    "auto_map": {},
     "fusion_config": {
         "spattention: spattention.hf.register() must be called before this model is loaded": False
     },
@@ -234,6 +235,19 @@ def test_a_saved_model_takes_no_other_attention(saved):
         transformers.AutoModelForCausalLM.from_pretrained(
             saved["llama"], attn_implementation="sdpa"
         )
+
+
+def test_a_choice_of_none_leaves_the_bands(saved):
+    """Command lines such as `trl sft` pass `attn_implementation=None` on."""
+    spa.hf.register()
+    folder = saved["llama"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=None)
+    again = transformers.AutoModelForCausalLM.from_config(model.config, attn_implementation=None)
+    plain = transformers.AutoConfig.from_pretrained(folder, attn_implementation=None)
+    built = transformers.LlamaForCausalLM(plain)
+    for each in (model, again, built):
+        assert each.model.layers[1].self_attn.spattention.pattern == SECOND
+        assert each.config._attn_implementation == "spattention"
 
 
 def test_a_config_with_the_section_builds_a_model():

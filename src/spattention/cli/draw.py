@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -47,6 +48,12 @@ def main(options: Options) -> None:
 
 
 def _figure(options: Options) -> Figure:
+    if Path(options.pattern).is_dir() or "/" in options.pattern:
+        return _saved_figure(options)
+    if options.layer is not None:
+        raise ValueError(
+            f"`--layer` must be of a saved model with bands, {options.pattern} is no folder"
+        )
     title = f"{options.pattern}, {options.heads} heads, span {options.span}"
     if not is_other(options.pattern):
         pattern = named_pattern(options.pattern, options.heads, options.span)
@@ -68,3 +75,24 @@ def _figure(options: Options) -> Figure:
             f"{options.pattern}, which draws each of them, got {pairs:,}"
         )
     return seen_figure(seen(other, length).numpy(), title)
+
+
+def _saved_figure(options: Options) -> Figure:
+    """Draw a layer of a saved model."""
+    from ..hf.config import read_section
+    from ..loading import model_folder, open_config
+
+    folder = model_folder(Path(options.pattern))
+    section = read_section(open_config(folder).get_text_config())
+    if section is None:
+        raise ValueError(f"{folder} must hold a model with bands, it has none")
+    banded = [index for index, entry in enumerate(section.layer_patterns) if entry is not None]
+    layer = banded[0] if options.layer is None else options.layer
+    if layer not in banded:
+        raise ValueError(f"`--layer` must be a layer of {folder} with bands, {banded}, got {layer}")
+    pattern = section.layer_patterns[layer]
+    assert pattern is not None
+    if pattern.num_heads > MOST_HEADS:
+        raise ValueError(f"{folder} must have at most {MOST_HEADS} heads, got {pattern.num_heads}")
+    title = f"{folder}, layer {layer}, {pattern.num_heads} heads, span {pattern.span}"
+    return pattern_figure(pattern, options.length, title)

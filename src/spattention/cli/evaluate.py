@@ -214,7 +214,8 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
 
 def model_title(folder: Path) -> str:
     """A model's name that tells apart checkpoints of equal names: the end of its full path."""
-    return "/".join(folder.resolve().parts[-3:]).replace("//", "/")
+    whole = folder.resolve()
+    return f".../{'/'.join(whole.parts[-3:])}" if len(whole.parts) > 4 else str(whole)
 
 
 def _numbers(content: Any) -> Any:

@@ -35,6 +35,7 @@ from ..fitting import fit as fit_patterns
 from ..fitting.fit import check_budget
 from ..fitting.picture import fit_figure, profile_figure
 from ..fitting.sinks import starting_sinks
+from ..hf.adapter_files import refuse_adapter
 from ..hf.profile import identity
 from .options.fit import Options
 
@@ -167,6 +168,7 @@ def _ending_on_request() -> Iterator[None]:
 def _open(options: Options) -> tuple[Any, Any]:
     """The dense model, ready to be profiled, and its tokenizer."""
     name = options.model
+    refuse_adapter(Path(name))
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`MODEL` must be a folder with a config.json, {name} has none")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -29,6 +29,15 @@ def set_attention_name(config: Any, name: str) -> None:
     config._attn_implementation_internal = name
 
 
+def wrap_attention_choice(wrap: Callable[[Callable[..., str]], Callable[..., str]]) -> None:
+    """Wrap the method by which a model that is built takes the implementation of its config, or
+    chooses one where that is None.
+    """
+    PreTrainedModel._check_and_adjust_attn_implementation = wrap(
+        PreTrainedModel._check_and_adjust_attn_implementation
+    )
+
+
 def follows_attention_interface(model: PreTrainedModel) -> bool:
     """True if attention can be replaced; `set_attn_implementation` only warns where it cannot."""
     return model._can_set_attn_implementation()

@@ -18,6 +18,7 @@ from .config import NAME
 from .context_parallel import context_parallel
 from .loader import add_loader
 from .profile import profile
+from .running import patterns
 from .tensor_parallel import deal
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "apply",
     "context_parallel",
     "deal",
+    "patterns",
     "profile",
     "register",
     "trust_cache",

@@ -1,4 +1,4 @@
-"""The files of a PEFT adapter: errors name the one that is damaged, whoever reads it."""
+"""The files of a PEFT adapter: errors name the one that is damaged or out of place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ DAMAGE = (
     RuntimeError,
     TypeError,
 )
+CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Check that a folder, which should hold a whole model, has no adapter; raises `ValueError`."""
+    if (folder / CONFIG).exists():
+        raise ValueError(
+            f"{folder} must hold a whole model, got an adapter ({CONFIG}): merge it into its base "
+            "with PEFT's `merge_and_unload`, and save the result and the tokenizer"
+        )
 
 
 def check_config_file(path: Any) -> None:

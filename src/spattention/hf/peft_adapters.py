@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from .dealable import refuse_dealt
 from .decoder import has_sinks, is_attention
-from .section import KINDS, AttentionKind, same_section, section_in
+from .section import KINDS, AttentionKind, difference, same_section, section_in
 from .sinks import Sinks
 
 WRITTEN = "_spattention_written"  # of a PEFT config: the section of the model that it is in
@@ -158,11 +158,14 @@ def check_same(wanted: AdapterSection, found: AdapterSection | None) -> None:
             f"the adapter of {wanted.file} must be loaded into a model with "
             f"`config.{wanted.kind}`, got one without"
         )
-    if wanted.kind != found.kind or not same_section(wanted.data, found.data):
-        raise ValueError(
-            f"the adapter of {wanted.file} must be loaded into a model with the `{wanted.kind}` "
-            f"that it was trained with, {dict(wanted.data)}, got `{found.kind}` {dict(found.data)}"
-        )
+    rule = (
+        f"the adapter of {wanted.file} must be loaded into a model with the `config.{wanted.kind}` "
+        "that it was trained with"
+    )
+    if wanted.kind != found.kind:
+        raise ValueError(f"{rule}, got `config.{found.kind}`")
+    if not same_section(wanted.data, found.data):
+        raise ValueError(f"{rule}, {difference(wanted.data, found.data)}")
 
 
 def adapter_section(model: Any) -> AdapterSection | None:

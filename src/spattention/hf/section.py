@@ -8,6 +8,7 @@ a config with a section also writes
 - `attn_implementation`, the kind, which Transformers honours on loading;
 - `architectures` with a prefix, which vLLM and other programs look up and do not know (Transformers
   goes by `model_type`);
+- an empty `auto_map`, without which TRL fails before it gets to the next entry;
 - a requirement among `fusion_config`, which `from_pretrained` refuses by name in a process without
   this library, `attn_implementation="sdpa"` or not. It is off, so a process that knows it does
   nothing.
@@ -16,7 +17,7 @@ a config with a section also writes
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -35,6 +36,7 @@ from ..compat.huggingface import (
     attention_name,
     register_fusion,
     set_attention_name,
+    wrap_attention_choice,
     wrap_missing_keys_check,
     wrap_module_loading,
 )
@@ -53,6 +55,7 @@ from .weights import (
 )
 
 ARCHITECTURE_PREFIX = "Spattention"
+LONGEST_VALUE = 200  # characters of a value in an error
 LOADER = "modeling_spattention"  # a module beside a saved model; see `loader`
 ADAPTERS = "spattention.hf.peft_adapters"  # imported with PEFT, never without
 GUARD = "spattention.hf.peft_guard"
@@ -119,6 +122,7 @@ def register_kind(kind: AttentionKind) -> None:
         )
     if not KINDS:
         register_module_module_registration_hook(_equip_when_built)
+        wrap_attention_choice(_choosing_kind)
         PreTrainedConfig.to_dict = _with_marks(PreTrainedConfig.to_dict)
         PreTrainedModel.load_state_dict = checking_notes(PreTrainedModel.load_state_dict)
         wrap_module_loading(refusing_other_marks)
@@ -166,6 +170,43 @@ def _meaning(section: Any) -> Any:
     return section
 
 
+def difference(wanted: Any, found: Any) -> str:
+    """A line that names the first entry in which two sections differ, and both values. Whole
+    sections of a fitted model fill many screens.
+    """
+    path = ""
+    while True:
+        if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+            recipes = wanted.get("recipe"), found.get("recipe")
+            if None not in recipes and recipes[0] != recipes[1]:
+                wanted, found = recipes
+                break
+            names = sorted({*wanted, *found} - {"recipe"})
+            step = next(name for name in names if _differ(wanted.get(name), found.get(name)))
+            path += f".{step}" if path else step
+            wanted, found = wanted.get(step), found.get(step)
+        elif _is_list(wanted) and _is_list(found) and len(wanted) == len(found):
+            place = next(i for i, pair in enumerate(zip(wanted, found)) if _differ(*pair))
+            path += f"[{place}]"
+            wanted, found = wanted[place], found[place]
+        else:
+            break
+    return f"{path} {_short(wanted)}, got {_short(found)}"
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return bool(_meaning(one) != _meaning(other))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
 def section_changed(model: Any) -> None:
     """Have the PEFT adapters of a model follow what `apply` did to it."""
     adapters = sys.modules.get(ADAPTERS)
@@ -192,6 +233,20 @@ def _equip_when_built(parent: torch.nn.Module, name: str, module: Any) -> None:
             )
         kind.equip(module)
         _forget_loader(module.config)
+
+
+def _choosing_kind(choose: Callable[..., str]) -> Callable[..., str]:
+    """Wrap the choice of a model that is built: its section, where nobody names an implementation.
+    Command lines pass `attn_implementation=None` on, which replaces what a saved config names.
+    """
+
+    @wraps(choose)
+    def chosen(self: Any, attn_implementation: Any, *args: Any, **keywords: Any) -> str:
+        if attn_implementation is None:
+            attn_implementation = next((kind.name for kind in kinds_of(self.config)), None)
+        return choose(self, attn_implementation, *args, **keywords)
+
+    return chosen
 
 
 def _forget_loader(config: Any) -> None:
@@ -279,6 +334,11 @@ def _with_marks(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
             data["architectures"] = [prefix + name for name in plain]
         if found:
             data["attn_implementation"] = _implementation(self)
+            # Readers of `architectures` that find no such class look here next, TRL without a check
+            # that it is there; an empty one sends them to `from_pretrained`.
+            data.setdefault("auto_map", {})
+        elif data.get("auto_map") == {}:
+            del data["auto_map"]
         return data
 
     return marked

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import TrainerState
 
 from ..files import write_atomically
-from .section import KINDS, AttentionKind, same_section, section_in
+from .section import KINDS, AttentionKind, difference, same_section, section_in
 
 MODEL = "_spattention_model"  # of a state: a weak reference to the model that is trained
 READ = "_spattention_read"  # of a state from a file: kind, section and file
@@ -74,12 +74,15 @@ def _checking_model(init_training_references: Callable[..., None]) -> Callable[.
         found = section_in(trainer.model)
         if READ in vars(self):
             name, section, file = vars(self)[READ]
-            if found is None or found[0] != name or not same_section(found[1], section):
-                got = "one without" if found is None else f"`{found[0]}` {dict(found[1])}"
-                raise ValueError(
-                    f"the training of {file} must be resumed with a model with the `{name}` that "
-                    f"it was trained with, {section}, got {got}"
-                )
+            rule = (
+                f"the training of {file} must be resumed with a model with the `config.{name}` "
+                "that it was trained with"
+            )
+            if found is None or found[0] != name:
+                got = "one without" if found is None else f"`config.{found[0]}`"
+                raise ValueError(f"{rule}, got {got}")
+            if not same_section(found[1], section):
+                raise ValueError(f"{rule}, {difference(section, found[1])}")
         setattr(self, MODEL, weakref.ref(trainer.model))
         init_training_references(self, trainer, *args, **keywords)
 
