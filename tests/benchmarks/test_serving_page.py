@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[2]
 PATTERNS = ("dense", "uniform", "geometric")
 
 
-def newest(what: str) -> tuple[str, list[dict[str, Any]]]:
+def newest(what: str, gpu: str = "h100") -> tuple[str, list[dict[str, Any]]]:
     """Name and rows of the newest results file."""
     path = max(
-        (ROOT / "benchmarks/results").glob(f"{what}_h100_*.json"), key=lambda p: p.name[-15:]
+        (ROOT / "benchmarks/results").glob(f"{what}_{gpu}_*.json"), key=lambda p: p.name[-15:]
     )
     return path.name, json.loads(path.read_text())["rows"]
 
@@ -88,6 +88,24 @@ def test_the_table_of_a_queue_is_the_newest() -> None:
     }
     wanted = [[f"{best(rows, p)[key]:{form}}" for p in PATTERNS] for key, form in keys.items()]
     assert table("steps") == wanted
+
+
+def test_the_table_of_steps_in_vllm_is_the_newest() -> None:
+    name, rows = newest("vllm_cuda", "h200")
+    text = (ROOT / "docs/serving.md").read_text()
+    assert name in text
+    times = {
+        (row["pattern"], row["attention"], row["length"]): f"{row['milliseconds_a_step']:.2f}"
+        for row in rows
+    }
+    columns = [
+        ("dense", "FLASH_ATTN"),
+        ("dense", "TRITON_ATTN"),
+        ("uniform", ""),
+        ("geometric", ""),
+    ]
+    assert table("a decoding step in vLLM") == [[times[*column, 16384] for column in columns]]
+    assert f"takes {times['dense', 'FLASH_ATTN', 65536]}." in text
 
 
 def test_the_table_beside_a_copy_is_the_newest() -> None:

@@ -4,8 +4,9 @@
     python engine.py start '{"starts": [[FOLDER, {}], ...]}'
 
 The line of output that starts with `answer` goes on with JSON. For `generate`: the tokens, the
-cached prompt tokens, the most blocks in use and the interruptions of each run. For `start`: the
-error with which vLLM's own checks end, or null, of each folder and its settings.
+cached prompt tokens, the most blocks in use, the interruptions and the captured CUDA graphs of each
+run. For `start`: the error with which vLLM's own checks end, or null, of each folder and its
+settings.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def _call(command: str, request: dict[str, Any], variables: dict[str, str]) -> A
 
 def _generate(request: dict[str, Any]) -> Any:
     from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
     from vllm.lora.request import LoRARequest
 
     adapter = request.get("adapter")
@@ -105,6 +107,7 @@ def _generate(request: dict[str, Any]) -> Any:
                 "cached": [output.num_cached_tokens for output in in_order],
                 "most_blocks": max(in_use),
                 "interrupted": sum(interruptions.values()),
+                "cuda_graphs": compilation_counter.num_cudagraph_captured,
             }
         )
     return answers

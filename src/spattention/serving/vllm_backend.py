@@ -1,9 +1,8 @@
 """vLLM's attention back end for bands: prefill and decoding over its paged cache.
 
-On the CPU it is tested against Transformers. On CUDA requests with one new token are decoded by
-kernels that read the block table (`paged.py`), inside CUDA graphs where a step has no others. For
-the rest each step gathers the readable keys. No step waits for the device. The kernels are tested
-on GPUs; this module has not been run there.
+On CUDA requests with one new token are decoded by kernels that read the block table (`paged.py`),
+inside CUDA graphs where a step has no others. For the rest each step gathers the readable keys. No
+step waits for the device.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
 from ..attention import kernels_for
 from ..bands import BandPattern
@@ -185,8 +185,17 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        tokens = slot_mapping.shape[0]
-        write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
+        """Store the first `slot_mapping.shape[0]` keys and values; negative slots are padding."""
+        if kv_cache.is_cuda:
+            # One launch instead of the several of `write`, in every class of every layer. The last
+            # two arguments are scales, which are read for a quantized cache alone.
+            keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            triton_reshape_and_cache_flash(
+                key, value, keys, values, slot_mapping, "auto", key, value
+            )
+        else:
+            tokens = slot_mapping.shape[0]
+            write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
 
     def forward(
         self,
