@@ -73,6 +73,9 @@ HUGGINGFACE = {
     "_disable_adapters": lambda: _wrapper()._disable_adapters is False,
     "_split_kwargs": lambda: peft.PeftModel._split_kwargs,
     "_prepare_inputs": lambda: transformers.Trainer._prepare_inputs,
+    "_check_and_adjust_attn_implementation": lambda: (
+        transformers.PreTrainedModel._check_and_adjust_attn_implementation
+    ),
     "_hf_hook": lambda: _offloaded()._hf_hook,
     "_unload_and_optionally_merge": lambda: BaseTuner._unload_and_optionally_merge,
 }

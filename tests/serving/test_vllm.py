@@ -174,34 +174,6 @@ def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> 
     assert asked == ([0, 1] if captured else [])
 
 
-def test_gpus_store_new_keys_in_one_launch(monkeypatch: Any) -> None:
-    """vLLM's own kernel gets views of the cache in which a token's key and value are apart."""
-    from spattention.serving import vllm_backend
-    from spattention.serving.class_streams import ClassStreams
-    from spattention.serving.paged import write
-
-    def store(key: Any, value: Any, keys: Any, values: Any, slots: Any, *rest: Any) -> None:
-        for token, slot in enumerate(slots.tolist()):
-            if slot >= 0:
-                keys[slot // 8, slot % 8] = key[token]
-                values[slot // 8, slot % 8] = value[token]
-        assert rest[0] == "auto"  # not quantized
-
-    streams = ClassStreams(1, torch.device("cpu"))
-    bands = vllm_backend.ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], 0, streams)
-    attention = vllm_backend.BandAttentionImpl(2, 16, 0.25, 2, bands=bands)
-    key, value = torch.randn(2, 5, 2, 16).unbind()
-    slots = torch.tensor([9, 20, 31, -1])  # one token less than keys, and one that pads
-    found, wanted = torch.zeros(2, 4, 2, 8, 32).unbind()
-    write(key[:3], value[:3], wanted, slots[:3])
-    monkeypatch.setattr(vllm_backend, "triton_reshape_and_cache_flash", store)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    attention.do_kv_cache_update(torch.nn.Module(), key, value, found, slots)
-    monkeypatch.undo()
-    assert torch.equal(found, wanted)
-    assert found.count_nonzero() == 3 * 2 * 32
-
-
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:
     """The models of these tests give other tokens where bands are lost or exchanged."""
     folder = folders.save(tmp_path / "banded")

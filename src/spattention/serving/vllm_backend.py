@@ -21,7 +21,6 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
 from ..attention import kernels_for
 from ..bands import BandPattern
@@ -186,16 +185,8 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store the first `slot_mapping.shape[0]` keys and values; negative slots are padding."""
-        if kv_cache.is_cuda:
-            # One launch instead of the several of `write`, in every class of every layer. The last
-            # two arguments are scales, which are read for a quantized cache alone.
-            keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            triton_reshape_and_cache_flash(
-                key, value, keys, values, slot_mapping, "auto", key, value
-            )
-        else:
-            tokens = slot_mapping.shape[0]
-            write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
+        tokens = slot_mapping.shape[0]
+        write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
 
     def forward(
         self,
