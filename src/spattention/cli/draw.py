@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def main(options: Options) -> None:
 
 def _figure(options: Options) -> tuple[Figure, str]:
     """The picture, and of a pattern its share of dense attention's pairs."""
-    # Edges and intervals have slashes too, behind the colon.
-    if Path(options.pattern).is_dir() or "/" in options.pattern.partition(":")[0]:
+    # Edges and intervals have slashes too, behind the colon. `Path` cannot ask for a long name.
+    if os.path.isdir(options.pattern) or "/" in options.pattern.partition(":")[0]:
         return _saved_figure(options)
     if options.layer is not None:
         raise ValueError(
