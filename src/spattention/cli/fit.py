@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -171,7 +172,7 @@ def _open(options: Options) -> tuple[Any, Any]:
     name = options.model
     refuse_run("`MODEL`", Path(name))
     refuse_adapter(Path(name))
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    if os.path.exists(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`MODEL` must be a folder with a config.json, {name} has none")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
