@@ -339,6 +339,14 @@ def test_the_command_refuses_a_recipe_in_one_line(tmp_path, capsys, data):
     assert not checkpoints(tmp_path)
 
 
+def test_a_finished_run_does_not_say_that_it_resumes(data, whole):
+    """Nothing is left to train, and the note names the checkpoint of the last step."""
+    events = []
+    assert pretrain(recipe(data), whole, send=events.append).finished
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert notes == [f"all {STEPS} steps are done: {whole / f'checkpoint-{STEPS}'}"]
+
+
 def test_a_finished_run_says_how_to_train_longer(data, whole, tmp_path):
     """Its schedule ends with its steps; a new run starts from its weights."""
     last = whole / f"checkpoint-{STEPS}"
