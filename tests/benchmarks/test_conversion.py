@@ -455,3 +455,23 @@ def test_scores_of_ruler_need_no_losses(tmp_path):
     runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
     assert "| dense | 0 | 2,048 | 50 | 0.98 (0.02) |" in page.ruler(runs)
     assert "+0.000" in page.before_training(runs)
+
+
+FITTED = sorted((ROOT / "benchmarks" / "results").glob("fitted_*.json"))
+
+
+@pytest.mark.parametrize("path", FITTED, ids=lambda path: path.stem)
+def test_fitted_patterns_are_those_of_the_runs_named(path):
+    """Each row of patterns has the pairs, at the context, that the run it names recorded."""
+    found = json.loads(path.read_text())
+    assert found["runs"].keys() == found["rows"].keys()
+    for name, kept in found["rows"].items():
+        run = json.loads((path.parent / found["runs"][name]).read_text())
+        recorded = [row["pairs"] for row in run["rows"] if row["row"] == name.partition(" at ")[0]]
+        length = run["settings"]["context"]
+        dicts = kept["patterns"] if isinstance(kept, dict) else kept
+        patterns = [spa.BandPattern.from_dict(each) for each in dicts]
+        shares = [sum(p.pairs(length)) / p.num_heads for p in patterns]
+        share = sum(shares) / len(shares) / (length * (length + 1) / 2)
+        assert recorded == pytest.approx([share] * len(recorded), abs=1e-9)
+        assert recorded
