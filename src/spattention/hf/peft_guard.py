@@ -293,7 +293,7 @@ def _writing_marks(get_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(get_state)
     def get(model: Any, *args: Any, **keywords: Any) -> Any:
-        refuse_lost_section(model, "an adapter")
+        refuse_lost_section(model)
         return {**get_state(model, *args, **keywords), **live_marks(model)}
 
     return get
