@@ -5,7 +5,6 @@ python -m benchmarks.experiments.evidence
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import tyro
 from spattention.choice import STOCK
 from spattention.comparison.plan import Plan, read_plan
 from spattention.files import write_atomically
+from spattention.plots import picture_of
 
 from . import related_page
 from .budget_page import section as budget_section
@@ -253,9 +253,7 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
         figure = draw(rows, done)
         if figure is not None:
             name = f"{plan.name}-{what}.png"
-            picture = io.BytesIO()
-            figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
-            write_atomically(images / name, picture.getvalue())
+            write_atomically(images / name, picture_of(figure, 130, metadata={"Software": None}))
             lines += [f"![{TITLES[what]}](images/{name})", ""]
     return "\n".join([*lines, *_looks(rows, done), *tasks_section(ledger, plan.name, rows)])
 
