@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from .config import NAME
 from .dealable import refuse_dealt
 from .decoder import has_sinks, is_attention
-from .section import KINDS, AttentionKind, difference, same_section, section_in
+from .section import KINDS, AttentionKind, check_same_section, section_in
 from .sinks import Sinks
 
 LEARNED_KEYS = ("PREFIX_TUNING", "CARTRIDGE")  # types of adapters that learn keys and values
@@ -178,19 +178,12 @@ def bring_back(model: Any, config: Any, adapter_name: str) -> None:
 
 def check_same(wanted: AdapterSection, found: AdapterSection | None) -> None:
     """Check that a model has the section that an adapter was trained with."""
-    if found is None:
-        raise ValueError(
-            f"the adapter of {wanted.file} must be loaded into a model with "
-            f"`config.{wanted.kind}`, got one without"
-        )
     rule = (
         f"the adapter of {wanted.file} must be loaded into a model with the `config.{wanted.kind}` "
         "that it was trained with"
     )
-    if wanted.kind != found.kind:
-        raise ValueError(f"{rule}, got `config.{found.kind}`")
-    if not same_section(wanted.data, found.data):
-        raise ValueError(f"{rule}, {difference(wanted.data, found.data)}")
+    given = None if found is None else (found.kind, found.data)
+    check_same_section(rule, (wanted.kind, wanted.data), given)
 
 
 def adapter_section(model: Any) -> AdapterSection | None:

@@ -163,9 +163,19 @@ def section_in(model: Any) -> tuple[str, Mapping[str, Any]] | None:
     return None
 
 
-def same_section(one: Any, other: Any) -> bool:
-    """True if two sections differ in nothing but the entries that are there for readers alone."""
-    return _meaning(one) == _meaning(other)
+def check_same_section(rule: str, wanted: tuple[str, Any], found: tuple[str, Any] | None) -> None:
+    """Check that a model has a section, each given by its kind; entries that are there for readers
+    alone may differ.
+
+    Raises:
+        ValueError: which begins with the rule, and names the first entry that differs.
+    """
+    if found is None:
+        raise ValueError(f"{rule}, got one without")
+    if found[0] != wanted[0]:
+        raise ValueError(f"{rule}, got `config.{found[0]}`")
+    if _differ(wanted[1], found[1]):
+        raise ValueError(f"{rule}, {_difference(wanted[1], found[1])}")
 
 
 def _meaning(section: Any) -> Any:
@@ -176,7 +186,7 @@ def _meaning(section: Any) -> Any:
     return section
 
 
-def difference(wanted: Any, found: Any) -> str:
+def _difference(wanted: Any, found: Any) -> str:
     """A line that names the first entry in which two sections differ, and both values. Whole
     sections of a fitted model fill many screens.
     """
