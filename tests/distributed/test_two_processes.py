@@ -8,16 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from launching import launch
 
-from spattention.data.token_file import write_token_file
-from spattention.data.tokens import TokenStream
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import prepare_model, pretrain
 from spattention.training.recipe import read_recipe
+from tests.training.small_run import write_data
 
 HERE = Path(__file__).parent
 RECIPE = """
@@ -45,10 +43,7 @@ tensorboard = false
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(60)]
-    write_token_file(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
-    (folder / "recipe.toml").write_text(RECIPE.format(data=folder / "a.u16.xz"))
+    (folder / "recipe.toml").write_text(RECIPE.format(data=write_data(folder, documents=60)))
     return folder / "recipe.toml"
 
 

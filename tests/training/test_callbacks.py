@@ -43,15 +43,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_run import losses, recipe
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    return path
-
-
 def state(*history, step=3):
     log = [{"loss": loss} for loss in history]
     return SimpleNamespace(global_step=step, log_history=log, is_world_process_zero=True)
