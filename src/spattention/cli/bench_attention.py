@@ -18,7 +18,6 @@ from ..bands import BandPattern
 from ..benchmarking import results, timing
 from ..benchmarking.attend import Attend, Competitor, Tensors
 from ..benchmarking.competitors import (
-    DTYPES,
     PATTERNS,
     Flash4,
     FlashSparse,
@@ -177,7 +176,7 @@ def _inputs(options: Options, batch: int, heads: int, length: int) -> Tensors:
     generator = torch.Generator("cuda").manual_seed(options.seed)
     shape = (batch, heads, length, options.head_dim)
     query, key, value, d_out = (
-        torch.randn(shape, generator=generator, device="cuda", dtype=DTYPES[options.dtype])
+        torch.randn(shape, generator=generator, device="cuda", dtype=getattr(torch, options.dtype))
         for _ in range(4)
     )
     return *(tensor.requires_grad_() for tensor in (query, key, value)), d_out

@@ -16,10 +16,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..files import read_json, write_atomically
-from .adapter_files import refuse_adapter
+from .adapter_files import CONFIG_BYTES, refuse_adapter
 from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER, required_call
 
-CONFIG_BYTES = 2**26
 AUTO_CLASSES = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
