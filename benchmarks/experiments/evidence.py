@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import tyro
 
 from spattention.choice import STOCK
-from spattention.comparison.plan import Plan, read_plan
+from spattention.comparison.plan import Plan
 from spattention.files import write_atomically
 from spattention.plots import picture_of
 
@@ -34,6 +34,7 @@ from .figures import (
 from .gaps import table as gap_table
 from .ledger import HERE, finished, read_ledger, same_runs
 from .mqar_page import sections as mqar_sections
+from .plan_files import read_plan
 from .recall_page import section as recall_section
 from .speeds import read_speeds
 from .tasks_page import section as tasks_section
