@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
+from spattention.plots import picture_of
 
 from .mqar import FIRST, LEARNED, SETTINGS, SOLVED, Setting
 from .trained_recall import FORMAT
@@ -70,9 +70,8 @@ def section(ledger: Path, name: str, images: Path) -> str:
             *(row(attention, entries, edges) for attention, entries in done.items()),
             "",
         ]
-        picture = io.BytesIO()
-        figure(done).savefig(picture, dpi=130, format="png", metadata={"Software": None})
-        write_atomically(images / f"{name}.png", picture.getvalue())
+        picture = picture_of(figure(done), 130, metadata={"Software": None})
+        write_atomically(images / f"{name}.png", picture)
         lines += [f"![accuracy by distance](images/{name}.png)", ""]
     stopped = [
         f"{entry['attention']}, seed {entry['seed']} (stopped at step {entry['step']:,})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
+from spattention.plots import picture_of
 
 from .trained_recall import ENTRIES, FORMAT, Options
 
@@ -47,9 +47,8 @@ def section(ledger: Path, images: Path) -> str:
     if not runs:
         return ""
     one = next(iter(runs.values()))[0]
-    picture = io.BytesIO()
-    figure(runs).savefig(picture, dpi=130, format="png", metadata={"Software": None})
-    write_atomically(images / PICTURE, picture.getvalue())
+    picture = picture_of(figure(runs), 130, metadata={"Software": None})
+    write_atomically(images / PICTURE, picture)
     model, training = one["model"], one["training"]
     lines = [
         "## Recall that models are trained for",

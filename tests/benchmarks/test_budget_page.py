@@ -18,7 +18,8 @@ from benchmarks.experiments import (
     gaps,
     ledger,
 )
-from spattention.comparison.plan import Plan, Run, read_plan
+from benchmarks.experiments.plan_files import read_plan
+from spattention.comparison.plan import Plan, Run
 from spattention.training.graphs import asks_for_graphs, refusal
 
 PLANS = {path.stem: read_plan(path) for path in evidence.PLANS.glob("budget-*.toml")}

@@ -41,6 +41,8 @@ def test_tokens_are_transformers_tokens(tmp_path: Path, family: str, sinks: bool
     assert first["cached"] == [0, 0, 0, 0]
     assert again["cached"][0] == 0
     assert min(again["cached"][1:]) >= 64  # so the second run did read the first one's blocks
+    (line,) = first["log"]
+    assert f"bands in {1 if family == 'olmo3' else 2} of 2 layers" in line
 
 
 def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -21,7 +22,7 @@ from ..bands import BandPattern
 from ..hf.config import NAME
 from .checks import banded, section_for
 from .class_streams import ClassStreams
-from .head_classes import HeadClass, head_classes, rank_pattern, select_heads
+from .head_classes import HeadClass, described, head_classes, rank_pattern, select_heads
 from .marks import without_marks
 from .vllm_backend import BandAttentionBackend, ClassBands
 from .vllm_cache import PrefixWindowSpec
@@ -161,6 +162,9 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         uniform_pages=len(patterns) < config.num_hidden_layers,
         **({} if is_hybrid(vllm_config) else {"max_classes": 1}),
     )
+    if rank == 0:
+        line = described(list(patterns.values()), classes[0], config.num_hidden_layers)
+        init_logger(f"vllm.{NAME}").info("%s", line)  # vLLM shows the loggers below its own
     by_layer = dict(zip(patterns, classes))
     # One number for all layers: vLLM shares a table of blocks among layers of equal specs.
     prefix = max(pattern.prefix for pattern in patterns.values())
