@@ -89,8 +89,8 @@ def section(ledger: Path, name: str, images: Path) -> str:
 def _start(setting: Setting) -> str:
     if setting.start_steps:
         return (
-            "All start from the same weights, with which dense attention has learned "
-            f"{FIRST} keys, {4 * FIRST} tokens."
+            "With each seed all start from the same weights, with which dense attention has "
+            f"learned {FIRST} keys, {4 * FIRST} tokens."
         )
     return f"All start from fresh weights and {FIRST} keys, {4 * FIRST} tokens."
 
