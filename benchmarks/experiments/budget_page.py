@@ -31,6 +31,7 @@ ROWS = "budget-2048"  # the plan whose runs are the rows; others have them by th
 KINDS = ("passkeys", "needles", "variables")
 RECALL = "mqar-2048"
 OURS = "geometric bands"  # named beside the best pattern
+CONTROL = "dense after bands"  # dense attention, and no pattern to choose
 LITTLE = 5.0  # per cent: fewer needles than that say nothing about a pattern
 # The mixes of layers, which have one layer of each in the models of two layers.
 MIXES = {
@@ -74,7 +75,11 @@ class Budget:
         for other in self.labels:
             seeds = [s for n, s in self.done if n == other and (label, s) in self.done]
             apart = [loss(self.done[other, s]) - loss(self.done[label, s]) for s in seeds]
-            if other not in (label, STOCK) and len(apart) > 1 and verdict(apart) == NEITHER:
+            if (
+                other not in (label, STOCK, CONTROL)
+                and len(apart) > 1
+                and verdict(apart) == NEITHER
+            ):
                 found.append(other)
         return found
 
@@ -197,6 +202,7 @@ def _best(budget: Budget) -> str:
     where = budget.where
     gaps = {label: found for label in budget.labels if (found := budget.gaps(label))}
     gaps.pop(STOCK, None)
+    control = gaps.pop(CONTROL, [])
     if not gaps:
         return f"{where}: no pattern was run beside dense attention."
     label = min(gaps, key=lambda each: mean(gaps[each]))
@@ -212,11 +218,14 @@ def _best(budget: Budget) -> str:
     seeds = f"{count} seeds" if count > 1 else "one seed, not settled"
     if count > 1 and verdict(gaps[label]) == NEITHER:
         seeds += ", not told apart from it"
-    near = [f"{other} {_spread(gaps[other], '+')}" for other in budget.as_near(label)]
-    beside = f"; not told apart from {label}: {', '.join(near)}" if near else ""
-    if OURS in gaps and OURS not in (label, *budget.as_near(label)):
-        beside += f"; {OURS} {_spread(gaps[OURS], '+')}"
-        beside += " (one seed)" if len(gaps[OURS]) == 1 < count else ""
+    near = budget.as_near(label)
+    others = {OURS: gaps[OURS]} if OURS in gaps and OURS not in (label, *near) else {}
+    others |= {CONTROL: control} if control else {}
+    named = [f"{other} {_spread(gaps[other], '+')}" for other in near]
+    beside = f"; not told apart from {label}: {', '.join(named)}" if near else ""
+    for other, found in others.items():
+        alone = " (one seed)" if len(found) == 1 < count else ""
+        beside += f"; {other} {_spread(found, '+')}{alone}"
     return (
         f"{where}: {label} ends lowest, {_spread(far, '')} {word} dense attention "
         f"({seeds}){beside}{end}."

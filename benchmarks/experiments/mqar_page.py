@@ -57,7 +57,7 @@ def section(ledger: Path, name: str, images: Path) -> str:
         f"or all. Guessing one of the values shown is right in {1 / setting.count:.4f}.",
         "",
     ]
-    done = {attention: entries for attention, entries in runs.items() if entries}
+    done = {attention: whole(entries) for attention, entries in runs.items() if entries}
     if done:
         edges = [edge for edge in EDGES if edge < setting.length] + [setting.length]
         spans = [f"{near:,} to {far:,}" for near, far in zip(edges, edges[1:])]
@@ -76,7 +76,7 @@ def section(ledger: Path, name: str, images: Path) -> str:
         lines += [f"![accuracy by distance](images/{name}.png)", ""]
     stopped = [
         f"{entry['attention']}, seed {entry['seed']} (stopped at step {entry['step']:,})"
-        for entries in done.values()
+        for entries in runs.values()
         for entry in entries
         if not entry["finished"]
     ]
@@ -93,6 +93,13 @@ def _start(setting: Setting) -> str:
             f"learned {FIRST} keys, {4 * FIRST} tokens."
         )
     return f"All start from fresh weights and {FIRST} keys, {4 * FIRST} tokens."
+
+
+def whole(entries: Sequence[Entry]) -> list[Entry]:
+    """The finished runs, beside which a stopped one would stand for less training; all of them
+    where none is finished.
+    """
+    return [entry for entry in entries if entry["finished"]] or list(entries)
 
 
 def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:

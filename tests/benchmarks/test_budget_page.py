@@ -156,11 +156,13 @@ def test_scores_at_chance_name_no_pattern(tmp_path):
         (
             (3.011, 3.019, 3.012),
             "0.0123 ± 0.0025 above dense attention (3 seeds); not told apart from 5:1 window 128 "
-            "with sinks: 5:1 geometric bands +0.0140 ± 0.0044; geometric bands +0.0300 (one seed).",
+            "with sinks: 5:1 geometric bands +0.0140 ± 0.0044; geometric bands +0.0300 "
+            "(one seed); dense after bands -0.1000 (one seed).",
         ),
         (
             (3.021, 3.024, 3.021),
-            "0.0123 ± 0.0025 above dense attention (3 seeds); geometric bands +0.0300 (one seed).",
+            "0.0123 ± 0.0025 above dense attention (3 seeds); geometric bands +0.0300 "
+            "(one seed); dense after bands -0.1000 (one seed).",
         ),
         (
             (2.985, 3.016, 2.993),
@@ -179,6 +181,7 @@ def test_seeds_say_what_is_told_apart(tmp_path, others, said):
         "5:1 window 128 with sinks": (3.012, 3.015, 3.010),
         "5:1 geometric bands": others,
         "geometric bands": (3.03,),
+        "dense after bands": (2.9,),  # a control, never the best pattern
     }
     for label, losses in rows.items():
         run = run_of(plan, label)
