@@ -124,7 +124,7 @@ def after_training(runs: Runs) -> str:
     of = f" at {main:g} M" if len(amounts) > 1 else ""
     head = [f"{tokens:g} M: Wikipedia / books" for tokens in amounts]
     head += [f"{each}{of}" for each in ("seeds", "passkeys", "zero-shot")]
-    lines = [f"| attention | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    lines = [f"| attention | pairs | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for name in names:
         cells = []
         for tokens in amounts:
@@ -137,7 +137,8 @@ def after_training(runs: Runs) -> str:
             cells.append(" / ".join(figures) if rows else MISSING)
         rows = runs[name, last[name]]
         more = [str(len(rows)), _passkeys(rows), _tasks(asked.get((name, last[name]), []))]
-        lines.append(f"| {' | '.join([name, *cells, *more])} |")
+        share = f"{rows[0]['pairs']:.2f}"
+        lines.append(f"| {' | '.join([name, share, *cells, *more])} |")
     return "\n".join(lines) + "\n"
 
 

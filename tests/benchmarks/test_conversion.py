@@ -353,12 +353,12 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
     assert "old" not in before
     assert page.MARK.sub(lambda found: page.fill(found, runs), before) == before
     after = page.after_training(runs)
-    assert "| window | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
-    assert "| fitted-lora | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
-    assert "| dense-lora | 2.700 / 3.700 | 1 | - | - |" in after
-    assert "| dense | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
-    assert "| fitted | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
-    assert "| other | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
+    assert "| window | 0.35 | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
+    assert "| fitted-lora | 0.35 | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
+    assert "| dense-lora | 0.35 | 2.700 / 3.700 | 1 | - | - |" in after
+    assert "| dense | 0.35 | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
+    assert "| fitted | 0.35 | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
+    assert "| other | 0.35 | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
     with pytest.raises(SystemExit, match="a table must be one of"):
         page.MARK.sub(lambda found: page.fill(found, runs), text.replace("before", "other"))
 
@@ -406,7 +406,7 @@ def test_zero_shot_scores_may_be_of_another_file(tmp_path):
     for name, row in (("a", result("dense", 10, 0, 3.0)), ("b", asked)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": [row]}))
     found = page.after_training(page.read([tmp_path / "a.json", tmp_path / "b.json"]))
-    assert "| dense | 3.000 / 4.000 | 1 | - | 50.0 |" in found
+    assert "| dense | 0.35 | 3.000 / 4.000 | 1 | - | 50.0 |" in found
 
 
 def test_few_rows_of_more_tokens_leave_the_others(tmp_path):
@@ -419,13 +419,13 @@ def test_few_rows_of_more_tokens_leave_the_others(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"settings": {}, "rows": rows}))
     lines = page.after_training(page.read([tmp_path / "a.json"])).splitlines()
     assert lines[0] == (
-        "| attention | 10 M: Wikipedia / books | 30 M: Wikipedia / books | seeds at 10 M | "
+        "| attention | pairs | 10 M: Wikipedia / books | 30 M: Wikipedia / books | seeds at 10 M | "
         "passkeys at 10 M | zero-shot at 10 M |"
     )
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["dense", "fitted", "window", "late"]
-    assert lines[3] == "| fitted | +0.100 / +0.100 | +0.010 / +0.010 | 1 | - | - |"
-    assert lines[4] == "| window | +0.200 / +0.200 | - | 1 | - | - |"
-    assert lines[5] == "| late | - | -0.100 / -0.100 | 1 | - | - |"
+    assert lines[3] == "| fitted | 0.35 | +0.100 / +0.100 | +0.010 / +0.010 | 1 | - | - |"
+    assert lines[4] == "| window | 0.35 | +0.200 / +0.200 | - | 1 | - | - |"
+    assert lines[5] == "| late | 0.35 | - | -0.100 / -0.100 | 1 | - | - |"
 
 
 def test_losses_by_position_are_beyond_dense():
