@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
 
+from .figures import styles_of
 from .mqar import FIRST, LEARNED, SETTINGS, SOLVED, Setting
 from .trained_recall import FORMAT
 
@@ -133,7 +133,8 @@ def figure(runs: Runs) -> Figure:
     """Accuracy against distance, the mean over seeds."""
     found = Figure(figsize=(9, 4.5), layout="constrained")
     axis = found.subplots()
-    for (attention, entries), color in zip(runs.items(), matplotlib.color_sequences["tab10"]):
+    styles = styles_of(runs)
+    for attention, entries in runs.items():
         parts: dict[int, list[dict[str, float]]] = {}
         for part in (part for entry in entries for part in entry["by_distance"]):
             parts.setdefault(int(part["distance"]), []).append(part)
@@ -143,7 +144,7 @@ def figure(runs: Runs) -> Figure:
             / sum(part["asked"] for part in parts[place])
             for place in places
         ]
-        axis.plot(places, values, "o-", markersize=3, color=color, label=attention)
+        axis.plot(places, values, marker="o", markersize=3, label=attention, **styles[attention])
     axis.set_xscale("log", base=2)
     axis.set(
         xlabel="distance of the value (tokens)",

@@ -151,6 +151,14 @@ def test_stopped_runs_stand_for_none_that_ended(
     assert "Not run yet: exclusive, seed 0 (stopped at step 6)" in text
 
 
+def test_every_row_is_drawn(made: tuple[Path, dict]) -> None:
+    """More rows than a palette has colours are all drawn, each in its own style."""
+    names = [f"row {k}" for k in range(23)]
+    axis = mqar_page.figure({name: [made[1]] for name in names}).axes[0]
+    assert [line.get_label() for line in axis.lines] == names
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == len(names)
+
+
 def test_entries_name_their_command(tmp_path: Path) -> None:
     """What is recorded makes the run anywhere, and names no folder."""
     options = mqar.Options("mqar-2048", ledger=tmp_path, work=tmp_path, steps=6)
