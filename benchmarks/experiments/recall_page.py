@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
 from spattention.plots import picture_of
 
+from .figures import styles_of
 from .trained_recall import ENTRIES, FORMAT, Options
 
 Entry = dict[str, Any]
@@ -79,10 +79,11 @@ def figure(runs: Runs) -> Figure:
     """Loss against steps, every seed, and accuracy against distance, the mean over seeds."""
     found = Figure(figsize=(11, 4.5), layout="constrained")
     losses, distances = found.subplots(1, 2)
-    for (name, entries), color in zip(runs.items(), matplotlib.color_sequences["tab10"]):
+    styles = styles_of(runs)
+    for name, entries in runs.items():
         for entry in entries:
             steps, values = zip(*((line["step"], line["loss"]) for line in entry["loss"]))
-            losses.plot(steps, values, color=color, linewidth=1, alpha=0.7)
+            losses.plot(steps, values, linewidth=1, alpha=0.7, **styles[name])
         hits: dict[int, float] = {}
         asked: dict[int, int] = {}
         for part in (part for entry in entries for part in entry["by_distance"]):
@@ -93,10 +94,10 @@ def figure(runs: Runs) -> Figure:
         distances.plot(
             places,
             [hits[p] / asked[p] for p in places],
-            "o-",
+            marker="o",
             markersize=3,
-            color=color,
             label=name,
+            **styles[name],
         )
     losses.set(xlabel="steps", ylabel="loss (nats per value)", title="every seed", ylim=(0, None))
     distances.set(

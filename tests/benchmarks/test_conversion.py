@@ -355,12 +355,12 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
     assert "old" not in before
     assert page.MARK.sub(lambda found: page.fill(found, runs), before) == before
     after = page.after_training(runs)
-    assert "| window | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
-    assert "| fitted-lora | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
-    assert "| dense-lora | 2.700 / 3.700 | 1 | - | - |" in after
-    assert "| dense | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
-    assert "| fitted | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
-    assert "| other | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
+    assert "| window | 0.35 | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
+    assert "| fitted-lora | 0.35 | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
+    assert "| dense-lora | 0.35 | 2.700 / 3.700 | 1 | - | - |" in after
+    assert "| dense | 0.35 | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
+    assert "| fitted | 0.35 | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
+    assert "| other | 0.35 | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
     with pytest.raises(SystemExit, match="a table must be one of"):
         page.MARK.sub(lambda found: page.fill(found, runs), text.replace("before", "other"))
 
@@ -408,7 +408,26 @@ def test_zero_shot_scores_may_be_of_another_file(tmp_path):
     for name, row in (("a", result("dense", 10, 0, 3.0)), ("b", asked)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": [row]}))
     found = page.after_training(page.read([tmp_path / "a.json", tmp_path / "b.json"]))
-    assert "| dense | 3.000 / 4.000 | 1 | - | 50.0 |" in found
+    assert "| dense | 0.35 | 3.000 / 4.000 | 1 | - | 50.0 |" in found
+
+
+def test_few_rows_of_more_tokens_leave_the_others(tmp_path):
+    """Two rows that were trained on more tokens get columns; seeds, positions and order stay those
+    of the number of tokens that most runs have.
+    """
+    rows = [result("dense", 10, seed, 3.0) for seed in (0, 1)]
+    rows += [result("window", 10, 0, 3.2), result("fitted", 10, 0, 3.1)]
+    rows += [result("dense", 30, 0, 2.8), result("fitted", 30, 0, 2.81), result("late", 30, 0, 2.7)]
+    (tmp_path / "a.json").write_text(json.dumps({"settings": {}, "rows": rows}))
+    lines = page.after_training(page.read([tmp_path / "a.json"])).splitlines()
+    assert lines[0] == (
+        "| attention | pairs | 10 M: Wikipedia / books | 30 M: Wikipedia / books | seeds at 10 M | "
+        "passkeys at 10 M | zero-shot at 10 M |"
+    )
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["dense", "fitted", "window", "late"]
+    assert lines[3] == "| fitted | 0.35 | +0.100 / +0.100 | +0.010 / +0.010 | 1 | - | - |"
+    assert lines[4] == "| window | 0.35 | +0.200 / +0.200 | - | 1 | - | - |"
+    assert lines[5] == "| late | 0.35 | - | -0.100 / -0.100 | 1 | - | - |"
 
 
 def test_losses_by_position_are_beyond_dense():
@@ -434,7 +453,7 @@ def test_passkeys_stand_by_length_and_depth():
     assert "| attention | M tokens | 1,024 | 2,048 |" in found
     assert "| fitted | 10 | 0.50 0.50 | 0.00 1.00 |" in found
     assert "| window | 0 | 1.00 0.50 | 0.00 1.00 |" in found
-    assert "| 3 |" not in found
+    assert "| fitted | 3 | 0.50 0.50 | 0.00 1.00 |" in found
 
 
 def test_speeds_stand_beside_pairs_and_cache():
