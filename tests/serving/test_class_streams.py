@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 from spattention.serving.class_streams import ClassStreams
@@ -18,8 +17,7 @@ def test_without_streams_classes_run_in_turns() -> None:
     assert launched == [0, 1, 2]
 
 
-@pytest.mark.parametrize("captured", [True, False])
-def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
+def test_classes_run_side_by_side(monkeypatch: Any) -> None:
     """Each class but the last on a stream of its own, from where the current stream is to where it
     goes on."""
     events: list[Any] = []
@@ -39,20 +37,13 @@ def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> 
         yield
         current.pop()
 
-    cuda = SimpleNamespace(
-        is_current_stream_capturing=lambda: captured,
-        current_stream=lambda device: current[-1],
-        stream=on,
-    )
+    cuda = SimpleNamespace(current_stream=lambda device: current[-1], stream=on)
     monkeypatch.setattr(torch, "cuda", cuda)
     streams = ClassStreams(3, torch.device("cpu"))
     streams.sides = [Stream("a"), Stream("b")]  # type: ignore[misc]
     streams.run(
         [lambda index=index: events.append((current[-1].name, index)) for index in range(3)]
     )
-    if not captured:
-        assert events == [("main", 0), ("main", 1), ("main", 2)]
-        return
     assert events == [
         ("a", "waits for", "main"),
         ("a", 0),

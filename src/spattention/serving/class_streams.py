@@ -24,23 +24,16 @@ class ClassStreams:
         self.sides = [torch.cuda.Stream(device) for _ in range(count)]
 
     def run(self, classes: Sequence[Callable[[], None]]) -> None:
-        """Launch the classes of a layer.
-
-        They run side by side only in a captured step, where nothing is launched later than the
-        graph says. Afterwards the current stream waits for all.
+        """Launch the classes of a layer. Afterwards the current stream waits for all.
 
         Args:
             classes: each launches its class on the current stream.
         """
-        if not self.sides or not torch.cuda.is_current_stream_capturing():
-            for launch in classes:
-                launch()
-            return
-        current = torch.cuda.current_stream(self.sides[0].device)
         for side, launch in zip(self.sides, classes):
-            side.wait_stream(current)
+            side.wait_stream(torch.cuda.current_stream(side.device))
             with torch.cuda.stream(side):
                 launch()
-        classes[-1]()
+        for launch in classes[len(self.sides) :]:
+            launch()
         for side in self.sides:
-            current.wait_stream(side)
+            torch.cuda.current_stream(side.device).wait_stream(side)

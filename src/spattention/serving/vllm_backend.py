@@ -212,8 +212,18 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             attend_class = holder.impl.attend_class
             classes.append(partial(attend_class, query, cache, metadata.step, output))
         _store(key, value, caches, slots)
-        self.bands.streams.run(classes)
+        self._run(classes)
         return output
+
+    def _run(self, classes: Sequence[Callable[[], None]]) -> None:
+        """Launch the classes: side by side in a captured step alone, where nothing is launched
+        later than the graph says.
+        """
+        if self.bands.streams.sides and torch.cuda.is_current_stream_capturing():
+            self.bands.streams.run(classes)
+        else:
+            for launch in classes:
+                launch()
 
     def attend_class(
         self, query: torch.Tensor, cache: torch.Tensor, step: Step, output: torch.Tensor

@@ -95,8 +95,13 @@ class BandAttention(torch.nn.Module):
         self.num_kv_heads = replaced.num_kv_heads
         self.head_size = replaced.head_size
         group = self.num_heads // self.num_kv_heads
-        # So that classes of neighbouring heads need no other order of heads.
-        classes = tuple(sorted(classes, key=lambda part: part.kv_heads))
+        # Classes of neighbouring heads then need no other order of heads. All ranks have to give
+        # the same window to a name.
+        named = sorted(
+            ((part, f"{replaced.layer_name}.class_{index}") for index, part in enumerate(classes)),
+            key=lambda entry: entry[0].kv_heads,
+        )
+        classes, names = zip(*named)
         # vLLM asks every attention layer in this table for its cache.
         table = vllm_config.compilation_config.static_forward_context
         del table[replaced.layer_name]
@@ -109,7 +114,6 @@ class BandAttention(torch.nn.Module):
         self.register_buffer("query_order", query_order, persistent=False)
         self.register_buffer("kv_order", kv_order, persistent=False)
         self.register_buffer("undo_order", query_order.argsort(), persistent=False)
-        names = tuple(f"{replaced.layer_name}.class_{index}" for index in range(len(classes)))
         firsts = [0, *accumulate(len(heads) for heads in query_heads)]
         self.classes = torch.nn.ModuleList(
             ClassAttention(
