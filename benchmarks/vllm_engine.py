@@ -38,9 +38,9 @@ VOCABULARY = 32000
 # Pattern and vLLM's back end; of the memory of a dense cache, the part that this one needs; the
 # longest prompts, so that all caches fit a GPU together.
 ENGINES = (
-    ("dense", "FLASH_ATTN", 1.03, LONGEST),
     ("geometric", "", 0.40, LONGEST),
     ("uniform", "", 0.73, LONGEST),
+    ("dense", "FLASH_ATTN", 1.03, LONGEST),
     ("dense", "TRITON_ATTN", 1.03, 16384),
 )
 COMPILING: dict[str, dict[str, Any]] = {
@@ -225,6 +225,8 @@ def start_engines(options: argparse.Namespace) -> list[Engine]:
     """All engines, each with the memory that it needs for the longest requests."""
     engines = []
     for pattern, attention, part, most in ENGINES:
+        if (attention or pattern) not in options.engines:
+            continue
         longest = min(most, max(options.lengths))
         new_tokens = TIMED + PROFILED + 20 + options.requests * (longest // CHUNK + 2)
         tokens = options.requests * (longest + new_tokens)
@@ -241,6 +243,8 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--layers", type=int, default=16)
+    names = [attention or pattern for pattern, attention, *_ in ENGINES]
+    parser.add_argument("--engines", nargs="+", choices=names, default=names)
     parser.add_argument("--compiling", choices=COMPILING, default="default")
     parser.add_argument("--profile", type=int, nargs="+", default=[], help="of these lengths")
     parser.add_argument("--commit", help="where git cannot tell it")

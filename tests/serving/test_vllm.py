@@ -176,7 +176,7 @@ def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> 
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     streams, launched = SimpleNamespace(sides=[None], run=lambda classes: launched.append(2)), []
-    bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], 0, (), streams)  # type: ignore
+    bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], 0, (), (), streams)  # type: ignore
     attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
     attention._run([lambda: launched.append(1)] * 2)
     assert launched == ([2] if captured else [1, 1])
@@ -197,7 +197,7 @@ def test_the_first_class_computes_a_whole_layer(monkeypatch: Any) -> None:
     for index, block_size in enumerate((4, 8)):
         heads = [2 * index, 2 * index + 1]
         pattern = folders.FIRST.heads(2 * index, 2 * index + 2)
-        bands = vllm_backend.ClassBands(pattern, None, heads, heads[0], names, streams)
+        bands = vllm_backend.ClassBands(pattern, None, heads, heads[0], names, (1, 0), streams)
         attention = vllm_backend.BandAttentionImpl(4, 16, 0.25, 2, bands=bands)
         table = torch.tensor([[2, 1, 0]], dtype=torch.int32)
         prefills = prefills_of([0, 5], [5], table, block_size, None)

@@ -131,6 +131,8 @@ class ClassBands:
         query_heads: indices of this class's heads among those of `sinks`.
         first: the first of these heads in the queries that the layer is given.
         layers: vLLM's names of the layer's classes, in the order of their key/value heads.
+        order: indices of `layers` in the order of their launches, the farthest window first. The
+            others then fill the GPU beside its last programs.
         streams: those of the layer's classes.
     """
 
@@ -139,6 +141,7 @@ class ClassBands:
     query_heads: list[int]
     first: int
     layers: tuple[str, ...]
+    order: tuple[int, ...]
     streams: ClassStreams
 
 
@@ -212,7 +215,7 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             attend_class = holder.impl.attend_class
             classes.append(partial(attend_class, query, cache, metadata.step, output))
         _store(key, value, caches, slots)
-        self._run(classes)
+        self._run([classes[index] for index in self.bands.order])
         return output
 
     def _run(self, classes: Sequence[Callable[[], None]]) -> None:

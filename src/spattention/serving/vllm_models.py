@@ -114,6 +114,7 @@ class BandAttention(torch.nn.Module):
         self.register_buffer("query_order", query_order, persistent=False)
         self.register_buffer("kv_order", kv_order, persistent=False)
         self.register_buffer("undo_order", query_order.argsort(), persistent=False)
+        order = tuple(sorted(range(len(classes)), key=lambda index: -classes[index].window))
         firsts = [0, *accumulate(len(heads) for heads in query_heads)]
         self.classes = torch.nn.ModuleList(
             ClassAttention(
@@ -128,7 +129,9 @@ class BandAttention(torch.nn.Module):
                 cache_config=vllm_config.cache_config,
                 quant_config=replaced.quant_config,
                 prefix=name,
-                bands=ClassBands(select_heads(pattern, heads), sinks, heads, first, names, streams),
+                bands=ClassBands(
+                    select_heads(pattern, heads), sinks, heads, first, names, order, streams
+                ),
             )
             for part, heads, first, name in zip(classes, query_heads, firsts, names)
         )
