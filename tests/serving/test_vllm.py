@@ -206,12 +206,20 @@ def test_the_first_class_computes_a_whole_layer(monkeypatch: Any) -> None:
         holder, cache = SimpleNamespace(impl=attention), torch.zeros(3, 1, block_size, 32)
         contexts[names[index]] = (metadata, holder, cache, slots)
     monkeypatch.setattr(vllm_backend, "get_attention_context", contexts.__getitem__)
+    launched, attend = [], vllm_backend.attend
+
+    def launch(query: Any, cache: Any, step: Any, pattern: Any, *rest: Any, **words: Any) -> None:
+        launched.append(pattern)
+        attend(query, cache, step, pattern, *rest, **words)
+
+    monkeypatch.setattr(vllm_backend, "attend", launch)
     metadata, holder, cache, _ = contexts["near"]
     found = torch.full_like(query, torch.nan)
     holder.impl.forward(None, query, key, value, cache, metadata, found)
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     wanted = spa.band_attention(q, k, v, folders.FIRST, scale=0.25)[0].transpose(0, 1)
     torch.testing.assert_close(found, wanted)
+    assert launched == [folders.FIRST.heads(2, 4), folders.FIRST.heads(0, 2)]  # as `order` says
     no_metadata = holder.impl.forward(None, query, key, value, cache, None, found)
     assert not no_metadata.any()
 
