@@ -26,7 +26,8 @@ class Form(NamedTuple):
     buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
     alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, and
     `MERGED_ROWS` the power of two of rows that the last program of a head merges; 0 where there is
-    none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`.
+    none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`, and `ORDERED`
+    that dQ is summed there in a fixed order.
     """
 
     HEAD_DIM: int
@@ -48,6 +49,7 @@ class Form(NamedTuple):
     HAS_D_LSE: bool = False
     COMPUTE_DELTA: bool = False
     FUSED: bool = False
+    ORDERED: bool = False
     FALLING: bool = False
     PRECISE: bool = False
     EXACT_STEPS: int = 2

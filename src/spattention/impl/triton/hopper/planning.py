@@ -293,6 +293,13 @@ def use_persistent(
     return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
+def keys_fused(call: Call) -> int:
+    """Keys of a block of `fused_backward.py`. Beside three consumers there are no registers for the
+    warps that keep turns.
+    """
+    return 2 * BLOCK if call.deterministic else KEYS_FUSED[call.head_dim]
+
+
 def can_fuse(call: Call) -> bool:
     """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
     would hold keys of other sequences, or keys that no query of a part sees.
@@ -311,10 +318,9 @@ def use_fused(call: Call) -> bool:
     """True if five products per tile are faster: where the sums of dQ in memory cost less than two
     products, for long bands, and many blocks of keys share the GPU.
     """
-    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED[call.head_dim])
+    programs = call.batch * call.key_heads * -(-call.keys // keys_fused(call))
     return (
         can_fuse(call)
-        and not call.deterministic
         and programs >= MIN_PROGRAMS_FUSED
         and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
     )
