@@ -9,9 +9,12 @@ dK and dV: seven products. Here one program has them once:
 
 Keys stay in shared memory while blocks of 64 queries pass. Two consumer warpgroups, or three with
 head_dim 64, have 64 keys each. They keep dK and dV in registers, and leave dS in shared memory.
-Another warpgroup fetches the blocks, and multiplies dS with the keys. It adds that to a sum of dQ
-in memory (`query_sums.py`), because other programs have the other keys. Nobody waits while two
-blocks are between them.
+Another warpgroup multiplies dS with the keys. It adds that to a sum of dQ in memory
+(`query_sums.py`), because other programs have the other keys. Nobody waits while two blocks are
+between them.
+
+Where sums have an order, single warps fetch the blocks (`fused_fetch.py`) and keep the turns
+(`fused_turns.py`), in a warpgroup of few registers. Otherwise the warpgroup of dQ fetches too.
 """
 
 from triton.experimental import gluon

@@ -83,7 +83,7 @@ NEEDS = {
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
 }
 # By head_dim: one warpgroup, two or three programs on a multiprocessor. The plan counts with blocks
-# of `BLOCK` queries, the fused backward has blocks of `KEYS_FUSED` keys. What the portable kernels
+# of `BLOCK` queries, the fused backward has blocks of `keys_fused` keys. What the portable kernels
 # get on the same GPU is in `triton/config.py`.
 LAUNCHES = {
     64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)),
@@ -101,7 +101,8 @@ PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of keys, of which a multiprocessor runs one at a time
-KEYS_FUSED = {64: 192, 128: 128}  # by head_dim: keys of a block, 64 for each consumer
+# By head_dim: keys of a block whose dQ is summed in any order, 64 for each consumer.
+KEYS_FUSED = {64: 192, 128: 128}
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 # Under context parallelism a multiprocessor runs this many shorter programs in sequence: NCCL's
 # exchange beside them waits for the end of one alone.
