@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -61,7 +62,7 @@ def figure(runs: list[dict[str, Any]]) -> Figure:
     """Losses over tokens on the left, the norm of the gradients on the right."""
     found = Figure(figsize=(11, 4.2), layout="constrained")
     losses, norms = found.subplots(1, 2, width_ratios=[1.25, 1])
-    for run, color in zip(runs, matplotlib.color_sequences["tab10"]):
+    for run, color in zip(runs, cycle(matplotlib.color_sequences["tab10"])):
         per_step = run["recipe"]["batch"] * run["recipe"]["context"] / 1e6
         name = run["facts"]["attention"]
         train, validation = run["train"], run["validation"]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from spattention import BandPattern
-from spattention.training.work import active_parameters
+from spattention.models import parameters_of
 
 from .rank import Machine, Row
 
@@ -136,7 +136,7 @@ def train(
     parameters, config = sum(each.numel() for each in model.parameters()), model.config
     head_dim = config.hidden_size // config.num_attention_heads
     pairs = sum(bands.pairs(length)) * config.num_hidden_layers / length
-    work = 6 * active_parameters(model) + 14 * head_dim * pairs  # per token
+    work = 6 * parameters_of(model).active + 14 * head_dim * pairs  # per token
     vocabulary = config.vocab_size
     model = spread(model, machine, group)
     in_half = torch.autocast(machine.device.type, torch.bfloat16, enabled=spread is not sharded)

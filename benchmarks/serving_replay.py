@@ -123,9 +123,7 @@ class LayerStep:
 
     def side_by_side(self) -> list[torch.Tensor]:
         """Each class on a stream of its own."""
-        for index, (call, query) in enumerate(zip(self.calls, self.queries)):
-            with self.streams.run(index, query) as read:
-                call(read)
+        self.streams.run([partial(call, query) for call, query in zip(self.calls, self.queries)])
         return self.outs
 
 

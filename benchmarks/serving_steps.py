@@ -134,11 +134,13 @@ class Layer:
 
     def decode_side_by_side(self, steps: list[Step]) -> None:
         """The same, each class on a stream of its own."""
-        for index, (heads, step) in enumerate(zip(self.heads, steps)):
-            if step.decodes is not None:
-                query = heads.query[: len(step.decodes.seq_lens)]
-                with self.streams.run(index, query) as read:
-                    self._attend(heads, Step(step.decodes, None), read)
+        if steps[0].decodes is not None:
+            self.streams.run(
+                [
+                    partial(self._attend, heads, Step(step.decodes, None))
+                    for heads, step in zip(self.heads, steps)
+                ]
+            )
 
     def prefill(self, steps: list[Step]) -> None:
         for heads, step in zip(self.heads, steps):
@@ -151,9 +153,8 @@ class Layer:
             if step.prefills is not None:
                 gather(heads.cache, step.prefills)
 
-    def _attend(self, heads: Heads, step: Step, query: torch.Tensor | None = None) -> None:
-        query = heads.query if query is None else query
-        attend(query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
+    def _attend(self, heads: Heads, step: Step) -> None:
+        attend(heads.query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
 
     def check(self, requests: list[Request], steps: list[Step]) -> None:
         """Compare the last queries of the first and the last request with float64, in the first

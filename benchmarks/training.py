@@ -37,10 +37,11 @@ import torch
 from spattention.benchmarking.results import environment, processor
 from spattention.benchmarking.timing import synchronize
 from spattention.choice import attention_choice
+from spattention.models import parameters_of
 from spattention.training.graphs import WARM_UP, PassGraph, Recorder
 from spattention.training.pretrain import prepare_model
 from spattention.training.recipe import recipe_from
-from spattention.training.work import active_parameters, work_per_token
+from spattention.training.work import work_per_token
 
 from .training_documents import Documents, Separated
 from .training_models import NAMES, random_model
@@ -177,7 +178,7 @@ def measure(options: argparse.Namespace, alone: Callable[[], None]) -> dict[str,
         },
         "documents": None if documents is None else documents.lengths,
         "parameters": model.num_parameters(),
-        "active_parameters": active_parameters(model),
+        "active_parameters": parameters_of(model).active,
         "windows_per_pass": windows,
         "peak_memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "rows": rows,

@@ -9,7 +9,8 @@ import torch
 
 import spattention as spa
 from spattention import BandPattern
-from spattention.testing import VIEWS, Case, check_case, check_error, check_view, exact, plain, run
+from spattention.testing import Case, check_case, check_error, exact, plain, run
+from tests.views import VIEWS, check_view
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
 HEADS = 4

@@ -116,15 +116,15 @@ def after_training(runs: Runs) -> str:
     amounts = sorted({tokens for _, tokens in runs if tokens})
     if not amounts:
         return ""
-    last = amounts[-1]
-    names = sorted(
-        {name for name, tokens in runs if tokens == last}, key=lambda n: _total(runs[n, last])
-    )
+    main = _main(runs)
+    # A row that was not trained on the main number of tokens shows its last one.
+    last = {name: tokens for name, tokens in sorted(runs) if tokens}
+    last |= {name: main for name, tokens in runs if tokens == main}
+    names = sorted(last, key=lambda n: (last[n] != main, _total(runs[n, last[n]])))
+    of = f" at {main:g} M" if len(amounts) > 1 else ""
     head = [f"{tokens:g} M: Wikipedia / books" for tokens in amounts]
-    lines = [
-        f"| attention | {' | '.join(head)} | seeds | passkeys | zero-shot |",
-        "|---" * (len(amounts) + 4) + "|",
-    ]
+    head += [f"{each}{of}" for each in ("seeds", "passkeys", "zero-shot")]
+    lines = [f"| attention | pairs | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for name in names:
         cells = []
         for tokens in amounts:
@@ -134,18 +134,25 @@ def after_training(runs: Runs) -> str:
                 figures = [_figure(each).removeprefix("+") for each in losses]
             else:
                 figures = [_figure(_differences(rows, dense, source)) for source in SOURCES]
-            cells.append(" / ".join(figures))
-        rows = runs[name, last]
-        more = f"{_passkeys(rows)} | {_tasks(asked.get((name, last), []))}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(rows)} | {more} |")
+            cells.append(" / ".join(figures) if rows else MISSING)
+        rows = runs[name, last[name]]
+        more = [str(len(rows)), _passkeys(rows), _tasks(asked.get((name, last[name]), []))]
+        share = f"{rows[0]['pairs']:.2f}"
+        lines.append(f"| {' | '.join([name, share, *cells, *more])} |")
     return "\n".join(lines) + "\n"
 
 
+def _main(runs: Runs) -> float:
+    """The number of tokens that most runs were trained on; of several the largest."""
+    trained = [tokens for (_, tokens), rows in runs.items() if tokens for _ in rows]
+    return max(trained, key=lambda each: (trained.count(each), each), default=0)
+
+
 def needles(runs: Runs) -> str:
-    """Share of passkeys found by length and depth, before training and after most tokens."""
-    runs = holding(runs, "passkeys")
-    last = max((tokens for _, tokens in runs), default=0)
-    shown = {key: rows for key, rows in sorted(runs.items()) if key[1] in (0, last)}
+    """Share of passkeys found by length and depth, before training and after each number of
+    tokens.
+    """
+    shown = dict(sorted(holding(runs, "passkeys").items()))
     lengths = sorted({int(n) for rows in shown.values() for n in rows[0]["passkeys"]})
     head = ["attention", "M tokens", *(f"{length:,}" for length in lengths)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -178,9 +185,9 @@ def ruler(runs: Runs) -> str:
 
 
 def positions(runs: Runs) -> str:
-    """Losses beyond dense's by position in the window, after the most tokens."""
+    """Losses beyond dense's by position in the window, after the main number of tokens."""
     runs = holding(runs, "loss")
-    last = max((tokens for _, tokens in runs), default=0)
+    last = _main(runs)
     dense = runs["dense", last]
     names = sorted(
         (

@@ -17,6 +17,7 @@ from .gaps import NOT_SEEN, Entry, ends, fit
 from .ledger import finished, read_ledger
 from .mqar import BANDS, SETTINGS, THEN
 from .mqar_page import read as read_recall
+from .related_page import NEITHER, verdict
 from .trained_recall import SINKS
 
 # Parameters, context and tokens of training of each plan.
@@ -30,6 +31,7 @@ ROWS = "budget-2048"  # the plan whose runs are the rows; others have them by th
 KINDS = ("passkeys", "needles", "variables")
 RECALL = "mqar-2048"
 OURS = "geometric bands"  # named beside the best pattern
+CONTROL = "dense after bands"  # dense attention, and no pattern to choose
 LITTLE = 5.0  # per cent: fewer needles than that say nothing about a pattern
 # The mixes of layers, which have one layer of each in the models of two layers.
 MIXES = {
@@ -66,6 +68,20 @@ class Budget:
             for (name, seed), entry in sorted(self.done.items())
             if name == label and (STOCK, seed) in self.done
         ]
+
+    def as_near(self, label: str) -> list[str]:
+        """Patterns that several seeds do not tell apart from this one."""
+        found = []
+        for other in self.labels:
+            seeds = [s for n, s in self.done if n == other and (label, s) in self.done]
+            apart = [loss(self.done[other, s]) - loss(self.done[label, s]) for s in seeds]
+            if (
+                other not in (label, STOCK, CONTROL)
+                and len(apart) > 1
+                and verdict(apart) == NEITHER
+            ):
+                found.append(other)
+        return found
 
     def scores(self, label: str, kind: str) -> list[float]:
         """Scores in per cent of one kind: passkeys, needles or variables; one per seed."""
@@ -136,7 +152,8 @@ def section(plans: dict[str, Plan], ledger: Path) -> str:
         "minus that of dense attention, whose row has its own. Passkeys, RULER's needles and its "
         f"variables are of {last.where}, at the whole context, in per cent. The last column has "
         "the values that models of two layers find which are trained for associative recall, in "
-        "per cent; mixes have one layer of each there. ± is the standard deviation over seeds.",
+        "per cent; mixes have one layer of each there. ± is the standard deviation over seeds; "
+        "what has none is of one seed.",
         "",
         f"| attention | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
@@ -185,6 +202,7 @@ def _best(budget: Budget) -> str:
     where = budget.where
     gaps = {label: found for label in budget.labels if (found := budget.gaps(label))}
     gaps.pop(STOCK, None)
+    control = gaps.pop(CONTROL, [])
     if not gaps:
         return f"{where}: no pattern was run beside dense attention."
     label = min(gaps, key=lambda each: mean(gaps[each]))
@@ -192,14 +210,24 @@ def _best(budget: Budget) -> str:
     end = ""
     if fitted is not None and fitted.level < 0:
         there = ends(fitted)
-        far = there if there == NOT_SEEN else f"at {there} million tokens"
-        end = f"; by the fit its lead ends {far}"
-    word = "below" if mean(gaps[label]) < 0 else "above"
+        at = there if there == NOT_SEEN else f"at {there} million tokens"
+        end = f"; by the fit its lead ends {at}"
+    sign, word = (-1, "below") if mean(gaps[label]) < 0 else (1, "above")
+    far = [sign * gap for gap in gaps[label]]
     count = len(gaps[label])
     seeds = f"{count} seeds" if count > 1 else "one seed, not settled"
-    beside = f"; {OURS} {mean(gaps[OURS]):+.4f}" if OURS in gaps and label != OURS else ""
+    if count > 1 and verdict(gaps[label]) == NEITHER:
+        seeds += ", not told apart from it"
+    near = budget.as_near(label)
+    others = {OURS: gaps[OURS]} if OURS in gaps and OURS not in (label, *near) else {}
+    others |= {CONTROL: control} if control else {}
+    named = [f"{other} {_spread(gaps[other], '+')}" for other in near]
+    beside = f"; not told apart from {label}: {', '.join(named)}" if near else ""
+    for other, found in others.items():
+        alone = " (one seed)" if len(found) == 1 < count else ""
+        beside += f"; {other} {_spread(found, '+')}{alone}"
     return (
-        f"{where}: {label} ends lowest, {abs(mean(gaps[label])):.4f} {word} dense attention "
+        f"{where}: {label} ends lowest, {_spread(far, '')} {word} dense attention "
         f"({seeds}){beside}{end}."
     )
 
@@ -243,7 +271,9 @@ def _gap(budget: Budget, label: str) -> str:
 
 def _score(budget: Budget, label: str, kind: str) -> str:
     found = budget.scores(label, kind)
-    return f"{mean(found):.0f}" if found else ABSENT
+    if not found:
+        return ABSENT
+    return f"{mean(found):.0f}" + (f" ± {stdev(found):.0f}" if len(found) > 1 else "")
 
 
 def _spread(values: Sequence[float], sign: str) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spattention import hf
 from spattention.benchmarking.timing import cache_bytes, synchronize
-from spattention.comparison.plan import Plan, Run, chosen, read_plan
+from spattention.comparison.plan import Plan, Run
 from spattention.data.training import TrainingData, open_training
 from spattention.files import write_atomically
 from spattention.provenance import source_commit, versions
@@ -37,6 +37,7 @@ from spattention.training.recipe import Recipe
 
 from ..training import run_pass
 from .ledger import HERE, entry_path
+from .plan_files import chosen, read_plan
 
 FORMAT = "spattention-costs"
 COSTS = "costs"  # below the folder of the plan

@@ -5,7 +5,6 @@ python -m benchmarks.experiments.evidence
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from statistics import mean, stdev
 import tyro
 
 from spattention.choice import STOCK
-from spattention.comparison.plan import Plan, read_plan
+from spattention.comparison.plan import Plan
 from spattention.files import write_atomically
+from spattention.plots import picture_of
 
 from . import related_page
 from .budget_page import section as budget_section
@@ -34,6 +34,7 @@ from .figures import (
 from .gaps import table as gap_table
 from .ledger import HERE, finished, read_ledger, same_runs
 from .mqar_page import sections as mqar_sections
+from .plan_files import read_plan
 from .recall_page import section as recall_section
 from .speeds import read_speeds
 from .tasks_page import section as tasks_section
@@ -253,9 +254,7 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
         figure = draw(rows, done)
         if figure is not None:
             name = f"{plan.name}-{what}.png"
-            picture = io.BytesIO()
-            figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
-            write_atomically(images / name, picture.getvalue())
+            write_atomically(images / name, picture_of(figure, 130, metadata={"Software": None}))
             lines += [f"![{TITLES[what]}](images/{name})", ""]
     return "\n".join([*lines, *_looks(rows, done), *tasks_section(ledger, plan.name, rows)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -75,18 +75,20 @@ def seconds_to(loss: float, points: Sequence[tuple[float, float]]) -> float | No
     return None
 
 
-def _styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """One colour per attention, the same in all pictures for those that several of them show; where
-    colours run out, they come again with another line.
-    """
+def styles_of(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """One colour per label; where colours run out, they come again with another line."""
     pairs = matplotlib.color_sequences["tab20"]
     palette = [*pairs[::2], *pairs[1::2]]  # strong colours first, their pale companions last
-    order = [*COMMON, *(label for label in rows if label not in COMMON)]
     lines = ("-", "--", ":")
     return {
         label: {"color": palette[k % 20], "linestyle": lines[k // 20 % len(lines)]}
-        for k, label in enumerate(order)
+        for k, label in enumerate(labels)
     }
+
+
+def _styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Styles that are the same in all pictures for attention that several of them show."""
+    return styles_of([*COMMON, *(label for label in rows if label not in COMMON)])
 
 
 def tokens_figure(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> Figure | None:

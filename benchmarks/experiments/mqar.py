@@ -18,6 +18,7 @@ An entry is written with every evaluation; what is finished is not made again. A
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -195,11 +196,21 @@ class write_to:
     name: str
     seed: int
 
+    @property
+    def command(self) -> str:
+        """What makes this run anywhere."""
+        made = ["python", "-m", "benchmarks.experiments.mqar", self.options.setting]
+        made += ["--attention", self.name, "--seeds", str(self.seed)]
+        if self.options.steps is not None:
+            made += ["--steps", str(self.options.steps)]
+        return shlex.join(made)
+
     def __call__(self, entry: Row) -> None:
         folder = self.options.setting
         path = entry_path(self.options.ledger, self.name, self.seed, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(entry, indent=1) + "\n")
+        content = entry | {"command": self.command}
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
         print(
             f"{folder}/{path.stem}: step {entry['step']}, {entry['seconds']:.0f} s, loss "
             f"{entry['loss'][-1]['loss']:.3f}, accuracy {entry['accuracy']['mean']:.3f}",

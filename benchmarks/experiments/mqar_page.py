@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
+from spattention.plots import picture_of
 
+from .figures import styles_of
 from .mqar import FIRST, LEARNED, SETTINGS, SOLVED, Setting
 from .trained_recall import FORMAT
 
@@ -57,7 +57,7 @@ def section(ledger: Path, name: str, images: Path) -> str:
         f"or all. Guessing one of the values shown is right in {1 / setting.count:.4f}.",
         "",
     ]
-    done = {attention: entries for attention, entries in runs.items() if entries}
+    done = {attention: whole(entries) for attention, entries in runs.items() if entries}
     if done:
         edges = [edge for edge in EDGES if edge < setting.length] + [setting.length]
         spans = [f"{near:,} to {far:,}" for near, far in zip(edges, edges[1:])]
@@ -70,13 +70,12 @@ def section(ledger: Path, name: str, images: Path) -> str:
             *(row(attention, entries, edges) for attention, entries in done.items()),
             "",
         ]
-        picture = io.BytesIO()
-        figure(done).savefig(picture, dpi=130, format="png", metadata={"Software": None})
-        write_atomically(images / f"{name}.png", picture.getvalue())
+        picture = picture_of(figure(done), 130, metadata={"Software": None})
+        write_atomically(images / f"{name}.png", picture)
         lines += [f"![accuracy by distance](images/{name}.png)", ""]
     stopped = [
         f"{entry['attention']}, seed {entry['seed']} (stopped at step {entry['step']:,})"
-        for entries in done.values()
+        for entries in runs.values()
         for entry in entries
         if not entry["finished"]
     ]
@@ -89,10 +88,17 @@ def section(ledger: Path, name: str, images: Path) -> str:
 def _start(setting: Setting) -> str:
     if setting.start_steps:
         return (
-            "All start from the same weights, with which dense attention has learned "
-            f"{FIRST} keys, {4 * FIRST} tokens."
+            "With each seed all start from the same weights, with which dense attention has "
+            f"learned {FIRST} keys, {4 * FIRST} tokens."
         )
     return f"All start from fresh weights and {FIRST} keys, {4 * FIRST} tokens."
+
+
+def whole(entries: Sequence[Entry]) -> list[Entry]:
+    """The finished runs, beside which a stopped one would stand for less training; all of them
+    where none is finished.
+    """
+    return [entry for entry in entries if entry["finished"]] or list(entries)
 
 
 def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:
@@ -126,7 +132,8 @@ def figure(runs: Runs) -> Figure:
     """Accuracy against distance, the mean over seeds."""
     found = Figure(figsize=(9, 4.5), layout="constrained")
     axis = found.subplots()
-    for (attention, entries), color in zip(runs.items(), matplotlib.color_sequences["tab10"]):
+    styles = styles_of(runs)
+    for attention, entries in runs.items():
         parts: dict[int, list[dict[str, float]]] = {}
         for part in (part for entry in entries for part in entry["by_distance"]):
             parts.setdefault(int(part["distance"]), []).append(part)
@@ -136,7 +143,7 @@ def figure(runs: Runs) -> Figure:
             / sum(part["asked"] for part in parts[place])
             for place in places
         ]
-        axis.plot(places, values, "o-", markersize=3, color=color, label=attention)
+        axis.plot(places, values, marker="o", markersize=3, label=attention, **styles[attention])
     axis.set_xscale("log", base=2)
     axis.set(
         xlabel="distance of the value (tokens)",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
+from spattention.plots import picture_of
 
+from .figures import styles_of
 from .trained_recall import ENTRIES, FORMAT, Options
 
 Entry = dict[str, Any]
@@ -47,9 +47,8 @@ def section(ledger: Path, images: Path) -> str:
     if not runs:
         return ""
     one = next(iter(runs.values()))[0]
-    picture = io.BytesIO()
-    figure(runs).savefig(picture, dpi=130, format="png", metadata={"Software": None})
-    write_atomically(images / PICTURE, picture.getvalue())
+    picture = picture_of(figure(runs), 130, metadata={"Software": None})
+    write_atomically(images / PICTURE, picture)
     model, training = one["model"], one["training"]
     lines = [
         "## Recall that models are trained for",
@@ -80,10 +79,11 @@ def figure(runs: Runs) -> Figure:
     """Loss against steps, every seed, and accuracy against distance, the mean over seeds."""
     found = Figure(figsize=(11, 4.5), layout="constrained")
     losses, distances = found.subplots(1, 2)
-    for (name, entries), color in zip(runs.items(), matplotlib.color_sequences["tab10"]):
+    styles = styles_of(runs)
+    for name, entries in runs.items():
         for entry in entries:
             steps, values = zip(*((line["step"], line["loss"]) for line in entry["loss"]))
-            losses.plot(steps, values, color=color, linewidth=1, alpha=0.7)
+            losses.plot(steps, values, linewidth=1, alpha=0.7, **styles[name])
         hits: dict[int, float] = {}
         asked: dict[int, int] = {}
         for part in (part for entry in entries for part in entry["by_distance"]):
@@ -94,10 +94,10 @@ def figure(runs: Runs) -> Figure:
         distances.plot(
             places,
             [hits[p] / asked[p] for p in places],
-            "o-",
+            marker="o",
             markersize=3,
-            color=color,
             label=name,
+            **styles[name],
         )
     losses.set(xlabel="steps", ylabel="loss (nats per value)", title="every seed", ylim=(0, None))
     distances.set(

@@ -20,6 +20,7 @@ BEGIN, END = "<!-- measured: written by benchmarks.experiments.evidence -->", "<
 NORM = "mea:mix=0"  # the head norm alone, which MEA is measured against
 PLANS = ("related-2048", "related")
 TOLD_APART = 0.01  # nats; one seed says nothing about less
+NEITHER = "Not told apart from"
 Done = dict[tuple[str, int], Entry]
 
 
@@ -87,7 +88,7 @@ def _row(label: str, done: Done, costs: dict[str, Any]) -> str:
     losses = [_loss(run) for run in runs]
     cells = [
         label,
-        f"{mean(losses):.4f}",
+        _spread(losses).removeprefix("+"),
         _spread(differences(done, label, STOCK)) if label != STOCK else "",
         _spread(differences(done, label, bands)) if bands else "",
         _spread(differences(done, label, norm)) if norm else "",
@@ -119,7 +120,7 @@ def _sorted_out(
     done: Done, pairs: Iterable[tuple[str, str | None]], than: str, note: Callable[[str], str]
 ) -> list[str]:
     """Lines that say which of the first are better, worse, or neither, than the second."""
-    found: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not told apart from": []}
+    found: dict[str, list[str]] = {"Better than": [], "Worse than": [], NEITHER: []}
     for label, other in pairs:
         assert other is not None
         gaps = differences(done, label, other)
@@ -135,7 +136,7 @@ def verdict(gaps: list[float]) -> str:
     least = stdev(gaps) if len(gaps) > 1 else TOLD_APART
     agree = all(gap < 0 for gap in gaps) or all(gap > 0 for gap in gaps)
     if not agree or abs(mean(gaps)) <= least:
-        return "Not told apart from"
+        return NEITHER
     return "Better than" if gaps[0] < 0 else "Worse than"
 
 

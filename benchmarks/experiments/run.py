@@ -31,7 +31,7 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from spattention import baselines, hf
-from spattention.comparison.plan import Plan, Run, chosen, read_plan
+from spattention.comparison.plan import Plan, Run
 from spattention.data.training import open_training
 from spattention.evaluation.heads import head_statistics
 from spattention.evaluation.perplexity import LossByPosition, validation_loss
@@ -45,6 +45,7 @@ from spattention.training.record import LOSSES
 
 from .costs import cache_after
 from .ledger import HERE, PLACES, check_same, entry_path, finished, read_entry, write_entry
+from .plan_files import chosen, read_plan
 from .retrieval import retrieval
 from .side_by_side import side_by_side
 

@@ -23,12 +23,13 @@ import tyro
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spattention import baselines, hf
-from spattention.comparison.plan import Plan, Run, chosen, read_plan
+from spattention.comparison.plan import Plan, Run
 from spattention.evaluation.tasks import LOCAL, MMLU, run_tasks
 from spattention.files import write_atomically
 from spattention.provenance import machine, source_commit
 
 from .ledger import HERE, read_entry
+from .plan_files import chosen, read_plan
 
 ENTRIES = "tasks"  # below the folder of the plan
 FORMAT = "spattention-tasks"

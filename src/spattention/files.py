@@ -184,9 +184,7 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "missing"
         raise ValueError(f"{path} must be a file with a JSON object, it is {kind}")
-    size = path.stat().st_size
-    if size > limit:
-        raise ValueError(f"{path} must have at most {limit} bytes, got {size}")
+    check_bytes(path, limit)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -194,6 +192,13 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
+
+
+def check_bytes(path: Path, limit: int) -> None:
+    """Check that a file is no larger than its reader is ready to take; raises `ValueError`."""
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"{path} must have at most {limit} bytes, got {size}")
 
 
 def shown_path(name: str) -> str:

@@ -54,6 +54,8 @@ SHAPES = {
     # OLMoE-1B-7B-0924. `OlmoeConfig()` differs: its expert width defaults to 2048.
     "olmoe-1b-7b": Shape(2048, 16, 16, 64, 8, 1024, 50304, 4096),
 }
+# What configurations call the number of experts that a token chooses from.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class Preset(NamedTuple):
@@ -163,11 +165,20 @@ def build(
 def count_parameters(config: OlmoeConfig) -> ParameterCount:
     """Count the parameters on the meta device, without allocating them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return parameters_of(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+
+
+def parameters_of(model: Any) -> ParameterCount:
+    """Count the parameters of any model of Transformers; a token visits some of its experts."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    unused = config.num_experts - config.num_experts_per_tok
-    return ParameterCount(total, total - experts * unused // config.num_experts)
+    config = model.config.get_text_config()
+    if not experts:
+        return ParameterCount(total, total)
+    count = next((found for name in EXPERTS if (found := getattr(config, name, None))), None)
+    if count is None:
+        raise ValueError(f"the model's config must name its experts, one of {', '.join(EXPERTS)}")
+    return ParameterCount(total, total - experts * (count - config.num_experts_per_tok) // count)
 
 
 def _size(name: str, given: int | None, default: int) -> int:

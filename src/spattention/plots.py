@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 UNSEEN = (0.93, 0.93, 0.93)
 FUTURE = (1.0, 1.0, 1.0)
 INK = "#333333"
+
+
+def picture_of(
+    figure: Figure,
+    dots_per_inch: float,
+    kind: str = "png",
+    metadata: dict[str, Any] | None = None,
+) -> bytes:
+    """The content of a picture's file, to be written whole; arguments as in `Figure.savefig`."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dots_per_inch, format=kind, metadata=metadata)
+    return content.getvalue()
 
 
 def head_colors(num_heads: int) -> list[tuple[float, float, float]]:

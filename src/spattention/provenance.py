@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +49,11 @@ def versions(libraries: Sequence[str]) -> dict[str, str]:
     """Versions of Python, this package and the libraries named."""
     found = {"python": platform.python_version(), "spattention": __version__}
     return found | {name: version(name) for name in libraries}
+
+
+def spattention_command() -> str:
+    """The command of this process, as it was typed."""
+    return shlex.join(["spattention", *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from benchmarks.experiments import (
     gaps,
     ledger,
 )
-from spattention.comparison.plan import Plan, Run, read_plan
+from benchmarks.experiments.plan_files import read_plan
+from spattention.comparison.plan import Plan, Run
 from spattention.training.graphs import asks_for_graphs, refusal
 
 PLANS = {path.stem: read_plan(path) for path in evidence.PLANS.glob("budget-*.toml")}
@@ -148,6 +149,54 @@ def test_scores_at_chance_name_no_pattern(tmp_path):
     assert "uniform bands ends lowest, 0.0200 above dense" in text
     assert "(one seed, not settled); geometric bands +0.0300." in text
     assert "variables are of 28 M parameters, context 2,048, 692 M tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (
+            (3.011, 3.019, 3.012),
+            "0.0123 ± 0.0025 above dense attention (3 seeds); not told apart from 5:1 window 128 "
+            "with sinks: 5:1 geometric bands +0.0140 ± 0.0044; geometric bands +0.0300 "
+            "(one seed); dense after bands -0.1000 (one seed).",
+        ),
+        (
+            (3.021, 3.024, 3.021),
+            "0.0123 ± 0.0025 above dense attention (3 seeds); geometric bands +0.0300 "
+            "(one seed); dense after bands -0.1000 (one seed).",
+        ),
+        (
+            (2.985, 3.016, 2.993),
+            "0.0020 ± 0.0161 below dense attention (3 seeds, not told apart from it); not told "
+            "apart from 5:1 geometric bands: 5:1 window 128 with sinks +0.0123 ± 0.0025; geometric",
+        ),
+    ],
+)
+def test_seeds_say_what_is_told_apart(tmp_path, others, said):
+    """With seeds the best pattern has its spread, beside dense attention and whatever differs from
+    it by less than seeds do; a row of one seed says so.
+    """
+    plan = PLANS["budget-25m-2048"]
+    rows = {
+        "dense": (3.0, 3.0, 3.0),
+        "5:1 window 128 with sinks": (3.012, 3.015, 3.010),
+        "5:1 geometric bands": others,
+        "geometric bands": (3.03,),
+        "dense after bands": (2.9,),  # a control, never the best pattern
+    }
+    for label, losses in rows.items():
+        run = run_of(plan, label)
+        for seed, loss in enumerate(losses):
+            made = entry(plan.name, run, loss, 0.25 * seed) | {"seed": seed}
+            name = run.name.replace("seed0", f"seed{seed}")
+            ledger.write_entry(ledger.entry_path(tmp_path, plan.name, name), made)
+    text = budget_page.section(PLANS, tmp_path)
+    assert said in text
+    assert (
+        "| 5:1 window 128 with sinks | not run | +0.0123 ± 0.0025 | not run | 75 ± 0 | 25 ± 25"
+        in text
+    )
+    assert "| geometric bands | not run | +0.0300 | not run | 75 | 0 | 0 |" in text
 
 
 def test_plans_lend_runs_of_the_same_recipe(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -13,10 +15,12 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 import torch
+import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spattention as spa
 from benchmarks.conversion import choices, flex, inputs, page, speed, train
+from benchmarks.conversion.__main__ import Options, main
 from benchmarks.conversion.text import order
 from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import for_transformers, train_tokenizer
@@ -57,32 +61,33 @@ def home(tmp_path_factory):
     return folder
 
 
-def command(home, output, *more):
+def options(home, output, *more):
     sizes = ["--context", str(CONTEXT), "--profile-rows", "2", "--sensitivity-rows", "1"]
     sizes += ["--needles", "2", "--windows", "2", "--passkey-lengths", "96", "--trials", "1"]
     sizes += ["--batch", "2", "--micro-batch", "1", "--pairs", "0.5", "--commit", "abc"]
-    start = [sys.executable, "-m", "benchmarks.conversion", "--model", str(home / "model")]
-    return [*start, "--text", str(home / "text"), "--output", str(output), *sizes, *more]
+    places = ["--model", home / "model", "--text", home / "text", "--output", output]
+    return [*map(str, places), *sizes, *more]
 
 
 def run(home, output, *more):
-    given = command(home, output, *more)
-    return subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+    """What a call prints, in this process."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(tyro.cli(Options, args=options(home, output, *more)))
+    return printed.getvalue()
 
 
 def test_rows_are_measured_and_a_second_call_continues(home, tmp_path):
     output = tmp_path / "found.json"
     parts = ["--parts", "loss", "passkeys", "--attention", "bands"]
-    done = run(home, output, "--rows", "dense", "fitted", "--tokens", "0", *parts)
-    assert done.returncode == 0, done.stderr
+    run(home, output, "--rows", "dense", "fitted", "--tokens", "0", *parts)
     first = json.loads(output.read_text())["rows"]
     assert [row["row"] for row in first] == ["dense", "fitted"]
     assert first[1]["pairs"] <= 0.5 < first[0]["pairs"]
     assert all(0 < row["loss"]["books"]["mean"] < 10 for row in first)
     assert list(first[0]["passkeys"]["96"]) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
     more = ["--rows", "dense", "fitted", "window-sinks", "fitted-lora", "--tokens", "0", "0.001"]
-    done = run(home, output, *more, *parts)
-    assert done.returncode == 0, done.stderr
+    run(home, output, *more, *parts)
     rows = json.loads(output.read_text())["rows"]
     assert rows[:2] == first
     assert [(row["row"], row["million_tokens"]) for row in rows[2:]] == [
@@ -97,9 +102,8 @@ def test_rows_are_measured_and_a_second_call_continues(home, tmp_path):
     assert set(json.loads(output.read_text())["settings"]["text"]) == {
         "train_books", "val_books", "val_long",
     }  # fmt: skip
-    other = run(home, output, "--rows", "dense", "--seeds", "1", "--rate", "0.1", *parts)
-    assert other.returncode != 0
-    assert "must be of the same settings" in other.stderr
+    with pytest.raises(SystemExit, match="must be of the same settings"):
+        run(home, output, "--rows", "dense", "--seeds", "1", "--rate", "0.1", *parts)
     assert json.loads(output.read_text())["rows"] == rows
 
 
@@ -107,7 +111,8 @@ def test_a_killed_call_keeps_every_finished_row(home, tmp_path):
     """The file is whole after each row; the next call begins with the row that was cut."""
     output = tmp_path / "found.json"
     more = ["--rows", "dense", "window", "fitted", "--tokens", "0.001", "--parts", "loss"]
-    started = subprocess.Popen(command(home, output, *more), cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.conversion", *options(home, output, *more)]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not output.exists() and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -115,8 +120,7 @@ def test_a_killed_call_keeps_every_finished_row(home, tmp_path):
     started.wait()
     rows = json.loads(output.read_text())["rows"]
     assert 1 <= len(rows) < 3
-    done = run(home, output, *more)
-    assert done.returncode == 0, done.stderr
+    run(home, output, *more)
     found = json.loads(output.read_text())["rows"]
     assert found[: len(rows)] == rows
     assert [row["row"] for row in found] == ["dense", "window", "fitted"]
@@ -126,16 +130,14 @@ def test_rows_before_training_may_be_others(home, tmp_path):
     """`--untrained` with a profile that other calls share."""
     outputs = [tmp_path / "a.json", tmp_path / "b.json"]
     more = ["--tokens", "0", "0.001", "--parts", "loss", "--profile", str(tmp_path / "shared.json")]
-    done = run(home, outputs[0], "--rows", "dense", "--untrained", "window", "fitted", *more)
-    assert done.returncode == 0, done.stderr
+    first = run(home, outputs[0], "--rows", "dense", "--untrained", "window", "fitted", *more)
     rows = json.loads(outputs[0].read_text())["rows"]
     assert [(row["row"], row["million_tokens"]) for row in rows] == [
         ("window", 0), ("fitted", 0), ("dense", 0.001),
     ]  # fmt: skip
     again = run(home, outputs[1], "--rows", "fitted", "--untrained", "fitted", *more)
-    assert again.returncode == 0, again.stderr
-    assert "profiled" in done.stdout
-    assert "profiled" not in again.stdout
+    assert "profiled" in first
+    assert "profiled" not in again
     assert json.loads(outputs[1].read_text())["rows"][0]["loss"] == rows[1]["loss"]
 
 
@@ -353,12 +355,12 @@ def test_tables_are_means_over_seeds_beyond_dense(tmp_path):
     assert "old" not in before
     assert page.MARK.sub(lambda found: page.fill(found, runs), before) == before
     after = page.after_training(runs)
-    assert "| window | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
-    assert "| fitted-lora | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
-    assert "| dense-lora | 2.700 / 3.700 | 1 | - | - |" in after
-    assert "| dense | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
-    assert "| fitted | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
-    assert "| other | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
+    assert "| window | 0.35 | +0.075 (0.035) / +0.075 (0.035) | 2 | - | - |" in after
+    assert "| fitted-lora | 0.35 | -0.100 / -0.100 | 1 | - | - |" in after, "against dense adapters"
+    assert "| dense-lora | 0.35 | 2.700 / 3.700 | 1 | - | - |" in after
+    assert "| dense | 0.35 | 2.850 (0.071) / 3.850 (0.071) | 2 | - | - |" in after
+    assert "| fitted | 0.35 | +0.010 / +0.010 | 1 | - | - |" in after, "against the same seed"
+    assert "| other | 0.35 | +0.000 / +0.000 | 1 | - | - |" in after, "against the mean"
     with pytest.raises(SystemExit, match="a table must be one of"):
         page.MARK.sub(lambda found: page.fill(found, runs), text.replace("before", "other"))
 
@@ -406,7 +408,26 @@ def test_zero_shot_scores_may_be_of_another_file(tmp_path):
     for name, row in (("a", result("dense", 10, 0, 3.0)), ("b", asked)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "rows": [row]}))
     found = page.after_training(page.read([tmp_path / "a.json", tmp_path / "b.json"]))
-    assert "| dense | 3.000 / 4.000 | 1 | - | 50.0 |" in found
+    assert "| dense | 0.35 | 3.000 / 4.000 | 1 | - | 50.0 |" in found
+
+
+def test_few_rows_of_more_tokens_leave_the_others(tmp_path):
+    """Two rows that were trained on more tokens get columns; seeds, positions and order stay those
+    of the number of tokens that most runs have.
+    """
+    rows = [result("dense", 10, seed, 3.0) for seed in (0, 1)]
+    rows += [result("window", 10, 0, 3.2), result("fitted", 10, 0, 3.1)]
+    rows += [result("dense", 30, 0, 2.8), result("fitted", 30, 0, 2.81), result("late", 30, 0, 2.7)]
+    (tmp_path / "a.json").write_text(json.dumps({"settings": {}, "rows": rows}))
+    lines = page.after_training(page.read([tmp_path / "a.json"])).splitlines()
+    assert lines[0] == (
+        "| attention | pairs | 10 M: Wikipedia / books | 30 M: Wikipedia / books | seeds at 10 M | "
+        "passkeys at 10 M | zero-shot at 10 M |"
+    )
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["dense", "fitted", "window", "late"]
+    assert lines[3] == "| fitted | 0.35 | +0.100 / +0.100 | +0.010 / +0.010 | 1 | - | - |"
+    assert lines[4] == "| window | 0.35 | +0.200 / +0.200 | - | 1 | - | - |"
+    assert lines[5] == "| late | 0.35 | - | -0.100 / -0.100 | 1 | - | - |"
 
 
 def test_losses_by_position_are_beyond_dense():
@@ -432,7 +453,7 @@ def test_passkeys_stand_by_length_and_depth():
     assert "| attention | M tokens | 1,024 | 2,048 |" in found
     assert "| fitted | 10 | 0.50 0.50 | 0.00 1.00 |" in found
     assert "| window | 0 | 1.00 0.50 | 0.00 1.00 |" in found
-    assert "| 3 |" not in found
+    assert "| fitted | 3 | 0.50 0.50 | 0.00 1.00 |" in found
 
 
 def test_speeds_stand_beside_pairs_and_cache():
@@ -455,3 +476,23 @@ def test_scores_of_ruler_need_no_losses(tmp_path):
     runs = page.read([tmp_path / "a.json", tmp_path / "b.json"])
     assert "| dense | 0 | 2,048 | 50 | 0.98 (0.02) |" in page.ruler(runs)
     assert "+0.000" in page.before_training(runs)
+
+
+FITTED = sorted((ROOT / "benchmarks" / "results").glob("fitted_*.json"))
+
+
+@pytest.mark.parametrize("path", FITTED, ids=lambda path: path.stem)
+def test_fitted_patterns_are_those_of_the_runs_named(path):
+    """Each row of patterns has the pairs, at the context, that the run it names recorded."""
+    found = json.loads(path.read_text())
+    assert found["runs"].keys() == found["rows"].keys()
+    for name, kept in found["rows"].items():
+        run = json.loads((path.parent / found["runs"][name]).read_text())
+        recorded = [row["pairs"] for row in run["rows"] if row["row"] == name.partition(" at ")[0]]
+        length = run["settings"]["context"]
+        dicts = kept["patterns"] if isinstance(kept, dict) else kept
+        patterns = [spa.BandPattern.from_dict(each) for each in dicts]
+        shares = [sum(p.pairs(length)) / p.num_heads for p in patterns]
+        share = sum(shares) / len(shares) / (length * (length + 1) / 2)
+        assert recorded == pytest.approx([share] * len(recorded), abs=1e-9)
+        assert recorded

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.experiments import evidence, figures, ledger
 from benchmarks.experiments import run as runner
+from benchmarks.experiments.plan_files import read_plan
 from benchmarks.experiments.side_by_side import side_by_side
 from benchmarks.experiments.speeds import read_speeds
 from spattention import baselines, hf
 from spattention.choice import attention_choice
-from spattention.comparison.plan import read_plan
 from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.data.training import open_training

@@ -20,6 +20,12 @@ def test_losses_are_drawn_and_their_ends_are_told(tmp_path, capsys):
     assert shown[-1].startswith(f"| `shared_local` | {last:.3f} | ")
 
 
+def test_more_runs_than_colours_are_all_drawn():
+    runs = [losses["read"](RUNS[0])] * 12
+    axis = losses["figure"](runs).axes[0]
+    assert len(axis.lines) == 2 * len(runs)
+
+
 def test_different_recipes_are_not_drawn_together(tmp_path):
     """Runs of different recipes are not drawn together."""
     other = RECIPES / "tiny-cpu.dense.losses.json"

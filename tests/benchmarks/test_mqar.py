@@ -133,6 +133,44 @@ def test_the_section_shows_runs_and_their_absence(
     path.unlink()
 
 
+def test_stopped_runs_stand_for_none_that_ended(
+    made: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's mean is of finished seeds; one that was stopped is named apart."""
+    monkeypatch.setattr(mqar_page, "SETTINGS", {"mqar-2048": TINY})
+    ended = {k: v for k, v in made[1].items() if k != "written"} | {"attention": "exclusive"}
+    for seed, finished, right in ((0, False, 0.0), (1, True, 0.5), (2, True, 0.7)):
+        more = {"seed": seed, "finished": finished, "accuracy": {"mean": right, "error": 0.0}}
+        path = entry_path(tmp_path, "exclusive", seed, "mqar-2048")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(ended | more))
+    text = mqar_page.section(tmp_path, "mqar-2048", tmp_path)
+    (line,) = [line for line in text.splitlines() if line.startswith("| exclusive |")]
+    assert "| 0.600 ± 0.141 |" in line
+    assert line.endswith("| 2 |")
+    assert "Not run yet: exclusive, seed 0 (stopped at step 6)" in text
+
+
+def test_every_row_is_drawn(made: tuple[Path, dict]) -> None:
+    """More rows than a palette has colours are all drawn, each in its own style."""
+    names = [f"row {k}" for k in range(23)]
+    axis = mqar_page.figure({name: [made[1]] for name in names}).axes[0]
+    assert [line.get_label() for line in axis.lines] == names
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == len(names)
+
+
+def test_entries_name_their_command(tmp_path: Path) -> None:
+    """What is recorded makes the run anywhere, and names no folder."""
+    options = mqar.Options("mqar-2048", ledger=tmp_path, work=tmp_path, steps=6)
+    entry = {"step": 3, "seconds": 1.0, "loss": [{"loss": 1.0}], "accuracy": {"mean": 0.5}}
+    mqar.write_to(options, "exclusive with sinks", 2)(entry)
+    path = entry_path(tmp_path, "exclusive with sinks", 2, "mqar-2048")
+    assert json.loads(path.read_text())["command"] == (
+        "python -m benchmarks.experiments.mqar mqar-2048 --attention 'exclusive with sinks' "
+        "--seeds 2 --steps 6"
+    )
+
+
 def test_settings_compare_equal_pairs() -> None:
     """Duplicated bands and the window have the pairs of the geometric bands."""
     from spattention.choice import attention_choice

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.experiments import costs, evidence, ledger, related_page
+from benchmarks.experiments.plan_files import read_plan
 from spattention import BandPattern, hf, related
-from spattention.comparison.plan import read_plan
 from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.models import build, preset

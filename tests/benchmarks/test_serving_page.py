@@ -94,18 +94,32 @@ def test_the_table_of_steps_in_vllm_is_the_newest() -> None:
     name, rows = newest("vllm_cuda", "h200")
     text = (ROOT / "docs/serving.md").read_text()
     assert name in text
-    times = {
-        (row["pattern"], row["attention"], row["length"]): f"{row['milliseconds_a_step']:.2f}"
-        for row in rows
-    }
-    columns = [
-        ("dense", "FLASH_ATTN"),
-        ("dense", "TRITON_ATTN"),
-        ("uniform", ""),
-        ("geometric", ""),
+    found = {(row["pattern"], row["attention"], row["length"]): row for row in rows}
+    flash = ("dense", "FLASH_ATTN")
+    columns = [flash, ("dense", "TRITON_ATTN"), ("uniform", ""), ("geometric", "")]
+    wanted = []
+    for key, digits in (("milliseconds_a_step", 2), ("seconds_before", 1)):
+        for length in (16384, 65536):
+            given = [found.get((*column, length)) for column in columns]
+            wanted.append(["not run" if row is None else f"{row[key]:.{digits}f}" for row in given])
+    assert table("a step at 16,384 tokens") == wanted
+    dense, geometric = (
+        [found[*column, length]["milliseconds_a_step"] for length in (16384, 65536)]
+        for column in (flash, ("geometric", ""))
+    )
+    first, second = (a / b for a, b in zip(dense, geometric))
+    assert f"is {first:.2f} times as fast" in text
+    assert f"and {second:.2f} times at 65,536" in text
+    scheduler = [
+        found[*column, 16384]["profile"]["host_parts"]["AsyncScheduler.schedule"] / 1e3
+        for column in (("geometric", ""), flash)
     ]
-    assert table("a decoding step in vLLM") == [[times[*column, 16384] for column in columns]]
-    assert f"takes {times['dense', 'FLASH_ATTN', 65536]}." in text
+    assert (
+        "takes {:.2f} ms with four classes of heads, {:.2f} with one".format(*scheduler).replace(
+            "0.", "."
+        )
+        in text
+    )
 
 
 def test_the_table_beside_a_copy_is_the_newest() -> None:

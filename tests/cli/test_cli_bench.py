@@ -257,7 +257,7 @@ def test_competitors_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     inputs = tuple(torch.randn(shape, requires_grad=True) for _ in range(3))
     inputs = (*inputs, torch.randn(shape))
 
-    def row(options: Any, *given: Any) -> Any:
+    def row(*given: Any) -> Any:
         return given[3]  # the name
 
     monkeypatch.setattr(bench_attention, "Flex", Breaks)

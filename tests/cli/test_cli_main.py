@@ -73,6 +73,25 @@ def test_a_slip_is_told_before_anything_heavy(arguments, told, tmp_path):
     assert told in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("draw", "[PATTERN]"),
+        ("evaluate", "CHECKPOINT"),
+        ("fit", "MODEL"),
+        ("generate", "FOLDER [PROMPT]"),
+        ("prepare", "[SOURCE]"),
+        ("train", "RECIPE"),
+    ],
+)
+def test_help_names_arguments_as_errors_do(name, words, capsys):
+    """An error says that `RECIPE` is no file, so the usage has that word, and not STR."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    usage, *_ = capsys.readouterr().out.splitlines()
+    assert words in usage
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:

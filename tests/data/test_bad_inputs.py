@@ -9,7 +9,7 @@ from spattention.cli import main
 from spattention.data import text, training
 from spattention.data.arrays import open_array, save_array
 from spattention.data.corpus import open_source, prepare_corpus
-from spattention.data.prepare import open_facts, open_stream
+from spattention.data.prepare import PreparedFolder, open_facts
 from spattention.data.text import read_documents
 from spattention.data.tokenizer import load_tokenizer, train_tokenizer
 from spattention.data.training import open_training
@@ -228,7 +228,7 @@ def test_a_file_in_place_of_a_folder_and_the_reverse(folder, tmp_path):
 def test_the_digest_can_be_left_to_another_process(folder):
     """Of the processes on a node, one compares; sizes are checked by all."""
     edit(folder, "train.tokens.npy", overwritten(5))
-    assert len(open_stream(folder, "train", check=False)) > 0
+    assert len(PreparedFolder(folder).stream("train", check=False)) > 0
     assert open_training([str(folder)], [], context=8, check=False).tokens > 0
 
 

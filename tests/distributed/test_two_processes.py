@@ -8,16 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from launching import launch
 
-from spattention.data.token_file import write_token_file
-from spattention.data.tokens import TokenStream
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import prepare_model, pretrain
 from spattention.training.recipe import read_recipe
+from tests.training.small_run import write_data
 
 HERE = Path(__file__).parent
 RECIPE = """
@@ -45,11 +43,13 @@ tensorboard = false
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(60)]
-    write_token_file(folder / "a.u16.xz", TokenStream.from_documents(documents), 7)
-    (folder / "recipe.toml").write_text(RECIPE.format(data=folder / "a.u16.xz"))
+    (folder / "recipe.toml").write_text(RECIPE.format(data=write_data(folder, documents=60)))
     return folder / "recipe.toml"
+
+
+def alone(recipe, folder, *changes):
+    """Train in this process, from the start or where the folder stands."""
+    assert pretrain(read_recipe(recipe, changes), folder).finished
 
 
 def losses(folder, name):
@@ -58,9 +58,8 @@ def losses(folder, name):
 
 def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
     """DDP gives the losses of one process and goes on with another number."""
-    train = ("-m", "spattention", "train", recipe, "--output")
-    launch(0, *train, tmp_path / "one")
-    shown = launch(2, *train, tmp_path / "two")
+    alone(recipe, tmp_path / "one")
+    shown = launch(2, "-m", "spattention", "train", recipe, "--output", tmp_path / "two")
     assert "2 devices" in shown
     for name in ("loss", "grad_norm", "eval_loss"):
         expected = losses(tmp_path / "one", name)
@@ -70,7 +69,7 @@ def test_ddp_gives_the_losses_of_one_process(recipe, tmp_path):
     for path in (tmp_path / "two" / "checkpoint-6").iterdir():
         path.unlink()
     (tmp_path / "two" / "checkpoint-6").rmdir()
-    launch(0, *train, tmp_path / "two")
+    alone(recipe, tmp_path / "two")
     assert losses(tmp_path / "two", "loss") == pytest.approx(
         losses(tmp_path / "one", "loss"), rel=1e-5
     )
@@ -87,10 +86,10 @@ def test_ddp_gradients_lie_in_their_buckets(recipe, tmp_path):
 
 def test_ddp_sums_the_passes_of_a_step(recipe, tmp_path):
     """Two passes of each process, of which the last exchanges, in buckets that hold the sum."""
-    changes = ("--set", "batch=8", "held_out=0", "validation_windows=0", "steps=4")
-    train = ("-m", "spattention", "train", recipe, *changes, "--output")
-    for processes, name in ((0, "one"), (2, "two")):
-        launch(processes, *train, tmp_path / name)
+    changes = ("batch=8", "held_out=0", "validation_windows=0", "steps=4")
+    alone(recipe, tmp_path / "one", *changes)
+    train = ("-m", "spattention", "train", recipe, "--set", *changes, "--output", tmp_path / "two")
+    launch(2, *train)
     for name in ("loss", "grad_norm"):
         expected = losses(tmp_path / "one", name)
         assert len(expected) == 4
@@ -100,11 +99,11 @@ def test_ddp_sums_the_passes_of_a_step(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_killed_rank_is_resumed(recipe, tmp_path):
     """A rank is killed after a checkpoint; the run ends, and two ranks go on from there."""
-    more = ("--set", "steps=24", "save_every=8", "evaluate_every=24")
-    train = ("-m", "spattention", "train", recipe, "--output")
-    launch(0, *train, tmp_path / "one", *more)
+    changes = ("steps=24", "save_every=8", "evaluate_every=24")
+    alone(recipe, tmp_path / "one", *changes)
+    train = ("-m", "spattention", "train", recipe, "--output", tmp_path / "two", "--set", *changes)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    command = map(str, (*torchrun, *train, tmp_path / "two", *more))
+    command = map(str, (*torchrun, *train))
     with subprocess.Popen(
         [sys.executable, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -120,7 +119,7 @@ def test_a_killed_rank_is_resumed(recipe, tmp_path):
         os.kill(int(children[-1]), signal.SIGKILL)
         assert process.wait(60) != 0
     assert len(losses(tmp_path / "two", "loss")) < 24, "the run was over before"
-    launch(2, *train, tmp_path / "two", *more)
+    launch(2, *train)
     for name in ("loss", "eval_loss"):
         expected = losses(tmp_path / "one", name)
         assert losses(tmp_path / "two", name) == pytest.approx(expected, rel=1e-4), name

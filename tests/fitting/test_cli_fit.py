@@ -18,7 +18,6 @@ from spattention.data.token_file import write_token_file
 from spattention.data.tokenizer import for_transformers, train_tokenizer
 from spattention.data.tokens import TokenStream
 from spattention.fitting import Profile
-from spattention.fitting.capture import total_pairs
 from spattention.fitting.sinks import first_scores
 from spattention.hf.config import read_section
 
@@ -83,7 +82,7 @@ def test_a_dense_model_becomes_a_folder_that_opens(home, tmp_path, capsys):
     assert (profile.tokens, profile.needles) == (3 * CONTEXT, 2)
     model, patterns = patterns_of(output)
     assert list(patterns) == spa.fit(profile, pairs=0.3, span=256, prefix=4)
-    assert total_pairs(patterns, CONTEXT) == pytest.approx(
+    assert sum(sum(pattern.pairs(CONTEXT)) for pattern in patterns) == pytest.approx(
         facts["pairs"] * LAYERS * HEADS * CONTEXT * (CONTEXT + 1) / 2
     )
     assert f"{facts['pairs']:.4f} of dense attention's pairs" in (output / "fit.md").read_text()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from spattention.impl.triton.hopper import TileOrder
-from spattention.testing import VIEWS, check_error, check_view, exact, plain, run
+from spattention.testing import check_error, exact, plain, run
+from tests.views import VIEWS, check_view
 
 from .cases import VARIANTS, Variant, draw, poison_unseen
 from .plans import changed_plans, larger_plans

@@ -225,3 +225,31 @@ def test_an_adapter_without_its_section_is_refused(sinks, base, tmp_path):
     del inside.config.spattention
     with pytest.raises(ValueError, match=r"`config\.spattention` must be there to save an adapter"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_mix_of_adapters_does_not_lose_their_sinks(kind, adapters, base):
+    """PEFT mixes its own layers alone: the mix of IA3 would have had the base model's sinks."""
+    model = peft.get_peft_model(banded(base), CONFIGS[kind]())
+    model.add_adapter("second", CONFIGS[kind]())
+    match = r"model with sinks, which it does not mix, got .*\['default', 'second'\]"
+    with pytest.raises(ValueError, match=match):
+        model.add_weighted_adapter(adapters, [0.5] * len(adapters), "mix")
+    assert set(model.peft_config) == {"default", "second"}
+    plain = peft.get_peft_model(banded(base, sinks=False), CONFIGS[kind]())
+    plain.add_weighted_adapter(["default"], [0.5], "mix")
+    assert set(plain.peft_config) == {"default", "mix"}
+
+
+def test_prefix_tuning_of_bands_is_refused(base):
+    """A learned key is at no distance; the first pass named a cache that nobody had given."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    match = r"`peft_type` must be one that learns no keys .* got PREFIX_TUNING"
+    with pytest.raises(ValueError, match=match):
+        peft.get_peft_model(banded(base), config)
+    model = peft.get_peft_model(banded(base), CONFIGS["lora"]())
+    with pytest.raises(ValueError, match=match):
+        model.add_adapter("learned", config)
+    tuned = peft.get_peft_model(dense(base), config)
+    assert logits(tuned, IDS).isfinite().all()

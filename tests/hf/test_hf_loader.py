@@ -19,57 +19,74 @@ from spattention import baselines, related
 TOOL = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-folder, ids = sys.argv[1], json.loads(sys.argv[2])
-ways = {"trusted": {"trust_remote_code": True}, "plain": {}, "not": {"trust_remote_code": False}}
-for name in ("plain", "not", "trusted"):
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **ways[name])
-        print(name, json.dumps(model(torch.tensor(ids)).logits.sum(-1).tolist()))
-        model.save_pretrained(folder + "/again")
-    except Exception as error:
-        print(name, "refused", " ".join(str(error).split()))
+ids, *folders = sys.argv[1:]
+ways = {"plain": {}, "not": {"trust_remote_code": False}, "trusted": {"trust_remote_code": True}}
+for name, options in ways.items():
+    for folder in folders:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+            said = json.dumps(model(torch.tensor(json.loads(ids))).logits.sum(-1).tolist())
+            model.save_pretrained(folder + "/again")
+        except Exception as error:
+            said = " ".join(str(error).split())
+        print(name, folder, said)
 """
 
 
-def run(folder, ids):
+def opened(home, ids, folders):
+    """What each way to open each folder says, in one fresh process: `(way, folder)` to text."""
     done = subprocess.run(
-        [sys.executable, "-c", TOOL, str(folder), json.dumps(ids.tolist())],
+        [sys.executable, "-c", TOOL, json.dumps(ids.tolist()), *map(str, folders)],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
+        env=os.environ | {"HF_MODULES_CACHE": str(home / "modules")},
     )
     assert done.returncode == 0, done.stderr
-    return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    lines = (line.split(" ", 2) for line in done.stdout.splitlines())
+    return {(way, folder): said for way, folder, said in lines}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_tool_that_trusts_code_opens_bands(family, tmp_path):
-    model = banded(family)
-    model.save_pretrained(tmp_path)
+def test_a_tool_that_trusts_code_opens_a_folder(tmp_path):
+    """Of bands in two families, and of a baseline; what it saves opens so again."""
+    models = {name: banded(name) for name in ("llama", "qwen3")}
+    models["baseline"] = baselines.apply(build("llama"), baselines.BigBird(HEADS, 64))
+    ids, wanted = tokens(1, 17), {}
+    for name, model in models.items():
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        spa.hf.add_loader(folder)
+        spa.hf.add_loader(folder)  # a second call changes nothing
+        text = (folder / "modeling_spattention.py").read_text()
+        assert len([line for line in text.splitlines() if line]) <= 16
+        with torch.no_grad():
+            wanted[str(folder)] = model.double()(ids).logits.sum(-1)
+    said = opened(tmp_path, ids, wanted)
+    again = opened(tmp_path, ids, [f"{folder}/again" for folder in wanted])
+    for folder, logits in wanted.items():
+        call = "baselines" if folder.endswith("baseline") else "hf"
+        for way in ("plain", "not"):
+            rule = f"spattention.{call}.register() must be called before this model"
+            assert rule in said[way, folder]
+        found = torch.tensor(json.loads(said["trusted", folder]), dtype=torch.float64)
+        torch.testing.assert_close(found, logits)
+        assert again["trusted", f"{folder}/again"] == said["trusted", folder]
+
+
+def test_a_loader_is_saved_by_its_own_class_alone(tmp_path):
+    """A model that came without the module is saved without a name of it."""
+    banded("llama").save_pretrained(tmp_path)
     spa.hf.add_loader(tmp_path)
-    spa.hf.add_loader(tmp_path)  # a second call changes nothing
-    lines = [
-        line for line in (tmp_path / "modeling_spattention.py").read_text().splitlines() if line
-    ]
-    assert len(lines) <= 16
-    ids = tokens(1, 17)
-    said = run(tmp_path, ids)
-    for name in ("plain", "not"):
-        assert "spattention.hf.register() must be called before this model" in said[name]
-    with torch.no_grad():
-        wanted = model(ids).logits.sum(-1)
-    torch.testing.assert_close(torch.tensor(json.loads(said["trusted"])), wanted.float())
-    assert run(tmp_path / "again", ids)["trusted"] == said["trusted"]
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # without the module
-    opened.save_pretrained(tmp_path / "plain")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found.save_pretrained(tmp_path / "plain")
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["auto_map"] == {}
 
 
 @pytest.mark.parametrize("kind", ["bands", "bigbird", "mea"])
 def test_a_loader_needs_no_registration(kind, tmp_path):
-    """A folder that an earlier process saved gets its loader from one call, in a fresh process."""
+    """A folder that an earlier process saved gets its loader from one call, in a fresh process that
+    says nothing."""
     model = build("llama")
     if kind == "bands":
         spa.hf.apply(model, FIRST)
@@ -79,7 +96,8 @@ def test_a_loader_needs_no_registration(kind, tmp_path):
     model.save_pretrained(tmp_path)
     code = "import sys, spattention; spattention.hf.add_loader(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert done.stdout == b""
     call = {"bands": "hf", "bigbird": "baselines", "mea": "related"}[kind]
     text = (tmp_path / "modeling_spattention.py").read_text()
     assert f"spattention.{call}.register()" in text.splitlines()
@@ -122,10 +140,6 @@ architecture = getattr(transformers, config.architectures[0])
 model = architecture.from_pretrained(sys.argv[1], **options)
 print(model.config._attn_implementation, type(model).__name__)
 """
-ADD = """
-import sys, spattention as spa
-spa.hf.add_loader(sys.argv[1])
-"""
 
 
 def called(program, folder):
@@ -138,19 +152,6 @@ def called(program, folder):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
-
-
-def test_a_fresh_process_adds_a_loader(tmp_path):
-    """`add_loader` registers what the folder needs: bands, baselines and related systems."""
-    cases = {
-        "bands": banded("llama"),
-        "baselines": baselines.apply(build("llama"), baselines.BigBird(HEADS, 64)),
-        "related": related.apply(build("llama"), related.MEA(HEADS, 64)),
-    }
-    for name, model in cases.items():
-        model.save_pretrained(tmp_path / name)
-        assert called(ADD, tmp_path / name) == []
-        assert (tmp_path / name / "modeling_spattention.py").is_file()
 
 
 def test_a_server_finds_the_architecture(tmp_path):
@@ -169,16 +170,6 @@ def test_no_attention_asked_for_is_the_folders_own(tmp_path):
     assert opened.config._attn_implementation == "spattention"
     dense = transformers.AutoModelForCausalLM.from_config(build("llama").config)
     assert dense.config._attn_implementation == "sdpa"
-
-
-def test_a_baseline_has_a_loader_too(tmp_path):
-    baselines.register()
-    model = baselines.apply(build("llama"), baselines.BigBird(HEADS, 64))
-    model.save_pretrained(tmp_path)
-    spa.hf.add_loader(tmp_path)
-    said = run(tmp_path, tokens(1, 9))
-    assert "spattention.baselines.register() must be called" in said["plain"]
-    assert said["trusted"].startswith("[[")
 
 
 def test_a_loader_is_refused_by_name(tmp_path):

@@ -12,11 +12,10 @@ from relatives import EXCLUSIVE, HEADS, SPAN, build, inputs, logits, scatter, to
 import spattention as spa
 from spattention import BandPattern, related
 from spattention.baselines import seen
-from spattention.fitting.bins import distance_edges
-from spattention.fitting.profile import ModelIdentity, Profile
 from spattention.related import RecurrentNear, near_heads, recency_ratio, recurrent_near
 from spattention.related.method import causal_attention
 from spattention.related.recurrent_near import first_decay, retain
+from tests.fitting.attending import profile_of
 
 close = torch.testing.assert_close
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -140,31 +139,6 @@ def test_recurrent_heads_of_each_layer_are_saved(tmp_path):
         file.write_text(json.dumps(config))
         with pytest.raises(ValueError, match="heads"):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def profile_of(weights):
-    """The profile of attention weights `[L, H, N, N]` of one row, by its definition."""
-    layers, heads, length, _ = weights.shape
-    edges, count = distance_edges(length), 2
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    late = torch.arange(length) >= count
-    shares = torch.zeros(layers, heads, len(edges) - 1, dtype=torch.float64)
-    first = torch.zeros(layers, heads, count, len(edges) - 1, dtype=torch.float64)
-    for k, (near, far) in enumerate(zip(edges, edges[1:])):
-        inside = (distance >= near) & (distance < far)
-        shares[..., k] = (weights * (inside & late)).sum((-1, -2)) / length
-        first[..., k] = (weights * inside)[..., :count].sum(-2) / length
-    return Profile(
-        model=ModelIdentity("made by hand", layers, heads, heads // 2, 50),
-        length=length,
-        rows=1,
-        tokens=length,
-        digest="0" * 16,
-        first=first.sum(-1),
-        distance=shares,
-        first_distance=first,
-        first_logits=torch.zeros(layers, heads, count, dtype=torch.float64),
-    )
 
 
 def test_ratio_of_uniform_attention_and_of_a_window():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from relatives import CHOSEN, build, tokens
@@ -13,11 +12,9 @@ from relatives import CHOSEN, build, tokens
 from spattention import related
 from spattention.cli import main
 from spattention.cli.generate import cache_bytes
-from spattention.data.token_file import write_token_file
-from spattention.data.tokens import TokenStream
 from spattention.loading import model_folder, open_model
 from spattention.training.pretrain import pretrain
-from spattention.training.recipe import recipe_from
+from tests.training.small_run import recipe, write_data
 
 SMALL = ["--steps", "3", "--context", "64", "--layers", "1", "--vocabulary", "300"]
 NAMES = ["mea:bands=exclusive", "cca:group=4,window=8", "rrattention:block=16,tau=0.5"]
@@ -71,33 +68,10 @@ def test_the_bytes_of_a_state_are_counted():
 @pytest.mark.parametrize("name", ["mea", "cca:group=4,window=8", "recurrent_near"])
 def test_a_run_goes_on_where_it_stopped(name, tmp_path):
     """Trained weights of a system are in the checkpoint, and come back."""
-    path, random = tmp_path / "a.u16.xz", np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    values = {
-        "model": "olmoe-tiny",
-        "layers": 1,
-        "vocabulary": 320,
-        "attention": name,
-        "data": str(path),
-        "context": 32,
-        "steps": 4,
-        "batch": 2,
-        "learning_rate": 1e-2,
-        "warmup": 1,
-        "precision": "float32",
-        "loss": "plain",
-        "threads": 1,
-        "log_every": 1,
-        "evaluate_every": 4,
-        "validation_windows": 2,
-        "save_every": 2,
-        "tensorboard": False,
-    }
-    recipe = recipe_from(values)
-    assert pretrain(recipe, tmp_path / "whole").finished
-    assert not pretrain(recipe, tmp_path / "parts", minutes=0).finished
-    assert pretrain(recipe, tmp_path / "parts").finished
+    small = recipe(write_data(tmp_path), attention=name, steps=4, warmup=1)
+    assert pretrain(small, tmp_path / "whole").finished
+    assert not pretrain(small, tmp_path / "parts", minutes=0).finished
+    assert pretrain(small, tmp_path / "parts").finished
     whole, parts = (open_model(model_folder(tmp_path / n)) for n in ("whole", "parts"))
     for (key, mine), other in zip(whole.named_parameters(), parts.parameters()):
         assert torch.equal(mine, other), key

@@ -4,14 +4,15 @@
     python engine.py start '{"starts": [[FOLDER, {}], ...]}'
 
 The line of output that starts with `answer` goes on with JSON. For `generate`: the tokens, the
-cached prompt tokens, the most blocks in use, the interruptions and the captured CUDA graphs of each
-run. For `start`: the error with which vLLM's own checks end, or null, of each folder and its
-settings.
+cached prompt tokens, the most blocks in use, the interruptions, the captured CUDA graphs and the
+lines of this library in vLLM's log, of each run. For `start`: the error with which vLLM's own
+checks end, or null, of each folder and its settings.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def _generate(request: dict[str, Any]) -> Any:
 
     adapter = request.get("adapter")
     lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    log: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        log.append(record.getMessage())
+        return True
+
+    # vLLM takes handlers off again when it sets up its own.
+    logging.getLogger("vllm.spattention").addFilter(keep)
     engine = LLM(request["folder"], **SETTINGS | request["settings"]).llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
@@ -107,6 +116,7 @@ def _generate(request: dict[str, Any]) -> Any:
                 "cached": [output.num_cached_tokens for output in in_order],
                 "most_blocks": max(in_use),
                 "interrupted": sum(interruptions.values()),
+                "log": log,
                 "cuda_graphs": compilation_counter.num_cudagraph_captured,
             }
         )

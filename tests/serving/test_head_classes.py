@@ -9,6 +9,7 @@ import pytest
 import spattention as spa
 from spattention.serving.head_classes import (
     MAX_CLASSES,
+    described,
     head_classes,
     kv_reaches,
     rank_pattern,
@@ -75,3 +76,17 @@ def test_a_prefix_does_not_lengthen_windows() -> None:
     """Its blocks are kept besides those of the windows."""
     pattern = P.shared_local(8, 4096, widths="geometric")
     assert head_classes([replace(pattern, prefix=4)], 8) == head_classes([pattern], 8)
+
+
+def test_the_log_names_pattern_classes_and_edge() -> None:
+    layer = P.shared_local(32, SPAN, widths="geometric", prefix=4)
+    line = described([layer] * 3, head_classes([layer] * 3, 8)[0], 4)
+    assert line == (
+        "bands in 3 of 4 layers: BandPattern.shared_local(num_heads=32, span=8192, "
+        "widths='geometric', prefix=4), farthest edge 8,192 tokens; key/value heads of a rank "
+        "by how far back they read: 4 up to 670, 2 up to 2,342, 1 up to 4,380, 1 up to 8,192 "
+        "tokens, and all the first 4"
+    )
+    others = described(LAYERS, head_classes(LAYERS, 8)[0], 4)
+    assert "bands in 4 of 4 layers: 4 different patterns, farthest edge 8,192 tokens; " in others
+    assert others.endswith(" tokens")

@@ -41,6 +41,8 @@ def test_tokens_are_transformers_tokens(tmp_path: Path, family: str, sinks: bool
     assert first["cached"] == [0, 0, 0, 0]
     assert again["cached"][0] == 0
     assert min(again["cached"][1:]) >= 64  # so the second run did read the first one's blocks
+    (line,) = first["log"]
+    assert f"bands in {1 if family == 'olmo3' else 2} of 2 layers" in line
 
 
 def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
@@ -125,6 +127,7 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     def build(offsets: list[int], lengths: list[int]) -> Any:
         common = SimpleNamespace(
             num_reqs=len(lengths),
+            max_query_len=7,
             query_start_loc_cpu=torch.tensor(offsets),
             seq_lens=torch.empty(len(lengths), dtype=torch.int32, device="meta"),
             seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
@@ -149,29 +152,78 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     assert step.prefills.cu_seqlens_k.tolist() == [0, 43, 50, 80]
 
 
+def test_decoding_steps_are_told_without_their_lengths() -> None:
+    """Nothing is read or counted on the host in a step of one new token each, in any class."""
+    from spattention.serving.vllm_backend import BandMetadataBuilder
+
+    builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
+    builder.has_kernels = True
+    common = SimpleNamespace(
+        num_reqs=2,
+        max_query_len=1,
+        seq_lens=torch.empty(4, dtype=torch.int32, device="meta"),
+        block_table_tensor=torch.empty(4, 8, dtype=torch.int32, device="meta"),
+    )
+    step = builder.build(0, common).step  # type: ignore[arg-type]
+    assert step.decodes is not None
+    assert step.prefills is None
+    assert step.decodes.seq_lens.shape == (2,)
+    assert step.decodes.block_table.shape == (2, 8)
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
-    """Each class on its own stream, and in order; elsewhere on the stream that vLLM launches on."""
-    from spattention.serving.class_streams import ClassStreams
+    """Elsewhere one after the other, on the stream that vLLM launches on."""
     from spattention.serving.vllm_backend import BandAttentionImpl, ClassBands
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
-    streams, asked = ClassStreams(2, torch.device("cpu")), []
+    streams, launched = SimpleNamespace(sides=[None], run=lambda classes: launched.append(2)), []
+    bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], 0, (), (), streams)  # type: ignore
+    attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
+    attention._run([lambda: launched.append(1)] * 2)
+    assert launched == ([2] if captured else [1, 1])
 
-    class Asked:
-        sides = "streams"
 
-        def run(self, index: int, query: torch.Tensor) -> Any:
-            asked.append(index)
-            return streams.run(index, query)
+def test_the_first_class_computes_a_whole_layer(monkeypatch: Any) -> None:
+    """vLLM calls one operator a layer: it stores every class's keys and fills every class's heads,
+    each from its own cache, step and slots."""
+    from spattention.serving import vllm_backend
+    from spattention.serving.class_streams import ClassStreams
+    from spattention.serving.paged import prefills_of
 
-    for index in range(2):
-        bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], index, Asked())  # type: ignore
-        attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
-        metadata = SimpleNamespace(step=SimpleNamespace(decodes=None, prefills=None))
-        query = torch.zeros(3, 2, 16)
-        attention.forward(None, query, query, query, query, metadata, query)  # type: ignore
-    assert asked == ([0, 1] if captured else [])
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 4, 16, generator=generator)
+    key, value = torch.randn(2, 5, 2, 16, generator=generator).unbind()
+    streams, names = ClassStreams(2, torch.device("cpu")), ("near", "far")
+    contexts: dict[str, Any] = {}
+    for index, block_size in enumerate((4, 8)):
+        heads = [2 * index, 2 * index + 1]
+        pattern = folders.FIRST.heads(2 * index, 2 * index + 2)
+        bands = vllm_backend.ClassBands(pattern, None, heads, heads[0], names, (1, 0), streams)
+        attention = vllm_backend.BandAttentionImpl(4, 16, 0.25, 2, bands=bands)
+        table = torch.tensor([[2, 1, 0]], dtype=torch.int32)
+        prefills = prefills_of([0, 5], [5], table, block_size, None)
+        metadata = vllm_backend.BandMetadata(vllm_backend.Step(None, prefills))
+        slots = torch.tensor([2 * block_size + p if p < block_size else p for p in range(5)])
+        holder, cache = SimpleNamespace(impl=attention), torch.zeros(3, 1, block_size, 32)
+        contexts[names[index]] = (metadata, holder, cache, slots)
+    monkeypatch.setattr(vllm_backend, "get_attention_context", contexts.__getitem__)
+    launched, attend = [], vllm_backend.attend
+
+    def launch(query: Any, cache: Any, step: Any, pattern: Any, *rest: Any, **words: Any) -> None:
+        launched.append(pattern)
+        attend(query, cache, step, pattern, *rest, **words)
+
+    monkeypatch.setattr(vllm_backend, "attend", launch)
+    metadata, holder, cache, _ = contexts["near"]
+    found = torch.full_like(query, torch.nan)
+    holder.impl.forward(None, query, key, value, cache, metadata, found)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    wanted = spa.band_attention(q, k, v, folders.FIRST, scale=0.25)[0].transpose(0, 1)
+    torch.testing.assert_close(found, wanted)
+    assert launched == [folders.FIRST.heads(2, 4), folders.FIRST.heads(0, 2)]  # as `order` says
+    no_metadata = holder.impl.forward(None, query, key, value, cache, None, found)
+    assert not no_metadata.any()
 
 
 def test_bands_matter_to_the_tokens(tmp_path: Path) -> None:

@@ -21,18 +21,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from spattention.data.token_file import write_token_file
-from spattention.data.tokens import TokenStream
 from spattention.training import callbacks
 from spattention.training.checkpoints import newest_good, step_of
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import pretrain
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_run import losses, recipe
+from small_run import losses, recipe, write_data
 
 KINDS = ("time", "checkpoint", "metrics", "record")
 CHANGES = {"steps": 60, "save_every": 3, "evaluate_every": 10}
@@ -147,15 +144,6 @@ def kill_again_and_again(
         read_metrics(folder / METRICS)
         killed.append((kind, began, step))
     return killed
-
-
-def write_data(folder: Path) -> Path:
-    """Random documents; 60 steps of two windows pass through them several times."""
-    path = folder / "a.u16.xz"
-    chance = np.random.default_rng(0)
-    documents = [np.append(chance.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    return path
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:

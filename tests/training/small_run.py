@@ -6,12 +6,26 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from spattention.data.token_file import write_token_file
+from spattention.data.tokens import TokenStream
 from spattention.training import callbacks, checkpoints, metrics, pretrain
 from spattention.training.recipe import Recipe, recipe_from
 
 STEPS = 8
+
+
+def write_data(folder: Path, documents: int = 11) -> Path:
+    """Random documents of 40 tokens. Of eleven, windows of 32 tokens enter a second epoch within
+    eight steps of two.
+    """
+    path = folder / "a.u16.xz"
+    random = np.random.default_rng(0)
+    made = [np.append(random.integers(8, 320, 39), 7) for _ in range(documents)]
+    write_token_file(path, TokenStream.from_documents([m.astype(np.uint16) for m in made]), 7)
+    return path
 
 
 def recipe(data: Path, **changes: object) -> Recipe:
@@ -82,4 +96,4 @@ def killed(data: Path, folder: Path, where: str, changes: dict[str, object]) -> 
     pretrain.pretrain(recipe(data, **changes), folder)
 
 
-__all__ = ["STEPS", "checkpoints", "killed", "losses", "recipe"]
+__all__ = ["STEPS", "checkpoints", "killed", "losses", "recipe", "write_data"]

@@ -23,7 +23,7 @@ from spattention.cli import main
 from spattention.data.token_file import write_token_file
 from spattention.data.tokens import TokenStream
 from spattention.loading import model_folder
-from spattention.models import build, count_parameters, preset
+from spattention.models import build, count_parameters, parameters_of, preset
 from spattention.training import callbacks
 from spattention.training import pretrain as pretraining
 from spattention.training.callbacks import (
@@ -37,19 +37,10 @@ from spattention.training.layers import recipe_attention
 from spattention.training.metrics import METRICS, read_metrics
 from spattention.training.pretrain import pretrain
 from spattention.training.trainer import make_trainer
-from spattention.training.work import active_parameters, work_per_token
+from spattention.training.work import work_per_token
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import losses, recipe
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    return path
 
 
 def state(*history, step=3):
@@ -125,10 +116,10 @@ def test_speed_counts_steps_and_leaves_out_evaluation(monkeypatch):
 def test_work_counts_parameters_and_attended_pairs():
     chosen = preset("olmoe-tiny", vocab_size=97, context=64)
     model = build(chosen)
-    assert active_parameters(model) == count_parameters(chosen.config).active
+    assert parameters_of(model).active == count_parameters(chosen.config).active
     bands = attention_choice("shared_local", 8, 64)
     pairs = 4 * sum(BandPattern.shared_local(8, 64).pairs(64))
-    expected = 6 * active_parameters(model) + 14 * 16 * pairs / 64
+    expected = 6 * parameters_of(model).active + 14 * 16 * pairs / 64
     assert work_per_token(model, bands, 64) == pytest.approx(expected)
 
 
@@ -138,10 +129,10 @@ def test_experts_are_counted_under_each_of_their_names(name):
     outer = torch.nn.ModuleDict({"layer": model, "head": torch.nn.Linear(4, 2, bias=False)})
     text = SimpleNamespace(**{name: 8, "num_experts_per_tok": 2})
     outer.config = SimpleNamespace(get_text_config=lambda: text)
-    assert active_parameters(outer) == 8 + 32 * 2 // 8
+    assert parameters_of(outer).active == 8 + 32 * 2 // 8
     delattr(text, name)
     with pytest.raises(ValueError, match="must name its experts, one of num_experts, "):
-        active_parameters(outer)
+        parameters_of(outer)
 
 
 def test_settings_that_conflict_are_refused_first(data, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import functools
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -12,26 +11,20 @@ from transformers import masking_utils
 
 from spattention.choice import attention_choice
 from spattention.compat.huggingface import packing_known
-from spattention.data.token_file import write_token_file
-from spattention.data.tokens import TokenStream
 from spattention.models import build, preset
 from spattention.training import graphs, pretrain
 from spattention.training.graphs import WARM_UP, PassGraph, asks_for_graphs, refusal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cpu_recorder import Recorder
-from small_run import losses, recipe
+from small_run import losses, recipe, write_data
 
 CUDA = torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(40)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    return path
+    return write_data(tmp_path_factory.mktemp("data"), documents=40)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from spattention.training.pretrain import pretrain
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kills import CHANGES, KINDS, assert_same_run, kill_again_and_again, write_data
-from small_run import recipe
+from kills import CHANGES, KINDS, assert_same_run, kill_again_and_again
+from small_run import recipe, write_data
 
 
 @pytest.mark.slow

@@ -32,23 +32,6 @@ PLACES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eleven windows of 32 tokens to train on, so that eight steps of two enter a second epoch."""
-    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert pretrain(recipe(data), folder).finished
-    return folder
-
-
 def kill(data, folder, where, **changes):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["spattention.training.pretrain"])

@@ -8,13 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from spattention.cli import main
-from spattention.data.token_file import write_token_file
-from spattention.data.tokens import TokenStream
 from spattention.files import is_unfinished, read_json, write_atomically
 from spattention.training import load
 from spattention.training.checkpoints import checkpoints, newest_good
@@ -26,22 +23,6 @@ from spattention.training.run_folder import MARK
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import STEPS, losses, recipe
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "a.u16.xz"
-    random = np.random.default_rng(0)
-    documents = [np.append(random.integers(8, 320, 39), 7).astype(np.uint16) for _ in range(11)]
-    write_token_file(path, TokenStream.from_documents(documents), 7)
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert pretrain(recipe(data), folder).finished
-    return folder
 
 
 @pytest.fixture
@@ -337,6 +318,14 @@ def test_the_command_refuses_a_recipe_in_one_line(tmp_path, capsys, data):
     assert "Traceback" not in said
     assert torch.get_num_threads() == 1
     assert not checkpoints(tmp_path)
+
+
+def test_a_finished_run_does_not_say_that_it_resumes(data, whole):
+    """Nothing is left to train, and the note names the checkpoint of the last step."""
+    events = []
+    assert pretrain(recipe(data), whole, send=events.append).finished
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert notes == [f"all {STEPS} steps are done: {whole / f'checkpoint-{STEPS}'}"]
 
 
 def test_a_finished_run_says_how_to_train_longer(data, whole, tmp_path):

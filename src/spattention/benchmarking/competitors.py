@@ -29,7 +29,6 @@ PATTERNS: dict[str, Callable[[int, int], BandPattern]] = {
         heads, span, widths="geometric"
     ),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def bands(

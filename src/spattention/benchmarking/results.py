@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_atomically
-from ..provenance import source_commit, source_version
+from ..provenance import source_commit, source_version, spattention_command
 
 Columns = Mapping[str, Callable[[Any], str]]  # heading -> the cell of a row
 TEXT = ("B, H, N", "B, N", "mask", "by", "layout")  # columns that are not numbers
@@ -33,7 +33,7 @@ def run_header(options: Any) -> dict[str, Any]:
     return {
         "environment": found,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["spattention", *sys.argv[1:]]),
+        "command": spattention_command(),
         "options": asdict(replace(options, output=None)),
     }
 

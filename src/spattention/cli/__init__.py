@@ -107,6 +107,7 @@ def _run(arguments: list[str]) -> int:
             description=described.description() if hasattr(described, "description") else None,
             args=rest,
             registry=OPTIONS,
+            config=(tyro.conf.PositionalMetavarFromFieldName,),  # as errors name them
         )
         output = getattr(options, "output", None)
         if output is not None:

@@ -18,7 +18,6 @@ from ..bands import BandPattern
 from ..benchmarking import results, timing
 from ..benchmarking.attend import Attend, Competitor, Tensors
 from ..benchmarking.competitors import (
-    DTYPES,
     PATTERNS,
     Flash4,
     FlashSparse,
@@ -177,7 +176,7 @@ def _inputs(options: Options, batch: int, heads: int, length: int) -> Tensors:
     generator = torch.Generator("cuda").manual_seed(options.seed)
     shape = (batch, heads, length, options.head_dim)
     query, key, value, d_out = (
-        torch.randn(shape, generator=generator, device="cuda", dtype=DTYPES[options.dtype])
+        torch.randn(shape, generator=generator, device="cuda", dtype=getattr(torch, options.dtype))
         for _ in range(4)
     )
     return *(tensor.requires_grad_() for tensor in (query, key, value)), d_out
@@ -194,7 +193,7 @@ def _measure_case(
     everything = BandPattern.dense(heads, length)
     dense_row = None
     for name, attend in dense(inputs).items():
-        row = _row(options, inputs, everything, "dense", f"dense {name}", attend)
+        row = _row(inputs, everything, "dense", f"dense {name}", attend)
         dense_row = dense_row or row  # cuDNN's, the first
         yield _compared(row, dense_row, None)
     assert dense_row is not None
@@ -202,7 +201,7 @@ def _measure_case(
     for competitor in competitors:
         if isinstance(competitor, Flash4):
             attend, name = competitor.dense, f"dense {competitor.name}"
-            run = partial(_row, options, inputs, everything, "dense", name, attend)
+            run = partial(_row, inputs, everything, "dense", name, attend)
             found = attempt(f"{name} at {case}", missing, run)
             if found is not None:
                 yield _compared(found, dense_row, None)
@@ -212,7 +211,7 @@ def _measure_case(
         ours = bands(inputs, pattern)
         flex_row = None
         for competitor in competitors:
-            run = partial(_competitor_row, options, inputs, competitor, mask, pattern, ours)
+            run = partial(_competitor_row, inputs, competitor, mask, pattern, ours)
             found = attempt(f"{competitor.name} at {case}, {mask}", missing, run)
             if found is None:
                 torch.cuda.empty_cache()
@@ -220,7 +219,7 @@ def _measure_case(
             if type(competitor) is Flex:
                 flex_row = found
             yield _compared(found, dense_row, flex_row)
-        row = _row(options, inputs, pattern, mask, "spattention", ours)
+        row = _row(inputs, pattern, mask, "spattention", ours)
         query, key, value, _ = inputs
         row = replace(row, kernels=explain(query, key, value, pattern, impl="triton").kernels)
         yield _compared(row, dense_row, flex_row)
@@ -239,7 +238,6 @@ def _competitors(options: Options, inputs: Tensors, missing: list[str]) -> list[
 
 
 def _competitor_row(
-    options: Options,
     inputs: Tensors,
     competitor: Competitor,
     mask: str,
@@ -248,7 +246,7 @@ def _competitor_row(
 ) -> Row:
     attend = competitor.on(pattern)
     _check_competitor(competitor.name, mask, attend, ours)
-    return _row(options, inputs, pattern, mask, competitor.name, attend)
+    return _row(inputs, pattern, mask, competitor.name, attend)
 
 
 def _floored(row: Row, copy: float) -> Row:
@@ -295,9 +293,7 @@ def _check(
     check_case(case, impl="triton")
 
 
-def _row(
-    options: Options, inputs: Tensors, pattern: BandPattern, mask: str, by: str, attend: Attend
-) -> Row:
+def _row(inputs: Tensors, pattern: BandPattern, mask: str, by: str, attend: Attend) -> Row:
     query = inputs[0]
     batch, heads, length, _ = query.shape
 

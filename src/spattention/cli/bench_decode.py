@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..attention import band_attention
 from ..bands import BandPattern
 from ..benchmarking import results, timing
-from ..benchmarking.competitors import DTYPES, PATTERNS
+from ..benchmarking.competitors import PATTERNS
 from ..cache import BandStore
 from ..cached_attention import band_attention_cached
 from ..testing import Case, check_error, exact, plain
@@ -179,7 +179,7 @@ def _cache(options: Options, batch: int, length: int) -> Cache:
 
     def draw(heads: int, tokens: int) -> Tensor:
         shape = (batch, heads, tokens, options.head_dim)
-        made = torch.empty(shape, device=DEVICE, dtype=DTYPES[options.dtype])
+        made = torch.empty(shape, device=DEVICE, dtype=getattr(torch, options.dtype))
         for row in made:  # a row at a time: some of these tensors are large
             row.normal_(generator=generator)
         return made

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import check_place, make_folder, remove_empty, shown
+from ..files import check_place, shown
 
 LARGEST = 2**31 - 1  # counts that libraries keep in 32 bits
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -62,20 +61,9 @@ def check_commit(commit: str | None) -> None:
 
 
 def check_output(folder: Path | None) -> None:
-    """Check that results can be written to a folder; it is made, and removed again if new.
-
-    Raises:
-        ValueError: if it is a file.
-        OSError: if nothing can be written there; the message names the path.
-    """
+    """Check that results can be written to a folder, which may be new; raises `ValueError`."""
     if folder is None:
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--output` must be a folder, {folder} is a file")
     check_place("--output", folder)
-    made = make_folder(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    finally:
-        remove_empty(made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from ..data.prepare import CorpusFacts, open_stream, prepare
 from ..data.tokenizer import find_tokenizer
 from ..data.tokens import Windows
 from ..models import build, preset
+from ..provenance import spattention_command
 from ..training.callbacks import Event
 from ..training.lock import held
 from .interrupt import Interrupts
@@ -130,8 +130,7 @@ def make_report(
     check_equal_order(results)
     done = {(r.attention, r.seed) for r in results}
     missing = [run.name for run in runs if (run.label, run.seed) not in done]
-    command = shlex.join(["spattention", *sys.argv[1:]])
-    return Report(facts, settings, results, missing, command)
+    return Report(facts, settings, results, missing, spattention_command())
 
 
 def show(report: Report, output: Path, console: Console) -> None:

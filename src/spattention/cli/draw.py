@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from ..bands import BandPattern
 from ..choice import is_other, named_pattern, other_attention, pattern_remarks
 from ..files import write_atomically
-from ..plots import pattern_figure, seen_figure
+from ..plots import pattern_figure, picture_of, seen_figure
 from .bounds import LARGEST, check_range
 from .options.draw import Options
 
@@ -43,9 +42,7 @@ def main(options: Options) -> None:
             "`--dots-per-inch` must give less than 65,536 pixels a side and at most "
             f"{MOST_PIXELS:,} in all, got {width:,} x {height:,} with {options.dots_per_inch}"
         )
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=options.dots_per_inch, format=suffix[1:])
-    write_atomically(options.output, picture.getvalue())
+    write_atomically(options.output, picture_of(figure, options.dots_per_inch, suffix[1:]))
     print(f"wrote {options.output}{share}")
 
 

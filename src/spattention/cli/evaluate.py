@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import logging
 import math
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +30,8 @@ from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
 from ..files import read_json, write_atomically
 from ..loading import LARGEST_JSON, model_digest, model_folder, open_model, open_tokenizer
-from ..plots import evaluation_figure
-from ..provenance import machine
+from ..plots import evaluation_figure, picture_of
+from ..provenance import machine, spattention_command
 from ..training.lock import held
 from .bounds import LARGEST, LARGEST_SEED, check_range
 from .options.evaluate import Options, Part
@@ -180,7 +177,7 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
     content = {
         "format": FORMAT,
         "version": 1,
-        "command": shlex.join(["spattention", *sys.argv[1:]]),
+        "command": spattention_command(),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "machine": machine(),
         **asdict(evaluation),
@@ -199,16 +196,16 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
-    picture = io.BytesIO()
+    picture = b""
     if evaluation.loss or evaluation.recall or evaluation.heads:
         figure = evaluation_figure(evaluation.loss, evaluation.recall, evaluation.heads, title)
-        figure.savefig(picture, dpi=150, format="png")
+        picture = picture_of(figure, 150)
         lines += ["![loss by position, recall, entropy of heads](evaluation.png)", ""]
     # All three are complete before the first is written.
     write_atomically(options.output / "evaluation.json", text + "\n")
     write_atomically(options.output / "evaluation.md", "\n".join(lines))
-    if picture.getvalue():
-        write_atomically(options.output / "evaluation.png", picture.getvalue())
+    if picture:
+        write_atomically(options.output / "evaluation.png", picture)
     else:  # tasks alone; an older picture would be of other results
         (options.output / "evaluation.png").unlink(missing_ok=True)
     console.print(f"written to {options.output}", highlight=False)

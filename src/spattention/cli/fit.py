@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -39,6 +36,8 @@ from ..fitting.sinks import starting_sinks
 from ..hf.adapter_files import refuse_adapter
 from ..hf.profile import identity
 from ..loading import refuse_run
+from ..plots import picture_of
+from ..provenance import spattention_command
 from .options.fit import Options
 
 ENOUGH = 8  # times the tokens that are used: rows are spread over so much text at most
@@ -240,7 +239,7 @@ def _convert(
     return {
         "format": FORMAT,
         "version": 1,
-        "command": shlex.join(["spattention", *sys.argv[1:]]),
+        "command": spattention_command(),
         "model": options.model,
         "pairs": table.pairs,
         "length": table.length,
@@ -277,9 +276,7 @@ def _save(
     profile.save(folder / "profile.json")
     figures = {"profile": profile_figure(profile), "fit": fit_figure(profile, patterns)}
     for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=130, format="png")
-        (folder / f"{name}.png").write_bytes(picture.getvalue())
+        (folder / f"{name}.png").write_bytes(picture_of(figure, 130))
     finite = {k: v for k, v in facts["loss"].items() if math.isfinite(v)}
     (folder / "fit.json").write_text(json.dumps(facts | {"loss": finite}, indent=1) + "\n")
     text = f"# Bands fitted to {facts['model']}\n\n`{facts['command']}`\n\n{_summary(facts)}\n\n"

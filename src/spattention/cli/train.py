@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import shlex
-import sys
 from pathlib import Path
 
 from accelerate.utils import get_int_from_env
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..files import check_local, counted, did_you_mean, shown
 from ..loading import open_config, open_weights, refuse_run
 from ..models import SHAPES
+from ..provenance import spattention_command
 from ..training.callbacks import Diverged, Event
 from ..training.checkpoints import checkpoints
 from ..training.pretrain import pretrain
@@ -42,7 +41,7 @@ def main(options: Options) -> None:
                 recipe,
                 output,
                 minutes=options.minutes,
-                command=shlex.join(["spattention", *sys.argv[1:]]),
+                command=spattention_command(),
                 send=progress.update,
             )
     except KeyboardInterrupt:

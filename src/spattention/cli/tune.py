@@ -41,7 +41,6 @@ PORTABLE: tuple[Pass, ...] = ("forward", "query_gradient", "key_gradient")
 HOPPER: tuple[Pass, ...] = ("forward", "forward_persistent", "backward")
 DEVICE = "cuda"
 MOST_STAGES = 16  # blocks in flight; shared memory holds fewer
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def main(options: Options) -> None:
@@ -186,7 +185,7 @@ def _runner(options: Options, hopper: bool) -> Callable[..., None] | None:
 
     shape = (options.batch, options.heads, options.length, options.head_dim)
     query, key, value, d_out = (
-        torch.randn(shape, device=DEVICE, dtype=DTYPES[options.dtype]) for _ in range(4)
+        torch.randn(shape, device=DEVICE, dtype=getattr(torch, options.dtype)) for _ in range(4)
     )
     bands = BandPattern.shared_local(options.heads, options.length).flat
     scale = options.head_dim**-0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ..choice import STOCK
 from ..data.prepare import CorpusFacts
 from ..files import counted, write_atomically
+from ..plots import picture_of
 from ..provenance import machine, versions
 from .figure import comparison_figure
 from .summary import Result, Row, summarize
@@ -132,9 +132,7 @@ class Report:
         write_atomically(folder / "results.md", self.to_markdown())
         if self.results:
             figure = comparison_figure(self.results, self.rows, self.facts.unigram_entropy)
-            picture = io.BytesIO()
-            figure.savefig(picture, dpi=150, format="png")
-            write_atomically(folder / "results.png", picture.getvalue())
+            write_atomically(folder / "results.png", picture_of(figure, 150))
 
 
 def _cells(row: Row, dense_pairs: int | None, entropy: float) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ from .tokenizer import (
 
 BATCH = 512  # documents that are tokenized together, on all cores
 DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+SAMPLE = 20_000  # first documents, on which a tokenizer is trained
 HALF = Fraction(1, 2)
 HEADER = 128  # bytes before the tokens of a .npy file
 
@@ -133,7 +134,6 @@ def prepare_corpus(
     vocabulary: int = 32768,
     end_of_text: str = END_OF_TEXT,
     held_out: float = 0.005,
-    sample: int = 20_000,
     on_progress: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> CorpusFacts:
     """Tokenize a source into a folder, which appears when it is complete and not before.
@@ -146,7 +146,6 @@ def prepare_corpus(
         end_of_text: the token that ends each document.
         held_out: share of the documents kept for validation, spread evenly; 0 keeps none. A source
             of one document is cut at a line's end instead.
-        sample: number of documents that the tokenizer is trained on.
         on_progress: called with documents and tokens so far, after each batch.
 
     Raises:
@@ -157,8 +156,6 @@ def prepare_corpus(
         raise ValueError(f"`--output` must be a new folder, {folder} exists")
     if not 0 <= held_out <= 0.5:
         raise ValueError(f"`--held-out` must lie between 0 and 0.5, got {held_out}")
-    if sample < 1:
-        raise ValueError(f"`sample` must be at least 1 document, got {sample}")
     if tokenizer is None:
         check_vocabulary(vocabulary)  # the trainer aborts the process for one that is too large
     staging = folder.with_name(f".{folder.name}.preparing")
@@ -183,7 +180,7 @@ def prepare_corpus(
         documents, held_out = _enough(source, held_out)
         first: list[str] = []
         if used is None:
-            first = [text for text in itertools.islice(documents, sample) if text.strip()]
+            first = [text for text in itertools.islice(documents, SAMPLE) if text.strip()]
             used = train_tokenizer(first, vocabulary)
         encoder = DocumentEncoder(used, end_of_text_id(used, end_of_text))
         train, validation = _write(

@@ -169,9 +169,9 @@ def open_facts(folder: Path) -> CorpusFacts:
     return CorpusFacts(**found)
 
 
-def open_stream(folder: Path, name: str, *, check: bool = True) -> TokenStream:
+def open_stream(folder: Path, name: str) -> TokenStream:
     """The stream "train" or "validation" of a prepared folder; see `PreparedFolder.stream`."""
-    return PreparedFolder(folder).stream(name, check=check)
+    return PreparedFolder(folder).stream(name)
 
 
 @dataclass(frozen=True)

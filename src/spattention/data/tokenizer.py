@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..files import check_local, shown, shown_path, write_atomically
+from ..files import check_bytes, check_local, shown, shown_path, write_atomically
 from .bounds import LARGEST_VOCABULARY
 from .tokens import TokenStream
 
@@ -86,9 +86,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: a tokenizer is one `tokenizer.json`")
-    size = path.stat().st_size
-    if size > TOKENIZER_BYTES:
-        raise ValueError(f"{path} must have at most {TOKENIZER_BYTES} bytes, got {size}")
+    check_bytes(path, TOKENIZER_BYTES)
     try:
         found = Tokenizer.from_file(str(path))
     except (

@@ -71,7 +71,7 @@ def open_training(
         held_out: share of the documents of token files that is held out if `validation` is
             empty; 0 holds out none.
         limit: validation windows, spread over each stream; None for all.
-        check: compare the tokens of prepared folders with their digests, see `open_stream`.
+        check: compare the tokens of prepared folders with their digests, see `PreparedFolder`.
         say: called before that where it takes more than a few seconds.
 
     Raises:

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat.huggingface import attention_name
-from ..hf.decoder import plan_of
+from ..hf.decoder import OWN_IMPLEMENTATIONS, plan_of
 from ..hf.head_weights import HeadWeights, causal_weights
 from ..hf.section import KINDS
 
 ROWS = 64  # queries at a time
-STOCK = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ def head_statistics(model: Any, ids: Tensor) -> list[LayerHeads]:
     """
     name = attention_name(model.config.get_text_config())
     kind = KINDS.get(name)
-    if name not in STOCK and (kind is None or kind.weights is None):
+    if name not in OWN_IMPLEMENTATIONS and (kind is None or kind.weights is None):
         raise ValueError(f"`model` must have stock attention, bands or a baseline, got {name!r}")
     model.eval()
     found: list[LayerHeads] = []
     # Stock attention is looked at through SDPA: "eager" is not among the registered functions.
-    stock = name in STOCK
+    stock = name in OWN_IMPLEMENTATIONS
     if stock:
         model.set_attn_implementation("sdpa")
     try:

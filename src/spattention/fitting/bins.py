@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 EXACT = 64
 PER_DOUBLING = 8
 
@@ -35,15 +33,3 @@ def prefix_pairs(prefix: int, length: int) -> int:
     """Pairs of `length` queries with the first `prefix` keys that are not after them."""
     first = min(prefix, length)
     return first * (first + 1) // 2 + (length - first) * first
-
-
-def head_pairs(intervals: Sequence[tuple[int, int]], length: int, prefix: int = 0) -> int:
-    """Pairs of one head over `length` tokens; a key of the prefix that a band covers counts once.
-
-    A head without intervals has no prefix either.
-    """
-    if not intervals:
-        return 0
-    # Keys after the prefix: a distance d has `length - prefix - d` of them.
-    rest = sum(causal_pairs(near, far, length - prefix) for near, far in intervals)
-    return prefix_pairs(prefix, length) + rest

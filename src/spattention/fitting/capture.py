@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..bands import BandPattern
-from .bins import head_pairs
 from .profile import Profile
 
 
@@ -46,15 +45,6 @@ def coverage(edges: Sequence[int], intervals: Sequence[tuple[int, int]]) -> Tens
     for near, far in intervals:
         covered += (high.clamp(max=far) - low.clamp(min=near)).clamp(min=0)
     return covered / (high - low)
-
-
-def total_pairs(patterns: Sequence[BandPattern], length: int) -> int:
-    """Attended pairs of all layers and heads over `length` tokens, the prefix included."""
-    return sum(
-        head_pairs(head, length, pattern.prefix)
-        for pattern in patterns
-        for head in pattern.intervals
-    )
 
 
 def check_patterns(profile: Profile, patterns: Sequence[BandPattern]) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from ..bands import BandPattern, Interval
-from .bins import head_pairs
 from .capture import captured
 from .fit import FETCHES
 from .profile import Profile
@@ -116,6 +115,7 @@ def explain(
     rows = []
     for layer, pattern in enumerate(patterns):
         whole = all(_is_dense(head, length) for head in pattern.intervals)
+        pairs = pattern.pairs(length)
         for head, intervals in enumerate(pattern.intervals):
             median = _median(profile.edges, rest[layer, head])
             first = float(profile.first[layer, head].sum())
@@ -129,7 +129,7 @@ def explain(
                     layer,
                     head,
                     intervals,
-                    head_pairs(intervals, length, pattern.prefix) / dense,
+                    pairs[head] / dense,
                     float(shares[layer, head]),
                     first,
                     median,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..bands import BandPattern
 from ..scalars import as_int, as_number
 from .allocate import allocate
-from .bins import causal_pairs, distance_edges, head_pairs, prefix_pairs
+from .bins import causal_pairs, distance_edges, prefix_pairs
 from .capture import coverage
 from .profile import ModelIdentity, Profile
 
@@ -66,7 +67,17 @@ def fit(
     Raises:
         ValueError: if the budget cannot be met, or an argument does not fit the profile's model.
     """
-    task = _task(profile, pairs, length, span, prefix, local, kv_heads, dense_layers, retrieval)
+    task = _task(
+        profile,
+        pairs=pairs,
+        length=length,
+        span=span,
+        prefix=prefix,
+        local=local,
+        kv_heads=kv_heads,
+        dense_layers=dense_layers,
+        retrieval=retrieval,
+    )
     fetching = task.fetching
     window = task.window()
     least = task.value(window)
@@ -80,32 +91,14 @@ def fit(
         fetching = fetching[: len(fetching) * 4 // 5]
 
 
-def check_budget(
-    model: ModelIdentity,
-    length: int,
-    prefix_max: int,
-    *,
-    pairs: float,
-    span: int | None = None,
-    prefix: int = 0,
-    local: int | None = None,
-    kv_heads: int | None = None,
-    dense_layers: Iterable[int] = (),
-    retrieval: float = RETRIEVAL,
-) -> None:
+def check_budget(model: ModelIdentity, length: int, prefix_max: int, **arguments: Any) -> None:
     """Check arguments of `fit` before a model is profiled, which takes long.
 
     Args:
         model: to be profiled.
         length: tokens of the longest row.
         prefix_max: first tokens that will be measured.
-        pairs: as in `fit`, and so are those that follow.
-        span: of the patterns.
-        prefix: first tokens that every head attends.
-        local: nearest tokens that every head attends.
-        kv_heads: the model's key/value heads, or None.
-        dense_layers: layers that attend everything.
-        retrieval: weight of the needles.
+        arguments: of `fit`, but its profile.
 
     Raises:
         ValueError: as `fit` would.
@@ -114,8 +107,7 @@ def check_budget(
     first = torch.zeros(model.layers, model.heads, prefix_max, dtype=torch.float64)
     distance = torch.zeros(model.layers, model.heads, bins, dtype=torch.float64)
     by_both = first[..., None].expand(*first.shape, bins)
-    nothing = Profile(model, length, 1, length, "", first, distance, by_both, first)
-    _task(nothing, pairs, length, span, prefix, local, kv_heads, dense_layers, retrieval)
+    _task(Profile(model, length, 1, length, "", first, distance, by_both, first), **arguments)
 
 
 def sliding_window(
@@ -132,7 +124,9 @@ def sliding_window(
     Arguments and errors are those of `fit`. With `dense_layers`, the form of models that mix whole
     layers of full attention with layers of sliding windows.
     """
-    task = _task(profile, pairs, length, span, prefix, None, None, dense_layers)
+    task = _task(
+        profile, pairs=pairs, length=length, span=span, prefix=prefix, dense_layers=dense_layers
+    )
     return task.patterns(task.window())
 
 
@@ -315,13 +309,14 @@ def _runs(bins: Sequence[bool], edges: Sequence[int]) -> tuple[tuple[int, int], 
 
 def _task(
     profile: Profile,
+    *,
     pairs: float,
-    length: int | None,
-    span: int | None,
-    prefix: int,
-    local: int | None,
-    kv_heads: int | None,
-    dense_layers: Iterable[int],
+    length: int | None = None,
+    span: int | None = None,
+    prefix: int = 0,
+    local: int | None = None,
+    kv_heads: int | None = None,
+    dense_layers: Iterable[int] = (),
     retrieval: float = 0.0,
 ) -> Task:
     """The arguments of `fit`, checked."""
@@ -352,9 +347,8 @@ def _task(
         raise ValueError(f"`retrieval` must be a number from 0 to 1, got {retrieval!r}")
     group = 1 if kv_heads is None else model.heads // model.kv_heads
     task = Task(profile, budget, length, span, prefix, local, group, layers, weight)
-    least = dense // model.layers * len(layers) + len(task.layers) * model.heads * head_pairs(
-        [(0, local)], length, prefix
-    )
+    nearest = prefix_pairs(prefix, length) + causal_pairs(0, local, length - prefix)
+    least = dense // model.layers * len(layers) + len(task.layers) * model.heads * nearest
     if least > task.budget:
         raise ValueError(
             f"`pairs` must be at least {math.ceil(10_000 * least / dense) / 10_000} at length "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import check_bytes, write_atomically
 from ..scalars import as_int
 from .bins import distance_edges
 
@@ -311,9 +311,7 @@ class Profile:
         if not source.is_file():
             found = "it is a folder" if source.is_dir() else "there is no such file"
             raise ValueError(f"{source} must be a profile, {found}")
-        size = source.stat().st_size
-        if size > MOST_BYTES:
-            raise ValueError(f"{source} must have at most {MOST_BYTES} bytes, got {size}")
+        check_bytes(source, MOST_BYTES)
         try:
             return cls.from_dict(json.loads(source.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:

@@ -33,13 +33,11 @@ from .decoder import (
 from .head_weights import causal_weights
 from .mask import rows_mask
 from .parallel_guard import guard_parallel
-from .section import AttentionKind, kinds_of, register_kind, section_changed
+from .section import CALL, AttentionKind, kinds_of, register_kind, section_changed
 from .sinks import current_sinks, new_parameter, sink_values
 from .tensor_parallel import natural_pattern
 from .weights import Note, note_weights
 from .windows import check_traded, check_windows, replace_windows
-
-CALL = "spattention.hf.register()"  # named in what a process without it reads
 
 
 def register() -> None:

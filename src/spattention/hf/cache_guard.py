@@ -15,7 +15,7 @@ from .config import NAME, Section, read_section
 from .context_parallel import is_context_parallel
 from .decoder import plan_of
 from .mask import Rows, add_restarts, decidable, decode, is_packed
-from .packing import PACKING, warn_of_restarts
+from .packing import PACKING, refuse_jumps, warn_of_restarts
 from .tensor_parallel import head_shard, natural_pattern
 from .windows import check_traded
 
@@ -171,15 +171,10 @@ def _check_positions(
     documents = rows.key_start is not None and rows.key_start.dim() == 2
     if packed or not (cached or documents):  # Transformers has looked at positions without a cache
         return
-    jumps = (position_ids.diff(dim=1) > 1).nonzero()
-    if len(jumps):
-        row, column = jumps[0].tolist()
-        before, after = position_ids[row, column : column + 2].tolist()
-        raise ValueError(
-            "`position_ids` must go up by one, or restart at a lower position where a packed "
-            f"document starts, for spattention, got {before} then {after} in row {row}: with an "
-            "`attention_mask` of ones distances count tokens, whatever their positions"
-        )
+    refuse_jumps(
+        position_ids,
+        "with an `attention_mask` of ones distances count tokens, whatever their positions",
+    )
 
 
 def _check_room(cache: Any, layer: int, rows: int, tokens: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ..checks import check_documents
 from .mask import Rows, check_padding
-from .packing import PACKING, check_packing, warn_of_restarts
+from .packing import PACKING, check_packing, refuse_jumps, warn_of_restarts
 
 # Arguments of a model that do not depend on the tokens of a rank.
 PASSED_ON = frozenset(
@@ -90,17 +90,11 @@ def document_starts(
     if padded:
         warn_of_restarts(model, positions, Rows(padded=True))
         return None
-    steps = positions.expand(batch, -1).diff(dim=1).cpu()
-    ahead = (steps > 1).nonzero()
-    if len(ahead):
-        row, column = ahead[0].tolist()
-        before, after = positions.expand(batch, -1)[row, column : column + 2].tolist()
-        raise ValueError(
-            "`position_ids` must go up by one, or restart at a lower position where a packed "
-            f"document starts, got {before} then {after} in row {row}: give whole rows, which "
-            "`context_parallel` splits itself"
-        )
-    return tuple((0, *((row != 1).nonzero().flatten() + 1).tolist()) for row in steps)
+    positions = positions.expand(batch, -1).cpu()
+    refuse_jumps(positions, "give whole rows, which `context_parallel` splits itself")
+    return tuple(
+        (0, *((row != 1).nonzero().flatten() + 1).tolist()) for row in positions.diff(dim=1)
+    )
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

@@ -8,9 +8,7 @@ config, because some tools look the architecture up before they open the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -18,18 +16,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..files import read_json, write_atomically
-from .adapter_files import refuse_adapter
-from .apply import CALL
-from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER
-from .weights import REQUIREMENT
+from .adapter_files import CONFIG_BYTES, refuse_adapter
+from .section import ARCHITECTURE_PREFIX, CONFIG_LOADER, LOADER, required_call
 
-CONFIG_BYTES = 2**26
 AUTO_CLASSES = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
-# A call becomes code of the folder, so it is one of these, whatever the config says.
-CALLS = (CALL, "spattention.baselines.register()", "spattention.related.register()")
 MODULE = '''"""Registers spattention, which this model needs: pip install 'spattention[hf]'."""
 
 import transformers
@@ -76,7 +69,7 @@ def add_loader(folder: str | Path) -> None:
     path = Path(folder) / "config.json"
     refuse_adapter(Path(folder))
     config = read_json(path, CONFIG_BYTES)
-    call = _required_call(config)
+    call = required_call(config)
     if call is None:
         raise ValueError(f"`folder` must hold a model with bands or a baseline, {path} has none")
     named = config.get("architectures")
@@ -96,12 +89,3 @@ def add_loader(folder: str | Path) -> None:
     text = MODULE.format(module=module, name=name, call=call)
     write_atomically(Path(folder) / f"{LOADER}.py", text)
     write_atomically(path, json.dumps(config | {"auto_map": wanted}, indent=2) + "\n")
-
-
-def _required_call(saved: Mapping[str, Any]) -> str | None:
-    """The call that a saved config asks for, registered in this process or not; None for none."""
-    for name in saved.get("fusion_config") or ():
-        call = str(name).removesuffix(REQUIREMENT).partition(": ")[2]
-        if str(name).endswith(REQUIREMENT) and call in CALLS:
-            return call
-    return None

@@ -30,6 +30,19 @@ def check_packing(keywords: Mapping[str, Any], padded: bool) -> None:
         raise ValueError("`attention_mask` must be None with `cu_seq_lens_q`, got a padding mask")
 
 
+def refuse_jumps(position_ids: torch.Tensor, advice: str) -> None:
+    """Check that positions `[B, N]` go up by one or restart. Reads values; raises `ValueError` that
+    ends with the advice."""
+    jumps = (position_ids.diff(dim=1) > 1).nonzero()
+    if len(jumps):
+        row, column = jumps[0].tolist()
+        before, after = position_ids[row, column : column + 2].tolist()
+        raise ValueError(
+            "`position_ids` must go up by one, or restart at a lower position where a packed "
+            f"document starts, for spattention, got {before} then {after} in row {row}: {advice}"
+        )
+
+
 def warn_of_restarts(module: Any, position_ids: torch.Tensor, rows: Rows) -> None:
     """Warn once per module of positions that restart in a row with an `attention_mask`."""
     if not hasattr(module, WARNED) and _restarts(position_ids, rows):

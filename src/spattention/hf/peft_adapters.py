@@ -28,11 +28,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
+from .config import NAME
 from .dealable import refuse_dealt
 from .decoder import has_sinks, is_attention
-from .section import KINDS, AttentionKind, difference, same_section, section_in
+from .section import KINDS, AttentionKind, check_same_section, section_in
 from .sinks import Sinks
 
+LEARNED_KEYS = ("PREFIX_TUNING", "CARTRIDGE")  # types of adapters that learn keys and values
 WRITTEN = "_spattention_written"  # of a PEFT config: the section of the model that it is in
 READ = "_spattention_read"  # of a PEFT config from a file: the section there, None for none
 
@@ -136,12 +138,20 @@ def meet(model: Any, config: Any, adapter_name: str) -> None:
         adapter_name: in the model.
 
     Raises:
-        ValueError: if the model has another section, or is dense and cannot get it, or if its heads
-            are dealt: an adapter is saved in the order that it was trained in.
+        ValueError: if the model has another section, or is dense and cannot get it, if its heads
+            are dealt (an adapter is saved in the order that it was trained in), or if the adapter
+            learns keys and the model has bands.
     """
     refuse_dealt(model, "to be given an adapter")
     bring_back(model, config, adapter_name)
-    setattr(config, WRITTEN, adapter_section(model))
+    section = adapter_section(model)
+    if section is not None and section.kind == NAME and config.peft_type in LEARNED_KEYS:
+        raise ValueError(
+            f"`peft_type` must be one that learns no keys for a model with `config.{NAME}`, where "
+            f"a key is attended by its distance, got {config.peft_type.value}; LoRA and "
+            "prompt tuning learn none"
+        )
+    setattr(config, WRITTEN, section)
     _wrap_sinks(model, adapter_name, config)
 
 
@@ -168,19 +178,12 @@ def bring_back(model: Any, config: Any, adapter_name: str) -> None:
 
 def check_same(wanted: AdapterSection, found: AdapterSection | None) -> None:
     """Check that a model has the section that an adapter was trained with."""
-    if found is None:
-        raise ValueError(
-            f"the adapter of {wanted.file} must be loaded into a model with "
-            f"`config.{wanted.kind}`, got one without"
-        )
     rule = (
         f"the adapter of {wanted.file} must be loaded into a model with the `config.{wanted.kind}` "
         "that it was trained with"
     )
-    if wanted.kind != found.kind:
-        raise ValueError(f"{rule}, got `config.{found.kind}`")
-    if not same_section(wanted.data, found.data):
-        raise ValueError(f"{rule}, {difference(wanted.data, found.data)}")
+    given = None if found is None else (found.kind, found.data)
+    check_same_section(rule, (wanted.kind, wanted.data), given)
 
 
 def adapter_section(model: Any) -> AdapterSection | None:

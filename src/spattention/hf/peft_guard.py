@@ -132,6 +132,21 @@ def _unwrapping_sinks(unload: Callable[..., Any]) -> Callable[..., Any]:
     return unwrapped
 
 
+def _refusing_sinks(add_weighted_adapter: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `add_weighted_adapter`, which mixes weights of PEFT's layers alone."""
+
+    @wraps(add_weighted_adapter)
+    def add(self: Any, *args: Any, **keywords: Any) -> None:
+        for sinks in adapter_sinks(self)[:1]:
+            raise ValueError(
+                "`add_weighted_adapter` must not be called for a model with sinks, which it does "
+                f"not mix, got sinks of each adapter of {sorted(sinks.modules_to_save)}"
+            )
+        add_weighted_adapter(self, *args, **keywords)
+
+    return add
+
+
 def _merging_active(merge_adapter: Callable[..., None]) -> Callable[..., None]:
     """Wrap `BaseTuner.merge_adapter`, after which the active adapter's sinks stay active."""
     parameters = signature(merge_adapter)
@@ -278,7 +293,7 @@ def _writing_marks(get_state: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(get_state)
     def get(model: Any, *args: Any, **keywords: Any) -> Any:
-        refuse_lost_section(model, "an adapter")
+        refuse_lost_section(model)
         return {**get_state(model, *args, **keywords), **live_marks(model)}
 
     return get
@@ -382,6 +397,7 @@ def _install() -> None:
         for name, make in (
             ("inject_adapter", _meeting_model),
             (UNLOAD, _unwrapping_sinks),
+            ("add_weighted_adapter", _refusing_sinks),
         ):
             if name in vars(tuner):
                 _around(tuner, name, make)

@@ -65,6 +65,9 @@ TRAINER_GUARD = "spattention.hf.trainer_guard"
 ACCELERATE_GUARD = "spattention.hf.accelerate_guard"
 PLANNER = "torch.distributed.checkpoint.default_planner"
 PLANNER_GUARD = "spattention.hf.planner_guard"
+CALL = "spattention.hf.register()"  # makes bands known, as errors name it
+# A loader makes a call code of its folder, so it is one of these, whatever a config says.
+CALLS = (CALL, "spattention.baselines.register()", "spattention.related.register()")
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,19 @@ def section_in(model: Any) -> tuple[str, Mapping[str, Any]] | None:
     return None
 
 
-def same_section(one: Any, other: Any) -> bool:
-    """True if two sections differ in nothing but the entries that are there for readers alone."""
-    return _meaning(one) == _meaning(other)
+def check_same_section(rule: str, wanted: tuple[str, Any], found: tuple[str, Any] | None) -> None:
+    """Check that a model has a section, each given by its kind; entries that are there for readers
+    alone may differ.
+
+    Raises:
+        ValueError: which begins with the rule, and names the first entry that differs.
+    """
+    if found is None:
+        raise ValueError(f"{rule}, got one without")
+    if found[0] != wanted[0]:
+        raise ValueError(f"{rule}, got `config.{found[0]}`")
+    if _differ(wanted[1], found[1]):
+        raise ValueError(f"{rule}, {_difference(wanted[1], found[1])}")
 
 
 def _meaning(section: Any) -> Any:
@@ -173,7 +186,7 @@ def _meaning(section: Any) -> Any:
     return section
 
 
-def difference(wanted: Any, found: Any) -> str:
+def _difference(wanted: Any, found: Any) -> str:
     """A line that names the first entry in which two sections differ, and both values. Whole
     sections of a fitted model fill many screens.
     """
@@ -265,11 +278,13 @@ def _names_loader(auto_map: Any) -> bool:
     return bool(auto_map) and all(str(n).startswith(f"{LOADER}.") for n in auto_map.values())
 
 
-def registered_call(saved: Mapping[str, Any]) -> str | None:
-    """The call that makes the attention of a saved config known; None for stock attention."""
+def required_call(saved: Mapping[str, Any]) -> str | None:
+    """The call that a saved config asks for, made in this process or not; None for stock attention,
+    which needs none.
+    """
     for name in saved.get("fusion_config") or ():
-        kind, _, call = str(name).removesuffix(REQUIREMENT).partition(": ")
-        if kind in KINDS and str(name).endswith(REQUIREMENT) and call == KINDS[kind].call:
+        call = str(name).removesuffix(REQUIREMENT).partition(": ")[2]
+        if str(name).endswith(REQUIREMENT) and call in CALLS:
             return call
     return None
 
@@ -290,7 +305,7 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
         loading_info.mismatched_keys -= reshaped
         # A saved config whose section was taken off keeps its requirement: dense is meant.
         saved = {"fusion_config": getattr(self.config, "fusion_config", None)}
-        if any(_kinds_below(self.config)) or registered_call(saved) is None:
+        if any(_kinds_below(self.config)) or required_call(saved) is None:
             _refuse_other_marks(self, loading_info.unexpected_keys)
         for kind in KINDS.values():
             if kind.check_weights is not None:

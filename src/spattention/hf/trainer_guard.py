@@ -20,7 +20,7 @@ from typing import Any
 from transformers import TrainerState
 
 from ..files import write_atomically
-from .section import KINDS, AttentionKind, difference, same_section, section_in
+from .section import KINDS, AttentionKind, check_same_section, section_in
 
 MODEL = "_spattention_model"  # of a state: a weak reference to the model that is trained
 READ = "_spattention_read"  # of a state from a file: kind, section and file
@@ -78,11 +78,7 @@ def _checking_model(init_training_references: Callable[..., None]) -> Callable[.
                 f"the training of {file} must be resumed with a model with the `config.{name}` "
                 "that it was trained with"
             )
-            if found is None or found[0] != name:
-                got = "one without" if found is None else f"`config.{found[0]}`"
-                raise ValueError(f"{rule}, got {got}")
-            if not same_section(found[1], section):
-                raise ValueError(f"{rule}, {difference(section, found[1])}")
+            check_same_section(rule, (name, section), found)
         setattr(self, MODEL, weakref.ref(trainer.model))
         init_training_references(self, trainer, *args, **keywords)
 

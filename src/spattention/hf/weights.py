@@ -191,12 +191,11 @@ def _lost_sections(model: Any) -> Iterator[tuple[str, Any, Note]]:
             yield name, module, note
 
 
-def refuse_lost_section(model: Any, saved: str) -> None:
-    """Check that no section was deleted in a model; `saved` is what needs it. Raises
-    `ValueError`."""
+def refuse_lost_section(model: Any) -> None:
+    """Check that no section was deleted in a model whose adapter is saved. Raises `ValueError`."""
     for name, _, note in _lost_sections(model):
         raise ValueError(
-            f"`config.{note.kind}` must be there to save {saved} that was trained with it, got "
+            f"`config.{note.kind}` must be there to save an adapter that was trained with it, got "
             f"none for {name}"
         )
 

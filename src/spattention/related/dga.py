@@ -38,7 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..baselines.adapter import check_integers, check_size
 from ..baselines.state import State
-from .method import Related, check_number, check_whole
+from .method import Related, causal_attention, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class GroupAttention:
         else:
             old = state.tensors["key"], state.tensors["value"]
             kept = [torch.cat(pair, dim=2) for pair in zip(old, (key, value))]
-            out = _attend_last(query, kept[0], kept[1], scale)
+            out = causal_attention(query, kept[0], kept[1], scale)
         state.keep(key=kept[0], value=kept[1])
         return out
 
@@ -239,7 +239,7 @@ class GroupAttention:
             part = [t[:, :, done : done + count] for t in given]
             opened = [torch.cat(pair, dim=2) for pair in zip(opened, part)]
             keys, values = (torch.cat(pair, dim=2) for pair in zip(held, opened[1:]))
-            outs.append(_attend_last(part[0], keys, values, scale))
+            outs.append(causal_attention(part[0], keys, values, scale))
             done += count
             if opened[0].shape[2] == self.method.block:
                 split = self.split(opened[0], opened[1], scale)
@@ -299,11 +299,3 @@ def _mask(split: Split, rows: Tensor, length: int) -> Tensor:
     token = torch.arange(length, device=rows.device)
     tokens = (token <= rows) & (rows < _until(split, length)[:, :, None])
     return torch.cat([tokens, split.since[:, :, None] <= rows], dim=-1)
-
-
-def _attend_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention of the last Q of K keys to all those before and themselves."""
-    queries, keys = query.shape[2], key.shape[2]
-    position = torch.arange(keys, device=query.device)
-    mask = position <= position[keys - queries :, None]
-    return scaled_dot_product_attention(query, key, value, mask, scale=scale)

@@ -5,6 +5,7 @@
 | `paged_decode` | `paged_attention`: the newest tokens of each request |
 | `head_classes` | key/value heads whose cache blocks are freed together |
 | `class_streams` | streams on which classes of heads decode side by side |
+| `class_store` | new keys of all classes of heads of a layer, stored by one launch |
 | `paged` | one step of an engine over a paged cache, and writing into it |
 | `checks` | checks of a model folder and an engine's settings |
 | `marks` | marks among a folder's weights, checked against its config |

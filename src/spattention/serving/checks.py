@@ -10,8 +10,8 @@ from typing import Any
 
 from ..bands import BandPattern
 from ..hf.config import NAME, Section, read_section
+from ..hf.section import ARCHITECTURE_PREFIX
 
-ARCHITECTURE_PREFIX = "Spattention"
 # Families whose band models can be served, by the name that Transformers gives their class.
 FAMILIES = (
     "LlamaForCausalLM",

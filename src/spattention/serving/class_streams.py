@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,30 +22,18 @@ class ClassStreams:
     def __init__(self, classes: int, device: torch.device) -> None:
         count = classes - 1 if device.type == "cuda" else 0
         self.sides = [torch.cuda.Stream(device) for _ in range(count)]
-        self.copies: list[torch.Tensor] = []
 
-    @contextmanager
-    def run(self, index: int, query: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Launches of class `index` in this context run on its stream.
-
-        The classes of a layer come in order. After the last one the current stream waits for all:
-        outputs may be read from then on.
+    def run(self, classes: Sequence[Callable[[], None]]) -> None:
+        """Launch the classes of a layer. Afterwards the current stream waits for all.
 
         Args:
-            index: 0 to `classes - 1`.
-            query: what the current stream may overwrite next.
-
-        Yields:
-            the query to read: a copy, where the current stream does not wait.
+            classes: each launches its class on the current stream.
         """
-        if index < len(self.sides):
-            side = self.sides[index]
-            self.copies.append(query.clone())
+        for side, launch in zip(self.sides, classes):
             side.wait_stream(torch.cuda.current_stream(side.device))
             with torch.cuda.stream(side):
-                yield self.copies[-1]
-        else:
-            yield query
-            for side in self.sides:
-                torch.cuda.current_stream(side.device).wait_stream(side)
-            self.copies.clear()
+                launch()
+        for launch in classes[len(self.sides) :]:
+            launch()
+        for side in self.sides:
+            torch.cuda.current_stream(side.device).wait_stream(side)

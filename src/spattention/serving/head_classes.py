@@ -78,6 +78,27 @@ def head_classes(
     return classes
 
 
+def described(
+    patterns: Sequence[BandPattern], classes: Sequence[HeadClass], num_layers: int
+) -> str:
+    """A line for an engine's log: which layers have bands, and how far their heads read.
+
+    Args:
+        patterns: one per layer with bands.
+        classes: those of one of these layers.
+        num_layers: layers of the model.
+    """
+    one = len(set(patterns)) == 1 and patterns[0].constructor is not None
+    named = repr(patterns[0]) if one else f"{len(set(patterns))} different patterns"
+    reads = ", ".join(f"{len(part.kv_heads)} up to {part.window:,}" for part in classes)
+    prefix = max(pattern.prefix for pattern in patterns)
+    return (
+        f"bands in {len(patterns)} of {num_layers} layers: {named}, farthest edge "
+        f"{classes[-1].window:,} tokens; key/value heads of a rank by how far back they read: "
+        f"{reads} tokens" + (f", and all the first {prefix}" if prefix else "")
+    )
+
+
 def rank_pattern(pattern: BandPattern, ranks: int, rank: int) -> BandPattern:
     """The bands of the query heads that a tensor-parallel rank holds."""
     here = pattern.num_heads // ranks

@@ -7,11 +7,13 @@ step waits for the device.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -37,7 +39,7 @@ class BandMetadata(AttentionMetadata):
 
 
 class BandAttentionBackend(AttentionBackend):
-    forward_includes_kv_cache_update: bool = False
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
 
@@ -90,8 +92,12 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         fast_build: bool = False,
     ) -> BandMetadata:
         requests = common_attn_metadata.num_reqs
-        offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
         table, seq_lens = common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens
+        if self.has_kernels and common_attn_metadata.max_query_len == 1:
+            # Slices of vLLM's own buffers, which a captured graph reads again. Rows that only pad
+            # the batch are of length 0.
+            return BandMetadata(Step(Decodes(table[:requests], seq_lens[:requests]), None))
+        offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
         # Exact on the host, since speculative decoding is refused.
         lengths = common_attn_metadata.seq_lens_cpu_upper_bound
         assert lengths is not None
@@ -104,7 +110,6 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
             self.window,
             self.prefix,
         )
-        # Slices of vLLM's own buffers, which a captured graph reads again.
         by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
         return BandMetadata(Step(by_kernels, prefills))
 
@@ -124,19 +129,28 @@ class ClassBands:
         pattern: the bands of this class's query heads.
         sinks: `[H]` of all the rank's heads, or None.
         query_heads: indices of this class's heads among those of `sinks`.
-        index: which of the layer's classes this is.
+        first: the first of these heads in the queries that the layer is given.
+        layers: vLLM's names of the layer's classes, in the order of their key/value heads.
+        order: indices of `layers` in the order of their launches, the farthest window first. The
+            others then fill the GPU beside its last programs.
         streams: those of the layer's classes.
     """
 
     pattern: BandPattern
     sinks: torch.Tensor | None
     query_heads: list[int]
-    index: int
+    first: int
+    layers: tuple[str, ...]
+    order: tuple[int, ...]
     streams: ClassStreams
 
 
 class BandAttentionImpl(AttentionImpl[BandMetadata]):
-    """Attention of one class of heads in one layer; arguments are vLLM's, and `bands`."""
+    """Attention of one class of heads in one layer; arguments are vLLM's, and `bands`.
+
+    vLLM calls the first class of a layer with the heads of all. It runs the others, whose layers
+    only hold their caches.
+    """
 
     def __init__(
         self,
@@ -163,7 +177,7 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
                 raise ValueError(f"`{name}` must be None for spattention, got {given!r}")
         if attn_type != AttentionType.DECODER:
             raise ValueError(f'`attn_type` must be "decoder" for spattention, got {attn_type!r}')
-        assert bands.pattern.num_heads == num_heads
+        assert bands.pattern.num_heads <= num_heads
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -175,18 +189,6 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self.bands.sinks is not None:
             self.sinks = self.bands.sinks.detach()[self.bands.query_heads].float()
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Store the first `slot_mapping.shape[0]` keys and values; negative slots are padding."""
-        tokens = slot_mapping.shape[0]
-        write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -200,30 +202,62 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Fill `output [T, H, D]` from the cache, which has the new keys already."""
+        """Store the new keys of all classes, and fill `output [T, H, D]` from their caches."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("spattention does not quantize its output")
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output.zero_()
-        with self._stream(query) as read:
-            attend(
-                read,
-                kv_cache,
-                attn_metadata.step,
-                self.bands.pattern,
-                output,
-                scale=self.scale,
-                sinks=self.sinks,
-            )
+        caches, slots, classes = [], [], list[Callable[[], None]]()
+        for name in self.bands.layers:
+            metadata, holder, cache, slot_mapping = get_attention_context(name)
+            caches.append(cache)
+            slots.append(slot_mapping)
+            attend_class = holder.impl.attend_class
+            classes.append(partial(attend_class, query, cache, metadata.step, output))
+        _store(key, value, caches, slots)
+        self._run([classes[index] for index in self.bands.order])
         return output
 
-    def _stream(self, query: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
-        """The stream of this class's launches, and the query that they read.
-
-        Classes run side by side only in a captured step, where nothing is launched later than the
-        graph says.
+    def _run(self, classes: Sequence[Callable[[], None]]) -> None:
+        """Launch the classes: side by side in a captured step alone, where nothing is launched
+        later than the graph says.
         """
-        streams = self.bands.streams
-        if streams.sides and torch.cuda.is_current_stream_capturing():
-            return streams.run(self.bands.index, query)
-        return nullcontext(query)
+        if self.bands.streams.sides and torch.cuda.is_current_stream_capturing():
+            self.bands.streams.run(classes)
+        else:
+            for launch in classes:
+                launch()
+
+    def attend_class(
+        self, query: torch.Tensor, cache: torch.Tensor, step: Step, output: torch.Tensor
+    ) -> None:
+        """Fill this class's heads of `output [T, H, D]`."""
+        heads = slice(self.bands.first, self.bands.first + self.bands.pattern.num_heads)
+        attend(
+            query[:, heads],
+            cache,
+            step,
+            self.bands.pattern,
+            output[:, heads],
+            scale=self.scale,
+            sinks=self.sinks,
+        )
+
+
+def _store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    caches: Sequence[torch.Tensor],
+    slots: Sequence[torch.Tensor],
+) -> None:
+    """Store the new keys and values of all classes. Tokens beyond the slots only pad the batch."""
+    if key.is_cuda:
+        from .class_store import store  # Triton is not there on every machine
+
+        store(key, value, caches, slots)
+        return
+    first = 0
+    for cache, slot in zip(caches, slots):
+        heads, tokens = slice(first, first + cache.shape[1]), slot.shape[0]
+        write(key[:tokens, heads], value[:tokens, heads], cache, slot)
+        first += cache.shape[1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -21,7 +23,7 @@ from ..bands import BandPattern
 from ..hf.config import NAME
 from .checks import banded, section_for
 from .class_streams import ClassStreams
-from .head_classes import HeadClass, head_classes, rank_pattern, select_heads
+from .head_classes import HeadClass, described, head_classes, rank_pattern, select_heads
 from .marks import without_marks
 from .vllm_backend import BandAttentionBackend, ClassBands
 from .vllm_cache import PrefixWindowSpec
@@ -30,31 +32,36 @@ from .vllm_cache import PrefixWindowSpec
 class ClassAttention(Attention):
     """vLLM's layer for one class of heads, with a cache of its own.
 
+    The first class of a layer computes all: `num_heads` and `num_kv_heads` are the layer's.
+
     Args:
-        window: as in `HeadClass`.
+        part: the class.
         kept_tokens: the first tokens that are kept besides.
         keeps_all: vLLM frees no blocks at all.
         keywords: vLLM's.
     """
 
-    def __init__(self, *, window: int, kept_tokens: int, keeps_all: bool, **keywords: Any) -> None:
+    def __init__(
+        self, *, part: HeadClass, kept_tokens: int, keeps_all: bool, **keywords: Any
+    ) -> None:
         super().__init__(attn_backend=BandAttentionBackend, **keywords)
-        self.window = window
+        self.part = part
         self.kept_tokens = kept_tokens
         self.keeps_all = keeps_all
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         common: dict[str, Any] = {
             "block_size": vllm_config.cache_config.block_size,
-            "num_kv_heads": self.num_kv_heads,
+            "num_kv_heads": len(self.part.kv_heads),
             "head_size": self.head_size,
             "dtype": self.kv_cache_torch_dtype,
         }
         if self.keeps_all:
             return FullAttentionSpec(**common)
         if self.kept_tokens:
-            return PrefixWindowSpec(sliding_window=self.window, prefix=self.kept_tokens, **common)
-        return SlidingWindowSpec(sliding_window=self.window, **common)
+            window = self.part.window
+            return PrefixWindowSpec(sliding_window=window, prefix=self.kept_tokens, **common)
+        return SlidingWindowSpec(sliding_window=self.part.window, **common)
 
 
 class BandAttention(torch.nn.Module):
@@ -89,60 +96,58 @@ class BandAttention(torch.nn.Module):
         self.num_kv_heads = replaced.num_kv_heads
         self.head_size = replaced.head_size
         group = self.num_heads // self.num_kv_heads
+        # Classes of neighbouring heads then need no other order of heads. All ranks have to give
+        # the same window to a name.
+        named = sorted(
+            ((part, f"{replaced.layer_name}.class_{index}") for index, part in enumerate(classes)),
+            key=lambda entry: entry[0].kv_heads,
+        )
+        classes, names = zip(*named)
         # vLLM asks every attention layer in this table for its cache.
         table = vllm_config.compilation_config.static_forward_context
         del table[replaced.layer_name]
         query_heads = [
             [head * group + i for head in part.kv_heads for i in range(group)] for part in classes
         ]
-        self.query_sizes = [len(heads) for heads in query_heads]
-        self.kv_sizes = [len(part.kv_heads) for part in classes]
         query_order = torch.tensor([head for heads in query_heads for head in heads])
         self.in_order = bool(query_order.equal(torch.arange(self.num_heads)))
         kv_order = torch.tensor([head for part in classes for head in part.kv_heads])
         self.register_buffer("query_order", query_order, persistent=False)
         self.register_buffer("kv_order", kv_order, persistent=False)
         self.register_buffer("undo_order", query_order.argsort(), persistent=False)
+        order = tuple(sorted(range(len(classes)), key=lambda index: -classes[index].window))
+        firsts = [0, *accumulate(len(heads) for heads in query_heads)]
         self.classes = torch.nn.ModuleList(
             ClassAttention(
-                window=part.window,
+                part=part,
                 kept_tokens=prefix,
                 # vLLM's one window for all layers has no place for a prefix.
                 keeps_all=prefix > 0 and not is_hybrid(vllm_config),
-                num_heads=len(heads),
-                num_kv_heads=len(part.kv_heads),
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
                 head_size=self.head_size,
                 scale=replaced.impl.scale,
                 cache_config=vllm_config.cache_config,
                 quant_config=replaced.quant_config,
-                prefix=f"{replaced.layer_name}.class_{index}",
-                bands=ClassBands(select_heads(pattern, heads), sinks, heads, index, streams),
+                prefix=name,
+                bands=ClassBands(
+                    select_heads(pattern, heads), sinks, heads, first, names, order, streams
+                ),
             )
-            for index, (part, heads) in enumerate(zip(classes, query_heads))
+            for part, heads, first, name in zip(classes, query_heads, firsts, names)
         )
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Args are `[T, heads * D]`, as in vLLM's `Attention`."""
-        if len(self.classes) == 1:
+        if self.in_order:
             return self.classes[0](query, key, value)
         query = query.unflatten(-1, (self.num_heads, self.head_size))
         key = key.unflatten(-1, (self.num_kv_heads, self.head_size))
         value = value.unflatten(-1, (self.num_kv_heads, self.head_size))
-        if not self.in_order:
-            query = query.index_select(1, self.query_order)
-            key = key.index_select(1, self.kv_order)
-            value = value.index_select(1, self.kv_order)
-        parts = zip(
-            self.classes,
-            query.split(self.query_sizes, dim=1),
-            key.split(self.kv_sizes, dim=1),
-            value.split(self.kv_sizes, dim=1),
-        )
-        out = torch.cat(
-            [one(q.flatten(1), k.flatten(1), v.flatten(1)) for one, q, k, v in parts], 1
-        )
-        if self.in_order:
-            return out
+        query = query.index_select(1, self.query_order)
+        key = key.index_select(1, self.kv_order)
+        value = value.index_select(1, self.kv_order)
+        out = self.classes[0](query.flatten(1), key.flatten(1), value.flatten(1))
         out = out.unflatten(-1, (self.num_heads, self.head_size))
         return out.index_select(1, self.undo_order).flatten(1)
 
@@ -161,6 +166,9 @@ def give_bands(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         uniform_pages=len(patterns) < config.num_hidden_layers,
         **({} if is_hybrid(vllm_config) else {"max_classes": 1}),
     )
+    if rank == 0:
+        line = described(list(patterns.values()), classes[0], config.num_hidden_layers)
+        init_logger(f"vllm.{NAME}").info("%s", line)  # vLLM shows the loggers below its own
     by_layer = dict(zip(patterns, classes))
     # One number for all layers: vLLM shares a table of blocks among layers of equal specs.
     prefix = max(pattern.prefix for pattern in patterns.values())

@@ -12,13 +12,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from .checks import (
-    ARCHITECTURE_PREFIX,
-    FAMILIES,
-    check_architectures,
-    check_cache_dtype,
-    check_ranks,
-)
+from ..hf.section import ARCHITECTURE_PREFIX
+from .checks import FAMILIES, check_architectures, check_cache_dtype, check_ranks
 
 MODELS = "spattention.serving.vllm_models"
 # vLLM changes the interfaces that this library implements from one release to the next.

@@ -9,15 +9,12 @@ from .cases import Case, Tensors, finite_backward, run
 from .oracle import exact, plain
 from .rounding import noise
 from .tolerance import check_case, check_error
-from .views import VIEWS, check_view
 
 __all__ = [
-    "VIEWS",
     "Case",
     "Tensors",
     "check_case",
     "check_error",
-    "check_view",
     "exact",
     "finite_backward",
     "noise",

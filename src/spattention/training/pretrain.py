@@ -28,7 +28,7 @@ from ..compat.huggingface import decoder_layer_names
 from ..compat.pytorch import raise_recompile_limit
 from ..data.tokens import InOrder
 from ..data.training import TrainingData, open_training
-from ..models import SHAPES
+from ..models import SHAPES, parameters_of
 from .callbacks import (
     CheckpointCallback,
     DivergenceCallback,
@@ -59,7 +59,7 @@ from .router import balance_routers
 from .run_folder import check_folder, claim
 from .trainer import forget_graph, make_trainer
 from .trainer_arguments import recipe_arguments
-from .work import active_parameters, work_per_token
+from .work import work_per_token
 
 CPU_SPEED = 1e11  # FLOP/s of one thread at best
 GRAPHS_PER_LAYER = 8  # PyTorch's limit for one function; training and evaluation need two to four
@@ -174,12 +174,13 @@ def _train(
     if resume is not None and recipe.parallel == "ddp":
         load_weights(model, resume)
 
+    count = parameters_of(model)
     facts = {
         "kind": "begin",
         "steps": recipe.steps,
         "step": start,
-        "parameters": model.num_parameters(),
-        "active_parameters": active_parameters(model),
+        "parameters": count.total,
+        "active_parameters": count.active,
         "pairs_per_token": attention.pairs(recipe.context) / recipe.context,
         "tokens": data.tokens,
         "epochs": recipe.steps * recipe.batch / len(data.train),  # type: ignore[arg-type]

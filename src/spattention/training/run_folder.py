@@ -89,7 +89,10 @@ def claim(recipe: Recipe, folder: Path, data: TrainingData) -> tuple[Path | None
         if resume is None or step_of(path) > step_of(resume):
             path.rename(_unused(path.with_name(f"damaged-{path.name}")))
     if resume is not None:
-        notes.append(f"resuming from {resume}")
+        done = step_of(resume) == recipe.steps
+        notes.append(
+            f"all {recipe.steps} steps are done: {resume}" if done else f"resuming from {resume}"
+        )
     elif problems:
         notes.append("no checkpoint is whole: starting again")
     return resume, notes

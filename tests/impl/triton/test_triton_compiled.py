@@ -38,6 +38,10 @@ def test_decoding_kernels_fit_shared_memory(tmp_path: Path) -> None:
     assert all(shared <= limit for shared, limit in found), found
 
 
+def test_the_store_of_classes_compiles(tmp_path: Path) -> None:
+    assert compiled("compile_store.py", tmp_path) == [["store_kernel", "0"]] * 2
+
+
 def test_cached_kernels_are_those_of_triton(tmp_path: Path) -> None:
     """A key that left something out would launch a kernel made for other strides or alignments."""
     repeated = {name: int(forms) for name, forms in compiled("compare_cached.py", tmp_path)}
@@ -52,5 +56,6 @@ def test_cached_kernels_are_those_of_triton(tmp_path: Path) -> None:
         "decode.kernels.chunk_kernel",
         "decode.merge.combine_kernel",
         "decode.append.append_kernel",
+        "spattention.serving.class_store.store_kernel",
     }
     assert min(repeated.values()) > 3, repeated

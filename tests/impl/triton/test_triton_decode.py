@@ -17,7 +17,8 @@ from spattention.impl.triton.decode import op as decode_op
 from spattention.impl.triton.decode.config import DecodeLaunch, merged_rows
 from spattention.impl.triton.decode.counters import ArrivalCounters, arrival_counters
 from spattention.impl.triton.decode.plan import make_plan
-from spattention.testing import VIEWS, Case, check_case, check_error, check_view, exact, plain
+from spattention.testing import Case, check_case, check_error, exact, plain
+from tests.views import VIEWS, check_view
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
 P = spa.BandPattern

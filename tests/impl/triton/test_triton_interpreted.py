@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spattention as spa
 from spattention.impl.triton import op
-from spattention.testing import VIEWS, Case, check_case, check_view
+from spattention.testing import Case, check_case
+from tests.views import VIEWS, check_view
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="the kernels run on the GPU here")
 P = spa.BandPattern

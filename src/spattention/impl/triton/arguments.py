@@ -24,7 +24,8 @@ class Form(NamedTuple):
     softmax is computed in powers of e. `EXACT_STEPS` is the number of blocks of keys up to which
     delta is summed over the keys instead of taken from the output, whose rounding would show. Both
     buffers of the ring of keys hold that many. It is 0 where a call has some of its rows' keys
-    alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, and
+    alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, `PAGES` the
+    power of two of block numbers that a chunk keeps, 0 where each step loads its own, and
     `MERGED_ROWS` the power of two of rows that the last program of a head merges; 0 where there is
     none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`, and `ORDERED`
     that dQ is summed there in a fixed order.
@@ -54,6 +55,7 @@ class Form(NamedTuple):
     PRECISE: bool = False
     EXACT_STEPS: int = 2
     PAGE: int = 0
+    PAGES: int = 0
     MERGED_ROWS: int = 0
 
 

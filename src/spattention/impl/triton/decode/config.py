@@ -77,6 +77,7 @@ FEW_HALF_HOPPER = FEW_HALF | {
 ONE_INTERPRETED = DecodeLaunch(1, 16, 1, 1, longest=32, many=32)
 FEW_INTERPRETED = DecodeLaunch(64, 16, 1, 1, longest=32, many=32)
 BLOCK_P = 16  # chunks that are merged at a time
+MOST_PAGES = 512  # numbers of blocks that a program keeps: 4 for each thread
 MERGED_ROWS = 16  # rows of a key/value head up to which one launch decodes
 
 
@@ -85,6 +86,16 @@ def paged_stages(num_stages: int) -> int:
     `num_stages` over a dense one: Triton gives half of them to the numbers of the blocks.
     """
     return 2 * num_stages - 1
+
+
+def held_pages(launch: DecodeLaunch, page: int) -> int:
+    """Numbers of blocks of `page` tokens that a chunk keeps, a power of two; 0 where they would be
+    too many.
+    """
+    if page == 0:
+        return 0
+    most = (max(launch.longest, launch.many) + page - 2) // page + 1
+    return 1 << (most - 1).bit_length() if most <= MOST_PAGES else 0
 
 
 def merged_rows(rows: int) -> int:

@@ -41,7 +41,7 @@ from .rows import (
     attend_rows,
     load_rows,
 )
-from .storage import load_key_head
+from .storage import load_key_head, load_pages
 
 
 class DecodePositions(NamedTuple):
@@ -140,15 +140,18 @@ def attend_chunk(
     if begin >= end:  # all before the text: no sums are read where lse is -inf
         tl.store(p_part_lse + o_row, o_row * 0.0 + float("-inf"), mask=m_row)
     else:
+        chunk_keys = keys
+        if FORM.PAGES > 0:
+            chunk_keys = load_pages(keys, begin, end, FORM)
         o_query = counts.n_queries - 1 - rows.behind
         b_query = load_rows(query, batch, rows.head, o_query, m_row, FORM)
         if BLOCK_M == 1:
             b_out, row_max, row_sum = attend_row(
-                b_query, keys, p_bands, rows, begin, end, scale, FORM
+                b_query, chunk_keys, p_bands, rows, begin, end, scale, FORM
             )
         else:
             b_out, row_max, row_sum = attend_rows(
-                b_query, keys, p_bands, rows, begin, end, scale, FORM
+                b_query, chunk_keys, p_bands, rows, begin, end, scale, FORM
             )
         lse, row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)
         b_out = normalised(b_out, row_sum, FORM.PRECISE)
@@ -159,7 +162,7 @@ def attend_chunk(
             if nearest < end - 1:
                 farthest = tl.where(arguments.is_finite(b_out), begin - 1, end - 1)
                 attend_documents(
-                    b_query, keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM
+                    b_query, chunk_keys, p_bands, rows, begin, farthest, p_part, o_row, scale, FORM
                 )
 
 

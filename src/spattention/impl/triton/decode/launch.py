@@ -11,7 +11,7 @@ from ..arguments import Form, Heads, heads
 from ..call import check_query_start, on_device, softmax_scale, start_strides
 from ..compiled import CompiledKernelCache, specialization
 from ..config import OPTIONS, block_d
-from .config import BLOCK_P, DecodeLaunch, merged_rows, paged_stages
+from .config import BLOCK_P, DecodeLaunch, held_pages, merged_rows, paged_stages
 from .counters import arrival_counters
 from .kernels import DecodeCounts, DecodePositions, chunk_kernel
 from .merge import Result, combine_kernel
@@ -58,7 +58,8 @@ def launch_decode(
     result_key = specialization(out, lse, sinks, arrived), out.stride()
     counts = _counts(made, tensors, positions, blocks, query_start)
     page = 0 if positions.pages is None else key.shape[1]
-    stages = paged_stages(launch.num_stages) if page else launch.num_stages
+    pages = held_pages(launch, page)
+    stages = paged_stages(launch.num_stages) if page and not pages else launch.num_stages
     with on_device(query.device):
         _chunk(
             made.n_chunks * blocks * batch,
@@ -168,6 +169,7 @@ def _chunk_form(
         HAS_SINKS=given[-1] and merged > 0,
         PRECISE=precise,
         PAGE=page,
+        PAGES=held_pages(launch, page),
         MERGED_ROWS=merged,
     )
 

@@ -17,7 +17,8 @@ class KeyHead(NamedTuple):
     `newest` is the token of the newest query, and `length` the number of tokens or the length of a
     ring. `p_pages` points to the entry's row of the block table; the pointers are then those of
     block 0, and `page_stride` leads from block to block. `prefix` is the token of the first key of
-    a ring's prefix, which is of the document that starts at position `held`.
+    a ring's prefix, which is of the document that starts at position `held`. `pages` are the
+    entries of the block table from the block `first_page` on, where `load_pages` has loaded them.
     """
 
     p_key: Any
@@ -32,6 +33,8 @@ class KeyHead(NamedTuple):
     n_pages: Any
     prefix: Any
     held: Any
+    pages: Any
+    first_page: Any
 
 
 @triton.jit
@@ -71,6 +74,38 @@ def load_key_head(key, value, positions, counts, batch, key_head, newest, FORM: 
         counts.n_pages,
         prefix,
         held,
+        length,
+        length,
+    )
+
+
+@triton.jit
+def load_pages(keys, begin, end, FORM: tl.constexpr):
+    """The `KeyHead` with the numbers of all blocks of the distances `[begin, end)`.
+
+    Then no address in the loop over keys waits for a load: Triton would give half of the stages to
+    the numbers.
+    """
+    first = (keys.newest - end + 1) // FORM.PAGE
+    last = (keys.newest - begin) // FORM.PAGE
+    o_page = first + tl.arange(0, FORM.PAGES)
+    pages = tl.load(keys.p_pages + o_page, mask=o_page <= last, other=0)
+    pages = tl.minimum(tl.maximum(pages, 0), keys.n_pages - 1)
+    return KeyHead(
+        keys.p_key,
+        keys.key_stride,
+        keys.key_page_stride,
+        keys.p_value,
+        keys.value_stride,
+        keys.value_page_stride,
+        keys.newest,
+        keys.length,
+        keys.p_pages,
+        keys.n_pages,
+        keys.prefix,
+        keys.held,
+        pages,
+        first,
     )
 
 
@@ -80,7 +115,12 @@ def load_at_distances(keys, o_distance, end, FORM: tl.constexpr):
     o_token = keys.newest - o_distance
     if FORM.RINGS:
         o_token = tl.where(o_token < 0, o_token + keys.length, o_token)
-    return load_at_tokens(keys, o_token, o_distance < end, FORM)
+    m_token = o_distance < end
+    if FORM.PAGES > 0:
+        o_page = tl.maximum(o_token // FORM.PAGE - keys.first_page, 0)
+        o_page = tl.gather(keys.pages, tl.minimum(o_page, FORM.PAGES - 1), 0)
+        return load_from_pages(keys, o_page, o_token, m_token, FORM)
+    return load_at_tokens(keys, o_token, m_token, FORM)
 
 
 @triton.jit
@@ -102,16 +142,25 @@ def load_prefix(keys, o_place, o_distance, first, m_key, FORM: tl.constexpr):
 def load_at_tokens(keys, o_token, m_token, FORM: tl.constexpr):
     """Keys and values `[N, D]` of tokens of the head; zeros where `m_token` `[N]` is false.
 
-    The numbers of the blocks of a paged cache are loaded in the same step. Triton pipelines both
-    loads, each with half of the stages (`config.paged_stages`).
+    The numbers of the blocks of a paged cache are loaded in the same step. In a loop Triton
+    pipelines both loads, each with half of the stages (`config.paged_stages`).
     """
-    p_key, p_value = keys.p_key, keys.p_value
     if FORM.PAGE > 0:
         o_page = tl.load(keys.p_pages + o_token // FORM.PAGE, mask=m_token, other=0)
-        o_page = tl.minimum(tl.maximum(o_page, 0), keys.n_pages - 1).to(tl.int64)[:, None]
-        p_key += o_page * keys.key_page_stride
-        p_value += o_page * keys.value_page_stride
-        o_token = o_token % FORM.PAGE
+        o_page = tl.minimum(tl.maximum(o_page, 0), keys.n_pages - 1)
+        return load_from_pages(keys, o_page, o_token, m_token, FORM)
+    b_key = memory.gather_tokens(keys.p_key, o_token, m_token, keys.key_stride, FORM)
+    b_value = memory.gather_tokens(keys.p_value, o_token, m_token, keys.value_stride, FORM)
+    return b_key, b_value
+
+
+@triton.jit
+def load_from_pages(keys, o_page, o_token, m_token, FORM: tl.constexpr):
+    """Keys and values `[N, D]` of tokens in the blocks `o_page` `[N]` of a paged cache."""
+    o_token = o_token % FORM.PAGE
+    o_page = o_page.to(tl.int64)[:, None]
+    p_key = keys.p_key + o_page * keys.key_page_stride
+    p_value = keys.p_value + o_page * keys.value_page_stride
     b_key = memory.gather_tokens(p_key, o_token, m_token, keys.key_stride, FORM)
     b_value = memory.gather_tokens(p_value, o_token, m_token, keys.value_stride, FORM)
     return b_key, b_value

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attention import band_attention
-from ..bands import BandPattern
+from spattention import BandPattern, band_attention
 
 # Memory orders that a caller may come with, as views of a dense tensor `[B, H, N, D]`.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
