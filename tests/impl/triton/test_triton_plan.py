@@ -115,11 +115,24 @@ def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **optio
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_bands_take_five_products(head_dim: int, deterministic: bool) -> None:
+def test_long_bands_take_five_products(
+    head_dim: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
     plan = planning._plan_of_shape(long_call(head_dim=head_dim, deterministic=deterministic))
     assert plan is not None
     assert plan.fused_backward
     assert "five products" in str(plan)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_turns_wait_for_a_run_with_their_triton(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    plan = planning._plan_of_shape(long_call(deterministic=deterministic))
+    assert plan is not None
+    assert plan.fused_backward is not deterministic
 
 
 @pytest.mark.parametrize(
@@ -135,7 +148,10 @@ def test_long_bands_take_five_products(head_dim: int, deterministic: bool) -> No
     ],
     ids=str,
 )
-def test_other_calls_keep_seven_products(options: dict[str, Any]) -> None:
+def test_other_calls_keep_seven_products(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
     plan = planning._plan_of_shape(long_call(**options))
     assert plan is not None
     assert not plan.fused_backward
