@@ -67,6 +67,7 @@ class Options:
         "dense",
         "shared_local",
         "shared_local:widths=geometric,local=9",  # of this span, the default would be dense
+        "shared_local:widths=geometric,local=9,kv_heads=4",  # each band in two heads
         "exclusive:widths=geometric with sinks",
         "exclusive:widths=geometric",
         "exclusive with sinks",
