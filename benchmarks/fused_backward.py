@@ -1,7 +1,7 @@
-"""Time the backward pass of seven products per tile, and that of five, on one GPU.
+"""Time the backward pass of seven products per tile, and those of five, on one GPU.
 
-Gradients come first: those of five products are compared with those of seven. Times are medians of
-graph replays after a rest.
+Gradients come first: those of five products are compared with those of seven, and in turn they must
+have the same bits twice. Times are medians of graph replays after a rest.
 
     python -m benchmarks.fused_backward --output benchmarks/results/fused_backward.json
 """
@@ -28,11 +28,18 @@ from spattention.impl.triton import hopper
 
 from .prefix import Shape, inputs, patterns
 
-SHAPES = tuple(
-    Shape(batch, heads, heads, tokens, 128)
-    for batch, heads, tokens in ((1, 16, 65536), (1, 16, 16384), (4, 16, 4096), (1, 8, 4096))
+SHAPES = (
+    Shape(1, 16, 16, 65536, 128),
+    Shape(1, 16, 16, 16384, 128),
+    Shape(1, 32, 8, 65536, 64),
+    Shape(1, 32, 8, 16384, 64),
 )
-SIDES = {"seven products": False, "five products": True}
+# Five products or not, and deterministic or not.
+SIDES = {
+    "seven products": (False, True),
+    "five products in turn": (True, True),
+    "five products in any order": (True, False),
+}
 REST = 0.25  # seconds before a measurement: a power limit looks back over a tenth or two
 TOLERANCE = 0.02  # of the largest gradient
 
@@ -66,17 +73,21 @@ def measure(shape: Shape, name: str) -> dict[str, Any]:
 
     row["forward"] = graph_milliseconds(forward, rest=REST)
 
-    def total() -> tuple[torch.Tensor, ...]:
-        out = spa.band_attention(query, key, value, pattern, impl="triton", deterministic=False)
-        return torch.autograd.grad(out, (query, key, value), d_out)
+    for side, (fused, deterministic) in SIDES.items():
+        options = {"impl": "triton", "deterministic": deterministic}
 
-    for side, fused in SIDES.items():
+        def total(options: dict[str, Any] = options) -> tuple[torch.Tensor, ...]:
+            out = spa.band_attention(query, key, value, pattern, **options)
+            return torch.autograd.grad(out, (query, key, value), d_out)
+
         with backward_of(fused):
             found = total()
             expected = expected or found
-            for gradient, other in zip(found, expected):
+            for gradient, other, again in zip(found, expected, total()):
                 limit = TOLERANCE * float(other.abs().max())
                 torch.testing.assert_close(gradient, other, rtol=0, atol=limit)
+                if deterministic and not torch.equal(gradient, again):
+                    raise AssertionError(f"{side} gave other bits for {row}")
             row[side] = graph_milliseconds(total, rest=REST)
     useful = 10 * shape.head_dim * shape.batch * sum(pattern.pairs(shape.tokens))
     for side in SIDES:

@@ -37,6 +37,7 @@ def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         if variant.fuses:
             plan = {"fused_backward": True}
             yield f"{variant} {plan}", lambda c=case, p=plan: check(c, p, deterministic=False)
+            yield f"{variant} {plan} in turn", lambda c=case, p=plan: check(c, p)
         if variant.dtype == cases.BRAIN:
             prefix = min(5, case.pattern.span)
             pattern = BandPattern(case.pattern.intervals, case.pattern.span, prefix=prefix)

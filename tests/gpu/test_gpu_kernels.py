@@ -48,10 +48,13 @@ def test_random_cases_of_larger_plans(variant: Variant, plan: dict[str, Any]) ->
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", [each for each in VARIANTS if each.fuses], ids=str)
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("order", [TileOrder.HEAD_MAJOR, TileOrder.ROUND_ROBIN])
-def test_random_cases_in_five_products(variant: Variant, order: TileOrder) -> None:
+def test_random_cases_in_five_products(
+    variant: Variant, deterministic: bool, order: TileOrder
+) -> None:
     with changed_plans(order=order, fused_backward=True):
-        check_cases(variant, CASES_OF_A_PLAN, deterministic=False)
+        check_cases(variant, CASES_OF_A_PLAN, deterministic=deterministic)
 
 
 def check_cases(variant: Variant, count: int, **options: Any) -> None:

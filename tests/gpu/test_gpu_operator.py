@@ -62,10 +62,15 @@ def test_same_bits_on_every_run(variant: Variant) -> None:
             assert torch.equal(first[name], again[name]), name
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("widths", ["uniform", "geometric"])
-def test_five_products_give_what_seven_give(widths: str, head_dim: int) -> None:
-    """Where many blocks of keys add to the same queries at the same time."""
+def test_five_products_give_what_seven_give(
+    widths: str, head_dim: int, deterministic: bool
+) -> None:
+    """Where many blocks of keys add to the same queries at the same time; in turn, they give the
+    same bits on every run.
+    """
     pattern = spa.BandPattern.shared_local(16, 8192, widths=widths)
     like = {"device": "cuda", "dtype": torch.bfloat16}
     *inputs, d_out = (torch.randn(1, 16, 8192, head_dim, **like) for _ in range(4))
@@ -73,14 +78,15 @@ def test_five_products_give_what_seven_give(widths: str, head_dim: int) -> None:
 
     def gradients(fused: bool) -> tuple[torch.Tensor, ...]:
         with changed_plans(fused_backward=fused):
-            out = spa.band_attention(*leaves, pattern, impl="triton", deterministic=False)
+            out = spa.band_attention(*leaves, pattern, impl="triton", deterministic=deterministic)
             return torch.autograd.grad(out, leaves, d_out)
 
-    expected = gradients(False)
-    for _ in range(5):
-        for found, wanted in zip(gradients(True), expected):
+    expected, first = gradients(False), gradients(True)
+    for _ in range(20 if deterministic else 5):
+        for found, wanted, before in zip(gradients(True), expected, first):
             limit = 0.01 * wanted.abs().max().item()
             torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
+            assert not deterministic or torch.equal(found, before)
 
 
 def test_full_graph_compile() -> None:

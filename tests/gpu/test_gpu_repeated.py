@@ -139,15 +139,16 @@ def test_repeated_calls_with_key_start(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_repeated_calls_in_five_products(head_dim: int) -> None:
-    """Gradients that sum in any order, against float64 in another batch entry and head each time,
-    at sizes where five products per tile are the plan.
+def test_repeated_calls_in_five_products(head_dim: int, deterministic: bool) -> None:
+    """Gradients that sum in turn or in any order, against float64 in another batch entry and head
+    each time, at sizes where five products per tile are the plan.
     """
     tokens, heads, batch = 5400, 4, 11
     bands = ((0, tokens),), ((0, 1024), (1536, tokens)), ((0, 64), (300, tokens)), ((0, 4000),)
     pattern = spa.BandPattern(intervals=bands, span=tokens)
-    options: dict[str, Any] = {"impl": "triton", "deterministic": False}
+    options: dict[str, Any] = {"impl": "triton", "deterministic": deterministic}
     kept = []  # so that later calls get other memory
     for seed in range(CALLS):
         tensors = draw(seed, batch, heads, tokens, head_dim)
@@ -156,7 +157,7 @@ def test_repeated_calls_in_five_products(head_dim: int) -> None:
         found = (out, *torch.autograd.grad(out, tensors, d_out))
         if seed == 0:
             call = bind(*tensors, pattern, **dict.fromkeys(ARGUMENTS))
-            name, _ = triton.describe(call._replace(deterministic=False))
+            name, _ = triton.describe(call._replace(deterministic=deterministic))
             assert "five products" in name
         entry, head = seed * 3 % batch, seed % heads
         at = slice(entry, entry + 1), slice(head, head + 1)
@@ -169,6 +170,6 @@ def test_repeated_calls_in_five_products(head_dim: int) -> None:
         kept.append((tensors, d_out, found))
     form = binding.form_of(*tensors, pattern, None, (None, None, None))
     assert form is not None
-    replay = form.replays[False]
+    replay = form.replays[deterministic]
     assert isinstance(replay, Replay)
     assert replay.backward, "no backward pass launched from a record"

@@ -66,6 +66,17 @@ def another_process() -> Iterator[None]:
 def test_same_bits_beside_another_process(
     batch: int, heads: int, length: int, head_dim: int, widths: str
 ) -> None:
+    check_same_bits(batch, heads, length, head_dim, widths)
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(4096, 64), (4096, 128), (16384, 128)])
+def test_same_bits_of_sums_in_turn(length: int, head_dim: int) -> None:
+    """Blocks of keys that wait for one another while another process takes the GPU."""
+    with changed_plans(fused_backward=True):
+        check_same_bits(1, 8, length, head_dim, "geometric")
+
+
+def check_same_bits(batch: int, heads: int, length: int, head_dim: int, widths: str) -> None:
     pattern = spa.BandPattern.shared_local(heads, length, widths=widths)
     torch.manual_seed(0)
     like = {"device": "cuda", "dtype": torch.bfloat16}
@@ -106,7 +117,9 @@ def test_no_kernel_leaves_a_barrier_behind() -> None:
         spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
         if length == 4096 or head_dim == 128:
             with changed_plans(fused_backward=True):
-                spa.band_attention(*inputs, pattern, impl="triton").sum().backward()
+                for deterministic in (True, False):
+                    options = {"impl": "triton", "deterministic": deterministic}
+                    spa.band_attention(*inputs, pattern, **options).sum().backward()
     kernels = (
         forward.forward_kernel,
         forward_persistent.forward_kernel,

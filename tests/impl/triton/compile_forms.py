@@ -27,11 +27,13 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Forms that are compiled in every run of the tests' script.
 CORE = (
     "hopper D64, two bands, persistent, split",
-    "hopper D64, two bands, fused",
+    "hopper D64, two bands, fused, any order",
+    "hopper D64, two bands, fused, in turn",
     "hopper D128, two bands",
     "hopper D128, two bands, persistent, split",
     "hopper D128, two bands, prefix",
-    "hopper D128, two bands, fused",
+    "hopper D128, two bands, fused, any order",
+    "hopper D128, two bands, fused, in turn",
     "portable D128",
     "portable D128, prefix",
     "decode D128, 1 query",
@@ -129,13 +131,15 @@ def forms() -> Iterator[tuple[str, Any]]:
 
                 shape = ", persistent, split" if persistent else ""
                 yield f"hopper D{head_dim}, {variant}{shape}", call
-            if "prefix" not in variant:
+            for deterministic in () if "prefix" in variant else (False, True):
+                own = {**options, "head_dim": head_dim, "deterministic": deterministic}
 
-                def fused(options: Any = options, head_dim: int = head_dim):
+                def fused(options: Any = own):
                     with changed_plans(fused_backward=True):
-                        train(head_dim=head_dim, **options)
+                        train(**options)
 
-                yield f"hopper D{head_dim}, {variant}, fused", fused
+                order = "in turn" if deterministic else "any order"
+                yield f"hopper D{head_dim}, {variant}, fused, {order}", fused
     start = torch.zeros(1, 256, dtype=torch.int32)
     first = torch.zeros(1, dtype=torch.int32)
     for head_dim in (64, 128, 256):

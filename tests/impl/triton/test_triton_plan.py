@@ -105,21 +105,34 @@ def test_refusal_names_the_reason(changes: dict[str, Any], reason: str) -> None:
 
 
 def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **options: Any) -> Call:
-    """A call of long exclusive bands in any order, without memory for its tokens."""
+    """A call of long exclusive bands, without memory for its tokens."""
     query = torch.zeros(1).to(torch.bfloat16).expand(1, heads, tokens, head_dim)
-    options = {"deterministic": False, **options}
     positions = options.pop("positions", NOWHERE)
     bands = BandPattern.exclusive(heads, tokens).flat
     prefix = options.pop("prefix", 0)
     return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_bands_in_any_order_take_five_products(head_dim: int) -> None:
-    plan = planning._plan_of_shape(long_call(head_dim=head_dim))
+def test_long_bands_take_five_products(
+    head_dim: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    plan = planning._plan_of_shape(long_call(head_dim=head_dim, deterministic=deterministic))
     assert plan is not None
     assert plan.fused_backward
     assert "five products" in str(plan)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_turns_wait_for_a_run_with_their_triton(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    plan = planning._plan_of_shape(long_call(deterministic=deterministic))
+    assert plan is not None
+    assert plan.fused_backward is not deterministic
 
 
 @pytest.mark.parametrize(
@@ -131,11 +144,14 @@ def test_long_bands_in_any_order_take_five_products(head_dim: int) -> None:
         {"prefix": 4},
         {"has_all_keys": False},
         {"positions": Positions(None, torch.zeros(1, dtype=torch.int32), None, None)},
-        {"deterministic": True},
+        {"tokens": 16384, "deterministic": False},
     ],
     ids=str,
 )
-def test_other_calls_keep_seven_products(options: dict[str, Any]) -> None:
+def test_other_calls_keep_seven_products(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
     plan = planning._plan_of_shape(long_call(**options))
     assert plan is not None
     assert not plan.fused_backward

@@ -16,7 +16,7 @@ gradient. Its first call with a pattern, a batch size and a number of queries ma
 device. That call cannot be inside the capture of a CUDA graph: call once to warm up.
 
 float32 is computed in IEEE float32, not TensorFloat32. All kernels give the same bits on every run,
-except `hopper/fused_backward.py`, which long bands get with `deterministic=False`.
+except `hopper/fused_backward.py` with `deterministic=False`.
 """
 
 from __future__ import annotations

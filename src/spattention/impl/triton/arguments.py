@@ -27,7 +27,8 @@ class Form(NamedTuple):
     alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, `PAGES` the
     power of two of block numbers that a chunk keeps, 0 where each step loads its own, and
     `MERGED_ROWS` the power of two of rows that the last program of a head merges; 0 where there is
-    none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`.
+    none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`, and `ORDERED`
+    that dQ is summed there in a fixed order.
     """
 
     HEAD_DIM: int
@@ -49,6 +50,7 @@ class Form(NamedTuple):
     HAS_D_LSE: bool = False
     COMPUTE_DELTA: bool = False
     FUSED: bool = False
+    ORDERED: bool = False
     FALLING: bool = False
     PRECISE: bool = False
     EXACT_STEPS: int = 2

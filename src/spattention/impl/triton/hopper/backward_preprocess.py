@@ -2,7 +2,7 @@
 """Backward preprocess on Hopper, with the legend of `pipeline.py`.
 
 For every query row, compute `lse_log2 = lse * log2(e)` and `delta = rowsum(dO * O) - d_lse`, which
-the dQ and dK/dV passes read. For the fused pass, zero the sums of dQ too.
+the dQ and dK/dV passes read. For the fused pass, prepare the sums of dQ too.
 """
 
 from typing import Any, NamedTuple
@@ -89,7 +89,9 @@ def preprocess_kernel(
     out,
     d_out,
     stats,
+    d_query,
     p_sums,
+    p_turns,
     p_bands,
     positions,
     n_heads,
@@ -168,10 +170,16 @@ def preprocess_kernel(
     gl.store(stats.lse_log2 + row_pitched + o_query, lse_log2, mask=o_query < pitch)
     if FORM.FUSED:
         place = (batch * n_heads + head) * n_blocks + slot
-        p_block_sums = p_sums + place.to(gl.int64) * (BLOCK_M * HEAD_DIM)
-        memory.store_zeros(p_block_sums, 0, HEAD_DIM, BLOCK_M, BLOCK_M, HEAD_DIM)
+        if FORM.ORDERED:
+            gl.store(p_turns + place, 0)
+        else:
+            p_block_sums = p_sums + place.to(gl.int64) * (BLOCK_M * HEAD_DIM)
+            memory.store_zeros(p_block_sums, 0, HEAD_DIM, BLOCK_M, BLOCK_M, HEAD_DIM)
     if n_steps == 0:
         gl.store(stats.delta + row_pitched + o_query, delta, mask=o_query < pitch)
+        if FORM.ORDERED:
+            p_d_query = d_query.pointer + batch_64 * d_query.stride_b + head_64 * d_query.stride_h
+            memory.store_zeros(p_d_query, first, d_query.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
     if n_steps > FORM.EXACT_STEPS:
         b_out = memory.load_tokens(p_out, first, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)

@@ -9,9 +9,12 @@ dK and dV: seven products. Here one program has them once:
 
 Keys stay in shared memory while blocks of 64 queries pass. Two consumer warpgroups, or three with
 head_dim 64, have 64 keys each. They keep dK and dV in registers, and leave dS in shared memory.
-Another warpgroup fetches the blocks, and multiplies dS with the keys. It adds that to a sum of dQ
-in memory (`query_sums.py`), because other programs have the other keys. Nobody waits while two
-blocks are between them.
+Another warpgroup multiplies dS with the keys. It adds that to a sum of dQ in memory
+(`query_sums.py`), because other programs have the other keys. Nobody waits while two blocks are
+between them.
+
+Where sums have an order, single warps fetch the blocks (`fused_fetch.py`) and keep the turns
+(`fused_turns.py`), in a warpgroup of few registers. Otherwise the warpgroup of dQ fetches too.
 """
 
 from triton.experimental import gluon
@@ -26,7 +29,9 @@ from triton.language.extra.cuda import gdc_wait
 from .. import softmax, tiles
 from . import arguments, memory, pipeline
 from .backward import Descriptors
-from .fused_work import ROWS, STAGES, Ring, Work, key_block, visits_of
+from .fused_fetch import fetch_all
+from .fused_turns import begin_turns, end_turns
+from .fused_work import ROWS, STAGES, TURNS, Ring, Work, key_block, visits_of
 from .query_sums import sum_d_query
 from .registers import hidden_zero, packed, unpacked
 
@@ -59,10 +64,10 @@ def nearest_of(p_bands, block, counts, FORM: gl.constexpr):
 
 @gluon.jit
 def load_interval(p_bands, entry, n, INTERVALS: gl.constexpr):
-    """`near, far` of the n-th interval of the heads from `entry` on, a head's farther one first."""
+    """`near, far` of the n-th interval of the heads from `entry` on, a head's nearer one first."""
     p_interval = p_bands + 8 * entry + 1
     if INTERVALS == 2:
-        p_interval += 8 * (n // 2) + 2 * (1 - n % 2)
+        p_interval += 8 * (n // 2) + 2 * (n % 2)
     else:
         p_interval += 8 * n
     return gl.load(p_interval), gl.load(p_interval + 1)
@@ -101,10 +106,10 @@ def consume(consumer: gl.constexpr, work, FORM: gl.constexpr):
         own_last, own_steps = tiles.whole_query_blocks(first_key, near, far, n_queries, ROWS, ROWS)
         own_done = done
         if own_steps > 0:
-            own_done += last - own_last
+            own_done += own_last - own_steps - (last - n_steps)
         pass_over(done, own_done, consumer, work)
         width = far - near
-        beyond = own_last * ROWS - first_key - near  # of the first query and key
+        beyond = (own_last - own_steps + 1) * ROWS - first_key - near  # of the first query and key
         for step in range(own_steps):
             n = own_done + step
             slot = n % STAGES
@@ -150,7 +155,7 @@ def consume(consumer: gl.constexpr, work, FORM: gl.constexpr):
             b_d_key = warpgroup_mma(b_operand, s_query, b_d_key, is_async=True)
             b_d_key, b_d_value = warpgroup_mma_wait(0, [b_d_key, b_d_value])
             pipeline.consumer_release(ring.empty, n)
-            beyond -= ROWS
+            beyond += ROWS
         done += n_steps
         pass_over(own_done + own_steps, done, consumer, work)
 
@@ -171,9 +176,11 @@ def fused_backward_kernel(
     t_d_out,
     t_lse_log2,
     t_delta,
+    d_query,
     d_key,
     d_value,
     p_sums,
+    p_turns,
     p_bands,
     n_heads,
     group,
@@ -239,10 +246,15 @@ def fused_backward_kernel(
     key_full = pipeline.allocate_barriers(CONSUMERS)
     scores_full = pipeline.allocate_barriers(2 * CONSUMERS)
     scores_empty = pipeline.allocate_barriers(2)
+    turn_begun = pipeline.allocate_barriers(TURNS)
+    turn_added = pipeline.allocate_barriers(TURNS)
+    turn_over = pipeline.allocate_barriers(TURNS)
     work = Work(
+        d_query,
         d_key,
         d_value,
         p_sums,
+        p_turns,
         p_bands,
         gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, HEAD_DIM], TOKENS),
         gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, HEAD_DIM], TOKENS),
@@ -251,13 +263,30 @@ def fused_backward_kernel(
         gl.allocate_shared_memory(DTYPE, [2 * CONSUMERS, ROWS, ROWS], SCORES),
         scores_full,
         scores_empty,
+        turn_begun,
+        turn_added,
+        turn_over,
         counts,
         scale,
     )
     fence_async_shared()
     inputs = Descriptors(t_query, t_key, t_value, t_d_out, t_lse_log2, t_delta)
     # Warps and registers of all but the first consumer, which gets the rest, as many as the second
-    if CONSUMERS == 2:
+    if FORM.ORDERED:
+        gl.static_assert(CONSUMERS == 2)
+        gl.warp_specialize(
+            [
+                (consume, (0, work, FORM)),
+                (consume, (1, work, FORM)),
+                (sum_d_query, (inputs, work, FORM)),
+                (fetch_all, (inputs, work, FORM)),
+                (begin_turns, (work, FORM)),
+                (end_turns, (work, FORM)),
+            ],
+            [4, 4, 1, 1, 1],
+            [208, 72, 24, 24, 24],
+        )
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (0, work, FORM)),
@@ -282,5 +311,8 @@ def fused_backward_kernel(
     pipeline.invalidate(key_full)
     pipeline.invalidate(scores_full)
     pipeline.invalidate(scores_empty)
+    pipeline.invalidate(turn_begun)
+    pipeline.invalidate(turn_added)
+    pipeline.invalidate(turn_over)
     pipeline.invalidate(ring_full)
     pipeline.invalidate(ring_empty)

@@ -29,11 +29,11 @@ from . import forward as forward_pass
 from .arguments import BackwardStats
 from .planning import (
     BLOCK,
-    KEYS_FUSED,
     QUERY_GRADIENT_REGISTERS,
     HopperPlan,
     TileOrder,
     has_parts,
+    keys_fused,
     max_documents,
     pitch,
 )
@@ -243,7 +243,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         return found
     launch = plan.launches.backward
     n_query_blocks = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
-    block_n = KEYS_FUSED[call.head_dim] if plan.fused_backward else launch.block_n
+    block_n = keys_fused(call) if plan.fused_backward else launch.block_n
     n_key_blocks = varlen.num_slots(call.keys, call.n_documents, block_n)
     form = Form(
         HEAD_DIM=call.head_dim,
@@ -256,6 +256,7 @@ def _backward_launch(call: Call, plan: HopperPlan, has_d_lse: bool) -> _Backward
         **_bounds(call),
         HAS_D_LSE=has_d_lse,
         FUSED=plan.fused_backward,
+        ORDERED=plan.fused_backward and call.deterministic,
     )
     if not call.has_all_keys:
         form = form._replace(EXACT_STEPS=0)
@@ -321,8 +322,10 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
         _vector_descriptor(stats.lse_log2, blocks.block_m),
         _vector_descriptor(stats.delta, blocks.block_m),
     )
-    sums = None
+    sums, turns = None, None
     if plan.fused_backward:
+        if call.deterministic:
+            turns = stats.delta.new_empty(launch.query_programs, dtype=torch.int32)
         sums = stats.delta.new_empty((launch.query_programs, BLOCK, call.head_dim))
     arguments = (
         *descriptors,
@@ -342,14 +345,17 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
             launch.key_programs,
             specialization_key,
             *descriptors,
-            *gradients[1:],
+            *gradients,
             sums,
+            turns,
             call.bands_by_key_head,
             *launch.counts,
             launch.key_programs,
             call.scale,
             **launch.fused,
         )
+        if call.deterministic:
+            return
         _finish(
             launch.query_programs,
             specialization_key,
@@ -375,7 +381,9 @@ def backward(call: Call, plan: HopperPlan, tensors: BackwardTensors, stats: RowS
                 results,
                 grad_results,
                 stats,
+                gradients[0],
                 sums,
+                turns,
                 call.bands,
                 positions,
                 *launch.counts,

@@ -24,6 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 # Triton 3.8 renamed the copy. The old name still exists in 3.9, and raises.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
+# All threads of a partition wait for one another. Triton 3.7 renamed it.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 class Ring(NamedTuple):
     """Buffers of a ring and two barriers for each: `full` when a copy is complete, `empty` when all

@@ -65,6 +65,8 @@ class HopperPlan:
 
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+# Those with which sums of dQ in turn have run on a GPU; the others keep seven products for them.
+TURNS_TRITON_VERSIONS = ("3.6",)
 MIN_MEAN_DOCUMENT = 128  # tokens
 # Queries of all heads of a call whose documents are looked for. About two thousand tokens of 16
 # heads save as much time as that takes.
@@ -83,7 +85,7 @@ NEEDS = {
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
 }
 # By head_dim: one warpgroup, two or three programs on a multiprocessor. The plan counts with blocks
-# of `BLOCK` queries, the fused backward has blocks of `KEYS_FUSED` keys. What the portable kernels
+# of `BLOCK` queries, the fused backward has blocks of `keys_fused` keys. What the portable kernels
 # get on the same GPU is in `triton/config.py`.
 LAUNCHES = {
     64: HopperLaunches(LaunchConfig(64, 64, 4), LaunchConfig(128, 128, 4), LaunchConfig(64, 64, 4)),
@@ -101,7 +103,8 @@ PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of keys, of which a multiprocessor runs one at a time
-KEYS_FUSED = {64: 192, 128: 128}  # by head_dim: keys of a block, 64 for each consumer
+# By head_dim: keys of a block whose dQ is summed in any order, 64 for each consumer.
+KEYS_FUSED = {64: 192, 128: 128}
 MIN_BLOCKS_PER_STEP_SPLIT = 160  # blocks of queries of a call, per block of keys of each
 # Under context parallelism a multiprocessor runs this many shorter programs in sequence: NCCL's
 # exchange beside them waits for the end of one alone.
@@ -165,13 +168,18 @@ def has_parts(call: Call) -> bool:
 
 def triton_is_tested() -> bool:
     """True if the kernels were tested with this release of Triton."""
-    return _is_tested(triton.__version__)
+    return _release(triton.__version__) in TRITON_VERSIONS
+
+
+def turns_are_tested() -> bool:
+    """True if sums of dQ in turn ran on a GPU with this release of Triton."""
+    return _release(triton.__version__) in TURNS_TRITON_VERSIONS
 
 
 @cache
-def _is_tested(version: str) -> bool:
+def _release(version: str) -> str:
     major, minor, *_ = version.split(".")
-    return f"{major}.{minor}" in TRITON_VERSIONS
+    return f"{major}.{minor}"
 
 
 @cache
@@ -293,6 +301,13 @@ def use_persistent(
     return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
+def keys_fused(call: Call) -> int:
+    """Keys of a block of `fused_backward.py`. Beside three consumers there are no registers for the
+    warps that keep turns.
+    """
+    return 2 * BLOCK if call.deterministic else KEYS_FUSED[call.head_dim]
+
+
 def can_fuse(call: Call) -> bool:
     """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
     would hold keys of other sequences, or keys that no query of a part sees.
@@ -311,10 +326,10 @@ def use_fused(call: Call) -> bool:
     """True if five products per tile are faster: where the sums of dQ in memory cost less than two
     products, for long bands, and many blocks of keys share the GPU.
     """
-    programs = call.batch * call.key_heads * -(-call.keys // KEYS_FUSED[call.head_dim])
+    programs = call.batch * call.key_heads * -(-call.keys // keys_fused(call))
     return (
         can_fuse(call)
-        and not call.deterministic
+        and (not call.deterministic or turns_are_tested())
         and programs >= MIN_PROGRAMS_FUSED
         and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
     )

@@ -1,12 +1,13 @@
 # mypy: allow-untyped-defs
-"""The warpgroup of `fused_backward.py` that fetches tokens, and sums dQ over the blocks of keys.
+"""The warpgroup of `fused_backward.py` that sums dQ over the blocks of keys.
 
 A sum is kept in float32 in the order in which threads hold it: four consecutive numbers each, so
 that one instruction adds 512 consecutive bytes. It is made of 64 of the head's columns at a
 time, for want of registers.
 
-Programs add to zeros in any order, so that the last bits of dQ differ from run to run. Then
-`finish_kernel` writes dQ.
+If `FORM.ORDERED`, programs add in turn (`turns.py`), so that dQ has the same bits on every run. The
+first one stores, and the last one writes dQ. Otherwise they add to zeros in any order. This
+warpgroup then fetches tokens too, and `finish_kernel` writes dQ.
 """
 
 from triton.experimental import gluon
@@ -14,42 +15,37 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from .. import softmax, tiles
+from .. import softmax
 from . import memory, pipeline
-from .fused_work import COLUMNS, ROWS, STAGES, key_block, visit_at, visits_of
+from .fused_fetch import fetch, fetch_keys
+from .fused_turns import turn_of_visit
+from .fused_work import COLUMNS, ROWS, STAGES, key_block, member_visits, place_of, visit_at
 from .registers import hidden_zero
 
 
 @gluon.jit
 def sum_d_query(inputs, work, FORM: gl.constexpr):
-    """Fetch keys, values and blocks of queries, and add the share of these keys in dQ."""
+    """Add the share of these keys in dQ; fetch too unless `FORM.ORDERED`."""
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     CONSUMERS: gl.constexpr = FORM.BLOCK_N // ROWS
     SIDES: gl.constexpr = HEAD_DIM // COLUMNS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    counts = work.counts
-    block = key_block(work.p_bands, counts, FORM)
-    key_head = gl.load(work.p_bands + 8 * block.entry) // counts.group
-    for consumer in gl.static_range(CONSUMERS):
-        barrier = pipeline.expect_tx(work.key_full, consumer, 2 * ROWS * HEAD_DIM * 2, True)
-        start = block.first_key + consumer * ROWS
-        s_key, s_value = work.s_keys.index(consumer), work.s_values.index(consumer)
-        pipeline.copy_tokens(inputs.key, block.batch, key_head, start, barrier, s_key, True)
-        pipeline.copy_tokens(inputs.value, block.batch, key_head, start, barrier, s_value, True)
-    gdc_wait()  # for the preprocess kernel
+    block = key_block(work.p_bands, work.counts, FORM)
+    if not FORM.ORDERED:
+        fetch_keys(inputs, block, work)
+        gdc_wait()  # for the preprocess kernel
     zeros = gl.full([ROWS, COLUMNS], 0.0, gl.float32, OUT)
     done = 0  # visits before those of this member
-    for member in range(counts.group if FORM.GROUPED else 1):
-        bands = tiles.load_bands(work.p_bands, block.entry + member)
-        visits = visits_of(bands, block.first_key, counts.n_queries, FORM)
+    for member in range(work.counts.group if FORM.GROUPED else 1):
+        bands, visits = member_visits(work, block, member, FORM)
         n_steps = visits.count_0 + visits.count_1
-        row = block.batch * counts.n_heads + bands.head
-        for step in gl.static_range(STAGES):
-            index = visit_at(step, visits, FORM.INTERVALS)
-            fetch(inputs, block.batch, bands.head, index, work, done + step, step < n_steps)
+        if not FORM.ORDERED:
+            for step in gl.static_range(STAGES):
+                index = visit_at(step, visits, FORM.INTERVALS)
+                fetch(inputs, block.batch, bands.head, index, work, done + step, step < n_steps)
         for step in range(n_steps):
             n = done + step
-            place = row * counts.n_query_blocks + visit_at(step, visits, FORM.INTERVALS)
+            index = visit_at(step, visits, FORM.INTERVALS)
             zero = hidden_zero(step)
             pipeline.consumer_wait(work.scores_full, CONSUMERS * n)
             b_left = product(work, n, zero, 0, 0, zeros)
@@ -59,11 +55,15 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
             b_left = warpgroup_mma_wait(0, [b_left])
             if SIDES == 1:
                 pipeline.consumer_release(work.scores_empty, n)
-            later = visit_at(step + STAGES, visits, FORM.INTERVALS)
-            more = step + STAGES < n_steps
-            fetch(inputs, block.batch, bands.head, later, work, n + STAGES, more)
-            p_sums = work.p_sums + place.to(gl.int64) * (ROWS * HEAD_DIM)
-            add(b_left, p_sums)
+            turn, total = 0, 0
+            if FORM.ORDERED:
+                turn, total = turn_of_visit(step, block, bands, visits, work, FORM)
+                pipeline.consumer_wait(work.turn_begun, n)
+            else:
+                later = visit_at(step + STAGES, visits, FORM.INTERVALS)
+                more = step + STAGES < n_steps
+                fetch(inputs, block.batch, bands.head, later, work, n + STAGES, more)
+            add(b_left, 0, index, block, bands, turn, total, work, FORM)
             if SIDES == 2:
                 # A scheduling barrier: ptxas moves nothing across the loop of a wait.
                 pipeline.consumer_wait(work.scores_full, CONSUMERS * n + (CONSUMERS - 1))
@@ -72,25 +72,11 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
                     b_right = product(work, n, zero, consumer, 1, b_right)
                 b_right = warpgroup_mma_wait(0, [b_right])
                 pipeline.consumer_release(work.scores_empty, n)
-                add(b_right, p_sums + ROWS * COLUMNS)
+                add(b_right, 1, index, block, bands, turn, total, work, FORM)
+            if FORM.ORDERED:
+                pipeline.barrier()
+                pipeline.consumer_release(work.turn_added, n)
         done += n_steps
-
-
-@gluon.jit
-def fetch(inputs, batch, head, index, work, n, pred):
-    """Start to copy a block of queries, and what belongs to it, as block `n` of the ring."""
-    ring, counts = work.ring, work.counts
-    BYTES: gl.constexpr = 2 * ROWS * ring.queries.shape[2] * 2 + 2 * ROWS * 4
-    if pred:
-        pipeline.producer_acquire(ring.empty, n)
-    slot = n % ring.full.shape[0]
-    first = index * ROWS
-    row = (batch * counts.n_heads + head) * counts.pitch + first
-    barrier = pipeline.expect_tx(ring.full, n, BYTES, pred)
-    pipeline.copy_tokens(inputs.query, batch, head, first, barrier, ring.queries.index(slot), pred)
-    pipeline.copy_tokens(inputs.d_out, batch, head, first, barrier, ring.d_outs.index(slot), pred)
-    pipeline.copy_vector(inputs.lse_log2, row, barrier, ring.lses.index(slot), pred)
-    pipeline.copy_vector(inputs.delta, row, barrier, ring.deltas.index(slot), pred)
 
 
 @gluon.jit
@@ -122,11 +108,39 @@ def unflat(b_flat):
 
 
 @gluon.jit
-def add(b_tile, p_sums):
-    """Add some columns to the sums of a block of queries."""
+def add(b_tile, side: gl.constexpr, index, block, bands, turn, total, work, FORM: gl.constexpr):
+    """Add some columns to the sums of a block of queries; the last turn writes dQ."""
+    PART: gl.constexpr = ROWS * COLUMNS
+    place = place_of(index, block, bands, work.counts)
+    p_sums = work.p_sums + (place.to(gl.int64) * (FORM.HEAD_DIM // COLUMNS) + side) * PART
     b_flat = flat(b_tile)
-    o_flat = gl.arange(0, b_flat.shape[0], b_flat.type.layout)
-    reduce_add(p_sums + (o_flat & -4), b_flat)
+    o_flat = gl.arange(0, PART, b_flat.type.layout)
+    if FORM.ORDERED:
+        if turn + 1 == total:
+            if turn > 0:
+                b_others = unflat(gl.load(p_sums + o_flat, cache_modifier=".cg"))
+                b_tile += gl.convert_layout(b_others, b_tile.type.layout, assert_trivial=True)
+            write(b_tile, side, index, block, bands, work)
+        elif turn == 0:
+            gl.store(p_sums + o_flat, b_flat)
+        else:
+            reduce_add(p_sums + (o_flat & -4), b_flat)
+    else:
+        reduce_add(p_sums + (o_flat & -4), b_flat)
+
+
+@gluon.jit
+def write(b_tile, side: gl.constexpr, index, block, bands, work):
+    """Write some columns of dQ from where they are in registers: few turns are the last ones."""
+    TILE: gl.constexpr = b_tile.type.layout
+    d_query = work.d_query
+    batch_64, head_64 = block.batch.to(gl.int64), bands.head.to(gl.int64)
+    p_d_query = d_query.pointer + batch_64 * d_query.stride_b + head_64 * d_query.stride_h
+    o_token = index * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
+    o_dim = side * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, TILE))
+    p_block = p_d_query + o_token.to(gl.int64)[:, None] * d_query.stride_t + o_dim[None, :]
+    b_d_query = (b_tile * softmax.natural(work.scale)).to(d_query.pointer.dtype.element_ty)
+    gl.store(p_block, b_d_query, mask=(o_token < work.counts.n_queries)[:, None])
 
 
 @gluon.jit
