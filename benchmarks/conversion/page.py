@@ -22,6 +22,7 @@ from typing import Any
 import tyro
 
 from spattention.files import write_atomically
+from spattention.markdown import table
 
 PAGES = ("docs/finetuning.md",)
 ROOT = Path(__file__).parents[2]
@@ -96,18 +97,14 @@ def before_training(runs: Runs) -> str:
     asked, runs = holding(runs, "tasks"), holding(runs, "loss")
     dense = runs["dense", 0]
     names = sorted((name for name, tokens in runs if not tokens), key=lambda n: _total(runs[n, 0]))
-    lines = [
-        "| attention | pairs | cache | lost on Wikipedia | on books | passkeys | zero-shot |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["attention", "pairs", "cache", "lost on Wikipedia", "on books"]
+    lines = []
     for name in names:
         rows = runs[name, 0]
         lost = [_figure(_differences(rows, dense, source)) for source in SOURCES]
-        lines.append(
-            f"| {name} | {rows[0]['pairs']:.2f} | {rows[0]['cache']:.2f} | {lost[0]} | {lost[1]} | "
-            f"{_passkeys(rows)} | {_tasks(asked.get((name, 0), []))} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [name, f"{rows[0]['pairs']:.2f}", f"{rows[0]['cache']:.2f}", *lost]
+        lines.append([*cells, _passkeys(rows), _tasks(asked.get((name, 0), []))])
+    return _page([*head, "passkeys", "zero-shot"], lines)
 
 
 def after_training(runs: Runs) -> str:
@@ -122,9 +119,9 @@ def after_training(runs: Runs) -> str:
     last |= {name: main for name, tokens in runs if tokens == main}
     names = sorted(last, key=lambda n: (last[n] != main, _total(runs[n, last[n]])))
     of = f" at {main:g} M" if len(amounts) > 1 else ""
-    head = [f"{tokens:g} M: Wikipedia / books" for tokens in amounts]
+    head = ["attention", "pairs", *(f"{tokens:g} M: Wikipedia / books" for tokens in amounts)]
     head += [f"{each}{of}" for each in ("seeds", "passkeys", "zero-shot")]
-    lines = [f"| attention | pairs | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
+    lines = []
     for name in names:
         cells = []
         for tokens in amounts:
@@ -137,9 +134,8 @@ def after_training(runs: Runs) -> str:
             cells.append(" / ".join(figures) if rows else MISSING)
         rows = runs[name, last[name]]
         more = [str(len(rows)), _passkeys(rows), _tasks(asked.get((name, last[name]), []))]
-        share = f"{rows[0]['pairs']:.2f}"
-        lines.append(f"| {' | '.join([name, share, *cells, *more])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, f"{rows[0]['pairs']:.2f}", *cells, *more])
+    return _page(head, lines)
 
 
 def _main(runs: Runs) -> float:
@@ -155,33 +151,28 @@ def needles(runs: Runs) -> str:
     shown = dict(sorted(holding(runs, "passkeys").items()))
     lengths = sorted({int(n) for rows in shown.values() for n in rows[0]["passkeys"]})
     head = ["attention", "M tokens", *(f"{length:,}" for length in lengths)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for (name, tokens), rows in shown.items():
         cells = [name, f"{tokens:g}"]
         for length in map(str, lengths):
             depths = rows[0]["passkeys"].get(length, {})
             shares = [mean(row["passkeys"][length][depth] for row in rows) for depth in depths]
             cells.append(" ".join(f"{share:.2f}" for share in shares) or MISSING)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return _page(head, lines)
 
 
 def ruler(runs: Runs) -> str:
     """Score of each of RULER's tasks, with the standard error over its prompts."""
     runs = holding(runs, "ruler")
     tasks = sorted({t for rows in runs.values() for s in rows[0]["ruler"].values() for t in s})
-    lines = [
-        f"| attention | M tokens | length | prompts | {' | '.join(tasks)} |",
-        "|---" * (len(tasks) + 4) + "|",
-    ]
+    lines = []
     for (name, tokens), rows in sorted(runs.items()):
         for length, scores in rows[0]["ruler"].items():
             cells = [f"{scores[t]['mean']:.2f} ({scores[t]['error']:.2f})" for t in tasks]
             prompts = next(iter(scores.values()))["items"]
-            lines.append(
-                f"| {name} | {tokens:g} | {int(length):,} | {prompts} | {' | '.join(cells)} |"
-            )
-    return "\n".join(lines) + "\n"
+            lines.append([name, f"{tokens:g}", f"{int(length):,}", str(prompts), *cells])
+    return _page(["attention", "M tokens", "length", "prompts", *tasks], lines)
 
 
 def positions(runs: Runs) -> str:
@@ -199,14 +190,14 @@ def positions(runs: Runs) -> str:
     )
     edges = dense[0]["loss"][SOURCES[0]]["edges"]
     ranges = [f"{near:,} to {far - 1:,}" for near, far in zip(edges, edges[1:])]
-    lines = [f"| attention | text | {' | '.join(ranges)} |", "|---" * (len(ranges) + 2) + "|"]
+    lines = []
     for name in names:
         for source, title in zip(SOURCES, ("Wikipedia", "books")):
             parts = range(len(ranges))
             base = runs[_base(name), last]
             cells = [_figure(_differences(runs[name, last], base, source, k)) for k in parts]
-            lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([name, title, *cells])
+    return _page(["attention", "text", *ranges], lines)
 
 
 def speeds(runs: Runs) -> str:
@@ -220,15 +211,14 @@ def speeds(runs: Runs) -> str:
     head = ["attention", *(f"pairs at {int(length):,}" for length in lengths), "cache, MB a text"]
     head += [f"first pass of {int(length):,}, tokens/s" for length in lengths]
     head += [f"{rows[0]['speed']['decode'][longest]['rows']} texts decoded, tokens/s"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for row in rows:
         prefill, step = row["speed"]["prefill"], row["speed"]["decode"][longest]
         cells = [row["row"], *(f"{prefill[length]['pairs']:.2f}" for length in lengths)]
         cells += [f"{step['cache_bytes'] / 1e6:.1f}"]
         cells += [f"{_round(prefill[length]['tokens_per_second']):,}" for length in lengths]
-        cells += [f"{_round(step['tokens_per_second']):,}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{_round(step['tokens_per_second']):,}"])
+    return _page(head, lines)
 
 
 def memories(runs: Runs) -> str:
@@ -238,13 +228,16 @@ def memories(runs: Runs) -> str:
         return ""
     tokens = rows[0]["memory"]["tokens"]
     head = ["attention", "pairs at 2,048", f"pairs at {tokens:,}", f"cache of {tokens:,}, MB", "x"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     sizes = [2 * row["memory"]["bytes"] / row["memory"]["bytes_per_number"] for row in rows]
     for row, size in zip(rows, sizes):
         cells = [row["row"], f"{row['pairs']:.2f}", f"{row['memory']['pairs']:.2f}"]
-        cells += [f"{size / 1e6:.1f}", f"{sizes[0] / size:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{size / 1e6:.1f}", f"{sizes[0] / size:.1f}"])
+    return _page(head, lines)
+
+
+def _page(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(table(headings, rows)) + "\n"
 
 
 TABLES: dict[str, Callable[[Runs], str]] = {

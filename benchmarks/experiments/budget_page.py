@@ -12,6 +12,7 @@ from typing import Any
 
 from spattention.choice import STOCK
 from spattention.comparison.plan import Plan, Run
+from spattention.markdown import table
 
 from .gaps import NOT_SEEN, Entry, ends, fit
 from .ledger import finished, read_ledger
@@ -155,14 +156,13 @@ def section(plans: dict[str, Plan], ledger: Path) -> str:
         "per cent; mixes have one layer of each there. ± is the standard deviation over seeds; "
         "what has none is of one seed.",
         "",
-        f"| attention | {' | '.join(heads)} |",
-        f"|---|{'---:|' * len(heads)}",
     ]
+    rows = []
     for label in labels:
         cells = [_gap(budget, label) for budget in budgets]
         cells += [_score(last, label, kind) for kind in KINDS]
-        lines.append(f"| {label} | {' | '.join([*cells, recall[label]])} |")
-    return "\n".join([*lines, ""])
+        rows.append([label, *cells, recall[label]])
+    return "\n".join([*lines, *table(["attention", *heads], rows, numbers=True), ""])
 
 
 def _recalled(ledger: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import tyro
 from spattention.choice import STOCK
 from spattention.comparison.plan import Plan
 from spattention.files import write_atomically
+from spattention.markdown import table
 from spattention.plots import picture_of
 
 from . import related_page
@@ -237,13 +238,10 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
     rows = [label for label in labels if any(key[0] == label for key in done)]
     if not rows:
         return "\n".join([*lines, "Nothing of this was run yet.", ""])
-    lines += [
-        "| attention | validation loss | error | spread | minus dense | there, last quarter "
-        f"| pairs, dense = 1 | tokens/s, {reference_gpu(done)} | time to dense's loss | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for label in rows:
-        lines.append(_row(label, done))
+    headings = ["attention", "validation loss", "error", "spread", "minus dense"]
+    headings += ["there, last quarter", "pairs, dense = 1", f"tokens/s, {reference_gpu(done)}"]
+    headings += ["time to dense's loss", "seeds"]
+    lines += table(headings, [_row(label, done) for label in rows], numbers=True)
     if others:
         names = dict.fromkeys(f"{e['label']} ({e['plan']})" for e in others)
         lines += ["", f"Of other plans, with the same recipe, data and seed: {', '.join(names)}."]
@@ -306,7 +304,7 @@ def _spread(differences: Sequence[float]) -> str:
     return f"{found} ± {stdev(differences):.4f}" if len(differences) > 1 else found
 
 
-def _row(label: str, done: dict[tuple[str, int], Entry]) -> str:
+def _row(label: str, done: dict[tuple[str, int], Entry]) -> list[str]:
     runs = [done[label, seed] for seed in seeds_of(label, done)]
     losses = [_loss(run) for run in runs]
     differences = _differences(label, done)
@@ -315,7 +313,7 @@ def _row(label: str, done: dict[tuple[str, int], Entry]) -> str:
     pairs = runs[0]["facts"]["pairs_per_token"]
     timed = [run for run in runs if run["gpu"] == reference_gpu(done)]
     speeds = [found for run in timed if (found := speed(run)) is not None]
-    cells = [
+    return [
         label,
         f"{mean(losses):.4f}",
         f"{mean(run['final']['loss']['error'] for run in runs):.4f}",
@@ -327,7 +325,6 @@ def _row(label: str, done: dict[tuple[str, int], Entry]) -> str:
         _time(label, done),
         str(len(runs)),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _versions(done: dict[tuple[str, int], Entry]) -> list[str]:
@@ -370,13 +367,7 @@ def _looks(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> list[str]
     }
     if not any(taken.values()):
         return ["Heads and recall of these models were not taken.", ""]
-    lines = [
-        "What heads look at, and recall of random tokens; *~*: near chance.",
-        "",
-        "| attention | entropy (nats) | divergence (nats) | copying, farthest | pairs, most "
-        "| needle, all depths |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    found = []
     for label, finals in taken.items():
         if not finals:
             continue
@@ -387,8 +378,11 @@ def _looks(rows: Sequence[str], done: dict[tuple[str, int], Entry]) -> list[str]
             f"{mean(layer['divergence'] for layer in layers):.2f}",
             *(_accuracy(finals, task) for task in ("copying", "pairs", "needle")),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        found.append(cells)
+    said = "What heads look at, and recall of random tokens; *~*: near chance."
+    headings = ["attention", "entropy (nats)", "divergence (nats)", "copying, farthest"]
+    headings += ["pairs, most", "needle, all depths"]
+    return [said, "", *table(headings, found, numbers=True), ""]
 
 
 def _accuracy(finals: list[Entry], task: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from spattention import markdown
 from spattention.choice import STOCK
 
 Entry = dict[str, Any]
@@ -89,29 +90,18 @@ def fit(label: str, done: Mapping[tuple[str, int], Entry]) -> Fit | None:
 
 def table(rows: Sequence[str], done: Mapping[tuple[str, int], Entry]) -> list[str]:
     """Where the gaps of several seeds end, as lines of Markdown; empty if there are none."""
-    lines = []
+    cells = []
     for label in rows:
         found = fit(label, done) if label != STOCK else None
         if found is None or len(found.levels) < 2:
             continue
-        cells = [
-            label,
-            spread(found.levels),
-            spread(found.slopes),
-            ends(found),
-            str(len(found.levels)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
+        seeds = str(len(found.levels))
+        cells.append([label, spread(found.levels), spread(found.slopes), ends(found), seeds])
+    if not cells:
         return []
-    return [
-        "The line of each gap:",
-        "",
-        "| attention | gap at the end | for each doubling | ends at, million tokens | seeds |",
-        "|---|---:|---:|---:|---:|",
-        *lines,
-        "",
-    ]
+    headings = ["attention", "gap at the end", "for each doubling", "ends at, million tokens"]
+    lines = markdown.table([*headings, "seeds"], cells, numbers=True)
+    return ["The line of each gap:", "", *lines, ""]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
+from spattention.markdown import table
 from spattention.plots import picture_of
 
 from .figures import styles_of
@@ -60,14 +61,14 @@ def section(ledger: Path, name: str, images: Path) -> str:
     done = {attention: whole(entries) for attention, entries in runs.items() if entries}
     if done:
         edges = [edge for edge in EDGES if edge < setting.length] + [setting.length]
-        spans = [f"{near:,} to {far:,}" for near, far in zip(edges, edges[1:])]
+        headings = ["attention", "pairs, dense = 1", "accuracy"]
+        headings += [f"{near:,} to {far:,}" for near, far in zip(edges, edges[1:])]
+        headings += ["whole length from", "steps", "seeds"]
+        cells = [row(attention, entries, edges) for attention, entries in done.items()]
         lines += [
             "Accuracy, also by the distance of the value in tokens.",
             "",
-            f"| attention | pairs, dense = 1 | accuracy | {' | '.join(spans)} "
-            "| whole length from | steps | seeds |",
-            f"|---|{'---:|' * (len(spans) + 5)}",
-            *(row(attention, entries, edges) for attention, entries in done.items()),
+            *table(headings, cells, numbers=True),
             "",
         ]
         picture = picture_of(figure(done), 130, metadata={"Software": None})
@@ -101,8 +102,8 @@ def whole(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry["finished"]] or list(entries)
 
 
-def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:
-    """A line of the table."""
+def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> list[str]:
+    """A row of the table."""
     right = [entry["accuracy"]["mean"] for entry in entries]
     parts = [part for entry in entries for part in entry["by_distance"]]
     spans = []
@@ -116,7 +117,7 @@ def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:
         str(grown["step"]) if grown and grown["count"] == entry["count"] else "never"
         for grown, entry in zip(whole, entries)
     ]
-    cells = [
+    return [
         attention,
         f"{entries[0]['pairs']:.2f}",
         f"{mean(right):.3f}" + (f" ± {stdev(right):.3f}" if len(right) > 1 else ""),
@@ -125,7 +126,6 @@ def row(attention: str, entries: Sequence[Entry], edges: Sequence[int]) -> str:
         ", ".join(f"{entry['step']:,}" for entry in entries),
         str(len(entries)),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def figure(runs: Runs) -> Figure:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from spattention.files import write_atomically
+from spattention.markdown import table
 from spattention.plots import picture_of
 
 from .figures import styles_of
@@ -61,17 +62,16 @@ def section(ledger: Path, images: Path) -> str:
         f"{one['chance']:.3f}. *Learned* is the step at which half of the loss is gone, seed by "
         "seed; *spread* the standard deviation over seeds.",
         "",
-        "| attention | pairs, dense = 1 | accuracy | spread | learned at step | seeds |",
-        "|---|---:|---:|---:|---:|---:|",
     ]
+    cells = []
     for name, entries in runs.items():
         right = [entry["accuracy"]["mean"] for entry in entries]
         spread = f"{stdev(right):.3f}" if len(right) > 1 else "?"
         steps = ", ".join(str(learned(entry) or "never") for entry in entries)
-        lines.append(
-            f"| {name} | {entries[0]['pairs']:.2f} | {mean(right):.3f} | {spread} | {steps} "
-            f"| {len(entries)} |"
-        )
+        pairs = f"{entries[0]['pairs']:.2f}"
+        cells.append([name, pairs, f"{mean(right):.3f}", spread, steps, str(len(entries))])
+    headings = ["attention", "pairs, dense = 1", "accuracy", "spread", "learned at step", "seeds"]
+    lines += table(headings, cells, numbers=True)
     return "\n".join([*lines, "", f"![accuracy by distance](images/{PICTURE})", ""])
 
 

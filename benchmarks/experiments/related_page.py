@@ -10,6 +10,7 @@ from typing import Any
 from spattention.choice import STOCK, is_other
 from spattention.comparison.plan import Plan
 from spattention.files import write_atomically
+from spattention.markdown import table
 
 from .costs import read_costs
 from .figures import seeds_of
@@ -67,26 +68,20 @@ def section(plan: Plan, ledger: Path) -> str:
     done = {(e["label"], e["seed"]): e for e in [*entries, *lent] if finished(e)}
     costs = read_costs(ledger, plan.name)
     labels = list(dict.fromkeys(run.label for run in plan.runs))
-    lines = [
-        f"{title}:",
-        "",
-        "| attention | loss | minus dense's | minus its bands' | minus the norm's alone "
-        "| a step's time, dense = 1 | cache, dense = 1 | pairs, dense = 1 | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for label in labels:
-        if seeds_of(label, done):
-            lines.append(_row(label, done, costs))
-        else:
-            lines.append(f"| {label} | not run | | | | {_time(label, costs)} | | | 0 |")
-    return "\n".join([*lines, "", *_sentences(labels, done), *_timed(costs)])
+    headings = ["attention", "loss", "minus dense's", "minus its bands'"]
+    headings += ["minus the norm's alone", "a step's time, dense = 1", "cache, dense = 1"]
+    headings += ["pairs, dense = 1", "seeds"]
+    lines = table(headings, [_row(label, done, costs) for label in labels], numbers=True)
+    return "\n".join([f"{title}:", "", *lines, "", *_sentences(labels, done), *_timed(costs)])
 
 
-def _row(label: str, done: Done, costs: dict[str, Any]) -> str:
+def _row(label: str, done: Done, costs: dict[str, Any]) -> list[str]:
+    if not seeds_of(label, done):
+        return [label, "not run", "", "", "", _time(label, costs), "", "", "0"]
     runs = [done[label, seed] for seed in seeds_of(label, done)]
     bands, norm = bands_of(label), norm_of(label)
     losses = [_loss(run) for run in runs]
-    cells = [
+    return [
         label,
         _spread(losses).removeprefix("+"),
         _spread(differences(done, label, STOCK)) if label != STOCK else "",
@@ -97,7 +92,6 @@ def _row(label: str, done: Done, costs: dict[str, Any]) -> str:
         _share(label, done, lambda run: run["facts"]["pairs_per_token"]),
         str(len(runs)),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _sentences(labels: Iterable[str], done: Done) -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from spattention.markdown import table
+
 from .ledger import read_entry
 from .tasks import ENTRIES, FORMAT
 
@@ -42,15 +44,14 @@ def section(ledger: Path, plan: str, rows: Sequence[str]) -> list[str]:
         "over the items of one model, and behind the comma the standard deviation over seeds; *~*:",
         "near chance, no model is above it by two standard errors.",
         "",
-        f"| attention | {' | '.join(SHOWN)} | seeds |",
-        f"|---|{'---:|' * (len(SHOWN) + 1)}",
     ]
-    for label, found in by_label.items():
-        if found:
-            cells = [_cell(found, *which) for which in SHOWN.values()]
-            lines.append(f"| {label} | {' | '.join(cells)} | {len(found)} |")
-    chances = [_chance(entries, *which) for which in SHOWN.values()]
-    return [*lines, f"| *chance* | {' | '.join(chances)} | |", ""]
+    cells = [
+        [label, *(_cell(found, *which) for which in SHOWN.values()), str(len(found))]
+        for label, found in by_label.items()
+        if found
+    ]
+    cells.append(["*chance*", *(_chance(entries, *which) for which in SHOWN.values()), ""])
+    return [*lines, *table(["attention", *SHOWN, "seeds"], cells, numbers=True), ""]
 
 
 def _scores(entries: Sequence[Entry], task: str, metric: str, shots: int) -> list[Score]:

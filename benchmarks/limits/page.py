@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spattention import markdown
 from spattention.files import write_atomically
 
 from . import chart
@@ -122,11 +123,11 @@ def losses(results: Results, name: str) -> str:
                 cells = [place(line), passes, HEADINGS[by], f"{ours / time:.2f}"]
                 other = line.times.get(ANY_ORDER, ours) if which == "total" else ours
                 cells.append("-" if other == ours else f"{other / time:.2f}")
-                rows.append(f"| {' | '.join(cells)} |\n")
+                rows.append(cells)
     if not rows:
         return "No competitor that ran is faster in any of these cases.\n"
-    headings = "| case | pass | faster is | our time over its | in any order |\n"
-    return headings + "|---|---|---|---|---|\n" + "".join(rows)
+    headings = ["case", "pass", "faster is", "our time over its", "in any order"]
+    return "\n".join(markdown.table(headings, rows)) + "\n"
 
 
 def multi_head(which: str) -> Callable[[Results, str], str]:
@@ -198,7 +199,7 @@ def table(lines: list[Line], columns: tuple[str, ...], scale: float = 1.0) -> st
     """
     columns = tuple(by for by in columns if any(by in line.times for line in lines))
     headings = ["case", "limit", *(HEADINGS[by] for by in columns)]
-    rows = ["| " + " | ".join(headings) + " |\n", "|" + "---|" * len(headings) + "\n"]
+    rows = []
     for line in lines:
         best = min(line.times.values())
         cells = [place(line), f"{number(line.limit * scale)} {line.bound[0]}"]
@@ -209,8 +210,8 @@ def table(lines: list[Line], columns: tuple[str, ...], scale: float = 1.0) -> st
             time = line.times[by]
             shown = f"{number(time * scale)} ({line.share(by):.0%})"
             cells.append(f"**{shown}**" if time == best else shown)
-        rows.append(f"| {' | '.join(cells)} |\n")
-    return "".join(rows)
+        rows.append(cells)
+    return "\n".join(markdown.table(headings, rows)) + "\n"
 
 
 def place(line: Line) -> str:

@@ -357,9 +357,9 @@ def finished_run(loss, pairs, gpu="one", speed=100, late=0.0):
 def test_speeds_of_two_kinds_of_gpu_are_never_mixed():
     done = {("dense", 0): finished_run(4.0, 8.0), ("dense", 1): finished_run(4.0, 8.0, "two", 900)}
     assert figures.reference_gpu(done) == "one"
-    assert "| 100 |" in evidence._row("dense", done)
+    assert "100" in evidence._row("dense", done)
     done["other", 1] = finished_run(4.0, 8.0, "two", 900)
-    assert "| ? |" in evidence._row("other", done)
+    assert "?" in evidence._row("other", done)
     lines = figures.time_figure(["dense", "other"], done | {("other", 0): done["dense", 0]})
     assert len(lines.axes[0].lines) == 2
 
@@ -437,7 +437,7 @@ def test_differences_are_taken_seed_by_seed():
         ("sliding_window", 1): finished_run(4.7, 3.0),
     }
     row = evidence._row("shared_local", done)
-    assert "| -0.1500 ± 0.0707 | +0.0500 ± 0.2121 |" in row
+    assert row[4:6] == ["-0.1500 ± 0.0707", "+0.0500 ± 0.2121"]
     more, less = evidence._against_baselines("shared_local", done)
     assert "`longformer`, which costs as much or more" in more
     assert "+0.1000, ahead in 0 of 1 seed, not settled" in more

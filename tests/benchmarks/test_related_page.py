@@ -80,7 +80,7 @@ def test_rows_have_time_cache_and_differences(tmp_path):
     assert f"| {BANDS} | 2.9000 | -0.1000 |  |  | 0.80 | 0.25 | 0.25 | 1 |" in text
     assert f"| mea:bands={BANDS} | 2.8800 | -0.1200 | -0.0200 | +0.0300 | ? | 1.00 |" in text
     assert f"| mea:mix=0,bands={BANDS} | 2.8500 | -0.1500 | -0.0500 |  | ? | ? |" in text
-    assert "| recurrent_near | not run | | | | 4.00 | | | 0 |" in text
+    assert "| recurrent_near | not run |  |  |  | 4.00 |  |  | 0 |" in text
     assert "on one one that did nothing else (abcdefg)" in text
     assert "50.0 ms for 32,768 tokens" in text
 

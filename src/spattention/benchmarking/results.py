@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_atomically
+from ..markdown import table
 from ..provenance import source_commit, source_version, spattention_command
 
 Columns = Mapping[str, Callable[[Any], str]]  # heading -> the cell of a row
@@ -69,9 +70,7 @@ def write_page(
         f"- options: {json.dumps(record['options'])}",
         *notes,
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *("| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows),
+        *table(list(columns), ([cell(row) for cell in columns.values()] for row in rows)),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")

@@ -30,6 +30,7 @@ from ..evaluation.recall import Score, questions, recall
 from ..evaluation.tasks import TaskScore, run_tasks
 from ..files import read_json, write_atomically
 from ..loading import LARGEST_JSON, model_digest, model_folder, open_model, open_tokenizer
+from ..markdown import table
 from ..plots import evaluation_figure, picture_of
 from ..provenance import machine, spattention_command
 from ..training.lock import held
@@ -187,9 +188,7 @@ def report(evaluation: Evaluation, options: Options, folder: Path, console: Cons
     lines += [f"Model `{folder}`, digest {evaluation.digest[:16]}.", ""]
     console.print(title, highlight=False, markup=False)
     for name, header, rows in tables_of(evaluation):
-        lines += [f"## {name}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines.append("")
+        lines += [f"## {name}", "", *table(header, rows), ""]
         shown = Table(title=name, title_justify="left")
         for column in header:
             shown.add_column(column, justify="left" if column == header[0] else "right")

@@ -10,6 +10,7 @@ from typing import Any
 from ..choice import STOCK
 from ..data.prepare import CorpusFacts
 from ..files import counted, write_atomically
+from ..markdown import table
 from ..plots import picture_of
 from ..provenance import machine, versions
 from .figure import comparison_figure
@@ -115,8 +116,7 @@ class Report:
     def to_markdown(self) -> str:
         """A page with the table, its notes, the plot and the continuations."""
         lines = ["# Dense and banded attention compared", "", f"`{self.command}`", ""]
-        lines += [f"| {' | '.join(HEADER)} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-        lines += [f"| {' | '.join(cells)} |" for cells in self.cells()]
+        lines += table(HEADER, self.cells(), numbers=True)
         lines += ["", *(f"- {note}" for note in self.notes()), "", "![loss and work](results.png)"]
         if self.shown and self.shown.continuation:
             words = self.shown.continuation.strip()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import shown
+
 Item = Mapping[str, Any]
-LONGEST_SHOWN = 80  # characters of a bad value
 
 
 class Rule(NamedTuple):
@@ -125,6 +126,5 @@ def _item(where: str, line: str, task: str) -> Item:
         )
     for name, rule in fields.items():
         if not rule.holds(item[name], item):
-            shown = repr(item[name])[:LONGEST_SHOWN]
-            raise ValueError(f"{where}: `{name}` must be {rule.text}, got {shown}")
+            raise ValueError(f"{where}: `{name}` must be {rule.text}, got {shown(item[name])}")
     return item

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..choice import AttentionChoice
+from ..hf.decoder import head_dim
 from ..models import parameters_of
 
 
 def work_per_token(model: Any, attention: AttentionChoice, context: int) -> float:
     """Useful floating-point operations per token, forward and backward."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs = attention.pairs(context) * config.num_hidden_layers / context
-    return 6 * parameters_of(model).active + 14 * head_dim * pairs
+    return 6 * parameters_of(model).active + 14 * head_dim(config) * pairs
