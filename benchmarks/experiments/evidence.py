@@ -247,7 +247,7 @@ def section(plan: Plan, ledger: Path, images: Path) -> str:
         lines += ["", f"Of other plans, with the same recipe, data and seed: {', '.join(names)}."]
     timed = _versions(done) if speeds is None else [speeds.line()]
     timed += [""] if timed else []  # what follows is no item of the list
-    lines += ["", *_verdicts(plan, done), *timed, *_missing(plan, entries, done), ""]
+    lines += ["", *_verdicts(plan, done), *timed, *_missing(plan, entries), ""]
     lines += gap_table(rows, done)
     for what, draw in DRAWN.items():
         figure = draw(rows, done)
@@ -443,7 +443,7 @@ def _pairs(label: str, done: dict[tuple[str, int], Entry]) -> float:
     return done[label, seeds_of(label, done)[0]]["facts"]["pairs_per_token"]
 
 
-def _missing(plan: Plan, entries: list[Entry], done: dict[tuple[str, int], Entry]) -> list[str]:
+def _missing(plan: Plan, entries: list[Entry]) -> list[str]:
     known = {(e["label"], e["seed"]): e for e in entries}
     lines = []
     for run in plan.runs:

@@ -56,7 +56,7 @@ def test_sequences_grow_when_they_are_learned() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """Two tiny runs, and the entries that they wrote on the way."""
+    """Two tiny runs, the first as if stopped, and the entries that they wrote on the way."""
     folder, written = tmp_path_factory.mktemp("ledger"), []
     for name in ("dense", "intervals:heads=0-8+16-32"):
         path = entry_path(folder, name, 0, "mqar-2048")
@@ -67,6 +67,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
             path.write_text(json.dumps(entry))
 
         entry = mqar.run(TINY, name, 0, write, "abc")
+    path = entry_path(folder, "dense", 0, "mqar-2048")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3, "finished": False}))
     return folder, entry | {"written": written}
 
 
@@ -76,10 +78,9 @@ def test_entries_are_written_on_the_way(made: tuple[Path, dict]) -> None:
     assert [line["step"] for line in entry["loss"]] == [3, 6]
     assert entry["grown"] == [{"step": 3, "count": 16}]
     assert sum(part["asked"] for part in entry["by_distance"]) == 4 * 16
-    path = entry_path(folder, "dense", 0, "mqar-2048")
+    path = entry_path(folder, entry["attention"], 0, "mqar-2048")
     assert mqar.is_finished(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3, "finished": False}))
-    assert not mqar.is_finished(path)
+    assert not mqar.is_finished(entry_path(folder, "dense", 0, "mqar-2048"))
     assert not mqar.is_finished(path.with_name("none.json"))
 
 
