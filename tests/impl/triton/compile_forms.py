@@ -38,6 +38,7 @@ CORE = (
     "portable D128, prefix",
     "decode D128, 1 query",
     "decode D128, 1 query, prefix",
+    "decode D128, 1 query of 4, pages of 16",
 )
 
 
@@ -87,6 +88,16 @@ def decode(
     query = torch.zeros(1, 8, queries, head_dim, dtype=dtype)
     key, value = (torch.zeros(1, key_heads, 256, head_dim, dtype=dtype) for _ in range(2))
     spa.band_attention(query, key, value, pattern, impl="triton", **options)
+
+
+def decode_pages(dtype: torch.dtype, head_dim: int, key_heads: int, block_size: int) -> None:
+    query = torch.zeros(1, 8, 1, head_dim, dtype=dtype)
+    key, value = torch.zeros(2, 20, block_size, key_heads, head_dim, dtype=dtype)
+    table, lengths = torch.zeros(1, 20, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    out, lse = torch.empty_like(query), torch.zeros(1, 8, 1)
+    kernels.attend_paged(
+        query, key, value, table, lengths, TWO, scale=0.1, sinks=None, out=out, lse=lse
+    )
 
 
 def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
@@ -190,6 +201,8 @@ def forms() -> Iterator[tuple[str, Any]]:
     yield "decode D128, 1 query, float32, prefix", lambda: decode(SINGLE, 128, 1, 8, PREFIX)
     yield "decode D128, 1 query, float32", lambda: decode(SINGLE, 128, 1, 8)
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
+    yield "decode D128, 1 query of 4, pages of 16", lambda: decode_pages(BRAIN, 128, 2, 16)
+    yield "decode D128, 1 query of 4, pages of 1", lambda: decode_pages(BRAIN, 128, 2, 1)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
     yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
     yield "merge D128", lambda: merge(BRAIN, 128)
