@@ -212,8 +212,13 @@ def _best(budget: Budget) -> str:
         there = ends(fitted)
         at = there if there == NOT_SEEN else f"at {there} million tokens"
         end = f"; by the fit its lead ends {at}"
-    sign, word = (-1, "below") if mean(gaps[label]) < 0 else (1, "above")
-    far = [sign * gap for gap in gaps[label]]
+    below = mean(gaps[label]) < 0
+    far = _spread([-gap if below else gap for gap in gaps[label]], "")
+    lowest = (
+        f"the lowest loss is that of {label}, {far} below dense attention"
+        if below
+        else f"no pattern is below dense attention; nearest is {label}, {far} above it"
+    )
     count = len(gaps[label])
     seeds = f"{count} seeds" if count > 1 else "one seed, not settled"
     if count > 1 and verdict(gaps[label]) == NEITHER:
@@ -226,10 +231,7 @@ def _best(budget: Budget) -> str:
     for other, found in others.items():
         alone = " (one seed)" if len(found) == 1 < count else ""
         beside += f"; {other} {_spread(found, '+')}{alone}"
-    return (
-        f"{where}: {label} ends lowest, {_spread(far, '')} {word} dense attention "
-        f"({seeds}){beside}{end}."
-    )
+    return f"{where}: {lowest} ({seeds}){beside}{end}."
 
 
 def _retrieval(budget: Budget) -> str:
@@ -246,8 +248,8 @@ def _retrieval(budget: Budget) -> str:
     if most < LITTLE:
         return f"{where}: no model finds more than {most:.0f} % of the needles, dense included."
     return (
-        f"{where}: {label} finds {found[label]:.0f} % of the needles, more than any other pattern; "
-        f"dense attention {dense:.0f} %."
+        f"{where}: the pattern that finds most needles is {label}, {found[label]:.0f} %; "
+        f"dense attention finds {dense:.0f} %."
     )
 
 

@@ -130,8 +130,9 @@ def test_the_first_table_has_losses_and_retrieval(tmp_path):
     assert "| -0.1000 | 75 | 25 | 25 | not run |" in row
     (row,) = [line for line in text.splitlines() if line.startswith("| dense |")]
     assert "| 3.0000 | 75 | 50 | 50 | not run |" in row
-    assert "geometric bands ends lowest, 0.1000 below dense attention (one seed, not" in text
-    assert "geometric bands finds 25 % of the needles, more than any other pattern; dense" in text
+    lowest = "the lowest loss is that of geometric bands, 0.1000 below dense attention (one seed"
+    assert lowest in text
+    assert "the pattern that finds most needles is geometric bands, 25 %; dense" in text
 
 
 def test_scores_at_chance_name_no_pattern(tmp_path):
@@ -146,7 +147,7 @@ def test_scores_at_chance_name_no_pattern(tmp_path):
         ledger.write_entry(path, entry(plan.name, run, loss, needles))
     text = budget_page.section(PLANS, tmp_path)
     assert "no model finds more than 1 % of the needles, dense included" in text
-    assert "uniform bands ends lowest, 0.0200 above dense" in text
+    assert "no pattern is below dense attention; nearest is uniform bands, 0.0200 above it" in text
     assert "(one seed, not settled); geometric bands +0.0300." in text
     assert "variables are of 28 M parameters, context 2,048, 692 M tokens" in text
 
@@ -156,13 +157,13 @@ def test_scores_at_chance_name_no_pattern(tmp_path):
     [
         (
             (3.011, 3.019, 3.012),
-            "0.0123 ± 0.0025 above dense attention (3 seeds); not told apart from 5:1 window 128 "
+            "0.0123 ± 0.0025 above it (3 seeds); not told apart from 5:1 window 128 "
             "with sinks: 5:1 geometric bands +0.0140 ± 0.0044; geometric bands +0.0300 "
             "(one seed); dense after bands -0.1000 (one seed).",
         ),
         (
             (3.021, 3.024, 3.021),
-            "0.0123 ± 0.0025 above dense attention (3 seeds); geometric bands +0.0300 "
+            "0.0123 ± 0.0025 above it (3 seeds); geometric bands +0.0300 "
             "(one seed); dense after bands -0.1000 (one seed).",
         ),
         (
