@@ -30,7 +30,8 @@ def tensor_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[R
         path = Path(where[0])
 
         def save() -> None:
-            model, _ = llama(options, options.prompt + options.new_tokens, machine.device)
+            length = options.prompt + options.new_tokens + 1 + PROFILED
+            model, _ = llama(options, length, machine.device)
             model.to(torch.bfloat16).save_pretrained(path)
 
         machine.alone(save)
