@@ -14,7 +14,7 @@ Five parts, each with a flag; all of them without any:
                      time per token and cache of the same model by Transformers' `tp_plan="auto"`
 
     --losses         losses of 200 steps of a small Llama in bfloat16 by context parallelism, beside
-                     those of one GPU with several splits into micro-batches, of one seed
+                     those of one GPU with several splits into micro-batches
 
 Results are written after every row; a part that fails is recorded and the next one runs. Times are
 those of the slowest rank, medians over repetitions.
@@ -226,6 +226,7 @@ def busiest(pattern: BandPattern, shards: Shards) -> float:
     return max(work) / sum(work)
 
 
+CURVES = ("one", "parallel")  # losses of one GPU, of context parallelism
 PARTS = {
     "correctness": correctness,
     "attention": attention,
@@ -267,7 +268,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--curve-steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the losses' weights and tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the losses")
+    parser.add_argument(
+        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="of losses"
+    )
     parser.add_argument("--prompt", type=int, default=32768, help="tokens before decoding")
     parser.add_argument("--decoding-rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=24)

@@ -2,12 +2,10 @@
 
 Training doubles small differences every few steps until curves are as far apart as they can be, so
 one pair of curves tells little. Here each seed has a curve of one GPU for every split of a step's
-rows into micro-batches, and one of context parallelism for each layout of shards. The summary of
-several seeds compares distances among the former with those from the latter to them:
+rows into micro-batches, and one of context parallelism. The summary of several seeds compares distances among the former with those from the latter to them:
 
-    torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --seed 1 --output losses-1.json
-    torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --seed 2 --output losses-2.json
-    python -m benchmarks.parallel_losses losses-*.json --output losses.json
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --output curves.json
+    python -m benchmarks.parallel_losses curves.json --output losses.json
 """
 
 from __future__ import annotations
@@ -30,26 +28,27 @@ from .parallel_training import drawn_tokens, llama
 from .rank import Machine, Row
 
 SPLITS = ((4,), (2, 2), (3, 1))  # rows of the micro-batches of a step of one GPU
-LAYOUTS = ("balanced", "contiguous")
 FIRST = 60  # steps, before small differences have grown
 
 
 def losses(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
-    """Curves of one seed. Those of one GPU are shared out over the ranks."""
-    common = {"part": "losses", "seed": options.seed, "context": options.context}
-    mine = {
-        str(split): train(options, machine, split, None)
-        for split in SPLITS[machine.rank :: machine.ranks]
-    }
-    found: list[Any] = [None] * machine.ranks
-    dist.all_gather_object(found, mine)
-    for way, curve in sorted((way, curve) for curves in found for way, curve in curves.items()):
-        yield {**common, "way": f"one GPU, {way}", "ranks": 1, **ends(curve), "losses": curve}
+    """Curves of all seeds. Those of one GPU are shared out over the ranks."""
     mesh = dist.init_device_mesh(machine.device.type, (machine.ranks,))
-    for layout in LAYOUTS:
-        curve = train(options, machine, SPLITS[0], mesh, layout)
-        row = {**common, "way": f"context parallelism, {layout}", "ranks": machine.ranks}
-        yield {**row, **ends(curve), "losses": curve}
+    for seed in options.seeds:
+        common = {"part": "losses", "seed": seed, "context": options.context}
+        found: list[Any] = [{}] * machine.ranks
+        if "one" in options.curves:
+            mine = {
+                str(split): train(options, machine, seed, split, None)
+                for split in SPLITS[machine.rank :: machine.ranks]
+            }
+            dist.all_gather_object(found, mine)
+        for way, curve in sorted((way, curve) for curves in found for way, curve in curves.items()):
+            yield {**common, "way": f"one GPU, {way}", "ranks": 1, **ends(curve), "losses": curve}
+        if "parallel" in options.curves:
+            curve = train(options, machine, seed, SPLITS[0], mesh)
+            row = {**common, "way": "context parallelism", "ranks": machine.ranks}
+            yield {**row, **ends(curve), "losses": curve}
 
 
 def ends(curve: list[float]) -> Row:
@@ -59,22 +58,22 @@ def ends(curve: list[float]) -> Row:
 def train(
     options: argparse.Namespace,
     machine: Machine,
+    seed: int,
     split: tuple[int, ...],
     mesh: Any,
-    layout: str = LAYOUTS[0],
 ) -> list[float]:
     """Losses of a small Llama; all ranks of a mesh have the same rows."""
     from spattention import hf
 
     small = {"hidden": min(options.hidden, 512), "layers": min(options.layers, 4)}
     given = argparse.Namespace(**{**vars(options), **small})
-    model, _ = llama(given, options.context, machine.device, options.seed)
+    model, _ = llama(given, options.context, machine.device, seed)
     if mesh is not None:
-        hf.context_parallel(model, mesh, layout=layout)
+        hf.context_parallel(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rows, found = sum(split), []
     for step in range(options.curve_steps):
-        tokens = drawn_tokens(step + options.seed * options.curve_steps, rows, options.context)
+        tokens = drawn_tokens(step + seed * options.curve_steps, rows, options.context)
         total = torch.zeros((), device=machine.device)
         for part in tokens.to(machine.device).split(split):
             with torch.autocast(machine.device.type, torch.bfloat16):
@@ -97,15 +96,14 @@ def distance(curve: list[float], other: list[float]) -> float:
 
 
 def summary(curves: list[Row]) -> Iterator[Row]:
-    """Distances of all steps and of the first ones: means over pairs and seeds, and the excess of
+    """Distances of the first steps and of all: means over pairs and seeds, and the excess of
     context parallelism with its standard error over seeds."""
-    layouts = sorted({row["way"] for row in curves if row["ranks"] > 1})
-    for steps, layout in itertools.product((FIRST, None), layouts):
+    for steps in (FIRST, None):
         alone, apart = [], []
-        for seed in sorted({row["seed"] for row in curves}):
+        for seed in sorted({row["seed"] for row in curves if row["ranks"] > 1}):
             of_seed = [row for row in curves if row["seed"] == seed]
             single = [row["losses"][:steps] for row in of_seed if row["ranks"] == 1]
-            (parallel,) = (row["losses"][:steps] for row in of_seed if row["way"] == layout)
+            (parallel,) = (row["losses"][:steps] for row in of_seed if row["ranks"] > 1)
             pairs = itertools.combinations(single, 2)
             alone.append(statistics.fmean(itertools.starmap(distance, pairs)))
             apart.append(statistics.fmean(distance(parallel, other) for other in single))
@@ -113,7 +111,7 @@ def summary(curves: list[Row]) -> Iterator[Row]:
         error = statistics.stdev(excess) / math.sqrt(len(excess))
         yield {
             "part": "distances",
-            "way": layout,
+            "way": "context parallelism",
             "steps": steps or len(curves[0]["losses"]),
             "seeds": len(excess),
             "of_one_gpu": statistics.fmean(alone),
@@ -132,12 +130,12 @@ def main() -> None:
     options = parser.parse_args()
     read = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
     curves = [row for each in read for row in each["rows"] if row["part"] == "losses"]
-    if len({row["seed"] for row in curves}) < 2:
+    if len({row["seed"] for row in curves if row["ranks"] > 1}) < 2:
         parser.error("the files must hold at least two seeds, whose scatter is to be known")
     environment = {name: read[0][name] for name in ("gpu", "triton") if name in read[0]}
     rows = [*summary(curves), *curves]
     what = "loss curves in bfloat16: context parallelism and one GPU"
-    settings = {**read[0]["settings"], "seed": [row["settings"]["seed"] for row in read]}
+    settings = {**read[0]["settings"], "seeds": sorted({row["seed"] for row in curves})}
     write_rows(
         options.output, what, settings, rows, commit=read[0]["commit"], environment=environment
     )

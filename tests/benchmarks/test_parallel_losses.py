@@ -12,7 +12,7 @@ def curve(seed: int, way: str, ranks: int, offset: float) -> dict:
 def curves(seed: int, parallel: float) -> list[dict]:
     """Three curves of one GPU, on average 2 apart, and one that is `parallel` from the lowest."""
     one = [curve(seed, f"one GPU, {n}", 1, offset) for n, offset in enumerate((0.0, 3.0, 2.0))]
-    return [*one, curve(seed, "context parallelism, balanced", 2, parallel)]
+    return [*one, curve(seed, "context parallelism", 2, parallel)]
 
 
 def of_all_steps(rows: list[dict]) -> dict:
