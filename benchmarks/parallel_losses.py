@@ -2,7 +2,8 @@
 
 Training doubles small differences every few steps until curves are as far apart as they can be, so
 one pair of curves tells little. Here each seed has a curve of one GPU for every split of a step's
-rows into micro-batches, and one of context parallelism. The summary of several seeds compares distances among the former with those from the latter to them:
+rows into micro-batches, and one of context parallelism. The summary of several seeds compares
+distances among the former with those from the latter to them:
 
     torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --output curves.json
     python -m benchmarks.parallel_losses curves.json --output losses.json
