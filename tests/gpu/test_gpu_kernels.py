@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import spattention as spa
 from spattention.impl.triton.hopper import TileOrder
 from spattention.testing import check_error, exact, plain, run
 from tests.views import VIEWS, check_view
@@ -45,31 +44,6 @@ def test_random_cases_of_larger_plans(variant: Variant, plan: dict[str, Any]) ->
     """What the rules choose for more heads, more tokens and longer bands, on small cases."""
     with changed_plans(**plan):
         check_cases(variant, CASES_OF_A_PLAN)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("waves", [1, 8])
-@pytest.mark.parametrize("prefix", [0, 4])
-@pytest.mark.parametrize("widths", ["uniform", "geometric"])
-def test_drawn_blocks_give_what_others_give(widths: str, prefix: int, waves: int) -> None:
-    """More blocks of queries than programs, of much and of little work: the persistent forward pass
-    gives the other kernel's results, and the same bits on every run.
-    """
-    bands = spa.BandPattern.shared_local(8, 8000, widths=widths).intervals
-    far = spa.BandPattern.exclusive(8, 8000).intervals[4:]
-    pattern = spa.BandPattern((*bands, *far), 8000, prefix=prefix)
-    generator = torch.Generator("cuda").manual_seed(0)
-    inputs = torch.randn(3, 1, 12, 8000, 128, device="cuda", generator=generator).bfloat16()
-    options = {"impl": "triton", "return_lse": True}
-    with changed_plans(order=TileOrder.HEAD_MAJOR, persistent=False):
-        out, lse = spa.band_attention(*inputs, pattern, **options)
-    with changed_plans(order=TileOrder.HEAD_MAJOR, persistent=True, waves=waves):
-        runs = [spa.band_attention(*inputs, pattern, **options) for _ in range(10)]
-    torch.testing.assert_close(runs[0][0], out, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(runs[0][1], lse, atol=1e-4, rtol=1e-4)
-    for again in runs[1:]:
-        assert torch.equal(again[0], runs[0][0])
-        assert torch.equal(again[1], runs[0][1])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -21,7 +21,6 @@ from . import (
     backward_preprocess,
     documents,
     forward_persistent,
-    forward_queue,
     fused_backward,
     prefix,
     query_sums,
@@ -44,7 +43,6 @@ GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
-_reset = CompiledKernelCache(forward_queue.reset_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
 _fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
@@ -149,7 +147,6 @@ class _ForwardLaunch(NamedTuple):
     key_tokens: int
     counts: tuple[int, ...]
     constants: dict[str, Any]
-    draws: bool
 
 
 def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLaunch:
@@ -169,7 +166,6 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
         call.keys,
         plan.order.value,
     )
-    draws = plan.persistent and plan.waves == 1
     if plan.persistent:
         counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
@@ -193,8 +189,7 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
         BLOCK if plan.persistent else launch.block_m,
         launch.block_n,
         counts,
-        {"FORM": form, **launch.options, **({"launch_pdl": True} if draws else {})},
-        draws,
+        {"FORM": form, **launch.options},
     )
     return found
 
@@ -204,13 +199,10 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
     query, key, value, out, lse, sinks = tensors
     launch = _forward_launch(call, plan, sinks is not None)
     results, positions = heads(out), _positions(call)
-    drawn = lse.new_empty(4, dtype=torch.int32) if launch.draws else None
     with on_device(call.device):
-        if drawn is not None:
-            _reset(1, (call.device, specialization(drawn)), drawn, num_warps=1, **OPTIONS)
         (_forward_persistent if plan.persistent else _forward)(
             launch.programs,
-            (call.device, specialization(out, lse, sinks, drawn, *positions), results[1:]),
+            (call.device, specialization(out, lse, sinks, *positions), results[1:]),
             _descriptor(query, launch.query_tokens),
             _descriptor(key, launch.key_tokens),
             _descriptor(value, launch.key_tokens),
@@ -218,7 +210,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             lse,
             call.bands_by_head,
             sinks,
-            *((drawn,) if plan.persistent else (positions,)),
+            *(() if plan.persistent else (positions,)),
             *launch.counts,
             call.scale,
             **launch.constants,
