@@ -3,8 +3,7 @@
 `serving_schedule.py` records the schedule on a machine without a GPU. Every step runs as the vLLM
 back end runs it: paged decoding for requests with one new token, a packed call for the others, a
 call of each for every class of heads. The classes decode in turns or side by side, and each way is
-a row. Each pattern has its own schedule, because more requests fit where bands free blocks. Dense
-attention's gathering of keys is not counted: kernels of others read the blocks in place. Outputs
+a row. Each pattern has its own schedule, because more requests fit where bands free blocks. Outputs
 are compared with float64 before anything is timed.
 
     python -m benchmarks.serving_steps --schedule build/schedule.json.xz --output RESULTS.json
@@ -30,14 +29,7 @@ import torch
 import spattention as spa
 from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
-from spattention.serving.paged import (
-    Decodes,
-    Step,
-    attend,
-    gather,
-    leading_decodes,
-    prefills_of,
-)
+from spattention.serving.paged import Decodes, PagedPrefills, Step, attend, leading_decodes
 from spattention.testing import Case, check_error, exact, plain
 
 from .serving_memory import class_blocks
@@ -81,7 +73,7 @@ class Layer:
     """One layer's attention over the blocks that a recorded run uses."""
 
     def __init__(self, name: str, run: dict[str, Any], most_tokens: int) -> None:
-        pattern, self.is_dense = PATTERNS[name], name == "dense"
+        pattern = PATTERNS[name]
         generator = torch.Generator("cuda").manual_seed(0)
         classes = class_blocks(pattern, KV_HEADS)
         wanted = [(one.part.window, one.tokens, len(one.part.kv_heads)) for one in classes]
@@ -115,15 +107,20 @@ class Layer:
         count = leading_decodes(offsets)
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         steps = []
-        for index, heads in enumerate(self.heads):
+        for index in range(len(self.heads)):
             columns = max(len(request.blocks[index]) for request in requests)
             rows = np.zeros((len(requests), columns), dtype=np.int32)
             for row, request in zip(rows, requests):
                 row[: len(request.blocks[index])] = request.blocks[index]
             table = torch.from_numpy(rows).to("cuda")
             decodes = Decodes(table[:count], seq_lens[:count]) if count else None
-            rest = offsets[count:], lengths[count:], table[count:]
-            steps.append(Step(decodes, prefills_of(*rest, heads.tokens, heads.window)))
+            prefills = None
+            if count < len(requests):
+                first, last = offsets[count], offsets[-1]
+                starts = torch.tensor(offsets[count:], dtype=torch.int32, device="cuda") - first
+                rest = table[count:], seq_lens[count:]
+                prefills = PagedPrefills(first, last, starts, *rest)
+            steps.append(Step(decodes, prefills))
         return steps
 
     def decode(self, steps: list[Step]) -> None:
@@ -146,12 +143,6 @@ class Layer:
         for heads, step in zip(self.heads, steps):
             if step.prefills is not None:
                 self._attend(heads, Step(None, step.prefills))
-
-    def gather(self, steps: list[Step]) -> None:
-        """The part of `prefill` that copies keys."""
-        for heads, step in zip(self.heads, steps):
-            if step.prefills is not None:
-                gather(heads.cache, step.prefills)
 
     def _attend(self, heads: Heads, step: Step) -> None:
         attend(heads.query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
@@ -219,21 +210,17 @@ class StepTimes:
     decode: float = 0.0
     decode_side_by_side: float = 0.0
     prefill: float = 0.0
-    gather: float = 0.0
 
 
 def time_step(layer: Layer, steps: list[Step]) -> StepTimes:
-    """Time the parts that a step has. Dense attention does not gather."""
+    """Time the parts that a step has."""
     names = []
     if any(step.decodes is not None for step in steps):
         names += ["decode", "decode_side_by_side"] if len(steps) > 1 else ["decode"]
     if any(step.prefills is not None for step in steps):
-        names += ["prefill", "gather"]
+        names.append("prefill")
     found = milliseconds([partial(getattr(layer, name), steps) for name in names])
-    times = StepTimes(**dict(zip(names, found)))
-    if layer.is_dense:
-        times.prefill -= times.gather
-    return times
+    return StepTimes(**dict(zip(names, found)))
 
 
 def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
@@ -268,7 +255,6 @@ def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[di
                 "mean_requests": statistics.mean(running),
                 "decode_milliseconds": sum(decoding),
                 "prefill_milliseconds": sum(each.prefill for each in times),
-                "gather_milliseconds": sum(each.gather for each in times),
                 "new_tokens": tokens,
                 "new_tokens_per_second": tokens / float(sums[-1]),
                 "median_seconds_to_first_token": statistics.median(waits),

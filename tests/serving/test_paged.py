@@ -12,6 +12,8 @@ import torch
 import spattention as spa
 from spattention.serving.paged import (
     Decodes,
+    PagedPrefills,
+    Prefills,
     Step,
     attend,
     leading_decodes,
@@ -33,7 +35,7 @@ class Engine:
         window: which blocks are freed; None frees none.
         seed: of everything random.
         pattern: of the layer.
-        kernels: what decodes the first requests with one new token; None gathers for all.
+        kernels: what reads the block table; None gathers for all.
     """
 
     def __init__(
@@ -88,8 +90,7 @@ class Engine:
         if count:
             seq_lens = torch.tensor(lengths[:count], dtype=torch.int32)
             decodes = Decodes(self.table[:count], seq_lens)
-        rest = offsets[count:], lengths[count:], self.table[count:]
-        prefills = prefills_of(*rest, self.block_size, self.window, self.pattern.prefix)
+        prefills = self._prefills(offsets[count:], lengths[count:], self.table[count:])
         out = torch.full_like(query, torch.nan)
         attend(
             query,
@@ -103,6 +104,16 @@ class Engine:
         )
         self.computed = lengths
         return list(out.split(new_tokens))
+
+    def _prefills(
+        self, offsets: list[int], lengths: list[int], table: torch.Tensor
+    ) -> PagedPrefills | Prefills | None:
+        if self.kernels is None:
+            window, prefix = self.window, self.pattern.prefix
+            return prefills_of(offsets, lengths, table, self.block_size, window, prefix)
+        first, last = offsets[0], offsets[-1]
+        starts, held = (torch.tensor(each, dtype=torch.int32) for each in (offsets, lengths))
+        return PagedPrefills(first, last, starts - first, table, held) if last > first else None
 
     def _release(self, request: int) -> None:
         """As vLLM's manager of sliding windows does, before a step."""
@@ -145,11 +156,12 @@ def test_prefixes_outlive_the_window(block_size: int, prefix: int) -> None:
     _run_and_compare(engine, None, EXACT)
 
 
+@pytest.mark.parametrize("block_size", [1, 5, 16])
 @pytest.mark.parametrize("prefix", [0, 6])
-def test_kernels_decode_the_first_requests(prefix: int) -> None:
-    """Steps that mix decoding, by kernels that read the block table, and prefill chunks."""
+def test_kernels_read_the_block_table(prefix: int, block_size: int) -> None:
+    """Steps that mix decoding and chunks of prompts, while freed blocks are poisoned."""
     kernels = pytest.importorskip("spattention.impl.triton")
-    engine = Engine([70, 1, 33], 16, SPAN, 0, replace(PATTERN, prefix=prefix), kernels)
+    engine = Engine([70, 1, 33], block_size, SPAN, 0, replace(PATTERN, prefix=prefix), kernels)
     sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
     _run_and_compare(engine, sinks, {"rtol": 1e-5, "atol": 1e-5})
 

@@ -5,8 +5,9 @@ value. A request's tokens are in the blocks that its row of the block table name
 may name any block where the engine has freed one: no band and no prefix reaches it.
 
 Requests with one new token are decoded by kernels that read the block table, where there are
-kernels. The others are packed documents: their readable keys are gathered, and one call of
-`band_attention_varlen` reads the copies.
+kernels. The others are packed documents, which kernels read through the block table too. Without
+kernels, or where those for contiguous keys are faster (`reads_pages`), their readable keys are
+gathered, and one call of `band_attention_varlen` reads the copies.
 """
 
 from __future__ import annotations
@@ -19,6 +20,24 @@ import torch
 
 from ..attention import band_attention_varlen, kernels_for
 from ..bands import BandPattern
+
+
+@dataclass(frozen=True)
+class PagedPrefills:
+    """Requests of a step as packed documents, whose keys kernels read through the block table.
+
+    Attributes:
+        first, last: the rows of their new tokens in the flat query.
+        cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in these rows.
+        block_table: int32 `[documents, columns]`.
+        seq_lens: int32 `[documents]`, tokens of each request, the new ones included.
+    """
+
+    first: int
+    last: int
+    cu_seqlens_q: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,13 @@ class Step:
     """
 
     decodes: Decodes | None
-    prefills: Prefills | None
+    prefills: PagedPrefills | Prefills | None
+
+
+def reads_pages(query: torch.Tensor, block_size: int) -> bool:
+    """True where kernels read blocks of the cache in place, for queries like this `[..., D]`."""
+    kernels = kernels_for(query, query)
+    return kernels is not None and bool(kernels.reads_pages(query, block_size))
 
 
 def leading_decodes(query_offsets: Sequence[int]) -> int:
@@ -150,14 +175,18 @@ def attend(
         out: `[T, H, D]`.
         scale: factor of the scores.
         sinks: `[H]`, as in `band_attention`.
-        kernels: what computes the decodes; default the kernels for CUDA tensors.
+        kernels: what reads the block table; default the kernels for CUDA tensors.
     """
-    if step.decodes is not None:
-        kernels = kernels or kernels_for(query, query)
-        assert kernels is not None
-        _decode(query, cache, step.decodes, pattern, out, scale, sinks, kernels)
-    if step.prefills is not None:
+    if isinstance(step.prefills, Prefills):
         _prefill(query, cache, step.prefills, pattern, out, scale, sinks)
+    if step.decodes is None and not isinstance(step.prefills, PagedPrefills):
+        return
+    kernels = kernels or kernels_for(query, query)
+    assert kernels is not None
+    if step.decodes is not None:
+        _decode(query, cache, step.decodes, pattern, out, scale, sinks, kernels)
+    if isinstance(step.prefills, PagedPrefills):
+        _prefill_in_place(query, cache, step.prefills, pattern, out, scale, sinks, kernels)
 
 
 def gather(cache: torch.Tensor, prefills: Prefills) -> torch.Tensor:
@@ -191,6 +220,33 @@ def _prefill(
     )
     assert isinstance(result, torch.Tensor)  # no log-sum-exp was asked for
     out[rows] = result
+
+
+def _prefill_in_place(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    prefills: PagedPrefills,
+    pattern: BandPattern,
+    out: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+    kernels: ModuleType,
+) -> None:
+    """Write the rows of `out` that belong to packed documents, by kernels."""
+    rows = slice(prefills.first, prefills.last)
+    key, value = cache.transpose(1, 2).split(query.shape[2], dim=-1)
+    kernels.attend_paged_documents(
+        query[rows],
+        key,
+        value,
+        prefills.cu_seqlens_q,
+        prefills.block_table,
+        prefills.seq_lens,
+        pattern,
+        scale=scale,
+        sinks=sinks,
+        out=out[rows],
+    )
 
 
 def _decode(

@@ -1,8 +1,7 @@
 """vLLM's attention back end for bands: prefill and decoding over its paged cache.
 
-On CUDA requests with one new token are decoded by kernels that read the block table (`paged.py`),
-inside CUDA graphs where a step has no others. For the rest each step gathers the readable keys. No
-step waits for the device.
+On CUDA kernels read the block table (`paged.py`). Requests with one new token are decoded inside
+CUDA graphs where a step has no others. No step waits for the device.
 """
 
 from __future__ import annotations
@@ -28,7 +27,17 @@ from ..attention import kernels_for
 from ..bands import BandPattern
 from .checks import check_cache_dtype
 from .class_streams import ClassStreams
-from .paged import Decodes, Step, attend, leading_decodes, prefills_of, write
+from .paged import (
+    Decodes,
+    PagedPrefills,
+    Prefills,
+    Step,
+    attend,
+    leading_decodes,
+    prefills_of,
+    reads_pages,
+    write,
+)
 
 
 @dataclass
@@ -84,6 +93,7 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         self.window = getattr(kv_cache_spec, "sliding_window", None)
         self.prefix = getattr(kv_cache_spec, "prefix", 0)
         self.has_kernels = _has_kernels(kv_cache_spec, device)
+        self.reads_pages = reads_pages(_sample(kv_cache_spec, device), self.block_size)
 
     def build(
         self,
@@ -98,26 +108,41 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
             # the batch are of length 0.
             return BandMetadata(Step(Decodes(table[:requests], seq_lens[:requests]), None))
         offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
-        # Exact on the host, since speculative decoding is refused.
-        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-        assert lengths is not None
         decodes = leading_decodes(offsets) if self.has_kernels else 0
-        prefills = prefills_of(
-            offsets[decodes:],
-            lengths[decodes:requests].tolist(),
-            table[decodes:requests],
-            self.block_size,
-            self.window,
-            self.prefix,
-        )
+        prefills = self._prefills(common_attn_metadata, offsets, decodes)
         by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
         return BandMetadata(Step(by_kernels, prefills))
+
+    def _prefills(
+        self, metadata: CommonAttentionMetadata, offsets: list[int], decodes: int
+    ) -> PagedPrefills | Prefills | None:
+        """The requests after the first `decodes`, whose new tokens start at `offsets`."""
+        rest, first, last = slice(decodes, metadata.num_reqs), offsets[decodes], offsets[-1]
+        table = metadata.block_table_tensor[rest]
+        if not self.reads_pages:
+            # Exact on the host, since speculative decoding is refused.
+            lengths = metadata.seq_lens_cpu_upper_bound
+            assert lengths is not None
+            held = lengths[rest].tolist()
+            return prefills_of(
+                offsets[decodes:], held, table, self.block_size, self.window, self.prefix
+            )
+        if first == last:
+            return None
+        starts = metadata.query_start_loc[decodes : metadata.num_reqs + 1]
+        return PagedPrefills(
+            first, last, starts - first if first else starts, table, metadata.seq_lens[rest]
+        )
+
+
+def _sample(kv_cache_spec: Any, device: torch.device) -> torch.Tensor:
+    """A tensor of the cache's head_dim and dtype."""
+    return torch.empty((1, kv_cache_spec.head_size), dtype=kv_cache_spec.dtype, device=device)
 
 
 def _has_kernels(kv_cache_spec: Any, device: torch.device) -> bool:
     """True where the decoding kernels run with this cache."""
-    shape, dtype = (1, kv_cache_spec.head_size), kv_cache_spec.dtype
-    sample = torch.empty(shape, dtype=dtype, device=device)
+    sample = _sample(kv_cache_spec, device)
     return kernels_for(sample, sample) is not None
 
 

@@ -26,23 +26,26 @@ import torch
 from ...bands import BandPattern
 from ...compat.pytorch import in_transform
 from ..attention_call import AttentionCall
-from . import launch, op
+from . import launch, op, paged
 from .arguments import Positions
 from .call import Call, dense, ensure_inner_contiguous
 from .decode import append
 from .decode import op as decode_op
 from .decode.op import MAX_QUERIES
 from .op import refusal
+from .paged import reads_pages
 from .parts import attend_part, differentiate_part
 
 __all__ = [
     "MAX_QUERIES",
     "attend",
     "attend_paged",
+    "attend_paged_documents",
     "attend_part",
     "attend_rings",
     "describe",
     "differentiate_part",
+    "reads_pages",
     "refusal",
     "write_rings",
 ]
@@ -141,6 +144,29 @@ def attend_paged(
     flat, prefix, sinks = pattern.flat, pattern.prefix, dense(sinks)
     decode_op.decode_paged(
         query, key, value, block_table, seq_lens, flat, prefix, scale, sinks, out, lse
+    )
+
+
+def attend_paged_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out [T, H, D]` with attention of the last tokens of each request, as many as
+    `cu_seqlens_q` says, to a paged cache; no gradient. Arguments are those of
+    `paged.attend_documents`.
+    """
+    flat, prefix, sinks = pattern.flat, pattern.prefix, dense(sinks)
+    paged.attend_documents(
+        query, key, value, cu_seqlens_q, block_table, seq_lens, flat, prefix, scale, sinks, out
     )
 
 

@@ -61,6 +61,8 @@ class Call:
         prefix: number of keys of the pattern's prefix.
         has_all_keys: False for a part of the keys of its rows, as in `parts.py`.
         deterministic: whether the gradients must have the same bits on every run.
+        page: tokens of a block of a paged cache, in which the keys of documents are; 0 for others.
+            `key` then has the shape of the longest document's.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Call:
         *,
         has_all_keys: bool = True,
         deterministic: bool = True,
+        page: int = 0,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -95,6 +98,7 @@ class Call:
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
         self.has_all_keys, self.deterministic = has_all_keys, deterministic
+        self.page = page
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
         # What launches make of these facts and of which positions there are, by name
@@ -154,6 +158,7 @@ def call_of(
     *,
     has_all_keys: bool = True,
     deterministic: bool = True,
+    page: int = 0,
 ) -> Call:
     """The `Call` with these arguments, made once per shape, pattern and form of positions; found
     by `form`, if that is given.
@@ -163,11 +168,12 @@ def call_of(
         intervals = tuple(intervals)
         given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
         shapes = query.shape, key.shape, query.dtype
-        facts = (intervals, prefix, scale, query_start, shapes, given, has_all_keys, deterministic)
+        options = has_all_keys, deterministic, page
+        facts = (intervals, prefix, scale, query_start, shapes, given, *options)
 
     def make() -> Call:
         arguments = query, key, intervals, scale, query_start, positions, prefix
-        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic)
+        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic, page=page)
         made.positions = NOWHERE  # not to hold the tensors of the first call
         return made
 

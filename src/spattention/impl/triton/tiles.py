@@ -206,6 +206,30 @@ def from_zero(blocks):
 
 
 @triton.jit
+def aligned_range(start, limit, count, BLOCK, UNIT):
+    """`(start, count)` of blocks that end at the next multiple of UNIT instead, and still cover the
+    keys from `limit` on. BLOCK is a multiple of UNIT.
+    """
+    end = (start + count * BLOCK + UNIT - 1) // UNIT * UNIT
+    count = tl.where(count > 0, num_blocks(limit, end, BLOCK), 0)
+    return end - count * BLOCK, count
+
+
+@triton.jit
+def aligned(blocks, BLOCK, UNIT, INTERVALS: tl.constexpr):
+    """A `BlockRange` whose bands' blocks start at multiples of UNIT, as pages of keys do."""
+    start_0, count_0 = aligned_range(blocks.start_0, blocks.limit_0, blocks.count_0, BLOCK, UNIT)
+    start_1, count_1 = start_0, 0
+    if INTERVALS == 2:
+        start_1, count_1 = aligned_range(
+            blocks.start_1, blocks.limit_1, blocks.count_1, BLOCK, UNIT
+        )
+    return BlockRange(
+        start_0, blocks.limit_0, count_0, start_1, blocks.limit_1, count_1, blocks.prefix
+    )
+
+
+@triton.jit
 def query_blocks(
     bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr, offset=0
 ):

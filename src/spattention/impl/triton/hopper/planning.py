@@ -81,6 +81,7 @@ NEEDS = {
     "one for every query needs as many keys as queries, a multiple of 64, no prefix, and "
     f"{MIN_ROW_QUERIES:,} queries of all heads",
     "rows": "fewer than 2**31 query rows",
+    "pages": "blocks of a paged cache of a multiple of 16 tokens",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
 }
@@ -99,6 +100,7 @@ LAUNCHES = {
 # By head_dim: registers with which three programs of dQ alone fit on a multiprocessor.
 QUERY_GRADIENT_REGISTERS = {64: 168}
 BLOCK = 64  # queries or keys
+BOX = 16  # the fewest tokens that TMA copies at once
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
@@ -141,6 +143,8 @@ def _refusal_of_shape(call: Call) -> str | None:
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
+    if call.page % BOX:
+        return f"{NEEDS['pages']}, got {call.page}"
     return None
 
 
@@ -214,7 +218,9 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     bounded = any(each is not None for each in call.positions)
     # Packed documents count as a batch of documents of mean length.
     documents = call.n_documents or call.batch
-    keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
+    keys = call.keys
+    if call.n_documents and not call.page:
+        keys = -(-call.keys // call.n_documents)
     queries = keys if call.n_documents else call.queries
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
     if not call.has_all_keys:

@@ -1,0 +1,78 @@
+"""Attention of packed documents whose keys are in a paged cache, read through the block table."""
+
+from __future__ import annotations
+
+import torch
+
+from . import launch
+from .arguments import Positions
+from .call import Call, ForwardTensors, call_of, compute_capability, ensure_inner_contiguous
+from .hopper.planning import BOX, LAUNCHES, triton_is_tested
+
+
+def reads_pages(query: torch.Tensor, page: int) -> bool:
+    """True where reading pages of this many tokens in place is the rule, for queries like this
+    `[..., D]`. The Hopper kernels, which are much faster than the portable ones, read pages of
+    whole boxes alone; others are copied for them.
+    """
+    capability = compute_capability(query.device)
+    hopper = capability is not None and capability[0] == 9 and triton_is_tested()
+    hopper = hopper and query.element_size() == 2 and query.shape[-1] in LAUNCHES
+    return not hopper or page % BOX == 0
+
+
+def attend_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    intervals: tuple[int, ...],
+    prefix: int,
+    scale: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out [T, H, D]`; no gradient.
+
+    Args:
+        query: `[T, H, D]`, document after document.
+        key, value: `[blocks, block_size, Hkv, D]`, contiguous in D.
+        cu_seqlens_q: int32 `[documents + 1]`, from 0 to T.
+        block_table: int32 `[documents, columns]`.
+        seq_lens: int32 `[documents]`, keys of each, those of its queries the last ones.
+        intervals, prefix: `BandPattern.flat` and `.prefix`.
+        scale: factor of the scores.
+        sinks: `[H]`, contiguous.
+        out: `[T, H, D]`, contiguous in D.
+    """
+    if query.numel() == 0:
+        return
+    query, packed_out = _packed(ensure_inner_contiguous(query)), _packed(out)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    table = block_table.contiguous()  # rows follow one another
+    positions = Positions(None, None, cu_seqlens_q, None, pages=table, seq_lens=seq_lens)
+    call = _call(query, key, table.shape[1], intervals, prefix, scale, positions)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch.forward(call, ForwardTensors(query, key, value, packed_out, lse, sinks))
+
+
+def _call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    columns: int,
+    intervals: tuple[int, ...],
+    prefix: int,
+    scale: float,
+    positions: Positions,
+) -> Call:
+    """The call over keys `[blocks, Hkv, block_size, D]`."""
+    page = key.shape[2]
+    longest = key[:1, :, :1].expand(-1, -1, columns * page, -1)
+    return call_of(query, longest, intervals, scale, 0, positions, prefix, page=page)
+
+
+def _packed(tokens: torch.Tensor) -> torch.Tensor:
+    """`[T, H, D]` as `[1, H, T, D]`."""
+    return tokens.transpose(0, 1)[None]
