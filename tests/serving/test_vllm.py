@@ -122,12 +122,13 @@ def test_decoding_requests_go_to_the_kernels() -> None:
 
     builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
     builder.block_size, builder.window, builder.prefix = 16, 40, 3
-    builder.has_kernels = True
+    builder.has_kernels = builder.reads_pages = True
 
     def build(offsets: list[int], lengths: list[int]) -> Any:
         common = SimpleNamespace(
             num_reqs=len(lengths),
             max_query_len=7,
+            query_start_loc=torch.tensor(offsets, dtype=torch.int32),
             query_start_loc_cpu=torch.tensor(offsets),
             seq_lens=torch.empty(len(lengths), dtype=torch.int32, device="meta"),
             seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
@@ -141,10 +142,19 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     assert step.decodes.block_table.data_ptr() == mixed.block_table_tensor.data_ptr()
     assert (step.prefills.first, step.prefills.last) == (2, 9)
     assert step.prefills.cu_seqlens_q.tolist() == [0, 7]
-    assert step.prefills.cu_seqlens_k.tolist() == [0, 30]
+    rest = mixed.block_table_tensor[2:]
+    assert step.prefills.block_table.data_ptr() == rest.data_ptr()
+    assert step.prefills.seq_lens.shape == (1,)
+    step, first = build([0, 5, 9], [50, 30])
+    assert step.decodes is None
+    assert step.prefills.cu_seqlens_q.data_ptr() == first.query_start_loc.data_ptr()
     step, _ = build([0, 1, 2, 2, 2], [50, 7, 0, 0])
     assert step.decodes.seq_lens.shape == (2,)
     assert step.prefills is None
+    builder.reads_pages = False  # blocks of an odd size are gathered for the kernels of prefill
+    step, _ = build([0, 1, 2, 9], [50, 7, 30])
+    assert step.decodes is not None
+    assert step.prefills.cu_seqlens_k.tolist() == [0, 30]
     builder.has_kernels = False
     step, _ = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes is None
