@@ -3,7 +3,8 @@
 A step is one layer's attention as the vLLM back end runs it, a call for each class of heads, of one
 request or of several. `in place` reads the blocks through the table; `gathered` copies the readable
 keys first, and calls the kernels of packed documents. Both are compared with float64, and timed in
-turns, medians of graph replays, in microseconds.
+turns, medians of graph replays, in microseconds. Classes follow one another, or run `side by side`,
+in place.
 
     python -m benchmarks.serving_prefill --output benchmarks/results/serving_prefill.json
 """
@@ -24,6 +25,7 @@ import torch
 
 import spattention as spa
 from spattention.impl.triton.hopper import planning
+from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
 from spattention.serving.paged import PagedPrefills, Step, attend, gather, prefills_of
 from spattention.testing import Case, check_error, exact, plain
@@ -120,8 +122,14 @@ def time_step(classes: list[Heads]) -> dict[str, float]:
         for heads in classes:
             gather(heads.cache, heads.gathered.prefills)  # type: ignore[arg-type]
 
+    streams = ClassStreams(len(classes), classes[0].cache.device)
+
+    def run_side_by_side() -> None:
+        streams.run([partial(heads.attend, heads.in_place) for heads in reversed(classes)])
+
     calls: dict[str, Callable[[], None]] = {
         "in_place": partial(run, "in_place"),
+        "side_by_side": run_side_by_side,
         "gathered": partial(run, "gathered"),
         "copies_alone": copy,
     }
