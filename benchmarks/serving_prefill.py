@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,7 @@ from unittest import mock
 import torch
 
 import spattention as spa
+from spattention.impl.triton import hopper
 from spattention.impl.triton.hopper import planning
 from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
@@ -88,7 +90,7 @@ def classes_of(pattern: spa.BandPattern, requests: list[tuple[int, int]]) -> Ite
         yield Heads(
             select_heads(pattern, heads),
             cache,
-            Step(None, PagedPrefills(0, offsets[-1], starts, table, seq_lens)),
+            Step(None, PagedPrefills(0, offsets[-1], starts, table, seq_lens, max(lengths))),
             Step(None, prefills_of(offsets, lengths, table, one.tokens, one.part.window)),
             query,
             torch.empty_like(query),
@@ -111,12 +113,29 @@ def check(heads: Heads, requests: list[tuple[int, int]], step: Step) -> None:
         check_error("out", out, plain(case)["out"], exact(case)["out"])
 
 
-def time_step(classes: list[Heads]) -> dict[str, float]:
-    """Medians of turns, and of those the gathering alone."""
+@contextmanager
+def planned(persistent: bool) -> Iterator[None]:
+    """Calls by the persistent kernel, or by that of blocks of 64, instead of by the rule."""
+    rule = hopper.plan
+
+    def plan(*inputs: Any) -> Any:
+        found = rule(*inputs)
+        return None if found is None else replace(found, persistent=persistent)
+
+    with mock.patch.object(hopper, "plan", plan):
+        yield
+
+
+def time_step(classes: list[Heads], forms: dict[str, bool]) -> dict[str, float]:
+    """Medians of turns: of the back end's form, of both forms for Hopper, and of gathering."""
 
     def run(form: str) -> None:
         for heads in classes:
             heads.attend(getattr(heads, form))
+
+    def run_planned(persistent: bool) -> None:
+        with planned(persistent):
+            run("in_place")
 
     def copy() -> None:
         for heads in classes:
@@ -130,6 +149,7 @@ def time_step(classes: list[Heads]) -> dict[str, float]:
     calls: dict[str, Callable[[], None]] = {
         "in_place": partial(run, "in_place"),
         "side_by_side": run_side_by_side,
+        **{name: partial(run_planned, persistent) for name, persistent in forms.items()},
         "gathered": partial(run, "gathered"),
         "copies_alone": copy,
     }
@@ -140,22 +160,25 @@ def time_step(classes: list[Heads]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def rows_of(kernels: str, names: list[str]) -> Iterator[dict[str, Any]]:
+def rows_of(kernels: str, patterns: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each pattern and step."""
-    for name, pattern in PATTERNS.items():
-        for step, requests in STEPS.items():
-            if step not in names:
-                continue
-            classes = list(classes_of(pattern, requests))
+    forms = {"blocks_of_64": False, "persistent": True} if kernels == "hopper" else {}
+    for name in patterns:
+        for step in names:
+            requests = STEPS[step]
+            classes = list(classes_of(PATTERNS[name], requests))
             for heads in classes:
                 check(heads, requests, heads.in_place)
                 check(heads, requests, heads.gathered)
+                for persistent in forms.values():
+                    with planned(persistent):
+                        check(heads, requests, heads.in_place)
             yield {
                 "pattern": name,
                 "kernels": kernels,
                 "step": step,
                 "block_sizes": [heads.cache.shape[2] for heads in classes],
-                **time_step(classes),
+                **time_step(classes, forms),
             }
 
 
@@ -163,6 +186,8 @@ def main() -> int:
     """Check, time and write after each row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path)
+    names = sorted(PATTERNS, reverse=True)
+    parser.add_argument("--patterns", nargs="+", choices=names, default=names)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--kernels", nargs="+", choices=("hopper", "portable"), default=["hopper"])
     parser.add_argument("--commit", help="where git cannot tell it")
@@ -171,7 +196,7 @@ def main() -> int:
     for kernels in options.kernels:
         versions = planning.TRITON_VERSIONS if kernels == "hopper" else ()
         with mock.patch.object(planning, "TRITON_VERSIONS", versions):
-            for row in rows_of(kernels, options.steps):
+            for row in rows_of(kernels, options.patterns, options.steps):
                 rows.append(row)
                 print(row, flush=True)
                 what = "attention of prompts over a paged cache, in place and gathered"

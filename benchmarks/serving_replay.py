@@ -360,7 +360,8 @@ def warm_prefill(pattern: P) -> None:
                 torch.tensor(each, dtype=torch.int32, device="cuda")
                 for each in (offsets[: n + 1], lengths[:n])
             )
-            prefills = PagedPrefills(0, offsets[n], starts, cache.table[:n], seq_lens)
+            table = cache.table[:n]
+            prefills = PagedPrefills(0, offsets[n], starts, table, seq_lens, lengths[0])
             out, scale = torch.empty_like(query), HEAD_DIM**-0.5
             attend(query, cache.cache, Step(None, prefills), cache.pattern, out, scale=scale)
 

@@ -119,7 +119,7 @@ class Layer:
                 first, last = offsets[count], offsets[-1]
                 starts = torch.tensor(offsets[count:], dtype=torch.int32, device="cuda") - first
                 rest = table[count:], seq_lens[count:]
-                prefills = PagedPrefills(first, last, starts, *rest)
+                prefills = PagedPrefills(first, last, starts, *rest, max(lengths[count:]))
             steps.append(Step(decodes, prefills))
         return steps
 

@@ -22,6 +22,7 @@ from spattention.serving.paged import (
 from spattention.testing import Case, check_error, exact, plain
 
 from .cases import BRAIN, HALF, SINGLE
+from .plans import changed_plans
 
 P = spa.BandPattern
 SPAN = 700
@@ -75,7 +76,8 @@ def _compare(name: str, seed: int, sinks: bool) -> None:
     offsets = torch.tensor([0, *new]).cumsum(0).int().cuda()
     seq_lens = torch.tensor([p + n for p, n in zip(past, new)]).int().cuda()
     decodes = Decodes(table[:decoded].cuda(), seq_lens[:decoded]) if decoded else None
-    prefills = PagedPrefills(decoded, total, offsets, table.cuda(), seq_lens)
+    longest = int(seq_lens.max())
+    prefills = PagedPrefills(decoded, total, offsets, table.cuda(), seq_lens, longest)
     given = torch.linspace(-1, 1, pattern.num_heads, device="cuda") if sinks else None
     out = torch.full_like(query, torch.nan)
     attend(query, cache, Step(decodes, prefills), pattern, out, scale=0.1, sinks=given)
@@ -97,6 +99,19 @@ def test_prefill_in_place_equals_float64(name: str) -> None:
         _compare(name, seed, sinks=seed % 2 == 1)
 
 
+LONG = [name for name, variant in VARIANTS.items() if variant[0] != SINGLE and variant[1] == 128]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_persistent_kernel_reads_pages(name: str) -> None:
+    """What long bands run; here blocks of queries are few, and end or start anywhere."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    with changed_plans(persistent=True):
+        for seed in range(8):
+            _compare(name, seed, sinks=seed % 2 == 1)
+
+
 @pytest.mark.parametrize("name", ["blocks of 16", "blocks of 16, prefix", "head_dim 64"])
 def test_portable_kernels_read_blocks_in_place(name: str) -> None:
     """What other GPUs than Hopper run."""
@@ -105,21 +120,23 @@ def test_portable_kernels_read_blocks_in_place(name: str) -> None:
             _compare(name, seed, sinks=seed % 2 == 1)
 
 
-def test_prefill_in_place_has_the_same_bits_again() -> None:
-    """Beside a busy stream, and as a whole chunk or behind more of its past in the table."""
+@pytest.mark.parametrize("persistent", [False, True])
+def test_prefill_in_place_has_the_same_bits_again(persistent: bool) -> None:
+    """Beside a busy stream, in both forms; those of gathered keys within a rounding."""
     torch.manual_seed(0)
     cache = torch.randn(200, 4, 16, 256, device="cuda").to(BRAIN)
     table = torch.randperm(200, device="cuda").int()[None]
     query = torch.randn(1500, 8, 128, device="cuda").to(BRAIN)
     starts, seq_lens = (torch.tensor(each).int().cuda() for each in ([0, 1500], [3100]))
-    step = Step(None, PagedPrefills(0, 1500, starts, table, seq_lens))
+    step = Step(None, PagedPrefills(0, 1500, starts, table, seq_lens, 3100))
     busy, stream = torch.randn(4096, 4096, device="cuda").to(BRAIN), torch.cuda.Stream()
     outs = []
     for _ in range(30):
         with torch.cuda.stream(stream):
             busy @ busy
         out = torch.full_like(query, torch.nan)
-        attend(query, cache, step, GEOMETRIC, out, scale=0.1)
+        with changed_plans(persistent=persistent):
+            attend(query, cache, step, GEOMETRIC, out, scale=0.1)
         outs.append(out)
     torch.cuda.synchronize()
     assert all(torch.equal(out, outs[0]) for out in outs)

@@ -113,7 +113,9 @@ class Engine:
             return prefills_of(offsets, lengths, table, self.block_size, window, prefix)
         first, last = offsets[0], offsets[-1]
         starts, held = (torch.tensor(each, dtype=torch.int32) for each in (offsets, lengths))
-        return PagedPrefills(first, last, starts - first, table, held) if last > first else None
+        if first == last:
+            return None
+        return PagedPrefills(first, last, starts - first, table, held, max(lengths))
 
     def _release(self, request: int) -> None:
         """As vLLM's manager of sliding windows does, before a step."""

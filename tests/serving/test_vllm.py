@@ -128,6 +128,7 @@ def test_decoding_requests_go_to_the_kernels() -> None:
         common = SimpleNamespace(
             num_reqs=len(lengths),
             max_query_len=7,
+            max_seq_len=max(lengths),
             query_start_loc=torch.tensor(offsets, dtype=torch.int32),
             query_start_loc_cpu=torch.tensor(offsets),
             seq_lens=torch.empty(len(lengths), dtype=torch.int32, device="meta"),

@@ -31,6 +31,7 @@ class PagedPrefills:
         cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in these rows.
         block_table: int32 `[documents, columns]`.
         seq_lens: int32 `[documents]`, tokens of each request, the new ones included.
+        max_seqlen_k: at least the most of these.
     """
 
     first: int
@@ -38,6 +39,7 @@ class PagedPrefills:
     cu_seqlens_q: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def _prefill_in_place(
         prefills.cu_seqlens_q,
         prefills.block_table,
         prefills.seq_lens,
+        prefills.max_seqlen_k,
         pattern,
         scale=scale,
         sinks=sinks,

@@ -130,8 +130,9 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         if first == last:
             return None
         starts = metadata.query_start_loc[decodes : metadata.num_reqs + 1]
+        starts = starts - first if first else starts
         return PagedPrefills(
-            first, last, starts - first if first else starts, table, metadata.seq_lens[rest]
+            first, last, starts, table, metadata.seq_lens[rest], metadata.max_seq_len
         )
 
 

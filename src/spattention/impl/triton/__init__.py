@@ -154,6 +154,7 @@ def attend_paged_documents(
     cu_seqlens_q: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    max_seqlen_k: int,
     pattern: BandPattern,
     *,
     scale: float,
@@ -165,9 +166,8 @@ def attend_paged_documents(
     `paged.attend_documents`.
     """
     flat, prefix, sinks = pattern.flat, pattern.prefix, dense(sinks)
-    paged.attend_documents(
-        query, key, value, cu_seqlens_q, block_table, seq_lens, flat, prefix, scale, sinks, out
-    )
+    requests = cu_seqlens_q, block_table, seq_lens, max_seqlen_k
+    paged.attend_documents(query, key, value, *requests, flat, prefix, scale, sinks, out)
 
 
 def write_rings(

@@ -62,7 +62,8 @@ class Call:
         has_all_keys: False for a part of the keys of its rows, as in `parts.py`.
         deterministic: whether the gradients must have the same bits on every run.
         page: tokens of a block of a paged cache, in which the keys of documents are; 0 for others.
-            `key` then has the shape of the longest document's.
+            `key` then has the shape of as many keys as a row of the block table can name.
+        longest: keys of the longest document in a paged cache, or more.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Call:
         has_all_keys: bool = True,
         deterministic: bool = True,
         page: int = 0,
+        longest: int = 0,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -98,7 +100,7 @@ class Call:
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
         self.has_all_keys, self.deterministic = has_all_keys, deterministic
-        self.page = page
+        self.page, self.longest = page, longest
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
         # What launches make of these facts and of which positions there are, by name
@@ -159,6 +161,7 @@ def call_of(
     has_all_keys: bool = True,
     deterministic: bool = True,
     page: int = 0,
+    longest: int = 0,
 ) -> Call:
     """The `Call` with these arguments, made once per shape, pattern and form of positions; found
     by `form`, if that is given.
@@ -168,12 +171,18 @@ def call_of(
         intervals = tuple(intervals)
         given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
         shapes = query.shape, key.shape, query.dtype
-        options = has_all_keys, deterministic, page
+        options = has_all_keys, deterministic, page, longest
         facts = (intervals, prefix, scale, query_start, shapes, given, *options)
 
     def make() -> Call:
         arguments = query, key, intervals, scale, query_start, positions, prefix
-        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic, page=page)
+        made = Call(
+            *arguments,
+            has_all_keys=has_all_keys,
+            deterministic=deterministic,
+            page=page,
+            longest=longest,
+        )
         made.positions = NOWHERE  # not to hold the tensors of the first call
         return made
 

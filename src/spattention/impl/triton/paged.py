@@ -6,7 +6,7 @@ import torch
 
 from . import launch
 from .arguments import Positions
-from .call import Call, ForwardTensors, call_of, compute_capability, ensure_inner_contiguous
+from .call import ForwardTensors, call_of, compute_capability, ensure_inner_contiguous
 from .hopper.planning import BOX, LAUNCHES, triton_is_tested
 
 
@@ -28,6 +28,7 @@ def attend_documents(
     cu_seqlens_q: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    max_seqlen_k: int,
     intervals: tuple[int, ...],
     prefix: int,
     scale: float,
@@ -42,6 +43,7 @@ def attend_documents(
         cu_seqlens_q: int32 `[documents + 1]`, from 0 to T.
         block_table: int32 `[documents, columns]`.
         seq_lens: int32 `[documents]`, keys of each, those of its queries the last ones.
+        max_seqlen_k: at least the most of these; it decides the kernel's form alone.
         intervals, prefix: `BandPattern.flat` and `.prefix`.
         scale: factor of the scores.
         sinks: `[H]`, contiguous.
@@ -53,24 +55,13 @@ def attend_documents(
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     table = block_table.contiguous()  # rows follow one another
     positions = Positions(None, None, cu_seqlens_q, None, pages=table, seq_lens=seq_lens)
-    call = _call(query, key, table.shape[1], intervals, prefix, scale, positions)
+    page, columns = key.shape[2], table.shape[1]
+    keys = key[:1, :, :1].expand(-1, -1, columns * page, -1)  # for its shape
+    longest = 1 << (max_seqlen_k - 1).bit_length()  # few forms, as lengths vary
+    facts = query, keys, intervals, scale, 0, positions, prefix
+    call = call_of(*facts, page=page, longest=longest)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch.forward(call, ForwardTensors(query, key, value, packed_out, lse, sinks))
-
-
-def _call(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    columns: int,
-    intervals: tuple[int, ...],
-    prefix: int,
-    scale: float,
-    positions: Positions,
-) -> Call:
-    """The call over keys `[blocks, Hkv, block_size, D]`."""
-    page = key.shape[2]
-    longest = key[:1, :, :1].expand(-1, -1, columns * page, -1)
-    return call_of(query, longest, intervals, scale, 0, positions, prefix, page=page)
 
 
 def _packed(tokens: torch.Tensor) -> torch.Tensor:
