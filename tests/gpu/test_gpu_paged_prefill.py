@@ -16,8 +16,8 @@ from spattention.serving.paged import (
     PagedPrefills,
     Step,
     attend,
+    page_kernels,
     prefills_of,
-    reads_pages,
 )
 from spattention.testing import Case, check_error, exact, plain
 
@@ -150,6 +150,6 @@ def test_small_blocks_are_gathered_for_hopper() -> None:
     """The kernels for Hopper copy 16 tokens at once; other GPUs read any block in place."""
     query = torch.empty(1, 128, device="cuda", dtype=BRAIN)
     is_hopper = torch.cuda.get_device_capability()[0] == 9
-    assert reads_pages(query, 16)
-    assert reads_pages(query, 1) != is_hopper
-    assert reads_pages(query.float(), 1)
+    assert page_kernels(query, query, 16) is not None
+    assert (page_kernels(query, query, 1) is None) == is_hopper
+    assert page_kernels(query.float(), query.float(), 1) is not None

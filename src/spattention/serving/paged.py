@@ -6,7 +6,7 @@ may name any block where the engine has freed one: no band and no prefix reaches
 
 Requests with one new token are decoded by kernels that read the block table, where there are
 kernels. The others are packed documents, which kernels read through the block table too. Without
-kernels, or where those for contiguous keys are faster (`reads_pages`), their readable keys are
+kernels, or where those for contiguous keys are faster (`page_kernels`), their readable keys are
 gathered, and one call of `band_attention_varlen` reads the copies.
 """
 
@@ -91,10 +91,12 @@ class Step:
     prefills: PagedPrefills | Prefills | None
 
 
-def reads_pages(query: torch.Tensor, block_size: int) -> bool:
-    """True where kernels read blocks of the cache in place, for queries like this `[..., D]`."""
-    kernels = kernels_for(query, query)
-    return kernels is not None and bool(kernels.reads_pages(query, block_size))
+def page_kernels(query: torch.Tensor, value: torch.Tensor, block_size: int) -> ModuleType | None:
+    """The kernels for queries and values like these `[..., D]`, where they read blocks of the cache
+    in place.
+    """
+    kernels = kernels_for(query, value)
+    return kernels if kernels is not None and kernels.reads_pages(query, block_size) else None
 
 
 def leading_decodes(query_offsets: Sequence[int]) -> int:

@@ -34,8 +34,8 @@ from .paged import (
     Step,
     attend,
     leading_decodes,
+    page_kernels,
     prefills_of,
-    reads_pages,
     write,
 )
 
@@ -93,7 +93,8 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         self.window = getattr(kv_cache_spec, "sliding_window", None)
         self.prefix = getattr(kv_cache_spec, "prefix", 0)
         self.has_kernels = _has_kernels(kv_cache_spec, device)
-        self.reads_pages = reads_pages(_sample(kv_cache_spec, device), self.block_size)
+        sample = _sample(kv_cache_spec, device)
+        self.reads_pages = page_kernels(sample, sample, self.block_size) is not None
 
     def build(
         self,
