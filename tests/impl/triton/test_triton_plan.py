@@ -11,10 +11,11 @@ import torch
 
 from spattention import BandPattern, explain
 from spattention.impl.triton import call as calls
-from spattention.impl.triton import hopper, op
+from spattention.impl.triton import hopper, op, paged
 from spattention.impl.triton.arguments import Positions
 from spattention.impl.triton.call import Call
 from spattention.impl.triton.hopper import planning
+from spattention.impl.triton.paged import reads_pages
 
 NOWHERE = Positions(None, None, None, None)
 
@@ -22,7 +23,8 @@ NOWHERE = Positions(None, None, None, None)
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU as those of an H100 with a tested Triton."""
-    monkeypatch.setattr(calls, "compute_capability", lambda device: (9, 0))
+    for module in (calls, paged):
+        monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(planning.triton, "__version__", "3.9.0")
     planning.warn_untested.cache_clear()
 
@@ -111,6 +113,46 @@ def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **optio
     bands = BandPattern.exclusive(heads, tokens).flat
     prefix = options.pop("prefix", 0)
     return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
+
+
+def paged_call(
+    page: int, tokens: int = 8192, longest: int = 65536, heads: int = 16, head_dim: int = 128
+) -> Call:
+    """A call of packed documents whose keys are in pages, without memory for its tokens."""
+    one = torch.zeros(1).to(torch.bfloat16)
+    query, keys = (one.expand(1, heads, rows, head_dim) for rows in (tokens, 131072))
+    offsets = torch.zeros(2, dtype=torch.int32)
+    positions = Positions(None, None, offsets, None, pages=offsets, seq_lens=offsets)
+    bands = BandPattern.exclusive(heads, 65536).flat
+    return Call(query, keys, bands, 0.1, 0, positions, page=page, longest=longest)
+
+
+@pytest.mark.parametrize(
+    ("facts", "persistent"),
+    [
+        ({}, True),
+        ({"tokens": 2048}, False),  # few blocks of queries
+        ({"longest": 8192}, False),  # few keys a query, however long a row of the table may get
+        ({"head_dim": 64}, False),
+    ],
+)
+def test_long_documents_in_pages_run_persistent(facts: dict[str, int], persistent: bool) -> None:
+    plan = planning._plan_of_shape(paged_call(16, **facts))
+    assert plan is not None
+    assert plan.persistent == persistent
+
+
+@pytest.mark.parametrize(("page", "covered"), [(16, True), (48, True), (256, True), (8, False)])
+def test_pages_hold_whole_boxes(page: int, covered: bool) -> None:
+    """TMA copies 16 tokens at once; the engine gathers the keys of other pages for these kernels,
+    and reads them in place by the portable ones."""
+    refusal = planning._refusal_of_shape(paged_call(page))
+    assert covered == (refusal is None)
+    assert covered or f"multiple of 16 tokens, got {page}" in (refusal or "")
+    query = torch.zeros(1, 128, dtype=torch.bfloat16)
+    assert reads_pages(query, page) == covered
+    assert reads_pages(query.float(), page)
+    assert reads_pages(torch.zeros(1, 80, dtype=torch.bfloat16), page)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
