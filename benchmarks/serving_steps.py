@@ -3,8 +3,9 @@
 `serving_schedule.py` records the schedule on a machine without a GPU. Every step runs as the vLLM
 back end runs it: paged decoding for requests with one new token, a packed call for the others, a
 call of each for every class of heads. The classes decode in turns or side by side, and each way is
-a row. Each pattern has its own schedule, because more requests fit where bands free blocks. Outputs
-are compared with float64 before anything is timed.
+a row. Prefill reads blocks in place; it is also timed with its classes side by side, and over copies
+of its keys. Each pattern has its own schedule, because more requests fit where bands free blocks.
+Outputs are compared with float64 before anything is timed.
 
     python -m benchmarks.serving_steps --schedule build/schedule.json.xz --output RESULTS.json
 """
@@ -19,7 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ import torch
 import spattention as spa
 from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
-from spattention.serving.paged import Decodes, PagedPrefills, Step, attend, leading_decodes
+from spattention.serving.paged import (
+    Decodes,
+    PagedPrefills,
+    Step,
+    attend,
+    leading_decodes,
+    prefills_of,
+)
 from spattention.testing import Case, check_error, exact, plain
 
 from .serving_memory import class_blocks
@@ -123,6 +131,19 @@ class Layer:
             steps.append(Step(decodes, prefills))
         return steps
 
+    def gathered(self, requests: list[Request], steps: list[Step]) -> list[Step]:
+        """The prefills of a step over copies of their keys, as before blocks were read in place."""
+        found = []
+        for heads, step in zip(self.heads, steps):
+            if isinstance(step.prefills, PagedPrefills):
+                rest = requests[len(requests) - len(step.prefills.block_table) :]
+                offsets = [step.prefills.first, *(request.new for request in rest)]
+                facts = [*accumulate(offsets)], [request.length for request in rest]
+                table = step.prefills.block_table
+                prefills = prefills_of(*facts, table, heads.tokens, heads.window)
+                found.append(Step(None, prefills))
+        return found
+
     def decode(self, steps: list[Step]) -> None:
         """Requests with one new token, one class after the other."""
         for heads, step in zip(self.heads, steps):
@@ -143,6 +164,14 @@ class Layer:
         for heads, step in zip(self.heads, steps):
             if step.prefills is not None:
                 self._attend(heads, Step(None, step.prefills))
+
+    def prefill_side_by_side(self, steps: list[Step]) -> None:
+        """The same, each class on a stream of its own, the farthest window first."""
+        pairs = [*zip(self.heads, steps)][::-1]
+        if steps[0].prefills is not None:
+            self.streams.run(
+                [partial(self._attend, heads, Step(None, step.prefills)) for heads, step in pairs]
+            )
 
     def _attend(self, heads: Heads, step: Step) -> None:
         attend(heads.query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
@@ -210,17 +239,23 @@ class StepTimes:
     decode: float = 0.0
     decode_side_by_side: float = 0.0
     prefill: float = 0.0
+    prefill_side_by_side: float = 0.0
+    prefill_gathered: float = 0.0
 
 
-def time_step(layer: Layer, steps: list[Step]) -> StepTimes:
+def time_step(layer: Layer, requests: list[Request], steps: list[Step]) -> StepTimes:
     """Time the parts that a step has."""
-    names = []
+    calls: dict[str, Callable[[], None]] = {}
     if any(step.decodes is not None for step in steps):
-        names += ["decode", "decode_side_by_side"] if len(steps) > 1 else ["decode"]
+        calls["decode"] = partial(layer.decode, steps)
+        if len(steps) > 1:
+            calls["decode_side_by_side"] = partial(layer.decode_side_by_side, steps)
     if any(step.prefills is not None for step in steps):
-        names.append("prefill")
-    found = milliseconds([partial(getattr(layer, name), steps) for name in names])
-    return StepTimes(**dict(zip(names, found)))
+        gathered = layer.gathered(requests, steps)
+        calls["prefill"] = partial(layer.prefill, steps)
+        calls["prefill_side_by_side"] = partial(layer.prefill_side_by_side, steps)
+        calls["prefill_gathered"] = partial(layer.prefill, gathered)
+    return StepTimes(**dict(zip(calls, milliseconds([*calls.values()]))))
 
 
 def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
@@ -235,7 +270,7 @@ def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[di
         steps = layer.steps(requests)
         if number in checks:
             layer.check(requests, steps)
-        times.append(time_step(layer, steps))
+        times.append(time_step(layer, requests, steps))
         for request in requests:
             if request.length == prompts[request.index]:
                 starts.setdefault(request.index, number)
@@ -255,6 +290,8 @@ def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[di
                 "mean_requests": statistics.mean(running),
                 "decode_milliseconds": sum(decoding),
                 "prefill_milliseconds": sum(each.prefill for each in times),
+                "prefill_side_by_side": sum(each.prefill_side_by_side for each in times),
+                "prefill_gathered": sum(each.prefill_gathered for each in times),
                 "new_tokens": tokens,
                 "new_tokens_per_second": tokens / float(sums[-1]),
                 "median_seconds_to_first_token": statistics.median(waits),
@@ -277,6 +314,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--schedule", type=Path, required=True, help="of `serving_schedule`")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--commit", help="where git cannot tell it")
     options = parser.parse_args()
     content = options.schedule.read_bytes()
@@ -292,7 +330,7 @@ def main() -> int:
         "cudnn_share_of_dense_decoding": cudnn_share(),
     }
     rows = []
-    for name in PATTERNS:
+    for name in options.patterns:
         for row in replay(name, schedule, most_tokens):
             rows.append(row)
             print(row, flush=True)
