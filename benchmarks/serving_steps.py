@@ -3,9 +3,9 @@
 `serving_schedule.py` records the schedule on a machine without a GPU. Every step runs as the vLLM
 back end runs it: paged decoding for requests with one new token, a packed call for the others, a
 call of each for every class of heads. The classes decode in turns or side by side, and each way is
-a row. Prefill reads blocks in place; it is also timed with its classes side by side, and over copied
-keys. Each pattern has its own schedule, because more requests fit where bands free blocks.
-Outputs are compared with float64 before anything is timed.
+a row. Prefill reads blocks in place; it is also timed with its classes side by side, and with keys
+that are gathered. Each pattern has its own schedule, because more requests fit where bands free
+blocks. Outputs are compared with float64 before anything is timed.
 
     python -m benchmarks.serving_steps --schedule build/schedule.json.xz --output RESULTS.json
 """
