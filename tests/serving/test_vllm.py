@@ -182,17 +182,19 @@ def test_decoding_steps_are_told_without_their_lengths() -> None:
     assert step.decodes.block_table.shape == (2, 8)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("captured", [True, False])
-def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
-    """Elsewhere one after the other, on the stream that vLLM launches on."""
+def test_classes_run_side_by_side(monkeypatch: Any, captured: bool, in_place: bool) -> None:
+    """In captured steps, and where prompts are read in place; elsewhere one after the other, on the
+    stream that vLLM launches on."""
     from spattention.serving.vllm_backend import BandAttentionImpl, ClassBands
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     streams, launched = SimpleNamespace(sides=[None], run=lambda classes: launched.append(2)), []
     bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], 0, (), (), streams)  # type: ignore
     attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
-    attention._run([lambda: launched.append(1)] * 2)
-    assert launched == ([2] if captured else [1, 1])
+    attention._run([lambda: launched.append(1)] * 2, in_place)
+    assert launched == ([2] if captured or in_place else [1, 1])
 
 
 def test_the_first_class_computes_a_whole_layer(monkeypatch: Any) -> None:

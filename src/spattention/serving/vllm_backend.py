@@ -242,15 +242,17 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             attend_class = holder.impl.attend_class
             classes.append(partial(attend_class, query, cache, metadata.step, output))
         _store(key, value, caches, slots)
-        self._run([classes[index] for index in self.bands.order])
+        in_place = isinstance(metadata.step.prefills, PagedPrefills)
+        self._run([classes[index] for index in self.bands.order], in_place)
         return output
 
-    def _run(self, classes: Sequence[Callable[[], None]]) -> None:
-        """Launch the classes: side by side in a captured step alone, where nothing is launched
-        later than the graph says.
+    def _run(self, classes: Sequence[Callable[[], None]], in_place: bool) -> None:
+        """Launch the classes: side by side in a captured step, where nothing is launched later than
+        the graph says, and where prompts are read, whose launches outlast the host's.
         """
-        if self.bands.streams.sides and torch.cuda.is_current_stream_capturing():
-            self.bands.streams.run(classes)
+        streams = self.bands.streams
+        if streams.sides and (in_place or torch.cuda.is_current_stream_capturing()):
+            streams.run(classes)
         else:
             for launch in classes:
                 launch()
