@@ -41,6 +41,8 @@ CHECKED = 64  # queries of a request that are compared with float64
 TURNS = 3
 # Tokens before and in the step, of each request.
 STEPS: dict[str, list[tuple[int, int]]] = {
+    "256 after 16,128": [(16128, 256)],
+    "512 after 65,024": [(LONGEST - 512, 512)],
     "2,048 new": [(0, 2048)],
     "2,048 after 14,336": [(14336, 2048)],
     "2,048 after 63,488": [(LONGEST - 2048, 2048)],
