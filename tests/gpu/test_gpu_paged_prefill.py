@@ -147,9 +147,10 @@ def test_prefill_in_place_has_the_same_bits_again(persistent: bool) -> None:
 
 
 def test_small_blocks_are_gathered_for_hopper() -> None:
-    """The kernels for Hopper copy 16 tokens at once; other GPUs read any block in place."""
+    """The kernels for Hopper copy 16 tokens at once; other GPUs read any block in place, for few
+    queries."""
     query = torch.empty(1, 128, device="cuda", dtype=BRAIN)
     is_hopper = torch.cuda.get_device_capability()[0] == 9
-    assert page_kernels(query, query, 16) is not None
-    assert (page_kernels(query, query, 1) is None) == is_hopper
-    assert page_kernels(query.float(), query.float(), 1) is not None
+    assert (page_kernels(query, query, 16, 8192) is not None) == is_hopper
+    assert (page_kernels(query, query, 1, 8) is None) == is_hopper
+    assert page_kernels(query.float(), query.float(), 1, 8) is not None

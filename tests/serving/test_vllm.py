@@ -114,15 +114,19 @@ def test_prefix_tokens_are_served(tmp_path: Path) -> None:
     assert long["most_blocks"] < 0.7 * len(classes) * -(-400 // 16)
 
 
-def test_decoding_requests_go_to_the_kernels() -> None:
+def test_decoding_requests_go_to_the_kernels(monkeypatch: Any) -> None:
     """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; the
     other requests of a step are packed behind them. No step waits for the device, and none with
     requests that only pad it to a captured size."""
-    from spattention.serving.vllm_backend import BandMetadataBuilder
+    from spattention.serving import vllm_backend
 
-    builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
+    builder = vllm_backend.BandMetadataBuilder.__new__(vllm_backend.BandMetadataBuilder)
     builder.block_size, builder.window, builder.prefix = 16, 40, 3
-    builder.has_kernels = builder.reads_pages = True
+    builder.has_kernels, builder.sample = True, torch.empty(1, 16)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        vllm_backend, "page_kernels", lambda *facts: asked.append(facts[2:]) or vllm_backend
+    )
 
     def build(offsets: list[int], lengths: list[int]) -> Any:
         common = SimpleNamespace(
@@ -149,10 +153,11 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     step, first = build([0, 5, 9], [50, 30])
     assert step.decodes is None
     assert step.prefills.cu_seqlens_q.data_ptr() == first.query_start_loc.data_ptr()
+    assert asked == [(16, 7), (16, 4)]  # new tokens of a request, on average
     step, _ = build([0, 1, 2, 2, 2], [50, 7, 0, 0])
     assert step.decodes.seq_lens.shape == (2,)
     assert step.prefills is None
-    builder.reads_pages = False  # blocks of an odd size are gathered for the kernels of prefill
+    monkeypatch.setattr(vllm_backend, "page_kernels", lambda *facts: None)
     step, _ = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes is not None
     assert step.prefills.cu_seqlens_k.tolist() == [0, 30]

@@ -91,12 +91,15 @@ class Step:
     prefills: PagedPrefills | Prefills | None
 
 
-def page_kernels(query: torch.Tensor, value: torch.Tensor, block_size: int) -> ModuleType | None:
+def page_kernels(
+    query: torch.Tensor, value: torch.Tensor, block_size: int, new_tokens: int
+) -> ModuleType | None:
     """The kernels for queries and values like these `[..., D]`, where they read blocks of the cache
-    in place.
+    in place for requests with this many new tokens on average.
     """
     kernels = kernels_for(query, value)
-    return kernels if kernels is not None and kernels.reads_pages(query, block_size) else None
+    in_place = kernels is not None and kernels.reads_pages(query, block_size, new_tokens)
+    return kernels if in_place else None
 
 
 def leading_decodes(query_offsets: Sequence[int]) -> int:

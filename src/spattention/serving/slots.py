@@ -98,7 +98,8 @@ def attend_new_tokens(
         `[T, H, Dv]`, 0 in rows that only pad.
     """
     out = query.new_zeros(*query.shape[:2], value.shape[-1])
-    kernels = page_kernels(query, value, tokens.page_size)
+    new_tokens = tokens.num_tokens // len(tokens.new)
+    kernels = page_kernels(query, value, tokens.page_size, new_tokens)
     if kernels is not None and tokens.num_tokens:
         requests, count = tokens.in_pages, tokens.num_tokens
         kernels.attend_paged_documents(

@@ -93,8 +93,7 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         self.window = getattr(kv_cache_spec, "sliding_window", None)
         self.prefix = getattr(kv_cache_spec, "prefix", 0)
         self.has_kernels = _has_kernels(kv_cache_spec, device)
-        sample = _sample(kv_cache_spec, device)
-        self.reads_pages = page_kernels(sample, sample, self.block_size) is not None
+        self.sample = _sample(kv_cache_spec, device)
 
     def build(
         self,
@@ -119,8 +118,11 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
     ) -> PagedPrefills | Prefills | None:
         """The requests after the first `decodes`, whose new tokens start at `offsets`."""
         rest, first, last = slice(decodes, metadata.num_reqs), offsets[decodes], offsets[-1]
+        if first == last:
+            return None
         table = metadata.block_table_tensor[rest]
-        if not self.reads_pages:
+        new_tokens = (last - first) // table.shape[0]
+        if page_kernels(self.sample, self.sample, self.block_size, new_tokens) is None:
             # Exact on the host, since speculative decoding is refused.
             lengths = metadata.seq_lens_cpu_upper_bound
             assert lengths is not None
@@ -128,8 +130,6 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
             return prefills_of(
                 offsets[decodes:], held, table, self.block_size, self.window, self.prefix
             )
-        if first == last:
-            return None
         starts = metadata.query_start_loc[decodes : metadata.num_reqs + 1]
         starts = starts - first if first else starts
         return PagedPrefills(

@@ -15,7 +15,7 @@ from spattention.impl.triton import hopper, op, paged
 from spattention.impl.triton.arguments import Positions
 from spattention.impl.triton.call import Call
 from spattention.impl.triton.hopper import planning
-from spattention.impl.triton.paged import reads_pages
+from spattention.impl.triton.paged import MAX_PORTABLE_TOKENS, reads_pages
 
 NOWHERE = Positions(None, None, None, None)
 
@@ -144,15 +144,19 @@ def test_long_documents_in_pages_run_persistent(facts: dict[str, int], persisten
 
 @pytest.mark.parametrize(("page", "covered"), [(16, True), (48, True), (256, True), (8, False)])
 def test_pages_hold_whole_boxes(page: int, covered: bool) -> None:
-    """TMA copies 16 tokens at once; the engine gathers the keys of other pages for these kernels,
-    and reads them in place by the portable ones."""
+    """TMA copies 16 tokens at once; the engine gathers the keys of other pages."""
     refusal = planning._refusal_of_shape(paged_call(page))
     assert covered == (refusal is None)
     assert covered or f"multiple of 16 tokens, got {page}" in (refusal or "")
     query = torch.zeros(1, 128, dtype=torch.bfloat16)
-    assert reads_pages(query, page) == covered
-    assert reads_pages(query.float(), page)
-    assert reads_pages(torch.zeros(1, 80, dtype=torch.bfloat16), page)
+    assert reads_pages(query, page, 8192) == covered
+
+
+@pytest.mark.parametrize("other", [torch.zeros(1, 128), torch.zeros(1, 80).bfloat16()])
+def test_portable_kernels_copy_the_keys_of_many_queries(other: torch.Tensor) -> None:
+    """They read pages of any size in place, where requests have few new tokens."""
+    assert reads_pages(other, 1, MAX_PORTABLE_TOKENS)
+    assert not reads_pages(other, 16, MAX_PORTABLE_TOKENS + 1)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
