@@ -13,7 +13,7 @@ from spattention import BandPattern, explain
 from spattention.impl.triton import call as calls
 from spattention.impl.triton import hopper, op, paged
 from spattention.impl.triton.arguments import Positions
-from spattention.impl.triton.call import Call
+from spattention.impl.triton.call import Call, PagedKeys
 from spattention.impl.triton.hopper import planning
 from spattention.impl.triton.paged import MAX_PORTABLE_TOKENS, reads_pages
 
@@ -116,7 +116,12 @@ def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **optio
 
 
 def paged_call(
-    page: int, tokens: int = 8192, longest: int = 65536, heads: int = 16, head_dim: int = 128
+    page: int,
+    tokens: int = 8192,
+    longest: int = 65536,
+    heads: int = 16,
+    head_dim: int = 128,
+    may_persist: bool = True,
 ) -> Call:
     """A call of packed documents whose keys are in pages, without memory for its tokens."""
     one = torch.zeros(1).to(torch.bfloat16)
@@ -124,7 +129,8 @@ def paged_call(
     offsets = torch.zeros(2, dtype=torch.int32)
     positions = Positions(None, None, offsets, None, pages=offsets, seq_lens=offsets)
     bands = BandPattern.exclusive(heads, 65536).flat
-    return Call(query, keys, bands, 0.1, 0, positions, page=page, longest=longest)
+    paged = PagedKeys(page, longest, may_persist)
+    return Call(query, keys, bands, 0.1, 0, positions, paged=paged)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +140,7 @@ def paged_call(
         ({"tokens": 2048}, False),  # few blocks of queries
         ({"longest": 8192}, False),  # few keys a query, however long a row of the table may get
         ({"head_dim": 64}, False),
+        ({"may_persist": False}, False),
     ],
 )
 def test_long_documents_in_pages_run_persistent(facts: dict[str, int], persistent: bool) -> None:
@@ -153,7 +160,7 @@ def test_pages_hold_whole_boxes(page: int, covered: bool) -> None:
 
 
 @pytest.mark.parametrize("other", [torch.zeros(1, 128), torch.zeros(1, 80).bfloat16()])
-def test_portable_kernels_copy_the_keys_of_many_queries(other: torch.Tensor) -> None:
+def test_portable_kernels_copy_for_many_queries(other: torch.Tensor) -> None:
     """They read pages of any size in place, where requests have few new tokens."""
     assert reads_pages(other, 1, MAX_PORTABLE_TOKENS)
     assert not reads_pages(other, 16, MAX_PORTABLE_TOKENS + 1)

@@ -22,6 +22,7 @@ except `hopper/fused_backward.py` with `deterministic=False`.
 from __future__ import annotations
 
 import torch
+import triton
 
 from ...bands import BandPattern
 from ...compat.pytorch import in_transform
@@ -50,6 +51,8 @@ __all__ = [
     "write_rings",
 ]
 
+# Releases of Triton with which the persistent kernel has read pages on a GPU.
+PERSISTENT_PAGES_TRITON: tuple[str, ...] = ()
 DECODE_KEYS = 8  # keys per query from which on decoding is faster
 
 
@@ -165,9 +168,19 @@ def attend_paged_documents(
     `cu_seqlens_q` says, to a paged cache; no gradient. Arguments are those of
     `paged.attend_documents`.
     """
-    flat, prefix, sinks = pattern.flat, pattern.prefix, dense(sinks)
     requests = cu_seqlens_q, block_table, seq_lens, max_seqlen_k
-    paged.attend_documents(query, key, value, *requests, flat, prefix, scale, sinks, out)
+    release = ".".join(triton.__version__.split(".")[:2])
+    paged.attend_documents(
+        query,
+        key,
+        value,
+        *requests,
+        pattern,
+        scale,
+        dense(sinks),
+        out,
+        may_persist=release in PERSISTENT_PAGES_TRITON,
+    )
 
 
 def write_rings(

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ...bands import BandPattern
 from . import launch
 from .arguments import Positions
-from .call import ForwardTensors, call_of, compute_capability, ensure_inner_contiguous
+from .call import (
+    ForwardTensors,
+    PagedKeys,
+    call_of,
+    compute_capability,
+    ensure_inner_contiguous,
+)
 from .hopper.planning import BOX, LAUNCHES, triton_is_tested
 
 # New tokens of a request, on average, up to which the portable kernel is faster in place: a copy of
@@ -34,11 +41,11 @@ def attend_documents(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     max_seqlen_k: int,
-    intervals: tuple[int, ...],
-    prefix: int,
+    pattern: BandPattern,
     scale: float,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
+    may_persist: bool,
 ) -> None:
     """Fill `out [T, H, D]`; no gradient.
 
@@ -49,10 +56,11 @@ def attend_documents(
         block_table: int32 `[documents, columns]`.
         seq_lens: int32 `[documents]`, keys of each, those of its queries the last ones.
         max_seqlen_k: at least the most of these; it decides the kernel's form alone.
-        intervals, prefix: `BandPattern.flat` and `.prefix`.
+        pattern: the bands.
         scale: factor of the scores.
         sinks: `[H]`, contiguous.
         out: `[T, H, D]`, contiguous in D.
+        may_persist: whether long bands may run the persistent kernel for Hopper.
     """
     if query.numel() == 0:
         return
@@ -63,8 +71,8 @@ def attend_documents(
     page, columns = key.shape[2], table.shape[1]
     keys = key[:1, :, :1].expand(-1, -1, columns * page, -1)  # for its shape
     longest = 1 << (max_seqlen_k - 1).bit_length()  # few forms, as lengths vary
-    facts = query, keys, intervals, scale, 0, positions, prefix
-    call = call_of(*facts, page=page, longest=longest)
+    facts = query, keys, pattern.flat, scale, 0, positions, pattern.prefix
+    call = call_of(*facts, paged=PagedKeys(page, longest, may_persist))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch.forward(call, ForwardTensors(query, key, value, packed_out, lse, sinks))
 

@@ -226,7 +226,8 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     queries = keys if call.n_documents else call.queries
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
     if call.page:
-        found = replace(found, persistent=use_persistent_in_pages(call))
+        persistent = call.may_persist and use_persistent_in_pages(call)
+        found = replace(found, persistent=persistent)
     if not call.has_all_keys:
         found = replace(found, waves=WAVES_OF_A_PART)
     if use_fused(call):
