@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from spattention import BandPattern, explain
+from spattention.impl import triton as kernels
+from spattention.impl.triton import MAX_PORTABLE_TOKENS, hopper, op, reads_pages
 from spattention.impl.triton import call as calls
-from spattention.impl.triton import hopper, op, paged
 from spattention.impl.triton.arguments import Positions
 from spattention.impl.triton.call import Call, PagedKeys
 from spattention.impl.triton.hopper import planning
-from spattention.impl.triton.paged import MAX_PORTABLE_TOKENS, reads_pages
 
 NOWHERE = Positions(None, None, None, None)
 
@@ -23,7 +23,7 @@ NOWHERE = Positions(None, None, None, None)
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU as those of an H100 with a tested Triton."""
-    for module in (calls, paged):
+    for module in (calls, kernels):
         monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(planning.triton, "__version__", "3.9.0")
     planning.warn_untested.cache_clear()

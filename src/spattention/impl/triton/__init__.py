@@ -29,12 +29,12 @@ from ...compat.pytorch import in_transform
 from ..attention_call import AttentionCall
 from . import launch, op, paged
 from .arguments import Positions
-from .call import Call, dense, ensure_inner_contiguous
+from .call import Call, compute_capability, dense, ensure_inner_contiguous
 from .decode import append
 from .decode import op as decode_op
 from .decode.op import MAX_QUERIES
+from .hopper.planning import BOX, LAUNCHES, triton_is_tested
 from .op import refusal
-from .paged import reads_pages
 from .parts import attend_part, differentiate_part
 
 __all__ = [
@@ -53,6 +53,9 @@ __all__ = [
 
 # Releases of Triton with which the persistent kernel has read pages on a GPU.
 PERSISTENT_PAGES_TRITON: tuple[str, ...] = ()
+# New tokens of a request, on average, up to which the portable kernel is faster in place: a copy of
+# the keys takes as long for few queries as for many, and a step in place longer than over a copy.
+MAX_PORTABLE_TOKENS = 512
 DECODE_KEYS = 8  # keys per query from which on decoding is faster
 
 
@@ -148,6 +151,18 @@ def attend_paged(
     decode_op.decode_paged(
         query, key, value, block_table, seq_lens, flat, prefix, scale, sinks, out, lse
     )
+
+
+def reads_pages(query: torch.Tensor, page: int, new_tokens: int) -> bool:
+    """True where reading pages of this many tokens in place is the rule, for queries like this
+    `[..., D]`, of which requests have this many on average. The Hopper kernels read pages of whole
+    boxes; others are copied for them, since they are much faster than the portable ones.
+    """
+    capability = compute_capability(query.device)
+    hopper = capability is not None and capability[0] == 9 and triton_is_tested()
+    if hopper and query.element_size() == 2 and query.shape[-1] in LAUNCHES:
+        return page % BOX == 0
+    return new_tokens <= MAX_PORTABLE_TOKENS
 
 
 def attend_paged_documents(

@@ -7,30 +7,7 @@ import torch
 from ...bands import BandPattern
 from . import launch
 from .arguments import Positions
-from .call import (
-    ForwardTensors,
-    PagedKeys,
-    call_of,
-    compute_capability,
-    ensure_inner_contiguous,
-)
-from .hopper.planning import BOX, LAUNCHES, triton_is_tested
-
-# New tokens of a request, on average, up to which the portable kernel is faster in place: a copy of
-# the keys takes as long for few queries as for many, and a step in place longer than over a copy.
-MAX_PORTABLE_TOKENS = 512
-
-
-def reads_pages(query: torch.Tensor, page: int, new_tokens: int) -> bool:
-    """True where reading pages of this many tokens in place is the rule, for queries like this
-    `[..., D]`, of which requests have this many on average. The Hopper kernels read pages of whole
-    boxes; others are copied for them, since they are much faster than the portable ones.
-    """
-    capability = compute_capability(query.device)
-    hopper = capability is not None and capability[0] == 9 and triton_is_tested()
-    if hopper and query.element_size() == 2 and query.shape[-1] in LAUNCHES:
-        return page % BOX == 0
-    return new_tokens <= MAX_PORTABLE_TOKENS
+from .call import ForwardTensors, PagedKeys, call_of, ensure_inner_contiguous
 
 
 def attend_documents(
