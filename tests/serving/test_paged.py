@@ -63,6 +63,7 @@ class Engine:
         self.shuffle.shuffle(self.free)
         self.table = torch.zeros(len(lengths), width, dtype=torch.int32)
         self.computed = [0] * len(lengths)
+        self.copied = 0
 
     def _tokens(self, length: int, heads: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(length, heads, DIM, generator=generator, dtype=self.dtype)
@@ -115,7 +116,12 @@ class Engine:
         starts, held = (torch.tensor(each, dtype=torch.int32) for each in (offsets, lengths))
         if first == last:
             return None
-        return PagedPrefills(first, last, starts - first, table, held, max(lengths))
+
+        def copies() -> Prefills | None:
+            self.copied += 1
+            return prefills_of(offsets, lengths, table, self.block_size, self.window)
+
+        return PagedPrefills(first, last, starts - first, table, held, max(lengths), copies)
 
     def _release(self, request: int) -> None:
         """As vLLM's manager of sliding windows does, before a step."""
@@ -166,6 +172,20 @@ def test_kernels_read_the_block_table(prefix: int, block_size: int) -> None:
     engine = Engine([70, 1, 33], block_size, SPAN, 0, replace(PATTERN, prefix=prefix), kernels)
     sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
     _run_and_compare(engine, sinks, {"rtol": 1e-5, "atol": 1e-5})
+
+
+def test_dense_heads_of_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels prefer copies; the result is that of reading in place."""
+    kernels = pytest.importorskip("spattention.impl.triton")
+    engines = [Engine([60, 33], 16, None, 0, kernels=kernels) for _ in range(2)]
+    found: list[list[torch.Tensor]] = []
+    for engine, few in zip(engines, (3500, 5)):
+        monkeypatch.setattr(kernels, "MAX_READS_IN_PLACE", few)
+        engine.copied = 0
+        found.append(engine.step([60, 33], None))
+        assert engine.copied == (few == 5)
+    for in_place, gathered in zip(*found):
+        torch.testing.assert_close(in_place, gathered, rtol=1e-5, atol=1e-5)
 
 
 def test_leading_decodes_have_one_new_token() -> None:

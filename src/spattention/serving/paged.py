@@ -12,7 +12,7 @@ gathered, and one call of `band_attention_varlen` reads the copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -32,6 +32,8 @@ class PagedPrefills:
         block_table: int32 `[documents, columns]`.
         seq_lens: int32 `[documents]`, tokens of each request, the new ones included.
         max_seqlen_k: at least the most of these.
+        copies: the same requests for `band_attention_varlen`, for heads whose keys are faster to
+            copy; None to read all in place.
     """
 
     first: int
@@ -40,6 +42,12 @@ class PagedPrefills:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     max_seqlen_k: int
+    copies: Callable[[], Prefills | None] | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """The mean of the requests."""
+        return (self.last - self.first) // self.block_table.shape[0]
 
 
 @dataclass(frozen=True)
@@ -184,16 +192,20 @@ def attend(
         sinks: `[H]`, as in `band_attention`.
         kernels: what reads the block table; default the kernels for CUDA tensors.
     """
-    if isinstance(step.prefills, Prefills):
-        _prefill(query, cache, step.prefills, pattern, out, scale, sinks)
-    if step.decodes is None and not isinstance(step.prefills, PagedPrefills):
-        return
+    prefills = step.prefills
     kernels = kernels or kernels_for(query, query)
-    assert kernels is not None
     if step.decodes is not None:
+        assert kernels is not None
         _decode(query, cache, step.decodes, pattern, out, scale, sinks, kernels)
-    if isinstance(step.prefills, PagedPrefills):
-        _prefill_in_place(query, cache, step.prefills, pattern, out, scale, sinks, kernels)
+    if isinstance(prefills, PagedPrefills):
+        assert kernels is not None
+        facts = pattern, prefills.new_tokens, prefills.max_seqlen_k
+        if prefills.copies is None or not kernels.prefers_copies(*facts):
+            _prefill_in_place(query, cache, prefills, pattern, out, scale, sinks, kernels)
+            return
+        prefills = prefills.copies()
+    if prefills is not None:
+        _prefill(query, cache, prefills, pattern, out, scale, sinks)
 
 
 def gather(cache: torch.Tensor, prefills: Prefills) -> torch.Tensor:

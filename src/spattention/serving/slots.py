@@ -98,10 +98,11 @@ def attend_new_tokens(
         `[T, H, Dv]`, 0 in rows that only pad.
     """
     out = query.new_zeros(*query.shape[:2], value.shape[-1])
-    new_tokens = tokens.num_tokens // len(tokens.new)
+    count, longest = tokens.num_tokens, max(map(sum, zip(tokens.computed, tokens.new)))
+    new_tokens = count // len(tokens.new)
     kernels = page_kernels(query, value, tokens.page_size, new_tokens)
-    if kernels is not None and tokens.num_tokens:
-        requests, count = tokens.in_pages, tokens.num_tokens
+    if kernels and count and not kernels.prefers_copies(pattern, new_tokens, longest):
+        requests = tokens.in_pages
         kernels.attend_paged_documents(
             query[:count],
             _by_pages(key, tokens.page_size),
@@ -118,7 +119,6 @@ def attend_new_tokens(
         return out
     keys = tokens.keys(pattern)
     if keys is not None:
-        count = tokens.num_tokens
         with torch.no_grad():
             result = band_attention_varlen(
                 query[:count],

@@ -6,9 +6,9 @@ CUDA graphs where a step has no others. No step waits for the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -122,18 +122,19 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
             return None
         table = metadata.block_table_tensor[rest]
         new_tokens = (last - first) // table.shape[0]
+        # Exact on the host, since speculative decoding is refused.
+        lengths = metadata.seq_lens_cpu_upper_bound
+        assert lengths is not None
+        facts = self.block_size, self.window, self.prefix
+        copies = functools.cache(
+            functools.partial(prefills_of, offsets[decodes:], lengths[rest].tolist(), table, *facts)
+        )
         if page_kernels(self.sample, self.sample, self.block_size, new_tokens) is None:
-            # Exact on the host, since speculative decoding is refused.
-            lengths = metadata.seq_lens_cpu_upper_bound
-            assert lengths is not None
-            held = lengths[rest].tolist()
-            return prefills_of(
-                offsets[decodes:], held, table, self.block_size, self.window, self.prefix
-            )
+            return copies()
         starts = metadata.query_start_loc[decodes : metadata.num_reqs + 1]
         starts = starts - first if first else starts
         return PagedPrefills(
-            first, last, starts, table, metadata.seq_lens[rest], metadata.max_seq_len
+            first, last, starts, table, metadata.seq_lens[rest], metadata.max_seq_len, copies
         )
 
 
@@ -240,7 +241,7 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             caches.append(cache)
             slots.append(slot_mapping)
             attend_class = holder.impl.attend_class
-            classes.append(partial(attend_class, query, cache, metadata.step, output))
+            classes.append(functools.partial(attend_class, query, cache, metadata.step, output))
         _store(key, value, caches, slots)
         in_place = isinstance(metadata.step.prefills, PagedPrefills)
         self._run([classes[index] for index in self.bands.order], in_place)

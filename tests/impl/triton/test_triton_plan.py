@@ -159,6 +159,23 @@ def test_pages_hold_whole_boxes(page: int, covered: bool) -> None:
     assert reads_pages(query, page, 8192) == covered
 
 
+@pytest.mark.parametrize(
+    ("pattern", "new_tokens", "longest", "copied"),
+    [
+        (BandPattern.dense(8, 65536), 8192, 8192, True),
+        (BandPattern.dense(8, 65536), 8192, 65536, True),
+        (BandPattern.dense(8, 65536), 2048, 65536, False),  # a copy serves few queries
+        (BandPattern.shared_local(8, 65536, local=2048), 8192, 65536, False),
+        (BandPattern.sliding_window(8, 65536, 2048), 8192, 65536, False),
+        (BandPattern(((),) * 8, 65536), 8192, 65536, False),
+    ],
+)
+def test_copies_serve_many_queries(
+    pattern: BandPattern, new_tokens: int, longest: int, copied: bool
+) -> None:
+    assert kernels.prefers_copies(pattern, new_tokens, longest) == copied
+
+
 @pytest.mark.parametrize("other", [torch.zeros(1, 128), torch.zeros(1, 80).bfloat16()])
 def test_portable_kernels_copy_for_many_queries(other: torch.Tensor) -> None:
     """They read pages of any size in place, where requests have few new tokens."""

@@ -46,6 +46,7 @@ __all__ = [
     "attend_rings",
     "describe",
     "differentiate_part",
+    "prefers_copies",
     "reads_pages",
     "refusal",
     "write_rings",
@@ -56,6 +57,8 @@ PERSISTENT_PAGES_TRITON: tuple[str, ...] = ()
 # New tokens of a request, on average, up to which the portable kernel is faster in place: a copy of
 # the keys takes as long for few queries as for many, and a step in place longer than over a copy.
 MAX_PORTABLE_TOKENS = 512
+# Queries that read a key, on average, up to which the kernels for Hopper are faster in place.
+MAX_READS_IN_PLACE = 3500
 DECODE_KEYS = 8  # keys per query from which on decoding is faster
 
 
@@ -163,6 +166,23 @@ def reads_pages(query: torch.Tensor, page: int, new_tokens: int) -> bool:
     if hopper and query.element_size() == 2 and query.shape[-1] in LAUNCHES:
         return page % BOX == 0
     return new_tokens <= MAX_PORTABLE_TOKENS
+
+
+def prefers_copies(pattern: BandPattern, new_tokens: int, longest: int) -> bool:
+    """True where copies of the keys are faster to read than pages that `reads_pages` allows: those
+    of heads that see most keys, with many new tokens. A copy is then shared by many queries.
+
+    Args:
+        pattern: the bands.
+        new_tokens: of a request, on average.
+        longest: the most tokens of a request, the new ones included.
+    """
+    if new_tokens <= MAX_READS_IN_PLACE:  # none is read by more
+        return False
+    middle, flat = longest - new_tokens // 2, pattern.flat
+    widths = [min(far, middle) - min(near, middle) for near, far in zip(flat[::2], flat[1::2])]
+    read = min(longest, max(flat) + new_tokens)
+    return new_tokens * sum(widths) > MAX_READS_IN_PLACE * read * pattern.num_heads
 
 
 def attend_paged_documents(
