@@ -150,6 +150,11 @@ def test_decoding_requests_go_to_the_kernels(monkeypatch: Any) -> None:
     rest = mixed.block_table_tensor[2:]
     assert step.prefills.block_table.data_ptr() == rest.data_ptr()
     assert step.prefills.seq_lens.shape == (1,)
+    assert step.prefills.max_seqlen_k == 50
+    assert step.prefills.copies is not None
+    copies = step.prefills.copies()
+    assert copies.cu_seqlens_k.tolist() == [0, 30]
+    assert step.prefills.copies() is copies  # made once for all layers
     step, first = build([0, 5, 9], [50, 30])
     assert step.decodes is None
     assert step.prefills.cu_seqlens_q.data_ptr() == first.query_start_loc.data_ptr()
