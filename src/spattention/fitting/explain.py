@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..bands import BandPattern, Interval
+from ..cache_layout import ring_lengths
 from .capture import captured
 from .fit import FETCHES
 from .profile import Profile
@@ -183,13 +184,11 @@ def _share_of_mean(minded: torch.Tensor, layer: int, head: int) -> float:
 
 def _cache(patterns: Sequence[BandPattern], kv_heads: int, length: int) -> float:
     """Tokens kept per key/value head: as far as the farthest of its query heads looks."""
-    kept = 0
-    for pattern in patterns:
-        group = pattern.num_heads // kv_heads
-        for start in range(0, pattern.num_heads, group):
-            heads = pattern.intervals[start : start + group]
-            reach = max((far for head in heads for _, far in head), default=0)
-            kept += min(length, reach + (pattern.prefix if reach else 0))
+    kept = sum(
+        min(length, reach + (pattern.prefix if reach else 0))
+        for pattern in patterns
+        for reach in ring_lengths(pattern, kv_heads, max_rollback=0)
+    )
     return kept / (len(patterns) * kv_heads * length)
 
 

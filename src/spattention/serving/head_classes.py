@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..bands import BandPattern
+from ..cache_layout import ring_lengths
 
 MAX_CLASSES = 4
 
@@ -115,9 +116,7 @@ def select_heads(pattern: BandPattern, heads: list[int]) -> BandPattern:
 
 def kv_reaches(pattern: BandPattern, num_kv_heads: int) -> list[int]:
     """Per key/value head, the farthest edge of its query heads' bands, at least 1."""
-    group = pattern.num_heads // num_kv_heads
-    ends = [head[-1][1] if head else 1 for head in pattern.intervals]
-    return [max(ends[h * group : (h + 1) * group]) for h in range(num_kv_heads)]
+    return [max(reach, 1) for reach in ring_lengths(pattern, num_kv_heads, max_rollback=0)]
 
 
 def _best_sizes(windows: Sequence[int], multiple: int, max_classes: int) -> tuple[int, ...]:
