@@ -91,7 +91,7 @@ def _fitted(
             profile = replace(profile, needle=shares, needle_sensitivity=None)
         if not sensitivity:
             profile = replace(profile, sensitivity=None, sensitivity_rows=0)
-        given = budget.options() | {"dense_layers": ()} | options
+        given = budget.options() | options
         if groups:
             given["kv_heads"] = profile.model.kv_heads
         return spa.fit(profile, **given)

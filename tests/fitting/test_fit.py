@@ -254,34 +254,6 @@ def test_whole_layers_stay_dense():
     assert len(set(window)) == 1
 
 
-@pytest.mark.parametrize("kv_heads", [None, 1])
-def test_a_cheap_first_layer_is_dense(kv_heads):
-    """The first layer attends everything by default, where it takes at most an eighth."""
-    profile = profile_of(random_weights(24, 2, 50, 1, 1.0))
-    dense, all_pairs = P.dense(2, 50), 24 * 2 * 50 * 51 // 2
-    for pairs, first in ((0.4, True), (0.3, False)):  # a 24th is above an eighth of 0.3
-        patterns = spa.fit(profile, pairs=pairs, kv_heads=kv_heads)
-        assert (patterns[0] == dense) == first
-        layers = (0,) if first else ()
-        asked = spa.fit(profile, pairs=pairs, kv_heads=kv_heads, dense_layers=layers)
-        assert patterns == asked
-        assert total_pairs(patterns, 50) <= pairs * all_pairs
-    assert spa.fit(profile, pairs=0.4, dense_layers=())[0] != dense
-
-
-def test_no_dense_first_layer_below_a_window():
-    """A first layer that looks at itself alone is not dense at the cost of what others capture."""
-    even = torch.ones(50, 50, dtype=torch.float64).tril()
-    even = (even / even.sum(-1, keepdim=True)).expand(24, 2, 50, 50).clone()
-    even[0] = torch.eye(50)
-    profile = profile_of(even)
-    patterns = spa.fit(profile, pairs=0.4)
-    assert patterns[0] != P.dense(2, 50)
-    window = captured(profile, sliding_window(profile, pairs=0.4)).mean()
-    assert captured(profile, patterns).mean() >= window
-    assert captured(profile, spa.fit(profile, pairs=0.4, dense_layers=[0])).mean() < window
-
-
 def test_a_span_beyond_the_length():
     """A span beyond the length opens what ends with it."""
     profile = made(50)

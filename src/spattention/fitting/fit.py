@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,6 @@ from .profile import ModelIdentity, Profile
 
 FETCHES = 0.3  # share of attention on the needle from which on a head fetches it
 RETRIEVAL = 0.1  # weight of what answers mind of their needles, beside the loss of all text
-FIRST_LAYER = 0.125  # of the budget: up to there the first layer attends everything by default
 LOCAL = 64  # nearest tokens that every head attends by default, if the budget allows that
 MIXES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of captured attention into sensitivity
 
@@ -35,7 +34,7 @@ def fit(
     prefix: int = 0,
     local: int | None = None,
     kv_heads: int | None = None,
-    dense_layers: Iterable[int] | None = None,
+    dense_layers: Iterable[int] = (),
     retrieval: float = RETRIEVAL,
 ) -> list[BandPattern]:
     """One pattern per layer that keeps most of what a dense model attends within a budget.
@@ -62,9 +61,6 @@ def fit(
         kv_heads: the model's key/value heads, if the query heads of one of them are to attend the
             same; default None, a choice for every query head.
         dense_layers: indices of layers whose heads all attend everything, whatever they capture.
-            Default the first layer where it takes at most an eighth of the budget, else none.
-            Later layers read it at every token, and far from the start its loss costs retrieval
-            more than sensitivity tells.
         retrieval: weight of the needles, from 0 to 1. 0 leaves them out, 1 counts them alone. The
             default costs little loss and keeps the heads that retrieval rests on.
 
@@ -320,7 +316,7 @@ def _task(
     prefix: int = 0,
     local: int | None = None,
     kv_heads: int | None = None,
-    dense_layers: Iterable[int] | None = None,
+    dense_layers: Iterable[int] = (),
     retrieval: float = 0.0,
 ) -> Task:
     """The arguments of `fit`, checked."""
@@ -336,7 +332,7 @@ def _task(
     prefix = _integer("prefix", prefix, 0, min(profile.prefix_max, length), "what was measured")
     dense = model.layers * model.heads * length * (length + 1) // 2
     budget = math.floor(Fraction(share) * dense)
-    layers = _layers(() if dense_layers is None else dense_layers, model.layers)
+    layers = _layers(dense_layers, model.layers)
     if local is None:
         bare = Task(profile, budget, length, span, prefix, 1, 1, layers)
         local = max(1, min(LOCAL, bare.longest_window // 2))
@@ -358,20 +354,7 @@ def _task(
             f"`pairs` must be at least {math.ceil(10_000 * least / dense) / 10_000} at length "
             f"{length} for {_kept(len(layers), model.layers, local, prefix)}, got {pairs}"
         )
-    return _first_dense(task) if dense_layers is None else task
-
-
-def _first_dense(task: Task) -> Task:
-    """The task with a dense first layer, where that is cheap and still captures as much as a window
-    of as many pairs in all layers; else the task itself.
-    """
-    heads = task.profile.model.heads
-    first = heads * task.length * (task.length + 1) // 2
-    found = replace(task, dense_layers=(0,))
-    if first > FIRST_LAYER * task.budget or found.longest_window < task.local:
-        return task
-    captured = float(task.values[: heads // task.group].sum()) + found.value(found.window())
-    return found if captured >= task.value(task.window()) else task
+    return task
 
 
 def _kept(dense: int, layers: int, local: int, prefix: int) -> str:

@@ -45,8 +45,7 @@ class Options:
         local: Nearest tokens that every head attends at least; default 64, or half of the window
             that the budget allows.
         share: Give all query heads of one key/value head the same bands.
-        dense_layers: Layers that stay dense throughout; default the first, where it takes at most
-            an eighth of the budget. Without a number, none.
+        dense_layers: Layers that stay dense throughout.
         sinks: Give each head a learned sink, which starts from the measured score of the first
             tokens.
         dtype: The dtype of the weights, auto for that of the checkpoint.
@@ -67,7 +66,7 @@ class Options:
     prefix: int = 4
     local: int | None = None
     share: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    dense_layers: tuple[int, ...] | None = None
+    dense_layers: tuple[int, ...] = ()
     sinks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
