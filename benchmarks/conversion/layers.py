@@ -5,8 +5,9 @@
 
 Passkeys are asked of the untrained model, each as the log-probability of its whole answer, which
 tells more of few texts than the share that is found. Rows: dense; `fitted` with no dense layer;
-`opened N`, the same patterns with layer N dense, beyond the budget; and `dense A B`, fitted anew
-within the budget with these layers dense. The file is written, whole, after each row.
+`question dense`, where the text is read with these bands and the question without; `dense A B`,
+fitted anew within the budget with these layers dense; and `opened N`, the fitted patterns with
+layer N dense, beyond the budget. The file is written, whole, after each row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 import spattention as spa
 from spattention.bands import BandPattern
@@ -32,6 +33,7 @@ from .rows import PREFIX
 from .text import digests, read_text
 
 DEPTHS = 5  # .1, .3, .5, .7, .9, as the benchmark plants them
+QUESTION = 24  # last tokens of a row: the question, its answer and a few before
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,15 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     for name, patterns in _rows(options, profile):
         began = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-        model.to("cuda" if cuda else "cpu")
+        model = _open(options.model)
+        asked = _open(options.model) if name == "question dense" else model
         row: dict[str, Any] = {"row": name, "pairs": 1.0}
         if patterns is not None:
             spa.hf.apply(model, patterns)
             row["pairs"] = _pairs(patterns, options.context)
-        row["answers"] = {key: ask(model, each, options.batch) for key, each in needles.items()}
+        row["answers"] = {
+            key: ask(model, asked, each, options.batch) for key, each in needles.items()
+        }
         rows.append(row | {"seconds": time.perf_counter() - began})
         write_rows(
             options.output, "answers by dense layer", settings, rows, commit=options.commit,
@@ -119,6 +123,7 @@ def _rows(options: Options, profile: Profile) -> Iterator[tuple[str, list[BandPa
     }
     fitted = spa.fit(profile, **wanted, dense_layers=())
     yield "fitted", fitted
+    yield "question dense", fitted
     for each in options.refitted:
         chosen = [int(layer) for layer in each.split(",")]
         yield f"dense {' '.join(map(str, chosen))}", spa.fit(profile, **wanted, dense_layers=chosen)
@@ -132,17 +137,33 @@ def _pairs(patterns: Sequence[BandPattern], length: int) -> float:
     return sum(sum(p.pairs(length)) for p in patterns) / (heads * length * (length + 1) // 2)
 
 
+def _open(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
 @torch.no_grad()
-def ask(model: Any, needles: Sequence[Needle], tokens: int) -> dict[str, Any]:
-    """Log-probabilities of the answers, in nats, and how many are the likeliest throughout."""
-    model.eval()
+def ask(model: Any, asked: Any, needles: Sequence[Needle], tokens: int) -> dict[str, Any]:
+    """Log-probabilities of the answers, in nats, and how many are the likeliest throughout.
+
+    Args:
+        model: reads the text.
+        asked: reads the question: the same model, or another with the text's keys and values.
+        needles: of one length.
+        tokens: of texts that are answered together.
+    """
     each, found = [], 0
     batch = max(1, tokens // len(needles[0].tokens))
     for start in range(0, len(needles), batch):
         chosen = needles[start : start + batch]
         keep = max(len(needle.answer) for needle in chosen) + 1
         ids = torch.stack([needle.tokens for needle in chosen]).to(model.device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float().cpu()
+        cache = None if asked is model else DynamicCache()
+        if cache is not None:
+            model(input_ids=ids[:, :-QUESTION], past_key_values=cache, logits_to_keep=1)
+            ids = ids[:, -QUESTION:]
+        kept = {"past_key_values": cache, "use_cache": cache is not None}
+        logits = asked(input_ids=ids, logits_to_keep=keep, **kept).logits.float().cpu()
         for row, needle in zip(logits, chosen):
             own = row[keep - 1 - len(needle.answer) : keep - 1]
             answer = needle.answer_tokens[:, None]

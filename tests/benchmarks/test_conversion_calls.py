@@ -54,11 +54,12 @@ def test_answers_are_asked_by_dense_layer(given, tmp_path):
     more = ["--output", str(output), "--lengths", "96", "--refitted", "0"]
     layers.main(tyro.cli(layers.Options, args=[*given, *more]))
     found = json.loads(output.read_text())["rows"]
-    assert [row["row"] for row in found] == ["dense", "fitted", "dense 0", "opened 0", "opened 1"]
-    assert all(row["pairs"] <= 0.8 for row in found[1:3])
+    names = ["dense", "fitted", "question dense", "dense 0", "opened 0", "opened 1"]
+    assert [row["row"] for row in found] == names
+    assert all(row["pairs"] <= 0.8 for row in found[1:4])
     assert all(set(row["answers"]) == {"96 at 0.1", "96 at 0.3"} for row in found)
     means = {row["row"]: row["answers"]["96 at 0.1"]["mean"] for row in found}
-    assert len(set(means.values())) > 3
+    assert len(set(means.values())) > 4
     assert all(mean < 0 for mean in means.values())
 
 
