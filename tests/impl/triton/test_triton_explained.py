@@ -11,12 +11,14 @@ import triton
 from small_cases import int32
 
 import spattention as spa
+from spattention.binding import bind
 from spattention.impl.triton import call as calls
-from spattention.impl.triton import op
+from spattention.impl.triton import describe, op
 from spattention.impl.triton.hopper import planning
 
 pytestmark = pytest.mark.skipif(not op.INTERPRETED, reason="tensors of the CPU are taken")
 PATTERN = spa.BandPattern.exclusive(2, 256)
+NOTHING = dict.fromkeys(("scale", "sinks", "query_start", "key_start"))
 VERSION = f"(Triton {triton.__version__})"
 
 
@@ -49,6 +51,16 @@ def test_hopper_kernels_and_their_plan() -> None:
     found = explain()
     assert found.kernels.startswith(f"Hopper kernels {VERSION}: forward; dQ, dK and dV in one")
     assert found.reasons == ()
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("deterministic", "order"), [(True, "turn"), (False, "any order")])
+def test_sums_of_long_bands_name_their_order(deterministic: bool, order: str) -> None:
+    """Both take five products per tile, by kernels that are not the same."""
+    query = torch.zeros(1, 16, 16384, 64, dtype=torch.bfloat16)
+    call = bind(query, query, query, spa.BandPattern.dense(16, 16384), **NOTHING)
+    name, _ = describe(call._replace(deterministic=deterministic))
+    assert name.endswith(f"; sums of dQ in {order}")
 
 
 @pytest.mark.usefixtures("on_hopper")

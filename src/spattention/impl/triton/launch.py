@@ -23,6 +23,8 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
         return f"portable kernels (Triton {triton.__version__})", need
     plan = hopper.plan(call, *inputs)
     others = ""
+    if plan is not None and plan.fused_backward:
+        others = f"; sums of dQ in {'turn' if call.deterministic else 'any order'}"
     if call.prefix and not has_parts(call):
         others = "; dK and dV of the prefix by the portable kernels"
     if not call.has_one_start:

@@ -65,8 +65,6 @@ class HopperPlan:
 
 
 TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-# Those with which sums of dQ in turn have run on a GPU; the others keep seven products for them.
-TURNS_TRITON_VERSIONS = ("3.6",)
 MIN_MEAN_DOCUMENT = 128  # tokens
 # Queries of all heads of a call whose documents are looked for. About two thousand tokens of 16
 # heads save as much time as that takes.
@@ -169,11 +167,6 @@ def has_parts(call: Call) -> bool:
 def triton_is_tested() -> bool:
     """True if the kernels were tested with this release of Triton."""
     return _release(triton.__version__) in TRITON_VERSIONS
-
-
-def turns_are_tested() -> bool:
-    """True if sums of dQ in turn ran on a GPU with this release of Triton."""
-    return _release(triton.__version__) in TURNS_TRITON_VERSIONS
 
 
 @cache
@@ -329,7 +322,6 @@ def use_fused(call: Call) -> bool:
     programs = call.batch * call.key_heads * -(-call.keys // keys_fused(call))
     return (
         can_fuse(call)
-        and (not call.deterministic or turns_are_tested())
         and programs >= MIN_PROGRAMS_FUSED
         and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
     )
