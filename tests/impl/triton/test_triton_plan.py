@@ -185,8 +185,13 @@ def test_portable_kernels_copy_for_many_queries(other: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_bands_take_five_products(head_dim: int, deterministic: bool) -> None:
-    plan = planning._plan_of_shape(long_call(head_dim=head_dim, deterministic=deterministic))
+@pytest.mark.parametrize("has_all_keys", [True, False])
+def test_long_bands_take_five_products(
+    head_dim: int, deterministic: bool, has_all_keys: bool
+) -> None:
+    """A part of the keys, whose places are others than the queries', too."""
+    call = long_call(head_dim=head_dim, deterministic=deterministic, has_all_keys=has_all_keys)
+    plan = planning._plan_of_shape(call)
     assert plan is not None
     assert plan.fused_backward
     assert "five products" in str(plan)
@@ -199,16 +204,12 @@ def test_long_bands_take_five_products(head_dim: int, deterministic: bool) -> No
         {"heads": 1, "tokens": 16384},  # few blocks of keys
         {"head_dim": 64, "tokens": 16384},
         {"prefix": 4},
-        {"has_all_keys": False},
         {"positions": Positions(None, torch.zeros(1, dtype=torch.int32), None, None)},
         {"tokens": 16384, "deterministic": False},
     ],
     ids=str,
 )
-def test_other_calls_keep_seven_products(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("triton.__version__", "3.6.0")
+def test_other_calls_keep_seven_products(options: dict[str, Any]) -> None:
     plan = planning._plan_of_shape(long_call(**options))
     assert plan is not None
     assert not plan.fused_backward

@@ -263,9 +263,10 @@ def whole_query_blocks(
     """`(last, count)`: the last block of queries that sees some of the BLOCK_N keys from
     `first_key` on, and how many consecutive ones do. Blocks start at multiples of BLOCK_M.
     """
-    low = first_key + near
-    last = min(first_key + BLOCK_N - 2 + far, n_queries - 1) // BLOCK_M
-    return last, (low < n_queries) * (last - low // BLOCK_M + 1)
+    low = max(first_key + near, 0)
+    high = min(first_key + BLOCK_N - 2 + far, n_queries - 1)
+    last = max(high, 0) // BLOCK_M
+    return last, (low <= high) * (last - low // BLOCK_M + 1)
 
 
 @triton.jit

@@ -324,16 +324,11 @@ def keys_fused(call: Call) -> int:
 
 def can_fuse(call: Call) -> bool:
     """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
-    would hold keys of other sequences, or keys that no query of a part sees.
+    would hold keys of other sequences.
     """
     bounded = any(each is not None for each in call.positions)
-    return (
-        call.prefix == 0
-        and call.query_start == 0
-        and call.keys == call.queries
-        and call.has_all_keys
-        and not bounded
-    )
+    has_places = call.keys == call.queries or not call.has_all_keys
+    return call.prefix == 0 and call.query_start == 0 and has_places and not bounded
 
 
 def use_fused(call: Call) -> bool:
@@ -344,7 +339,7 @@ def use_fused(call: Call) -> bool:
     return (
         can_fuse(call)
         and programs >= MIN_PROGRAMS_FUSED
-        and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
+        and mean_keys(call.intervals, call.keys, call.queries) >= MIN_MEAN_KEYS_FUSED
     )
 
 
