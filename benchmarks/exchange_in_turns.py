@@ -8,7 +8,7 @@ First each form's output and gradients are compared with one GPU's. Then all for
 after round, with and without their exchange; the result is the median over the rounds. At the end
 come the kernels of one pass of each form on every rank, with the time at which each starts.
 
-    before                       the package of `--before`
+    before                       the package of `--before`, if that is given
     now                          this one
     now, 16 turns                16 programs a multiprocessor in the persistent forward pass
     now, 8 blocks                a group of ranks of its own, with at most 8 blocks of NCCL
@@ -112,17 +112,17 @@ def forms(options: argparse.Namespace, machine: Machine) -> dict[str, Form]:
         settings = dist.ProcessGroupNCCL.Options()
         settings.config.max_ctas = 8
         few = dist.new_group(pg_options=settings)
-    before = load(options.before)
     found = {
-        "before": Form(before),
         "now": Form(now),
         "now, 16 turns": Form(now, turns=16),
         "now, 8 blocks": Form(now, group=few),
         "now, 16 turns, 8 blocks": Form(now, group=few, turns=16),
-        "before, 8 blocks": Form(before, group=few),
         "all-gather, balanced": Form(now, attend="gathered_attention"),
         "Ulysses, contiguous": Form(now, attend="ulysses_attention", layout="contiguous"),
     }
+    if options.before is not None:
+        before = load(options.before)
+        found = {"before": Form(before), "before, 8 blocks": Form(before, group=few), **found}
     if options.only:
         found = {name: found[name] for name in options.only}
     if not machine.cuda:
@@ -155,7 +155,7 @@ def timeline(run: Callable[[], object]) -> list[list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, required=True, help="an older spattention/parallel")
+    parser.add_argument("--before", type=Path, help="an older spattention/parallel")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--length", type=int, default=131072)

@@ -14,7 +14,7 @@ Five parts, each with a flag; all of them without any:
                      time per token and cache of the same model by Transformers' `tp_plan="auto"`
 
     --losses         losses of 200 steps of a small Llama in bfloat16 by context parallelism, beside
-                     those of one GPU with two splits into micro-batches
+                     those of one GPU with several splits into micro-batches
 
 Results are written after every row; a part that fails is recorded and the next one runs. Times are
 those of the slowest rank, medians over repetitions.
@@ -226,6 +226,7 @@ def busiest(pattern: BandPattern, shards: Shards) -> float:
     return max(work) / sum(work)
 
 
+CURVES = ("one", "parallel")  # losses of one GPU, of context parallelism
 PARTS = {
     "correctness": correctness,
     "attention": attention,
@@ -262,11 +263,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--global-batch", type=int, default=8, help="training rows of a step")
     parser.add_argument("--micro-batch", type=int, default=4, help="training rows of a pass")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=1, help="of data_parallel")
     parser.add_argument("--ways", nargs="*", choices=list(TRAINING_WAYS), help="of data_parallel")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--curve-steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the losses")
+    parser.add_argument(
+        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="of losses"
+    )
     parser.add_argument("--prompt", type=int, default=32768, help="tokens before decoding")
+    parser.add_argument("--decoding-rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--commit", help="recorded where git cannot tell")
     return parser.parse_args()

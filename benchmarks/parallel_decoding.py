@@ -7,7 +7,8 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,39 @@ import torch.distributed as dist
 from .parallel_training import llama
 from .rank import Machine, Row
 
+PROFILED = 3  # tokens whose kernels are added up
+ATTENTION = ("chunk_kernel", "combine_kernel", "append_kernel")  # and of its cache
+
 
 def tensor_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
     """Time per new token after a prompt, and the memory of each rank's weights and cache."""
-    common = {"part": "tensor-parallel", "prompt": options.prompt}
     with tempfile.TemporaryDirectory() as folder:
         where = [folder]
         dist.broadcast_object_list(where, src=0)
         path = Path(where[0])
 
         def save() -> None:
-            model, _ = llama(options, options.prompt + options.new_tokens, machine.device)
+            length = options.prompt + options.new_tokens + 1 + PROFILED
+            model, _ = llama(options, length, machine.device)
             model.to(torch.bfloat16).save_pretrained(path)
 
         machine.alone(save)
         gc.collect()
-        single = machine.alone(lambda: decode(options, machine, path, None))
-        yield {**common, "ranks": 1, **single}
-        gc.collect()
-        for way in ("consecutive heads", "dealt heads"):
-            mine = decode(options, machine, path, "auto", deal=way == "dealt heads")
-            found: list[Row] = [{}] * machine.ranks
-            dist.all_gather_object(found, mine)
-            every: Row = {name: max(each[name] for each in found) for name in mine}
-            every["times_faster"] = single["token_ms"] / every["token_ms"]
-            for name in ("token_ms", "cache_gib", "weights_gib"):
-                every[f"{name}_by_rank"] = [each[name] for each in found]
-            yield {**common, "way": way, "ranks": machine.ranks, **every}
+        for rows in options.decoding_rows:
+            common = {"part": "tensor-parallel", "prompt": options.prompt, "rows": rows}
+            single = machine.alone(partial(decode, options, machine, path, None, rows))
+            yield {**common, "way": "one GPU", "ranks": 1, **single}
             gc.collect()
+            for way in ("consecutive heads", "dealt heads"):
+                mine = decode(options, machine, path, "auto", rows, deal=way == "dealt heads")
+                found: list[Row] = [{}] * machine.ranks
+                dist.all_gather_object(found, mine)
+                every: Row = {name: max(each[name] for each in found) for name in mine}
+                every["times_faster"] = single["token_ms"] / every["token_ms"]
+                for name in ("token_ms", "attention_ms", "others_ms", "cache_gib", "weights_gib"):
+                    every[f"{name}_by_rank"] = [each[name] for each in found]
+                yield {**common, "way": way, "ranks": machine.ranks, **every}
+                gc.collect()
 
 
 def decode(
@@ -52,6 +58,7 @@ def decode(
     machine: Machine,
     path: Path,
     tp_plan: str | None,
+    rows: int,
     *,
     deal: bool = False,
 ) -> dict[str, Any]:
@@ -66,21 +73,48 @@ def decode(
     if deal:
         hf.deal(model, machine.ranks)
     random = torch.Generator().manual_seed(0)
-    prompt = torch.randint(32768, (1, options.prompt), generator=random).to(machine.device)
+    prompt = torch.randint(32768, (rows, options.prompt), generator=random).to(machine.device)
     cache = hf.BandCache(model.config)
     seconds = []
+
+    def step() -> None:
+        nonlocal prompt
+        logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+        prompt = logits[:, -1:].argmax(-1)
+
     with torch.no_grad():
         for _ in range(options.new_tokens + 1):
             machine.wait()
             start = time.perf_counter()
-            logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits
-            prompt = logits[:, -1:].argmax(-1)
+            step()
             machine.wait()
             seconds.append(time.perf_counter() - start)
+        kernels = times_of_kernels(machine, step)
     local = (getattr(each, "to_local", lambda each=each: each)() for each in model.parameters())
     return {
         "prompt_s": seconds[0],
         "token_ms": 1e3 * statistics.median(seconds[3:] or seconds[1:]),
+        **kernels,
         "cache_gib": cache.nbytes / 2**30,
         "weights_gib": sum(each.numel() * each.element_size() for each in local) / 2**30,
     }
+
+
+def times_of_kernels(machine: Machine, step: Callable[[], None]) -> Row:
+    """Milliseconds of a token's kernels: those of attention, those of all others but NCCL's, whose
+    time is that of waiting too. 0 on the CPU."""
+    found = {"attention_ms": 0.0, "others_ms": 0.0}
+    if not machine.cuda:
+        return found
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(PROFILED):
+            step()
+        machine.wait()
+    for event in recorded.profiler.kineto_results.events():
+        name = event.name().lower()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and "nccl" not in name:
+            kind = "attention_ms" if name.startswith(ATTENTION) else "others_ms"
+            found[kind] += event.duration_ns() / 1e6 / PROFILED
+    return found

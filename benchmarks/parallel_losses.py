@@ -1,70 +1,84 @@
-"""Losses in bfloat16 by context parallelism, beside those of one GPU."""
+"""Losses in bfloat16 by context parallelism, beside those of one GPU.
+
+Training doubles small differences every few steps until curves are as far apart as they can be, so
+one pair of curves tells little. Here each seed has a curve of one GPU for every split of a step's
+rows into micro-batches, and one of context parallelism. The summary of several seeds compares
+distances among the former with those from the latter to them:
+
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --output curves.json
+    python -m benchmarks.parallel_losses curves.json --output losses.json
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import math
+import statistics
 from collections.abc import Iterator
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from spattention.benchmarking.results import write_rows
+
 from .parallel_training import drawn_tokens, llama
 from .rank import Machine, Row
 
-ROWS = 4  # of a step
-MICRO_BATCHES = (ROWS, ROWS // 2)
+SPLITS = ((4,), (2, 2), (3, 1))  # rows of the micro-batches of a step of one GPU
+FIRST = 60  # steps, before small differences have grown
 
 
 def losses(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
-    """Distances of loss curves from one GPU's: one GPU's with another split into micro-batches, and
-    that of all ranks by context parallelism."""
-    common = {"part": "losses", "steps": options.curve_steps, "context": options.context}
-    curves = []
-    for micro_batch in MICRO_BATCHES:
-        curve = machine.alone(partial(train, options, machine, micro_batch, None))
-        curves.append(curve)
-        way = f"one GPU, micro-batches of {micro_batch}"
-        yield {**common, "way": way, "ranks": 1, **distances(curve, curves[0]), "losses": curve}
+    """Curves of all seeds. Those of one GPU are shared out over the ranks."""
     mesh = dist.init_device_mesh(machine.device.type, (machine.ranks,))
-    curve = train(options, machine, ROWS, mesh)
-    row = {**common, "way": "context parallelism", "ranks": machine.ranks}
-    row |= distances(curve, curves[0])
-    row["ok"] = row["mean_distance"] <= distances(curves[1], curves[0])["mean_distance"]
-    yield {**row, "losses": curve}
+    for seed in options.seeds:
+        common = {"part": "losses", "seed": seed, "context": options.context}
+        found: list[Any] = [{}] * machine.ranks
+        if "one" in options.curves:
+            mine = {
+                str(split): train(options, machine, seed, split, None)
+                for split in SPLITS[machine.rank :: machine.ranks]
+            }
+            dist.all_gather_object(found, mine)
+        for way, curve in sorted((way, curve) for curves in found for way, curve in curves.items()):
+            yield {**common, "way": f"one GPU, {way}", "ranks": 1, **ends(curve), "losses": curve}
+        if "parallel" in options.curves:
+            curve = train(options, machine, seed, SPLITS[0], mesh)
+            row = {**common, "way": "context parallelism", "ranks": machine.ranks}
+            yield {**row, **ends(curve), "losses": curve}
 
 
-def distances(curve: list[float], other: list[float]) -> Row:
-    apart = [abs(a - b) for a, b in zip(curve, other, strict=True)]
-    return {
-        "first_loss": curve[0],
-        "last_loss": curve[-1],
-        "mean_distance": sum(apart) / len(apart),
-        "largest_distance": max(apart),
-    }
+def ends(curve: list[float]) -> Row:
+    return {"first_loss": curve[0], "last_loss": curve[-1]}
 
 
 def train(
-    options: argparse.Namespace, machine: Machine, micro_batch: int, mesh: Any
+    options: argparse.Namespace,
+    machine: Machine,
+    seed: int,
+    split: tuple[int, ...],
+    mesh: Any,
 ) -> list[float]:
     """Losses of a small Llama; all ranks of a mesh have the same rows."""
     from spattention import hf
 
     small = {"hidden": min(options.hidden, 512), "layers": min(options.layers, 4)}
     given = argparse.Namespace(**{**vars(options), **small})
-    model, _ = llama(given, options.context, machine.device)
+    model, _ = llama(given, options.context, machine.device, seed)
     if mesh is not None:
         hf.context_parallel(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    found = []
+    rows, found = sum(split), []
     for step in range(options.curve_steps):
-        tokens = drawn_tokens(step, ROWS, options.context).to(machine.device)
-        parts = tokens.split(micro_batch)
+        tokens = drawn_tokens(step + seed * options.curve_steps, rows, options.context)
         total = torch.zeros((), device=machine.device)
-        for part in parts:
+        for part in tokens.to(machine.device).split(split):
             with torch.autocast(machine.device.type, torch.bfloat16):
-                loss = model(input_ids=part, labels=part, use_cache=False).loss / len(parts)
+                loss = model(input_ids=part, labels=part, use_cache=False).loss * len(part) / rows
             loss.backward()
             total += loss.detach()
         if mesh is not None:
@@ -75,3 +89,61 @@ def train(
         optimizer.zero_grad()
         found.append(total)
     return torch.stack(found).tolist()
+
+
+def distance(curve: list[float], other: list[float]) -> float:
+    """Mean distance of two curves."""
+    return statistics.fmean(abs(a - b) for a, b in zip(curve, other, strict=True))
+
+
+def summary(curves: list[Row]) -> Iterator[Row]:
+    """Distances of the first steps and of all: means over pairs and seeds, and the excess of
+    context parallelism with its standard error over seeds."""
+    for steps in (FIRST, None):
+        alone, apart = [], []
+        for seed in sorted({row["seed"] for row in curves if row["ranks"] > 1}):
+            of_seed = [row for row in curves if row["seed"] == seed]
+            single = [row["losses"][:steps] for row in of_seed if row["ranks"] == 1]
+            (parallel,) = (row["losses"][:steps] for row in of_seed if row["ranks"] > 1)
+            pairs = itertools.combinations(single, 2)
+            alone.append(statistics.fmean(itertools.starmap(distance, pairs)))
+            apart.append(statistics.fmean(distance(parallel, other) for other in single))
+        excess = [b - a for a, b in zip(alone, apart)]
+        error = statistics.stdev(excess) / math.sqrt(len(excess))
+        yield {
+            "part": "distances",
+            "way": "context parallelism",
+            "steps": steps or len(curves[0]["losses"]),
+            "seeds": len(excess),
+            "of_one_gpu": statistics.fmean(alone),
+            "of_context_parallelism": statistics.fmean(apart),
+            "excess": statistics.fmean(excess),
+            "standard_error": error,
+            "by_seed": {"of_one_gpu": alone, "of_context_parallelism": apart},
+            "is_farther": statistics.fmean(excess) > 2 * error,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the loss curves of several seeds.")
+    parser.add_argument("files", type=Path, nargs="+", help="of benchmarks.parallel --losses")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    options = parser.parse_args()
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    curves = [row for each in read for row in each["rows"] if row["part"] == "losses"]
+    if len({row["seed"] for row in curves if row["ranks"] > 1}) < 2:
+        parser.error("the files must hold at least two seeds, whose scatter is to be known")
+    environment = {name: read[0][name] for name in ("gpu", "triton") if name in read[0]}
+    rows = [*summary(curves), *curves]
+    what = "loss curves in bfloat16: context parallelism and one GPU"
+    settings = {**read[0]["settings"], "seeds": sorted({row["seed"] for row in curves})}
+    write_rows(
+        options.output, what, settings, rows, commit=read[0]["commit"], environment=environment
+    )
+    for row in rows:
+        if row["part"] == "distances":
+            print({name: value for name, value in row.items() if name != "by_seed"})
+
+
+if __name__ == "__main__":
+    main()

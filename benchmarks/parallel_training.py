@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,24 +24,70 @@ STATE_BYTES = 16  # per parameter, as there
 VOCABULARY = 32768
 
 
+class Way(NamedTuple):
+    """A model, how ranks share it, and the group in which they do.
+
+    Attributes:
+        make: makes the model and its bands.
+        spread: gives it to the ranks of a group.
+        group: makes the group of all ranks; None for the default one.
+    """
+
+    make: Callable[..., Any]
+    spread: Callable[..., Any]
+    group: Callable[[], Any] | None = None
+
+
 def data_parallel(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
-    """Steps of one rank and of all, from the same weights over the same global batches."""
-    group = dist.new_group([0])
-    every = list(range(machine.ranks))
-    for way in options.ways or WAYS:
-        common = {"part": "data-parallel", "way": way}
-        single = machine.alone(partial(train, options, machine, way, [0], group))
-        yield {**common, "ranks": 1, **single}
-        row = {**common, "ranks": machine.ranks, **train(options, machine, way, every, None)}
-        row["scaling_efficiency"] = row["tokens_per_s"] / single["tokens_per_s"] / machine.ranks
-        row["largest_loss_difference"] = max(
-            abs(a - b) for a, b in zip(row["losses"], single["losses"])
+    """Steps of one rank and of all, from the same weights over the same global batches, all ways in
+    turns; then the medians over the turns."""
+    alone, every = dist.new_group([0]), list(range(machine.ranks))
+    ways = options.ways or list(WAYS)
+    groups = {way: make() if (make := WAYS[way].group) else None for way in ways}
+    found: dict[tuple[str, int], list[Row]] = {}
+    for turn in range(options.turns):
+        singles: dict[str, Row] = {}
+        for way in ways if turn % 2 == 0 else ways[::-1]:
+            common = {"part": "data-parallel", "way": way, "turn": turn}
+            single = next(each for each in ways if _is_one_alone(each, way))
+            if single not in singles:
+                run = partial(train, options, machine, single, [0], alone)
+                singles[single] = machine.alone(run)
+                yield {**common, "way": single, "ranks": 1, **singles[single]}
+            row = train(options, machine, way, every, groups[way])
+            row["largest_loss_difference"] = max(
+                abs(a - b) for a, b in zip(row["losses"], singles[single]["losses"])
+            )
+            yield {**common, "ranks": machine.ranks, **row}
+            for ranks, each in ((1, singles[single]), (machine.ranks, row)):
+                found.setdefault((way, ranks), []).append(each)
+    for way in ways:
+        one, more = (
+            {
+                name: statistics.median(row[name] for row in found[way, ranks])
+                for name in ("step_s", "tokens_per_s", "mfu")
+            }
+            for ranks in (1, machine.ranks)
         )
-        yield row
+        common = {"part": "data-parallel median", "way": way, "ranks": machine.ranks}
+        yield {
+            **common,
+            **more,
+            "one_gpu_step_s": one["step_s"],
+            "one_gpu_tokens_per_s": one["tokens_per_s"],
+            "one_gpu_mfu": one["mfu"],
+            "scaling_efficiency": more["tokens_per_s"] / one["tokens_per_s"] / machine.ranks,
+        }
+
+
+def _is_one_alone(way: str, other: str) -> bool:
+    """True if two ways are the same on one rank, where nothing is exchanged."""
+    a, b = WAYS[way], WAYS[other]
+    return a.make is b.make and (a.spread is sharded) == (b.spread is sharded)
 
 
 def llama(
-    options: argparse.Namespace, length: int, device: torch.device
+    options: argparse.Namespace, length: int, device: torch.device, seed: int = 0
 ) -> tuple[Any, BandPattern]:
     """A model with random weights, and its bands."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,7 +103,7 @@ def llama(
         num_key_value_heads=max(2, options.hidden // (4 * HEAD_DIM)),
         max_position_embeddings=length,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device(device):
         model = LlamaForCausalLM(config)
     bands = BandPattern.shared_local(config.num_attention_heads, length, widths="geometric")
@@ -116,12 +162,26 @@ def replicated(
     )
 
 
-WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "Llama, FSDP2": (llama, sharded),
-    "OLMoE, FSDP2": (olmoe, sharded),
-    "Llama, DDP": (llama, replicated),
-    "Llama, DDP, copied gradients": (llama, partial(replicated, views=False)),
-    "Llama, DDP, buckets of 100 MB": (llama, partial(replicated, bucket=100)),
+def exchanging(blocks: int | None = None, is_urgent: bool = False) -> Any:
+    """A group of all ranks whose NCCL kernels have at most so many blocks, or come before others
+    that wait for a multiprocessor."""
+    if dist.get_backend() != "nccl":
+        return None
+    settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=is_urgent)
+    if blocks is not None:
+        settings.config.max_ctas = blocks
+    return dist.new_group(pg_options=settings)
+
+
+WAYS = {
+    "Llama, FSDP2": Way(llama, sharded),
+    "OLMoE, FSDP2": Way(olmoe, sharded),
+    "Llama, DDP": Way(llama, replicated),
+    "OLMoE, DDP": Way(olmoe, replicated),
+    "Llama, DDP, copied gradients": Way(llama, partial(replicated, views=False)),
+    "Llama, DDP, buckets of 100 MB": Way(llama, partial(replicated, bucket=100)),
+    "Llama, DDP, 8 blocks": Way(llama, replicated, partial(exchanging, blocks=8)),
+    "Llama, DDP, urgent": Way(llama, replicated, partial(exchanging, is_urgent=True)),
 }
 
 
@@ -129,8 +189,10 @@ def train(
     options: argparse.Namespace, machine: Machine, way: str, ranks: list[int], group: Any
 ) -> Row:
     """A few steps on some ranks, called on those alone."""
-    length, (make, spread) = options.context, WAYS[way]
+    length, (make, spread, _) = options.context, WAYS[way]
     gc.collect()  # models of an earlier run, which are cycles
+    if machine.cuda:
+        torch.cuda.empty_cache()
     before = allocated(machine)
     model, bands = make(options, length, machine.device)
     parameters, config = sum(each.numel() for each in model.parameters()), model.config
@@ -140,7 +202,8 @@ def train(
     vocabulary = config.vocab_size
     model = spread(model, machine, group)
     in_half = torch.autocast(machine.device.type, torch.bfloat16, enabled=spread is not sharded)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    # As `spattention train`
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     rows_here = options.global_batch // len(ranks)
     passes = range(0, rows_here, options.micro_batch)
     losses, seconds = [], []

@@ -46,6 +46,7 @@ PYTORCH = {
     "torch._functorch.pyfunctorch.coerce_cinterpreter": lambda: pytorch.coerce_cinterpreter,
     "_scaled_dot_product_flash_attention_for_cpu": lambda: pytorch.cpu_attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: pytorch.cpu_attention_backward,
+    "_foreach_add_": lambda: pytorch.add_each,
     "_foreach_copy_": lambda: pytorch.copy_each,
     "_foreach_zero_": lambda: pytorch.zero_each,
     "_nn": lambda: pytorch.STOCK_ATTENTION,

@@ -33,7 +33,7 @@ def test_the_benchmark_of_several_gpus_runs(tmp_path):
     """Every part, in tiny sizes."""
     sizes = "--length 256 --check-length 256 --heads 4 --key-heads 4 --head-dim 16 --repetitions 1"
     sizes += " --context 64 --global-batch 4 --micro-batch 1 --steps 2 --hidden 256 --layers 2"
-    sizes += " --prompt 64 --new-tokens 4 --curve-steps 3"
+    sizes += " --prompt 64 --new-tokens 4 --curve-steps 3 --decoding-rows 1 2"
     output = tmp_path / "results.json"
     options = ["--device", "cpu", *sizes.split(), "--output", output]
     shown = launch(2, "-m", "benchmarks.parallel", *options)

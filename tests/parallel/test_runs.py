@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spattention import BandPattern
-from spattention.parallel import Shards, exchange, plan_exchange
+from spattention.parallel import Shards, exchange, plan_exchange, runs
 from spattention.parallel.rank_calls import rank_plan
 
 LENGTH, HEADS = 96, 4
@@ -83,3 +83,43 @@ def test_a_message_and_a_table_are_one_copy_each(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", None)
     received(plan, 0, key, value)
     assert len(joined) == 3, "each rank packs once, and one of them fills its tables"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("layout", ["balanced", "contiguous"])
+def test_no_key_is_twice_in_a_message_or_a_table(ranks, layout):
+    """Gradients of a message, and of a table's own keys, are added in one launch: two sums of one
+    key in it would race on a GPU.
+    """
+    two = BandPattern(tuple(((0, 5 + h), (20 + h, 60)) for h in range(HEADS)), LENGTH, prefix=3)
+    for pattern in (GEOMETRIC, two):
+        for documents in (None, [[0, 31, 64], [0, 50]]):
+            shards = getattr(Shards, layout)(LENGTH, ranks)
+            plan = plan_exchange(pattern, shards, HEADS // 2, documents=documents)
+            for rank in range(ranks):
+                made = runs.layout(plan, rank_plan(plan, rank), 2)
+                own = [[k.there for k in table if k.source == rank] for table in made.tables]
+                for message in (*made.sends, *own):
+                    keys = [
+                        (run.entry, run.head, run.first + place)
+                        for run in message
+                        for place in range(run.length)
+                    ]
+                    assert len(keys) == len(set(keys))
+
+
+def test_gradients_of_a_message_are_one_launch(monkeypatch):
+    """Adding them head by head took as many launches as runs."""
+    calls = []
+    stock = exchange.add_each
+    monkeypatch.setattr(exchange, "add_each", lambda *given: calls.append(stock(*given)))
+    key, value = drawn(4, 4)
+    plan = plan_exchange(GEOMETRIC, Shards.balanced(LENGTH, 2), HEADS)
+    in_turns.results(plan, [key, key, value, value])
+    passes = in_turns.PASSES
+    tables = sum(
+        any(link.source == rank for link in table)
+        for rank in range(2)
+        for table in runs.layout(plan, rank_plan(plan, rank), 2).tables
+    )
+    assert len(calls) == passes * (tables + 2)

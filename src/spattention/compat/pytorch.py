@@ -56,6 +56,9 @@ copy_each: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._for
 # Zeroes a list of tensors in one launch.
 zero_each: Callable[[list[torch.Tensor]], None] = torch._foreach_zero_
 
+# `add_` for a list of tensors.
+add_each: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_add_
+
 # `scaled_dot_product_attention` as it is without `context_parallel`, which replaces the public name
 # by a function of one of these modules. Nothing else tells that it is active.
 STOCK_ATTENTION = torch._C._nn.scaled_dot_product_attention

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..compat.pytorch import add_each
 from ..impl.layout import lse_dtype
 from .agreement import Group
 from .pieces import RankPlan, Table
@@ -217,10 +218,12 @@ def _joined(runs: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _add(totals: Pair, places: Sequence[Run], parts: Pair, runs: Sequence[Run]) -> None:
-    """Add keys and values of `parts` to places of `totals`."""
-    for total, part in zip(totals, parts):
-        for place, run in zip(places, runs):
-            place.of(total).add_(run.of(part))
+    """Add keys and values of `parts` to places of `totals`, of which none is given twice, in one
+    launch for many."""
+    if not places:
+        return
+    sums = [place.of(total) for total in totals for place in places]
+    add_each(sums, [run.of(part) for part in parts for run in runs])
 
 
 def _longest_gap(tables: Sequence[Sequence[Link]]) -> int:

@@ -1,0 +1,35 @@
+"""The comparison of loss curves of context parallelism with those of one GPU."""
+
+from benchmarks.parallel_losses import summary
+
+STEPS = 4
+
+
+def curve(seed: int, way: str, ranks: int, offset: float) -> dict:
+    return {"seed": seed, "way": way, "ranks": ranks, "losses": [offset] * STEPS}
+
+
+def curves(seed: int, parallel: float) -> list[dict]:
+    """Three curves of one GPU, on average 2 apart, and one that is `parallel` from the lowest."""
+    one = [curve(seed, f"one GPU, {n}", 1, offset) for n, offset in enumerate((0.0, 3.0, 2.0))]
+    return [*one, curve(seed, "context parallelism", 2, parallel)]
+
+
+def of_all_steps(rows: list[dict]) -> dict:
+    (found,) = (row for row in summary(rows) if row["steps"] == STEPS)
+    return found
+
+
+def test_an_excess_beyond_its_scatter_is_farther():
+    """Seed by seed the excess is 6.33 and 8.33, with a standard error of 1."""
+    found = of_all_steps([*curves(0, 10.0), *curves(1, 12.0)])
+    assert found["of_one_gpu"] == 2.0
+    assert abs(found["excess"] - 22 / 3) < 1e-12
+    assert abs(found["standard_error"] - 1.0) < 1e-12
+    assert found["is_farther"]
+
+
+def test_an_excess_within_its_scatter_is_not():
+    """Excesses of -1 and 1.33 may be those of seeds."""
+    found = of_all_steps([*curves(0, 2.0), *curves(1, 5.0)])
+    assert not found["is_farther"]
