@@ -34,7 +34,7 @@ from spattention.benchmarking.timing import copy_speed
 from spattention.serving import paged_attention
 from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
-from spattention.serving.paged import Decodes, Step, attend, prefills_of
+from spattention.serving.paged import Decodes, PagedPrefills, Step, attend
 from spattention.testing import Case, check_error, exact, plain
 
 from .serving_memory import (
@@ -353,13 +353,15 @@ def limits(copy: float) -> Iterator[dict[str, Any]]:
 def warm_prefill(pattern: P) -> None:
     """Compile the kernels of `serving_steps.py` for new tokens of one request and of two."""
     lengths, offsets = [4000] * 2, [0, 1000, 2000]
-    classes = class_blocks(pattern, KV_HEADS)
-    for one, cache in zip(classes, step_of(pattern, lengths, classes).caches):
+    for cache in step_of(pattern, lengths, class_blocks(pattern, KV_HEADS)).caches:
         query = torch.zeros(2000, cache.query_heads, HEAD_DIM, device="cuda", dtype=DTYPE)
         for n in (1, 2):
-            prefills = prefills_of(
-                offsets[: n + 1], lengths[:n], cache.table[:n], one.tokens, one.part.window
+            starts, seq_lens = (
+                torch.tensor(each, dtype=torch.int32, device="cuda")
+                for each in (offsets[: n + 1], lengths[:n])
             )
+            table = cache.table[:n]
+            prefills = PagedPrefills(0, offsets[n], starts, table, seq_lens, lengths[0])
             out, scale = torch.empty_like(query), HEAD_DIM**-0.5
             attend(query, cache.cache, Step(None, prefills), cache.pattern, out, scale=scale)
 

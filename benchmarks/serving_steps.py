@@ -3,9 +3,9 @@
 `serving_schedule.py` records the schedule on a machine without a GPU. Every step runs as the vLLM
 back end runs it: paged decoding for requests with one new token, a packed call for the others, a
 call of each for every class of heads. The classes decode in turns or side by side, and each way is
-a row. Each pattern has its own schedule, because more requests fit where bands free blocks. Dense
-attention's gathering of keys is not counted: kernels of others read the blocks in place. Outputs
-are compared with float64 before anything is timed.
+a row. Prefill reads blocks in place; it is also timed with its classes side by side, and with keys
+that are gathered. Each pattern has its own schedule, because more requests fit where bands free
+blocks. Outputs are compared with float64 before anything is timed.
 
     python -m benchmarks.serving_steps --schedule build/schedule.json.xz --output RESULTS.json
 """
@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
 from spattention.serving.paged import (
     Decodes,
+    PagedPrefills,
     Step,
     attend,
-    gather,
     leading_decodes,
     prefills_of,
 )
@@ -81,7 +81,7 @@ class Layer:
     """One layer's attention over the blocks that a recorded run uses."""
 
     def __init__(self, name: str, run: dict[str, Any], most_tokens: int) -> None:
-        pattern, self.is_dense = PATTERNS[name], name == "dense"
+        pattern = PATTERNS[name]
         generator = torch.Generator("cuda").manual_seed(0)
         classes = class_blocks(pattern, KV_HEADS)
         wanted = [(one.part.window, one.tokens, len(one.part.kv_heads)) for one in classes]
@@ -115,16 +115,34 @@ class Layer:
         count = leading_decodes(offsets)
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         steps = []
-        for index, heads in enumerate(self.heads):
+        for index in range(len(self.heads)):
             columns = max(len(request.blocks[index]) for request in requests)
             rows = np.zeros((len(requests), columns), dtype=np.int32)
             for row, request in zip(rows, requests):
                 row[: len(request.blocks[index])] = request.blocks[index]
             table = torch.from_numpy(rows).to("cuda")
             decodes = Decodes(table[:count], seq_lens[:count]) if count else None
-            rest = offsets[count:], lengths[count:], table[count:]
-            steps.append(Step(decodes, prefills_of(*rest, heads.tokens, heads.window)))
+            prefills = None
+            if count < len(requests):
+                first, last = offsets[count], offsets[-1]
+                starts = torch.tensor(offsets[count:], dtype=torch.int32, device="cuda") - first
+                rest = table[count:], seq_lens[count:]
+                prefills = PagedPrefills(first, last, starts, *rest, max(lengths[count:]))
+            steps.append(Step(decodes, prefills))
         return steps
+
+    def gathered(self, requests: list[Request], steps: list[Step]) -> list[Step]:
+        """The prefills of a step over copies of their keys, as before blocks were read in place."""
+        found = []
+        for heads, step in zip(self.heads, steps):
+            if isinstance(step.prefills, PagedPrefills):
+                rest = requests[len(requests) - len(step.prefills.block_table) :]
+                offsets = [step.prefills.first, *(request.new for request in rest)]
+                facts = [*accumulate(offsets)], [request.length for request in rest]
+                table = step.prefills.block_table
+                prefills = prefills_of(*facts, table, heads.tokens, heads.window)
+                found.append(Step(None, prefills))
+        return found
 
     def decode(self, steps: list[Step]) -> None:
         """Requests with one new token, one class after the other."""
@@ -147,11 +165,13 @@ class Layer:
             if step.prefills is not None:
                 self._attend(heads, Step(None, step.prefills))
 
-    def gather(self, steps: list[Step]) -> None:
-        """The part of `prefill` that copies keys."""
-        for heads, step in zip(self.heads, steps):
-            if step.prefills is not None:
-                gather(heads.cache, step.prefills)
+    def prefill_side_by_side(self, steps: list[Step]) -> None:
+        """The same, each class on a stream of its own, the farthest window first."""
+        pairs = [*zip(self.heads, steps)][::-1]
+        if steps[0].prefills is not None:
+            self.streams.run(
+                [partial(self._attend, heads, Step(None, step.prefills)) for heads, step in pairs]
+            )
 
     def _attend(self, heads: Heads, step: Step) -> None:
         attend(heads.query, heads.cache, step, heads.pattern, heads.out, scale=SCALE)
@@ -219,21 +239,23 @@ class StepTimes:
     decode: float = 0.0
     decode_side_by_side: float = 0.0
     prefill: float = 0.0
-    gather: float = 0.0
+    prefill_side_by_side: float = 0.0
+    prefill_gathered: float = 0.0
 
 
-def time_step(layer: Layer, steps: list[Step]) -> StepTimes:
-    """Time the parts that a step has. Dense attention does not gather."""
-    names = []
+def time_step(layer: Layer, requests: list[Request], steps: list[Step]) -> StepTimes:
+    """Time the parts that a step has."""
+    calls: dict[str, Callable[[], None]] = {}
     if any(step.decodes is not None for step in steps):
-        names += ["decode", "decode_side_by_side"] if len(steps) > 1 else ["decode"]
+        calls["decode"] = partial(layer.decode, steps)
+        if len(steps) > 1:
+            calls["decode_side_by_side"] = partial(layer.decode_side_by_side, steps)
     if any(step.prefills is not None for step in steps):
-        names += ["prefill", "gather"]
-    found = milliseconds([partial(getattr(layer, name), steps) for name in names])
-    times = StepTimes(**dict(zip(names, found)))
-    if layer.is_dense:
-        times.prefill -= times.gather
-    return times
+        gathered = layer.gathered(requests, steps)
+        calls["prefill"] = partial(layer.prefill, steps)
+        calls["prefill_side_by_side"] = partial(layer.prefill_side_by_side, steps)
+        calls["prefill_gathered"] = partial(layer.prefill, gathered)
+    return StepTimes(**dict(zip(calls, milliseconds([*calls.values()]))))
 
 
 def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
@@ -248,7 +270,7 @@ def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[di
         steps = layer.steps(requests)
         if number in checks:
             layer.check(requests, steps)
-        times.append(time_step(layer, steps))
+        times.append(time_step(layer, requests, steps))
         for request in requests:
             if request.length == prompts[request.index]:
                 starts.setdefault(request.index, number)
@@ -268,7 +290,8 @@ def replay(name: str, schedule: dict[str, Any], most_tokens: int) -> Iterator[di
                 "mean_requests": statistics.mean(running),
                 "decode_milliseconds": sum(decoding),
                 "prefill_milliseconds": sum(each.prefill for each in times),
-                "gather_milliseconds": sum(each.gather for each in times),
+                "prefill_side_by_side": sum(each.prefill_side_by_side for each in times),
+                "prefill_gathered": sum(each.prefill_gathered for each in times),
                 "new_tokens": tokens,
                 "new_tokens_per_second": tokens / float(sums[-1]),
                 "median_seconds_to_first_token": statistics.median(waits),
@@ -291,6 +314,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--schedule", type=Path, required=True, help="of `serving_schedule`")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--commit", help="where git cannot tell it")
     options = parser.parse_args()
     content = options.schedule.read_bytes()
@@ -306,7 +330,7 @@ def main() -> int:
         "cudnn_share_of_dense_decoding": cudnn_share(),
     }
     rows = []
-    for name in PATTERNS:
+    for name in options.patterns:
         for row in replay(name, schedule, most_tokens):
             rows.append(row)
             print(row, flush=True)

@@ -76,6 +76,8 @@ class Options:
         rank: of adapters.
         compile: compile the layers and the loss while training.
         profile: JSON of a profile to take instead of making one; made if it is not there.
+        weights: folder for the weights of each trained run; what lies there is measured, not
+            trained again, so that calls with other parts measure the same model.
         minutes: begin no further run after this time.
         commit: to record, where git cannot tell.
     """
@@ -111,13 +113,14 @@ class Options:
     rank: int = 16
     compile: bool = False
     profile: Path | None = None
+    weights: Path | None = None
     minutes: float = 1e9
     commit: Annotated[str | None, tyro.conf.arg(metavar="COMMIT")] = None
 
 
 FREE = (
     *("rows", "untrained", "tokens", "seeds", "minutes", "output", "commit", "model", "text"),
-    *("items", "profile"),
+    *("items", "profile", "weights"),
 )
 
 
@@ -241,7 +244,13 @@ def _run(
         model = with_lora(model.to(torch.bfloat16) if on_gpu else model, schedule)
     if tokens:
         count = round(tokens * MILLION)
-        facts["train"] = train(model, text.train, count, schedule, seed=seed, lora=row.lora)
+        kept = options.weights and options.weights / f"{name}-{seed}-{tokens:g}.pt"
+        if kept and kept.exists():
+            facts["train"] = _take(model, kept)
+        else:
+            facts["train"] = train(model, text.train, count, schedule, seed=seed, lora=row.lora)
+            if kept:
+                _give(model, facts["train"], kept)
         if on_gpu:  # what training used, for other processes on the same GPU
             torch.cuda.empty_cache()
     elif on_gpu:
@@ -254,6 +263,22 @@ def _run(
             if key.endswith("sinks")
         }
     return {"row": name, "seed": seed, "million_tokens": tokens, **facts}
+
+
+def _give(model: Any, facts: dict[str, Any], path: Path) -> None:
+    """Save trained weights with the facts of their training, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save({"weights": model.state_dict(), "train": facts}, part)
+    part.replace(path)
+
+
+def _take(model: Any, path: Path) -> dict[str, Any]:
+    """Load weights that `_give` saved, in their dtypes, and return the facts of their training."""
+    found = torch.load(path, map_location=model.device)
+    model.load_state_dict(found["weights"], assign=True)
+    model.tie_weights()
+    return dict(found["train"])
 
 
 def _convert(model: Any, row: Row, profile: Profile, options: Options, name: str) -> dict[str, Any]:

@@ -115,6 +115,7 @@ ROWS: dict[str, Row] = {
     "3:1-prefix": Row(_mix(3, prefix=PREFIX)),
     "fitted": Row(_fitted(prefix=PREFIX)),
     "fitted-groups": Row(_fitted(prefix=PREFIX, groups=True)),
+    "fitted-first": Row(_fitted(prefix=PREFIX, dense_layers=(0,))),
     **{f"fitted-retrieval-{w}": Row(_fitted(prefix=PREFIX, retrieval=w)) for w in WEIGHTS},
     "fitted-prefix-sinks": Row(_fitted(prefix=PREFIX), sinks=True),
     "fitted-sinks": Row(_fitted(), sinks=True),

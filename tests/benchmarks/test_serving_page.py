@@ -133,3 +133,17 @@ def test_the_table_beside_a_copy_is_the_newest() -> None:
     blocks = (ROOT / "docs/serving.md").read_text().split("\n\n")
     (found,) = (block for block in blocks if "| a copy | contiguous | paged |" in block)
     assert [line.strip("| ").split(" | ")[2:] for line in found.splitlines()[2:]] == wanted
+
+
+def test_the_table_of_prefill_is_the_newest() -> None:
+    name, rows = newest("serving_prefill", "h200")
+    assert name in (ROOT / "docs/serving.md").read_text()
+    found = table("2,048 tokens")
+    for step, cells in zip(dict.fromkeys(row["step"] for row in rows), found, strict=True):
+        chosen = {row["pattern"]: row for row in rows if row["step"] == step}
+        wanted = [
+            f"{chosen[pattern][form]:,.0f}"
+            for pattern in ("uniform", "geometric")
+            for form in ("gathered", "in_place", "side_by_side")
+        ]
+        assert cells == wanted, step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_streams_have_counters_of_their_own() -> None:
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_classes_side_by_side_give_the_same_bits(captured: bool) -> None:
-    """Layers of four classes of heads; each class's queries are overwritten once it has started."""
+    """Layers of four classes of heads, whose queries are overwritten after each layer."""
     cases = [_paged("one query", seed)[0] for seed in (1, 2, 3, 4)]
     wanted = [paged_attention(*case.given, GEOMETRIC) for case in cases]
     streams = ClassStreams(len(cases), cases[0].query.device)
@@ -123,10 +124,15 @@ def test_classes_side_by_side_give_the_same_bits(captured: bool) -> None:
         layers.clear()
         for _ in range(20):
             outs = [torch.full_like(out, 7.0) for out in wanted]
-            for index, (case, query) in enumerate(zip(cases, queries)):
+            for case, query in zip(cases, queries):
                 query.copy_(case.query)
-                with streams.run(index, query) as read:
-                    paged_attention(read, *case.given[1:], GEOMETRIC, out=outs[index])
+            streams.run(
+                [
+                    partial(paged_attention, query, *case.given[1:], GEOMETRIC, out=out)
+                    for case, query, out in zip(cases, queries, outs)
+                ]
+            )
+            for query in queries:
                 query.fill_(float("nan"))
             layers.append([out.clone() for out in outs])
             for out in outs:

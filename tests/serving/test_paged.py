@@ -12,6 +12,8 @@ import torch
 import spattention as spa
 from spattention.serving.paged import (
     Decodes,
+    PagedPrefills,
+    Prefills,
     Step,
     attend,
     leading_decodes,
@@ -33,7 +35,7 @@ class Engine:
         window: which blocks are freed; None frees none.
         seed: of everything random.
         pattern: of the layer.
-        kernels: what decodes the first requests with one new token; None gathers for all.
+        kernels: what reads the block table; None gathers for all.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         self.shuffle.shuffle(self.free)
         self.table = torch.zeros(len(lengths), width, dtype=torch.int32)
         self.computed = [0] * len(lengths)
+        self.copied = 0
 
     def _tokens(self, length: int, heads: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(length, heads, DIM, generator=generator, dtype=self.dtype)
@@ -88,8 +91,7 @@ class Engine:
         if count:
             seq_lens = torch.tensor(lengths[:count], dtype=torch.int32)
             decodes = Decodes(self.table[:count], seq_lens)
-        rest = offsets[count:], lengths[count:], self.table[count:]
-        prefills = prefills_of(*rest, self.block_size, self.window, self.pattern.prefix)
+        prefills = self._prefills(offsets[count:], lengths[count:], self.table[count:])
         out = torch.full_like(query, torch.nan)
         attend(
             query,
@@ -103,6 +105,23 @@ class Engine:
         )
         self.computed = lengths
         return list(out.split(new_tokens))
+
+    def _prefills(
+        self, offsets: list[int], lengths: list[int], table: torch.Tensor
+    ) -> PagedPrefills | Prefills | None:
+        if self.kernels is None:
+            window, prefix = self.window, self.pattern.prefix
+            return prefills_of(offsets, lengths, table, self.block_size, window, prefix)
+        first, last = offsets[0], offsets[-1]
+        starts, held = (torch.tensor(each, dtype=torch.int32) for each in (offsets, lengths))
+        if first == last:
+            return None
+
+        def copies() -> Prefills | None:
+            self.copied += 1
+            return prefills_of(offsets, lengths, table, self.block_size, self.window)
+
+        return PagedPrefills(first, last, starts - first, table, held, max(lengths), copies)
 
     def _release(self, request: int) -> None:
         """As vLLM's manager of sliding windows does, before a step."""
@@ -145,13 +164,28 @@ def test_prefixes_outlive_the_window(block_size: int, prefix: int) -> None:
     _run_and_compare(engine, None, EXACT)
 
 
+@pytest.mark.parametrize("block_size", [1, 5, 16])
 @pytest.mark.parametrize("prefix", [0, 6])
-def test_kernels_decode_the_first_requests(prefix: int) -> None:
-    """Steps that mix decoding, by kernels that read the block table, and prefill chunks."""
+def test_kernels_read_the_block_table(prefix: int, block_size: int) -> None:
+    """Steps that mix decoding and chunks of prompts, while freed blocks are poisoned."""
     kernels = pytest.importorskip("spattention.impl.triton")
-    engine = Engine([70, 1, 33], 16, SPAN, 0, replace(PATTERN, prefix=prefix), kernels)
+    engine = Engine([70, 1, 33], block_size, SPAN, 0, replace(PATTERN, prefix=prefix), kernels)
     sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
     _run_and_compare(engine, sinks, {"rtol": 1e-5, "atol": 1e-5})
+
+
+def test_dense_heads_of_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels prefer copies; the result is that of reading in place."""
+    kernels = pytest.importorskip("spattention.impl.triton")
+    engines = [Engine([60, 33], 16, None, 0, kernels=kernels) for _ in range(2)]
+    found: list[list[torch.Tensor]] = []
+    for engine, few in zip(engines, (3500, 5)):
+        monkeypatch.setattr(kernels, "MAX_READS_IN_PLACE", few)
+        engine.copied = 0
+        found.append(engine.step([60, 33], None))
+        assert engine.copied == (few == 5)
+    for in_place, gathered in zip(*found):
+        torch.testing.assert_close(in_place, gathered, rtol=1e-5, atol=1e-5)
 
 
 def test_leading_decodes_have_one_new_token() -> None:

@@ -199,6 +199,24 @@ def test_steps_equal_one_pass(
         runner.step(requests, [1] * len(requests), ForwardMode.DECODE)
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("pattern", [PATTERN, PREFIXED])
+def test_kernels_extend_in_place(
+    backend_module: Any, page_size: int, pattern: P, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New tokens are read through the pages, while slots out of reach hold NaN."""
+    kernels = pytest.importorskip("spattention.impl.triton")
+    slots = import_module("spattention.serving.slots")
+    monkeypatch.setattr(slots, "page_kernels", lambda *facts: kernels)
+    monkeypatch.setattr(slots.NewTokens, "keys", lambda *facts: pytest.fail("gathered"))
+    options: dict[str, Any] = {"page_size": page_size, "dtype": torch.float32}
+    layers = [layer(pattern, sinks=SINKS), layer(PATTERN, 1)]
+    runner = Runner(backend_module, layers, [80, 1, 33], **options)
+    runner.step([0, 1, 2], [50, 1, 9], ForwardMode.EXTEND)
+    runner.step([0, 2], [17, 1], ForwardMode.MIXED)
+    runner.step([2, 0], [23, 13], ForwardMode.EXTEND)
+
+
 @pytest.mark.parametrize("pattern", [PATTERN, PREFIXED])
 def test_cached_prefixes_are_shared(backend_module: Any, pattern: P) -> None:
     """Requests start from the slots of another one, as SGLang's radix cache gives them."""

@@ -114,20 +114,26 @@ def test_prefix_tokens_are_served(tmp_path: Path) -> None:
     assert long["most_blocks"] < 0.7 * len(classes) * -(-400 // 16)
 
 
-def test_decoding_requests_go_to_the_kernels() -> None:
+def test_decoding_requests_go_to_the_kernels(monkeypatch: Any) -> None:
     """Where there are kernels, they get vLLM's own buffers, which a captured graph reads again; the
     other requests of a step are packed behind them. No step waits for the device, and none with
     requests that only pad it to a captured size."""
-    from spattention.serving.vllm_backend import BandMetadataBuilder
+    from spattention.serving import vllm_backend
 
-    builder = BandMetadataBuilder.__new__(BandMetadataBuilder)
+    builder = vllm_backend.BandMetadataBuilder.__new__(vllm_backend.BandMetadataBuilder)
     builder.block_size, builder.window, builder.prefix = 16, 40, 3
-    builder.has_kernels = True
+    builder.has_kernels, builder.sample = True, torch.empty(1, 16)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        vllm_backend, "page_kernels", lambda *facts: asked.append(facts[2:]) or vllm_backend
+    )
 
     def build(offsets: list[int], lengths: list[int]) -> Any:
         common = SimpleNamespace(
             num_reqs=len(lengths),
             max_query_len=7,
+            max_seq_len=max(lengths),
+            query_start_loc=torch.tensor(offsets, dtype=torch.int32),
             query_start_loc_cpu=torch.tensor(offsets),
             seq_lens=torch.empty(len(lengths), dtype=torch.int32, device="meta"),
             seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
@@ -141,10 +147,25 @@ def test_decoding_requests_go_to_the_kernels() -> None:
     assert step.decodes.block_table.data_ptr() == mixed.block_table_tensor.data_ptr()
     assert (step.prefills.first, step.prefills.last) == (2, 9)
     assert step.prefills.cu_seqlens_q.tolist() == [0, 7]
-    assert step.prefills.cu_seqlens_k.tolist() == [0, 30]
+    rest = mixed.block_table_tensor[2:]
+    assert step.prefills.block_table.data_ptr() == rest.data_ptr()
+    assert step.prefills.seq_lens.shape == (1,)
+    assert step.prefills.max_seqlen_k == 50
+    assert step.prefills.copies is not None
+    copies = step.prefills.copies()
+    assert copies.cu_seqlens_k.tolist() == [0, 30]
+    assert step.prefills.copies() is copies  # made once for all layers
+    step, first = build([0, 5, 9], [50, 30])
+    assert step.decodes is None
+    assert step.prefills.cu_seqlens_q.data_ptr() == first.query_start_loc.data_ptr()
+    assert asked == [(16, 7), (16, 4)]  # new tokens of a request, on average
     step, _ = build([0, 1, 2, 2, 2], [50, 7, 0, 0])
     assert step.decodes.seq_lens.shape == (2,)
     assert step.prefills is None
+    monkeypatch.setattr(vllm_backend, "page_kernels", lambda *facts: None)
+    step, _ = build([0, 1, 2, 9], [50, 7, 30])
+    assert step.decodes is not None
+    assert step.prefills.cu_seqlens_k.tolist() == [0, 30]
     builder.has_kernels = False
     step, _ = build([0, 1, 2, 9], [50, 7, 30])
     assert step.decodes is None
@@ -171,17 +192,19 @@ def test_decoding_steps_are_told_without_their_lengths() -> None:
     assert step.decodes.block_table.shape == (2, 8)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("captured", [True, False])
-def test_captured_classes_run_side_by_side(monkeypatch: Any, captured: bool) -> None:
-    """Elsewhere one after the other, on the stream that vLLM launches on."""
+def test_classes_run_side_by_side(monkeypatch: Any, captured: bool, in_place: bool) -> None:
+    """In captured steps, and where prompts are read in place; elsewhere one after the other, on the
+    stream that vLLM launches on."""
     from spattention.serving.vllm_backend import BandAttentionImpl, ClassBands
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     streams, launched = SimpleNamespace(sides=[None], run=lambda classes: launched.append(2)), []
     bands = ClassBands(folders.FIRST.heads(0, 2), None, [0, 1], 0, (), (), streams)  # type: ignore
     attention = BandAttentionImpl(2, 16, 0.25, 1, bands=bands)
-    attention._run([lambda: launched.append(1)] * 2)
-    assert launched == ([2] if captured else [1, 1])
+    attention._run([lambda: launched.append(1)] * 2, in_place)
+    assert launched == ([2] if captured or in_place else [1, 1])
 
 
 def test_the_first_class_computes_a_whole_layer(monkeypatch: Any) -> None:

@@ -5,13 +5,14 @@ value. A request's tokens are in the blocks that its row of the block table name
 may name any block where the engine has freed one: no band and no prefix reaches it.
 
 Requests with one new token are decoded by kernels that read the block table, where there are
-kernels. The others are packed documents: their readable keys are gathered, and one call of
-`band_attention_varlen` reads the copies.
+kernels. The others are packed documents, which kernels read through the block table too. Without
+kernels, or where those for contiguous keys are faster (`page_kernels`), their readable keys are
+gathered, and one call of `band_attention_varlen` reads the copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,6 +20,34 @@ import torch
 
 from ..attention import band_attention_varlen, kernels_for
 from ..bands import BandPattern
+
+
+@dataclass(frozen=True)
+class PagedPrefills:
+    """Requests of a step as packed documents, whose keys kernels read through the block table.
+
+    Attributes:
+        first, last: the rows of their new tokens in the flat query.
+        cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in these rows.
+        block_table: int32 `[documents, columns]`.
+        seq_lens: int32 `[documents]`, tokens of each request, the new ones included.
+        max_seqlen_k: at least the most of these.
+        copies: the same requests for `band_attention_varlen`, for heads whose keys are faster to
+            copy; None to read all in place.
+    """
+
+    first: int
+    last: int
+    cu_seqlens_q: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    max_seqlen_k: int
+    copies: Callable[[], Prefills | None] | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """The mean of the requests."""
+        return (self.last - self.first) // self.block_table.shape[0]
 
 
 @dataclass(frozen=True)
@@ -67,7 +96,18 @@ class Step:
     """
 
     decodes: Decodes | None
-    prefills: Prefills | None
+    prefills: PagedPrefills | Prefills | None
+
+
+def page_kernels(
+    query: torch.Tensor, value: torch.Tensor, block_size: int, new_tokens: int
+) -> ModuleType | None:
+    """The kernels for queries and values like these `[..., D]`, where they read blocks of the cache
+    in place for requests with this many new tokens on average.
+    """
+    kernels = kernels_for(query, value)
+    in_place = kernels is not None and kernels.reads_pages(query, block_size, new_tokens)
+    return kernels if in_place else None
 
 
 def leading_decodes(query_offsets: Sequence[int]) -> int:
@@ -150,14 +190,22 @@ def attend(
         out: `[T, H, D]`.
         scale: factor of the scores.
         sinks: `[H]`, as in `band_attention`.
-        kernels: what computes the decodes; default the kernels for CUDA tensors.
+        kernels: what reads the block table; default the kernels for CUDA tensors.
     """
+    prefills = step.prefills
+    kernels = kernels or kernels_for(query, query)
     if step.decodes is not None:
-        kernels = kernels or kernels_for(query, query)
         assert kernels is not None
         _decode(query, cache, step.decodes, pattern, out, scale, sinks, kernels)
-    if step.prefills is not None:
-        _prefill(query, cache, step.prefills, pattern, out, scale, sinks)
+    if isinstance(prefills, PagedPrefills):
+        assert kernels is not None
+        facts = pattern, prefills.new_tokens, prefills.max_seqlen_k
+        if prefills.copies is None or not kernels.prefers_copies(*facts):
+            _prefill_in_place(query, cache, prefills, pattern, out, scale, sinks, kernels)
+            return
+        prefills = prefills.copies()
+    if prefills is not None:
+        _prefill(query, cache, prefills, pattern, out, scale, sinks)
 
 
 def gather(cache: torch.Tensor, prefills: Prefills) -> torch.Tensor:
@@ -191,6 +239,34 @@ def _prefill(
     )
     assert isinstance(result, torch.Tensor)  # no log-sum-exp was asked for
     out[rows] = result
+
+
+def _prefill_in_place(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    prefills: PagedPrefills,
+    pattern: BandPattern,
+    out: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+    kernels: ModuleType,
+) -> None:
+    """Write the rows of `out` that belong to packed documents, by kernels."""
+    rows = slice(prefills.first, prefills.last)
+    key, value = cache.transpose(1, 2).split(query.shape[2], dim=-1)
+    kernels.attend_paged_documents(
+        query[rows],
+        key,
+        value,
+        prefills.cu_seqlens_q,
+        prefills.block_table,
+        prefills.seq_lens,
+        prefills.max_seqlen_k,
+        pattern,
+        scale=scale,
+        sinks=sinks,
+        out=out[rows],
+    )
 
 
 def _decode(

@@ -1,8 +1,9 @@
 """SGLang's attention back end for bands: extending and decoding over its pool of slots.
 
 Decoding reads the pool through the table of pages, by kernels on CUDA, inside CUDA graphs too.
-Extending gathers the keys that bands and prefixes reach, for all requests of a step, and makes one
-call of `band_attention_varlen`; nothing is read back from the device.
+Extending is one call for all requests of a step. Kernels read the pool in place where the pages
+allow it; else the keys that bands and prefixes reach are gathered. Nothing is read back from the
+device.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class BandAttentionBackend(AttentionBackend):
             computed, new = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
             longest = max(map(sum, zip(computed, new)))
             slots = self.req_to_token[forward_batch.req_pool_indices.long(), :longest]
-            self.forward_metadata = NewTokens(slots, computed, new)
+            self.forward_metadata = NewTokens(slots, computed, new, self.page_size)
 
     def _decodes(self, requests: int, length: int) -> Decodes:
         device = self.req_to_token.device

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..attention import band_attention_varlen
 from ..bands import BandPattern
 from .head_classes import kv_reaches
-from .paged import Decodes, Prefills, prefills_of
+from .paged import Decodes, PagedPrefills, Prefills, page_kernels, prefills_of
 from .paged_decode import paged_attention
 
 
@@ -30,16 +31,32 @@ class NewTokens:
         slots: int32 `[requests, columns]`, the slots of each request's tokens.
         computed: per request its tokens before the new ones.
         new: per request its new tokens.
+        page_size: tokens of a page.
     """
 
     slots: Tensor
     computed: Sequence[int]
     new: Sequence[int]
+    page_size: int = 1
     _found: dict[tuple[int, int], Prefills | None] = field(init=False, default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return sum(self.new)
+
+    @cached_property
+    def in_pages(self) -> PagedPrefills:
+        """The requests for kernels that read pages, made once for all layers."""
+        lengths = [computed + new for computed, new in zip(self.computed, self.new)]
+        offsets = [0, *accumulate(self.new)]
+        starts, seq_lens = (
+            torch.tensor(each, dtype=torch.int32, device=self.slots.device)
+            for each in (offsets, lengths)
+        )
+        pages = self.slots[:, :: self.page_size]
+        if self.page_size > 1:
+            pages = pages // self.page_size
+        return PagedPrefills(0, offsets[-1], starts, pages.contiguous(), seq_lens, max(lengths))
 
     def keys(self, pattern: BandPattern) -> Prefills | None:
         """The keys that the heads of `pattern` read, found once for all layers alike.
@@ -66,7 +83,7 @@ def attend_new_tokens(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of all new tokens of a step, equal to `band_attention` over each request, in one
-    call. No gradient.
+    call. No gradient. Kernels read the pool in place where the rule of `page_kernels` has them.
 
     Args:
         query: `[T, H, D]`, request after request; rows after the last request's only pad.
@@ -81,9 +98,27 @@ def attend_new_tokens(
         `[T, H, Dv]`, 0 in rows that only pad.
     """
     out = query.new_zeros(*query.shape[:2], value.shape[-1])
+    count, longest = tokens.num_tokens, max(map(sum, zip(tokens.computed, tokens.new)))
+    new_tokens = count // len(tokens.new)
+    kernels = page_kernels(query, value, tokens.page_size, new_tokens)
+    if kernels and count and not kernels.prefers_copies(pattern, new_tokens, longest):
+        requests = tokens.in_pages
+        kernels.attend_paged_documents(
+            query[:count],
+            _by_pages(key, tokens.page_size),
+            _by_pages(value, tokens.page_size),
+            requests.cu_seqlens_q,
+            requests.block_table,
+            requests.seq_lens,
+            requests.max_seqlen_k,
+            pattern,
+            scale=scale,
+            sinks=sinks,
+            out=out[:count],
+        )
+        return out
     keys = tokens.keys(pattern)
     if keys is not None:
-        count = tokens.num_tokens
         with torch.no_grad():
             result = band_attention_varlen(
                 query[:count],

@@ -1,15 +1,14 @@
 """vLLM's attention back end for bands: prefill and decoding over its paged cache.
 
-On CUDA requests with one new token are decoded by kernels that read the block table (`paged.py`),
-inside CUDA graphs where a step has no others. For the rest each step gathers the readable keys. No
-step waits for the device.
+On CUDA kernels read the block table (`paged.py`). Requests with one new token are decoded inside
+CUDA graphs where a step has no others. No step waits for the device.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +27,17 @@ from ..attention import kernels_for
 from ..bands import BandPattern
 from .checks import check_cache_dtype
 from .class_streams import ClassStreams
-from .paged import Decodes, Step, attend, leading_decodes, prefills_of, write
+from .paged import (
+    Decodes,
+    PagedPrefills,
+    Prefills,
+    Step,
+    attend,
+    leading_decodes,
+    page_kernels,
+    prefills_of,
+    write,
+)
 
 
 @dataclass
@@ -84,6 +93,7 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         self.window = getattr(kv_cache_spec, "sliding_window", None)
         self.prefix = getattr(kv_cache_spec, "prefix", 0)
         self.has_kernels = _has_kernels(kv_cache_spec, device)
+        self.sample = _sample(kv_cache_spec, device)
 
     def build(
         self,
@@ -98,26 +108,44 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
             # the batch are of length 0.
             return BandMetadata(Step(Decodes(table[:requests], seq_lens[:requests]), None))
         offsets = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
-        # Exact on the host, since speculative decoding is refused.
-        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-        assert lengths is not None
         decodes = leading_decodes(offsets) if self.has_kernels else 0
-        prefills = prefills_of(
-            offsets[decodes:],
-            lengths[decodes:requests].tolist(),
-            table[decodes:requests],
-            self.block_size,
-            self.window,
-            self.prefix,
-        )
+        prefills = self._prefills(common_attn_metadata, offsets, decodes)
         by_kernels = Decodes(table[:decodes], seq_lens[:decodes]) if decodes else None
         return BandMetadata(Step(by_kernels, prefills))
+
+    def _prefills(
+        self, metadata: CommonAttentionMetadata, offsets: list[int], decodes: int
+    ) -> PagedPrefills | Prefills | None:
+        """The requests after the first `decodes`, whose new tokens start at `offsets`."""
+        rest, first, last = slice(decodes, metadata.num_reqs), offsets[decodes], offsets[-1]
+        if first == last:
+            return None
+        table = metadata.block_table_tensor[rest]
+        new_tokens = (last - first) // table.shape[0]
+        # Exact on the host, since speculative decoding is refused.
+        lengths = metadata.seq_lens_cpu_upper_bound
+        assert lengths is not None
+        facts = self.block_size, self.window, self.prefix
+        copies = functools.cache(
+            functools.partial(prefills_of, offsets[decodes:], lengths[rest].tolist(), table, *facts)
+        )
+        if page_kernels(self.sample, self.sample, self.block_size, new_tokens) is None:
+            return copies()
+        starts = metadata.query_start_loc[decodes : metadata.num_reqs + 1]
+        starts = starts - first if first else starts
+        return PagedPrefills(
+            first, last, starts, table, metadata.seq_lens[rest], metadata.max_seq_len, copies
+        )
+
+
+def _sample(kv_cache_spec: Any, device: torch.device) -> torch.Tensor:
+    """A tensor of the cache's head_dim and dtype."""
+    return torch.empty((1, kv_cache_spec.head_size), dtype=kv_cache_spec.dtype, device=device)
 
 
 def _has_kernels(kv_cache_spec: Any, device: torch.device) -> bool:
     """True where the decoding kernels run with this cache."""
-    shape, dtype = (1, kv_cache_spec.head_size), kv_cache_spec.dtype
-    sample = torch.empty(shape, dtype=dtype, device=device)
+    sample = _sample(kv_cache_spec, device)
     return kernels_for(sample, sample) is not None
 
 
@@ -213,17 +241,19 @@ class BandAttentionImpl(AttentionImpl[BandMetadata]):
             caches.append(cache)
             slots.append(slot_mapping)
             attend_class = holder.impl.attend_class
-            classes.append(partial(attend_class, query, cache, metadata.step, output))
+            classes.append(functools.partial(attend_class, query, cache, metadata.step, output))
         _store(key, value, caches, slots)
-        self._run([classes[index] for index in self.bands.order])
+        in_place = isinstance(metadata.step.prefills, PagedPrefills)
+        self._run([classes[index] for index in self.bands.order], in_place)
         return output
 
-    def _run(self, classes: Sequence[Callable[[], None]]) -> None:
-        """Launch the classes: side by side in a captured step alone, where nothing is launched
-        later than the graph says.
+    def _run(self, classes: Sequence[Callable[[], None]], in_place: bool) -> None:
+        """Launch the classes: side by side in a captured step, where nothing is launched later than
+        the graph says, and where prompts are read, whose launches outlast the host's.
         """
-        if self.bands.streams.sides and torch.cuda.is_current_stream_capturing():
-            self.bands.streams.run(classes)
+        streams = self.bands.streams
+        if streams.sides and (in_place or torch.cuda.is_current_stream_capturing()):
+            streams.run(classes)
         else:
             for launch in classes:
                 launch()

@@ -100,6 +100,26 @@ def decode_pages(dtype: torch.dtype, head_dim: int, key_heads: int, block_size: 
     )
 
 
+def prefill_pages(
+    dtype: torch.dtype,
+    head_dim: int,
+    key_heads: int,
+    block_size: int,
+    pattern: spa.BandPattern = TWO,
+    sinks: bool = False,
+) -> None:
+    query = torch.zeros(200, 8, head_dim, dtype=dtype)
+    pool = torch.zeros(20, key_heads, block_size, 2 * head_dim, dtype=dtype).transpose(1, 2)
+    key, value = pool.split(head_dim, dim=-1)
+    table, lengths = torch.zeros(2, 16, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    offsets = torch.tensor([0, 100, 200], dtype=torch.int32)
+    given = torch.zeros(8) if sinks else None
+    out = torch.empty_like(query)
+    kernels.attend_paged_documents(
+        query, key, value, offsets, table, lengths, 200, pattern, scale=0.1, sinks=given, out=out
+    )
+
+
 def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128) -> None:
     kept = spa.BandStore(TWO, 1, key_heads, head_dim, dtype=dtype, slack=16)
     key, value = torch.zeros(2, 1, key_heads, queries, head_dim, dtype=dtype)
@@ -203,6 +223,26 @@ def forms() -> Iterator[tuple[str, Any]]:
     yield "decode D128, 16 queries of 4, float32", lambda: decode(SINGLE, 128, 16, 2)
     yield "decode D128, 1 query of 4, pages of 16", lambda: decode_pages(BRAIN, 128, 2, 16)
     yield "decode D128, 1 query of 4, pages of 1", lambda: decode_pages(BRAIN, 128, 2, 1)
+    for size in (16, 64):
+        for head_dim in (64, 128):
+            yield (
+                f"hopper D{head_dim}, pages of {size}",
+                lambda d=head_dim, s=size: prefill_pages(BRAIN, d, 2, s),
+            )
+        yield (
+            f"hopper D128, pages of {size}, prefix, sinks",
+            lambda s=size: prefill_pages(HALF, 128, 2, s, PREFIX, sinks=True),
+        )
+    for size in (16, 64):
+        for variant, pattern in (("two bands", TWO), ("prefix, sinks", PREFIX)):
+
+            def paged(size: int = size, pattern: Any = pattern) -> None:
+                with changed_plans(order=TileOrder.HEAD_MAJOR, persistent=True):
+                    prefill_pages(BRAIN, 128, 2, size, pattern, sinks=pattern is PREFIX)
+
+            yield f"hopper D128, {variant}, persistent, pages of {size}", paged
+    yield "portable D256, pages of 16", lambda: prefill_pages(BRAIN, 256, 2, 16)
+    yield "portable D128, pages of 16, float32", lambda: prefill_pages(SINGLE, 128, 2, 16)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
     yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
     yield "merge D128", lambda: merge(BRAIN, 128)

@@ -42,6 +42,14 @@ def test_the_store_of_classes_compiles(tmp_path: Path) -> None:
     assert compiled("compile_store.py", tmp_path) == [["store_kernel", "0"]] * 2
 
 
+def test_a_joined_log_sum_exp_is_stored_last(tmp_path: Path) -> None:
+    """Other warps may still load what was joined, for the rows of `out`: a warp that is ahead waits
+    for them before it stores.
+    """
+    lines = compiled("compile_merge.py", tmp_path)
+    assert [line[-2:] for line in lines] == [["bar.sync", "st.global"]] * 2
+
+
 def test_cached_kernels_are_those_of_triton(tmp_path: Path) -> None:
     """A key that left something out would launch a kernel made for other strides or alignments."""
     repeated = {name: int(forms) for name, forms in compiled("compare_cached.py", tmp_path)}

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from spattention import BandPattern, explain
+from spattention.impl import triton as kernels
+from spattention.impl.triton import MAX_PORTABLE_TOKENS, hopper, op, reads_pages
 from spattention.impl.triton import call as calls
-from spattention.impl.triton import hopper, op
 from spattention.impl.triton.arguments import Positions
-from spattention.impl.triton.call import Call
+from spattention.impl.triton.call import Call, PagedKeys
 from spattention.impl.triton.hopper import planning
 
 NOWHERE = Positions(None, None, None, None)
@@ -22,7 +23,8 @@ NOWHERE = Positions(None, None, None, None)
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU as those of an H100 with a tested Triton."""
-    monkeypatch.setattr(calls, "compute_capability", lambda device: (9, 0))
+    for module in (calls, kernels):
+        monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(planning.triton, "__version__", "3.9.0")
     planning.warn_untested.cache_clear()
 
@@ -113,10 +115,83 @@ def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **optio
     return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
 
 
+def paged_call(
+    page: int,
+    tokens: int = 8192,
+    longest: int = 65536,
+    heads: int = 16,
+    head_dim: int = 128,
+    may_persist: bool = True,
+) -> Call:
+    """A call of packed documents whose keys are in pages, without memory for its tokens."""
+    one = torch.zeros(1).to(torch.bfloat16)
+    query, keys = (one.expand(1, heads, rows, head_dim) for rows in (tokens, 131072))
+    offsets = torch.zeros(2, dtype=torch.int32)
+    positions = Positions(None, None, offsets, None, pages=offsets, seq_lens=offsets)
+    bands = BandPattern.exclusive(heads, 65536).flat
+    paged = PagedKeys(page, longest, may_persist)
+    return Call(query, keys, bands, 0.1, 0, positions, paged=paged)
+
+
+@pytest.mark.parametrize(
+    ("facts", "persistent"),
+    [
+        ({}, True),
+        ({"tokens": 2048}, False),  # few blocks of queries
+        ({"longest": 8192}, False),  # few keys a query, however long a row of the table may get
+        ({"head_dim": 64}, False),
+        ({"may_persist": False}, False),
+    ],
+)
+def test_long_documents_in_pages_run_persistent(facts: dict[str, int], persistent: bool) -> None:
+    plan = planning._plan_of_shape(paged_call(16, **facts))
+    assert plan is not None
+    assert plan.persistent == persistent
+
+
+@pytest.mark.parametrize(("page", "covered"), [(16, True), (48, True), (256, True), (8, False)])
+def test_pages_hold_whole_boxes(page: int, covered: bool) -> None:
+    """TMA copies 16 tokens at once; the engine gathers the keys of other pages."""
+    refusal = planning._refusal_of_shape(paged_call(page))
+    assert covered == (refusal is None)
+    assert covered or f"multiple of 16 tokens, got {page}" in (refusal or "")
+    query = torch.zeros(1, 128, dtype=torch.bfloat16)
+    assert reads_pages(query, page, 8192) == covered
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new_tokens", "longest", "copied"),
+    [
+        (BandPattern.dense(8, 65536), 8192, 8192, True),
+        (BandPattern.dense(8, 65536), 8192, 65536, True),
+        (BandPattern.dense(8, 65536), 2048, 65536, False),  # a copy serves few queries
+        (BandPattern.shared_local(8, 65536, local=2048), 8192, 65536, False),
+        (BandPattern.sliding_window(8, 65536, 2048), 8192, 65536, False),
+        (BandPattern(((),) * 8, 65536), 8192, 65536, False),
+    ],
+)
+def test_copies_serve_many_queries(
+    pattern: BandPattern, new_tokens: int, longest: int, copied: bool
+) -> None:
+    assert kernels.prefers_copies(pattern, new_tokens, longest) == copied
+
+
+@pytest.mark.parametrize("other", [torch.zeros(1, 128), torch.zeros(1, 80).bfloat16()])
+def test_portable_kernels_copy_for_many_queries(other: torch.Tensor) -> None:
+    """They read pages of any size in place, where requests have few new tokens."""
+    assert reads_pages(other, 1, MAX_PORTABLE_TOKENS)
+    assert not reads_pages(other, 16, MAX_PORTABLE_TOKENS + 1)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_bands_take_five_products(head_dim: int, deterministic: bool) -> None:
-    plan = planning._plan_of_shape(long_call(head_dim=head_dim, deterministic=deterministic))
+@pytest.mark.parametrize("has_all_keys", [True, False])
+def test_long_bands_take_five_products(
+    head_dim: int, deterministic: bool, has_all_keys: bool
+) -> None:
+    """A part of the keys, whose places are others than the queries', too."""
+    call = long_call(head_dim=head_dim, deterministic=deterministic, has_all_keys=has_all_keys)
+    plan = planning._plan_of_shape(call)
     assert plan is not None
     assert plan.fused_backward
     assert "five products" in str(plan)
@@ -129,16 +204,12 @@ def test_long_bands_take_five_products(head_dim: int, deterministic: bool) -> No
         {"heads": 1, "tokens": 16384},  # few blocks of keys
         {"head_dim": 64, "tokens": 16384},
         {"prefix": 4},
-        {"has_all_keys": False},
         {"positions": Positions(None, torch.zeros(1, dtype=torch.int32), None, None)},
         {"tokens": 16384, "deterministic": False},
     ],
     ids=str,
 )
-def test_other_calls_keep_seven_products(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("triton.__version__", "3.6.0")
+def test_other_calls_keep_seven_products(options: dict[str, Any]) -> None:
     plan = planning._plan_of_shape(long_call(**options))
     assert plan is not None
     assert not plan.fused_backward

@@ -122,6 +122,51 @@ def test_blocks_of_a_document_start_in_it() -> None:
     assert moved > 100
 
 
+def test_blocks_of_pages_start_with_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aligned, blocks still cover their range, with at most one more than before, and the queries
+    of each half of a program find theirs among them.
+    """
+    monkeypatch.setattr(tiles, "num_blocks", tiles.num_blocks.fn)
+    monkeypatch.setattr(tiles.tl, "where", lambda condition, yes, no: yes if condition else no)
+    rng = random.Random(7)
+    moved = 0
+    for _ in range(SHAPES):
+        block = rng.choice((8, 16))
+        box, rows, keys = rng.choice((2, 4, 8)), 8, rng.randint(1, 90)
+        near = rng.choice((0, rng.randint(0, 60)))
+        far = near + rng.randint(1, 40)
+        first = rng.randint(0, 90)
+        low, high = tiles.key_range.fn(first, first + 2 * rows - 1, near, far, 0, keys)
+        before = tiles.num_blocks(low, high, block)
+        start = high - before * block
+        aligned, count = tiles.aligned_range.fn(start, low, before, block, box)
+        assert count <= before + 1
+        assert count == 0 or (aligned % box == 0 and aligned <= low)
+        assert count == 0 or high <= aligned + count * block < high + box
+        assert (count == 0) == (before == 0)
+        moved += aligned != start
+        begin = max(aligned, 0)
+        for half in (first, first + rows):
+            own_low, own_high = tiles.key_range.fn(half, half + rows - 1, near, far, 0, keys)
+            front, own = tiles.blocks_within.fn(begin, own_low, own_high, block)
+            if own_low < own_high:
+                assert begin + front * block <= own_low
+                assert own_high <= begin + (front + own) * block
+                assert front + own <= count
+    assert moved > 1_000
+
+
+def test_slots_without_queries_have_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents own more slots than blocks; the producer copies nothing for the rest."""
+    monkeypatch.setattr(tiles.tl, "where", lambda condition, yes, no: yes if condition else no)
+    prefix = tiles.PrefixRange(0, 0, 1, 5, 5, 0)
+    blocks = tiles.BlockRange(0, 0, 3, 8, 8, 2, prefix)
+    assert tiles.total_blocks.fn(tiles.blocks_if.fn(False, blocks)) == 0
+    kept = tiles.blocks_if.fn(True, blocks)
+    assert tiles.total_blocks.fn(kept) == 6
+    assert kept[:6] == blocks[:6]
+
+
 def test_the_steps_of_a_part_of_a_block() -> None:
     """Half of a block's queries see a run of its blocks of keys, all but at most one at the end."""
     rng = random.Random(3)

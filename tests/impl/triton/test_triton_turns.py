@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 from spattention.impl.triton import tiles, turns
@@ -13,31 +14,50 @@ Interval = tuple[int, int]
 NONE = (tiles.MISSING.value, tiles.MISSING.value)
 
 
-def walk(
-    block: int, intervals: list[Interval], tokens: int, rows: int, keys: int
-) -> list[tuple[int, int, int]]:
+class Shape(NamedTuple):
+    """Two intervals, the farther one perhaps missing, and the sizes of a case. On a part of the
+    keys the intervals lie elsewhere, even at negative distances.
+    """
+
+    intervals: list[Interval]
+    queries: int
+    keys: int
+    rows: int  # queries of a block
+    columns: int  # keys of a block
+
+    @property
+    def key_blocks(self) -> list[int]:
+        """In the order in which programs start."""
+        return list(reversed(range(-(-self.keys // self.columns))))
+
+
+def walk(block: int, shape: Shape) -> list[tuple[int, int, int]]:
     """Block of queries, turn and number of turns of each visit, in order."""
-    (near_0, far_0), (near_1, far_1) = intervals
+    (near_0, far_0), (near_1, far_1) = shape.intervals
     bands = SimpleNamespace(near_0=near_0, far_0=far_0, near_1=near_1, far_1=far_1)
     found = []
     before = mock.patch.object(turns, "turns_before", turns.turns_before.fn)
-    for place, (near, far) in enumerate(intervals):
-        last, count = tiles.whole_query_blocks.fn(block * keys, near, far, tokens, rows, keys)
+    sizes = shape.rows, shape.columns
+    for place, (near, far) in enumerate(shape.intervals):
+        first = block * shape.columns
+        last, count = tiles.whole_query_blocks.fn(first, near, far, shape.queries, *sizes)
         for query in range(last - count + 1, last + 1):
-            given = (block, query, place == 0, bands, tokens, rows, keys, 2)
+            given = (block, query, place == 0, bands, shape.queries, shape.keys, *sizes, 2)
             with before:
                 turn, total = turns.turn_of.fn(*given)
             found.append((query, int(turn), total))
     return found
 
 
-def shape(rng: random.Random) -> tuple[list[Interval], int, int, int]:
-    """Two intervals, the farther one perhaps missing, and the sizes of a case."""
-    rows, keys = 4, rng.choice((4, 8, 12))
-    tokens = rng.randint(1, 160)
-    edges = sorted(rng.sample(range(tokens + 40), 4))
+def shape_of(rng: random.Random) -> Shape:
+    """A random shape, half of them parts."""
+    queries = keys = rng.randint(1, 160)
+    shift = 0
+    if rng.random() < 0.5:
+        keys, shift = rng.randint(1, 160), rng.randint(0, 80)
+    edges = sorted(edge - shift for edge in rng.sample(range(queries + shift + 40), 4))
     nearer, farther = (edges[0], edges[1]), (edges[2], edges[3])
-    return [nearer, rng.choice((farther, NONE))], tokens, rows, keys
+    return Shape([nearer, rng.choice((farther, NONE))], queries, keys, 4, rng.choice((4, 8, 12)))
 
 
 def test_turns_of_a_block_of_queries_are_all_numbers() -> None:
@@ -47,10 +67,10 @@ def test_turns_of_a_block_of_queries_are_all_numbers() -> None:
     rng = random.Random(0)
     seen = 0
     for _ in range(SHAPES):
-        intervals, tokens, rows, keys = shape(rng)
+        shape = shape_of(rng)
         found: dict[int, list[tuple[int, int]]] = {}
-        for block in reversed(range(-(-tokens // keys))):
-            for query, turn, total in walk(block, intervals, tokens, rows, keys):
+        for block in shape.key_blocks:
+            for query, turn, total in walk(block, shape):
                 found.setdefault(query, []).append((turn, total))
         for visits in found.values():
             assert visits == [(turn, len(visits)) for turn in range(len(visits))]
@@ -64,10 +84,10 @@ def test_a_visit_waits_for_earlier_programs_alone() -> None:
     """
     rng = random.Random(1)
     for _ in range(300):
-        intervals, tokens, rows, keys = shape(rng)
-        waiting = list(reversed(range(-(-tokens // keys))))
-        walks = {block: walk(block, intervals, tokens, rows, keys) for block in waiting}
-        over = dict.fromkeys(range(-(-tokens // rows)), 0)
+        shape = shape_of(rng)
+        waiting = shape.key_blocks
+        walks = {block: walk(block, shape) for block in waiting}
+        over = dict.fromkeys(range(-(-shape.queries // shape.rows)), 0)
         running: list[int] = []
         while waiting or running:
             while waiting and len(running) < 3:

@@ -22,16 +22,18 @@ except `hopper/fused_backward.py` with `deterministic=False`.
 from __future__ import annotations
 
 import torch
+import triton
 
 from ...bands import BandPattern
 from ...compat.pytorch import in_transform
 from ..attention_call import AttentionCall
-from . import launch, op
+from . import launch, op, paged
 from .arguments import Positions
-from .call import Call, dense, ensure_inner_contiguous
+from .call import Call, compute_capability, dense, ensure_inner_contiguous
 from .decode import append
 from .decode import op as decode_op
 from .decode.op import MAX_QUERIES
+from .hopper.planning import BOX, LAUNCHES, triton_is_tested
 from .op import refusal
 from .parts import attend_part, differentiate_part
 
@@ -39,14 +41,24 @@ __all__ = [
     "MAX_QUERIES",
     "attend",
     "attend_paged",
+    "attend_paged_documents",
     "attend_part",
     "attend_rings",
     "describe",
     "differentiate_part",
+    "prefers_copies",
+    "reads_pages",
     "refusal",
     "write_rings",
 ]
 
+# Releases of Triton with which the persistent kernel has read pages on a GPU.
+PERSISTENT_PAGES_TRITON: tuple[str, ...] = ()
+# New tokens of a request, on average, up to which the portable kernel is faster in place: a copy of
+# the keys takes as long for few queries as for many, and a step in place longer than over a copy.
+MAX_PORTABLE_TOKENS = 512
+# Queries that read a key, on average, up to which the kernels for Hopper are faster in place.
+MAX_READS_IN_PLACE = 3500
 DECODE_KEYS = 8  # keys per query from which on decoding is faster
 
 
@@ -141,6 +153,68 @@ def attend_paged(
     flat, prefix, sinks = pattern.flat, pattern.prefix, dense(sinks)
     decode_op.decode_paged(
         query, key, value, block_table, seq_lens, flat, prefix, scale, sinks, out, lse
+    )
+
+
+def reads_pages(query: torch.Tensor, page: int, new_tokens: int) -> bool:
+    """True where reading pages of this many tokens in place is the rule, for queries like this
+    `[..., D]`, of which requests have this many on average. The Hopper kernels read pages of whole
+    boxes; others are copied for them, since they are much faster than the portable ones.
+    """
+    capability = compute_capability(query.device)
+    hopper = capability is not None and capability[0] == 9 and triton_is_tested()
+    if hopper and query.element_size() == 2 and query.shape[-1] in LAUNCHES:
+        return page % BOX == 0
+    return new_tokens <= MAX_PORTABLE_TOKENS
+
+
+def prefers_copies(pattern: BandPattern, new_tokens: int, longest: int) -> bool:
+    """True where copies of the keys are faster to read than pages that `reads_pages` allows: those
+    of heads that see most keys, with many new tokens. A copy is then shared by many queries.
+
+    Args:
+        pattern: the bands.
+        new_tokens: of a request, on average.
+        longest: the most tokens of a request, the new ones included.
+    """
+    if new_tokens <= MAX_READS_IN_PLACE:  # none is read by more
+        return False
+    middle, flat = longest - new_tokens // 2, pattern.flat
+    widths = [min(far, middle) - min(near, middle) for near, far in zip(flat[::2], flat[1::2])]
+    read = min(longest, max(flat) + new_tokens)
+    return new_tokens * sum(widths) > MAX_READS_IN_PLACE * read * pattern.num_heads
+
+
+def attend_paged_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seqlen_k: int,
+    pattern: BandPattern,
+    *,
+    scale: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out [T, H, D]` with attention of the last tokens of each request, as many as
+    `cu_seqlens_q` says, to a paged cache; no gradient. Arguments are those of
+    `paged.attend_documents`.
+    """
+    requests = cu_seqlens_q, block_table, seq_lens, max_seqlen_k
+    release = ".".join(triton.__version__.split(".")[:2])
+    paged.attend_documents(
+        query,
+        key,
+        value,
+        *requests,
+        pattern,
+        scale,
+        dense(sinks),
+        out,
+        may_persist=release in PERSISTENT_PAGES_TRITON,
     )
 
 

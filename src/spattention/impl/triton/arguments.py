@@ -27,8 +27,8 @@ class Form(NamedTuple):
     alone. In decoding, `PAGE` is the number of tokens of a block of a paged cache, `PAGES` the
     power of two of block numbers that a chunk keeps, 0 where each step loads its own, and
     `MERGED_ROWS` the power of two of rows that the last program of a head merges; 0 where there is
-    none. `FUSED` says that a kernel is part of `hopper/fused_backward.py`, and `ORDERED`
-    that dQ is summed there in a fixed order.
+    none. The forward kernels take `PAGE`, too. `FUSED` says that a kernel is part of
+    `hopper/fused_backward.py`, and `ORDERED` that dQ is summed there in a fixed order.
     """
 
     HEAD_DIM: int
@@ -86,6 +86,9 @@ class RowStats(NamedTuple):
 class Positions(NamedTuple):
     """The tensors that positions are read from on the device, each or None. `described` int32 `[B]`
     is not 0 for the batch entries that the kernels must leave out (`hopper/documents.py`).
+
+    Of documents whose keys are in a paged cache: `pages` int32 `[documents, columns]`, the block of
+    each PAGE keys, and `seq_lens` int32 `[documents]`, how many keys there are.
     """
 
     query_start: Any
@@ -93,6 +96,8 @@ class Positions(NamedTuple):
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     described: Any = None
+    pages: Any = None
+    seq_lens: Any = None
 
 
 class Counts(NamedTuple):
@@ -170,14 +175,27 @@ class Document(NamedTuple):
     next: Any
 
 
+class PageRow(NamedTuple):
+    """The pages of a document: pointer to its row of the block table, and the strides of blocks of
+    keys and of values.
+    """
+
+    p_numbers: Any
+    stride_key: Any
+    stride_value: Any
+
+
 class Keys(NamedTuple):
-    """Pointers to the keys and values of one head, their strides, and the number of keys."""
+    """Pointers to the keys and values of one head, their strides, and the number of keys. In a
+    paged cache also the `PageRow`.
+    """
 
     p_key: Any
     stride_key: Any
     p_value: Any
     stride_value: Any
     n_keys: Any
+    pages: Any = None
 
 
 class KeyPart(NamedTuple):
@@ -226,6 +244,14 @@ def head_pointer(tensor, batch, head, offset):
     return (
         tensor.pointer + batch * tensor.stride_b + head * tensor.stride_h + offset * tensor.stride_t
     )
+
+
+@triton.jit
+def page_row(positions, document, n_keys, PAGE: tl.constexpr):
+    """Pointer to a document's row of the block table, whose rows follow one another. `n_keys` keys
+    would fill one.
+    """
+    return positions.pages + document * (n_keys // PAGE)
 
 
 @triton.jit

@@ -48,6 +48,23 @@ class BackwardTensors(NamedTuple):
     d_value: torch.Tensor
 
 
+class PagedKeys(NamedTuple):
+    """How the keys of documents are in a paged cache.
+
+    Attributes:
+        page: tokens of a block; 0 for keys that are in no cache.
+        longest: keys of the longest document, or more.
+        may_persist: whether the documents may run the persistent kernel for Hopper.
+    """
+
+    page: int
+    longest: int
+    may_persist: bool
+
+
+CONTIGUOUS = PagedKeys(0, 0, False)
+
+
 class Call:
     """Facts of one call; all but `positions` depend on shapes and the pattern alone.
 
@@ -61,6 +78,8 @@ class Call:
         prefix: number of keys of the pattern's prefix.
         has_all_keys: False for a part of the keys of its rows, as in `parts.py`.
         deterministic: whether the gradients must have the same bits on every run.
+        paged: of documents whose keys are in a paged cache. `key` has the shape of as many keys
+            as a row of the block table can name.
     """
 
     def __init__(
@@ -75,6 +94,7 @@ class Call:
         *,
         has_all_keys: bool = True,
         deterministic: bool = True,
+        paged: PagedKeys = CONTIGUOUS,
     ) -> None:
         check_query_start(query_start)
         self.batch, self.heads, self.queries, self.head_dim = query.shape
@@ -95,6 +115,7 @@ class Call:
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
         self.has_all_keys, self.deterministic = has_all_keys, deterministic
+        self.page, self.longest, self.may_persist = paged
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
         # What launches make of these facts and of which positions there are, by name
@@ -154,6 +175,7 @@ def call_of(
     *,
     has_all_keys: bool = True,
     deterministic: bool = True,
+    paged: PagedKeys = CONTIGUOUS,
 ) -> Call:
     """The `Call` with these arguments, made once per shape, pattern and form of positions; found
     by `form`, if that is given.
@@ -163,11 +185,12 @@ def call_of(
         intervals = tuple(intervals)
         given = tuple([None if each is None else (each.shape, each.stride()) for each in positions])
         shapes = query.shape, key.shape, query.dtype
-        facts = (intervals, prefix, scale, query_start, shapes, given, has_all_keys, deterministic)
+        options = has_all_keys, deterministic, paged
+        facts = (intervals, prefix, scale, query_start, shapes, given, *options)
 
     def make() -> Call:
         arguments = query, key, intervals, scale, query_start, positions, prefix
-        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic)
+        made = Call(*arguments, has_all_keys=has_all_keys, deterministic=deterministic, paged=paged)
         made.positions = NOWHERE  # not to hold the tensors of the first call
         return made
 

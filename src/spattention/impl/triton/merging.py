@@ -73,6 +73,8 @@ def merge_kernel(
     b_part = tl.load(p_part, mask=m_tile, other=0.0).to(tl.float32)
     b_out += share[:, None] * (b_part - b_out)
     tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+    # The log-sum-exp may be loaded once for each of two layouts, by other warps than store it.
+    tl.debug_barrier()
     tl.store(p_lse, highest + tl.log(total), mask=m_row)
 
 

@@ -206,6 +206,30 @@ def from_zero(blocks):
 
 
 @triton.jit
+def aligned_range(start, limit, count, BLOCK, UNIT):
+    """`(start, count)` of blocks that end at the next multiple of UNIT instead, and still cover the
+    keys from `limit` on. BLOCK is a multiple of UNIT.
+    """
+    end = (start + count * BLOCK + UNIT - 1) // UNIT * UNIT
+    count = tl.where(count > 0, num_blocks(limit, end, BLOCK), 0)
+    return end - count * BLOCK, count
+
+
+@triton.jit
+def aligned(blocks, BLOCK, UNIT, INTERVALS: tl.constexpr):
+    """A `BlockRange` whose bands' blocks start at multiples of UNIT, as pages of keys do."""
+    start_0, count_0 = aligned_range(blocks.start_0, blocks.limit_0, blocks.count_0, BLOCK, UNIT)
+    start_1, count_1 = start_0, 0
+    if INTERVALS == 2:
+        start_1, count_1 = aligned_range(
+            blocks.start_1, blocks.limit_1, blocks.count_1, BLOCK, UNIT
+        )
+    return BlockRange(
+        start_0, blocks.limit_0, count_0, start_1, blocks.limit_1, count_1, blocks.prefix
+    )
+
+
+@triton.jit
 def query_blocks(
     bands, first_key, last_key, query_start, n_queries, BLOCK, INTERVALS: tl.constexpr, offset=0
 ):
@@ -239,9 +263,10 @@ def whole_query_blocks(
     """`(last, count)`: the last block of queries that sees some of the BLOCK_N keys from
     `first_key` on, and how many consecutive ones do. Blocks start at multiples of BLOCK_M.
     """
-    low = first_key + near
-    last = min(first_key + BLOCK_N - 2 + far, n_queries - 1) // BLOCK_M
-    return last, (low < n_queries) * (last - low // BLOCK_M + 1)
+    low = max(first_key + near, 0)
+    high = min(first_key + BLOCK_N - 2 + far, n_queries - 1)
+    last = max(high, 0) // BLOCK_M
+    return last, (low <= high) * (last - low // BLOCK_M + 1)
 
 
 @triton.jit
@@ -262,6 +287,23 @@ def with_prefix_queries(blocks, bands, low, high, BLOCK, WITH_BANDS: tl.constexp
         blocks.start_1,
         blocks.limit_1,
         count_1,
+        prefix,
+    )
+
+
+@triton.jit
+def blocks_if(condition, blocks):
+    """A `BlockRange`, or one without blocks of bands and of the first prefix."""
+    prefix = blocks.prefix
+    count = tl.where(condition, prefix.count, 0)
+    prefix = PrefixRange(prefix.start, prefix.limit, count, prefix.start, prefix.limit, 0)
+    return BlockRange(
+        blocks.start_0,
+        blocks.limit_0,
+        tl.where(condition, blocks.count_0, 0),
+        blocks.start_1,
+        blocks.limit_1,
+        tl.where(condition, blocks.count_1, 0),
         prefix,
     )
 

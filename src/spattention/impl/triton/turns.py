@@ -25,15 +25,15 @@ import triton.language as tl
 
 @triton.jit
 def turns_before(
-    key_block, query_block, near, far, n_queries, BLOCK_M: tl.constexpr, KEYS: tl.constexpr
+    key_block, query_block, near, far, n_queries, n_keys, BLOCK_M: tl.constexpr, KEYS: tl.constexpr
 ):
     """`(count, total, visits)` of a block of queries: how many blocks of keys after `key_block`
     visit it through an interval, how many do at all, and whether `key_block` does.
     """
     first = query_block * BLOCK_M
     low = max(first - far + 1, 0) // KEYS
-    keys = max(min(first + BLOCK_M, n_queries) - near, 0)  # before the end of those that it sees
-    end = (keys + KEYS - 1) // KEYS
+    keys = min(first + BLOCK_M, n_queries) - near  # before the end of those that it sees
+    end = (max(min(keys, n_keys), 0) + KEYS - 1) // KEYS
     count = max(end - max(key_block + 1, low), 0)
     return count, max(end - low, 0), (key_block >= low) & (key_block < end)
 
@@ -45,16 +45,21 @@ def turn_of(
     nearer,
     bands,
     n_queries,
+    n_keys,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     INTERVALS: tl.constexpr,
 ):
     """`(turn, total)` of a visit through the nearer interval or the other one."""
     near, far = bands.near_0, bands.far_0
-    turn, total, also = turns_before(key_block, query_block, near, far, n_queries, BLOCK_M, KEYS)
+    turn, total, also = turns_before(
+        key_block, query_block, near, far, n_queries, n_keys, BLOCK_M, KEYS
+    )
     if INTERVALS == 2:
         near, far = bands.near_1, bands.far_1
-        count, more, _ = turns_before(key_block, query_block, near, far, n_queries, BLOCK_M, KEYS)
+        count, more, _ = turns_before(
+            key_block, query_block, near, far, n_queries, n_keys, BLOCK_M, KEYS
+        )
         turn += count + (also & (nearer == 0))
         total += more
     return turn, total

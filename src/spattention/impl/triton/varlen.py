@@ -86,9 +86,12 @@ def sequence_at(
             document, block = document_at(p_offsets_k, slot, n_documents, counts.n_keys, BLOCK)
         else:
             document, block = document_at(p_offsets_q, slot, n_documents, counts.n_queries, BLOCK)
-        sequence = document_sequence(
-            p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
-        )
+        if FORM.PAGE > 0:
+            sequence = paged_sequence(positions, counts, n_documents, document, block)
+        else:
+            sequence = document_sequence(
+                p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
+            )
     else:
         start = counts.query_start
         if FORM.START_ON_DEVICE:
@@ -119,6 +122,20 @@ def document_sequence(
     else:
         keys = tl.where(behind, 0, keys)
     return Sequence(block, offset_q, queries, offset_k, keys, keys - queries)
+
+
+@triton.jit
+def paged_sequence(positions, counts, n_documents, document, block):
+    """The `Sequence` of a block of queries of a document whose keys are in pages. `offset_k` is the
+    document, whose row of the block table they are in.
+    """
+    p_offsets = positions.cu_seqlens_q
+    offset_q = offset_at(p_offsets, document, n_documents, counts.n_queries)
+    queries = offset_at(p_offsets, document + 1, n_documents, counts.n_queries) - offset_q
+    # Tokens after the last offset belong to no document and see nothing.
+    keys = tl.load(positions.seq_lens + document, mask=document < n_documents, other=0)
+    keys = tl.minimum(tl.maximum(keys, 0), counts.n_keys)
+    return Sequence(block, offset_q, queries, document, keys, keys - queries)
 
 
 @triton.jit

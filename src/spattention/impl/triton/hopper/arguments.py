@@ -3,6 +3,7 @@
 `RowStats` are those of the portable kernels.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
@@ -64,7 +65,8 @@ class QueryTile(NamedTuple):
 
     `first_query` and `n_queries` are indices in the sequence, `first` and `last` positions, and
     `keys` the `BlockRange` of its keys. The sequence's queries and `n_keys` keys start at
-    `offset_q` and `offset_k` of the batch entry.
+    `offset_q` and `offset_k` of the batch entry; in a paged cache, `offset_k` is a row of the block
+    table.
     """
 
     batch: Any
@@ -85,6 +87,14 @@ def is_bounded(form):
     NaN included, and must not reach a product.
     """
     return form.PACKED or form.HAS_KEY_START
+
+
+@gluon.constexpr_function
+def box_tokens(form):
+    """Tokens of a block of keys that TMA copies at once: all, or those of a page, or a part that
+    divides both.
+    """
+    return math.gcd(form.PAGE, form.BLOCK_N)
 
 
 @gluon.constexpr_function
@@ -145,12 +155,20 @@ def sequence_at(
         n_tokens = counts.n_keys if OF_KEYS else counts.n_queries
         n_documents = n_slots - n_tokens // BLOCK - 1  # `varlen.num_slots`
         p_offsets_q = positions.cu_seqlens_q + batch * (n_documents + 1)
-        p_offsets_k = positions.cu_seqlens_k + batch * (n_documents + 1)
+        p_offsets_k = p_offsets_q
+        if FORM.PAGE == 0:
+            p_offsets_k = positions.cu_seqlens_k + batch * (n_documents + 1)
         p_offsets = p_offsets_k if OF_KEYS else p_offsets_q
-        document, block = document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
-        sequence = varlen.document_sequence(
-            p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
-        )
+        if FORM.STAGES > 0:  # one warp of the persistent kernel has few registers
+            document, block = varlen.document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
+        else:
+            document, block = document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
+        if FORM.PAGE > 0:
+            sequence = varlen.paged_sequence(positions, counts, n_documents, document, block)
+        else:
+            sequence = varlen.document_sequence(
+                p_offsets_q, p_offsets_k, counts, n_documents, document, block, OF_KEYS
+            )
     elif FORM.HAS_KEY_START:
         start = gl.load(positions.key_start + batch)
         start = min(max(start, 0), counts.n_keys)
@@ -194,6 +212,8 @@ def query_tile(
     keys = tiles.key_blocks(
         bands, first, last, 0, sequence.n_keys, FORM.BLOCK_N, FORM.INTERVALS, FORM.PREFIX
     )
+    if FORM.PAGE > 0:
+        keys = tiles.aligned(keys, FORM.BLOCK_N, box_tokens(FORM), FORM.INTERVALS)
     if is_bounded(FORM):
         keys = tiles.from_zero(keys)
     return QueryTile(

@@ -14,13 +14,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .. import arguments as portable_arguments
 from .. import scheduler, softmax, tiles
-from . import arguments, memory, pipeline, prefix
+from . import arguments, memory, pages, pipeline, prefix
 
 
 class KeySource(NamedTuple):
     """Descriptors of keys and values, and where those of a program are: batch entry, head, and
-    first token of the sequence.
+    first token of the sequence, or its `Pages`.
     """
 
     key: Any
@@ -28,6 +29,7 @@ class KeySource(NamedTuple):
     batch: Any
     head: Any
     offset: Any
+    pages: Any
 
 
 class Buffers(NamedTuple):
@@ -84,22 +86,46 @@ def init_softmax(p_sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HAS_SI
 
 
 @gluon.jit
-def copy_key(source, buffers, n, start, pred):
-    """Start to copy block `n` of keys, from key `start` of the sequence on."""
-    s_key = buffers.key
-    barrier = pipeline.expect_tx(buffers.key_full, n, s_key.shape[0] * s_key.shape[1] * 2, pred)
-    start += source.offset
-    pipeline.copy_tokens(source.key, source.batch, source.head, start, barrier, s_key, pred)
+def pages_of(source, start, FORM: gl.constexpr):
+    """The pages of a block of keys from key `start` of the sequence on, which `copy_key` and
+    `copy_value` take; none unless the keys are in a paged cache.
+    """
+    if FORM.PAGE > 0:
+        BOX: gl.constexpr = arguments.box_tokens(FORM)
+        found = pages.numbers(source.pages, start, BOX, FORM.BLOCK_N, FORM.PAGE)
+    else:
+        found = ()
+    return found
 
 
 @gluon.jit
-def copy_value(source, buffers, n, start):
+def copy_block(t_tensor, source, found, start, barrier, s_tokens, pred, FORM: gl.constexpr):
+    """Start to copy a block of keys or values, from key `start` of the sequence on."""
+    if FORM.PAGE > 0:
+        BOX: gl.constexpr = arguments.box_tokens(FORM)
+        pages.copy(t_tensor, found, source.head, start, barrier, s_tokens, pred, BOX, FORM.PAGE)
+    else:
+        start += source.offset
+        pipeline.copy_tokens(t_tensor, source.batch, source.head, start, barrier, s_tokens, pred)
+
+
+@gluon.jit
+def copy_key(source, buffers, n, found, start, pred, FORM: gl.constexpr):
+    """Start to copy block `n` of keys, from key `start` of the sequence on; `found` are its
+    `pages_of`.
+    """
+    s_key = buffers.key
+    barrier = pipeline.expect_tx(buffers.key_full, n, s_key.shape[0] * s_key.shape[1] * 2, pred)
+    copy_block(source.key, source, found, start, barrier, s_key, pred, FORM)
+
+
+@gluon.jit
+def copy_value(source, buffers, n, found, start, FORM: gl.constexpr):
     """Start to copy block `n` of values, like `copy_key`."""
     s_value = buffers.value_pair.index(n % 2)
     BYTES: gl.constexpr = s_value.shape[0] * s_value.shape[1] * 2
     barrier = pipeline.expect_tx(buffers.value_full, n, BYTES, True)
-    start += source.offset
-    pipeline.copy_tokens(source.value, source.batch, source.head, start, barrier, s_value, True)
+    copy_block(source.value, source, found, start, barrier, s_value, True, FORM)
 
 
 @gluon.jit
@@ -132,12 +158,13 @@ def attend_blocks(
     n_steps = tiles.total_blocks(tile.keys)
     key_block = block_of_step(0, tile, n_steps, FORM)
     next_key = block_of_step(1, tile, n_steps, FORM).start
+    found = pages_of(source, next_key, FORM)
     zeros = gl.full([s_query.shape[0], BLOCK_N], 0.0, gl.float32, SCORES)
     pipeline.consumer_wait(key_full, 0)
     # [M, N] = [M, D] @ [D, N]
     scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
-    copy_key(source, buffers, 1, next_key, n_steps > 1)
+    copy_key(source, buffers, 1, found, next_key, n_steps > 1, FORM)
     scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
     p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
     b_p = gl.convert_layout(p.to(DTYPE), OPERAND)
@@ -148,7 +175,8 @@ def attend_blocks(
             zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
         key_block = block_of_step(step, tile, n_steps, FORM)
         next_key = block_of_step(step + 1, tile, n_steps, FORM).start
-        copy_value(source, buffers, step, key_block.start)
+        copy_value(source, buffers, step, found, key_block.start, FORM)
+        found = pages_of(source, next_key, FORM)
         pipeline.consumer_wait(key_full, step)
         # [M, N] = [M, D] @ [D, N]
         scores = warpgroup_mma(s_query, s_key.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -156,7 +184,7 @@ def attend_blocks(
         # [M, D] += [M, N] @ [N, D]
         b_out = warpgroup_mma(b_p, s_values.index((step - 1) % 2), b_out, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
-        copy_key(source, buffers, step + 1, next_key, step + 1 < n_steps)
+        copy_key(source, buffers, step + 1, found, next_key, step + 1 < n_steps, FORM)
         scores = mask_scores(scores, tile, o_position, key_block, SCORES, FORM)
         p, row_max, row_sum, factor = softmax.update(scores, row_max, row_sum, scale, FORM.FALLING)
         b_out = warpgroup_mma_wait(0, [b_out])
@@ -168,7 +196,7 @@ def attend_blocks(
         if BOUNDED:
             zero_unseen_values(tile, key_block, step - 1, s_values, value_full, FORM)
         key_block = block_of_step(step, tile, n_steps, FORM)
-        copy_value(source, buffers, step, key_block.start)
+        copy_value(source, buffers, step, found, key_block.start, FORM)
         pipeline.consumer_wait(key_full, step)
         scores = prefix.product(s_query, s_key, FORM)
         pipeline.consumer_wait(value_full, step - 1)
@@ -308,13 +336,19 @@ def forward_kernel(
     value_full = pipeline.allocate_barriers(2)
 
     offset_q, offset_k = tile.offset_q, tile.offset_k
-    source = KeySource(t_key, t_value, batch, key_head, offset_k)
+    if FORM.PAGE > 0:
+        p_numbers = portable_arguments.page_row(positions, offset_k, counts.n_keys, FORM.PAGE)
+        key_pages = pages.Pages(p_numbers, tile.n_keys)
+    else:
+        key_pages = None
+    source = KeySource(t_key, t_value, batch, key_head, offset_k, key_pages)
     buffers = Buffers(s_query, s_key, s_values, key_full, value_full)
     barrier = pipeline.expect_tx(query_full, 0, BLOCK_M * HEAD_DIM * 2, True)
     pipeline.copy_tokens(t_query, batch, head, offset_q + first_query, barrier, s_query, True)
     first_start = block_of_step(0, tile, n_steps, FORM).start
-    copy_key(source, buffers, 0, first_start, True)
-    copy_value(source, buffers, 0, first_start)
+    found = pages_of(source, first_start, FORM)
+    copy_key(source, buffers, 0, found, first_start, True, FORM)
+    copy_value(source, buffers, 0, found, first_start, FORM)
     pipeline.consumer_wait(query_full, 0)
     if not prefix.is_narrow(FORM) or n_steps > 1:
         b_out, row_max, row_sum = attend_blocks(

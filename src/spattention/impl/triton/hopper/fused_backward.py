@@ -127,12 +127,14 @@ def consume(consumer: gl.constexpr, work, FORM: gl.constexpr):
             lse_log2 = ring.lses.index(slot).load(QUERIES)  # [M]
             scores = warpgroup_mma_wait(0, [scores])
             p = softmax.recompute(scores, lse_log2[None, :], scale)
-            if (beyond < ROWS - 1) | (beyond + ROWS - 1 >= width):
+            if (beyond < ROWS - 1) | (beyond + ROWS - 1 >= width) | (first_key + ROWS > n_keys):
                 # `tiles.visible` with 32 fewer values in registers through the loop
                 o_key = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
                 o_query = gl.arange(0, ROWS, QUERIES) ^ zero
                 distance = (beyond + o_query)[None, :] - o_key[:, None]
-                p = gl.where(tiles.visible(distance, 0, 0, width), p, 0.0)
+                m_seen = tiles.visible(distance, 0, 0, width)
+                m_seen &= (o_key < n_keys - first_key)[:, None]
+                p = gl.where(m_seen, p, 0.0)
             b_p = packed(p, s_query)
             # [N, M] = [N, D] @ [D, M]
             d_p = warpgroup_mma(
@@ -195,7 +197,7 @@ def fused_backward_kernel(
     scale,
     FORM: gl.constexpr,
 ):
-    """dK and dV of a block of keys, and their share of dQ. Queries and keys are equally many."""
+    """dK and dV of a block of keys, and their share of dQ."""
     counts = arguments.BackwardCounts(
         n_heads,
         group,

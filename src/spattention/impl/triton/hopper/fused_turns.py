@@ -30,6 +30,7 @@ def turn_of_visit(step, block, bands, visits, work, FORM: gl.constexpr):
         step < visits.count_0,
         bands,
         work.counts.n_queries,
+        work.counts.n_keys,
         ROWS,
         FORM.BLOCK_N,
         FORM.INTERVALS,

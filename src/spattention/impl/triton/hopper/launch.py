@@ -4,6 +4,7 @@ experimental, and another Triton may lack a part of it.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -181,13 +182,14 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
         **_bounds(call),
         HAS_SINKS=has_sinks,
         FALLING=call.scale < 0,
+        PAGE=call.page,
     )
     found = call.derived["hopper forward"] = _ForwardLaunch(
         plan,
         has_sinks,
         programs,
         BLOCK if plan.persistent else launch.block_m,
-        launch.block_n,
+        math.gcd(call.page, launch.block_n),
         counts,
         {"FORM": form, **launch.options},
     )
@@ -210,7 +212,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             lse,
             call.bands_by_head,
             sinks,
-            *(() if plan.persistent else (positions,)),
+            positions,
             *launch.counts,
             call.scale,
             **launch.constants,

@@ -42,7 +42,8 @@ class HopperPlan:
     Args:
         launches: block sizes and warps.
         order: order of the blocks.
-        persistent: whether the forward pass is the persistent kernel, for long bands.
+        persistent: whether the forward pass is the persistent kernel, for long bands. It takes the
+            blocks of one head after the other whatever `order` says.
         split_backward: whether dQ and dK/dV are launched separately.
         fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
             instead of seven (`backward.py`).
@@ -79,6 +80,7 @@ NEEDS = {
     "one for every query needs as many keys as queries, a multiple of 64, no prefix, and "
     f"{MIN_ROW_QUERIES:,} queries of all heads",
     "rows": "fewer than 2**31 query rows",
+    "pages": "blocks of a paged cache of a multiple of 16 tokens",
     "memory": "inputs aligned to 16 bytes, without expanded dimensions",
     "triton": f"Triton {', '.join(TRITON_VERSIONS[:-1])} or {TRITON_VERSIONS[-1]}",
 }
@@ -97,8 +99,10 @@ LAUNCHES = {
 # By head_dim: registers with which three programs of dQ alone fit on a multiprocessor.
 QUERY_GRADIENT_REGISTERS = {64: 168}
 BLOCK = 64  # queries or keys
+BOX = 16  # the fewest tokens that TMA copies at once
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
+MIN_BLOCKS_PAGED = 3 * 132  # blocks of queries of a call in pages, of 128 each
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of keys, of which a multiprocessor runs one at a time
 # By head_dim: keys of a block whose dQ is summed in any order, 64 for each consumer.
@@ -139,6 +143,8 @@ def _refusal_of_shape(call: Call) -> str | None:
         return NEEDS["positions"]
     if call.batch * call.heads * pitch(call.queries) >= 1 << 31:
         return NEEDS["rows"]
+    if call.page % BOX:
+        return f"{NEEDS['pages']}, got {call.page}"
     return None
 
 
@@ -207,9 +213,14 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     bounded = any(each is not None for each in call.positions)
     # Packed documents count as a batch of documents of mean length.
     documents = call.n_documents or call.batch
-    keys = call.keys if call.n_documents == 0 else -(-call.keys // call.n_documents)
+    keys = call.longest or call.keys
+    if call.n_documents and not call.page:
+        keys = -(-call.keys // call.n_documents)
     queries = keys if call.n_documents else call.queries
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
+    if call.page:
+        persistent = call.may_persist and use_persistent_in_pages(call)
+        found = replace(found, persistent=persistent)
     if not call.has_all_keys:
         found = replace(found, waves=WAVES_OF_A_PART)
     if use_fused(call):
@@ -294,6 +305,16 @@ def use_persistent(
     return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
 
 
+def use_persistent_in_pages(call: Call) -> bool:
+    """True if the persistent forward pass is faster for documents in a paged cache: where
+    `use_persistent` says so, and the multiprocessors get several blocks of queries each.
+    """
+    blocks = call.heads * (call.queries // (2 * BLOCK))
+    return blocks >= MIN_BLOCKS_PAGED and use_persistent(
+        call.intervals, call.longest, call.head_dim
+    )
+
+
 def keys_fused(call: Call) -> int:
     """Keys of a block of `fused_backward.py`. Beside three consumers there are no registers for the
     warps that keep turns.
@@ -303,16 +324,11 @@ def keys_fused(call: Call) -> int:
 
 def can_fuse(call: Call) -> bool:
     """True if `fused_backward.py` covers a call that the Hopper kernels run. Elsewhere its blocks
-    would hold keys of other sequences, or keys that no query of a part sees.
+    would hold keys of other sequences.
     """
     bounded = any(each is not None for each in call.positions)
-    return (
-        call.prefix == 0
-        and call.query_start == 0
-        and call.keys == call.queries
-        and call.has_all_keys
-        and not bounded
-    )
+    has_places = call.keys == call.queries or not call.has_all_keys
+    return call.prefix == 0 and call.query_start == 0 and has_places and not bounded
 
 
 def use_fused(call: Call) -> bool:
@@ -323,7 +339,7 @@ def use_fused(call: Call) -> bool:
     return (
         can_fuse(call)
         and programs >= MIN_PROGRAMS_FUSED
-        and mean_keys(call.intervals, call.keys) >= MIN_MEAN_KEYS_FUSED
+        and mean_keys(call.intervals, call.keys, call.queries) >= MIN_MEAN_KEYS_FUSED
     )
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .. import arguments, memory, softmax, tiles
-from ..arguments import Counts, Keys, Rows
+from ..arguments import Counts, Keys, PageRow, Rows
 
 
 @triton.jit
@@ -48,8 +48,7 @@ def attend(
             step, blocks, bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
         )
         o_key = first_key + tl.arange(0, BLOCK_N)  # [N]
-        b_key = memory.load_tokens(keys.p_key, o_key, keys.stride_key, low, keys.n_keys, FORM)
-        b_value = memory.load_tokens(keys.p_value, o_key, keys.stride_value, low, keys.n_keys, FORM)
+        b_key, b_value = load_keys(keys, o_key, low, FORM)
 
         # [M, N] = [M, D] @ [D, N]
         scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
@@ -68,6 +67,24 @@ def attend(
             p.to(b_value.dtype), b_value, b_out * factor[:, None], input_precision="ieee"
         )
     return b_out, row_max, row_sum
+
+
+@triton.jit
+def load_keys(keys, o_key, low, FORM: tl.constexpr):
+    """Keys and values `[N, D]` at `o_key`; zeros before key `low` and after the last one."""
+    if FORM.PAGE > 0:
+        pages = keys.pages
+        m_key = (o_key >= low) & (o_key < keys.n_keys)
+        o_page = tl.load(pages.p_numbers + o_key // FORM.PAGE, mask=m_key, other=0).to(tl.int64)
+        o_place = o_key % FORM.PAGE
+        p_key = keys.p_key + (o_page * pages.stride_key)[:, None]
+        p_value = keys.p_value + (o_page * pages.stride_value)[:, None]
+        b_key = memory.gather_tokens(p_key, o_place, m_key, keys.stride_key, FORM)
+        b_value = memory.gather_tokens(p_value, o_place, m_key, keys.stride_value, FORM)
+    else:
+        b_key = memory.load_tokens(keys.p_key, o_key, keys.stride_key, low, keys.n_keys, FORM)
+        b_value = memory.load_tokens(keys.p_value, o_key, keys.stride_value, low, keys.n_keys, FORM)
+    return b_key, b_value
 
 
 @triton.jit
@@ -164,6 +181,11 @@ def forward_kernel(
     key_head = (bands.head // counts.group).to(tl.int64)
     offset_q = tl.zeros([], tl.int64) + block.offset_q
     offset_k = tl.zeros([], tl.int64) + block.offset_k
+    pages = None
+    if FORM.PAGE > 0:
+        p_numbers = arguments.page_row(positions, offset_k, counts.n_keys, FORM.PAGE)
+        pages = PageRow(p_numbers, key.stride_b, value.stride_b)
+        offset_k = offset_k * 0
     p_query = arguments.head_pointer(query, batch, head, offset_q)
     p_key = arguments.head_pointer(key, batch, key_head, offset_k)
     p_value = arguments.head_pointer(value, batch, key_head, offset_k)
@@ -176,7 +198,7 @@ def forward_kernel(
     row_max, row_sum = softmax.init(
         p_sinks, bands.head, BLOCK_M, FORM.HAS_SINKS, FORM.PRECISE
     )  # [M], [M]
-    keys = Keys(p_key, key.stride_t, p_value, value.stride_t, block.n_keys)
+    keys = Keys(p_key, key.stride_t, p_value, value.stride_t, block.n_keys, pages)
     b_out, row_max, row_sum = attend(
         b_query, keys, blocks, bands, rows, row_max, row_sum, scale, FORM
     )

@@ -63,7 +63,7 @@ def _prepare(
     **facts: Any,
 ) -> _Prepared:
     """Facts of a launch with `slots` slots; `documents` and other facts as in `Form`."""
-    query_start, key_start, cu_seqlens_q, _, described = call.positions
+    query_start, key_start, cu_seqlens_q, _, described, *_ = call.positions
     # Without a prefix no kernel depends on documents.
     documents = call.prefix > 0 and _has_documents(call) and documents is not False
     form = Form(
@@ -104,7 +104,7 @@ def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
     def prepare() -> _Prepared:
         slots = varlen.num_slots(call.queries, call.n_documents, launch.block_m)
         falling = call.scale < 0
-        facts: dict[str, Any] = {"HAS_SINKS": has_sinks, "FALLING": falling}
+        facts: dict[str, Any] = {"HAS_SINKS": has_sinks, "FALLING": falling, "PAGE": call.page}
         return _prepare(call, launch, slots, flag=has_sinks, **facts)
 
     prepared = _prepared(call, "forward", launch, has_sinks, prepare)
