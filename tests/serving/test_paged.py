@@ -188,6 +188,19 @@ def test_dense_heads_of_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(in_place, gathered, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("decodes", [1, 2, 3, 4])
+def test_tables_behind_decodes_are_aligned(decodes: int) -> None:
+    """How many requests are decoded first does not select another compiled form of the kernels."""
+    starts, lengths = torch.arange(2 * 8, dtype=torch.int32).view(2, 8)
+    table = torch.arange(8 * 5, dtype=torch.int32).view(8, 5)
+    given = starts[decodes:], table[decodes:], lengths[decodes:]
+    found = PagedPrefills(decodes, 8, *given, 15)
+    for mine, each in zip((found.cu_seqlens_q, found.block_table, found.seq_lens), given):
+        assert mine.data_ptr() % 16 == 0
+        assert mine.equal(each)
+    assert decodes < 4 or found.seq_lens is given[2]  # nothing is copied without need
+
+
 def test_leading_decodes_have_one_new_token() -> None:
     """Requests without new tokens end them, as those with several do."""
     assert leading_decodes([0, 1, 2, 3]) == 3

@@ -26,6 +26,9 @@ from ..bands import BandPattern
 class PagedPrefills:
     """Requests of a step as packed documents, whose keys kernels read through the block table.
 
+    Tensors that do not start at a multiple of 16 bytes are copied, as slices of an engine's may.
+    The kernels would be compiled once more for them, in the middle of serving.
+
     Attributes:
         first, last: the rows of their new tokens in the flat query.
         cu_seqlens_q: int32 `[documents + 1]`, offsets of the documents in these rows.
@@ -43,6 +46,12 @@ class PagedPrefills:
     seq_lens: torch.Tensor
     max_seqlen_k: int
     copies: Callable[[], Prefills | None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cu_seqlens_q", "block_table", "seq_lens"):
+            tensor: torch.Tensor = getattr(self, name)
+            if tensor.data_ptr() & 15:
+                object.__setattr__(self, name, tensor.clone())
 
     @property
     def new_tokens(self) -> int:
