@@ -27,7 +27,7 @@ class PagedPrefills:
     """Requests of a step as packed documents, whose keys kernels read through the block table.
 
     Tensors that do not start at a multiple of 16 bytes are copied, as slices of an engine's may.
-    The kernels would be compiled once more for them, in the middle of serving.
+    The kernels would be compiled again for them, in the middle of serving.
 
     Attributes:
         first, last: the rows of their new tokens in the flat query.
