@@ -188,6 +188,19 @@ def test_dense_heads_of_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(in_place, gathered, rtol=1e-5, atol=1e-5)
 
 
+def test_pages_that_are_not_contiguous_are_refused() -> None:
+    """Kernels would read other numbers in silence."""
+    kernels = pytest.importorskip("spattention.impl.triton")
+    query, pattern = torch.zeros(1, 1, 8), spa.BandPattern((((0, 1),),), 1)
+    pages, number = torch.zeros(1, 16, 1, 16), torch.ones(1, dtype=torch.int32)
+    requests = torch.tensor([0, 1], dtype=torch.int32), number[None] - 1, number, 1
+    for key, value in ((pages[..., ::2], pages[..., :8]), (pages[..., :8], pages[..., ::2])):
+        with pytest.raises(AssertionError):
+            kernels.attend_paged_documents(
+                query, key, value, *requests, pattern, scale=1.0, sinks=None, out=query.clone()
+            )
+
+
 @pytest.mark.parametrize("decodes", [1, 2, 3, 4])
 def test_tables_behind_decodes_are_aligned(decodes: int) -> None:
     """How many requests are decoded first does not select another compiled form of the kernels."""

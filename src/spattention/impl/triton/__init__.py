@@ -203,6 +203,7 @@ def attend_paged_documents(
     `cu_seqlens_q` says, to a paged cache; no gradient. Arguments are those of
     `paged.attend_documents`.
     """
+    assert key.stride(-1) == value.stride(-1) == 1  # pages are read as they are, never copied
     requests = cu_seqlens_q, block_table, seq_lens, max_seqlen_k
     release = ".".join(triton.__version__.split(".")[:2])
     paged.attend_documents(
