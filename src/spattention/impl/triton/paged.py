@@ -30,7 +30,7 @@ def attend_documents(
         query: `[T, H, D]`, document after document.
         key, value: `[blocks, block_size, Hkv, D]`, contiguous in D.
         cu_seqlens_q: int32 `[documents + 1]`, from 0 to T.
-        block_table: int32 `[documents, columns]`.
+        block_table: int32 `[documents, columns]`; numbers within reach must be blocks.
         seq_lens: int32 `[documents]`, keys of each, those of its queries the last ones.
         max_seqlen_k: at least the most of these; it decides the kernel's form alone.
         pattern: the bands.

@@ -2,7 +2,7 @@
 """Starts of the sequence of a program: packed documents, positions and first keys.
 
 Everything read from tensors is clamped, so that no value can make a kernel read or write out of
-bounds.
+bounds. Numbers of blocks of a paged cache are not: those within reach must be blocks.
 """
 
 from typing import Any, NamedTuple
