@@ -285,6 +285,15 @@ def test_only_reachable_keys_are_gathered(backend_module: Any) -> None:
     assert tokens.keys(replace(PREFIXED, intervals=((), ((0, SPAN),), (), ()))) is keys
 
 
+@pytest.mark.parametrize("new", [[], [0, 0]])
+def test_a_step_without_new_tokens_is_zero(backend_module: Any, new: list[int]) -> None:
+    """Rows that only pad, of no requests or of requests without new tokens."""
+    slots = import_module("spattention.serving.slots")
+    tokens = slots.NewTokens(torch.zeros(len(new), 8, dtype=torch.int32), [3] * len(new), new)
+    query, keys = torch.randn(2, HEADS, DIM), torch.randn(8, KV_HEADS, DIM)
+    assert slots.attend_new_tokens(query, keys, keys, tokens, PATTERN, scale=1.0).eq(0).all()
+
+
 def test_rows_that_pad_are_zero(backend_module: Any) -> None:
     """SGLang pads a step's tokens for its graphs; nothing reads those rows."""
     runner = Runner(backend_module, [layer(PATTERN)], [20])

@@ -98,10 +98,12 @@ def attend_new_tokens(
         `[T, H, Dv]`, 0 in rows that only pad.
     """
     out = query.new_zeros(*query.shape[:2], value.shape[-1])
-    count, longest = tokens.num_tokens, max(map(sum, zip(tokens.computed, tokens.new)))
-    new_tokens = count // len(tokens.new)
+    count = tokens.num_tokens
+    if not count:
+        return out
+    new_tokens, longest = count // len(tokens.new), max(map(sum, zip(tokens.computed, tokens.new)))
     kernels = page_kernels(query, value, tokens.page_size, new_tokens)
-    if kernels and count and not kernels.prefers_copies(pattern, new_tokens, longest):
+    if kernels and not kernels.prefers_copies(pattern, new_tokens, longest):
         requests = tokens.in_pages
         kernels.attend_paged_documents(
             query[:count],
