@@ -1,7 +1,8 @@
 """vLLM's attention back end for bands: prefill and decoding over its paged cache.
 
 On CUDA kernels read the block table (`paged.py`). Requests with one new token are decoded inside
-CUDA graphs where a step has no others. No step waits for the device.
+CUDA graphs where a step has no others. Only a step that copies keys waits for the device, to
+send it the places of the keys.
 """
 
 from __future__ import annotations
