@@ -1,12 +1,10 @@
 """Draw the pictures of the README and the docs: a small mask of each pattern, and the speed chart.
 
-python -m benchmarks.pictures benchmarks/results/attention_kept_h200_2026-11-26.json
+python -m benchmarks.pictures
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,9 @@ from matplotlib.figure import Figure
 
 from spattention.bands import BandPattern
 from spattention.plots import FUTURE, UNSEEN, head_colors
+
+from .limits.cases import DENSE, OURS, Case
+from .limits.results import ON_MASK, Results, newest
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SPAN, HEADS = 96, 8
@@ -27,11 +28,6 @@ PATTERNS = {
     "local_only": BandPattern.local_only(HEADS, SPAN),
 }
 SHARED = (0.25, 0.25, 0.25)  # pairs that every head attends
-MASKS = {
-    "exclusive": "exclusive",
-    "shared_local": "shared local",
-    "shared_local geometric": "shared local, geometric",
-}
 
 
 def small_mask(pattern: BandPattern) -> np.ndarray:
@@ -63,48 +59,55 @@ def draw_masks() -> None:
         figure.savefig(IMAGES / f"mask-{name.removesuffix('_mask')}.png", dpi=100)
 
 
-def draw_speed(results: Path) -> None:
-    """Times faster than dense cuDNN attention, forward + backward, case by case."""
-    record = json.loads(results.read_text())
-    rows = [row for row in record["rows"] if row["over_dense"] is not None]
-    cases = list(dict.fromkeys((row["batch"], row["heads"], row["length"]) for row in rows))
+def draw_speed(results: Results) -> None:
+    """Times faster than the fastest dense kernel, forward + backward: geometric `shared_local` by
+    this library, and by the fastest other on the same mask."""
+    lines = [
+        line
+        for line in results.lines("total")
+        if line.case.variant == "plain" and line.case.mask == "geometric"
+    ]
+    lines.sort(key=lambda line: (line.case.length, line.case.batch * line.case.heads))
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axis = figure.add_subplot()
-    width = 0.26
-    colors = ("#3b6fb6", "#d1702c", "#3f8f5c")
-    for shift, (mask, label) in enumerate(MASKS.items()):
-        for by, alpha in (("spattention", 1.0), ("FlexAttention", 0.35)):
-            found = {
-                (row["batch"], row["heads"], row["length"]): row["over_dense"]
-                for row in rows
-                if row["mask"] == mask and row["by"] == by
-            }
-            places = np.arange(len(cases)) + (shift - 1) * width
-            axis.bar(
-                places + (0.04 if by == "FlexAttention" else -0.04),
-                [found[case] for case in cases],
-                width * 0.62,
-                color=colors[shift],
-                alpha=alpha,
-                label=f"{label}" if by == "spattention" else None,
-            )
+    for shift, color, label, names in (
+        (-0.2, "#3f8f5c", "spattention", (OURS,)),
+        (0.2, "#b5cfc0", "the fastest other on the same mask", ON_MASK),
+    ):
+        speedups = [
+            min(line.times[by] for by in DENSE if by in line.times)
+            / min(line.times[by] for by in names if by in line.times)
+            for line in lines
+        ]
+        bars = axis.bar(np.arange(len(lines)) + shift, speedups, 0.38, color=color, label=label)
+        axis.bar_label(bars, [f"{speedup:.1f}" for speedup in speedups], fontsize=8, padding=1)
     axis.axhline(1.0, color="#333333", linewidth=1)
-    axis.set_xticks(range(len(cases)), [f"{b} x {h} x {n:,}" for b, h, n in cases])
+    axis.set_xticks(range(len(lines)), [shape(line.case) for line in lines], fontsize=8)
     axis.set_yscale("log", base=2)
-    axis.set_yticks([1, 2, 4, 8, 16], ["1x", "2x", "4x", "8x", "16x"])
-    axis.set_xlabel("batch x heads x tokens")
-    axis.set_ylabel("times faster than dense cuDNN")
-    environment = record["environment"]
+    axis.set_yticks([1, 2, 4, 8], ["1x", "2x", "4x", "8x"])
+    axis.set_ylim(0.8, 13)
+    axis.set_ylabel("times faster than dense")
+    facts = results.environment
     axis.set_title(
-        f"{environment['gpu']}, forward + backward, bf16 (pale: FlexAttention, same mask)",
+        f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}: geometric "
+        "shared_local, forward + backward, bf16",
         fontsize=10,
     )
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.savefig(IMAGES / "speed.png", dpi=150)
 
 
+def shape(case: Case) -> str:
+    """Batch, heads, key/value heads, tokens and head_dim of a case, in three lines."""
+    heads = f"{case.heads}/{case.key_heads}" if case.heads != case.key_heads else f"{case.heads}"
+    return f"{case.length:,}\nB {case.batch}, H {heads}\nD {case.head_dim}"
+
+
 if __name__ == "__main__":
     draw_masks()
-    draw_speed(Path(sys.argv[1]))
+    file = newest()
+    if file is None:
+        raise SystemExit("there must be a file of results, benchmarks/results/limits_*.json")
+    draw_speed(Results.read(file))
