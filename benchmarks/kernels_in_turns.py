@@ -3,8 +3,9 @@
 A side is a name and the PYTHONPATH of its processes: a `src` folder, and perhaps a folder with
 another Triton. Every turn runs each side once, in a process of its own, in an order that changes
 from turn to turn. Times of the attention table's fifteen cases are medians of graph replays, and
-the result is the median over the turns. A side that is given twice shows the scatter of a side
-against itself. `host_time.py` times the host.
+the result is the median over the turns. Long cases differ by where their buffers lie: with
+`--placements` a process takes the median over several places. A side that is given twice shows the
+scatter of a side against itself. `host_time.py` times the host.
 
     python -m benchmarks.kernels_in_turns --side old=old/src --side new=src --side again=old/src
     python -m benchmarks.kernels_in_turns --side 3.6=src --side 3.9=src:triton390
@@ -27,10 +28,11 @@ SHAPES = ((1, 8, 4096), (4, 16, 4096), (16, 8, 1024), (1, 16, 16384), (1, 16, 65
 HEAD_DIM = 128
 REST = 0.25  # seconds before a measurement: a power limit looks back over a tenth or two
 BUDGET = 30.0  # milliseconds of replays of a case
+MOVED = 37 << 20  # bytes between two places of the inputs
 
 
-def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-    """All times of this process, in milliseconds."""
+def worker(shapes: tuple[tuple[int, int, int], ...], placements: int) -> dict[str, Any]:
+    """All times of this process, in milliseconds: medians over that many places in memory."""
     import torch
     import triton
 
@@ -55,14 +57,20 @@ def worker(shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
             for i in range(4)
         ]
 
-    times: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     for shape in shapes:
-        tensors = inputs(*shape)
-        for name, pattern in patterns(*shape[1:]).items():
-            case = f"{'x'.join(map(str, shape))} {name}"
-            forward, total = calls(torch, spa, tensors, pattern)
-            times[f"{case}, forward"] = replayed(torch, forward)
-            times[f"{case}, forward + backward"] = replayed(torch, total)
+        taken = []  # memory that moves what comes after it
+        for _ in range(placements):
+            tensors = inputs(*shape)
+            for name, pattern in patterns(*shape[1:]).items():
+                case = f"{'x'.join(map(str, shape))} {name}"
+                passes = ("forward", "forward + backward")
+                for each, call in zip(passes, calls(torch, spa, tensors, pattern)):
+                    found.setdefault(f"{case}, {each}", []).append(replayed(torch, call))
+            del tensors, call
+            torch.cuda.empty_cache()
+            taken.append(torch.empty(MOVED, dtype=torch.uint8, device="cuda"))
+    times = {name: statistics.median(each) for name, each in found.items()}
     return {
         "source": str(Path(spa.__file__).parent),
         "triton": triton.__version__,
@@ -117,10 +125,11 @@ def replayed(torch: Any, call: Callable[[], None]) -> float:
     return statistics.median(run(together) for _ in range(samples))
 
 
-def run_side(path: str, shapes: str) -> dict[str, Any]:
+def run_side(path: str, shapes: str, placements: int) -> dict[str, Any]:
     """One process of a side; raises RuntimeError where it fails or imports another tree."""
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, __file__, "--worker", "--shapes", shapes]
+    command += ["--placements", str(placements)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd="/"
     )
@@ -158,13 +167,16 @@ def main() -> int:
     parser.add_argument("--side", action="append", default=[], metavar="NAME=PYTHONPATH")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--shapes", default=",".join("x".join(map(str, each)) for each in SHAPES))
+    parser.add_argument(
+        "--placements", type=int, default=1, help="places of the inputs in memory, in each process"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         sizes = ([int(size) for size in each.split("x")] for each in options.shapes.split(","))
         shapes = tuple((batch, heads, length) for batch, heads, length in sizes)
-        print(json.dumps(worker(shapes)))
+        print(json.dumps(worker(shapes, options.placements)))
         return 0
     paths = {}
     for side in options.side:
@@ -180,7 +192,7 @@ def main() -> int:
         order = list(paths)
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:
-            found = run_side(paths[name], options.shapes)
+            found = run_side(paths[name], options.shapes, options.placements)
             sides[name].append(found.pop("times"))
             facts[name] = found
             print(f"turn {turn + 1} of {options.turns}: {name} {found}", flush=True)
