@@ -5,10 +5,12 @@ another Triton. Every turn runs each side once, in a process of its own, in an o
 from turn to turn. Times of the attention table's fifteen cases are medians of graph replays, and
 the result is the median over the turns. Long cases differ by where their buffers lie: with
 `--placements` a process takes the median over several places. A side that is given twice shows the
-scatter of a side against itself. `host_time.py` times the host.
+scatter of a side against itself. Other shapes are given as BxHxN, or as BxH/KxNxD with K key heads
+and head_dim D. `host_time.py` times the host.
 
     python -m benchmarks.kernels_in_turns --side old=old/src --side new=src --side again=old/src
     python -m benchmarks.kernels_in_turns --side 3.6=src --side 3.9=src:triton390
+    python -m benchmarks.kernels_in_turns --shapes 1x32/8x16384x64 --side ...
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,49 +27,59 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SHAPES = ((1, 8, 4096), (4, 16, 4096), (16, 8, 1024), (1, 16, 16384), (1, 16, 65536))
+SHAPES = ("1x8x4096", "4x16x4096", "16x8x1024", "1x16x16384", "1x16x65536")
 HEAD_DIM = 128
+PATTERNS = ("exclusive", "shared_local", "shared_local geometric")
 REST = 0.25  # seconds before a measurement: a power limit looks back over a tenth or two
 BUDGET = 30.0  # milliseconds of replays of a case
 MOVED = 37 << 20  # bytes between two places of the inputs
 
 
-def worker(shapes: tuple[tuple[int, int, int], ...], placements: int) -> dict[str, Any]:
+def sizes_of(shape: str) -> tuple[int, int, int, int, int]:
+    """Batch, heads, key heads, tokens and head_dim of "BxHxN" or "BxH/KxNxD"."""
+    batch, heads, length, *rest = shape.split("x")
+    count, _, key_heads = heads.partition("/")
+    head_dim = int(rest[0]) if rest else HEAD_DIM
+    return int(batch), int(count), int(key_heads or count), int(length), head_dim
+
+
+def worker(shapes: Sequence[str], names: Sequence[str], placements: int) -> dict[str, Any]:
     """All times of this process, in milliseconds: medians over that many places in memory."""
     import torch
     import triton
 
     import spattention as spa
 
-    def patterns(heads: int, length: int) -> dict[str, spa.BandPattern]:
-        return {
-            "exclusive": spa.BandPattern.exclusive(heads, length),
-            "shared_local": spa.BandPattern.shared_local(heads, length),
-            "shared_local geometric": spa.BandPattern.shared_local(
-                heads, length, widths="geometric"
-            ),
-        }
+    def pattern_of(name: str, heads: int, length: int) -> spa.BandPattern:
+        make, _, widths = name.partition(" ")
+        more = {"widths": widths} if widths else {}
+        found: spa.BandPattern = getattr(spa.BandPattern, make)(heads, length, **more)
+        return found
 
-    def inputs(batch: int, heads: int, length: int) -> list[torch.Tensor]:
+    def inputs(shape: str) -> list[torch.Tensor]:
         generator = torch.Generator("cuda").manual_seed(0)
-        shape = (batch, heads, length, HEAD_DIM)
+        batch, heads, key_heads, length, head_dim = sizes_of(shape)
         return [
             torch.randn(
-                shape, device="cuda", dtype=torch.bfloat16, generator=generator
+                (batch, count, length, head_dim),
+                device="cuda",
+                dtype=torch.bfloat16,
+                generator=generator,
             ).requires_grad_(i < 3)
-            for i in range(4)
+            for i, count in enumerate((heads, key_heads, key_heads, heads))
         ]
 
     found: dict[str, list[float]] = {}
     for shape in shapes:
+        _, heads, _, length, _ = sizes_of(shape)
         taken = []  # memory that moves what comes after it
         for _ in range(placements):
-            tensors = inputs(*shape)
-            for name, pattern in patterns(*shape[1:]).items():
-                case = f"{'x'.join(map(str, shape))} {name}"
+            tensors = inputs(shape)
+            for name in names:
+                pattern = pattern_of(name, heads, length)
                 passes = ("forward", "forward + backward")
                 for each, call in zip(passes, calls(torch, spa, tensors, pattern)):
-                    found.setdefault(f"{case}, {each}", []).append(replayed(torch, call))
+                    found.setdefault(f"{shape} {name}, {each}", []).append(replayed(torch, call))
             del tensors, call
             torch.cuda.empty_cache()
             taken.append(torch.empty(MOVED, dtype=torch.uint8, device="cuda"))
@@ -125,10 +138,12 @@ def replayed(torch: Any, call: Callable[[], None]) -> float:
     return statistics.median(run(together) for _ in range(samples))
 
 
-def run_side(path: str, shapes: str, placements: int) -> dict[str, Any]:
+def run_side(
+    path: str, shapes: Sequence[str], names: Sequence[str], placements: int
+) -> dict[str, Any]:
     """One process of a side; raises RuntimeError where it fails or imports another tree."""
     environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, __file__, "--worker", "--shapes", shapes]
+    command = [sys.executable, __file__, "--worker", "--shapes", *shapes, "--patterns", *names]
     command += ["--placements", str(placements)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd="/"
@@ -166,17 +181,17 @@ def main() -> int:
     )
     parser.add_argument("--side", action="append", default=[], metavar="NAME=PYTHONPATH")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--shapes", default=",".join("x".join(map(str, each)) for each in SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="SHAPE")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, choices=PATTERNS)
     parser.add_argument(
         "--placements", type=int, default=1, help="places of the inputs in memory, in each process"
     )
+    parser.add_argument("--commit", help="to record: a side of another tree has another")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        sizes = ([int(size) for size in each.split("x")] for each in options.shapes.split(","))
-        shapes = tuple((batch, heads, length) for batch, heads, length in sizes)
-        print(json.dumps(worker(shapes, options.placements)))
+        print(json.dumps(worker(options.shapes, options.patterns, options.placements)))
         return 0
     paths = {}
     for side in options.side:
@@ -192,7 +207,8 @@ def main() -> int:
         order = list(paths)
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:
-            found = run_side(paths[name], options.shapes, options.placements)
+            cases = (options.shapes, options.patterns, options.placements)
+            found = run_side(paths[name], *cases)
             sides[name].append(found.pop("times"))
             facts[name] = found
             print(f"turn {turn + 1} of {options.turns}: {name} {found}", flush=True)
@@ -200,7 +216,8 @@ def main() -> int:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             result = {
                 "what": "milliseconds of cases, in turns",
-                "command": "python " + " ".join(sys.argv),
+                "command": "python -m benchmarks.kernels_in_turns " + shlex.join(sys.argv[1:]),
+                "commit": options.commit,
                 "sides": facts,
                 "medians": {name: dict(zip(paths, medians)) for name, medians in summary(sides)},
                 "turns": sides,

@@ -36,7 +36,7 @@ def test_sides_run_in_turns_and_results_are_written(
 ) -> None:
     ran: list[str] = []
 
-    def run_side(path: str, shapes: str, placements: int) -> dict[str, Any]:
+    def run_side(path: str, *cases: object) -> dict[str, Any]:
         ran.append(Path(path).name)
         return {"times": {"case": float(len(ran))}, "triton": "3.6.0"}
 
@@ -59,4 +59,12 @@ def test_another_source_tree_is_refused(script: dict[str, Any], tmp_path: Path) 
         'import os\nprint(\'{"source": "/elsewhere", "times": {}}\', flush=True)\nos._exit(0)\n'
     )
     with pytest.raises(RuntimeError, match="imported spattention from /elsewhere"):
-        script["run_side"](str(fake), "1x8x4096", 1)
+        script["run_side"](str(fake), ["1x8x4096"], ["exclusive"], 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [("4x16x4096", (4, 16, 16, 4096, 128)), ("1x32/8x16384x64", (1, 32, 8, 16384, 64))],
+)
+def test_shapes_have_key_heads(script: dict[str, Any], shape: str, sizes: tuple[int, ...]) -> None:
+    assert script["sizes_of"](shape) == sizes
