@@ -23,7 +23,8 @@ from spattention.testing import Case, check_error, exact, noise, plain, run
 from . import cases, decode_cases
 from .plans import changed_plans, larger_plans
 
-LONGEST = 200  # tokens
+LONGEST = 200  # tokens of random cases, most of which are one block
+LONGER = 500  # tokens: several blocks of keys take turns at a block of queries
 
 
 def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -35,9 +36,12 @@ def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         if variant.hopper:
             yield f"{variant} any order", lambda c=case: check(c, {}, deterministic=False)
         if variant.fuses:
-            plan = {"fused_backward": True}
-            yield f"{variant} {plan}", lambda c=case, p=plan: check(c, p, deterministic=False)
-            yield f"{variant} {plan} in turn", lambda c=case, p=plan: check(c, p)
+            fused: dict[str, Any] = {"fused_backward": True}
+            yield f"{variant} {fused}", lambda c=case, p=fused: check(c, p, deterministic=False)
+            yield f"{variant} {fused} in turn", lambda c=case, p=fused: check(c, p)
+            longer = longer_case(variant)
+            for plan in (fused, larger_plans(variant)[0]):
+                yield f"{variant} {plan} longer", lambda c=longer, p=plan: check(c, p)
         if variant.dtype == cases.BRAIN:
             prefix = min(5, case.pattern.span)
             pattern = BandPattern(case.pattern.intervals, case.pattern.span, prefix=prefix)
@@ -45,6 +49,23 @@ def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for few in decode_cases.VARIANTS:
         case = decode_cases.draw(few, 0, "cpu")
         yield f"decode {few}", lambda c=case: check(c, {}, backward=False)
+
+
+def longer_case(variant: cases.Variant) -> Case:
+    """A case with several blocks of queries and keys, and bands that end within them."""
+    heads = 4 * variant.group
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, count, LONGER, variant.head_dim, generator=generator).to(variant.dtype)
+        for count in (heads, 4, 4)
+    )
+    sinks = torch.randn(heads, generator=generator).to(variant.dtype)
+    options = {"sinks": sinks} if variant.sinks else {}
+    if variant.intervals == 1:
+        pattern = BandPattern.sliding_window(heads, LONGER, LONGER - 40)
+    else:
+        pattern = BandPattern.shared_local(heads, LONGER, local=40, widths="geometric")
+    return Case(query, key, value, pattern, options)
 
 
 def check(case: Case, plan: dict[str, Any], backward: bool = True, **options: Any) -> None:
