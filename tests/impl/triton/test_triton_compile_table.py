@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +71,33 @@ def test_an_equal_or_better_kernel_passes() -> None:
 )
 def test_a_worse_kernel_is_named(change: dict[str, Any], message: str) -> None:
     assert any(message in line for line in differences([replace(KERNEL, **change)], EXPECTED, []))
+
+
+PLANTED = """
+from dataclasses import replace
+from spattention.impl.triton.hopper import planning
+from tests.impl.triton.compile_table import check
+
+launches = planning.LAUNCHES[128]
+larger = replace(launches.forward, block_n=128)
+planning.LAUNCHES[128] = replace(launches, forward=larger)
+print(*check(["hopper D128, two bands"], newest=False), sep="\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_planted_change_is_found() -> None:
+    """Blocks of 128 keys want more registers than three programs on a multiprocessor have."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", PLANTED]
+    done = subprocess.run(
+        command, env=environment, cwd=compile_table.ROOT, capture_output=True, text=True, check=True
+    )
+    kernel = "hopper D128, two bands: hopper.forward.forward_kernel: "
+    for what in ("are serialized", " stack, ", " spills, ", " shared, "):
+        assert any(line.startswith(kernel) and what in line for line in done.stdout.splitlines()), (
+            what
+        )
 
 
 def test_a_kernel_that_was_not_compiled_is_named() -> None:
