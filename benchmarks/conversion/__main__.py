@@ -76,6 +76,8 @@ class Options:
         rank: of adapters.
         compile: compile the layers and the loss while training.
         profile: JSON of a profile to take instead of making one; made if it is not there.
+        patterns: JSON of patterns, such as `fitted_*.json` of the results; the rows that it names
+            at this context take theirs, and no other row is fitted.
         weights: folder for the weights of each trained run; what lies there is measured, not
             trained again, so that calls with other parts measure the same model.
         minutes: begin no further run after this time.
@@ -113,6 +115,7 @@ class Options:
     rank: int = 16
     compile: bool = False
     profile: Path | None = None
+    patterns: Path | None = None
     weights: Path | None = None
     minutes: float = 1e9
     commit: Annotated[str | None, tyro.conf.arg(metavar="COMMIT")] = None
@@ -120,7 +123,7 @@ class Options:
 
 FREE = (
     *("rows", "untrained", "tokens", "seeds", "minutes", "output", "commit", "model", "text"),
-    *("items", "profile", "weights"),
+    *("items", "profile", "patterns", "weights"),
 )
 
 
@@ -287,7 +290,8 @@ def _convert(model: Any, row: Row, profile: Profile, options: Options, name: str
         return {"attention": "sdpa", "pairs": 1.0, "cache": 1.0, "captured": 1.0}
     span = model.config.max_position_embeddings
     budget = Budget(options.pairs, options.context, span)
-    patterns = list(row.patterns(profile, budget))
+    given = options.patterns and _given(options.patterns, row.like or name, options.context)
+    patterns = given or list(row.patterns(profile, budget))
     sinks = starting_sinks(profile, patterns) if row.sinks else None
     if options.attention == "flex":
         flex.attend(model, patterns, sinks)
@@ -297,11 +301,24 @@ def _convert(model: Any, row: Row, profile: Profile, options: Options, name: str
     _keep(options.output.with_suffix(".patterns.json"), name, patterns, table.markdown())
     return {
         "attention": options.attention,
+        **({"patterns": options.patterns.name} if given and options.patterns else {}),
         "profile": hashlib.sha256(json.dumps(profile.to_dict()).encode()).hexdigest()[:16],
         "pairs": table.pairs,
         "cache": table.cache,
         "captured": float(captured(profile, patterns).mean()),
     }
+
+
+def _given(path: Path, name: str, context: int) -> list[BandPattern] | None:
+    """The patterns of a row in a file of fitted ones; None for a row that needs no fit."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = rows.get(f"{name} at {context}")
+    if found is None and name.startswith("fitted"):
+        raise SystemExit(
+            f"`--patterns` must hold {name} at {context}, {path} holds only {list(rows)}"
+        )
+    found = found["patterns"] if isinstance(found, dict) else found
+    return found and [BandPattern.from_dict(each) for each in found]
 
 
 def _keep(path: Path, name: str, patterns: list[BandPattern], table: str) -> None:

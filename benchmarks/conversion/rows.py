@@ -35,11 +35,13 @@ class Row:
         patterns: of a profile and a budget; None for a model that stays dense.
         sinks: give each head a sink that starts from the measured score of the first tokens.
         lora: train low-rank adapters instead of all weights.
+        like: the row that has the same patterns, where files of patterns name that one.
     """
 
     patterns: Callable[[Profile, Budget], Sequence[BandPattern]] | None
     sinks: bool = False
     lora: bool = False
+    like: str | None = None
 
 
 def _all_distances(profile: Profile, budget: Budget) -> Sequence[BandPattern]:
@@ -109,6 +111,8 @@ ROWS: dict[str, Row] = {
     "3:1-128-sinks": Row(_mix(3, window=NARROW), sinks=True),
     "5:1-512": Row(_mix(5, window=WIDE)),
     "3:1-512": Row(_mix(3, window=WIDE)),
+    "5:1": Row(_mix(5)),
+    "3:1": Row(_mix(3)),
     "5:1-sinks": Row(_mix(5), sinks=True),
     "3:1-sinks": Row(_mix(3), sinks=True),
     "5:1-prefix": Row(_mix(5, prefix=PREFIX)),
@@ -117,7 +121,7 @@ ROWS: dict[str, Row] = {
     "fitted-groups": Row(_fitted(prefix=PREFIX, groups=True)),
     "fitted-first": Row(_fitted(prefix=PREFIX, dense_layers=(0,))),
     **{f"fitted-retrieval-{w}": Row(_fitted(prefix=PREFIX, retrieval=w)) for w in WEIGHTS},
-    "fitted-prefix-sinks": Row(_fitted(prefix=PREFIX), sinks=True),
+    "fitted-prefix-sinks": Row(_fitted(prefix=PREFIX), sinks=True, like="fitted"),
     "fitted-sinks": Row(_fitted(), sinks=True),
     "fitted-bare": Row(_fitted()),
     "fitted-shares": Row(_fitted(prefix=PREFIX, fetch=1.0)),
@@ -134,5 +138,5 @@ ROWS: dict[str, Row] = {
     "dense-lora": Row(None, lora=True),
     "window-prefix-lora": Row(_window(PREFIX), lora=True),
     "fitted-shares-lora": Row(_fitted(prefix=PREFIX, fetch=1.0), lora=True),
-    "fitted-lora": Row(_fitted(prefix=PREFIX), lora=True),
+    "fitted-lora": Row(_fitted(prefix=PREFIX), lora=True, like="fitted"),
 }

@@ -100,3 +100,32 @@ def test_kept_weights_are_measured_untrained(given, tmp_path, row):
     assert again["train"] == first["train"]
     assert again["loss"] == first["loss"] != call("other", "--rate", "0.02")["loss"]
     assert len(list((tmp_path / "weights").iterdir())) == 1
+
+
+def test_given_patterns_are_taken(given, tmp_path):
+    """Rows that a file names take its patterns; a row that would be fitted anew is refused."""
+    kept = [
+        spa.BandPattern.sliding_window(4, 256, 8 + layer, prefix=2).to_dict() for layer in (0, 1)
+    ]
+    (tmp_path / "fitted.json").write_text(json.dumps({"rows": {"fitted at 96": kept}}))
+    output = tmp_path / "found.json"
+    more = ["--tokens", "0", "--parts", "loss", "--passkey-lengths", "96", "--ruler-lengths", "96"]
+    more += [f"--patterns={tmp_path / 'fitted.json'}", "--output", str(output), "--rows"]
+
+    def call(*rows):
+        conversion.main(tyro.cli(conversion.Options, args=[*given, *more, *rows]))
+
+    call("dense", "fitted", "fitted-prefix-sinks", "5:1")
+    found = {row["row"]: row for row in json.loads(output.read_text())["rows"]}
+    assert found["fitted"]["patterns"] == found["fitted-prefix-sinks"]["patterns"] == "fitted.json"
+    assert (
+        found["fitted"]["pairs"]
+        == found["fitted-prefix-sinks"]["pairs"]
+        < 0.3
+        < found["5:1"]["pairs"]
+    )
+    assert not {"patterns"} & (found["5:1"].keys() | found["dense"].keys())
+    saved = json.loads((tmp_path / "found.patterns.json").read_text())
+    assert saved["fitted"]["patterns"] == saved["fitted-prefix-sinks"]["patterns"] == kept
+    with pytest.raises(SystemExit, match="must hold fitted-first at 96"):
+        call("fitted-first")
