@@ -1,4 +1,4 @@
-"""Write the tables of docs/finetuning.md from results: no figure by hand.
+"""Write the tables of docs/finetuning.md and docs/conversion.md from results: no figure by hand.
 
     python -m benchmarks.conversion.page benchmarks/results/conversion_*.json
 
@@ -24,7 +24,7 @@ import tyro
 from spattention.files import write_atomically
 from spattention.markdown import table
 
-PAGES = ("docs/finetuning.md",)
+PAGES = ("docs/finetuning.md", "docs/conversion.md")
 ROOT = Path(__file__).parents[2]
 CONTEXT = 2048  # of a table that names none
 MARK = re.compile(
@@ -33,6 +33,17 @@ MARK = re.compile(
     re.S,
 )
 SOURCES = ("wiki", "books")
+SUMMARY = {  # rows of the short table, and what they are
+    "dense": "dense",
+    "fitted": "`fit`, the default",
+    "fitted-prefix-sinks": "`fit` with sinks",
+    "fitted-first": "`fit` with a dense first layer",
+    "5:1": "5 windows : 1 dense layer",
+    "5:1-sinks": "5 : 1 with sinks",
+    "5:1-prefix": "5 : 1 with a prefix",
+    "3:1-sinks": "3 : 1 with sinks",
+    "window-prefix": "one window with a prefix",
+}
 MISSING = "-"
 
 Runs = dict[tuple[str, float], list[dict[str, Any]]]  # row and million tokens -> one per seed
@@ -90,6 +101,44 @@ def fill(found: re.Match[str], runs: Runs) -> str:
     if name not in TABLES:
         raise SystemExit(f"a table must be one of {sorted(TABLES)}, got {name}")
     return f"{found['mark']}{TABLES[name](runs)}{found['end']}"
+
+
+def summary(runs: Runs) -> str:
+    """The rows that a reader chooses from: cost, loss and retrieval before and after training, and
+    speed in multiples of dense attention's. Passkeys are those of the length that was fitted.
+    """
+    timed, runs = holding(runs, "speed"), holding(runs, "loss")
+    main = _main(runs)
+    head = ["attention", "pairs", "cache", "lost untrained", "passkeys", f"lost after {main:g} M"]
+    lines = []
+    for name, title in SUMMARY.items():
+        if not (runs.get((name, 0)) or runs.get((name, main))):
+            continue
+        rows = runs.get((name, 0)) or runs[name, main]
+        cells = [title, f"{rows[0]['pairs']:.2f}", f"{rows[0]['cache']:.2f}"]
+        for tokens in (0, main):
+            rows = runs.get((name, tokens), [])
+            lost = [_differences(rows, runs["dense", tokens], source) for source in SOURCES]
+            cells.append(" / ".join(f"{mean(each):+.3f}" for each in lost if each) or MISSING)
+            keys = [row["passkeys"].get(str(CONTEXT)) for row in rows if row.get("passkeys")]
+            shares = [share for found in keys if found for share in found.values()]
+            cells.append(f"{mean(shares):.2f}" if shares else MISSING)
+        lines.append([*cells, _times_dense(timed, name)])
+    return _page([*head, "passkeys", "first pass / decoding, x"], lines)
+
+
+def _times_dense(timed: Runs, name: str) -> str:
+    """Speed of a first pass and of decoding at the longest length, in multiples of dense's."""
+    if not (timed.get((name, 0)) and timed.get(("dense", 0))):
+        return MISSING
+    shares = []
+    for part in ("prefill", "decode"):
+        own, dense = (
+            timed[each, 0][0]["speed"][part][max(timed[each, 0][0]["speed"][part], key=int)]
+            for each in (name, "dense")
+        )
+        shares.append(f"{own['tokens_per_second'] / dense['tokens_per_second']:.1f}")
+    return " / ".join(shares)
 
 
 def before_training(runs: Runs) -> str:
@@ -241,6 +290,7 @@ def _page(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 TABLES: dict[str, Callable[[Runs], str]] = {
+    "summary": summary,
     "memory": memories,
     "before": before_training,
     "after": after_training,

@@ -466,6 +466,31 @@ def test_speeds_stand_beside_pairs_and_cache():
     assert "32 texts decoded, tokens/s" in found
 
 
+def test_the_summary_compares_cost_loss_and_speed():
+    """Short titles, losses beyond dense's, passkeys of 2,048 tokens, speed in multiples."""
+    keys = {"1024": {"0.1": 1.0}, "2048": {"0.1": 0.5, "0.9": 1.0}}
+
+    def timed(rate):
+        prefill = {"2048": {"tokens_per_second": 1.0}, "8192": {"tokens_per_second": rate}}
+        return {"prefill": prefill, "decode": {"8192": {"tokens_per_second": 3 * rate}}}
+
+    runs = {
+        (name, tokens): [result(name, tokens, 0, loss, passkeys=keys)]
+        for name, tokens, loss in [
+            ("dense", 0, 3.0), ("fitted", 0, 3.1), ("dense", 10.0, 2.0), ("fitted", 10.0, 2.2),
+            ("5:1", 10.0, 2.4), ("fitted-shares", 10.0, 2.3),
+        ]
+    }  # fmt: skip
+    runs["dense", 0] += [{"row": "dense", "seed": 0, "speed": timed(2.0)}]
+    runs["fitted", 0] += [{"row": "fitted", "seed": 0, "speed": timed(3.0)}]
+    dense, fitted, mix = page.summary(runs).splitlines()[2:]
+    assert dense.endswith("| +0.000 / +0.000 | 0.75 | +0.000 / +0.000 | 0.75 | 1.0 / 1.0 |")
+    assert fitted.startswith("| `fit`, the default | 0.")
+    assert fitted.endswith("| +0.100 / +0.100 | 0.75 | +0.200 / +0.200 | 0.75 | 1.5 / 1.5 |")
+    assert mix.startswith("| 5 windows : 1 dense layer |")
+    assert mix.endswith("| - | - | +0.400 / +0.400 | 0.75 | - |")
+
+
 def test_scores_of_ruler_need_no_losses(tmp_path):
     scores = {"single": {"mean": 0.98, "error": 0.02, "items": 50}}
     row = {"row": "dense", "million_tokens": 0.0, "seed": 0, "ruler": {"2048": scores}}
