@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +24,6 @@ from unittest import mock
 import torch
 
 import spattention as spa
-from spattention.impl.triton import hopper
 from spattention.impl.triton.hopper import planning
 from spattention.serving.class_streams import ClassStreams
 from spattention.serving.head_classes import select_heads
@@ -115,29 +113,12 @@ def check(heads: Heads, requests: list[tuple[int, int]], step: Step) -> None:
         check_error("out", out, plain(case)["out"], exact(case)["out"])
 
 
-@contextmanager
-def planned(persistent: bool) -> Iterator[None]:
-    """Calls by the persistent kernel, or by that of blocks of 64, instead of by the rule."""
-    rule = hopper.plan
-
-    def plan(*inputs: Any) -> Any:
-        found = rule(*inputs)
-        return None if found is None else replace(found, persistent=persistent)
-
-    with mock.patch.object(hopper, "plan", plan):
-        yield
-
-
-def time_step(classes: list[Heads], forms: dict[str, bool]) -> dict[str, float]:
-    """Medians of turns: of the back end's form, of both forms for Hopper, and of gathering."""
+def time_step(classes: list[Heads]) -> dict[str, float]:
+    """Medians of turns: of reading in place, in turn and side by side, and of gathering."""
 
     def run(form: str) -> None:
         for heads in classes:
             heads.attend(getattr(heads, form))
-
-    def run_planned(persistent: bool) -> None:
-        with planned(persistent):
-            run("in_place")
 
     def copy() -> None:
         for heads in classes:
@@ -151,7 +132,6 @@ def time_step(classes: list[Heads], forms: dict[str, bool]) -> dict[str, float]:
     calls: dict[str, Callable[[], None]] = {
         "in_place": partial(run, "in_place"),
         "side_by_side": run_side_by_side,
-        **{name: partial(run_planned, persistent) for name, persistent in forms.items()},
         "gathered": partial(run, "gathered"),
         "copies_alone": copy,
     }
@@ -164,7 +144,6 @@ def time_step(classes: list[Heads], forms: dict[str, bool]) -> dict[str, float]:
 
 def rows_of(kernels: str, patterns: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each pattern and step."""
-    forms = {"blocks_of_64": False, "persistent": True} if kernels == "hopper" else {}
     for name in patterns:
         for step in names:
             requests = STEPS[step]
@@ -172,15 +151,12 @@ def rows_of(kernels: str, patterns: list[str], names: list[str]) -> Iterator[dic
             for heads in classes:
                 check(heads, requests, heads.in_place)
                 check(heads, requests, heads.gathered)
-                for persistent in forms.values():
-                    with planned(persistent):
-                        check(heads, requests, heads.in_place)
             yield {
                 "pattern": name,
                 "kernels": kernels,
                 "step": step,
                 "block_sizes": [heads.cache.shape[2] for heads in classes],
-                **time_step(classes, forms),
+                **time_step(classes),
             }
 
 

@@ -233,14 +233,6 @@ def forms() -> Iterator[tuple[str, Any]]:
             f"hopper D128, pages of {size}, prefix, sinks",
             lambda s=size: prefill_pages(HALF, 128, 2, s, PREFIX, sinks=True),
         )
-    for size in (16, 64):
-        for variant, pattern in (("two bands", TWO), ("prefix, sinks", PREFIX)):
-
-            def paged(size: int = size, pattern: Any = pattern) -> None:
-                with changed_plans(order=TileOrder.HEAD_MAJOR, persistent=True):
-                    prefill_pages(BRAIN, 128, 2, size, pattern, sinks=pattern is PREFIX)
-
-            yield f"hopper D128, {variant}, persistent, pages of {size}", paged
     yield "portable D256, pages of 16", lambda: prefill_pages(BRAIN, 256, 2, 16)
     yield "portable D128, pages of 16, float32", lambda: prefill_pages(SINGLE, 128, 2, 16)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)

@@ -115,38 +115,20 @@ def long_call(tokens: int = 65536, heads: int = 16, head_dim: int = 128, **optio
     return Call(query, query, bands, 0.1, 0, positions, prefix, **options)
 
 
-def paged_call(
-    page: int,
-    tokens: int = 8192,
-    longest: int = 65536,
-    heads: int = 16,
-    head_dim: int = 128,
-    may_persist: bool = True,
-) -> Call:
+def paged_call(page: int) -> Call:
     """A call of packed documents whose keys are in pages, without memory for its tokens."""
     one = torch.zeros(1).to(torch.bfloat16)
-    query, keys = (one.expand(1, heads, rows, head_dim) for rows in (tokens, 131072))
+    query, keys = (one.expand(1, 16, rows, 128) for rows in (8192, 131072))
     offsets = torch.zeros(2, dtype=torch.int32)
     positions = Positions(None, None, offsets, None, pages=offsets, seq_lens=offsets)
-    bands = BandPattern.exclusive(heads, 65536).flat
-    paged = PagedKeys(page, longest, may_persist)
-    return Call(query, keys, bands, 0.1, 0, positions, paged=paged)
+    bands = BandPattern.exclusive(16, 65536).flat
+    return Call(query, keys, bands, 0.1, 0, positions, paged=PagedKeys(page, 65536))
 
 
-@pytest.mark.parametrize(
-    ("facts", "persistent"),
-    [
-        ({}, True),
-        ({"tokens": 2048}, False),  # few blocks of queries
-        ({"longest": 8192}, False),  # few keys a query, however long a row of the table may get
-        ({"head_dim": 64}, False),
-        ({"may_persist": False}, False),
-    ],
-)
-def test_long_documents_in_pages_run_persistent(facts: dict[str, int], persistent: bool) -> None:
-    plan = planning._plan_of_shape(paged_call(16, **facts))
+def test_documents_in_pages_run_blocks_of_64() -> None:
+    plan = planning._plan_of_shape(paged_call(16))
     assert plan is not None
-    assert plan.persistent == persistent
+    assert not plan.persistent
 
 
 @pytest.mark.parametrize(("page", "covered"), [(16, True), (48, True), (256, True), (8, False)])

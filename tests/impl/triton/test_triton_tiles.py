@@ -156,17 +156,6 @@ def test_blocks_of_pages_start_with_a_box(monkeypatch: pytest.MonkeyPatch) -> No
     assert moved > 1_000
 
 
-def test_slots_without_queries_have_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed documents own more slots than blocks; the producer copies nothing for the rest."""
-    monkeypatch.setattr(tiles.tl, "where", lambda condition, yes, no: yes if condition else no)
-    prefix = tiles.PrefixRange(0, 0, 1, 5, 5, 0)
-    blocks = tiles.BlockRange(0, 0, 3, 8, 8, 2, prefix)
-    assert tiles.total_blocks.fn(tiles.blocks_if.fn(False, blocks)) == 0
-    kept = tiles.blocks_if.fn(True, blocks)
-    assert tiles.total_blocks.fn(kept) == 6
-    assert kept[:6] == blocks[:6]
-
-
 def test_the_steps_of_a_part_of_a_block() -> None:
     """Half of a block's queries see a run of its blocks of keys, all but at most one at the end."""
     rng = random.Random(3)

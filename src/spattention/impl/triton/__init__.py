@@ -22,7 +22,6 @@ except `hopper/fused_backward.py` with `deterministic=False`.
 from __future__ import annotations
 
 import torch
-import triton
 
 from ...bands import BandPattern
 from ...compat.pytorch import in_transform
@@ -52,8 +51,6 @@ __all__ = [
     "write_rings",
 ]
 
-# Releases of Triton with which the persistent kernel has read pages on a GPU.
-PERSISTENT_PAGES_TRITON: tuple[str, ...] = ()
 # New tokens of a request, on average, up to which the portable kernel is faster in place: a copy of
 # the keys takes as long for few queries as for many, and a step in place longer than over a copy.
 MAX_PORTABLE_TOKENS = 512
@@ -205,18 +202,7 @@ def attend_paged_documents(
     """
     assert key.stride(-1) == value.stride(-1) == 1  # pages are read as they are, never copied
     requests = cu_seqlens_q, block_table, seq_lens, max_seqlen_k
-    release = ".".join(triton.__version__.split(".")[:2])
-    paged.attend_documents(
-        query,
-        key,
-        value,
-        *requests,
-        pattern,
-        scale,
-        dense(sinks),
-        out,
-        may_persist=release in PERSISTENT_PAGES_TRITON,
-    )
+    paged.attend_documents(query, key, value, *requests, pattern, scale, dense(sinks), out)
 
 
 def write_rings(

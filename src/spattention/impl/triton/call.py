@@ -54,15 +54,13 @@ class PagedKeys(NamedTuple):
     Attributes:
         page: tokens of a block; 0 for keys that are in no cache.
         longest: keys of the longest document, or more.
-        may_persist: whether the documents may run the persistent kernel for Hopper.
     """
 
     page: int
     longest: int
-    may_persist: bool
 
 
-CONTIGUOUS = PagedKeys(0, 0, False)
+CONTIGUOUS = PagedKeys(0, 0)
 
 
 class Call:
@@ -115,7 +113,7 @@ class Call:
         self.start_strides = start_strides(positions.query_start, positions.key_start)
         self.query_start = query_start
         self.has_all_keys, self.deterministic = has_all_keys, deterministic
-        self.page, self.longest, self.may_persist = paged
+        self.page, self.longest = paged
         self.precise = query.dtype == torch.float32
         self.scale = softmax_scale(scale, self.precise)
         # What launches make of these facts and of which positions there are, by name

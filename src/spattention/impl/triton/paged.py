@@ -22,7 +22,6 @@ def attend_documents(
     scale: float,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
-    may_persist: bool,
 ) -> None:
     """Fill `out [T, H, D]`; no gradient.
 
@@ -37,7 +36,6 @@ def attend_documents(
         scale: factor of the scores.
         sinks: `[H]`, contiguous.
         out: `[T, H, D]`, contiguous in D.
-        may_persist: whether long bands may run the persistent kernel for Hopper.
     """
     if query.numel() == 0:
         return
@@ -49,7 +47,7 @@ def attend_documents(
     keys = key[:1, :, :1].expand(-1, -1, columns * page, -1)  # for its shape
     longest = 1 << (max_seqlen_k - 1).bit_length()  # few forms, as lengths vary
     facts = query, keys, pattern.flat, scale, 0, positions, pattern.prefix
-    call = call_of(*facts, paged=PagedKeys(page, longest, may_persist))
+    call = call_of(*facts, paged=PagedKeys(page, longest))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch.forward(call, ForwardTensors(query, key, value, packed_out, lse, sinks))
 

@@ -292,23 +292,6 @@ def with_prefix_queries(blocks, bands, low, high, BLOCK, WITH_BANDS: tl.constexp
 
 
 @triton.jit
-def blocks_if(condition, blocks):
-    """A `BlockRange`, or one without blocks of bands and of the first prefix."""
-    prefix = blocks.prefix
-    count = tl.where(condition, prefix.count, 0)
-    prefix = PrefixRange(prefix.start, prefix.limit, count, prefix.start, prefix.limit, 0)
-    return BlockRange(
-        blocks.start_0,
-        blocks.limit_0,
-        tl.where(condition, blocks.count_0, 0),
-        blocks.start_1,
-        blocks.limit_1,
-        tl.where(condition, blocks.count_1, 0),
-        prefix,
-    )
-
-
-@triton.jit
 def total_blocks(blocks):
     """Number of blocks of a `BlockRange`: those of the prefix, of interval 0, of interval 1."""
     return blocks.prefix.count + blocks.prefix.next_count + blocks.count_0 + blocks.count_1

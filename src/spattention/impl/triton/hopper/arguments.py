@@ -159,10 +159,7 @@ def sequence_at(
         if FORM.PAGE == 0:
             p_offsets_k = positions.cu_seqlens_k + batch * (n_documents + 1)
         p_offsets = p_offsets_k if OF_KEYS else p_offsets_q
-        if FORM.STAGES > 0:  # one warp of the persistent kernel has few registers
-            document, block = varlen.document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
-        else:
-            document, block = document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
+        document, block = document_at(p_offsets, slot, n_documents, n_tokens, BLOCK)
         if FORM.PAGE > 0:
             sequence = varlen.paged_sequence(positions, counts, n_documents, document, block)
         else:

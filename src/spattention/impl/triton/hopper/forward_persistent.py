@@ -6,8 +6,7 @@ With blocks of 64, fetching keys and values from the L2 cache is what bounds lon
 as many programs read each of them. One producer warp copies blocks of keys and values into rings.
 Two consumer warpgroups own 64 queries each and share these blocks. A program stays on its
 multiprocessor and takes one block of queries after the other. The producer is therefore already in
-the next block of queries while the consumers store their results. Keys may be in a paged cache, of
-packed documents; then the producer reads the block table.
+the next block of queries while the consumers store their results.
 
     M = 64 queries of a consumer   N = BLOCK_N keys of a block   D head_dim
     n  counts the blocks of keys that a program went through, in all its blocks of queries
@@ -28,9 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .. import arguments as portable_arguments
 from .. import scheduler, softmax, tiles
-from . import arguments, memory, pages, pipeline, prefix
+from . import arguments, memory, pipeline, prefix
 from .forward import init_softmax, mask_scores
 from .own_steps import own_step, own_steps, own_total
 
@@ -53,25 +51,22 @@ class Work(NamedTuple):
     value_ring: Any
     counts: Any
     n_tiles: Any
-    positions: Any
     scale: Any
 
 
 class Progress(NamedTuple):
     """How far a consumer is: blocks of keys before this block of queries, the blocks of keys of
-    this one, and its place in the ring of queries; the position of the program's last query.
+    this one, and its place in the ring of queries.
     """
 
     done: Any
     n_steps: Any
     n_query: Any
-    last: Any
 
 
 @gluon.jit
-def tile_at(n, work, FORM: gl.constexpr):
-    """The n-th `QueryTile` of all heads; without keys where it has no queries."""
-    counts, p_bands = work.counts, work.p_bands
+def tile_at(n, p_bands, counts, FORM: gl.constexpr):
+    """The n-th `QueryTile` of all heads."""
     n_batch, n_blocks = counts.n_batch, counts.n_query_blocks
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     head_batch, rank = scheduler.work_tile(
@@ -79,55 +74,18 @@ def tile_at(n, work, FORM: gl.constexpr):
     )
     bands = tiles.load_bands(p_bands, head_batch // n_batch)
     block = arguments.query_block(rank, bands, n_blocks, BLOCK_M, FORM)
-    tile = arguments.query_tile(
-        head_batch % n_batch, bands, block, work.positions, counts, BLOCK_M, FORM
-    )
-    if FORM.PACKED:
-        keys = tiles.blocks_if(tile.first_query < tile.n_queries, tile.keys)
-        tile = with_queries(tile, tile.first_query, tile.first, tile.last, keys)
-    return tile
-
-
-@gluon.jit
-def with_queries(tile, first_query, first, last, keys):
-    """A `QueryTile` of other queries of its sequence, and their keys."""
-    return arguments.QueryTile(
-        tile.batch,
-        tile.bands,
-        first_query,
-        first,
-        last,
-        keys,
-        tile.offset_q,
-        tile.n_queries,
-        tile.offset_k,
-        tile.n_keys,
-    )
-
-
-@gluon.jit
-def acquire(ring, n):
-    """Buffer of block `n`, as soon as that is free, and the barrier of its copy."""
-    STAGES: gl.constexpr = ring.buffers.shape[0]
-    pipeline.producer_acquire(ring.empty, n)
-    barrier = ring.full.index(n % STAGES)
-    mbarrier.expect(barrier, ring.buffers.shape[1] * ring.buffers.shape[2] * 2)
-    return ring.buffers.index(n % STAGES), barrier
+    return arguments.query_tile(head_batch % n_batch, bands, block, None, counts, BLOCK_M, FORM)
 
 
 @gluon.jit
 def fill(t_tensor, batch, head, start, ring, n):
     """Start to copy block `n` into its buffer as soon as that is free."""
-    s_buffer, barrier = acquire(ring, n)
+    STAGES: gl.constexpr = ring.buffers.shape[0]
+    pipeline.producer_acquire(ring.empty, n)
+    barrier = ring.full.index(n % STAGES)
+    mbarrier.expect(barrier, ring.buffers.shape[1] * ring.buffers.shape[2] * 2)
+    s_buffer = ring.buffers.index(n % STAGES)
     pipeline.copy_tokens(t_tensor, batch, head, start, barrier, s_buffer, True)
-
-
-@gluon.jit
-def fill_from_pages(t_tensor, found, head, start, ring, n, FORM: gl.constexpr):
-    """Start to copy block `n` from the pages that `pages.numbers` found."""
-    BOX: gl.constexpr = arguments.box_tokens(FORM)
-    s_buffer, barrier = acquire(ring, n)
-    pages.copy(t_tensor, found, head, start, barrier, s_buffer, True, BOX, FORM.PAGE)
 
 
 @gluon.jit
@@ -138,19 +96,12 @@ def produce(t_query, t_key, t_value, work, FORM: gl.constexpr):
     n = 0
     n_tile = 0  # tiles whose queries were copied
     for index in range(gl.program_id(0), work.n_tiles, gl.num_programs(0)):
-        tile = tile_at(index, work, FORM)
+        tile = tile_at(index, work.p_bands, counts, FORM)
         head = tile.bands.head
         n_steps = tiles.total_blocks(tile.keys)
-        first_row = tile.first
-        if FORM.PAGE > 0:
-            first_row = tile.offset_q + tile.first_query
-            p_numbers = portable_arguments.page_row(
-                work.positions, tile.offset_k.to(gl.int64), counts.n_keys, FORM.PAGE
-            )
-            key_pages = pages.Pages(p_numbers, tile.n_keys)
         if n_steps > 0:
             for consumer in gl.static_range(CONSUMERS):
-                start = first_row + consumer * ROWS
+                start = tile.first + consumer * ROWS
                 n_query = n_tile * CONSUMERS + consumer
                 fill(t_query, tile.batch, head, start, work.query_ring, n_query)
             n_tile += 1
@@ -158,15 +109,8 @@ def produce(t_query, t_key, t_value, work, FORM: gl.constexpr):
             start = tiles.block_at(
                 step, tile.keys, tile.bands, BLOCK_N, FORM.INTERVALS, FORM.PREFIX
             ).start
-            key_head = head // counts.group
-            if FORM.PAGE > 0:
-                BOX: gl.constexpr = arguments.box_tokens(FORM)
-                found = pages.numbers(key_pages, start, BOX, BLOCK_N, FORM.PAGE)
-                fill_from_pages(t_key, found, key_head, start, work.key_ring, n, FORM)
-                fill_from_pages(t_value, found, key_head, start, work.value_ring, n, FORM)
-            else:
-                fill(t_key, tile.batch, key_head, start, work.key_ring, n)
-                fill(t_value, tile.batch, key_head, start, work.value_ring, n)
+            fill(t_key, tile.batch, head // counts.group, start, work.key_ring, n)
+            fill(t_value, tile.batch, head // counts.group, start, work.value_ring, n)
             n += 1
 
 
@@ -190,30 +134,24 @@ def consume(
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     out, counts, queries = work.out, work.counts, work.query_ring
-    n_heads = counts.n_heads
+    n_heads, n_queries = counts.n_heads, counts.n_queries
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     done = 0  # blocks of keys before those of this tile
     n_tile = 0  # tiles whose queries were copied
     for index in range(gl.program_id(0), work.n_tiles, gl.num_programs(0)):
-        tile = tile_at(index, work, FORM)
-        bands, keys, program_last = tile.bands, tile.keys, tile.last
+        tile = tile_at(index, work.p_bands, counts, FORM)
+        bands, keys = tile.bands, tile.keys
         first = tile.first + consumer * ROWS
-        last = min(first + ROWS - 1, program_last)
-        own = own_steps(keys, bands, first, last, tile.n_keys, FORM)
-        first_row = first
-        if FORM.PAGE > 0:
-            first_row = tile.first_query + consumer * ROWS
-        tile = with_queries(tile, first_row, first, last, keys)
-        n_queries = tile.n_queries
+        last = min(first + ROWS - 1, tile.last)
+        own = own_steps(keys, bands, first, last, counts.n_keys, FORM)
+        tile = arguments.QueryTile(
+            tile.batch, bands, first, first, last, keys, 0, n_queries, 0, counts.n_keys
+        )
         batch, head = tile.batch.to(gl.int64), bands.head
         p_out = out.pointer + batch * out.stride_b + head.to(gl.int64) * out.stride_h
-        p_lse = work.p_lse + (batch * n_heads + head) * counts.n_queries
-        if FORM.PAGE > 0:
-            p_out += tile.offset_q.to(gl.int64) * out.stride_t
-            p_lse += tile.offset_q
+        p_lse = work.p_lse + (batch * n_heads + head) * n_queries
         o_query = first + gl.arange(0, ROWS, ROW)  # [M]
-        o_row = first_row + gl.arange(0, ROWS, ROW)  # [M]
         row_max, row_sum = init_softmax(work.p_sinks, head, ROWS, ROW, FORM.HAS_SINKS)
         n_steps = tiles.total_blocks(keys)
         n_query = n_tile * CONSUMERS + consumer
@@ -223,10 +161,10 @@ def consume(
                 pipeline.consumer_release(queries.empty, n_query)
                 skip(done, done + n_steps, work.key_ring, work.value_ring)
             lse = softmax.finalize(row_max, row_sum)[0]
-            gl.store(p_lse + o_row, lse, mask=o_row < n_queries)
-            memory.store_zeros(p_out, first_row, out.stride_t, n_queries, ROWS, HEAD_DIM)
+            gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+            memory.store_zeros(p_out, first, out.stride_t, n_queries, ROWS, HEAD_DIM)
         else:
-            progress = Progress(done, n_steps, n_query, program_last)
+            progress = Progress(done, n_steps, n_query)
             b_out, lse = attend(
                 work,
                 tile,
@@ -237,8 +175,8 @@ def consume(
                 o_query,
                 FORM,
             )
-            gl.store(p_lse + o_row, lse, mask=o_row < n_queries)
-            memory.store_tokens(p_out, b_out, first_row, out.stride_t, n_queries, ROWS, HEAD_DIM)
+            gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+            memory.store_tokens(p_out, b_out, first, out.stride_t, n_queries, ROWS, HEAD_DIM)
         if n_steps > 0:
             n_tile += 1
         done += n_steps
@@ -302,30 +240,10 @@ def attend_prefix(work, tile, progress, o_query, b_out, row_max, row_sum, FORM: 
     # [M, D] += [M, WIDTH] @ [WIDTH, D]
     b_p = gl.convert_layout(p.to(keys.buffers.dtype), OPERAND)
     s_value = prefix.tokens(values.buffers.index(n % STAGES), FORM)
-    if arguments.is_bounded(FORM):
-        arguments.zero_unseen(of_program(tile, progress), key_block, s_value, FORM)
     b_out = warpgroup_mma(b_p, s_value, b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, [b_out])
     pipeline.consumer_release(values.empty, n)
     return b_out, row_max, row_sum
-
-
-@gluon.jit
-def of_program(tile, progress):
-    """A consumer's `QueryTile` with the last query of its program."""
-    return with_queries(tile, tile.first_query, tile.first, progress.last, tile.keys)
-
-
-@gluon.jit
-def zero_unseen_values(tile, progress, key_block, values, n, FORM: gl.constexpr):
-    """Zero the values in block `n` of the ring that no query of the program sees. Both consumers
-    may, one after the other: what one has read as zeros stays zeros.
-    """
-    s_value = values.buffers.index(n % values.buffers.shape[0])
-    low, high = arguments.seen_keys(of_program(tile, progress), key_block, FORM)
-    if (key_block.start < low) | (key_block.start + FORM.BLOCK_N > high):
-        pipeline.consumer_wait(values.full, n)
-        memory.zero_outside(s_value, key_block.start, low, high)
 
 
 @gluon.jit
@@ -334,7 +252,6 @@ def attend_blocks(work, tile, own, progress, o_query, b_out, row_max, row_sum, F
     which must exist. Releases the queries and all blocks of the program's tile.
     """
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    BOUNDED: gl.constexpr = arguments.is_bounded(FORM)
     FIRST: gl.constexpr = 1 if prefix.is_narrow(FORM) else 0  # step after that of the prefix
     queries, keys, values = work.query_ring, work.key_ring, work.value_ring
     done, n_query = progress.done, progress.n_query
@@ -367,8 +284,6 @@ def attend_blocks(work, tile, own, progress, o_query, b_out, row_max, row_sum, F
 
     for s in range(FIRST + 1, own_total(own, FORM)):
         # All products of the step before are done.
-        if BOUNDED:
-            zero_unseen_values(tile, progress, key_block, values, n, FORM)
         previous = n
         step = own_step(s, own, FORM)
         n = done + step
@@ -402,8 +317,6 @@ def attend_blocks(work, tile, own, progress, o_query, b_out, row_max, row_sum, F
         b_p = b_next
 
     pipeline.consumer_release(queries.empty, n_query)
-    if BOUNDED:
-        zero_unseen_values(tile, progress, key_block, values, n, FORM)
     pipeline.consumer_wait(values.full, n)
     b_out = warpgroup_mma(b_p, values.buffers.index(n % STAGES), b_out, is_async=True)
     b_out = warpgroup_mma_wait(0, [b_out])
@@ -421,7 +334,6 @@ def forward_kernel(
     p_lse,
     p_bands,
     p_sinks,
-    positions,
     n_heads,
     group,
     n_batch,
@@ -446,16 +358,14 @@ def forward_kernel(
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
     HEAD_DIM: gl.constexpr = FORM.HEAD_DIM
     gl.static_assert(BLOCK_M == CONSUMERS * ROWS)
-    gl.static_assert(FORM.PAGE > 0 or not arguments.is_bounded(FORM))
+    gl.static_assert(not arguments.is_bounded(FORM))
     gl.static_assert(gl.num_warps() == 4)
     DTYPE: gl.constexpr = t_key.dtype
     queries = pipeline.allocate_ring(CONSUMERS, ROWS, HEAD_DIM, DTYPE, 1)
     keys = pipeline.allocate_ring(FORM.STAGES, BLOCK_N, HEAD_DIM, DTYPE, CONSUMERS)
     values = pipeline.allocate_ring(FORM.STAGES, BLOCK_N, HEAD_DIM, DTYPE, CONSUMERS)
     fence_async_shared()
-    work = Work(
-        out, p_lse, p_bands, p_sinks, queries, keys, values, counts, n_tiles, positions, scale
-    )
+    work = Work(out, p_lse, p_bands, p_sinks, queries, keys, values, counts, n_tiles, scale)
     gl.warp_specialize(
         [
             (consume, (0, work, FORM)),

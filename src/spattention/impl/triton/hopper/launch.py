@@ -212,7 +212,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             lse,
             call.bands_by_head,
             sinks,
-            positions,
+            *(() if plan.persistent else (positions,)),
             *launch.counts,
             call.scale,
             **launch.constants,

@@ -102,7 +102,6 @@ BLOCK = 64  # queries or keys
 BOX = 16  # the fewest tokens that TMA copies at once
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
 MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
-MIN_BLOCKS_PAGED = 3 * 132  # blocks of queries of a call in pages, of 128 each
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of keys, of which a multiprocessor runs one at a time
 # By head_dim: keys of a block whose dQ is summed in any order, 64 for each consumer.
@@ -218,9 +217,6 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
         keys = -(-call.keys // call.n_documents)
     queries = keys if call.n_documents else call.queries
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
-    if call.page:
-        persistent = call.may_persist and use_persistent_in_pages(call)
-        found = replace(found, persistent=persistent)
     if not call.has_all_keys:
         found = replace(found, waves=WAVES_OF_A_PART)
     if use_fused(call):
@@ -303,16 +299,6 @@ def use_persistent(
     was measured with head_dim 128 only. Arguments as in `mean_keys`.
     """
     return head_dim == 128 and mean_keys(intervals, keys, queries) >= MIN_MEAN_KEYS_PERSISTENT
-
-
-def use_persistent_in_pages(call: Call) -> bool:
-    """True if the persistent forward pass is faster for documents in a paged cache: where
-    `use_persistent` says so, and the multiprocessors get several blocks of queries each.
-    """
-    blocks = call.heads * (call.queries // (2 * BLOCK))
-    return blocks >= MIN_BLOCKS_PAGED and use_persistent(
-        call.intervals, call.longest, call.head_dim
-    )
 
 
 def keys_fused(call: Call) -> int:
