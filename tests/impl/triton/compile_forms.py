@@ -171,6 +171,13 @@ def forms() -> Iterator[tuple[str, Any]]:
 
                 order = "in turn" if deterministic else "any order"
                 yield f"hopper D{head_dim}, {variant}, fused, {order}", fused
+
+    def in_waves() -> None:
+        order = TileOrder.HEAD_MAJOR
+        with changed_plans(order=order, persistent=True, split_backward=True, waves=8):
+            train(BRAIN, 128, TWO)
+
+    yield "hopper D128, two bands, persistent in waves, split", in_waves
     start = torch.zeros(1, 256, dtype=torch.int32)
     first = torch.zeros(1, dtype=torch.int32)
     for head_dim in (64, 128, 256):

@@ -53,6 +53,7 @@ def test_a_joined_log_sum_exp_is_stored_last(tmp_path: Path) -> None:
 def test_cached_kernels_are_those_of_triton(tmp_path: Path) -> None:
     """A key that left something out would launch a kernel made for other strides or alignments."""
     repeated = {name: int(forms) for name, forms in compiled("compare_cached.py", tmp_path)}
+    assert repeated.pop("hopper.forward_queue.reset_kernel") == 1  # its argument is always the same
     assert set(repeated) == {
         "portable.forward.forward_kernel",
         "portable.query_gradient.query_gradient_kernel",

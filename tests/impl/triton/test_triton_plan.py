@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from spattention.impl.triton import MAX_PORTABLE_TOKENS, hopper, op, reads_pages
 from spattention.impl.triton import call as calls
 from spattention.impl.triton.arguments import Positions
 from spattention.impl.triton.call import Call, PagedKeys
-from spattention.impl.triton.hopper import planning
+from spattention.impl.triton.hopper import launch, planning
 
 NOWHERE = Positions(None, None, None, None)
 
@@ -56,6 +57,30 @@ def test_a_part_leaves_multiprocessors_to_an_exchange() -> None:
     part = Call(query, query, bands, 0.1, 0, NOWHERE, has_all_keys=False)
     plans = [hopper.plan(call, query) for call in (part, make_call()[0])]
     assert [plan and plan.waves for plan in plans] == [planning.WAVES_OF_A_PART, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "has_all_keys", "persistent"),
+    [(32768, True, False), (49152, True, True), (49152, False, False), (65536, False, True)],
+)
+def test_long_bands_draw_their_blocks(
+    tokens: int, has_all_keys: bool, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,024, 1,536 and 2,048 keys a query. A part's blocks are dealt to its programs, and need
+    more keys.
+    """
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
+    call = long_call(tokens, has_all_keys=has_all_keys)
+    plan = planning._plan_of_shape(call)
+    assert plan is not None
+    assert plan.persistent == persistent
+    launched = launch._forward_launch(call, plan, has_sinks=False)
+    assert launched.draws == (persistent and has_all_keys)
+    assert launched.constants.get("launch_pdl", False) == launched.draws
+    if persistent:
+        assert launched.programs == 132 * plan.waves
 
 
 @pytest.mark.parametrize(

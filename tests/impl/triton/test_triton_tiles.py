@@ -337,9 +337,10 @@ def test_tile_order_where_it_was_faster(
 @pytest.mark.parametrize(
     ("length", "make", "expected"),
     [
-        (16384, BandPattern.shared_local, False),
+        (16384, BandPattern.shared_local, True),
         (16384, BandPattern.exclusive, False),
         (16384, geometric, False),
+        (32768, geometric, True),
         (65536, BandPattern.exclusive, True),
         (65536, BandPattern.shared_local, True),
         (65536, geometric, True),

@@ -10,8 +10,8 @@ their document's first key or later, and what a block holds of another document,
 query sees, is zeroed in shared memory before a product reads it.
 
 Reading order: `planning.py`, `pipeline.py`, `forward.py`, `prefix.py`, `forward_persistent.py`,
-`backward_preprocess.py`, `backward.py`, `fused_backward.py`, `query_sums.py`, `documents.py`,
-`launch.py`.
+`forward_queue.py`, `forward_work.py`, `forward_consumer.py`, `backward_preprocess.py`,
+`backward.py`, `fused_backward.py`, `query_sums.py`, `documents.py`, `launch.py`.
 """
 
 from functools import cache

@@ -22,6 +22,7 @@ from . import (
     backward_preprocess,
     documents,
     forward_persistent,
+    forward_queue,
     fused_backward,
     prefix,
     query_sums,
@@ -44,6 +45,7 @@ GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 _forward = CompiledKernelCache(forward_pass.forward_kernel)
 _forward_persistent = CompiledKernelCache(forward_persistent.forward_kernel)
+_reset = CompiledKernelCache(forward_queue.reset_kernel)
 _preprocess = CompiledKernelCache(backward_preprocess.preprocess_kernel)
 _backward = CompiledKernelCache(backward_pass.backward_kernel)
 _fused_backward = CompiledKernelCache(fused_backward.fused_backward_kernel)
@@ -148,6 +150,7 @@ class _ForwardLaunch(NamedTuple):
     key_tokens: int
     counts: tuple[int, ...]
     constants: dict[str, Any]
+    draws: bool
 
 
 def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLaunch:
@@ -167,6 +170,7 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
         call.keys,
         plan.order.value,
     )
+    draws = plan.persistent and plan.waves == 1
     if plan.persistent:
         counts = (*counts, programs)
         properties = torch.cuda.get_device_properties(call.device)
@@ -191,7 +195,8 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
         BLOCK if plan.persistent else launch.block_m,
         math.gcd(call.page, launch.block_n),
         counts,
-        {"FORM": form, **launch.options},
+        {"FORM": form, **launch.options, **({"launch_pdl": True} if draws else {})},
+        draws,
     )
     return found
 
@@ -201,10 +206,13 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
     query, key, value, out, lse, sinks = tensors
     launch = _forward_launch(call, plan, sinks is not None)
     results, positions = heads(out), _positions(call)
+    drawn = lse.new_empty(1, dtype=torch.int32) if launch.draws else None
     with on_device(call.device):
+        if drawn is not None:
+            _reset(1, (call.device, specialization(drawn)), drawn, num_warps=1, **OPTIONS)
         (_forward_persistent if plan.persistent else _forward)(
             launch.programs,
-            (call.device, specialization(out, lse, sinks, *positions), results[1:]),
+            (call.device, specialization(out, lse, sinks, drawn, *positions), results[1:]),
             _descriptor(query, launch.query_tokens),
             _descriptor(key, launch.key_tokens),
             _descriptor(value, launch.key_tokens),
@@ -212,7 +220,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             lse,
             call.bands_by_head,
             sinks,
-            *(() if plan.persistent else (positions,)),
+            *((drawn,) if plan.persistent else (positions,)),
             *launch.counts,
             call.scale,
             **launch.constants,

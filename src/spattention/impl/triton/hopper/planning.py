@@ -101,7 +101,8 @@ QUERY_GRADIENT_REGISTERS = {64: 168}
 BLOCK = 64  # queries or keys
 BOX = 16  # the fewest tokens that TMA copies at once
 PREFIX_WIDTH = 16  # the longest prefix that has a step of its own (`prefix.py`)
-MIN_MEAN_KEYS_PERSISTENT = 2000  # keys per query
+MIN_MEAN_KEYS_PERSISTENT = 1400  # keys per query
+MIN_MEAN_KEYS_OF_A_PART = 2000  # the same where blocks are dealt in advance
 MIN_MEAN_KEYS_FUSED = 2000  # keys per query
 MIN_PROGRAMS_FUSED = 8 * 132  # blocks of keys, of which a multiprocessor runs one at a time
 # By head_dim: keys of a block whose dQ is summed in any order, 64 for each consumer.
@@ -218,7 +219,8 @@ def _plan_of_shape(call: Call) -> HopperPlan | None:
     queries = keys if call.n_documents else call.queries
     found = _plan(call.intervals, documents, keys, queries, call.head_dim, bounded)
     if not call.has_all_keys:
-        found = replace(found, waves=WAVES_OF_A_PART)
+        many = mean_keys(call.intervals, keys, queries) >= MIN_MEAN_KEYS_OF_A_PART
+        found = replace(found, waves=WAVES_OF_A_PART, persistent=found.persistent and many)
     if use_fused(call):
         return replace(found, fused_backward=True)
     # The preprocess kernel reads where documents are before it waits for the kernel before it.
