@@ -46,7 +46,9 @@ def inputs_of(seed: int, heads: int = HEADS, length: int = LENGTH) -> torch.Tens
 @contextmanager
 def multiprocessors(count: int) -> Iterator[None]:
     """A GPU of `count` multiprocessors, so that small cases have more blocks than programs."""
-    properties = SimpleNamespace(multi_processor_count=count)
+    real = torch.cuda.get_device_properties()
+    named = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    properties = SimpleNamespace(**named | {"multi_processor_count": count})
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
         yield
 
