@@ -8,7 +8,7 @@ import torch
 from spattention import BandPattern, band_attention
 from spattention.attention import choose
 from spattention.impl.attention_call import WholeResults
-from spattention.impl.partial import Part, merge_into
+from spattention.impl.partial import Part, PartResults, merge_into
 
 # Queries and keys of each call: together all pairs, and keys before, at and behind the queries.
 CALLS = (((0, 20), (0, 13)), ((20, 29), (0, 13)), ((13, 29), (13, 29)))
@@ -38,7 +38,7 @@ def test_parts_add_up_to_the_whole(impl, with_sinks):
         edges = zip(pattern.flat[::2], pattern.flat[1::2])
         bands = [(near - shift, far - shift) if near < far else (0, 0) for near, far in edges]
         part = Part(tuple(edge for band in bands for edge in band), 0, 0.25, None)
-        results = total[:, :, queries], total_lse[:, :, queries]
+        results = PartResults(total[:, :, queries], total_lse[:, :, queries])
         module.attend_part(q[:, :, queries], *keys, results, part, merge=first > 0)
         query, *rows = (t[:, :, queries].contiguous() for t in (q, out, lse, d_out, d_lse))
         shares = [torch.empty_like(tensor) for tensor in (query, *keys)]
@@ -59,6 +59,7 @@ def test_merging_an_empty_part_changes_nothing():
     out, lse = torch.randn(1, 1, 3, 2), torch.tensor([[[0.5, -torch.inf, 2.0]]])
     out[0, 0, 1] = 0.0
     before = out.clone(), lse.clone()
-    merge_into(out, lse, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
+    part = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    merge_into(PartResults(out, lse), *part)
     assert torch.equal(out, before[0])
     assert torch.equal(lse, before[1])

@@ -24,7 +24,7 @@ from .block_products import Edges
 from .blocks import runs, segments
 from .layout import empty_like_query, lse_dtype, without_autocast
 from .library import batched, differentiable, register
-from .partial import Part, store
+from .partial import Part, PartResults, store
 from .sinks import sink_gradient
 
 
@@ -37,12 +37,14 @@ def attend_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    results: tuple[Tensor, Tensor],
+    results: PartResults,
     part: Part,
     *,
     merge: bool,
 ) -> None:
-    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    """Attention over a part of the keys, into `results`."""
+    # Results of half precision would be rounded before they are joined.
+    query, key, value = (each.to(results.lse.dtype) for each in (query, key, value))
     rest = 0, None, part.key_start, None, None, part.intervals, part.prefix, part.scale
     store(results, _forward(query, key, value, None, *rest), merge)
 

@@ -29,20 +29,43 @@ class Part(NamedTuple):
     is_whole: bool = False
 
 
-def store(results: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], merge: bool) -> None:
+class PartResults(NamedTuple):
+    """What calls on parts of the keys write, one after another.
+
+    Attributes:
+        out: `[B, H, Q, D]`.
+        lse: `[B, H, Q]`, float32 or float64.
+        remainder: what rounding to the dtype of `out` took from an output that another is to be
+            joined to, with the shape, dtype and strides of `out`. A call that joins nothing writes
+            it where the queries see keys, one that joins reads it. None: nothing, or not wanted.
+    """
+
+    out: Tensor
+    lse: Tensor
+    remainder: Tensor | None = None
+
+
+def store(results: PartResults, found: tuple[Tensor, Tensor], merge: bool) -> None:
     """Write output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` into `results`, or join them to
     what is there."""
     if merge:
-        merge_into(*results, *found)
+        merge_into(results, *found)
         return
-    for result, each in zip(results, found):
-        result.copy_(each)
+    out, lse, remainder = results
+    out.copy_(found[0])
+    lse.copy_(found[1])
+    if remainder is not None:
+        remainder.copy_(found[0] - out)
 
 
-def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge_into(results: PartResults, part: Tensor, part_lse: Tensor) -> None:
     """Join a partial result, `part [B, H, Q, D]` of any dtype and `part_lse [B, H, Q]`, to `out`
     and `lse` in place; they see disjoint keys."""
+    out, lse, remainder = results
     total = torch.logaddexp(lse, part_lse)
     weight = torch.exp(part_lse - total).masked_fill_(part_lse == -torch.inf, 0.0)
-    out.copy_(torch.lerp(out.to(lse.dtype), part.to(lse.dtype), weight[..., None]))
+    base = out.to(lse.dtype)
+    if remainder is not None:
+        base = base + remainder.masked_fill((lse == -torch.inf)[..., None], 0.0)
+    out.copy_(torch.lerp(base, part.to(lse.dtype), weight[..., None]))
     lse.copy_(total)

@@ -17,7 +17,7 @@ from ..bands import BandPattern, attended
 from . import masked
 from .attention_call import AttentionCall, WholeResults
 from .layout import laid_out_like_query, lse_dtype
-from .partial import Part, store
+from .partial import Part, PartResults, store
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -30,12 +30,14 @@ def attend_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    results: tuple[Tensor, Tensor],
+    results: PartResults,
     part: Part,
     *,
     merge: bool,
 ) -> None:
-    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    """Attention over a part of the keys, into `results`."""
+    # Results of half precision would be rounded before they are joined.
+    query, key, value = (each.to(results.lse.dtype) for each in (query, key, value))
     mask = _part_mask(query, key, part)
     store(results, _masked_attention(query, key, value, mask, part.scale, None), merge)
 

@@ -89,6 +89,7 @@ class Call:
         is_whole: whether these are all the keys of the queries.
         first: whether no call before it has these queries and heads.
         first_keys: whether no call before it has these own keys and heads.
+        joined: whether a call after it has some of these queries and heads.
     """
 
     entries: Slice
@@ -102,6 +103,7 @@ class Call:
     is_whole: bool = False
     first: bool = True
     first_keys: bool = True
+    joined: bool = False
 
 
 @dataclass(frozen=True)

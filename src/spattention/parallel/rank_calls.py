@@ -77,7 +77,7 @@ def rank_plan(plan: Plan, rank: int) -> RankPlan:
                 tables.append(table)
     sends = tuple(between(rank, other) for other in ranks)
     receives = tuple(between(other, rank) for other in ranks)
-    calls = _mark_first([*local, *fetched])
+    calls = _mark_shared([*local, *fetched])
     local, fetched = calls[: len(local)], calls[len(local) :]
     placed = [part for table in tables for part in table.parts]
     own = [Piece(call.entries, call.heads, call.keys) for call in local]
@@ -303,15 +303,22 @@ def _hull(ranges: Sequence[Range]) -> Range:
     return min(starts), max(stops)
 
 
-def _mark_first(calls: Sequence[Call]) -> list[Call]:
-    """The calls, in which `first` and `first_keys` tell what none before them has."""
-    found: list[Call] = []
-    for call in calls:
-        before = [other for other in found if other.entries == call.entries]
-        before = [other for other in before if intersect(call.heads, other.heads)]
-        queries = any(intersect(call.queries, other.queries) for other in before)
+def _mark_shared(calls: Sequence[Call]) -> list[Call]:
+    """The calls with `first`, `first_keys` and `joined`, by the queries and keys they share."""
+
+    def others(call: Call, some: Sequence[Call]) -> list[Call]:
+        same = (other for other in some if other.entries == call.entries)
+        return [other for other in same if intersect(call.heads, other.heads)]
+
+    found = []
+    for index, call in enumerate(calls):
+        before, after = others(call, calls[:index]), others(call, calls[index + 1 :])
+        queries = [
+            any(intersect(call.queries, other.queries) for other in some)
+            for some in (before, after)
+        ]
         keys = any(
             intersect(call.keys, other.keys) for other in before if other.table == call.table
         )
-        found.append(replace(call, first=not queries, first_keys=not keys))
+        found.append(replace(call, first=not queries[0], first_keys=not keys, joined=queries[1]))
     return found

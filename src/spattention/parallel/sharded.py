@@ -11,10 +11,12 @@ gradients by itself. Keys before a range come first; their gradients travel back
 ranges themselves are computed.
 
 Keys before a range are a call for all heads, or for a few with similar numbers of them, on a table
-that holds what each head's bands reach (`rank_calls.py`). An output or a gradient of a query of two
-calls adds up in query's dtype, which rounds once; so does a gradient of a key from up to three
-places. Other sums, and outputs with sinks, are float32 (float64 for float64 input). All sums have a
-fixed order.
+that holds what each head's bands reach (`rank_calls.py`). Outputs are joined in float32 (float64
+for float64 input) and rounded once, as one call's are: of half precision, the first call stores
+next to its output what rounding took from it, and the second call's output is float32. That is less
+to read and write than all outputs in float32, which more than two calls a query and sinks take. A
+gradient of a query of two calls adds up in query's dtype, and so does a gradient of a key from up
+to three places; other sums of gradients are float32. All sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor
 from ..attention import Result, choose
 from ..impl.attention_call import WholeResults
 from ..impl.layout import empty_like_query, lse_dtype, score_scale, without_autocast
-from ..impl.partial import Part
+from ..impl.partial import Part, PartResults
 from ..impl.sinks import sink_gradient
 from .agreement import Group
 from .exchange import Exchange, Pair
@@ -116,17 +118,20 @@ class _Sharded(torch.autograd.Function):
         exchange = Exchange(setting.plan, rank, key, value, setting.group)
         pending = exchange.start(key, value)
         out = empty_like_query(query, value.shape[-1])
-        if rank.sums + (sinks is not None) > 2:
+        if rank.sums > 2 or sinks is not None:
             out = torch.empty_like(out, dtype=lse_dtype(query))
         if not rank.covers[0]:
             out.zero_()
         lse = query.new_full(query.shape[:3], -torch.inf, dtype=lse_dtype(query))
+        is_rounded = rank.sums == 2 and out.dtype != lse.dtype
+        results = PartResults(out, lse, torch.empty_like(out) if is_rounded else None)
         for call in rank.local:
-            _attend(setting, call, query, Pair(key, value), out, lse)
+            _attend(setting, call, query, Pair(key, value), results)
         tables = exchange.finish(pending, key, value)
         del pending  # what was received is in the tables
         for call, table in zip(rank.fetched, tables):
-            _attend(setting, call, query, table, out, lse)
+            _attend(setting, call, query, table, results)
+        del results
         if sinks is not None:
             _add_sinks(sinks, out, lse)
         if out.dtype != query.dtype:
@@ -166,13 +171,18 @@ class _Sharded(torch.autograd.Function):
 
 
 def _attend(
-    setting: Setting, call: Call, query: Tensor, source: Pair, out: Tensor, lse: Tensor
+    setting: Setting, call: Call, query: Tensor, source: Pair, results: PartResults
 ) -> None:
-    """Write one call's attention into `out` and `lse`, or join it to what is there."""
+    """Write one call's attention into `results`, or join it to what is there."""
+    if call.first and not call.joined:
+        results = results._replace(remainder=None)
+    out, lse, remainder = results
+    if remainder is not None:
+        remainder = _queries(setting, call, remainder)
     setting.implementation.attend_part(
         _queries(setting, call, query),
         *(_keys(setting, call, tensor) for tensor in source),
-        (_queries(setting, call, out), _queries(setting, call, lse)),
+        PartResults(_queries(setting, call, out), _queries(setting, call, lse), remainder),
         _part(setting, call, query.device),
         merge=not call.first,
     )

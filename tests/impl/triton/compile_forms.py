@@ -12,6 +12,7 @@ import torch
 
 import spattention as spa
 from spattention.impl import triton as kernels
+from spattention.impl.partial import Part, PartResults
 from spattention.impl.triton import merging
 from spattention.impl.triton.decode import append
 from spattention.impl.triton.hopper import TileOrder, planning
@@ -137,8 +138,24 @@ def rings(dtype: torch.dtype, queries: int, key_heads: int, head_dim: int = 128)
 
 
 def merge(dtype: torch.dtype, head_dim: int) -> None:
-    out, part = torch.zeros(2, 1, 8, 256, head_dim, dtype=dtype)
-    merging.merge(out, torch.zeros(1, 8, 256), part, torch.zeros(1, 8, 256))
+    out, remainder = torch.zeros(2, 1, 8, 256, head_dim, dtype=dtype)
+    part, lse = torch.zeros(1, 8, 256, head_dim), torch.zeros(1, 8, 256)
+    given = None if dtype == SINGLE else remainder
+    merging.merge(PartResults(out, lse, given), part, torch.zeros_like(lse))
+
+
+def first_part(dtype: torch.dtype, head_dim: int) -> None:
+    """A call whose output another is joined to."""
+    query, key, value, out, remainder = torch.zeros(5, 1, 8, 256, head_dim, dtype=dtype)
+    results = PartResults(out, torch.zeros(1, 8, 256), remainder)
+    kernels.attend_part(query, key, value, results, Part(TWO.flat, 0, 0.1, None), merge=False)
+
+
+def later_part(dtype: torch.dtype, head_dim: int) -> None:
+    """A call whose output is joined to that of another: it is float32."""
+    query, key, value = torch.zeros(3, 1, 8, 256, head_dim, dtype=dtype)
+    results = PartResults(torch.zeros(1, 8, 256, head_dim), torch.zeros(1, 8, 256))
+    kernels.attend_part(query, key, value, results, Part(TWO.flat, 0, 0.1, None), merge=False)
 
 
 def forms() -> Iterator[tuple[str, Any]]:
@@ -244,4 +261,15 @@ def forms() -> Iterator[tuple[str, Any]]:
     yield "portable D128, pages of 16, float32", lambda: prefill_pages(SINGLE, 128, 2, 16)
     yield "store D128, 1 query", lambda: rings(BRAIN, 1, 2)
     yield "store D128, 16 queries", lambda: rings(BRAIN, 16, 2)
+    for head_dim in (64, 128):
+        for persistent in (False, True) if head_dim == 128 else (False,):
+            for name, attend in (("first", first_part), ("later", later_part)):
+
+                def part(attend: Any = attend, d: int = head_dim, persistent: bool = persistent):
+                    with changed_plans(order=TileOrder.HEAD_MAJOR, persistent=persistent):
+                        attend(BRAIN, d)
+
+                shape = ", persistent" if persistent else ""
+                yield f"hopper D{head_dim}, {name} part{shape}", part
+    yield "portable D256, first part", lambda: first_part(BRAIN, 256)
     yield "merge D128", lambda: merge(BRAIN, 128)

@@ -25,7 +25,9 @@ _calls: ConstantCache[Call] = ConstantCache(max_entries=4096, copies=False)
 
 
 class ForwardTensors(NamedTuple):
-    """Tensors of a forward pass, `[B, H, tokens, D]`; it writes `out`, and `lse` `[B, H, Q]`."""
+    """Tensors of a forward pass, `[B, H, tokens, D]`; it writes `out`, and `lse` `[B, H, Q]`. And
+    `remainder`, unless that is None: what rounding takes from `out`, with its strides.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -33,6 +35,7 @@ class ForwardTensors(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
     sinks: torch.Tensor | None
+    remainder: torch.Tensor | None = None
 
 
 class BackwardTensors(NamedTuple):

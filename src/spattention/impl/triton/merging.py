@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..partial import PartResults
 from .arguments import heads
 from .call import on_device
 from .compiled import CompiledKernelCache, specialization
@@ -38,6 +39,7 @@ class MergeCounts(NamedTuple):
 @triton.jit
 def merge_kernel(
     out,
+    p_remainder,
     lse,
     part,
     part_lse,
@@ -46,7 +48,9 @@ def merge_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of rows of one head: `out` and `lse` become those of both parts."""
+    """A block of rows of one head: `out` and `lse` become those of both parts. `p_remainder` is
+    None, or has the strides of `out`.
+    """
     program = tl.program_id(0)
     head_batch = (program // counts.n_blocks).to(tl.int64)
     batch, head = head_batch // counts.n_heads, head_batch % counts.n_heads
@@ -65,14 +69,18 @@ def merge_kernel(
     total = part_weight + tl.where(m_row, tl.exp(b_lse - highest), 0.0)
     share = part_weight / total
     m_tile = m_row[:, None] & (o_dim < HEAD_DIM)[None, :]
-    p_out = out.pointer + batch * out.stride_b + head * out.stride_h
-    p_out += o_row[:, None] * out.stride_t + o_dim[None, :]
+    offset = batch * out.stride_b + head * out.stride_h
+    offset += o_row[:, None] * out.stride_t + o_dim[None, :]  # [M, D]
     p_part = part.pointer + batch * part.stride_b + head * part.stride_h
     p_part += o_row[:, None] * part.stride_t + o_dim[None, :]
-    b_out = tl.load(p_out, mask=m_tile, other=0.0).to(tl.float32)
+    b_out = tl.load(out.pointer + offset, mask=m_tile, other=0.0).to(tl.float32)
+    if p_remainder is not None:
+        # It was not written where the first part sees no keys.
+        m_seen = m_tile & (b_lse > -float("inf"))[:, None]
+        b_out += tl.load(p_remainder + offset, mask=m_seen, other=0.0).to(tl.float32)
     b_part = tl.load(p_part, mask=m_tile, other=0.0).to(tl.float32)
     b_out += share[:, None] * (b_part - b_out)
-    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+    tl.store(out.pointer + offset, b_out.to(out.pointer.dtype.element_ty), mask=m_tile)
     # The log-sum-exp may be loaded once for each of two layouts, by other warps than store it.
     tl.debug_barrier()
     tl.store(p_lse, highest + tl.log(total), mask=m_row)
@@ -81,9 +89,10 @@ def merge_kernel(
 _merge = CompiledKernelCache(merge_kernel)
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Join a partial result to `out` and `lse` in place; arguments as in `partial.merge_into`, with
-    rows contiguous in D."""
+def merge(results: PartResults, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Join a partial result to `results` in place; arguments as in `partial.merge_into`, with rows
+    contiguous in D."""
+    out, lse, remainder = results
     batch, n_heads, n_rows, head_dim = out.shape
     if out.numel() == 0:
         return
@@ -91,6 +100,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
     counts = MergeCounts(n_heads, n_rows, triton.cdiv(n_rows, BLOCK_M))
     tensors = (
         heads(out),
+        remainder,
         Rows(lse, *lse.stride()),
         heads(part),
         Rows(part_lse, *part_lse.stride()),
@@ -100,8 +110,8 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
             batch * n_heads * counts.n_blocks,
             (
                 out.device,
-                specialization(out, lse, part, part_lse),
-                *[tensor[1:] for tensor in tensors],
+                specialization(out, remainder, lse, part, part_lse),
+                *[tensor.stride() for tensor in (out, lse, part, part_lse)],
                 counts,
             ),
             *tensors,

@@ -128,7 +128,7 @@ def _replay(
     """How later calls of a form run, if launches are all that they need. Few queries may be decoded
     instead.
     """
-    query, key, value, out, lse, _ = tensors
+    query, key, value, out, lse, *_ = tensors
     starts = positions[:2]
     given = [each for each in starts if each is not None]
     if (

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..attention_call import WholeResults
-from ..layout import empty_like_query
-from ..partial import Part
+from ..partial import Part, PartResults
 from . import launch, merging
 from .arguments import Positions
 from .call import BackwardTensors, Call, ForwardTensors, call_of, ensure_inner_contiguous
@@ -23,26 +22,24 @@ def attend_part(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    results: tuple[torch.Tensor, torch.Tensor],
+    results: PartResults,
     part: Part,
     *,
     merge: bool,
 ) -> None:
-    """Attention over a part of the keys, into `results`: output and log-sum-exp."""
+    """Attention over a part of the keys, into `results`, whose rows are contiguous in D."""
     query, key, value = (ensure_inner_contiguous(each) for each in (query, key, value))
-    out, lse = results
-    direct = not merge and out.dtype == query.dtype and out.stride(-1) == 1
-    found = out if direct else empty_like_query(query, query.shape[3])
-    found_lse = lse
-    if not (direct and lse.is_contiguous()):
-        found_lse = lse.new_empty(lse.shape)
-    tensors = ForwardTensors(query, key, value, found, found_lse, None)
-    launch.forward(_call(query, key, part), tensors)
+    out, lse, remainder = results
+    assert out.stride(-1) == 1
+    assert remainder is None or remainder.stride() == out.stride()
+    call = _call(query, key, part)
+    found_lse = lse if lse.is_contiguous() and not merge else lse.new_empty(lse.shape)
     if merge:
-        merging.merge(out, lse, found, found_lse)
+        found = out.new_empty(out.shape, dtype=lse.dtype)
+        launch.forward(call, ForwardTensors(query, key, value, found, found_lse, None))
+        merging.merge(results, found, found_lse)
         return
-    if found is not out:
-        out.copy_(found)
+    launch.forward(call, ForwardTensors(query, key, value, out, found_lse, None, remainder))
     if found_lse is not lse:
         lse.copy_(found_lse)
 

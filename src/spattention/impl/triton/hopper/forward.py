@@ -252,6 +252,7 @@ def forward_kernel(
     t_key,
     t_value,
     out,
+    p_remainder,
     p_lse,
     p_bands,
     p_sinks,
@@ -310,10 +311,10 @@ def forward_kernel(
     head = bands.head
     key_head = head // counts.group
     n_steps = tiles.total_blocks(keys)
-    p_out = out.pointer + batch.to(gl.int64) * out.stride_b + head.to(gl.int64) * out.stride_h
+    offset = batch.to(gl.int64) * out.stride_b + head.to(gl.int64) * out.stride_h
     p_lse += (batch.to(gl.int64) * n_heads + head) * counts.n_queries + tile.offset_q
     if FORM.PACKED:
-        p_out += tile.offset_q.to(gl.int64) * out.stride_t
+        offset += tile.offset_q.to(gl.int64) * out.stride_t
     o_query = first_query + gl.arange(0, BLOCK_M, ROW)  # [M]
     o_position = tile.first + gl.arange(0, BLOCK_M, ROW)  # [M]
 
@@ -323,6 +324,7 @@ def forward_kernel(
     if n_steps == 0:
         lse, _ = softmax.finalize(row_max, row_sum)
         gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
+        p_out = out.pointer + offset
         memory.store_zeros(p_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
         return
 
@@ -362,7 +364,7 @@ def forward_kernel(
     lse, row_sum = softmax.finalize(row_max, row_sum)
     gl.store(p_lse + o_query, lse, mask=o_query < n_queries)
     b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
-    memory.store_tokens(p_out, b_out, first_query, out.stride_t, n_queries, BLOCK_M, HEAD_DIM)
+    memory.store_output(out, p_remainder, offset, b_out, first_query, n_queries, BLOCK_M, HEAD_DIM)
     pipeline.invalidate(query_full)
     pipeline.invalidate(key_full)
     pipeline.invalidate(value_full)

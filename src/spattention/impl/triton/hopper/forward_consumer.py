@@ -15,7 +15,7 @@ from .forward_work import (
     CONSUMERS,
     QUERY_BUFFERS,
     ROWS,
-    head_pointer,
+    head_offset,
     part_of,
     skip,
     store_lse,
@@ -66,9 +66,10 @@ def consume(consumer, work, FORM: gl.constexpr):
             row_sum = store_lse(row_max, row_sum, tile, o_row, work)
             OUT: gl.constexpr = b_out.type.layout
             b_out = b_out * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
-            p_out, n_queries = head_pointer(work.out, tile), counts.n_queries
-            memory.store_tokens(
-                p_out, b_out, tile.first, work.out.stride_t, n_queries, ROWS, FORM.HEAD_DIM
+            out, offset = work.out, head_offset(work.out, tile)
+            n_queries = counts.n_queries
+            memory.store_output(
+                out, work.p_remainder, offset, b_out, tile.first, n_queries, ROWS, FORM.HEAD_DIM
             )
         if n_steps > 0:
             n_query += CONSUMERS

@@ -84,6 +84,7 @@ def forward_kernel(
     t_key,
     t_value,
     out,
+    p_remainder,
     p_lse,
     p_bands,
     p_sinks,
@@ -124,6 +125,7 @@ def forward_kernel(
     fence_async_shared()
     work = Work(
         out,
+        p_remainder,
         p_lse,
         p_bands,
         p_sinks,

@@ -25,6 +25,7 @@ class Work(NamedTuple):
     """Arguments that the consumers share: results and tables, rings, sizes."""
 
     out: Any
+    p_remainder: Any
     p_lse: Any
     p_bands: Any
     p_sinks: Any
@@ -94,10 +95,10 @@ def skip(begin, end, keys, values):
 
 
 @gluon.jit
-def head_pointer(out, tile):
-    """Pointer to the output of a tile's head."""
+def head_offset(out, tile):
+    """Where the output of a tile's head starts."""
     batch, head = tile.batch.to(gl.int64), tile.bands.head.to(gl.int64)
-    return out.pointer + batch * out.stride_b + head * out.stride_h
+    return batch * out.stride_b + head * out.stride_h
 
 
 @gluon.jit
@@ -117,5 +118,6 @@ def store_without_keys(tile, o_row, work, FORM: gl.constexpr):
     ROW: gl.constexpr = o_row.type.layout
     row_max, row_sum = init_softmax(work.p_sinks, tile.bands.head, ROWS, ROW, FORM.HAS_SINKS)
     store_lse(row_max, row_sum, tile, o_row, work)
-    p_out, out, n_queries = head_pointer(work.out, tile), work.out, work.counts.n_queries
+    out, n_queries = work.out, work.counts.n_queries
+    p_out = out.pointer + head_offset(out, tile)
     memory.store_zeros(p_out, tile.first, out.stride_t, n_queries, ROWS, FORM.HEAD_DIM)

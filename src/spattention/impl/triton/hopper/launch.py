@@ -202,8 +202,8 @@ def _forward_launch(call: Call, plan: HopperPlan, has_sinks: bool) -> _ForwardLa
 
 
 def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
-    """Launch the forward kernel of a plan; fills `out` and `lse`."""
-    query, key, value, out, lse, sinks = tensors
+    """Launch the forward kernel of a plan; fills `out`, `lse` and `remainder`."""
+    query, key, value, out, lse, sinks, remainder = tensors
     launch = _forward_launch(call, plan, sinks is not None)
     results, positions = heads(out), _positions(call)
     drawn = lse.new_empty(1, dtype=torch.int32) if launch.draws else None
@@ -212,11 +212,16 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             _reset(1, (call.device, specialization(drawn)), drawn, num_warps=1, **OPTIONS)
         (_forward_persistent if plan.persistent else _forward)(
             launch.programs,
-            (call.device, specialization(out, lse, sinks, drawn, *positions), results[1:]),
+            (
+                call.device,
+                specialization(out, remainder, lse, sinks, drawn, *positions),
+                results[1:],
+            ),
             _descriptor(query, launch.query_tokens),
             _descriptor(key, launch.key_tokens),
             _descriptor(value, launch.key_tokens),
             results,
+            remainder,
             lse,
             call.bands_by_head,
             sinks,

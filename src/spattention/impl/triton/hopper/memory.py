@@ -52,6 +52,19 @@ def store_tokens(
 
 
 @gluon.jit
+def store_output(
+    out, p_remainder, offset, b_out, first, n_tokens, TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr
+):
+    """Store `b_out` `[TOKENS, D]` in a head that starts at `offset`, and what rounding takes from
+    it unless `p_remainder` is None, which has the strides of `out`."""
+    b_rounded = b_out.to(out.pointer.dtype.element_ty)
+    store_tokens(out.pointer + offset, b_rounded, first, out.stride_t, n_tokens, TOKENS, HEAD_DIM)
+    if p_remainder is not None:
+        b_lost = b_out - b_rounded.to(gl.float32)
+        store_tokens(p_remainder + offset, b_lost, first, out.stride_t, n_tokens, TOKENS, HEAD_DIM)
+
+
+@gluon.jit
 def store_zeros(
     p_head,
     first,

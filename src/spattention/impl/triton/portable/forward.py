@@ -135,6 +135,7 @@ def forward_kernel(
     key,
     value,
     out,
+    p_remainder,
     p_lse,
     p_bands,
     p_sinks,
@@ -206,6 +207,13 @@ def forward_kernel(
     lse, row_sum = softmax.finalize(row_max, row_sum, FORM.PRECISE)
     b_out = normalised(b_out, row_sum, FORM.PRECISE)
     memory.store_tokens(p_out, b_out, o_query, out.stride_t, block.n_queries, FORM)
+    if p_remainder is not None:
+        # No call whose output is joined has documents in its rows (`attend_documents`).
+        tl.static_assert(not FORM.HAS_KEY_START)
+        lost = arguments.Heads(p_remainder, out.stride_b, out.stride_h, out.stride_t)
+        p_lost = arguments.head_pointer(lost, batch, head, offset_q)
+        b_lost = b_out - b_out.to(p_out.dtype.element_ty).to(tl.float32)
+        memory.store_tokens(p_lost, b_lost, o_query, lost.stride_t, block.n_queries, FORM)
     tl.store(p_lse + o_query, lse, mask=o_query < block.n_queries)
     if FORM.HAS_KEY_START:
         attend_documents(

@@ -97,8 +97,8 @@ def _prepare(
 
 
 def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
-    """Launch the forward kernel; fills `out` and `lse`."""
-    query, key, value, out, lse, sinks = tensors
+    """Launch the forward kernel; fills `out`, `lse` and `remainder`."""
+    query, key, value, out, lse, sinks, remainder = tensors
     has_sinks = sinks is not None
 
     def prepare() -> _Prepared:
@@ -112,8 +112,9 @@ def forward(call: Call, launch: LaunchConfig, tensors: ForwardTensors) -> None:
     with on_device(call.device):
         _forward(
             prepared.slots * call.batch * call.heads,
-            _specialization_key(call, arguments, lse, sinks),
+            _specialization_key(call, arguments, remainder, lse, sinks),
             *arguments,
+            remainder,
             lse,
             call.bands_by_head,
             sinks,
