@@ -263,7 +263,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--global-batch", type=int, default=8, help="training rows of a step")
     parser.add_argument("--micro-batch", type=int, default=4, help="training rows of a pass")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=1, help="of data_parallel")
+    parser.add_argument("--turns", type=int, default=1, help="of data_parallel, tensor_parallel")
     parser.add_argument("--ways", nargs="*", choices=list(TRAINING_WAYS), help="of data_parallel")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
@@ -275,6 +275,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32768, help="tokens before decoding")
     parser.add_argument("--decoding-rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--decoding-graphs", action="store_true", help="also by CUDA graphs")
     parser.add_argument("--commit", help="recorded where git cannot tell")
     return parser.parse_args()
 

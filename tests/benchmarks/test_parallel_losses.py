@@ -20,16 +20,21 @@ def of_all_steps(rows: list[dict]) -> dict:
     return found
 
 
-def test_an_excess_beyond_its_scatter_is_farther():
+def test_every_excess_is_shown_with_its_interval():
     """Seed by seed the excess is 6.33 and 8.33, with a standard error of 1."""
     found = of_all_steps([*curves(0, 10.0), *curves(1, 12.0)])
     assert found["of_one_gpu"] == 2.0
     assert abs(found["excess"] - 22 / 3) < 1e-12
-    assert abs(found["standard_error"] - 1.0) < 1e-12
-    assert found["is_farther"]
+    low, high = found["excess_95"]
+    assert abs(low - (22 / 3 - 12.71)) < 1e-12
+    assert abs(high - (22 / 3 + 12.71)) < 1e-12
+    assert found["no_farther"] is False
+    assert found["seeds_no_farther"] == 0
 
 
-def test_an_excess_within_its_scatter_is_not():
-    """Excesses of -1 and 1.33 may be those of seeds."""
-    found = of_all_steps([*curves(0, 2.0), *curves(1, 5.0)])
-    assert not found["is_farther"]
+def test_an_excess_is_no_farther_up_to_zero():
+    """Of -1 and 1.33 the mean is above 0, of -1 and .33 below."""
+    assert of_all_steps([*curves(0, 2.0), *curves(1, 5.0)])["no_farther"] is False
+    found = of_all_steps([*curves(0, 2.0), *curves(1, 4.0)])
+    assert found["no_farther"] is True
+    assert found["seeds_no_farther"] == 1

@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class PartResults(NamedTuple):
-    """What calls on parts of the keys write, one after another.
+    """Results that calls on parts of the keys write, one after another.
 
     Attributes:
         out: `[B, H, Q, D]`.
