@@ -111,7 +111,8 @@ def serve(load: Load) -> None:
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         engine = start(load)
-        decode(engine, load, 2048)
+        for length in (2048, min(load.longest, 2 * CHUNK)):  # some kernels compile when first used
+            decode(engine, load, length)
         print("{}", file=answers, flush=True)
         facts = facts_of(engine)
         for line in sys.stdin:
