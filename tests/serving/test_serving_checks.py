@@ -17,6 +17,7 @@ from spattention.serving.checks import (
     FAMILIES,
     check_architectures,
     check_cache_dtype,
+    check_group,
     check_ranks,
 )
 
@@ -109,3 +110,10 @@ def test_vllm_missing_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "spattention[vllm]" in done.stdout
+
+
+def test_classes_of_one_layer_share_no_step() -> None:
+    """They run side by side, and would race for what the step makes when first asked."""
+    check_group(["layers.0.attn.class_1", "layers.1.attn.class_0"])
+    with pytest.raises(ValueError, match="must be of different layers"):
+        check_group(["layers.0.attn.class_0", "layers.1.attn.class_0", "layers.0.attn.class_2"])

@@ -104,6 +104,21 @@ def check_ranks(num_heads: int, num_kv_heads: int, ranks: int) -> None:
         )
 
 
+def check_group(layer_names: Sequence[str]) -> None:
+    """Classes of one layer run side by side, so they must not share what a step makes when first
+    asked. Those of different layers may.
+
+    Args:
+        layer_names: vLLM's names of the classes that share one description of a step.
+    """
+    layers = [name.rpartition(".")[0] for name in layer_names]
+    if len(set(layers)) < len(layers):
+        raise ValueError(
+            "`layer_names` of a cache group must be of different layers for spattention, got "
+            f"{list(layer_names)}"
+        )
+
+
 def banded(section: Section) -> dict[int, BandPattern]:
     """The patterns by layer, without the layers that keep their own attention."""
     return {i: pattern for i, pattern in enumerate(section.layer_patterns) if pattern is not None}

@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import (
 
 from ..attention import kernels_for
 from ..bands import BandPattern
-from .checks import check_cache_dtype
+from .checks import check_cache_dtype, check_group
 from .class_streams import ClassStreams
 from .paged import (
     Decodes,
@@ -89,6 +89,7 @@ class BandMetadataBuilder(AttentionMetadataBuilder[BandMetadata]):
         return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        check_group(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
         self.window = getattr(kv_cache_spec, "sliding_window", None)
