@@ -24,7 +24,7 @@ NOWHERE = Positions(None, None, None, None)
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU as those of an H100 with a tested Triton."""
-    for module in (calls, kernels):
+    for module in (calls, planning):
         monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(planning.triton, "__version__", "3.9.0")
     planning.warn_untested.cache_clear()
@@ -238,6 +238,7 @@ def test_amd_gpus_are_refused(capability: tuple[int, int], monkeypatch: pytest.M
     call, query = make_call()
     assert hopper.refusal(call) == "an NVIDIA GPU, got ROCm 6.4"
     assert hopper.plan(call, query) is None
+    assert not reads_pages(query, 16, MAX_PORTABLE_TOKENS + 1)
 
 
 def test_tensors_that_tma_cannot_read_are_refused() -> None:

@@ -28,11 +28,11 @@ from ...compat.pytorch import in_transform
 from ..attention_call import AttentionCall
 from . import launch, op, paged
 from .arguments import Positions
-from .call import Call, compute_capability, dense, ensure_inner_contiguous
+from .call import Call, dense, ensure_inner_contiguous
 from .decode import append
 from .decode import op as decode_op
 from .decode.op import MAX_QUERIES
-from .hopper.planning import BOX, LAUNCHES, triton_is_tested
+from .hopper.planning import BOX, covers
 from .op import refusal
 from .parts import attend_part, differentiate_part
 
@@ -158,9 +158,7 @@ def reads_pages(query: torch.Tensor, page: int, new_tokens: int) -> bool:
     `[..., D]`, of which requests have this many on average. The Hopper kernels read pages of whole
     boxes; others are copied for them, since they are much faster than the portable ones.
     """
-    capability = compute_capability(query.device)
-    hopper = capability is not None and capability[0] == 9 and triton_is_tested()
-    if hopper and query.element_size() == 2 and query.shape[-1] in LAUNCHES:
+    if covers(query):
         return page % BOX == 0
     return new_tokens <= MAX_PORTABLE_TOKENS
 

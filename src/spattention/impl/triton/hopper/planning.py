@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 import torch
 import triton
 
-from ..call import Call
+from ..call import Call, compute_capability
 from ..config import LaunchConfig
 
 
@@ -129,15 +129,9 @@ def refusal(call: Call, *tensors: torch.Tensor) -> str | None:
 
 def _refusal_of_shape(call: Call) -> str | None:
     """The same as far as it does not depend on tensors or on Triton."""
-    if torch.version.hip is not None:
-        # ROCm reports capability 9 for MI200 and MI300.
-        return f"{NEEDS['vendor']}, got ROCm {torch.version.hip}"
-    if call.capability is None or call.capability[0] != 9:
-        return f"{NEEDS['capability']}, got {call.capability}"
-    if call.itemsize != 2:
-        return f"{NEEDS['dtype']}, got {call.dtype}"
-    if call.head_dim not in LAUNCHES:
-        return f"{NEEDS['head_dim']}, got {call.head_dim}"
+    reason = _refusal_of_heads(call.capability, call.dtype, call.head_dim)
+    if reason is not None:
+        return reason
     # Elsewhere a block may hold keys of two documents, or keys after the last query.
     if not call.has_one_start and not (has_documents(call) and call.prefix == 0):
         return NEEDS["positions"]
@@ -146,6 +140,29 @@ def _refusal_of_shape(call: Call) -> str | None:
     if call.page % BOX:
         return f"{NEEDS['pages']}, got {call.page}"
     return None
+
+
+def _refusal_of_heads(
+    capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """The same as far as it does not depend on the shape."""
+    if torch.version.hip is not None:
+        # ROCm reports capability 9 for MI200 and MI300.
+        return f"{NEEDS['vendor']}, got ROCm {torch.version.hip}"
+    if capability is None or capability[0] != 9:
+        return f"{NEEDS['capability']}, got {capability}"
+    if dtype.itemsize != 2:
+        return f"{NEEDS['dtype']}, got {dtype}"
+    if head_dim not in LAUNCHES:
+        return f"{NEEDS['head_dim']}, got {head_dim}"
+    return None
+
+
+def covers(query: torch.Tensor) -> bool:
+    """True if no need that depends on queries like this `[..., D]` alone is unmet."""
+    capability = compute_capability(query.device)
+    refused = _refusal_of_heads(capability, query.dtype, query.shape[-1])
+    return refused is None and triton_is_tested()
 
 
 def has_documents(call: Call) -> bool:
