@@ -31,7 +31,8 @@ NAMES = {
 ROWS = "budget-2048"  # the plan whose runs are the rows; others have them by their attention
 KINDS = ("passkeys", "needles", "variables")
 RECALL = "mqar-2048"
-OURS = "geometric bands"  # named beside the best pattern
+# Named beside the best pattern: the mix of layers that practice uses, and bands in every layer.
+OTHERS = ("5:1 window 128 with sinks", "geometric bands")
 CONTROL = "dense after bands"  # dense attention, and no pattern to choose
 LITTLE = 5.0  # per cent: fewer needles than that say nothing about a pattern
 # The mixes of layers, which have one layer of each in the models of two layers.
@@ -211,8 +212,11 @@ def _best(budget: Budget) -> str:
     end = ""
     if fitted is not None and fitted.level < 0:
         there = ends(fitted)
-        at = there if there == NOT_SEEN else f"at {there} million tokens"
-        end = f"; by the fit its lead ends {at}"
+        end = (
+            "; by the fit no end of its lead is in sight"
+            if there == NOT_SEEN
+            else f"; by the fit its lead ends at {there} million tokens"
+        )
     below = mean(gaps[label]) < 0
     far = _spread([-gap if below else gap for gap in gaps[label]], "")
     lowest = (
@@ -225,14 +229,14 @@ def _best(budget: Budget) -> str:
     if count > 1 and verdict(gaps[label]) == NEITHER:
         seeds += ", not told apart from it"
     near = budget.as_near(label)
-    others = {OURS: gaps[OURS]} if OURS in gaps and OURS not in (label, *near) else {}
+    others = {each: gaps[each] for each in OTHERS if each in gaps and each not in (label, *near)}
     others |= {CONTROL: control} if control else {}
     named = [f"{other} {_spread(gaps[other], '+')}" for other in near]
     beside = f"; not told apart from {label}: {', '.join(named)}" if near else ""
     for other, found in others.items():
         alone = " (one seed)" if len(found) == 1 < count else ""
         beside += f"; {other} {_spread(found, '+')}{alone}"
-    return f"{where}: {lowest} ({seeds}){beside}{end}."
+    return f"{where}: {lowest} ({seeds}){end}{beside}."
 
 
 def _retrieval(budget: Budget) -> str:
@@ -261,7 +265,9 @@ def _absent(budgets: Sequence[Budget]) -> str:
         return "Everything planned was run."
     empty = [budget.where for budget in budgets if not budget.done]
     none = f"; none of these: {'; '.join(empty)}" if empty else ""
-    return f"{len(planned) - made} of {len(planned)} planned runs are not made{none}."
+    single = [b.where for b in budgets if b.done and len({seed for _, seed in b.done}) == 1]
+    few = f" Every row has one seed of these: {'; '.join(single)}." if single else ""
+    return f"{len(planned) - made} of {len(planned)} planned runs are not made{none}.{few}"
 
 
 def _gap(budget: Budget, label: str) -> str:

@@ -103,7 +103,8 @@ def _sentences(labels: Iterable[str], done: Done) -> list[str]:
     lines = _sorted_out(done, combined, "its bands", lambda bands: f" (`{bands}`)")
     if patterns:
         best = min(patterns, key=lambda label: mean(_losses(done, label)))
-        alone = [(label, best) for label, bands in compared if bands is None and is_other(label)]
+        rest = [(label, bands) for label, bands in compared if (label, bands) not in combined]
+        alone = [(label, best) for label, _ in rest if is_other(label)]
         lines += _sorted_out(done, alone, f"`{best}`, the best bands", lambda _: "")
     norms = [(label, norm) for label in there if (norm := norm_of(label)) in there]
     lines += _sorted_out(done, norms, "the head norm alone", lambda _: "")

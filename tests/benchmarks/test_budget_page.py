@@ -114,7 +114,7 @@ def test_every_planned_row_stands_in_the_first_table(tmp_path):
     ]
     assert len(rows) <= 10
     assert all(row.count(budget_page.ABSENT) == 7 for row in rows)
-    assert "36 of 36 planned runs are not made" in text
+    assert "38 of 38 planned runs are not made" in text
     assert "1. **Loss.** No pattern was run." in text
 
 
@@ -150,6 +150,7 @@ def test_scores_at_chance_name_no_pattern(tmp_path):
     assert "no pattern is below dense attention; nearest is uniform bands, 0.0200 above it" in text
     assert "(one seed, not settled); geometric bands +0.0300." in text
     assert "variables are of 28 M parameters, context 2,048, 692 M tokens" in text
+    assert "Every row has one seed of these: 28 M parameters, context 2,048, 692 M tokens." in text
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,11 @@ def test_scores_at_chance_name_no_pattern(tmp_path):
             (2.985, 3.016, 2.993),
             "0.0020 ± 0.0161 below dense attention (3 seeds, not told apart from it); not told "
             "apart from 5:1 geometric bands: 5:1 window 128 with sinks +0.0123 ± 0.0025; geometric",
+        ),
+        (
+            (2.985, 2.986, 2.984),
+            "0.0150 ± 0.0010 below dense attention (3 seeds); 5:1 window 128 with sinks "
+            "+0.0123 ± 0.0025; geometric bands +0.0300 (one seed); dense after bands",
         ),
     ],
 )
@@ -193,6 +199,7 @@ def test_seeds_say_what_is_told_apart(tmp_path, others, said):
             ledger.write_entry(ledger.entry_path(tmp_path, plan.name, name), made)
     text = budget_page.section(PLANS, tmp_path)
     assert said in text
+    assert "one seed of these" not in text
     assert (
         "| 5:1 window 128 with sinks | not run | +0.0123 ± 0.0025 | not run | 75 ± 0 | 25 ± 25"
         in text
