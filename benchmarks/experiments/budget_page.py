@@ -38,6 +38,7 @@ LITTLE = 5.0  # per cent: fewer needles than that say nothing about a pattern
 MIXES = {
     "5:1 window 128 with sinks": f"sliding_window:window=128{THEN}dense sinks=True",
     "5:1 geometric bands": f"{BANDS}{THEN}dense",
+    "5:1 geometric bands, prefix 4, sinks": f"{BANDS},prefix=4{THEN}dense sinks=True",
 }
 ABSENT = "not run"
 Done = dict[tuple[str, int], Entry]

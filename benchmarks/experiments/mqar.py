@@ -103,8 +103,10 @@ class Setting:
             "shared_local:local=32",  # uniform widths
             f"sliding_window:window=128{THEN}dense{SINKS}",  # practice's mix, one layer of each
             f"{BANDS}{THEN}dense",
+            f"{BANDS},prefix=4{THEN}dense{SINKS}",  # bands in practice's place
             f"{BANDS},prefix=4",
             f"{BANDS}{SINKS}",
+            f"{BANDS},prefix=4{SINKS}",
             f"{BANDS},kv_heads=4",  # each band in two heads
             f"sliding_window:window={self.window}",
             "exclusive:widths=geometric",  # no window

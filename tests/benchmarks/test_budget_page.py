@@ -114,7 +114,7 @@ def test_every_planned_row_stands_in_the_first_table(tmp_path):
     ]
     assert len(rows) <= 10
     assert all(row.count(budget_page.ABSENT) == 7 for row in rows)
-    assert "30 of 30 planned runs are not made" in text
+    assert "36 of 36 planned runs are not made" in text
     assert "1. **Loss.** No pattern was run." in text
 
 
