@@ -96,7 +96,7 @@ def skip(begin, end, keys, values):
 
 @gluon.jit
 def head_offset(out, tile):
-    """Where the output of a tile's head starts."""
+    """Offset at which the output of a tile's head starts."""
     batch, head = tile.batch.to(gl.int64), tile.bands.head.to(gl.int64)
     return batch * out.stride_b + head * out.stride_h
 
