@@ -321,6 +321,10 @@ def test_a_section_covers_every_marked_layer(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must give at least one layer a pattern, got None for"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    del config["spattention"]  # the model ran nothing, but was saved as a dense one
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"must name the attention of all .*{MARK}.*restore the"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["spattention", "mea"])

@@ -303,9 +303,7 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
             refill_marks(self, unmarked)
         loading_info.missing_keys -= marks
         loading_info.mismatched_keys -= reshaped
-        # A saved config whose section was taken off keeps its requirement: dense is meant.
-        saved = {"fusion_config": getattr(self.config, "fusion_config", None)}
-        if any(_kinds_below(self.config)) or required_call(saved) is None:
+        if not _is_meant_dense(self.config):
             _refuse_other_marks(self, loading_info.unexpected_keys)
         for kind in KINDS.values():
             if kind.check_weights is not None:
@@ -313,6 +311,16 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
         adjust(self, loading_info)
 
     return strict
+
+
+def _is_meant_dense(config: Any) -> bool:
+    """True for a saved config whose section was taken off while its requirement was kept, and that
+    is opened with an attention other than the section's.
+    """
+    saved = {"fusion_config": getattr(config, "fusion_config", None)}
+    if any(_kinds_below(config)) or required_call(saved) is None:
+        return False
+    return getattr(config, "_attn_implementation", None) not in KINDS
 
 
 def _refuse_renamed_marks(unexpected: Iterable[str]) -> None:
@@ -333,7 +341,8 @@ def _refuse_other_marks(model: Any, unexpected: Iterable[str]) -> None:
         if is_mark(key) and key.rpartition(".")[0] in modules:
             raise ValueError(
                 "the config must name the attention of all layers whose weights the checkpoint "
-                f"marks, got {key} and a layer with stock attention"
+                f"marks, got {key} and a layer with stock attention; restore the config.json that "
+                "the model was saved with"
             )
 
 

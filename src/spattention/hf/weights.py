@@ -298,8 +298,9 @@ def refuse_mark_of_other(note: Note | None, name: str, found: torch.Tensor) -> N
     named = f'"{text[:200]}"' if REQUIREMENT in text else "a mark that cannot be read"
     raise ValueError(
         "weights must be loaded into a model with the attention that they were saved from, "
-        f'{named} in {name}, of {found.dtype}, got "{wanted}"; to change it, apply another to the '
-        f"loaded model; to take weights as they are, remove the keys that end in {MARK}"
+        f'{named} in {name}, of {found.dtype}, got "{wanted}"; restore the config.json that they '
+        "were saved with; to change the attention, apply another to the loaded model; to take "
+        f"weights as they are, remove the keys that end in {MARK}"
     )
 
 

@@ -44,7 +44,7 @@ def check_architectures(
         if named:
             raise ValueError(
                 f"`config.{NAME}` must be there for the architecture {named[0]}, got none: the "
-                "folder has lost its bands"
+                "folder has lost its bands; restore the config.json that it was saved with"
             )
         return
     served = [ARCHITECTURE_PREFIX + family for family in families]
