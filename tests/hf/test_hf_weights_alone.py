@@ -321,10 +321,32 @@ def test_a_section_covers_every_marked_layer(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must give at least one layer a pattern, got None for"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    del config["spattention"]  # the model ran nothing, but was saved as a dense one
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_implementation": None}])
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_a_cut_section_does_not_open_dense(family, options, tmp_path):
+    """Such a model ran nothing or dense, and was saved as a dense one."""
+    model, auto = banded("llama"), transformers.AutoModelForCausalLM
+    if family == "llava":
+        model, auto = banded_llava(), transformers.AutoModelForImageTextToText
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config.get("text_config", config)["spattention"]
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"must name the attention of all .*{MARK}.*restore the"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        auto.from_pretrained(tmp_path, **options)
+
+
+def banded_llava():
+    text = build("llama").config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=1)
+    return spa.hf.apply(transformers.LlavaForConditionalGeneration(config), FIRST)
 
 
 @pytest.mark.parametrize("name", ["spattention", "mea"])

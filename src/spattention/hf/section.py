@@ -259,7 +259,9 @@ def _choosing_kind(choose: Callable[..., str]) -> Callable[..., str]:
     @wraps(choose)
     def chosen(self: Any, attn_implementation: Any, *args: Any, **keywords: Any) -> str:
         if attn_implementation is None:
-            attn_implementation = next((kind.name for kind in kinds_of(self.config)), None)
+            found = next((kind.name for kind in kinds_of(self.config)), None)
+            # One that lost its section is not dense by default.
+            attn_implementation = found or _required_kind(self.config)
         return choose(self, attn_implementation, *args, **keywords)
 
     return chosen
@@ -317,10 +319,22 @@ def _is_meant_dense(config: Any) -> bool:
     """True for a saved config whose section was taken off while its requirement was kept, and that
     is opened with an attention other than the section's.
     """
-    saved = {"fusion_config": getattr(config, "fusion_config", None)}
-    if any(_kinds_below(config)) or required_call(saved) is None:
+    if any(_kinds_below(config)) or _required_kind(config) is None:
         return False
-    return getattr(config, "_attn_implementation", None) not in KINDS
+    return KINDS.keys().isdisjoint(_implementations(config))
+
+
+def _required_kind(config: Any) -> str | None:
+    """The kind whose requirement a saved config names, with its section or without."""
+    fusions = getattr(config, "fusion_config", None) or {}
+    return next((name for name, kind in KINDS.items() if kind.requirement in fusions), None)
+
+
+def _implementations(config: Any) -> Iterator[str | None]:
+    """The attention that a config and its parts were opened with."""
+    yield attention_name(config)
+    for _, part in _parts(config):
+        yield from _implementations(part)
 
 
 def _refuse_renamed_marks(unexpected: Iterable[str]) -> None:

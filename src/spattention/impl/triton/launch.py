@@ -33,7 +33,7 @@ def describe(call: Call, *inputs: torch.Tensor) -> tuple[str, str | None]:
 
 
 def forward(call: Call, tensors: ForwardTensors) -> None:
-    """Launch the forward pass; fills `out` and `lse`."""
+    """Launch the forward pass; fills `out`, `lse` and `remainder`."""
     plan = hopper.plan(call, tensors.query, tensors.key, tensors.value)
     if plan is None:
         portable.forward(call, portable.launches_for(call).forward, tensors)

@@ -47,7 +47,8 @@ class HopperPlan:
         split_backward: whether dQ and dK/dV are launched separately.
         fused_backward: whether all gradients come from five products per tile (`fused_backward.py`)
             instead of seven (`backward.py`).
-        waves: programs of the persistent kernel per multiprocessor, one after another.
+        waves: programs of the persistent kernel per multiprocessor, one after another. With one,
+            programs draw their blocks of queries from a counter.
     """
 
     launches: HopperLaunches
