@@ -182,7 +182,8 @@ def test_a_section_that_was_cut_out_is_missed(tmp_path, capsys):
     del config["spattention"], config["attn_implementation"]
     file.write_text(json.dumps(config))
     said = refused(capsys, "generate", tmp_path / "bands", "Once")
-    assert "they were trained with another attention, as model.layers.0.self_attn." in said
+    assert "marks, got model.layers.0.self_attn." in said
+    assert "restore the config.json that the model was saved with" in said
 
 
 def test_a_generation_config_is_named(tmp_path, capsys):
