@@ -331,6 +331,8 @@ def test_a_cut_section_does_not_open_dense(family, options, tmp_path):
     if family == "llava":
         model, auto = banded_llava(), transformers.AutoModelForImageTextToText
     model.save_pretrained(tmp_path)
+    named = model.config._attn_implementation
+    assert auto.from_pretrained(tmp_path, **options).config._attn_implementation == named
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     del config.get("text_config", config)["spattention"]

@@ -261,7 +261,7 @@ def _choosing_kind(choose: Callable[..., str]) -> Callable[..., str]:
         if attn_implementation is None:
             found = next((kind.name for kind in kinds_of(self.config)), None)
             # One that lost its section is not dense by default.
-            attn_implementation = found or _required_kind(self.config)
+            attn_implementation = found or _lost_kind(self.config)
         return choose(self, attn_implementation, *args, **keywords)
 
     return chosen
@@ -316,16 +316,18 @@ def _with_strict_weights(adjust: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_meant_dense(config: Any) -> bool:
-    """True for a saved config whose section was taken off while its requirement was kept, and that
-    is opened with an attention other than the section's.
+    """True for a saved config whose section was taken off and that is opened with another
+    attention than the section's.
     """
-    if any(_kinds_below(config)) or _required_kind(config) is None:
-        return False
-    return KINDS.keys().isdisjoint(_implementations(config))
+    return _lost_kind(config) is not None and KINDS.keys().isdisjoint(_implementations(config))
 
 
-def _required_kind(config: Any) -> str | None:
-    """The kind whose requirement a saved config names, with its section or without."""
+def _lost_kind(config: Any) -> str | None:
+    """The kind that a saved config names among its requirements, if neither it nor a part of it has
+    a section.
+    """
+    if any(_kinds_below(config)):
+        return None
     fusions = getattr(config, "fusion_config", None) or {}
     return next((name for name, kind in KINDS.items() if kind.requirement in fusions), None)
 
