@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from spattention.training.pretrain import pretrain
@@ -21,3 +22,4 @@ class Storages(TrainerCallback):
 
 
 pretrain(read_recipe(Path(sys.argv[1])), Path(sys.argv[2]), callbacks=[Storages()])
+dist.destroy_process_group()

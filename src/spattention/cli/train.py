@@ -7,6 +7,7 @@ import logging
 import math
 from pathlib import Path
 
+import torch.distributed as dist
 from accelerate.utils import get_int_from_env
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,6 +69,8 @@ def main(options: Options) -> None:
             f"Stopped at step {outcome.step} of {outcome.steps}; the same command resumes.",
             highlight=False,
         )
+    if dist.is_initialized():  # threads of gloo that are left at the exit of a rank may abort it
+        dist.destroy_process_group()
 
 
 def _check_model(name: str) -> None:

@@ -89,6 +89,9 @@ def pretrain(
 ) -> Outcome:
     """Train, or continue where an earlier call with this folder stopped or was killed.
 
+    Under torchrun the process group stays open: end your script with
+    `torch.distributed.destroy_process_group()`, as a rank that leaves it open may abort at exit.
+
     Args:
         recipe: model, data and settings of the run.
         folder: checkpoints, metrics and results; new, or of an earlier call.
