@@ -4,9 +4,14 @@ Training doubles small differences every few steps until curves are as far apart
 one pair of curves tells little. Here each seed has a curve of one GPU for every split of a step's
 rows into micro-batches, and one of context parallelism. Does the latter lie no farther from the
 former than those lie apart? The summary answers with the mean excess over seeds, which is at most 0
-if so, the interval that holds it with 95 % confidence, and the distances of every seed:
+if so, the interval that holds it with 95 % confidence, and the distances of every seed.
 
-    torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --output curves.json
+Splits sum over rows in another order, and share every bit of a row's forward pass. Attention on
+shards sums over keys in another order, as other kernels of one GPU do, of which a seed may have a
+curve too:
+
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --losses --curves one parallel other \
+        --output curves.json
     python -m benchmarks.parallel_losses curves.json --output losses.json
 """
 
@@ -18,19 +23,24 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from spattention.benchmarking.results import write_rows
+from spattention.impl import reference
 
 from .parallel_training import drawn_tokens, llama
 from .rank import Machine, Row
 
 SPLITS = ((4,), (2, 2), (3, 1))  # rows of the micro-batches of a step of one GPU
 FIRST = 60  # steps, before small differences have grown
+OTHER = "one GPU, other kernels"
 # Student's t for an interval of 95 %, by degrees of freedom from 1 on; the last for all above.
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -49,6 +59,14 @@ def losses(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
             dist.all_gather_object(found, mine)
         for way, curve in sorted((way, curve) for curves in found for way, curve in curves.items()):
             yield {**common, "way": f"one GPU, {way}", "ranks": 1, **ends(curve), "losses": curve}
+        if "other" in options.curves:
+
+            def other(seed: int = seed) -> list[float]:
+                with other_kernels(machine.device):
+                    return train(options, machine, seed, SPLITS[0], None)
+
+            curve = machine.alone(other)
+            yield {**common, "way": OTHER, "ranks": 1, **ends(curve), "losses": curve}
         if "parallel" in options.curves:
             curve = train(options, machine, seed, SPLITS[0], mesh)
             row = {**common, "way": "context parallelism", "ranks": machine.ranks}
@@ -57,6 +75,22 @@ def losses(options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
 
 def ends(curve: list[float]) -> Row:
     return {"first_loss": curve[0], "last_loss": curve[-1]}
+
+
+@contextmanager
+def other_kernels(device: torch.device) -> Iterator[None]:
+    """Attention of one GPU by the portable kernels instead of those for Hopper, on the CPU by a
+    dense mask: it sums in another order."""
+    attention = import_module("spattention.attention")
+    with ExitStack() as patches:
+        # A form of a call remembers the kernels that ran.
+        patches.enter_context(mock.patch.object(attention, "form_of", return_value=None))
+        if device.type == "cuda":
+            hopper = import_module("spattention.impl.triton.hopper")
+            patches.enter_context(mock.patch.object(hopper, "plan", return_value=None))
+        else:
+            patches.enter_context(mock.patch.object(attention, "choose", return_value=reference))
+        yield
 
 
 def train(
@@ -100,33 +134,37 @@ def distance(curve: list[float], other: list[float]) -> float:
 
 
 def summary(curves: list[Row]) -> Iterator[Row]:
-    """Distances of the first steps and of all: means over pairs and seeds, and the excess of
-    context parallelism with its interval over seeds."""
-    for steps in (FIRST, None):
+    """Distances of the first steps and of all: means over pairs and seeds, and the excess over the
+    splits of one GPU with its interval over seeds."""
+    ways = "context parallelism", OTHER
+    for steps, way in itertools.product((FIRST, None), ways):
         alone, apart = [], []
-        for seed in sorted({row["seed"] for row in curves if row["ranks"] > 1}):
+        for seed in sorted({row["seed"] for row in curves if row["way"] == way}):
             of_seed = [row for row in curves if row["seed"] == seed]
-            single = [row["losses"][:steps] for row in of_seed if row["ranks"] == 1]
-            (parallel,) = (row["losses"][:steps] for row in of_seed if row["ranks"] > 1)
+            single = [row["losses"][:steps] for row in of_seed if row["way"] not in ways]
+            (chosen,) = (row["losses"][:steps] for row in of_seed if row["way"] == way)
             pairs = itertools.combinations(single, 2)
             alone.append(statistics.fmean(itertools.starmap(distance, pairs)))
-            apart.append(statistics.fmean(distance(parallel, other) for other in single))
+            apart.append(statistics.fmean(distance(chosen, other) for other in single))
+        if len(apart) < 2:  # their scatter is to be known
+            continue
         excess = [b - a for a, b in zip(alone, apart)]
         mean = statistics.fmean(excess)
         error = statistics.stdev(excess) / math.sqrt(len(excess))
         half = T_95[min(len(excess) - 1, len(T_95)) - 1] * error
+        name = way.replace(" ", "_").replace(",", "")
         yield {
             "part": "distances",
-            "way": "context parallelism",
+            "way": way,
             "steps": steps or len(curves[0]["losses"]),
             "seeds": len(excess),
             "of_one_gpu": statistics.fmean(alone),
-            "of_context_parallelism": statistics.fmean(apart),
+            f"of_{name}": statistics.fmean(apart),
             "excess": mean,
             "excess_95": [mean - half, mean + half],
             "no_farther": mean <= 0,
             "seeds_no_farther": sum(each <= 0 for each in excess),
-            "by_seed": {"of_one_gpu": alone, "of_context_parallelism": apart},
+            "by_seed": {"of_one_gpu": alone, f"of_{name}": apart},
         }
 
 
@@ -137,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     read = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
     curves = [row for each in read for row in each["rows"] if row["part"] == "losses"]
-    if len({row["seed"] for row in curves if row["ranks"] > 1}) < 2:
+    if not any(summary(curves)):
         parser.error("the files must hold at least two seeds, whose scatter is to be known")
     environment = {name: read[0][name] for name in ("gpu", "triton") if name in read[0]}
     rows = [*summary(curves), *curves]

@@ -1,6 +1,9 @@
 """The comparison of loss curves of context parallelism with those of one GPU."""
 
-from benchmarks.parallel_losses import summary
+import torch
+
+from benchmarks.parallel_losses import OTHER, other_kernels, summary
+from spattention import BandPattern, band_attention
 
 STEPS = 4
 
@@ -15,8 +18,8 @@ def curves(seed: int, parallel: float) -> list[dict]:
     return [*one, curve(seed, "context parallelism", 2, parallel)]
 
 
-def of_all_steps(rows: list[dict]) -> dict:
-    (found,) = (row for row in summary(rows) if row["steps"] == STEPS)
+def of_all_steps(rows: list[dict], way: str = "context parallelism") -> dict:
+    (found,) = (row for row in summary(rows) if row["steps"] == STEPS and row["way"] == way)
     return found
 
 
@@ -38,3 +41,25 @@ def test_an_excess_is_no_farther_up_to_zero():
     found = of_all_steps([*curves(0, 2.0), *curves(1, 4.0)])
     assert found["no_farther"] is True
     assert found["seeds_no_farther"] == 1
+
+
+def test_other_kernels_are_compared_as_well():
+    """With the same pairs of one GPU, over the seeds that have a curve of them."""
+    rows = [*curves(0, 10.0), *curves(1, 12.0), *curves(2, 50.0)]
+    rows += [curve(0, OTHER, 1, 10.0), curve(1, OTHER, 1, 12.0)]
+    found = of_all_steps(rows, OTHER)
+    assert found["seeds"] == 2
+    assert abs(found["excess"] - 22 / 3) < 1e-12
+    assert of_all_steps(rows)["seeds"] == 3
+
+
+def test_other_kernels_differ_in_few_bits():
+    """They replace those of a form that has run before, and only inside the context."""
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 4, 256, 32, generator=random).bfloat16() for _ in range(3)]
+    pattern = BandPattern.shared_local(4, 256, widths="geometric")
+    before = band_attention(*tensors, pattern)
+    with other_kernels(torch.device("cpu")):
+        other = band_attention(*tensors, pattern)
+    assert 0 < (other != before).double().mean() < 0.01
+    assert torch.equal(before, band_attention(*tensors, pattern))
