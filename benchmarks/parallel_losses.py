@@ -142,6 +142,8 @@ def summary(curves: list[Row]) -> Iterator[Row]:
         for seed in sorted({row["seed"] for row in curves if row["way"] == way}):
             of_seed = [row for row in curves if row["seed"] == seed]
             single = [row["losses"][:steps] for row in of_seed if row["way"] not in ways]
+            if len(single) < 2:
+                continue
             (chosen,) = (row["losses"][:steps] for row in of_seed if row["way"] == way)
             pairs = itertools.combinations(single, 2)
             alone.append(statistics.fmean(itertools.starmap(distance, pairs)))

@@ -89,8 +89,9 @@ def operator(options: argparse.Namespace, machine: Machine) -> Row:
 
 def joined(part: torch.Tensor, shards: Shards) -> torch.Tensor:
     """The whole of a tensor `[B, H, tokens, D]` of which each rank has as much."""
+    part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(shards.ranks)]
-    dist.all_gather(parts, part.contiguous())
+    dist.all_gather(parts, part)
     return shards.join(parts, dim=2)
 
 

@@ -54,3 +54,20 @@ def test_forms_of_the_exchange_take_turns(tmp_path):
     assert {"one GPU", "before", "now", "Ulysses, contiguous", "all-gather, balanced"} <= ways
     apart = [row["out"] for row in rows if row["part"] == "difference from one GPU"]
     assert max(apart) < 0.05
+
+
+@pytest.mark.slow
+def test_one_gpus_attention_has_one_gpus_gradients(tmp_path):
+    """In context parallelism it is as far from one process as splits are; a few of its numbers off
+    by one in the last bit put it farther, as attention on shards is."""
+    output = tmp_path / "rounding.json"
+    sizes = "--length 256 --heads 4 --context 64 --hidden 256 --layers 2 --seeds 1"
+    options = ["--device", "cpu", *sizes.split(), "--output", output]
+    launch(2, "-m", "benchmarks.parallel_rounding", *options)
+    operator, *rows = json.loads(output.read_text())["rows"]
+    assert operator["out"]["error_over_that_of_one"] < 1.01
+    far = {row["way"]: row["q_proj"] for row in rows}
+    splits = far["one GPU, splits"]
+    assert 0.8 < far["both of one GPU"] / splits < 1.2
+    for way in ("context parallelism", "one GPU, other kernels", "both, 20 numbers moved"):
+        assert far[way] > 1.5 * splits, way
