@@ -41,6 +41,12 @@ from .rank import Machine, Row
 SPLITS = ((4,), (2, 2), (3, 1))  # rows of the micro-batches of a step of one GPU
 FIRST = 60  # steps, before small differences have grown
 OTHER = "one GPU, other kernels"
+WAYS = {"context_parallelism": "context parallelism", "other_kernels": OTHER}
+COMPARED = (
+    ("context_parallelism", "one_gpu"),
+    ("other_kernels", "one_gpu"),
+    ("context_parallelism", "other_kernels"),
+)
 # Student's t for an interval of 95 %, by degrees of freedom from 1 on; the last for all above.
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -133,40 +139,47 @@ def distance(curve: list[float], other: list[float]) -> float:
     return statistics.fmean(abs(a - b) for a, b in zip(curve, other, strict=True))
 
 
+def of_seed(curves: list[Row], steps: int | None) -> dict[str, float]:
+    """Mean distances of one seed's curves: of pairs of splits, and of what there is besides from
+    the splits."""
+    named = {row["way"]: row["losses"][:steps] for row in curves}
+    others = {name: named.pop(way) for name, way in WAYS.items() if way in named}
+    pairs = list(itertools.combinations(named.values(), 2))
+    if not pairs:
+        return {}
+    found = {"one_gpu": statistics.fmean(itertools.starmap(distance, pairs))}
+    for name, curve in others.items():
+        found[name] = statistics.fmean(distance(curve, each) for each in named.values())
+    return found
+
+
 def summary(curves: list[Row]) -> Iterator[Row]:
-    """Distances of the first steps and of all: means over pairs and seeds, and the excess over the
-    splits of one GPU with its interval over seeds."""
-    ways = "context parallelism", OTHER
-    for steps, way in itertools.product((FIRST, None), ways):
-        alone, apart = [], []
-        for seed in sorted({row["seed"] for row in curves if row["way"] == way}):
-            of_seed = [row for row in curves if row["seed"] == seed]
-            single = [row["losses"][:steps] for row in of_seed if row["way"] not in ways]
-            if len(single) < 2:
-                continue
-            (chosen,) = (row["losses"][:steps] for row in of_seed if row["way"] == way)
-            pairs = itertools.combinations(single, 2)
-            alone.append(statistics.fmean(itertools.starmap(distance, pairs)))
-            apart.append(statistics.fmean(distance(chosen, other) for other in single))
-        if len(apart) < 2:  # their scatter is to be known
+    """Distances of the first steps and of all: means over pairs and seeds, and the excess of one
+    way over another with its interval over seeds."""
+    seeds = sorted({row["seed"] for row in curves})
+    for steps, (way, base) in itertools.product((FIRST, None), COMPARED):
+        rows = [of_seed([row for row in curves if row["seed"] == seed], steps) for seed in seeds]
+        both = [(row[base], row[way]) for row in rows if way in row and base in row]
+        if len(both) < 2:  # their scatter is to be known
             continue
-        excess = [b - a for a, b in zip(alone, apart)]
+        less, more = ([*each] for each in zip(*both))
+        excess = [b - a for a, b in both]
         mean = statistics.fmean(excess)
         error = statistics.stdev(excess) / math.sqrt(len(excess))
         half = T_95[min(len(excess) - 1, len(T_95)) - 1] * error
-        name = way.replace(" ", "_").replace(",", "")
         yield {
             "part": "distances",
-            "way": way,
+            "way": WAYS[way],
+            "compared_with": WAYS.get(base, "one GPU, splits"),
             "steps": steps or len(curves[0]["losses"]),
             "seeds": len(excess),
-            "of_one_gpu": statistics.fmean(alone),
-            f"of_{name}": statistics.fmean(apart),
+            f"of_{base}": statistics.fmean(less),
+            f"of_{way}": statistics.fmean(more),
             "excess": mean,
             "excess_95": [mean - half, mean + half],
             "no_farther": mean <= 0,
             "seeds_no_farther": sum(each <= 0 for each in excess),
-            "by_seed": {"of_one_gpu": alone, f"of_{name}": apart},
+            "by_seed": {f"of_{base}": less, f"of_{way}": more},
         }
 
 

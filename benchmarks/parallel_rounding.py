@@ -95,6 +95,12 @@ def joined(part: torch.Tensor, shards: Shards) -> torch.Tensor:
     return shards.join(parts, dim=2)
 
 
+def attended(attend: Callable[..., Any], inputs: list[torch.Tensor], how: Any) -> torch.Tensor:
+    """Output of an operator on query, key and value."""
+    found: torch.Tensor = attend(*inputs, how)
+    return found
+
+
 class _Attention(torch.autograd.Function):
     """Attention on a shard, of which passes may be one GPU's."""
 
@@ -104,8 +110,8 @@ class _Attention(torch.autograd.Function):
         own = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         whole = [joined(tensor.detach(), shards).requires_grad_() for tensor in own]
         with torch.enable_grad():
-            by_shards = sharded_attention(*own, plan)
-            by_one = band_attention(*whole, plan.pattern)
+            by_shards = attended(sharded_attention, own, plan)
+            by_one = attended(band_attention, whole, plan.pattern)
         ctx.shards = shards
         ctx.recorded = (by_one, whole) if way.whole_backward else (by_shards, own)
         out = shards.split(by_one, rank, dim=2) if way.whole_forward else by_shards

@@ -18,8 +18,11 @@ def curves(seed: int, parallel: float) -> list[dict]:
     return [*one, curve(seed, "context parallelism", 2, parallel)]
 
 
-def of_all_steps(rows: list[dict], way: str = "context parallelism") -> dict:
-    (found,) = (row for row in summary(rows) if row["steps"] == STEPS and row["way"] == way)
+def of_all_steps(rows: list[dict], *compared: str) -> dict:
+    """The row that compares two ways, context parallelism and splits by default."""
+    compared = compared or ("context parallelism", "one GPU, splits")
+    rows = [row for row in summary(rows) if row["steps"] == STEPS]
+    (found,) = (row for row in rows if (row["way"], row["compared_with"]) == compared)
     return found
 
 
@@ -44,12 +47,14 @@ def test_an_excess_is_no_farther_up_to_zero():
 
 
 def test_other_kernels_are_compared_as_well():
-    """With the same pairs of one GPU, over the seeds that have a curve of them."""
+    """With the same splits, and with context parallelism, over the seeds that have a curve of them
+    and splits."""
     rows = [*curves(0, 10.0), *curves(1, 12.0), *curves(2, 50.0)]
-    rows += [curve(0, OTHER, 1, 10.0), curve(1, OTHER, 1, 12.0)]
-    found = of_all_steps(rows, OTHER)
+    rows += [curve(seed, OTHER, 1, 10.0 + 2 * seed) for seed in (0, 1, 3)]
+    found = of_all_steps(rows, OTHER, "one GPU, splits")
     assert found["seeds"] == 2
     assert abs(found["excess"] - 22 / 3) < 1e-12
+    assert of_all_steps(rows, "context parallelism", OTHER)["excess"] == 0.0
     assert of_all_steps(rows)["seeds"] == 3
 
 
