@@ -319,6 +319,21 @@ def test_a_foreign_recipe_is_left_out(recipe):
     assert pattern.heads(0, 1).to_dict()["span"] == 8
 
 
+@pytest.mark.parametrize(
+    "edited", [{"local": 3}, {"num_heads": 4}, {"span": 32}, {"depth": 1}, {"heads": [0, 1]}]
+)
+def test_a_recipe_that_gives_other_bands_is_left_out(edited):
+    """It would be printed as what runs."""
+    pattern = BandPattern.shared_local(2, 16, prefix=2)
+    data = pattern.to_dict()
+    data["recipe"] = data["recipe"] | edited
+    with pytest.warns(UserWarning, match="`recipe` must give its `intervals`, got .*shared_local"):
+        found = BandPattern.from_dict(data)
+    assert found == pattern
+    assert found.constructor is None
+    assert eval(repr(found)) == pattern
+
+
 def test_flat_pads_each_head_to_two_intervals():
     pattern = BandPattern(intervals=(((0, 2),), ((0, 1), (3, 5)), ()), span=6)
     assert pattern.flat == (0, 2, 0, 0, 0, 1, 3, 5, 0, 0, 0, 0)

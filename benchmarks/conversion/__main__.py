@@ -35,7 +35,7 @@ from . import choices, flex
 from .measure import PARTS, Sizes, measure
 from .rows import ROWS, Budget, Row
 from .text import Text, digests, read_text
-from .train import Schedule, train, with_lora
+from .train import Schedule, Teacher, train, with_lora
 
 MILLION = 1_000_000
 
@@ -176,7 +176,7 @@ def _runs(options: Options, results: list[dict[str, Any]]) -> Iterator[tuple[str
     for tokens in sorted(options.tokens):
         for seed in options.seeds if tokens else options.seeds[:1]:
             for name in options.rows if tokens else options.untrained or options.rows:
-                if tokens or not ROWS[name].lora:
+                if tokens or not (ROWS[name].lora or ROWS[name].teacher):
                     run = (name, seed, tokens)
                     known = (
                         any(d[0] == name and d[2] == 0 for d in done) if not tokens else run in done
@@ -202,6 +202,14 @@ def _earlier(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def _open(options: Options) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
+
+
+def _teacher(options: Options, row: Row) -> Teacher | None:
+    """The model before it is converted, where it has a share in the row's loss."""
+    if not row.teacher:
+        return None
+    model = _open(options).eval()
+    return Teacher(model.bfloat16() if model.device.type == "cuda" else model, row.teacher)
 
 
 def _profile(options: Options, text: Text, tokenizer: Any) -> Profile:
@@ -251,7 +259,10 @@ def _run(
         if kept and kept.exists():
             facts["train"] = _take(model, kept)
         else:
-            facts["train"] = train(model, text.train, count, schedule, seed=seed, lora=row.lora)
+            facts["train"] = train(
+                model, text.train, count, schedule, seed=seed, lora=row.lora,
+                teacher=_teacher(options, row),
+            )  # fmt: skip
             if kept:
                 _give(model, facts["train"], kept)
         if on_gpu:  # what training used, for other processes on the same GPU

@@ -35,12 +35,14 @@ class Row:
         patterns: of a profile and a budget; None for a model that stays dense.
         sinks: give each head a sink that starts from the measured score of the first tokens.
         lora: train low-rank adapters instead of all weights.
+        teacher: share of the loss that is the divergence from the model before it was converted.
         like: the row that has the same patterns, where files of patterns name that one.
     """
 
     patterns: Callable[[Profile, Budget], Sequence[BandPattern]] | None
     sinks: bool = False
     lora: bool = False
+    teacher: float = 0.0
     like: str | None = None
 
 
@@ -139,4 +141,7 @@ ROWS: dict[str, Row] = {
     "window-prefix-lora": Row(_window(PREFIX), lora=True),
     "fitted-shares-lora": Row(_fitted(prefix=PREFIX, fetch=1.0), lora=True),
     "fitted-lora": Row(_fitted(prefix=PREFIX), lora=True, like="fitted"),
+    "dense-teacher": Row(None, teacher=0.5),
+    "fitted-teacher": Row(_fitted(prefix=PREFIX), teacher=0.5, like="fitted"),
+    "fitted-teacher-alone": Row(_fitted(prefix=PREFIX), teacher=1.0, like="fitted"),
 }

@@ -1,4 +1,8 @@
-"""Training of a converted model: AdamW, linear warm-up, cosine decay to 0, all weights or LoRA."""
+"""Training of a converted model: AdamW, linear warm-up, cosine decay to 0, all weights or LoRA.
+
+With a teacher, the model as it was before it was converted, a share of the loss is the divergence
+of its next-token distributions from the teacher's (Hinton et al., arXiv:1503.02531, temperature 1).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spattention.compat.pytorch import raise_recompile_limit
@@ -46,6 +51,14 @@ class Schedule:
     compiled: bool = False
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, and its share of the loss, from 0 to 1."""
+
+    model: Any
+    share: float
+
+
 def with_lora(model: Any, schedule: Schedule) -> Any:
     """The model with adapters in all linear layers of its decoder."""
     from peft import LoraConfig, get_peft_model
@@ -55,11 +68,19 @@ def with_lora(model: Any, schedule: Schedule) -> Any:
 
 
 def train(
-    model: Any, windows: Tensor, tokens: int, schedule: Schedule, *, seed: int, lora: bool
+    model: Any,
+    windows: Tensor,
+    tokens: int,
+    schedule: Schedule,
+    *,
+    seed: int,
+    lora: bool,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Train in place on about `tokens` tokens; returns losses by step and the time it took.
 
-    On a GPU all products are bfloat16 and the weights that are trained have float32 masters.
+    The losses are those that are minimized, with the teacher's share. On a GPU all products are
+    bfloat16 and the weights that are trained have float32 masters.
     """
     torch.manual_seed(seed)
     context = windows.shape[1]
@@ -74,7 +95,7 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     chosen = order(len(windows), steps * schedule.batch, seed).view(steps, schedule.batch)
     model.train()
-    losses = []
+    losses: list[Tensor] = []
 
     def update(step: int, batch: Tensor) -> None:
         for group in optimizer.param_groups:
@@ -82,7 +103,13 @@ def train(
         total = torch.zeros((), device=model.device)
         for rows in batch.split(schedule.micro_batch):
             ids = windows[rows].to(model.device, non_blocking=True)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            found = model(input_ids=ids, labels=ids, use_cache=False)
+            loss = found.loss
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = teacher.model(input_ids=ids, use_cache=False).logits
+                apart = divergence(found.logits.flatten(0, 1), taught.flatten(0, 1))
+                loss = torch.lerp(loss, apart, teacher.share)
             loss = loss * (len(rows) / schedule.batch)
             loss.backward()
             total += loss.detach()
@@ -91,18 +118,19 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses.append(total)
 
+    divergence = torch.compile(_divergence, dynamic=False) if schedule.compiled else _divergence
     began = time.perf_counter()
     with compiled(model) if schedule.compiled else nullcontext():
         for step, batch in enumerate(chosen):
             update(step, batch)
-    found = torch.stack(losses).tolist()
-    if not all(map(math.isfinite, found)):
-        raise SystemExit(f"the loss must be finite, got {found}")
+    curve = torch.stack(losses).tolist()
+    if not all(map(math.isfinite, curve)):
+        raise SystemExit(f"the loss must be finite, got {curve}")
     return {
         "steps": steps,
         "tokens": steps * schedule.batch * context,
         "seconds": time.perf_counter() - began,
-        "losses": [round(loss, 4) for loss in found[:: max(1, steps // 50)]],
+        "losses": [round(loss, 4) for loss in curve[:: max(1, steps // 50)]],
         "parameters": sum(p.numel() for p in trained),
     }
 
@@ -129,6 +157,13 @@ def compiled(model: Any) -> Iterator[None]:
         base.loss_function = loss
         for layer in layers:
             del layer.forward
+
+
+def _divergence(logits: Tensor, taught: Tensor) -> Tensor:
+    """Mean over tokens of KL(teacher || student) in nats, from logits `[T, V]`, in float32."""
+    logs = F.log_softmax(logits.float(), dim=-1)
+    wanted = F.log_softmax(taught.float(), dim=-1)
+    return F.kl_div(logs, wanted, reduction="batchmean", log_target=True)
 
 
 def _share(step: int, steps: int) -> float:

@@ -25,6 +25,7 @@ The same with `prefix=1`, the first token in every head:
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+from .constructor import differs, plain
 from .scalars import as_int
 from .widths import Interval, Widths, band_edges, integer, integers, local_windows, merged
 
@@ -87,7 +89,7 @@ class BandPattern:
         object.__setattr__(self, "intervals", heads)
         object.__setattr__(self, "span", span)
         object.__setattr__(self, "prefix", _prefix(self.prefix, span))
-        object.__setattr__(self, "constructor", _plain(self.constructor))
+        object.__setattr__(self, "constructor", plain(self.constructor))
         padded = ((*head, *((0, 0),) * (MAX_INTERVALS - len(head))) for head in heads)
         flat = tuple(edge for head in padded for interval in head for edge in interval)
         object.__setattr__(self, "_flat", flat)
@@ -341,7 +343,7 @@ class BandPattern:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BandPattern:
         """The pattern that `to_dict` wrote. The intervals are what counts; the constructor's
-        arguments are kept for reading.
+        arguments are kept for reading, and left out with a warning if they give other intervals.
 
         Raises:
             ValueError: if the version is not known, or an entry is missing or breaks a rule of
@@ -366,7 +368,15 @@ class BandPattern:
                 f"the pattern lacks {missing}, got the entries {sorted(map(str, data))}"
             )
         prefix = data.get("prefix", 0)
-        return cls(data["intervals"], data["span"], data.get("recipe"), prefix=prefix)
+        pattern = cls(data["intervals"], data["span"], data.get("recipe"), prefix=prefix)
+        if not differs(pattern):
+            return pattern
+        warnings.warn(
+            f"the pattern's `recipe` must give its `intervals`, got {pattern}, which does not: "
+            "the intervals count, and the recipe is left out",
+            stacklevel=2,
+        )
+        return cls(pattern.intervals, pattern.span, prefix=prefix)
 
     def __repr__(self) -> str:
         arguments: dict[str, Any]
@@ -474,23 +484,3 @@ def _heads(intervals: Any) -> Intervals:
         raise ValueError(f"{rule}, got {reprlib.repr(intervals)}") from None
     as_integer = partial(integer, "intervals")
     return tuple(tuple((as_integer(near), as_integer(far)) for near, far in head) for head in pairs)
-
-
-def _plain(constructor: Any) -> dict[str, Any] | None:
-    """A copy of plain strings, integers and lists, as JSON keeps them; None for anything else,
-    since a constructor that came with a file is only for reading."""
-    if not isinstance(constructor, Mapping) or not isinstance(constructor.get("name"), str):
-        return None
-    plain: dict[str, Any] = {}
-    try:
-        for name, value in constructor.items():
-            if isinstance(value, str):
-                plain[str(name)] = value
-            elif as_int(value) is None and isinstance(value, Iterable):
-                plain[str(name)] = list(integers("constructor", value))
-            else:
-                plain[str(name)] = integer("constructor", value)
-    except ValueError:
-        return None
-    heads = plain.get("heads", [0, 0])
-    return plain if isinstance(heads, list) and len(heads) == 2 else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .bands import BandPattern
+from .constructor import CONSTRUCTORS
 from .files import did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .baselines import Baseline
 
 STOCK = "dense"
-PATTERNS = ("shared_local", "exclusive", "sliding_window", "gapped", "local_only")
 EXPLICIT = "intervals"  # a pattern written out
 # name on the command line -> class in `spattention.baselines`, and what the name says already
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -142,8 +142,8 @@ def attention_choice(text: str, num_heads: int, span: int) -> AttentionChoice:
         return DenseAttention(num_heads)
     if is_other(text):
         return OtherAttention(text, other_attention(text, num_heads, span))
-    if name not in (STOCK, *PATTERNS, EXPLICIT):
-        raise _unknown("a pattern", name, (STOCK, *PATTERNS, EXPLICIT, *BASELINES, *RELATED))
+    if name not in (*CONSTRUCTORS, EXPLICIT):
+        raise _unknown("a pattern", name, (*CONSTRUCTORS, EXPLICIT, *BASELINES, *RELATED))
     return BandAttention(text, named_pattern(text, num_heads, span))
 
 
@@ -156,7 +156,7 @@ def named_pattern(text: str, num_heads: int, span: int, what: str = "a pattern")
     """Read the name of a pattern with its options, as in `attention_choice`; `dense` attends
     everything. Errors call it `what`."""
     name, colon, rest = text.partition(":")
-    known_names = (STOCK, *PATTERNS, EXPLICIT)
+    known_names = (*CONSTRUCTORS, EXPLICIT)
     if name not in known_names:
         raise _unknown(what, name, known_names)
     if name == EXPLICIT:

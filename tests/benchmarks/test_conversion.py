@@ -86,18 +86,19 @@ def test_rows_are_measured_and_a_second_call_continues(home, tmp_path):
     assert first[1]["pairs"] <= 0.5 < first[0]["pairs"]
     assert all(0 < row["loss"]["books"]["mean"] < 10 for row in first)
     assert list(first[0]["passkeys"]["96"]) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
-    more = ["--rows", "dense", "fitted", "window-sinks", "fitted-lora", "--tokens", "0", "0.001"]
+    names = ["dense", "fitted", "window-sinks", "fitted-lora", "fitted-teacher"]
+    more = ["--rows", *names, "--tokens", "0", "0.001"]
     run(home, output, *more, *parts)
     rows = json.loads(output.read_text())["rows"]
     assert rows[:2] == first
     assert [(row["row"], row["million_tokens"]) for row in rows[2:]] == [
         ("window-sinks", 0), ("dense", 0.001), ("fitted", 0.001), ("window-sinks", 0.001),
-        ("fitted-lora", 0.001),
+        ("fitted-lora", 0.001), ("fitted-teacher", 0.001),
     ]  # fmt: skip
     assert rows[3]["train"]["steps"] == round(1000 / (2 * CONTEXT))
     assert len(rows[2]["sinks"]) == LAYERS
     patterns = json.loads(output.with_suffix(".patterns.json").read_text())
-    assert set(patterns) == {"fitted", "window-sinks", "fitted-lora"}
+    assert set(patterns) == {"fitted", "window-sinks", "fitted-lora", "fitted-teacher"}
     assert len(patterns["fitted"]["patterns"]) == LAYERS
     assert set(json.loads(output.read_text())["settings"]["text"]) == {
         "train_books", "val_books", "val_long",
@@ -189,6 +190,44 @@ def test_compiled_training_is_the_same(bands):
         found.append((facts["losses"], model(windows[:1]).logits))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_teacher_is_what_training_approaches(compiled):
+    """A dense student of itself has nothing to learn; one with bands comes nearer to it."""
+    windows = torch.randint(0, 320, (8, 24), generator=torch.Generator().manual_seed(1))
+    schedule = train.Schedule(2, 1, 1e-2, 1e-3, 4, compiled)
+    teacher = train.Teacher(tiny(), 1.0)
+    kept = [p.clone() for p in teacher.model.parameters()]
+    more = {"seed": 0, "lora": False, "teacher": teacher}
+    facts = train.train(tiny(), windows, 2 * 24, schedule, **more)
+    assert facts["losses"] == [pytest.approx(0, abs=1e-4)]
+    model = tiny()
+    spa.hf.apply(model, PATTERNS)
+    losses = train.train(model, windows, 40 * 2 * 24, schedule, **more)["losses"]
+    assert losses[-1] < 0.5 * losses[0]
+    with torch.no_grad():
+        own = model.train()(input_ids=windows, labels=windows, use_cache=False)
+        logs, taught = (each.log_softmax(-1) for each in (own.logits, tiny()(windows).logits))
+    apart = (taught.exp() * (taught - logs)).sum(-1).mean()
+    assert apart < 1.1 * losses[-1]
+    assert all(map(torch.equal, teacher.model.parameters(), kept))
+
+
+def test_the_loss_is_shared_with_the_teacher():
+    windows = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(1))
+    schedule = train.Schedule(2, 2, 1e-2, 1e-3, 4)
+    torch.manual_seed(5)
+    other = LlamaForCausalLM(tiny().config).eval()
+    first = [
+        train.train(
+            tiny(), windows, 2 * 24, schedule, seed=0, lora=False,
+            teacher=None if share is None else train.Teacher(other, share),
+        )["losses"][0]
+        for share in (None, 0.0, 0.25, 1.0)
+    ]  # fmt: skip
+    assert first[1] == first[0]
+    assert first[2] == pytest.approx(0.75 * first[0] + 0.25 * first[3], abs=2e-4)
 
 
 LONG = torch.randint(0, 320, (3, 128), generator=torch.Generator().manual_seed(2))

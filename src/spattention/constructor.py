@@ -1,0 +1,44 @@
+"""The constructor of a pattern and its arguments, kept beside the bands for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .scalars import as_int
+from .widths import integer, integers
+
+CONSTRUCTORS = ("dense", "shared_local", "exclusive", "sliding_window", "gapped", "local_only")
+
+
+def plain(constructor: Any) -> dict[str, Any] | None:
+    """A copy of plain strings, integers and lists, as JSON keeps them; None for anything else,
+    since a constructor that came with a file is only for reading."""
+    if not isinstance(constructor, Mapping) or not isinstance(constructor.get("name"), str):
+        return None
+    plain: dict[str, Any] = {}
+    try:
+        for name, value in constructor.items():
+            if isinstance(value, str):
+                plain[str(name)] = value
+            elif as_int(value) is None and isinstance(value, Iterable):
+                plain[str(name)] = list(integers("constructor", value))
+            else:
+                plain[str(name)] = integer("constructor", value)
+    except ValueError:
+        return None
+    heads = plain.get("heads", [0, 0])
+    return plain if isinstance(heads, list) and len(heads) == 2 else None
+
+
+def differs(pattern: Any) -> bool:
+    """True if a constructor of this library gives a `BandPattern` other bands than it has."""
+    arguments = dict(pattern.constructor or {})
+    name, heads = arguments.pop("name", None), arguments.pop("heads", None)
+    if name not in CONSTRUCTORS:
+        return False
+    try:
+        made = getattr(type(pattern), name)(**arguments, prefix=pattern.prefix)
+        return bool(pattern != (made if heads is None else made.heads(*heads)))
+    except (TypeError, ValueError):
+        return True
