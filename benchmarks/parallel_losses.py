@@ -87,10 +87,10 @@ def ends(curve: list[float]) -> Row:
 def other_kernels(device: torch.device) -> Iterator[None]:
     """Attention of one GPU by the portable kernels instead of those for Hopper, on the CPU by a
     dense mask: it sums in another order."""
-    attention = import_module("spattention.attention")
+    attention, binding = (import_module(f"spattention.{name}") for name in ("attention", "binding"))
     with ExitStack() as patches:
-        # A form of a call remembers the kernels that ran.
-        patches.enter_context(mock.patch.object(attention, "form_of", return_value=None))
+        for module in (attention, binding):  # a form of a call remembers the kernels that ran
+            patches.enter_context(mock.patch.object(module, "form_of", return_value=None))
         if device.type == "cuda":
             hopper = import_module("spattention.impl.triton.hopper")
             patches.enter_context(mock.patch.object(hopper, "plan", return_value=None))

@@ -4,6 +4,7 @@ import torch
 
 from benchmarks.parallel_losses import OTHER, other_kernels, summary
 from spattention import BandPattern, band_attention
+from spattention.impl import reference
 
 STEPS = 4
 
@@ -56,6 +57,17 @@ def test_other_kernels_are_compared_as_well():
     assert abs(found["excess"] - 22 / 3) < 1e-12
     assert of_all_steps(rows, "context parallelism", OTHER)["excess"] == 0.0
     assert of_all_steps(rows)["seeds"] == 3
+
+
+def test_other_kernels_are_remembered_by_no_form(monkeypatch):
+    """A form that remembered them would run them outside the context too."""
+    seen = []
+    stock = reference.attend
+    monkeypatch.setattr(reference, "attend", lambda call: seen.append(call.form) or stock(call))
+    tensors = [torch.randn(1, 4, 8, 16) for _ in range(3)]
+    with other_kernels(torch.device("cpu")):
+        band_attention(*tensors, BandPattern.dense(4, 8))
+    assert seen == [None]
 
 
 def test_other_kernels_differ_in_few_bits():
