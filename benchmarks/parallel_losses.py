@@ -139,7 +139,7 @@ def distance(curve: list[float], other: list[float]) -> float:
     return statistics.fmean(abs(a - b) for a, b in zip(curve, other, strict=True))
 
 
-def of_seed(curves: list[Row], steps: int | None) -> dict[str, float]:
+def of_seed(curves: list[Row], steps: int) -> dict[str, float]:
     """Mean distances of one seed's curves: of pairs of splits, and of what there is besides from
     the splits."""
     named = {row["way"]: row["losses"][:steps] for row in curves}
@@ -157,7 +157,8 @@ def summary(curves: list[Row]) -> Iterator[Row]:
     """Distances of the first steps and of all: means over pairs and seeds, and the excess of one
     way over another with its interval over seeds."""
     seeds = sorted({row["seed"] for row in curves})
-    for steps, (way, base) in itertools.product((FIRST, None), COMPARED):
+    length = len(curves[0]["losses"])
+    for steps, (way, base) in itertools.product(sorted({min(FIRST, length), length}), COMPARED):
         rows = [of_seed([row for row in curves if row["seed"] == seed], steps) for seed in seeds]
         both = [(row[base], row[way]) for row in rows if way in row and base in row]
         if len(both) < 2:  # their scatter is to be known
@@ -171,7 +172,7 @@ def summary(curves: list[Row]) -> Iterator[Row]:
             "part": "distances",
             "way": WAYS[way],
             "compared_with": WAYS.get(base, "one GPU, splits"),
-            "steps": steps or len(curves[0]["losses"]),
+            "steps": steps,
             "seeds": len(excess),
             f"of_{base}": statistics.fmean(less),
             f"of_{way}": statistics.fmean(more),
