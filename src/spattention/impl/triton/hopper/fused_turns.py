@@ -40,7 +40,7 @@ def turn_of_visit(step, block, bands, visits, work, FORM: gl.constexpr):
 @gluon.jit
 def begin_turns(work, FORM: gl.constexpr):
     """A warp that begins each turn when those before it are over."""
-    block = key_block(work.p_bands, work.counts, FORM)
+    block = key_block(work.counts, FORM)
     gdc_wait()  # for the preprocess kernel
     done = 0  # visits before those of this member
     for member in range(work.counts.group if FORM.GROUPED else 1):
@@ -61,7 +61,7 @@ def begin_turns(work, FORM: gl.constexpr):
 @gluon.jit
 def end_turns(work, FORM: gl.constexpr):
     """A warp that ends each turn when its sums are on their way."""
-    block = key_block(work.p_bands, work.counts, FORM)
+    block = key_block(work.counts, FORM)
     done = 0  # visits before those of this member
     for member in range(work.counts.group if FORM.GROUPED else 1):
         bands, visits = member_visits(work, block, member, FORM)
