@@ -111,7 +111,7 @@ def fill(text: str, known: dict[str, str]) -> str:
 def filled(fields: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
     """Fields with all of their texts filled in."""
     quoted = {name: json.dumps(text)[1:-1] for name, text in known.items()}
-    return json.loads(fill(json.dumps(fields), quoted))  # type: ignore[no-any-return]
+    return json.loads(fill(json.dumps(fields), quoted))
 
 
 def named(jobs: dict[str, Job], names: Iterable[str]) -> list[Job]:
@@ -191,13 +191,18 @@ class Runner:
         """Seconds that a job gets now."""
         return min(job.seconds, self.end - time.monotonic())
 
+    def has(self, package: str) -> bool:
+        """Whether a package is given or installed."""
+        folder = self.packages.get(package)
+        return Path(folder).is_dir() if folder else installed(package)
+
     def obstacle(self, job: Job) -> str:
         """Why a job cannot start, whatever the GPUs do."""
         before = named(self.every, job.after)
         made = {path for each in before for path in each.makes}
         missing = [str(self.options.data / each) for each in job.data if each not in made]
         missing = [path for path in missing if not Path(path).exists()]
-        missing += [p for p in job.packages if p not in self.packages and not installed(p)]
+        missing += [each for each in job.packages if not self.has(each)]
         if job.gpus > len(self.gpus):
             missing.append(f"{job.gpus} GPUs")
         if missing:
