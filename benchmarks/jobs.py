@@ -58,7 +58,7 @@ class Job:
         after: jobs or groups that must have ended well.
         data: files and folders below `--data` that it reads.
         makes: those that it writes there.
-        packages: must be installed or given by `--package`, as in `vllm`, `triton-3.9.0`.
+        packages: must be installed or given by `--package`, as in `fla-core`, `triton-3.9.0`.
     """
 
     name: str
@@ -130,9 +130,9 @@ def named(jobs: dict[str, Job], names: Iterable[str]) -> list[Job]:
 
 def installed(package: str) -> bool:
     """Whether a package is there, of the version that its name ends with."""
-    name, _, number = package.partition("-")
+    name, *number = re.split(r"-(?=\d)", package)
     with suppress(PackageNotFoundError):
-        return version(name) == (number or version(name))
+        return number in ([], [version(name)])
     return False
 
 
