@@ -264,7 +264,8 @@ class Runner:
                     free[gpu] = max(free[gpu], each.deadline)
             until = time.monotonic() + self.limit(job)
             fit = [g for g in self.gpus if load[g] + Fraction(1, job.share) <= 1]
-            fit = sorted((g for g in fit if until <= held.get(g, inf)), key=load.__getitem__)
+            fit = [gpu for gpu in fit if until <= held.get(gpu, inf)]
+            fit.sort(key=load.__getitem__, reverse=True)  # what is alone finds a GPU that is free
             if len(fit) >= job.gpus:
                 self.launch(job, fit[: job.gpus])
                 continue
