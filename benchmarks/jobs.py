@@ -54,6 +54,7 @@ class Job:
         why: one line.
         gpus: number of GPUs; 0 for work of the processor.
         share: how many such jobs a GPU takes. With 1, as for timings, it is alone on its GPUs.
+        cores: of the processor, that it keeps busy; 0 is not counted.
         least: seconds that it is worth starting for; all of its limit without it.
         after: jobs or groups that must have ended well.
         data: files and folders below `--data` that it reads.
@@ -67,6 +68,7 @@ class Job:
     why: str
     gpus: int = 1
     share: int = 1
+    cores: int = 0
     least: float = inf
     after: Sequence[str] = ()
     data: Sequence[str] = ()
@@ -254,7 +256,9 @@ class Runner:
         for job in self.jobs:
             if job.name in self.tried or self.done(job):
                 continue
-            if why := self.obstacle(job):
+            cores = sum(each.job.cores for each in self.running)
+            full = cores and cores + job.cores > (os.cpu_count() or 1)
+            if why := self.obstacle(job) or ("waits for cores" if full and job.cores else ""):
                 self.state[job.name]["why"] = why
                 continue
             load, free = dict.fromkeys(self.gpus, Fraction(0)), dict.fromkeys(self.gpus, 0.0) | held
@@ -335,7 +339,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stay", action="store_true", help="wait for data that come later")
     parser.add_argument("--jobs", type=Path, default=Path(__file__).with_suffix(".toml"))
     options = parser.parse_args(arguments)
-    runner = Runner(options)
+    try:
+        runner = Runner(options)
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
     for job in runner.jobs:
         state, why = runner.state[job.name]["state"], runner.obstacle(job)
         if options.list:

@@ -105,6 +105,14 @@ def test_a_job_of_two_gpus_is_not_starved(run: Run, tmp_path: Path) -> None:
     assert processor[1] < long[1]
 
 
+def test_cores_are_counted(run: Run, tmp_path: Path) -> None:
+    """Jobs that want more cores than there are follow one another; others do not wait."""
+    jobs = [table(name, "SECONDS(0.5)", cores=10**6) for name in ("first", "second")]
+    assert run("".join([*jobs, table("beside", "SECONDS(0.1)")])).returncode == 0
+    first, second, beside = (times(tmp_path, name) for name in ("first", "second", "beside"))
+    assert beside[1] < second[0] > first[1]
+
+
 def test_a_limit_ends_a_job_and_its_children(run: Run, tmp_path: Path) -> None:
     """Also children in sessions of their own, as torchrun's."""
     child = "sleep 60 & echo $! > {output}/child; setsid sleep 61 & sleep 62"
