@@ -5,11 +5,13 @@
         --package triton-3.9.0=tritons/3.9.0
 
 A name is that of a job or of a group: `suite` is every `suite-*`. What a job comes after is run
-with it. Jobs start in the order of the file; a GPU that the next job waits for takes only jobs
-that end before it would be free. OUTPUT/NAME has a job's results and its `log`, OUTPUT/work its
-caches and checkpoints, and OUTPUT/jobs.json is at any time the state of all: exit code, seconds,
-GPUs and commit, or why a job does not run. The same command continues with what is not done, and
-comes last to what failed before. The file of jobs is read again when it changes.
+with it. Jobs start in the order of the names, then of the file. A GPU that the next job waits for
+takes only jobs that end before it would be free.
+
+OUTPUT/NAME has a job's results and its `log`, OUTPUT/work its caches and checkpoints.
+OUTPUT/jobs.json is at any time the state of all: exit code, seconds, GPUs and commit, or why a job
+does not run. The same command continues with what is not done; what failed before comes last. The
+file of jobs is read again when it changes.
 
 Only the standard library is needed, and `PYTHONPATH` is set for the jobs.
 """
@@ -175,14 +177,15 @@ class Runner:
         self.changed = changed
         try:
             self.every = read_jobs(self.options.jobs)
-            jobs = named(self.every, self.options.names or self.every)
+            names = self.options.names or self.every
+            jobs = {job.name: job for name in names for job in named(self.every, [name])}
         except (ValueError, TypeError) as error:
             if not self.tried:
                 raise
             return print(f"{self.options.jobs} is not taken: {error}", flush=True)
-        for job in jobs:
-            self.state.setdefault(job.name, {"state": "waiting"})
-        self.jobs = sorted(jobs, key=lambda job: self.state[job.name]["state"] in FAILED)
+        for name in jobs:
+            self.state.setdefault(name, {"state": "waiting"})
+        self.jobs = sorted(jobs.values(), key=lambda job: self.state[job.name]["state"] in FAILED)
 
     def done(self, job: Job) -> bool:
         """Whether it ended well, and what it made is still there."""

@@ -226,6 +226,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
     pytest.fail("waited for 20 s")
 
 
+def test_names_give_the_order(run: Run) -> None:
+    """Then the file does."""
+    jobs = [table(name, "true", gpus=2) for name in ("a-1", "b", "a-2", "c")]
+    done = run("".join(jobs), "c", "a")
+    assert re.findall(r"^(\S+): done", done.stdout, re.M) == ["c", "a-1", "a-2"]
+
+
 def test_jobs_come_by_names_and_groups() -> None:
     """With what they come after; a group is no prefix of a word."""
     jobs = {name: Job(name, "true", 1, "") for name in ("suite-a", "suite-b", "suites")}
