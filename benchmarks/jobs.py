@@ -171,18 +171,19 @@ class Runner:
 
     def read(self) -> None:
         """Read the jobs if their file has changed. Those that failed before come last."""
-        changed = self.options.jobs.stat().st_mtime
-        if changed == self.changed:
-            return
-        self.changed = changed
         try:
-            self.every = read_jobs(self.options.jobs)
-            names = self.options.names or self.every
-            jobs = {job.name: job for name in names for job in named(self.every, [name])}
-        except (ValueError, TypeError) as error:
+            changed = self.options.jobs.stat().st_mtime
+            if changed == self.changed:
+                return
+            self.changed = changed
+            every = read_jobs(self.options.jobs)
+            names = self.options.names or every
+            jobs = {job.name: job for name in names for job in named(every, [name])}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             if not self.tried:
                 raise
             return print(f"{self.options.jobs} is not taken: {error}", flush=True)
+        self.every = every
         for name in jobs:
             self.state.setdefault(name, {"state": "waiting"})
         self.jobs = sorted(jobs.values(), key=lambda job: self.state[job.name]["state"] in FAILED)
@@ -216,6 +217,12 @@ class Runner:
             return f"comes after {', '.join(waits)}"
         return "" if self.limit(job) >= min(job.seconds, job.least) else "too little time is left"
 
+    def lacks(self) -> bool:
+        """Whether a job could still run if what it needs came."""
+        left = [job for job in self.jobs if job.name not in self.tried and not self.done(job)]
+        needs = any(self.obstacle(job).startswith("needs") for job in left)
+        return needs and time.monotonic() < self.end
+
     def step(self) -> bool:
         """End and start what is due; whether anything runs."""
         self.read()
@@ -248,7 +255,9 @@ class Runner:
                 if process.mark.encode() in path.read_bytes():
                     os.kill(int(path.parent.name), signal.SIGKILL)
         name, seconds = process.job.name, round(time.monotonic() - process.began, 1)
-        code = process.popen.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs
+            process.popen.wait(GRACE)
+        code = process.popen.returncode
         self.state[name] |= {"state": state, "exit": code, "seconds": seconds}
         self.running.remove(process)
         print(f"{name}: {state} after {seconds:.0f} s, exit code {code}", flush=True)
@@ -344,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         runner = Runner(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         parser.error(str(error))
     for job in runner.jobs:
         state, why = runner.state[job.name]["state"], runner.obstacle(job)
@@ -358,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
-        while runner.step() or (options.stay and time.monotonic() < runner.end):
+        while runner.step() or (options.stay and runner.lacks()):
             time.sleep(LOOK_EVERY)
     except KeyboardInterrupt:
         print("interrupted", flush=True)

@@ -180,6 +180,16 @@ def test_what_is_missing_is_named_at_the_start(run: Run, tmp_path: Path) -> None
     assert path.startswith(f"{tmp_path.resolve()}:{ROOT}/src:{ROOT}")
 
 
+def test_data_may_come_later(run: Run, tmp_path: Path) -> None:
+    """With `--stay`; it ends once nothing is missing."""
+    late = tmp_path / "data" / "late"
+    brings = subprocess.Popen(["bash", "-c", f"sleep 1.5; mkdir -p {late}"])
+    done = run(table("reads", "test -d {data}/late", data=["late"]), "--stay")
+    brings.wait()
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"reads needs {late}")
+
+
 def test_time_that_is_left_decides(run: Run, tmp_path: Path) -> None:
     """A job whose limit is no longer left starts only for `least` seconds, and is cut."""
     jobs = [
