@@ -6,11 +6,14 @@ from turn to turn. Times of the attention table's fifteen cases are medians of g
 the result is the median over the turns. Long cases differ by where their buffers lie: with
 `--placements` a process takes the median over several places. A side that is given twice shows the
 scatter of a side against itself. Other shapes are given as BxHxN, or as BxH/KxNxD with K key heads
-and head_dim D. `host_time.py` times the host.
+and head_dim D. A side runs as the rules choose; `--plan` sets fields of its `HopperPlan` instead.
+`host_time.py` times the host.
 
     python -m benchmarks.kernels_in_turns --side old=old/src --side new=src --side again=old/src
     python -m benchmarks.kernels_in_turns --side 3.6=src --side 3.9=src:triton390
     python -m benchmarks.kernels_in_turns --shapes 1x32/8x16384x64 --side ...
+    python -m benchmarks.kernels_in_turns --side short=src --side drawn=src \\
+        --plan short persistent=false --plan drawn persistent=true order=0
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +47,38 @@ def sizes_of(shape: str) -> tuple[int, int, int, int, int]:
     return int(batch), int(count), int(key_heads or count), int(length), head_dim
 
 
-def worker(shapes: Sequence[str], names: Sequence[str], placements: int) -> dict[str, Any]:
+def fields_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Fields of a plan from "FIELD=VALUE", with values as in JSON."""
+    pairs = [setting.partition("=") for setting in settings]
+    return {name: json.loads(value) for name, _, value in pairs}
+
+
+def change_plans(hopper: Any, fields: dict[str, Any]) -> None:
+    """Every plan of this process with these fields of `HopperPlan`."""
+    rule = hopper.plan
+
+    def plan(*inputs: Any) -> Any:
+        found = rule(*inputs)
+        if found is None:
+            return None
+        typed = {name: type(getattr(found, name))(value) for name, value in fields.items()}
+        return replace(found, **typed)
+
+    hopper.plan = plan
+
+
+def worker(
+    shapes: Sequence[str], names: Sequence[str], placements: int, settings: Sequence[str]
+) -> dict[str, Any]:
     """All times of this process, in milliseconds: medians over that many places in memory."""
     import torch
     import triton
 
     import spattention as spa
+    from spattention.impl.triton import hopper
+
+    if settings:
+        change_plans(hopper, fields_of(settings))
 
     def pattern_of(name: str, heads: int, length: int) -> spa.BandPattern:
         make, _, widths = name.partition(" ")
@@ -139,12 +169,18 @@ def replayed(torch: Any, call: Callable[[], None]) -> float:
 
 
 def run_side(
-    path: str, shapes: Sequence[str], names: Sequence[str], placements: int
+    path: str,
+    shapes: Sequence[str],
+    names: Sequence[str],
+    placements: int,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One process of a side; raises RuntimeError where it fails or imports another tree."""
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, __file__, "--worker", "--shapes", *shapes, "--patterns", *names]
     command += ["--placements", str(placements)]
+    if settings:
+        command += ["--plan", "", *settings]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd="/"
     )
@@ -186,12 +222,21 @@ def main() -> int:
     parser.add_argument(
         "--placements", type=int, default=1, help="places of the inputs in memory, in each process"
     )
+    parser.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar=("NAME", "FIELD=VALUE"),
+        help="fields of a side's `HopperPlan`, with values as in JSON: persistent=true order=0",
+    )
     parser.add_argument("--commit", help="to record: a side of another tree has another")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(worker(options.shapes, options.patterns, options.placements)))
+        settings = options.plan[0][1:] if options.plan else []
+        print(json.dumps(worker(options.shapes, options.patterns, options.placements, settings)))
         return 0
     paths = {}
     for side in options.side:
@@ -201,16 +246,19 @@ def main() -> int:
         paths[name] = os.pathsep.join(str(Path(each).resolve()) for each in path.split(os.pathsep))
     if len(paths) < 2:
         parser.error("`--side` must be given at least twice")
+    plans = {name: settings for name, *settings in options.plan}
+    if not plans.keys() <= paths.keys():
+        parser.error(f"`--plan` must name a side, got {', '.join(plans.keys() - paths.keys())}")
     sides: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
-    facts: dict[str, dict[str, str]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for turn in range(options.turns):
         order = list(paths)
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:
             cases = (options.shapes, options.patterns, options.placements)
-            found = run_side(paths[name], *cases)
+            found = run_side(paths[name], *cases, plans.get(name, ()))
             sides[name].append(found.pop("times"))
-            facts[name] = found
+            facts[name] = found | ({"plan": plans[name]} if name in plans else {})
             print(f"turn {turn + 1} of {options.turns}: {name} {found}", flush=True)
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from spattention.impl.triton import hopper
+from spattention.impl.triton.hopper import planning
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "kernels_in_turns.py"
@@ -60,6 +65,35 @@ def test_another_source_tree_is_refused(script: dict[str, Any], tmp_path: Path) 
     )
     with pytest.raises(RuntimeError, match="imported spattention from /elsewhere"):
         script["run_side"](str(fake), ["1x8x4096"], ["exclusive"], 1)
+
+
+def test_a_side_runs_with_another_plan(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields take the plan's types, and only the side that is named has them."""
+    ran: list[tuple[str, ...]] = []
+
+    def run_side(path: str, shapes: Any, names: Any, places: Any, settings: Any) -> dict[str, Any]:
+        ran.append(tuple(settings))
+        return {"times": {"case": 1.0}}
+
+    sides = ["--side", f"a={tmp_path}", "--side", f"b={tmp_path}", "--turns", "1"]
+    plan = ["--plan", "b", "persistent=true", "order=0", "waves=8"]
+    main = script["main"]
+    monkeypatch.setitem(main.__globals__, "run_side", run_side)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *sides, *plan])
+    assert main() == 0
+    assert ran == [(), ("persistent=true", "order=0", "waves=8")]
+    by_rule = hopper.HopperPlan(planning.LAUNCHES[128], hopper.TileOrder.PAIRED, False, True)
+    fake = SimpleNamespace(plan=lambda covered: by_rule if covered else None)
+    script["change_plans"](fake, script["fields_of"](ran[1]))
+    found = fake.plan(True)
+    assert found == replace(by_rule, persistent=True, order=hopper.TileOrder.HEAD_MAJOR, waves=8)
+    assert isinstance(found.order, hopper.TileOrder)
+    assert fake.plan(False) is None
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *sides, "--plan", "c", "waves=8"])
+    with pytest.raises(SystemExit):
+        main()
 
 
 @pytest.mark.parametrize(

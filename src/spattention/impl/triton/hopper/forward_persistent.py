@@ -17,7 +17,7 @@ that the program's queries see, and skips the others.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_wait
 
 from .. import tiles
@@ -31,8 +31,8 @@ def fill(t_tensor, batch, head, start, ring, n):
     """Start to copy block `n` into its buffer as soon as that is free."""
     STAGES: gl.constexpr = ring.buffers.shape[0]
     pipeline.producer_acquire(ring.empty, n)
-    barrier = ring.full.index(n % STAGES)
-    mbarrier.expect(barrier, ring.buffers.shape[1] * ring.buffers.shape[2] * 2)
+    BYTES: gl.constexpr = ring.buffers.shape[1] * ring.buffers.shape[2] * 2
+    barrier = pipeline.expect_tx(ring.full, n, BYTES, True)
     s_buffer = ring.buffers.index(n % STAGES)
     pipeline.copy_tokens(t_tensor, batch, head, start, barrier, s_buffer, True)
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import tiles
-from . import arguments, pipeline
+from . import arguments, counters, pipeline
 
 SLOTS = gl.constexpr(2)
 FIELDS = gl.constexpr(16)
@@ -113,27 +113,7 @@ def next_index(p_drawn, n_drawn):
     if p_drawn is None:
         return gl.program_id(0) + n_drawn * gl.num_programs(0)
     else:
-        return gl.num_programs(0) + draw(p_drawn)
-
-
-@gluon.jit
-def draw(p_drawn):
-    """Number of blocks that were drawn before, in all programs. For one warp."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 lane;
-        .reg .pred first;
-        mov.u32 lane, %laneid;
-        setp.eq.u32 first, lane, 0;
-        @first atom.global.gpu.relaxed.add.s32 $0, [$1], 1;
-        shfl.sync.idx.b32 $0, $0, 0, 31, -1;
-        }""",
-        "=r,l",
-        [p_drawn.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+        return gl.num_programs(0) + counters.count(p_drawn)
 
 
 @gluon.jit

@@ -86,7 +86,7 @@ def consume(consumer: gl.constexpr, work, FORM: gl.constexpr):
     QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
     counts, ring, scale = work.counts, work.ring, work.scale
     n_queries, n_keys = counts.n_queries, counts.n_keys
-    block = key_block(work.p_bands, counts, FORM)
+    block = key_block(counts, FORM)
     key_head = gl.load(work.p_bands + 8 * block.entry) // counts.group
     first_key = block.first_key + consumer * ROWS
     seen = n_queries - nearest_of(work.p_bands, block, counts, FORM)
@@ -222,7 +222,7 @@ def fused_backward_kernel(
     if gl.program_id(0) == 0:
         gdc_wait()  # even without work: this kernel must not end before the previous one
     if not FORM.GROUPED:  # in a group, keys that no query sees are too rare to test for
-        block = key_block(p_bands, counts, FORM)
+        block = key_block(counts, FORM)
         bands = tiles.load_bands(p_bands, block.entry)
         visits = visits_of(bands, block.first_key, n_queries, FORM)
         if visits.count_0 + visits.count_1 == 0:

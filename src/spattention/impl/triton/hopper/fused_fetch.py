@@ -43,7 +43,7 @@ def fetch(inputs, batch, head, index, work, n, pred):
 @gluon.jit
 def fetch_all(inputs, work, FORM: gl.constexpr):
     """A warp that fetches keys, values and blocks of queries."""
-    block = key_block(work.p_bands, work.counts, FORM)
+    block = key_block(work.counts, FORM)
     fetch_keys(inputs, block, work)
     gdc_wait()  # for the preprocess kernel
     done = 0  # visits before those of this member

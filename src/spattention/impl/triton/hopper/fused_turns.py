@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from .. import turns
-from . import pipeline
+from . import counters, pipeline
 from .fused_work import ROWS, key_block, member_visits, place_of, visit_at
 
 
@@ -40,7 +40,7 @@ def turn_of_visit(step, block, bands, visits, work, FORM: gl.constexpr):
 @gluon.jit
 def begin_turns(work, FORM: gl.constexpr):
     """A warp that begins each turn when those before it are over."""
-    block = key_block(work.p_bands, work.counts, FORM)
+    block = key_block(work.counts, FORM)
     gdc_wait()  # for the preprocess kernel
     done = 0  # visits before those of this member
     for member in range(work.counts.group if FORM.GROUPED else 1):
@@ -53,7 +53,7 @@ def begin_turns(work, FORM: gl.constexpr):
             pipeline.producer_acquire(work.turn_over, done + step)
             reached = 0
             while reached < turn:
-                reached = turns_over(p_turns)
+                reached = counters.acquire(p_turns)
             pipeline.consumer_release(work.turn_begun, done + step)
         done += n_steps
 
@@ -61,7 +61,7 @@ def begin_turns(work, FORM: gl.constexpr):
 @gluon.jit
 def end_turns(work, FORM: gl.constexpr):
     """A warp that ends each turn when its sums are on their way."""
-    block = key_block(work.p_bands, work.counts, FORM)
+    block = key_block(work.counts, FORM)
     done = 0  # visits before those of this member
     for member in range(work.counts.group if FORM.GROUPED else 1):
         bands, visits = member_visits(work, block, member, FORM)
@@ -69,39 +69,6 @@ def end_turns(work, FORM: gl.constexpr):
         for step in range(n_steps):
             index = visit_at(step, visits, FORM.INTERVALS)
             pipeline.consumer_wait(work.turn_added, done + step)
-            end_turn(work.p_turns + place_of(index, block, bands, work.counts))
+            counters.release(work.p_turns + place_of(index, block, bands, work.counts))
             pipeline.consumer_release(work.turn_over, done + step)
         done += n_steps
-
-
-@gluon.jit
-def turns_over(p_turns):
-    """Turns of a block of queries that are over; what was added in them is seen."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.s32 $0, [$1];",
-        "=r,l",
-        [p_turns.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def end_turn(p_turns):
-    """Count a turn of a block of queries as over, once all see what was added in it."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .b32 lane;
-        .reg .pred first;
-        mov.u32 lane, %laneid;
-        setp.eq.u32 first, lane, 0;
-        @first red.release.gpu.global.add.s32 [$1], 1;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l",
-        [p_turns.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )

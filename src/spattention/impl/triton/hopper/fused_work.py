@@ -80,7 +80,7 @@ class Visits(NamedTuple):
 
 
 @gluon.jit
-def key_block(p_bands, counts, FORM: gl.constexpr):
+def key_block(counts, FORM: gl.constexpr):
     """The `KeyBlock` of this program."""
     n_head_batches = counts.n_batch * (counts.n_heads // counts.group)
     head_batch, rank = scheduler.work_tile(

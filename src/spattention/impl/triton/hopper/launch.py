@@ -225,7 +225,7 @@ def forward(call: Call, plan: HopperPlan, tensors: ForwardTensors) -> None:
             lse,
             call.bands_by_head,
             sinks,
-            *((drawn,) if plan.persistent else (positions,)),
+            drawn if plan.persistent else positions,
             *launch.counts,
             call.scale,
             **launch.constants,

@@ -30,7 +30,7 @@ def sum_d_query(inputs, work, FORM: gl.constexpr):
     CONSUMERS: gl.constexpr = FORM.BLOCK_N // ROWS
     SIDES: gl.constexpr = HEAD_DIM // COLUMNS
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    block = key_block(work.p_bands, work.counts, FORM)
+    block = key_block(work.counts, FORM)
     if not FORM.ORDERED:
         fetch_keys(inputs, block, work)
         gdc_wait()  # for the preprocess kernel
