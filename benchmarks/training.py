@@ -5,18 +5,19 @@ turns, so that a drift of the clock meets all of them. A step is what `spattenti
 passes with the recipe's loss, auxiliary losses and precision, gradient clipping, AdamW on float32
 masters; with `--graphs` the passes of every side are CUDA graphs. Tokens attend across documents,
 or with `--documents` only their own: `position_ids` restart with each document, as in the recipes
-with `across_documents = false`. The dense side is PyTorch's `scaled_dot_product_attention` or
-FlexAttention; with several, all others are compared with the first. Give one back end of
-`scaled_dot_product_attention` at most, because a compiled layer keeps the one that it was traced
-with.
+with `across_documents = false`. The dense side is PyTorch's `scaled_dot_product_attention`,
+FlexAttention, which compiles for minutes, or over documents its `varlen_attn`: FlashAttention 2
+with offsets, as in Transformers' `flash_attention_2`. With several, all others are compared with
+the first. Give one back end of `scaled_dot_product_attention` at most, because a compiled layer
+keeps the one that it was traced with.
 
-Before they are timed, bands are compared with a dense mask of the same pattern. On a GPU the
-kernels of attention are also timed alone. Dense attention's step, less its kernels and with those
-of the bands, is what the bands' step should take.
+Before they are timed, bands and `varlen_attn` are compared with a dense mask. On a GPU the kernels
+of attention are also timed alone. Dense attention's step, less its kernels and with those of the
+bands, is what the bands' step should take.
 
     python -m benchmarks.training --length 4096 --output benchmarks/results/training_h200.4096.json
     python -m benchmarks.training --model paper-small --length 1024 4096 --graphs --output ...
-    python -m benchmarks.training --model llama-3.2-1b --documents 16 --dense flex efficient ...
+    python -m benchmarks.training --model llama-3.2-1b --documents 16 --dense varlen flex ...
     python -m benchmarks.training --merge benchmarks/results/training_h200.*.json --output ...
 """
 
@@ -127,7 +128,8 @@ def measure(options: argparse.Namespace, alone: Callable[[], None]) -> dict[str,
         documents = Documents.of(options.documents, options.length)
     step = stepper(model, optimizer, recipe.clip, batch, options.passes, documents)
     heads = config.num_attention_heads
-    sides = [dense_side(name, heads, options.length) for name in options.dense]
+    packed = None if documents is None else Documents(documents.lengths * windows)
+    sides = [dense_side(name, heads, options.length, packed) for name in options.dense]
     sides += [
         Side(text, attention_choice(text, heads, options.length), None) for text in options.patterns
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from transformers import PreTrainedModel
@@ -42,6 +43,16 @@ class Documents:
         starts = lengths.cumsum(0) - lengths
         return starts.repeat_interleave(lengths).to(device, torch.int32)
 
+    def until(self, length: int) -> Documents:
+        """The documents of the first `length` tokens, the last of them cut."""
+        ends = [min(end, length) for end in accumulate(self.lengths)]
+        lengths = [end - start for start, end in pairwise([0, *ends])]
+        return Documents(tuple(tokens for tokens in lengths if tokens))
+
+    def offsets(self, device: torch.device) -> torch.Tensor:
+        """int32 `[documents + 1]`: the first token of each document, and the end of the last."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
+
     def positions(self, device: torch.device) -> torch.Tensor:
         """`[N]`: positions that restart with each document, as `position_ids`."""
         first = self.first(device).long()
@@ -51,13 +62,10 @@ class Documents:
         """bool `[H, length, length]`: a pattern in each document, over the row's first tokens."""
         found = torch.zeros(pattern.num_heads, length, length, dtype=torch.bool, device=device)
         start = 0
-        for tokens in self.lengths:
-            stop = min(length, start + tokens)
-            size = stop - start
+        for size in self.until(length).lengths:
+            stop = start + size
             found[:, start:stop, start:stop] = pattern.mask(size, device=device)
             start = stop
-            if start == length:
-                break
         return found
 
     def mask(self, device: torch.device) -> torch.Tensor:

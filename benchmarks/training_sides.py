@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface
 
 import spattention as spa
+from spattention.bands import BandPattern
 from spattention.benchmarking.timing import graph_milliseconds
 from spattention.choice import AttentionChoice, BandAttention, DenseAttention, attention_choice
 from spattention.hf.config import remove_section
@@ -19,14 +23,16 @@ from spattention.training.graphs import PassGraph
 
 from .training_documents import Documents
 
-FLEX = "flex"
+FLEX, VARLEN = "flex", "varlen"
 BACKENDS = {
     "cudnn": ("dense cuDNN", SDPBackend.CUDNN_ATTENTION),
     "flash": ("dense FlashAttention", SDPBackend.FLASH_ATTENTION),
     "efficient": ("dense, PyTorch's memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
     "math": ("dense, PyTorch's own products", SDPBackend.MATH),
     FLEX: ("dense FlexAttention", None),
+    VARLEN: ("dense FlashAttention over documents, PyTorch's varlen_attn", None),
 }
+NO_DOCUMENTS = Documents(())
 CHECKED_TOKENS = 1024
 # Relative, in bfloat16. Another mask changes the gradients by about their size.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-3, 0.1
@@ -41,9 +47,29 @@ class FlexAttention(DenseAttention):
         model.set_attn_implementation("flex_attention")
 
 
-def dense_side(name: str, heads: int, length: int) -> Side:
-    """The side of one of `BACKENDS`."""
+@dataclass(frozen=True)
+class VarlenAttention(DenseAttention):
+    """Dense attention within documents by FlashAttention's kernels, as PyTorch has them.
+
+    Their offsets are made in advance, as `DataCollatorWithFlattening` can give them to
+    Transformers' `flash_attention_2`, which takes the same kernels from another package.
+    """
+
+    documents: Documents = NO_DOCUMENTS  # of all rows, one after another
+
+    def apply(self, model: Any) -> None:
+        super().apply(model)
+        AttentionInterface.register(VARLEN, _varlen(self.documents, model.device))
+        model.set_attn_implementation(VARLEN)
+
+
+def dense_side(name: str, heads: int, length: int, documents: Documents | None = None) -> Side:
+    """The side of one of `BACKENDS`; `documents` are those of all rows."""
     title, backend = BACKENDS[name]
+    if name == VARLEN:
+        if documents is None:
+            raise ValueError(f"{VARLEN} needs documents that do not see one another")
+        return Side(title, VarlenAttention(heads, documents=documents), backend)
     chosen = FlexAttention(heads) if name == FLEX else attention_choice("dense", heads, length)
     return Side(title, chosen, backend)
 
@@ -120,6 +146,9 @@ class Side:
             return bands
         if isinstance(self.attention, FlexAttention):
             return _flex(inputs, first)
+        if isinstance(self.attention, VarlenAttention):
+            attend = _varlen(self.attention.documents, query.device)
+            return lambda: attend(None, *inputs, None)[0].transpose(1, 2)
         assert self.backend is not None
         backend, mask = self.backend, None if documents is None else documents.mask(query.device)
         # Transformers repeats keys where there is a mask.
@@ -140,22 +169,28 @@ class Side:
 
     def compare(self, model: Any, tokens: torch.Tensor, documents: Documents | None) -> None:
         """Set `check`: loss and gradients of the values' weights in a short window, with these
-        bands and, by a dense mask of the same pattern, in the model's stock attention. Documents
-        go as positions that restart to the bands, and in the mask to the reference.
+        bands or documents and, by a dense mask of the same, in the model's stock attention.
+        Documents go as positions that restart to the bands, and in the mask to the reference.
 
         Raises:
             RuntimeError: if they differ.
         """
-        if not isinstance(self.attention, BandAttention):
-            return
         tokens = tokens[:1, :CHECKED_TOKENS]
         heads, length = model.config.num_attention_heads, tokens.shape[1]
-        short = attention_choice(self.attention.name, heads, length)
-        assert isinstance(short, BandAttention)
-        if documents is None:
-            mask, positions = short.pattern.mask(length, device=tokens.device)[None], None
+        short: AttentionChoice
+        if isinstance(self.attention, BandAttention):
+            short = attention_choice(self.attention.name, heads, length)
+            assert isinstance(short, BandAttention)
+            pattern = short.pattern
+        elif isinstance(self.attention, VarlenAttention):
+            short = VarlenAttention(heads, documents=self.attention.documents.until(length))
+            pattern = BandPattern((((0, length),),) * heads, length)
         else:
-            mask = documents.mask_of(short.pattern, length, tokens.device)[None]
+            return
+        if documents is None:
+            mask, positions = pattern.mask(length, device=tokens.device)[None], None
+        else:
+            mask = documents.mask_of(pattern, length, tokens.device)[None]
             positions = documents.positions(tokens.device)[None, :length]
         reference = Side("reference", attention_choice("dense", heads, length), SDPBackend.MATH)
         with torch.compiler.set_stance("force_eager"):
@@ -193,6 +228,36 @@ def _flex(
         grouped = heads != key.shape[1]
         found: torch.Tensor = compiled(query, key, value, block_mask=blocks, enable_gqa=grouped)
         return found
+
+    return attend
+
+
+@functools.cache
+def _varlen(documents: Documents, device: torch.device) -> Callable[..., Any]:
+    """Attention of a layer within documents; the same function every time, so that a compiled
+    layer stays as it is.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets, longest = documents.offsets(device), max(documents.lengths)
+    # PyTorch 2.11 takes fewer key heads as they are, 2.13 if it is told so.
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    more: dict[str, Any] = {"enable_gqa": True} if told else {}
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        scaling: float | None = None,
+        **keywords: Any,
+    ) -> tuple[torch.Tensor, None]:
+        q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
+        options = {"scale": scaling, "window_size": (-1, 0), **more}
+        out = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
+        assert isinstance(out, torch.Tensor)
+        return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
     return attend
 

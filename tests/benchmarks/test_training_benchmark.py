@@ -5,14 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
-from benchmarks import training, training_models
+from benchmarks import training, training_models, training_sides
 from benchmarks.training_documents import Documents, Separated
-from benchmarks.training_sides import Side, dense_side, predict
+from benchmarks.training_sides import BACKENDS, Side, dense_side, predict
 from benchmarks.turns import turns
 from spattention import BandPattern
 from spattention.choice import attention_choice
@@ -24,6 +26,40 @@ from cpu_recorder import Recorder
 PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
 
 
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch's `varlen_attn` on a CPU, for which it has no kernel."""
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        offsets: torch.Tensor,
+        key_offsets: torch.Tensor,
+        longest: int,
+        longest_keys: int,
+        *,
+        scale: float | None,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        assert offsets.dtype == torch.int32
+        assert torch.equal(offsets, key_offsets)
+        assert window_size == (-1, 0)
+        lengths = offsets.diff().tolist()
+        assert sum(lengths) == len(query) == len(key) == len(value)
+        assert longest == longest_keys == max(lengths)
+        parts = [each.transpose(0, 1).split(lengths, 1) for each in (query, key, value)]
+        options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([sdpa(*part, **options) for part in zip(*parts)], 1).transpose(0, 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    training_sides._varlen.cache_clear()
+    yield
+    training_sides._varlen.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("patterns", "more"),
     [
@@ -31,9 +67,11 @@ PATTERNS = ("shared_local:local=4", "longformer:wide=4", "exclusive")
         ((), ()),
         (PATTERNS[:1], ("--graphs",)),
         ((PATTERNS[0], PATTERNS[2]), ("--documents", "3", "--turns", "turns.lock")),
+        (PATTERNS[:1], ("--documents", "3", "--dense", "math", "varlen")),
     ],
-    ids=["all", "dense alone", "graphs", "documents"],
+    ids=["all", "dense alone", "graphs", "documents", "flash"],
 )
+@pytest.mark.usefixtures("flash")
 def test_all_sides_are_measured_in_one_model(
     patterns: tuple[str, ...],
     more: tuple[str, ...],
@@ -51,11 +89,13 @@ def test_all_sides_are_measured_in_one_model(
     monkeypatch.setattr(sys, "argv", given)
     training.main()
     rows = json.loads(output.read_text())["rows"]
-    assert [row["attention"] for row in rows] == ["dense, PyTorch's own products", *patterns]
+    flash = [BACKENDS["varlen"][0]] if "varlen" in more else []
+    assert [row["attention"] for row in rows] == [BACKENDS["math"][0], *flash, *patterns]
     assert all(len(row["all_seconds"]) == 2 and row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["over_dense"] == 1
     checked = [row["attention"] for row in rows if row["check"]]
-    assert checked == [name for name in patterns if not name.startswith("longformer")]
+    bands = [name for name in patterns if not name.startswith("longformer")]
+    assert checked == [*flash, *bands]
 
 
 def test_a_side_leaves_the_model_as_it_was() -> None:
@@ -119,9 +159,10 @@ def test_documents_fill_a_row() -> None:
             Documents.of(count, 64)
 
 
+@pytest.mark.usefixtures("flash")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_dense_sides_see_their_own_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention from positions, and PyTorch's attention: the losses of a mask given by hand."""
+    """FlexAttention and PyTorch's from positions, and `varlen_attn`, give what a mask gives."""
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     small = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     monkeypatch.setattr(training_models, "LLAMA_1B", training_models.LLAMA_1B | small)
@@ -135,14 +176,35 @@ def test_dense_sides_see_their_own_documents(monkeypatch: pytest.MonkeyPatch) ->
         expected = model(tokens, position_ids=positions, attention_mask=mask).logits
         across = model(tokens).logits
         assert not torch.allclose(across, expected, atol=1e-4)
-        for name in ("math", "flex"):
-            with dense_side(name, 32, 128).chosen(model):
+        for name in ("math", "flex", "varlen"):
+            with dense_side(name, 32, 128, documents).chosen(model):
                 found = model(tokens, position_ids=positions, use_cache=False).logits
             torch.testing.assert_close(found, expected)
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["math", "flex", "shared_local"])
+def test_checked_documents_are_cut(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by offsets is compared over the first tokens of the first row; a fault is seen."""
+    monkeypatch.setattr(training_sides, "CHECKED_TOKENS", 90)
+    small = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    monkeypatch.setattr(training_models, "LLAMA_1B", training_models.LLAMA_1B | small)
+    torch.manual_seed(0)
+    model = training_models.random_model("llama-3.2-1b", 128, 1, 64, torch.device("cpu"))
+    tokens, documents = torch.randint(64, (2, 128)), Documents.of(5, 128)
+    assert documents.lengths[0] < 90 < sum(documents.lengths[:-1])
+    side = dense_side("varlen", 32, 128, Documents(documents.lengths * 2))
+    side.compare(model, tokens, documents)
+    assert side.check is not None
+    assert side.check["tokens"] == 90
+    assert side.check["gradient_difference"] < 1e-4
+    with pytest.raises(RuntimeError, match="differs from its reference"):
+        side.compare(model, tokens, Documents.of(4, 128))
+    with pytest.raises(ValueError, match="varlen needs documents"):
+        dense_side("varlen", 32, 128)
+
+
+@pytest.mark.parametrize("name", ["math", "flex", "varlen", "shared_local"])
+@pytest.mark.usefixtures("flash")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_kernels_alone_see_their_own_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is timed alone is what the model's layers compute."""
@@ -153,7 +215,7 @@ def test_kernels_alone_see_their_own_documents(name: str, monkeypatch: pytest.Mo
         side = Side(name, attention_choice(name, 4, 256), None)
         mask = mask & BandPattern.shared_local(4, 256).mask(256)
     else:
-        side = dense_side(name, 4, 256)
+        side = dense_side(name, 4, 256, documents)
     query, key, value = (torch.randn(1, heads, 256, 16) for heads in (4, 2, 2))
     with torch.no_grad():
         found = side._attention_of((query, key, value), documents)()
