@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import torch
 
 from spattention import attention
 from spattention.impl.triton import hopper
@@ -19,6 +22,8 @@ ORDERS = (
     (TileOrder.HEAD_MAJOR, False, False),
     (TileOrder.PAIRED, False, True),
 )
+# Blocks of queries that programs draw from a counter
+DRAWN: dict[str, Any] = {"order": TileOrder.HEAD_MAJOR, "persistent": True, "waves": 1}
 
 
 def larger_plans(variant: Variant) -> list[dict[str, Any]]:
@@ -43,4 +48,14 @@ def changed_plans(**fields: Any) -> Iterator[None]:
         mock.patch.object(hopper, "plan", plan),
         mock.patch.object(attention, "form_of", return_value=None),
     ):
+        yield
+
+
+@contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """A GPU of `count` multiprocessors, so that small cases have more blocks than programs."""
+    real = torch.cuda.get_device_properties()
+    named = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    properties = SimpleNamespace(**named | {"multi_processor_count": count})
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
         yield

@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
     compute-sanitizer --tool racecheck python -m tests.gpu.sanitized --part 0 --parts 4
+    compute-sanitizer --tool racecheck python -m tests.gpu.sanitized --only drawn
 
 The sanitizer slows every kernel down, so that the oracle stays on the CPU. Parts can run at the
 same time; a first run without the sanitizer compiles the kernels for all of them.
@@ -21,7 +22,7 @@ from spattention import BandPattern
 from spattention.testing import Case, check_error, exact, noise, plain, run
 
 from . import cases, decode_cases
-from .plans import changed_plans, larger_plans
+from .plans import DRAWN, changed_plans, larger_plans, multiprocessors
 
 LONGEST = 200  # tokens of random cases, most of which are one block
 LONGER = 500  # tokens: several blocks of keys take turns at a block of queries
@@ -42,6 +43,8 @@ def small_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             longer = longer_case(variant)
             for plan in (fused, larger_plans(variant)[0]):
                 yield f"{variant} {plan} longer", lambda c=longer, p=plan: check(c, p)
+            for count in (1, 3):
+                yield f"{variant} drawn by {count}", lambda c=longer, n=count: check_drawn(c, n)
         if variant.dtype == cases.BRAIN:
             prefix = min(5, case.pattern.span)
             pattern = BandPattern(case.pattern.intervals, case.pattern.span, prefix=prefix)
@@ -82,6 +85,12 @@ def check(case: Case, plan: dict[str, Any], backward: bool = True, **options: An
         check_error(name, found[name].cpu(), rough[name], truth[name], deviations[name])
 
 
+def check_drawn(case: Case, programs: int) -> None:
+    """Check a forward pass whose programs draw several blocks of queries each."""
+    with multiprocessors(programs):
+        check(case, DRAWN, backward=False)
+
+
 def moved(case: Case) -> Case:
     """The same case on the GPU, strides kept."""
     options = {
@@ -97,9 +106,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with it in their name")
     options = parser.parse_args()
     failed = count = 0
-    for index, (name, run_check) in enumerate(small_cases()):
+    named = (each for each in small_cases() if options.only in each[0])
+    for index, (name, run_check) in enumerate(named):
         if index % options.parts != options.part:
             continue
         count += 1

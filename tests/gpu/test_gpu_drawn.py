@@ -4,11 +4,6 @@ program computes a block, its bits are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
-from unittest import mock
-
 import pytest
 import torch
 
@@ -16,7 +11,7 @@ import spattention as spa
 from spattention.impl.triton.hopper import TileOrder
 
 from .cases import VARIANTS, Variant
-from .plans import changed_plans
+from .plans import DRAWN, changed_plans, multiprocessors
 from .test_gpu_kernels import check_cases, fill_new_memory_with_nan
 
 __all__ = ["fill_new_memory_with_nan"]  # a fixture
@@ -26,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 CASES = 20
 LENGTH, HEADS = 8000, 12
-DRAWN = {"order": TileOrder.HEAD_MAJOR, "persistent": True, "waves": 1}
 OPTIONS = {"impl": "triton", "return_lse": True}
 
 
@@ -41,16 +35,6 @@ def inputs_of(seed: int, heads: int = HEADS, length: int = LENGTH) -> torch.Tens
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (3, 1, heads, length, 128)
     return torch.randn(shape, device="cuda", generator=generator).bfloat16()
-
-
-@contextmanager
-def multiprocessors(count: int) -> Iterator[None]:
-    """A GPU of `count` multiprocessors, so that small cases have more blocks than programs."""
-    real = torch.cuda.get_device_properties()
-    named = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
-    properties = SimpleNamespace(**named | {"multi_processor_count": count})
-    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
-        yield
 
 
 @pytest.mark.filterwarnings("ignore")
