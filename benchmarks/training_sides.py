@@ -30,7 +30,7 @@ BACKENDS = {
     "efficient": ("dense, PyTorch's memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
     "math": ("dense, PyTorch's own products", SDPBackend.MATH),
     FLEX: ("dense FlexAttention", None),
-    VARLEN: ("dense FlashAttention over documents, PyTorch's varlen_attn", None),
+    VARLEN: ("dense FlashAttention 2 over documents, PyTorch's varlen_attn", None),
 }
 NO_DOCUMENTS = Documents(())
 CHECKED_TOKENS = 1024
