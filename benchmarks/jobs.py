@@ -39,6 +39,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOOK_EVERY = 0.3  # seconds
+CORES = os.cpu_count() or 1
 FAILED = ("failed", "limit")
 GRACE = 10.0  # seconds that an interrupted job has to write what it knows
 
@@ -152,14 +153,17 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.commit = os.environ.get("SPATTENTION_COMMIT") or said("git", "rev-parse", "HEAD")
+        self.commit = os.environ.get("SPATTENTION_COMMIT") or said(
+            "git", "-C", str(ROOT), "rev-parse", "HEAD"
+        )
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             re.findall(r"^GPU (\d+)", said("nvidia-smi", "-L"), re.M)
         )
         gpus = gpus if options.gpus is None else ",".join(map(str, range(options.gpus)))
         self.gpus = [gpu for gpu in gpus.split(",") if gpu]
         self.packages = dict(text.split("=", 1) for text in options.package)
-        self.end = time.monotonic() + 60 * (options.minutes or inf) - GRACE
+        minutes = inf if options.minutes is None else options.minutes
+        self.end = time.monotonic() + 60 * minutes - GRACE
         self.file = options.output / "jobs.json"
         self.state: dict[str, dict[str, Any]] = {}
         if self.file.exists():
@@ -220,6 +224,7 @@ class Runner:
     def lacks(self) -> bool:
         """Whether a job could still run if what it needs came."""
         left = [job for job in self.jobs if job.name not in self.tried and not self.done(job)]
+        left = [job for job in left if job.gpus <= len(self.gpus)]
         needs = any(self.obstacle(job).startswith("needs") for job in left)
         return needs and time.monotonic() < self.end
 
@@ -265,20 +270,24 @@ class Runner:
     def start(self) -> None:
         """Start the jobs that fit, in order."""
         held: dict[str, float] = {}  # until when a GPU takes other jobs than one that waits for it
+        quiet = inf  # until when jobs that count their cores may run beside one that waits for them
         for job in self.jobs:
             if job.name in self.tried or self.done(job):
                 continue
-            cores = sum(each.job.cores for each in self.running)
-            full = cores and cores + job.cores > (os.cpu_count() or 1)
-            if why := self.obstacle(job) or ("waits for cores" if full and job.cores else ""):
+            if why := self.obstacle(job):
                 self.state[job.name]["why"] = why
+                continue
+            until = time.monotonic() + self.limit(job)
+            enough = self.enough_cores(job)
+            if enough or (job.cores and until > quiet):
+                self.state[job.name]["why"] = "waits for cores"
+                quiet = min(quiet, enough or quiet)
                 continue
             load, free = dict.fromkeys(self.gpus, Fraction(0)), dict.fromkeys(self.gpus, 0.0) | held
             for each in self.running:
                 for gpu in each.gpus:
                     load[gpu] += Fraction(1, each.job.share)
                     free[gpu] = max(free[gpu], each.deadline)
-            until = time.monotonic() + self.limit(job)
             fit = [g for g in self.gpus if load[g] + Fraction(1, job.share) <= 1]
             fit = [gpu for gpu in fit if until <= held.get(gpu, inf)]
             fit.sort(key=load.__getitem__, reverse=True)  # what is alone finds a GPU that is free
@@ -290,16 +299,29 @@ class Runner:
             until = max(free[gpu] for gpu in wanted)
             held |= {gpu: min(until, held.get(gpu, inf)) for gpu in wanted}
 
+    def enough_cores(self, job: Job) -> float:
+        """When there are enough for a job, at the latest; 0 for now."""
+        busy = [(each.deadline, each.job.cores) for each in self.running if each.job.cores]
+        left = sum(cores for _, cores in busy)
+        if not job.cores or not left or left + job.cores <= CORES:
+            return 0.0
+        for deadline, cores in sorted(busy):
+            left -= cores
+            if not left or left + job.cores <= CORES:
+                return deadline
+        raise AssertionError
+
     def launch(self, job: Job, gpus: list[str]) -> None:
         """Start a job on these GPUs."""
-        data, output = self.options.data, self.options.output / job.name
-        work = self.options.output / "work" / job.name
+        data, home = self.options.data.resolve(), self.options.output.resolve()
+        output, work = home / job.name, home / "work" / job.name
         output.mkdir(parents=True, exist_ok=True)
         (work / "triton").mkdir(parents=True, exist_ok=True)
-        known = {"python": sys.executable, "commit": self.commit or "unknown", **self.packages}
+        packages = {name: str(Path(each).resolve()) for name, each in self.packages.items()}
+        known = {"python": sys.executable, "commit": self.commit or "unknown", **packages}
         known |= {"data": str(data), "output": str(output), "work": str(work)}
         command = fill(job.command, {name: shlex.quote(value) for name, value in known.items()})
-        paths = [str(Path(self.packages[p]).resolve()) for p in job.packages if p in self.packages]
+        paths = [packages[name] for name in job.packages if name in packages]
         paths += [f"{ROOT}/src", f"{ROOT}", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         mark = f"{job.name} {os.getpid()} {time.time()}"
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {
@@ -308,13 +330,14 @@ class Runner:
             "PYTHONUNBUFFERED": "1",
             "SPATTENTION_COMMIT": known["commit"],
             "SPATTENTION_JOB": mark,
-            "TORCHINDUCTOR_CACHE_DIR": str(work.resolve() / "inductor"),
-            "TRITON_CACHE_DIR": str(work.resolve() / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+            "TRITON_CACHE_DIR": str(work / "triton"),
         }  # fmt: skip
         with (output / "log").open("ab") as log:
             popen = subprocess.Popen(
-                ["bash", "-euo", "pipefail", "-c", command], env=environment, stdout=log,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                ["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
         now = time.monotonic()
         self.running.append(Process(job, popen, gpus, now, now + self.limit(job), mark))

@@ -320,8 +320,12 @@ def test_a_foreign_recipe_is_left_out(recipe):
 
 
 @pytest.mark.parametrize(
-    "edited", [{"local": 3}, {"num_heads": 4}, {"span": 32}, {"depth": 1}, {"heads": [0, 1]}]
-)
+    "edited",
+    [
+        {"local": 3}, {"num_heads": 4}, {"span": 32}, {"prefix": 3}, {"heads": [0, 1]},
+        {"heads": [4, 9]}, {"num_heads": 2**20, "heads": [0, 2]}, {"local": "wide"},
+    ],
+)  # fmt: skip
 def test_a_recipe_that_gives_other_bands_is_left_out(edited):
     """It would be printed as what runs."""
     pattern = BandPattern.shared_local(2, 16, prefix=2)
@@ -332,6 +336,18 @@ def test_a_recipe_that_gives_other_bands_is_left_out(edited):
     assert found == pattern
     assert found.constructor is None
     assert eval(repr(found)) == pattern
+
+
+@pytest.mark.parametrize("more", [{}, {"prefix": 2}, {"depth": 1}, {"name": "of_later_versions"}])
+def test_a_recipe_that_gives_the_bands_is_kept(more):
+    """And what another version may have written."""
+    pattern = BandPattern.exclusive(8, 1024, kv_heads=2, widths=[0, 9, 1024], prefix=2)
+    for part in (pattern, pattern.heads(2, 6), pattern.heads(2, 6).heads(1, 3)):
+        data = json.loads(json.dumps(part.to_dict()))
+        data["recipe"] |= more
+        found = BandPattern.from_dict(data)
+        assert found == part
+        assert found.constructor == data["recipe"]
 
 
 def test_flat_pads_each_head_to_two_intervals():

@@ -35,7 +35,7 @@ from . import choices, flex
 from .measure import PARTS, Sizes, measure
 from .rows import ROWS, Budget, Row
 from .text import Text, digests, read_text
-from .train import Schedule, Teacher, train, with_lora
+from .train import Schedule, Teacher, to_bfloat16_weights, train, with_lora
 
 MILLION = 1_000_000
 
@@ -209,7 +209,8 @@ def _teacher(options: Options, row: Row) -> Teacher | None:
     if not row.teacher:
         return None
     model = _open(options).eval()
-    return Teacher(model.bfloat16() if model.device.type == "cuda" else model, row.teacher)
+    on_gpu = model.device.type == "cuda"
+    return Teacher(to_bfloat16_weights(model) if on_gpu else model, row.teacher)
 
 
 def _profile(options: Options, text: Text, tokenizer: Any) -> Profile:
@@ -252,7 +253,7 @@ def _run(
     )  # fmt: skip
     on_gpu = model.device.type == "cuda"
     if row.lora:
-        model = with_lora(model.to(torch.bfloat16) if on_gpu else model, schedule)
+        model = with_lora(to_bfloat16_weights(model) if on_gpu else model, schedule)
     if tokens:
         count = round(tokens * MILLION)
         kept = options.weights and options.weights / f"{name}-{seed}-{tokens:g}.pt"
@@ -268,7 +269,7 @@ def _run(
         if on_gpu:  # what training used, for other processes on the same GPU
             torch.cuda.empty_cache()
     elif on_gpu:
-        model.to(torch.bfloat16)
+        to_bfloat16_weights(model)
     facts |= measure(model, tokenizer, text, sizes)
     if row.sinks:
         facts["sinks"] = {

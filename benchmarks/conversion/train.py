@@ -67,6 +67,14 @@ def with_lora(model: Any, schedule: Schedule) -> Any:
     return get_peft_model(model, config)
 
 
+def to_bfloat16_weights(model: Any) -> Any:
+    """The model with bfloat16 parameters. Buffers stay as they are: rotary frequencies must not be
+    rounded, or far positions turn."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def train(
     model: Any,
     windows: Tensor,

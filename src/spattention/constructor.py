@@ -9,6 +9,7 @@ from .scalars import as_int
 from .widths import integer, integers
 
 CONSTRUCTORS = ("dense", "shared_local", "exclusive", "sliding_window", "gapped", "local_only")
+MAX_COMPARED = 4096  # heads of a constructor
 
 
 def plain(constructor: Any) -> dict[str, Any] | None:
@@ -32,13 +33,22 @@ def plain(constructor: Any) -> dict[str, Any] | None:
 
 
 def differs(pattern: Any) -> bool:
-    """True if a constructor of this library gives a `BandPattern` other bands than it has."""
+    """True if a constructor of this library gives a `BandPattern` other bands than it has; not
+    for arguments that it does not take, which another version may."""
     arguments = dict(pattern.constructor or {})
     name, heads = arguments.pop("name", None), arguments.pop("heads", None)
     if name not in CONSTRUCTORS:
         return False
-    try:
-        made = getattr(type(pattern), name)(**arguments, prefix=pattern.prefix)
-        return bool(pattern != (made if heads is None else made.heads(*heads)))
-    except (TypeError, ValueError):
+    prefix, total = arguments.pop("prefix", pattern.prefix), arguments.get("num_heads")
+    sizes = arguments.get("span"), prefix, total if heads is None else pattern.num_heads
+    if sizes != (pattern.span, pattern.prefix, pattern.num_heads):
         return True
+    if type(total) is int and total > MAX_COMPARED:  # a file must not cost more than it holds
+        return pattern.num_heads < total
+    try:
+        made = getattr(type(pattern), name)(**arguments, prefix=prefix)
+        return bool(pattern != (made if heads is None else made.heads(*heads)))
+    except ValueError:
+        return True
+    except TypeError:
+        return False

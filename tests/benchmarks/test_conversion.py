@@ -214,6 +214,12 @@ def test_a_teacher_is_what_training_approaches(compiled):
     assert all(map(torch.equal, teacher.model.parameters(), kept))
 
 
+def test_rounded_models_keep_their_positions():
+    model = train.to_bfloat16_weights(tiny())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_the_loss_is_shared_with_the_teacher():
     windows = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(1))
     schedule = train.Schedule(2, 2, 1e-2, 1e-3, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import runpy
 import shlex
@@ -23,7 +24,7 @@ import tyro
 
 from benchmarks.conversion.rows import ROWS
 from benchmarks.experiments.plan_files import chosen, read_plan
-from benchmarks.jobs import ROOT, Job, fill, named, read_jobs
+from benchmarks.jobs import ROOT, Job, fill, named, read_jobs, said
 
 COMMITTED = read_jobs(ROOT / "benchmarks" / "jobs.toml")
 TIMED = (
@@ -111,6 +112,40 @@ def test_cores_are_counted(run: Run, tmp_path: Path) -> None:
     assert run("".join([*jobs, table("beside", "SECONDS(0.1)")])).returncode == 0
     first, second, beside = (times(tmp_path, name) for name in ("first", "second", "beside"))
     assert beside[1] < second[0] > first[1]
+
+
+def test_small_jobs_do_not_starve_one_of_many_cores(run: Run, tmp_path: Path) -> None:
+    """They start only if they end before there are enough cores for it."""
+    small = [table(f"small-{k}", "SECONDS(0.5)", gpus=0, cores=1, seconds=9) for k in range(4)]
+    jobs = [
+        table("first", "SECONDS(0.7)", gpus=0, cores=1, seconds=5),
+        table("big", "SECONDS(0.1)", gpus=0, cores=10**6),
+    ]
+    assert run("".join([*jobs, *small])).returncode == 0
+    big = times(tmp_path, "big")
+    assert all(times(tmp_path, f"small-{k}")[0] > big[1] for k in range(4))
+
+
+def test_jobs_run_in_the_root(tmp_path: Path) -> None:
+    place = table("where", "test -d tests/gpu && test -d {output}")
+    (tmp_path / "jobs.toml").write_text(place)
+    relative = ["--jobs", "jobs.toml", "--output", "out", "--gpus", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.jobs", *relative], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0
+    commit = os.environ.get("SPATTENTION_COMMIT") or said(
+        "git", "-C", str(ROOT), "rev-parse", "HEAD"
+    )
+    assert state(tmp_path)["where"]["commit"] == (commit or "unknown")
+
+
+def test_nothing_is_waited_for_that_cannot_come(run: Run) -> None:
+    """GPUs do not come while jobs run, data may."""
+    done = run(table("wide", "true", gpus=9) + table("one", "true"), "--stay", "--gpus", "1")
+    assert done.returncode == 3
+    assert run(table("late", "true"), "--minutes", "0").returncode == 3
 
 
 def test_a_limit_ends_a_job_and_its_children(run: Run, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def by_one_lane(instruction, result):
 
 @gluon.jit
 def assembly(TEXT: gl.constexpr, p_counter):
-    """The `$0` of assembly on a counter `[$1]`."""
+    """Run inline assembly on a counter `[$1]`; returns `$0`."""
     return gl.inline_asm_elementwise(
         TEXT, "=r,l", [p_counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -44,5 +44,5 @@ def release(p_counter):
 
 @gluon.jit
 def acquire(p_counter):
-    """The number; what was written before it was released is seen."""
+    """Load the number in acquire order: what was written before its release is seen."""
     return assembly("ld.acquire.gpu.global.s32 $0, [$1];", p_counter)
