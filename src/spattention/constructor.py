@@ -9,7 +9,7 @@ from .scalars import as_int
 from .widths import integer, integers
 
 CONSTRUCTORS = ("dense", "shared_local", "exclusive", "sliding_window", "gapped", "local_only")
-MAX_COMPARED = 4096  # heads of a constructor
+MAX_COMPARED = 4096  # heads: checking a file must not cost much more than it holds
 
 
 def plain(constructor: Any) -> dict[str, Any] | None:
@@ -17,19 +17,19 @@ def plain(constructor: Any) -> dict[str, Any] | None:
     since a constructor that came with a file is only for reading."""
     if not isinstance(constructor, Mapping) or not isinstance(constructor.get("name"), str):
         return None
-    plain: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     try:
         for name, value in constructor.items():
             if isinstance(value, str):
-                plain[str(name)] = value
+                found[str(name)] = value
             elif as_int(value) is None and isinstance(value, Iterable):
-                plain[str(name)] = list(integers("constructor", value))
+                found[str(name)] = list(integers("constructor", value))
             else:
-                plain[str(name)] = integer("constructor", value)
+                found[str(name)] = integer("constructor", value)
     except ValueError:
         return None
-    heads = plain.get("heads", [0, 0])
-    return plain if isinstance(heads, list) and len(heads) == 2 else None
+    heads = found.get("heads", [0, 0])
+    return found if isinstance(heads, list) and len(heads) == 2 else None
 
 
 def differs(pattern: Any) -> bool:
@@ -39,12 +39,11 @@ def differs(pattern: Any) -> bool:
     name, heads = arguments.pop("name", None), arguments.pop("heads", None)
     if name not in CONSTRUCTORS:
         return False
-    prefix, total = arguments.pop("prefix", pattern.prefix), arguments.get("num_heads")
-    sizes = arguments.get("span"), prefix, total if heads is None else pattern.num_heads
-    if sizes != (pattern.span, pattern.prefix, pattern.num_heads):
+    prefix, count = arguments.pop("prefix", pattern.prefix), arguments.get("num_heads")
+    if (arguments.get("span"), prefix) != (pattern.span, pattern.prefix):
         return True
-    if type(total) is int and total > MAX_COMPARED:  # a file must not cost more than it holds
-        return pattern.num_heads < total
+    if not isinstance(count, int) or count > max(pattern.num_heads, MAX_COMPARED):
+        return True
     try:
         made = getattr(type(pattern), name)(**arguments, prefix=prefix)
         return bool(pattern != (made if heads is None else made.heads(*heads)))
