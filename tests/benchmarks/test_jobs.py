@@ -383,6 +383,10 @@ def test_committed_jobs_are_whole() -> None:
         assert job.why
         assert "\n" not in job.why
         assert named(COMMITTED, job.after) or not job.after
+    head = (ROOT / "benchmarks" / "jobs.toml").read_text().split("[", 1)[0]
+    made = re.findall(r"by the job `([\w-]+)`", head)
+    assert len(made) == 2
+    assert COMMITTED.keys() >= {*made}
 
 
 def test_every_test_of_a_gpu_is_in_a_job() -> None:
