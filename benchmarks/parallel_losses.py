@@ -140,8 +140,8 @@ def distance(curve: list[float], other: list[float]) -> float:
 
 
 def of_seed(curves: list[Row], steps: int) -> dict[str, float]:
-    """Mean distances of one seed's curves: of pairs of splits, and of what there is besides from
-    the splits."""
+    """Mean distances of one seed's curves: between splits of one GPU, and from them to each of the
+    other ways."""
     named = {row["way"]: row["losses"][:steps] for row in curves}
     others = {name: named.pop(way) for name, way in WAYS.items() if way in named}
     pairs = list(itertools.combinations(named.values(), 2))
